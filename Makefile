@@ -1,0 +1,33 @@
+# One environment for all targets. Every target installs it first if constraints.txt is newer.
+.DEFAULT_GOAL := help
+SHELL := bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# DeepSpeed compiles its operators when they are first used, not at installation.
+export DS_BUILD_OPS := 0
+
+.PHONY: help run test check down clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+run: $(VENV)/ready  ## retrain once: servers, data, training, gate, registry, scoreboard
+	@$(BIN)/nightshift run
+
+test: $(VENV)/ready  ## run all tests but the slow ones
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/ready  ## lint, types, and params.yaml
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m tasks.check
+
+down:  ## stop what `make run` started
+	@if [ -x $(BIN)/nightshift ]; then $(BIN)/nightshift down; else echo "nothing is installed"; fi
+
+clean: down  ## remove the environment, state and data; the code stays
+	rm -rf $(VENV) .nightshift data .dvc/cache .dvc/tmp dvc.lock prefect.toml
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@PYTHON=$(PYTHON) VENV=$(VENV) bash infra/install.sh
+	@touch $@

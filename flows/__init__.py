@@ -1,0 +1,1 @@
+"""When and where the work runs. Prefect; nothing here imports torch."""

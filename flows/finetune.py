@@ -1,0 +1,39 @@
+"""The nightly retrain: snapshot, every stage of dvc.yaml, and what the gate allows after them."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+
+from flows.overrides import applied
+from flows.scoreboard import collect, markdown
+from flows.stages import run_program, run_stage
+from flows.tracking import tracked_run
+from tasks.files import read_json
+from tasks.graph import stage_order
+from tasks.ledger import check_ledger
+
+GATE = Path("data/gate/gate.json")
+
+
+@flow(name="finetune", persist_result=False)
+def finetune(overrides: dict[str, Any] | None = None) -> None:
+    """Retrain on what is new, and ship it if it is measurably better.
+
+    Args:
+        overrides: Parameters for this run only, `section.key` -> value, checked like params.yaml:
+            `--param overrides='{"sft.num_train_epochs": 2}'`.
+    """
+    with applied(overrides or {}), tracked_run() as run_id:
+        run_program("snapshot", run_id)
+        for stage in stage_order():
+            run_stage(stage, run_id)
+        check_ledger()
+        run_program("register", run_id)
+        verdict = read_json(GATE)["verdict"]
+        if verdict == "promote":
+            run_program("promote", run_id)
+        board = collect(promoted=verdict == "promote")
+    create_markdown_artifact(markdown(board), key="scoreboard", description="finetune")
+    get_run_logger().info("%s: %s", verdict, board["gate"]["reason"])

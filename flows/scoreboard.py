@@ -1,0 +1,68 @@
+"""What a run is worth, on one page: a Markdown artefact in Prefect and a JSON file for the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from tasks.files import read_json, write_json
+from tasks.state import state_dir
+
+DATA = Path("data")
+
+
+def scoreboard_file() -> Path:
+    """Return where the last run's scoreboard lies."""
+    return state_dir() / "scoreboard.json"
+
+
+def collect(promoted: bool) -> dict[str, Any]:  # noqa: FBT001 - a fact, not a mode
+    """Gather the outcome of the run from the files that its stages wrote."""
+    gate = read_json(DATA / "gate" / "gate.json")
+    trained = read_json(DATA / "sft" / "mlflow_run.json")
+    board = {
+        "gate": gate,
+        "metrics": read_json(DATA / "evaluate" / "metrics.json"),
+        "tokens_per_second": trained["tokens_per_second"],
+        "training_run": trained["run_id"],
+        "version": read_json(DATA / "register" / "version.json")["version"],
+        "promoted": promoted,
+        "champion": read_json(DATA / "champion" / "champion.json")["version"],
+    }
+    write_json(scoreboard_file(), board)
+    return board
+
+
+def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lay the scoreboard out as (label, value) rows."""
+    candidate = board["metrics"]["candidate"]
+    base = board["metrics"]["base"]
+    gate = board["gate"]
+    table = []
+    for benchmark in sorted(candidate.keys() - {"test"}):
+        ours, theirs = candidate[benchmark], base[benchmark]
+        table += [
+            (f"{benchmark}: base", f"{theirs['accuracy']:.1%} of {theirs['items']} questions"),
+            (f"{benchmark}: new model", f"{ours['accuracy']:.1%}"),
+            (f"{benchmark}: chance", f"{ours['chance']:.1%}"),
+        ]
+    if gain := gate.get("gain"):
+        table.append(
+            (
+                f"gain over the {gate['reference']}",
+                f"{gain['mean']:+.1%}, {1 - gain['alpha']:.0%} interval "
+                f"{gain['low']:+.1%} to {gain['high']:+.1%}",
+            )
+        )
+    table += [
+        ("held-out loss", f"{base['test']['loss']:.3f} -> {candidate['test']['loss']:.3f}"),
+        ("training speed", f"{board['tokens_per_second']:.0f} tokens/s"),
+        ("gate", f"{gate['verdict']}: {gate['reason']}"),
+        ("registered version", f"{board['version']}"),
+        ("champion", f"version {board['version'] if board['promoted'] else board['champion']}"),
+    ]
+    return table
+
+
+def markdown(board: dict[str, Any]) -> str:
+    """Render the scoreboard for Prefect."""
+    lines = [f"| {label} | {value} |" for label, value in rows(board)]
+    return "\n".join(["| | |", "|---|---|", *lines])

@@ -1,0 +1,103 @@
+"""Run one program of the pipeline as a Prefect task: its output goes to the run's log, line by line.
+
+Stages go through `dvc repro --single-item`, so that the flow and `dvc repro` by hand share one lock
+file and one cache; Prefect's own cache is off.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from tasks import supervise
+from tasks.errors import StageError
+
+STEP = re.compile(r"\bstep (\d+)/(\d+)\b")
+BIN = Path(sys.executable).parent
+
+
+@task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
+def run_stage(stage: str, run_id: str) -> State[None]:
+    """Bring one stage up to date.
+
+    Args:
+        stage: Name in dvc.yaml.
+        run_id: The MLflow run to which a training logs.
+
+    Returns:
+        State `Completed` if it ran, `Cached` if DVC restored it, `Skipped` if nothing changed.
+
+    Raises:
+        StageError: The stage failed; the message is its own last error.
+    """
+    lines = stream([str(BIN / "dvc"), "repro", "--single-item", stage], stage, run_id)
+    if any(line == f"Running stage '{stage}':" for line in lines):
+        return Completed()
+    cached = any("is cached - skipping run" in line for line in lines)
+    return Completed(name="Cached" if cached else "Skipped")
+
+
+@task(task_run_name="{module}", cache_policy=NO_CACHE, persist_result=False)
+def run_program(module: str, run_id: str) -> None:
+    """Run `python -m tasks.<module>`: a side effect, so it is no DVC stage and always runs.
+
+    Raises:
+        StageError: The program failed; the message is its own last error.
+    """
+    stream([sys.executable, "-m", f"tasks.{module}"], module, run_id)
+
+
+def stream(command: list[str], name: str, run_id: str) -> list[str]:
+    """Run a command under the supervisor and pass its output on to the run's log.
+
+    Returns:
+        The output that says what DVC did and what went wrong.
+    """
+    kept: list[str] = []
+    log = get_run_logger()
+    progress = progress_reporter(name)
+
+    def on_line(line: str) -> None:
+        log.info(line)
+        progress(line)
+        if line.startswith(("Running stage", "Stage ", "error:", "ERROR:")):
+            kept.append(line)
+
+    code = supervise.run(command, on_line=on_line, env=environment(run_id))
+    if code:
+        reason = next((line for line in kept if line.startswith("error:")), kept[-1:] or "no output")
+        raise StageError(f"{name} failed with exit code {code}: {reason}")
+    return kept
+
+
+def environment(run_id: str) -> dict[str, str]:
+    """Build what a program needs beyond the flow's own environment."""
+    return {
+        "MLFLOW_RUN_ID": run_id,
+        # dvc.yaml says `python`: it must be the one that runs this flow.
+        "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]),
+    }
+
+
+def progress_reporter(name: str) -> Callable[[str], None]:
+    """Return a reader of `step 3/10` lines that keeps a progress artefact in Prefect."""
+    artifact: list[UUID] = []
+
+    def report(line: str) -> None:
+        if not (found := STEP.search(line)):
+            return
+        percent = 100 * int(found[1]) / int(found[2])
+        if not artifact:
+            created = create_progress_artifact(percent, key=f"{name}-progress", description=name)
+            artifact.append(created)  # type: ignore[arg-type]
+        else:
+            update_progress_artifact(artifact[0], progress=percent, description=line)
+
+    return report

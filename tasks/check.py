@@ -1,0 +1,76 @@
+"""Check params.yaml as a whole, before anything runs: `python -m tasks.check`.
+
+Reports all problems of all sections at once, and the combinations that cannot work.
+"""
+
+import importlib
+from typing import Any
+
+from tasks.config import StageParams, problems, read_params, report, suggestion
+from tasks.graph import read_stages
+from tasks.stage import run_main
+
+# Sections of what runs before and after the graph.
+OUTSIDE_THE_GRAPH = ("snapshot", "registry")
+
+
+def main() -> None:
+    """Check the file and say nothing if it is right."""
+    check(read_params())
+
+
+def check(values: dict[str, Any]) -> None:
+    """Validate every section and their combinations.
+
+    Raises:
+        ConfigError: Something is wrong; every problem is listed.
+    """
+    schemas = section_schemas()
+    found = [
+        f"{section}: unknown section; {suggestion(section, list(schemas))}"
+        for section in values
+        if section not in schemas
+    ]
+    for section, schema in schemas.items():
+        found += problems(schema, section, values.get(section, {}))
+    if not found:
+        found = find_conflicts(values)
+    if found:
+        raise report(found)
+
+
+def section_schemas() -> dict[str, type[StageParams]]:
+    """Return section -> schema: the `XxxParams` that the module of the same name declares."""
+    schemas = {}
+    for section in (*read_stages(), *OUTSIDE_THE_GRAPH):
+        module = importlib.import_module(f"tasks.{section}")
+        schemas[section] = getattr(module, f"{section.title()}Params")
+    return schemas
+
+
+def find_conflicts(values: dict[str, Any]) -> list[str]:
+    """List values that are right one by one but not together.
+
+    Example:
+        >>> find_conflicts({"snapshot": {"sources": {"a": "x"}}, "split": {"by_phrasing": ["b"]},
+        ...                 "augment": {"sources": []}, "sft": {"max_steps": 5, "warmup_steps": 5}})
+        ['split.by_phrasing: no source is named b; known keys: a', 'sft.warmup_steps: 5 must be below max_steps=5; lower it']
+    """
+    sources = list(values["snapshot"]["sources"])
+    found = [
+        f"{key}: no source is named {name}; {suggestion(name, sources)}"
+        for key, names in (
+            ("split.by_phrasing", values["split"]["by_phrasing"]),
+            ("augment.sources", values["augment"]["sources"]),
+        )
+        for name in names
+        if name not in sources
+    ]
+    steps, warmup = values["sft"]["max_steps"], values["sft"]["warmup_steps"]
+    if steps is not None and warmup >= steps:
+        found.append(f"sft.warmup_steps: {warmup} must be below max_steps={steps}; lower it")
+    return found
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,111 @@
+"""Files that stages exchange: atomic writes, Parquet rows, content digests.
+
+Every write goes to a temporary name first and is renamed when complete, so a killed stage never
+leaves half a file under its final name.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that takes the place of `path` when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text (UTF-8) atomically."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically, keys sorted, so that equal values give equal bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON has no static type
+    """Read one JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    r"""Render rows as JSON Lines, keys sorted.
+
+    Example:
+        >>> jsonl([{"b": 1, "a": "é"}])
+        '{"a": "é", "b": 1}\n'
+    """
+    return "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file that a stage wrote; blank lines do not count."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows as Parquet, atomically. The bytes depend on rows and schema only."""
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    with replaced(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read all rows of a Parquet file."""
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def text_digest(*parts: str) -> str:
+    """Digest of a sequence of strings, unambiguous about where one ends: 16 hex digits.
+
+    Example:
+        >>> text_digest("ab", "c") == text_digest("a", "bc")
+        False
+    """
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode()
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_digest(*roots: Path) -> str:
+    """SHA-256 over the relative names and bytes of all files below the roots, in hex.
+
+    A root that is a file counts by its own name. Caches of Python (`__pycache__`) do not count.
+    """
+    state = hashlib.sha256()
+    for root in roots:
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        for path in files:
+            if "__pycache__" in path.parts:
+                continue
+            name = path.relative_to(root.parent).as_posix()
+            state.update(f"{name}\0{file_digest(path)}\n".encode())
+    return state.hexdigest()

@@ -1,0 +1,71 @@
+"""Read the graph from dvc.yaml: the stages in an order in which they can run."""
+
+import graphlib
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from tasks.errors import ConfigError
+
+GRAPH = Path("dvc.yaml")
+
+
+def read_stages(path: Path = GRAPH) -> dict[str, dict[str, Any]]:
+    """Return name -> definition of every stage.
+
+    Raises:
+        ConfigError: The file is missing or defines no stage.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: not found; run from the folder that holds it")
+    stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages")
+    if not stages:
+        raise ConfigError(f"{path}: defines no stage; restore it from git")
+    return dict(stages)
+
+
+def stage_order(path: Path = GRAPH) -> list[str]:
+    """Return the stages so that each comes after those whose outputs it reads.
+
+    Ties are broken by the order of the file, so the result is always the same.
+
+    Raises:
+        ConfigError: Stages depend on each other in a circle.
+    """
+    stages = read_stages(path)
+    needs = {name: {o for o in stages if reads(stages[name], stages[o])} for name in stages}
+    sorter = graphlib.TopologicalSorter(needs)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as err:
+        raise ConfigError(f"{path}: stages depend on each other: {err.args[1]}; cut one") from err
+    order: list[str] = []
+    ready: set[str] = set()
+    while sorter.is_active():
+        ready |= set(sorter.get_ready())
+        first = next(name for name in stages if name in ready)
+        ready.remove(first)
+        order.append(first)
+        sorter.done(first)
+    return order
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    """Return the paths that a stage writes."""
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def reads(stage: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether a stage depends on an output of another, or on a file in or above it.
+
+    Example:
+        >>> reads({"deps": ["data/a/x.json"]}, {"outs": ["data/a"]})
+        True
+        >>> reads({"deps": ["data/ab"]}, {"outs": ["data/a"]})
+        False
+    """
+    dependencies = [PurePosixPath(path) for path in stage.get("deps", [])]
+    written = [PurePosixPath(path) for path in outputs(other)]
+    return any(d.is_relative_to(w) or w.is_relative_to(d) for d in dependencies for w in written)

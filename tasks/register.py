@@ -1,0 +1,145 @@
+"""Register the candidate in MLflow: data/sft and data/gate -> a model version.
+
+Runs after the graph, never inside it. The version holds the adapter and a reference to its base
+with digests, as a pyfunc model from code. Writes `data/register/version.json`.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from tasks.errors import GateError
+from tasks.files import file_digest, read_json, tree_digest, write_json
+from tasks.registry import DIGEST, open_registry
+from tasks.stage import DATA, run_main
+from tasks.tracking import git_commit, run_id, tracking_uri
+
+CANDIDATE = DATA / "sft" / "model"
+TRAINED_BY = DATA / "sft" / "mlflow_run.json"
+BASE = DATA / "base" / "model"
+GATE = DATA / "gate" / "gate.json"
+REFERENCE = DATA / "register" / "base_reference.json"
+TARGET = DATA / "register" / "version.json"
+SERVED_MODEL = Path(__file__).with_name("served_model.py")
+PROBE = "What is the chemical symbol of Gold?"
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Register what the gate judged, unless the gate could not judge.
+
+    Raises:
+        GateError: The verdict is error.
+    """
+    decision = read_json(GATE)
+    if decision["verdict"] == "error":
+        raise GateError(f"{GATE}: {decision['reason']}; nothing is registered")
+    write_json(TARGET, {"version": register(decision["verdict"])})
+
+
+def register(verdict: str) -> int:
+    """Register the candidate once; the same adapter keeps its version.
+
+    Before the alias `candidate` moves, a fresh process loads the version and must give the same
+    answer as the files it was made from.
+
+    Args:
+        verdict: The gate's verdict, kept as a tag.
+
+    Returns:
+        The version of the candidate.
+
+    Raises:
+        GateError: The reloaded model answers differently.
+    """
+    client, name = open_registry()
+    digest = tree_digest(CANDIDATE)
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.tags.get(DIGEST) == digest:
+            log.info("the candidate is version %s already", version.version)
+            return int(version.version)
+    number = log_model(client, name)
+    tags = {
+        DIGEST: digest,
+        "nightshift.verdict": verdict,
+        "nightshift.base_digest": file_digest(BASE.with_name("base.json")),
+        "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
+        "nightshift.params_digest": file_digest(Path("params.yaml")),
+        "nightshift.git_commit": git_commit(),
+    }
+    require_sameask(f"models:/{name}/{number}")
+    for key, value in tags.items():
+        client.set_model_version_tag(name, str(number), key, value)
+    client.set_registered_model_alias(name, "candidate", str(number))
+    return number
+
+
+def require_sameask(model_uri: str) -> None:
+    """Load the registered model in a fresh process and compare its answer with the files' answer.
+
+    Raises:
+        GateError: They differ, or the model does not load.
+    """
+    answers = [ask([model_uri]), ask([str(BASE), str(CANDIDATE)])]
+    if not answers[0] or answers[0] != answers[1]:
+        raise GateError(
+            f"registry: {model_uri} answers {answers[0]!r}, but the trained files answer "
+            f"{answers[1]!r}; the saved model is broken and no alias moves"
+        )
+    log.info("reloaded in a fresh process: %r -> %r", PROBE, answers[0])
+
+
+def ask(arguments: list[str]) -> str:
+    """Ask one question of a model in a process of its own; greedy, so the answer is one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.served_model", *arguments, PROBE],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        raise GateError(f"registry: {arguments[0]} does not load: {done.stderr.strip()[-2000:]}")
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def log_model(client: MlflowClient, name: str) -> int:
+    """Log the adapter with its base reference under the run that trained it, and register it."""
+    mlflow.set_tracking_uri(tracking_uri())
+    write_json(REFERENCE, read_json(BASE.with_name("base.json")) | {"path": str(BASE.absolute())})
+    run = training_run(client)
+    state = client.get_run(run).info.status
+    with mlflow.start_run(run_id=run):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(SERVED_MODEL),
+            artifacts={
+                "model": str(CANDIDATE),
+                "base_reference": str(REFERENCE),
+            },
+            pip_requirements=["torch", "transformers", "peft", "mlflow"],
+            registered_model_name=name,
+        )
+    # Leaving the block ends the run; its owner decides when it ends.
+    client.update_run(run, status=state)
+    return int(info.registered_model_version)
+
+
+def training_run(client: MlflowClient) -> str:
+    """Return the run that trained the candidate; a new one if this MLflow does not know it."""
+    trained_by = str(read_json(TRAINED_BY)["run_id"])
+    try:
+        return str(client.get_run(trained_by).info.run_id)
+    except MlflowException:
+        log.warning("MLflow has no run %s: it was trained against another server", trained_by)
+        return run_id(client)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,90 @@
+"""Read the MLflow registry: aliases, the champion as files, the candidates since its promotion."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from tasks.config import StageParams, load_params
+from tasks.errors import GateError
+from tasks.files import tree_digest, write_json
+from tasks.tracking import tracking_uri
+
+DIGEST = "nightshift.adapter_digest"
+
+
+class RegistryParams(StageParams):
+    """Where versions go.
+
+    Attributes:
+        model_name: Name of the registered model.
+    """
+
+    model_name: str
+
+
+def write_champion(folder: Path) -> None:
+    """Write `champion.json` (version, digest, looks) and the champion's adapter, if there is one.
+
+    `looks` lists the digests of the candidates that the gate judged since the last promotion. The
+    files stay untouched while the registry does, so an unchanged night recomputes nothing.
+
+    Raises:
+        GateError: The adapter in the registry is not the one that was promoted.
+    """
+    client, name = open_registry()
+    champion = find_alias(client, name, "champion")
+    if champion is None:
+        record: dict[str, Any] = {"version": None, "digest": None}
+        shutil.rmtree(folder / "model", ignore_errors=True)
+    else:
+        record = {"version": int(champion.version), "digest": champion.tags[DIGEST]}
+        fetch_adapter(champion, folder / "model")
+    write_json(folder / "champion.json", {**record, "looks": find_looks(client, name, champion)})
+
+
+def open_registry() -> tuple[MlflowClient, str]:
+    """Return the client and the name of the registered model."""
+    return MlflowClient(tracking_uri()), load_params(RegistryParams, "registry").model_name
+
+
+def find_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """Return the version that an alias names, or None."""
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as err:
+        if err.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def fetch_adapter(version: ModelVersion, target: Path) -> None:
+    """Bring a version's adapter to `target`, unless it is there already.
+
+    Raises:
+        GateError: Its digest is not the registered one.
+    """
+    expected = version.tags[DIGEST]
+    if target.is_dir() and tree_digest(target) == expected:
+        return
+    where = download_artifacts(f"models:/{version.name}/{version.version}/artifacts/model")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(where, target)
+    if (found := tree_digest(target)) != expected:
+        raise GateError(
+            f"registry: version {version.version} of {version.name} holds an adapter with digest "
+            f"{found}, registered was {expected}; it was changed: promote another version"
+        )
+
+
+def find_looks(client: MlflowClient, name: str, champion: ModelVersion | None) -> list[str]:
+    """List the distinct candidates, oldest first, that were registered after the champion."""
+    versions = sorted(
+        client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version)
+    )
+    after = int(champion.version) if champion else 0
+    return [v.tags[DIGEST] for v in versions if int(v.version) > after and DIGEST in v.tags]

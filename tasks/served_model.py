@@ -1,0 +1,102 @@
+"""The model as MLflow serves it: a pyfunc chat model from code, adapter on a referenced base.
+
+MLflow's own transformers flavour saves PEFT models that load without an error and answer garbage;
+this one loads the two parts by their own libraries and checks the base against its digests. The
+base is found through `NIGHTSHIFT_BASE`, or where it was at registration. MLflow copies this file
+into the model, so it imports nothing of the project.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mlflow.pyfunc import ChatModel
+from mlflow.types.llm import ChatCompletionResponse, ChatMessage, ChatParams
+
+MAX_NEW_TOKENS = 64
+
+
+class AdapterChat(ChatModel):
+    """Greedy chat with the adapter on its base."""
+
+    def load_context(self, context: Any) -> None:  # noqa: ANN401 - MLflow's context
+        """Find the base, verify it, and put the adapter on it.
+
+        Raises:
+            FileNotFoundError: The base is not where it was; NIGHTSHIFT_BASE can name its new place.
+            ValueError: A file of the base has another digest than at registration.
+        """
+        reference = json.loads(Path(context.artifacts["base_reference"]).read_text("utf-8"))
+        base = Path(os.environ.get("NIGHTSHIFT_BASE") or reference["path"])
+        verify(base, reference["files"])
+        self.model, self.tokenizer = load(base, Path(context.artifacts["model"]))
+
+    def predict(
+        self,
+        context: Any,  # noqa: ANN401, ARG002 - MLflow's signature
+        messages: list[ChatMessage],
+        params: ChatParams | None = None,
+    ) -> ChatCompletionResponse:
+        """Answer a conversation."""
+        limit = (params.max_tokens if params else None) or MAX_NEW_TOKENS
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        text = answer(self.model, self.tokenizer, turns, limit)
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+        return ChatCompletionResponse.from_dict(
+            {"id": uuid.uuid4().hex, "model": "nightshift", "choices": [choice], "usage": {}}
+        )
+
+
+def verify(base: Path, digests: dict[str, str]) -> None:
+    """Check every file of the base against its SHA-256."""
+    for name, digest in digests.items():
+        if not (base / name).is_file():
+            raise FileNotFoundError(f"{base / name}: not found; set NIGHTSHIFT_BASE to the base model")
+        with (base / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise ValueError(f"{base / name}: not the base that this adapter was trained on")
+
+
+def load(base: Path, adapter: Path) -> tuple[Any, Any]:
+    """Load base, adapter and tokenizer."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+    return PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(base)
+
+
+def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> str:  # noqa: ANN401
+    """Generate greedily; the same files give the same answer."""
+    inputs = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def main(arguments: list[str]) -> None:
+    """Print the answer of `MODEL_URI QUESTION`, or of `BASE ADAPTER QUESTION`, on the last line."""
+    *model, question = arguments
+    turns = [{"role": "user", "content": question}]
+    if len(model) == 1:
+        import mlflow
+
+        loaded = mlflow.pyfunc.load_model(model[0])
+        text = loaded.predict({"messages": turns})["choices"][0]["message"]["content"]
+    else:
+        text = answer(*load(Path(model[0]), Path(model[1])), turns, MAX_NEW_TOKENS)
+    sys.stdout.write(" ".join(text.split()) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+else:
+    from mlflow.models import set_model
+
+    set_model(AdapterChat())

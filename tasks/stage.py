@@ -1,0 +1,68 @@
+"""What every stage's `main()` shares: the exit protocol and the ledger entry.
+
+Exit codes: 0 success, 2 an error that the user can act on (one line on stderr), 1 a bug (traceback).
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import PipelineError, StageError
+from tasks.files import write_json
+
+DATA = Path("data")
+log = logging.getLogger(__name__)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a stage as a program: configure logging, turn a user's error into one line and code 2."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S"
+    )
+    try:
+        main()
+    except PipelineError as err:
+        sys.exit(_fail(err))
+
+
+def write_summary(
+    stage: str,
+    *,
+    rows_in: int,
+    rows_out: int,
+    added: int = 0,
+    dropped: Mapping[str, int] | None = None,
+    **more: Any,  # noqa: ANN401 - each stage adds its own JSON values
+) -> None:
+    """Write `data/<stage>/summary.json`, the stage's entry in the ledger.
+
+    It holds no clock and no path: equal inputs give equal bytes.
+
+    Args:
+        stage: Name of the stage.
+        rows_in: Rows read.
+        rows_out: Rows written.
+        added: Rows made by the stage itself (paraphrases).
+        dropped: Rows dropped, by reason; a reason without rows is left out.
+        more: Further counts of the stage.
+
+    Raises:
+        StageError: The entry does not balance: rows_in + added != rows_out + dropped.
+    """
+    reasons = {reason: count for reason, count in sorted((dropped or {}).items()) if count}
+    if rows_in + added != rows_out + sum(reasons.values()):
+        raise StageError(
+            f"{stage}: the ledger does not balance: {rows_in} in + {added} added != {rows_out} out "
+            f"+ {reasons} dropped; this is a bug in the stage, report it"
+        )
+    entry = {"rows_in": rows_in, "added": added, "rows_out": rows_out, "dropped": reasons, **more}
+    write_json(DATA / stage / "summary.json", entry)
+    log.info("%s: %d in, %d added, %d out, dropped %s", stage, rows_in, added, rows_out, reasons)
+
+
+def _fail(err: PipelineError) -> int:
+    """Print the error as the last line on stderr and return the exit code."""
+    sys.stderr.write(f"error: {err}\n")
+    return 2

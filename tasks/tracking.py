@@ -1,0 +1,49 @@
+"""Where MLflow is, and the run that a stage logs to."""
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from tasks.state import state_dir
+
+EXPERIMENT = "nightshift"
+log = logging.getLogger(__name__)
+
+
+def tracking_uri() -> str:
+    """Return `MLFLOW_TRACKING_URI`, or the local database that the local stack serves as well."""
+    home = state_dir()
+    home.mkdir(parents=True, exist_ok=True)
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+
+
+def experiment_id(client: MlflowClient) -> str:
+    """Return the project's experiment; create it at first use, whoever else may be doing so."""
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return str(found.experiment_id)
+    try:
+        # An explicit location: on a database the default would be ./mlruns of the caller.
+        location = (state_dir() / "mlflow-artifacts").as_uri()
+        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    except MlflowException:
+        if found := client.get_experiment_by_name(EXPERIMENT):
+            return str(found.experiment_id)
+        raise
+
+
+def run_id(client: MlflowClient) -> str:
+    """Return the run that the caller was handed in `MLFLOW_RUN_ID`, or open one of its own."""
+    if handed := os.environ.get("MLFLOW_RUN_ID"):
+        return handed
+    run = client.create_run(experiment_id(client), run_name=f"by-hand-{Path.cwd().name}")
+    return str(run.info.run_id)
+
+
+def git_commit() -> str:
+    """Return the commit of the checkout, or `none` outside git."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "none"

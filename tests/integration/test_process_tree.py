@@ -1,0 +1,275 @@
+"""Fault tests: a real tree of processes, one of them is killed, and none may stay behind.
+
+The tree is that of a training: caller of `run` -> supervisor -> launcher -> two ranks. Processes
+are told apart by pid and start time (`psutil.Process` compares both), not by pid alone.
+"""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks import supervise
+
+pytestmark = pytest.mark.timeout(60)
+ROOT = Path(supervise.__file__).parents[1]
+
+# Traits: setsid (ranks leave the session), bare (and lose their environment), deaf (nobody obeys
+# SIGTERM), leave (the launcher ends, its ranks stay), tied (ranks call die_with_parent).
+TREE = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+folder, role, *traits = sys.argv[1:]
+if "deaf" in traits:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if role == "launcher":
+    for rank in ("rank0", "rank1"):
+        subprocess.Popen(
+            [sys.executable, __file__, folder, rank, *traits],
+            start_new_session="setsid" in traits,
+            env={} if "bare" in traits else None,
+        )
+elif "tied" in traits:
+    from tasks.supervise import die_with_parent
+    die_with_parent()
+Path(folder, f"{role}.new").write_text(str(os.getpid()))
+Path(folder, f"{role}.new").rename(Path(folder, f"{role}.pid"))
+if role != "launcher":
+    time.sleep(60)
+elif "leave" in traits:
+    while len(list(Path(folder).glob("rank?.pid"))) < 2:
+        time.sleep(0.02)
+else:
+    os.wait()
+    sys.exit(9)
+"""
+# A supervisor that hangs is given up after a second here.
+CALLER = """
+import signal, sys
+from pathlib import Path
+from tasks import supervise
+
+supervise.KILL_SECONDS = 1.0
+folder, grace_seconds, *command = sys.argv[1:]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+code = supervise.run(command, on_line=print, grace_seconds=float(grace_seconds))
+Path(folder, "code").write_text(str(code))
+"""
+ROLES = ("launcher", "rank0", "rank1")
+# Who stands above the launcher, from the nearest on.
+SHAPES = {
+    "run": ["supervisor", "caller"],
+    "program": ["supervisor"],
+    "run in run": ["supervisor", "caller", "outer supervisor", "outer caller"],
+}
+both_sessions = pytest.mark.parametrize("traits", [(), ("setsid",)], ids=["session", "setsid"])
+
+Tree = dict[str, psutil.Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tree]]:
+    """Start a tree and wait until it stands; kill what is left of it after the test."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "tree.py").write_text(TREE)
+    (tmp_path / "caller.py").write_text(CALLER)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_tree(*traits: str, shape: str = "run", grace_seconds: float = 5.0) -> Tree:
+        command = [sys.executable, str(tmp_path / "tree.py"), str(tmp_path), "launcher", *traits]
+        if shape == "program":
+            program = [sys.executable, supervise.__file__, f"--grace={grace_seconds}", "--"]
+            command = [*program, *command]
+        else:
+            caller = [sys.executable, str(tmp_path / "caller.py"), str(tmp_path)]
+            for _ in range(len(SHAPES[shape]) // 2):
+                command = [*caller, str(grace_seconds), *command]
+        started.append(subprocess.Popen(command))
+        wait_until(lambda: all((tmp_path / f"{role}.pid").exists() for role in ROLES))
+        tree = {role: psutil.Process(read_int(tmp_path / f"{role}.pid")) for role in ROLES}
+        tree |= dict(zip(SHAPES[shape], tree["launcher"].parents(), strict=False))
+        return tree
+
+    yield start_tree
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            # Every process of the tree has the test's folder in its command line.
+            if str(tmp_path) in " ".join(process.cmdline()):
+                process.kill()
+    for popen in started:
+        popen.kill()
+        popen.wait()
+
+
+def read_int(path: Path) -> int:
+    return int(path.read_text())
+
+
+def wait_until(is_met: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for a condition; the assertion after it says what is missing."""
+    deadline = time.monotonic() + seconds
+    while not is_met() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def find_alive(tree: Tree) -> list[str]:
+    """Names of the processes that run. A zombie is dead: who reaps it is its parent's business."""
+    alive = []
+    for name, process in tree.items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(name)
+    return sorted(alive)
+
+
+def assert_all_end(tree: Tree, seconds: float = 5.0) -> None:
+    wait_until(lambda: not find_alive(tree), seconds)
+    assert find_alive(tree) == []
+
+
+def test_the_tree_stands_before_a_fault_is_planted(start: Callable[..., Tree]) -> None:
+    tree = start("setsid")
+    assert find_alive(tree) == ["caller", "launcher", "rank0", "rank1", "supervisor"]
+    parents = [process.pid for process in tree["rank0"].parents()[:3]]
+    assert parents == [tree["launcher"].pid, tree["supervisor"].pid, tree["caller"].pid]
+
+
+@both_sessions
+def test_sigterm_to_the_supervisor_ends_all(
+    start: Callable[..., Tree], tmp_path: Path, traits: tuple[str, ...]
+) -> None:
+    tree = start(*traits)
+    tree["supervisor"].terminate()
+    assert_all_end(tree)
+    assert read_int(tmp_path / "code") == 143
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_the_supervisor_hands_on_the_signal_that_it_got(
+    start: Callable[..., Tree], tmp_path: Path, signum: int, code: int
+) -> None:
+    tree = start("setsid")
+    tree["supervisor"].send_signal(signum)
+    assert_all_end(tree)
+    assert read_int(tmp_path / "code") == code
+
+
+def test_a_tree_that_ignores_sigterm_is_killed_after_its_grace(
+    start: Callable[..., Tree], tmp_path: Path
+) -> None:
+    tree = start("setsid", "deaf", grace_seconds=0.5)
+    tree["supervisor"].terminate()
+    assert_all_end(tree)
+    assert read_int(tmp_path / "code") == 137
+
+
+@both_sessions
+def test_kill_9_of_the_caller_ends_all(
+    start: Callable[..., Tree], traits: tuple[str, ...]
+) -> None:
+    tree = start(*traits)
+    tree["caller"].kill()
+    assert_all_end(tree)
+
+
+def test_kill_9_of_the_caller_in_the_grace_of_the_tree_ends_all(
+    start: Callable[..., Tree],
+) -> None:
+    tree = start("setsid", "deaf", grace_seconds=1.0)
+    tree["caller"].terminate()
+    time.sleep(0.2)
+    tree["caller"].kill()
+    assert_all_end(tree)
+
+
+@both_sessions
+def test_a_signal_handler_of_the_caller_that_exits_ends_all(
+    start: Callable[..., Tree], traits: tuple[str, ...]
+) -> None:
+    tree = start(*traits)
+    tree["caller"].terminate()
+    assert_all_end(tree)
+
+
+@both_sessions
+def test_kill_9_of_the_launcher_ends_its_ranks(
+    start: Callable[..., Tree], tmp_path: Path, traits: tuple[str, ...]
+) -> None:
+    tree = start(*traits)
+    tree["launcher"].kill()
+    assert_all_end(tree)
+    assert read_int(tmp_path / "code") == 137
+
+
+@both_sessions
+def test_kill_9_of_a_rank_ends_all_when_the_launcher_gives_up(
+    start: Callable[..., Tree], tmp_path: Path, traits: tuple[str, ...]
+) -> None:
+    tree = start(*traits)
+    tree["rank0"].kill()
+    assert_all_end(tree)
+    assert read_int(tmp_path / "code") == 9
+
+
+@pytest.mark.parametrize("traits", [(), ("setsid",), ("bare",)], ids=["session", "setsid", "bare"])
+def test_kill_9_of_the_supervisor_ends_all_while_the_caller_lives(
+    start: Callable[..., Tree], tmp_path: Path, traits: tuple[str, ...]
+) -> None:
+    tree = start(*traits)
+    tree["supervisor"].kill()
+    assert_all_end(tree)
+    assert read_int(tmp_path / "code") == 137
+
+
+def test_a_supervisor_that_hangs_is_killed_with_all_below(start: Callable[..., Tree]) -> None:
+    tree = start("setsid", grace_seconds=0.2)
+    tree["supervisor"].suspend()
+    tree["caller"].terminate()
+    assert_all_end(tree)
+
+
+def test_kill_9_of_a_supervisor_without_a_caller_ends_at_least_the_command(
+    start: Callable[..., Tree],
+) -> None:
+    tree = start("setsid", shape="program")
+    tree["supervisor"].kill()
+    wait_until(lambda: find_alive(tree) == ["rank0", "rank1"])
+    assert find_alive(tree) == ["rank0", "rank1"], "if this is [], the module docstring is too shy"
+
+
+def test_ranks_that_die_with_their_parent_leave_no_hole(start: Callable[..., Tree]) -> None:
+    tree = start("setsid", "tied", shape="program")
+    tree["supervisor"].kill()
+    assert_all_end(tree)
+
+
+def test_ranks_that_outlive_a_launcher_which_ended_well_are_ended(
+    start: Callable[..., Tree], tmp_path: Path
+) -> None:
+    tree = start("setsid", "leave")
+    assert_all_end(tree)
+    assert read_int(tmp_path / "code") == 0
+
+
+@pytest.mark.parametrize("victim", ["outer caller", "outer supervisor", "caller", "supervisor"])
+def test_kill_9_anywhere_in_a_run_inside_a_run_ends_all(
+    start: Callable[..., Tree], victim: str
+) -> None:
+    tree = start("setsid", shape="run in run")
+    tree[victim].kill()
+    assert_all_end(tree)
+
+
+def test_a_parent_that_died_before_the_supervisor_looked_is_noticed(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    program = [sys.executable, supervise.__file__, f"--parent={gone.pid}"]
+    done = subprocess.run([*program, "--", "sleep", "60"], check=False, timeout=10, cwd=tmp_path)
+    assert done.returncode == 143
