@@ -69,6 +69,10 @@ def edit(text: str, overrides: Mapping[str, Any]) -> str:
     parser = YAML()
     parser.preserve_quotes = True
     parser.width = 4096
+    # As the file writes it: ruamel's own choice for None is nothing at all.
+    parser.representer.add_representer(
+        type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     values = parser.load(text)
     for key, value in overrides.items():
         *sections, last = key.split(".")

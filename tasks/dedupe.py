@@ -142,6 +142,8 @@ def band_buckets(texts: dict[int, str], params: DedupeParams) -> dict[int, list[
     Returns:
         index -> sorted bucket numbers; empty when no other text shares a band.
     """
+    if not texts:
+        return {}
     frame = daft.from_pydict({"index": list(texts), "text": list(texts.values())})
     signature = daft.col("text").minhash(
         num_hashes=params.num_perm,

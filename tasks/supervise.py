@@ -169,7 +169,8 @@ def _start(
     return subprocess.Popen(
         [
             sys.executable,
-            # By path and with -P: the working directory may hold another version of `tasks`.
+            # By path: the working directory may hold another version of `tasks`. With -P: no
+            # module beside this one can take the name of a library.
             *("-P", __file__, f"--grace={grace_seconds}", f"--parent={os.getpid()}", "--"),
             *command,
         ],

@@ -127,7 +127,8 @@ def rank_environment(device: str) -> dict[str, str]:
         # DeepSpeed compiles its operators with ninja from the same environment.
         "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]),
         "PYTHONPATH": str(Path.cwd()),
-        "TORCH_EXTENSIONS_DIR": str(state_dir() / "torch-extensions"),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
+        or str(state_dir() / "torch-extensions"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }

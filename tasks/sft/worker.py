@@ -125,7 +125,7 @@ def training_arguments(job: dict[str, Any], params: SftParams) -> SFTConfig:
         bf16=job["precision"] == "bf16",
         use_cpu=job["device"] == "cpu",
         deepspeed=deepspeed_config(params, job["precision"]),
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         # The rows are packed and shuffled by the plan.
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -1,5 +1,6 @@
 """What `run` hands on and returns. Who is killed when, is in integration/test_process_tree.py."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -41,7 +42,8 @@ def test_a_line_arrives_while_the_command_still_runs(tmp_path: Path) -> None:
     assert lines == ["ready", "done"]
 
 
-def test_python_below_is_not_buffered() -> None:
+def test_python_below_is_not_buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     lines: list[str] = []
 
     def stop(line: str) -> None:
@@ -65,6 +67,17 @@ def test_a_carriage_return_ends_a_line_and_blank_lines_are_left_out() -> None:
 
 def test_the_last_line_needs_no_end() -> None:
     assert run_shell("printf 'no newline'") == (0, ["no newline"])
+
+
+def test_what_was_written_while_on_line_was_busy_arrives_after_the_end() -> None:
+    lines: list[str] = []
+
+    def be_slow(line: str) -> None:
+        lines.append(line)
+        time.sleep(0.7 if line == "one" else 0.0)
+
+    assert run(["sh", "-c", "echo one; sleep 0.1; echo two"], on_line=be_slow) == 0
+    assert lines == ["one", "two"]
 
 
 def test_bytes_that_are_not_utf8_are_replaced() -> None:
@@ -113,8 +126,16 @@ def test_arguments_reach_the_command_without_a_shell() -> None:
     assert lines == ["$HOME; exit 3", "--", "--grace"]
 
 
-def test_stdin_is_empty() -> None:
-    assert run_shell("cat; echo end") == (0, ["end"])
+def test_stdin_is_empty_even_where_this_process_could_read() -> None:
+    reader, writer = os.pipe()
+    own = os.dup(0)
+    os.dup2(reader, 0)
+    try:
+        assert run_shell("cat; echo end") == (0, ["end"])
+    finally:
+        os.dup2(own, 0)
+        for descriptor in (own, reader, writer):
+            os.close(descriptor)
 
 
 def test_env_is_set_on_top_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +184,19 @@ def test_what_the_command_says_in_its_grace_arrives(stop: type[BaseException]) -
         run(["sh", "-c", script], on_line=interrupt)
     # Between the two the shell may report that its `sleep` was terminated.
     assert (lines[0], lines[-1]) == ("ready", "checkpoint saved")
+
+
+def test_a_process_is_told_to_end_even_if_its_parent_stays() -> None:
+    def interrupt(line: str) -> None:
+        lines.append(line)
+        if line == "ready":
+            raise KeyboardInterrupt
+
+    lines: list[str] = []
+    rank = "trap 'echo saved; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+    with pytest.raises(KeyboardInterrupt):
+        run(["sh", "-c", 'trap : TERM; sh -c "$1"', "sh", rank], on_line=interrupt)
+    assert "saved" in lines
 
 
 def test_what_a_process_starts_in_its_grace_may_finish() -> None:
@@ -215,7 +249,7 @@ def test_two_threads_run_at_once_and_end_only_their_own_tree() -> None:
     def work(name: str, script: str) -> None:
         results[name] = run_shell(script)
 
-    scripts = {"short": "echo a; exit 1", "long": "sleep 1.5; echo b; exit 2"}
+    scripts = {"short": "echo a; exit 1", "long": "sleep 0.8; echo b; exit 2"}
     threads = [threading.Thread(target=work, args=item) for item in scripts.items()]
     for thread in threads:
         thread.start()

@@ -1,0 +1,94 @@
+"""The `nightshift` command: thin verbs over the stack, the flow and its files."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.scoreboard import rows, scoreboard_file
+from infra import stack, watch
+from tasks.errors import PipelineError
+
+app = typer.Typer(
+    help="Retrain a language model every night; ship it only when it is measurably better.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+console = Console()
+
+
+def told_plainly(verb: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error that the user can act on into one line and exit code 2."""
+
+    @wraps(verb)
+    def told(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - passes on what Typer gives
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        try:
+            verb(*args, **kwargs)
+        except PipelineError as err:
+            sys.stderr.write(f"error: {err}\n")
+            raise typer.Exit(2) from err
+
+    return told
+
+
+@app.command()
+@told_plainly
+def up() -> None:
+    """Start Prefect, MLflow and a worker on this machine, and deploy the flows."""
+    stack.up()
+    status()
+
+
+@app.command()
+@told_plainly
+def down() -> None:
+    """Stop what `up` started; databases and checkpoints stay."""
+    stopped = stack.down()
+    console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+@app.command()
+@told_plainly
+def status() -> None:
+    """Show the services, where they are and whether they answer."""
+    table = Table("service", "pid", "address", "healthy", box=None)
+    for row in stack.status():
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
+
+
+@app.command()
+@told_plainly
+def snapshot() -> None:
+    """Bring in new data, benchmarks and the champion, as `dvc repro` by hand needs them."""
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "tasks.snapshot"], check=False).returncode)
+
+
+@app.command()
+@told_plainly
+def run(overrides: str = typer.Option("", help='JSON, such as {"sft.num_train_epochs": 2}')) -> None:
+    """Retrain once and show the scoreboard. A run that is under way is watched instead."""
+    running = stack.up()
+    watch.run_deployment("finetune/prod", overrides, stack.environment(running))
+    print_scoreboard(running)
+
+
+def print_scoreboard(running: stack.Stack) -> None:
+    """Print the last run's outcome and where to read more."""
+    board = json.loads(Path(scoreboard_file()).read_text(encoding="utf-8"))
+    table = Table(title="Nightshift", box=None, show_header=False)
+    for label, value in rows(board):
+        table.add_row(label, value)
+    table.add_row("Prefect", running.prefect_ui)
+    table.add_row("MLflow", running.mlflow_url)
+    console.print(table)

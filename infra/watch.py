@@ -1,0 +1,88 @@
+"""Run a deployment from the terminal: start it, or join the run under way, and show its training steps."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tasks.errors import StageError
+
+POLL_SECONDS = 2.0
+ACTIVE = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")
+
+
+def run_deployment(deployment: str, overrides: str, env: Mapping[str, str]) -> None:
+    """Start a run of the deployment, or join the one under way, and follow it to its end.
+
+    Args:
+        deployment: `flow/deployment`.
+        overrides: JSON for the flow's parameter `overrides`, or empty.
+        env: Environment of the local stack.
+
+    Raises:
+        StageError: The run did not complete, or another one is under way and cannot take overrides.
+    """
+    api = env["PREFECT_API_URL"]
+    active = find_active(api, deployment)
+    if active and overrides:
+        raise StageError(f"{deployment}: run {active['name']} is under way; wait for it or cancel it")
+    if active:
+        command = ["flow-run", "watch", active["id"]]
+    else:
+        command = ["deployment", "run", deployment, "--watch"]
+        command += ["--param", f"overrides={overrides}"] if overrides else []
+    ended = threading.Event()
+    ticker = threading.Thread(target=show_steps, args=(api, ended), daemon=True)
+    ticker.start()
+    prefect = str(Path(sys.executable).with_name("prefect"))
+    code = subprocess.run([prefect, *command], env={**os.environ, **env}, check=False).returncode
+    ended.set()
+    if code:
+        raise StageError(
+            f"{deployment}: the run did not complete; its log says why: {api.removesuffix('/api')}"
+        )
+
+
+def show_steps(api: str, ended: threading.Event) -> None:
+    """Print the newest training step whenever it changes, until the run has ended."""
+    latest = read_progress(api)
+    while not ended.wait(POLL_SECONDS):
+        if (line := read_progress(api)) != latest:
+            latest = line
+            sys.stdout.write(f"  {line}\n")
+            sys.stdout.flush()
+
+
+def read_progress(api: str) -> str:
+    """Return the text of the newest progress artefact, or nothing."""
+    body = {"artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_DESC", "limit": 1}
+    found = post(api, "/artifacts/filter", body)
+    return str(found[0]["description"]) if found else ""
+
+
+def find_active(api: str, deployment: str) -> dict[str, Any] | None:
+    """Return the oldest run of the deployment that has begun or waits to, or None.
+
+    A run that the schedule has planned for a later night does not count.
+    """
+    flow, name = deployment.split("/")
+    body = {
+        "flows": {"name": {"any_": [flow]}},
+        "deployments": {"name": {"any_": [name]}},
+        "flow_runs": {"state": {"type": {"any_": list(ACTIVE)}}},
+        "sort": "EXPECTED_START_TIME_ASC",
+    }
+    runs: list[dict[str, Any]] = post(api, "/flow_runs/filter", body)
+    return next((run for run in runs if not run["auto_scheduled"]), None)
+
+
+def post(api: str, path: str, body: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
+    """Query the Prefect API."""
+    response = httpx.post(f"{api}{path}", json=body, timeout=30)
+    response.raise_for_status()
+    return response.json()

@@ -1,0 +1,139 @@
+"""What holds between dvc.yaml, params.yaml and the code, so that DVC never serves a stale hit."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.check import section_schemas
+from tasks.graph import outputs, read_stages, stage_order
+from tests.checkouts import BIN, ROOT
+
+STAGES = read_stages(ROOT / "dvc.yaml")
+NEEDS_NO_TORCH = ("ingest", "dedupe", "split", "augment", "decontaminate", "gate")
+
+
+def sources_of(stage: str) -> list[Path]:
+    """Files that make up a stage: its module, or all modules of its folder."""
+    folder = ROOT / "tasks" / stage
+    return sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def imported(file: Path) -> Iterator[Path]:
+    """Files of the project that a file imports, at any level of its code."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            path = ROOT.joinpath(*name.split("."))
+            for found in (path.with_suffix(".py"), path / "__init__.py"):
+                if name.startswith("tasks.") and found.is_file():
+                    yield found
+
+
+def closure(stage: str) -> set[str]:
+    """Paths, relative to the root, of all code that a stage runs."""
+    seen: set[Path] = set()
+    todo = sources_of(stage)
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo += imported(file)
+    return {path.relative_to(ROOT).as_posix() for path in seen}
+
+
+def test_there_are_ten_stages_and_dvc_sees_the_same_order() -> None:
+    assert len(STAGES) == 10
+    order = stage_order(ROOT / "dvc.yaml")
+    dot = subprocess.run(
+        [str(BIN / "dvc"), "dag", "--dot"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    edges = [line.strip().rstrip(";").split(" -> ") for line in dot.splitlines() if "->" in line]
+    pairs = [(a.strip('"'), b.strip('"')) for a, b in edges]
+    pairs = [(a, b) for a, b in pairs if a in order and b in order]
+    assert len(pairs) >= 10
+    assert all(order.index(before) < order.index(after) for before, after in pairs)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_declares_all_code_that_it_runs(stage: str) -> None:
+    declared = set(STAGES[stage]["deps"])
+    missing = {
+        path
+        for path in closure(stage)
+        if path not in declared and path.rsplit("/", 1)[0] not in declared
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_declares_no_code_that_it_does_not_run(stage: str) -> None:
+    code = [path for path in STAGES[stage]["deps"] if path.startswith("tasks/")]
+    run = closure(stage)
+    assert [p for p in code if p not in run and not any(q.startswith(f"{p}/") for q in run)] == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_one_word_everywhere(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert STAGES[stage]["cmd"] == f"python -m tasks.{stage}"
+    assert STAGES[stage]["params"] == [stage]
+    assert stage in section_schemas()
+    assert f"data/{stage}/summary.json" in outputs(STAGES[stage])
+    assert all(path.startswith(f"data/{stage}/") for path in outputs(STAGES[stage]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_data_path_in_the_code_is_declared(stage: str) -> None:
+    """Constants such as `DATA / "split" / "test.parquet"` appear in deps or outs."""
+    declared = [*STAGES[stage]["deps"], *outputs(STAGES[stage])]
+    found = 0
+    for file in sources_of(stage):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not (isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("DATA /")):
+                continue
+            path = "/".join(["data", *ast.literal_eval(f"[{ast.unparse(node.value)[7:].replace(' / ', ', ')}]")])
+            found += 1
+            assert any(
+                path == d or path.startswith(f"{d}/") or d.startswith(f"{path}/") for d in declared
+            ), path
+    assert found > 0
+
+
+def test_no_stage_has_an_output_that_switches_the_run_cache_off() -> None:
+    for definition in STAGES.values():
+        for entry in [*definition["outs"], *definition["metrics"]]:
+            assert isinstance(entry, str), f"{entry}: persist and cache: false re-run the stage"
+
+
+def loaded_modules(code: str) -> set[str]:
+    """Modules that a program has loaded at its end, in a process of its own."""
+    program = f"{code}\nimport json, sys\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_data_stages_flows_and_the_command_line_do_not_load_torch() -> None:
+    modules = [f"tasks.{name}" for name in (*NEEDS_NO_TORCH, "check", "snapshot", "register")]
+    modules += ["tasks.augment.__main__", "flows.finetune", "infra.cli"]
+    loaded = loaded_modules("\n".join(f"import {name}" for name in modules))
+    assert "tasks.ingest" in loaded
+    assert "torch" not in loaded
+
+
+def test_tasks_never_load_prefect() -> None:
+    names = sorted(path.stem for path in (ROOT / "tasks").glob("*.py"))
+    assert len(names) > 20
+    # served_model sets MLflow's model when it is imported.
+    code = "\n".join(f"import tasks.{name}" for name in names if name != "served_model")
+    assert "prefect" not in loaded_modules(code)

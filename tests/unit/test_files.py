@@ -1,0 +1,56 @@
+"""Files that stages exchange."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tasks.files import (
+    file_digest,
+    read_rows,
+    replaced,
+    text_digest,
+    tree_digest,
+    write_json,
+    write_rows,
+    write_text,
+)
+
+SCHEMA = pa.schema([("a", pa.int32()), ("b", pa.string())])
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), replaced(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
+    rows = [{"a": 1, "b": "é"}, {"a": None, "b": ""}]
+    for name in ("one", "two"):
+        write_rows(tmp_path / name, rows, SCHEMA)
+    assert file_digest(tmp_path / "one") == file_digest(tmp_path / "two")
+    assert read_rows(tmp_path / "one") == rows
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+
+
+def test_a_tree_digest_sees_names_and_bytes_but_not_the_place(tmp_path: Path) -> None:
+    for place in ("p", "q"):
+        write_text(tmp_path / place / "model" / "a.txt", "1")
+    assert tree_digest(tmp_path / "p" / "model") == tree_digest(tmp_path / "q" / "model")
+    before = tree_digest(tmp_path / "p" / "model")
+    (tmp_path / "p" / "model" / "a.txt").rename(tmp_path / "p" / "model" / "b.txt")
+    assert tree_digest(tmp_path / "p" / "model") != before
+
+
+def test_a_text_digest_is_stable() -> None:
+    assert text_digest("a", "b") == "cfb9cbd0aeeea44e"
+    assert text_digest("a", "b") != text_digest("b", "a")

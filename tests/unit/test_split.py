@@ -1,0 +1,38 @@
+"""Where each example goes."""
+
+from pathlib import Path
+
+from tasks.files import read_json, read_rows, write_rows
+from tasks.schemas import GROUPED
+from tasks.split import SplitParams, main, side
+
+
+def test_a_group_has_a_side_that_never_changes() -> None:
+    params = SplitParams(validation_share=0.05, test_share=0.1, by_phrasing=[], seed=0)
+    sides = {i: side(f"group-{i}", params) for i in (0, 8, 21, 32, 40)}
+    assert sides == {0: "train", 8: "test", 21: "validation", 32: "test", 40: "validation"}
+
+
+def test_a_source_by_phrasing_trains_as_a_whole(in_tmp: Path) -> None:
+    (in_tmp / "params.yaml").write_text(
+        "split: {validation_share: 0.3, test_share: 0.5, by_phrasing: [facts], seed: 0}"
+    )
+    rows = [
+        {
+            "id": f"{source}{i}",
+            "messages": [],
+            "source": source,
+            "origin": "x:1",
+            "arrival": 1,
+            "group_id": f"{source}{i}",
+        }
+        for source in ("facts", "chats")
+        for i in range(20)
+    ]
+    write_rows(Path("data/dedupe/examples.parquet"), rows, GROUPED)
+    main()
+    train = read_rows(Path("data/split/train.parquet"))
+    assert [row["source"] for row in train].count("facts") == 20
+    summary = read_json(Path("data/split/summary.json"))
+    assert summary["rows_in"] == summary["rows_out"] == 40
+    assert sum(summary["rows_out_by_side"].values()) == 40
