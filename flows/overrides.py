@@ -64,7 +64,7 @@ def edit(text: str, overrides: Mapping[str, Any]) -> str:
         >>> edit("sft:\n  seed: 0 # order\n", {"sft.seed": 7})
         'sft:\n  seed: 7 # order\n'
     """
-    if wrong := [key for key in overrides if len(key.split(".")) < 2]:  # noqa: PLR2004 - section and key
+    if wrong := [key for key in overrides if len(key.split(".")) < 2]:
         raise report([f"override {key!r}: must be section.key" for key in wrong])
     parser = YAML()
     parser.preserve_quotes = True

@@ -9,15 +9,19 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from uuid import UUID
+from typing import TYPE_CHECKING
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from tasks import supervise
 from tasks.errors import StageError
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 STEP = re.compile(r"\bstep (\d+)/(\d+)\b")
 BIN = Path(sys.executable).parent

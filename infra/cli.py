@@ -29,7 +29,7 @@ def told_plainly(verb: Callable[..., None]) -> Callable[..., None]:
     """Turn an error that the user can act on into one line and exit code 2."""
 
     @wraps(verb)
-    def told(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - passes on what Typer gives
+    def told(*args: Any, **kwargs: Any) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
         try:
@@ -76,7 +76,9 @@ def snapshot() -> None:
 
 @app.command()
 @told_plainly
-def run(overrides: str = typer.Option("", help='JSON, such as {"sft.num_train_epochs": 2}')) -> None:
+def run(
+    overrides: str = typer.Option("", help='JSON, such as {"sft.num_train_epochs": 2}'),
+) -> None:
     """Retrain once and show the scoreboard. A run that is under way is watched instead."""
     running = stack.up()
     watch.run_deployment("finetune/prod", overrides, stack.environment(running))

@@ -81,7 +81,7 @@ def find_active(api: str, deployment: str) -> dict[str, Any] | None:
     return next((run for run in runs if not run["auto_scheduled"]), None)
 
 
-def post(api: str, path: str, body: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
+def post(api: str, path: str, body: dict[str, Any]) -> Any:
     """Query the Prefect API."""
     response = httpx.post(f"{api}{path}", json=body, timeout=30)
     response.raise_for_status()

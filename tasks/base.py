@@ -51,9 +51,7 @@ def main() -> None:
     folder, gguf = locate(params.model)
     save(folder, gguf, params.dtype, TARGET)
     digests = {path.name: file_digest(path) for path in sorted(TARGET.iterdir())}
-    write_json(
-        RECORD, {"model": params.model, "dtype": params.dtype, "files": digests}
-    )
+    write_json(RECORD, {"model": params.model, "dtype": params.dtype, "files": digests})
     write_summary("base", rows_in=0, rows_out=0, files=len(digests))
 
 
@@ -78,7 +76,10 @@ def locate(model: str) -> tuple[Path, str | None]:
 
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
         where = snapshot_download(
-            found["id"], revision=found["commit"], allow_patterns=patterns, ignore_patterns=["*.bin"]
+            found["id"],
+            revision=found["commit"],
+            allow_patterns=patterns,
+            ignore_patterns=["*.bin"],
         )
         return Path(where), None
     if not (Path(model) / "config.json").is_file():

@@ -52,9 +52,9 @@ def find_conflicts(values: dict[str, Any]) -> list[str]:
     """List values that are right one by one but not together.
 
     Example:
-        >>> find_conflicts({"snapshot": {"sources": {"a": "x"}}, "split": {"by_phrasing": ["b"]},
+        >>> find_conflicts({"snapshot": {"sources": {"a": "x"}}, "split": {"by_phrasing": []},
         ...                 "augment": {"sources": []}, "sft": {"max_steps": 5, "warmup_steps": 5}})
-        ['split.by_phrasing: no source is named b; known keys: a', 'sft.warmup_steps: 5 must be below max_steps=5; lower it']
+        ['sft.warmup_steps: 5 must be below max_steps=5; lower it']
     """
     sources = list(values["snapshot"]["sources"])
     found = [

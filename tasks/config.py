@@ -88,7 +88,7 @@ def suggestion(word: str, known: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
 
 
-def _describe(model: type[StageParams], section: str, error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+def _describe(model: type[StageParams], section: str, error: Any) -> str:
     """Turn one pydantic error into `section.key: problem, value; remedy`."""
     key = ".".join([section, *(str(part) for part in error["loc"])])
     match error["type"]:

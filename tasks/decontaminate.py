@@ -86,9 +86,7 @@ def evaluation_questions(test: Path, benchmarks: Path) -> list[tuple[str, str, s
     return questions
 
 
-def index(
-    questions: Iterable[tuple[str, str, str]], ngram_size: int
-) -> dict[str, tuple[str, str, str]]:
+def index(questions: Iterable[tuple[str, str, str]], ngram_size: int) -> dict[str, tuple[str, str, str]]:
     """Map each whole question and each of its n-grams to (benchmark, item, reason).
 
     A question shorter than `ngram_size` words counts as a whole only.

@@ -167,9 +167,7 @@ def band_buckets(texts: dict[int, str], params: DedupeParams) -> dict[int, list[
     return buckets
 
 
-def _removed_rows(
-    examples: list[dict[str, Any]], removals: dict[int, Removal]
-) -> list[dict[str, Any]]:
+def _removed_rows(examples: list[dict[str, Any]], removals: dict[int, Removal]) -> list[dict[str, Any]]:
     """Name each removed example and the one that stays for it."""
     return [
         {

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a temporary path that takes the place of `path` when the block succeeds."""
@@ -41,7 +42,7 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON has no static type
+def read_json(path: Path) -> Any:
     """Read one JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -92,9 +92,7 @@ def decide(
     return {**evidence, **verdict(decisive, losses, params.max_loss_increase)}
 
 
-def verdict(
-    interval: dict[str, Any], losses: Sequence[float], max_loss_increase: float
-) -> dict[str, str]:
+def verdict(interval: dict[str, Any], losses: Sequence[float], max_loss_increase: float) -> dict[str, str]:
     """Turn the evidence into a verdict and its reason.
 
     Example:
@@ -128,7 +126,9 @@ def paired(rows: Sequence[Row], reference: str, *, is_test: bool) -> list[tuple[
 
 
 def find_fault(
-    correct: Sequence[tuple[Row, Row | None]], heldout: Sequence[tuple[Row, Row | None]], least: int
+    correct: Sequence[tuple[Row, Row | None]],
+    heldout: Sequence[tuple[Row, Row | None]],
+    least: int,
 ) -> str | None:
     """Say why the scores allow no verdict, or None."""
     pairs = [*correct, *heldout]
@@ -153,9 +153,7 @@ def count_look(candidate: str, looks: Sequence[str]) -> int:
     return looks.index(candidate) + 1 if candidate in looks else len(looks) + 1
 
 
-def mean_interval(
-    pairs: Sequence[tuple[float, float]], alpha: float, params: GateParams
-) -> dict[str, Any]:
+def mean_interval(pairs: Sequence[tuple[float, float]], alpha: float, params: GateParams) -> dict[str, Any]:
     """Bootstrap interval (BCa) of the mean paired difference.
 
     Args:

@@ -80,9 +80,7 @@ def ingest(raw: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
             origin = f"{shard.relative_to(raw).as_posix()}:{number}"
             messages, reason = parse(line)
             if reason:
-                quarantine.append(
-                    {"origin": origin, "reason": reason, "remedy": REMEDIES[reason]}
-                )
+                quarantine.append({"origin": origin, "reason": reason, "remedy": REMEDIES[reason]})
                 continue
             examples.append(
                 {

@@ -30,12 +30,10 @@ def check_ledger(data: Path = DATA) -> None:
         if read != written:
             found.append(f"{'.'.join(reader)}={read}, but {'.'.join(writer)}={written}")
     if found:
-        raise StageError(
-            f"{data}: the ledger does not balance: {'; '.join(found)}; run `dvc repro --force`"
-        )
+        raise StageError(f"{data}: the ledger does not balance: {'; '.join(found)}; run `dvc repro --force`")
 
 
-def entry(data: Path, stage: str, *keys: str) -> Any:  # noqa: ANN401 - a JSON value
+def entry(data: Path, stage: str, *keys: str) -> Any:
     """Return one value of a stage's summary."""
     value = read_json(data / stage / "summary.json")
     for key in keys:

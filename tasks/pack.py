@@ -78,7 +78,7 @@ def main() -> None:
     )
 
 
-def encode(messages: Sequence[dict[str, str]], tokenizer: Any) -> Encoded:  # noqa: ANN401 - transformers has no stubs
+def encode(messages: Sequence[dict[str, str]], tokenizer: Any) -> Encoded:
     """Tokenise a conversation and label its assistant turns, each with its stop token.
 
     Args:
@@ -111,7 +111,7 @@ def span(
     messages: Sequence[dict[str, str]],
     turn: int,
     text: str,
-    tokenizer: Any,  # noqa: ANN401 - transformers has no stubs
+    tokenizer: Any,
 ) -> tuple[int, int]:
     """Locate an assistant turn in the rendered text: its content and the stop token after it.
 
@@ -121,9 +121,7 @@ def span(
     Raises:
         DataError: The rendered beginning of the conversation is no prefix of the whole.
     """
-    before = tokenizer.apply_chat_template(
-        messages[:turn], tokenize=False, add_generation_prompt=True
-    )
+    before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
     after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
     if not (text.startswith(after) and after.startswith(before)):
         raise DataError(

@@ -23,7 +23,7 @@ MAX_NEW_TOKENS = 64
 class AdapterChat(ChatModel):
     """Greedy chat with the adapter on its base."""
 
-    def load_context(self, context: Any) -> None:  # noqa: ANN401 - MLflow's context
+    def load_context(self, context: Any) -> None:
         """Find the base, verify it, and put the adapter on it.
 
         Raises:
@@ -37,7 +37,7 @@ class AdapterChat(ChatModel):
 
     def predict(
         self,
-        context: Any,  # noqa: ANN401, ARG002 - MLflow's signature
+        context: Any,  # noqa: ARG002 - MLflow's signature
         messages: list[ChatMessage],
         params: ChatParams | None = None,
     ) -> ChatCompletionResponse:
@@ -70,7 +70,7 @@ def load(base: Path, adapter: Path) -> tuple[Any, Any]:
     return PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(base)
 
 
-def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> str:  # noqa: ANN401
+def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> str:
     """Generate greedily; the same files give the same answer."""
     inputs = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True

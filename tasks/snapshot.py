@@ -21,18 +21,19 @@ from pydantic import field_validator
 from tasks import registry, sources
 from tasks.config import StageParams, load_params
 from tasks.errors import DataError, StageError
-from tasks.files import file_digest, jsonl, replaced, write_json, write_text
+from tasks.files import file_digest, jsonl, replaced, write_text
 from tasks.stage import run_main
 
 RAW = Path("data/raw")
 BENCHMARKS = Path("data/benchmarks")
 CHAMPION = Path("data/champion")
 
-PACKAGES: dict[str, Callable[[], Iterable[sources.Row]]] = {
+Reader = Callable[[], Iterable[sources.Row]]
+PACKAGES: dict[str, Reader] = {
     "mendeleev": sources.elements,
     "chatterbot-corpus": sources.dialogs,
 }
-BENCHMARK_PACKAGES: dict[str, Callable[[], Iterable[sources.Row]]] = {
+BENCHMARK_PACKAGES: dict[str, Reader] = {
     "mendeleev": sources.element_items,
 }
 log = logging.getLogger(__name__)
@@ -163,7 +164,10 @@ def version(folder: Path) -> None:
         raise StageError(f"dvc add {folder} failed: {done.stderr.strip()}; see `dvc doctor`")
 
 
-def _require_known(values: dict[str, str], packages: dict[str, object] | dict[str, Callable[[], Iterable[sources.Row]]]) -> dict[str, str]:
+def _require_known(
+    values: dict[str, str],
+    packages: dict[str, object] | dict[str, Callable[[], Iterable[sources.Row]]],
+) -> dict[str, str]:
     """Reject `package:` locations that nobody reads."""
     for location in values.values():
         name = location.removeprefix("package:")

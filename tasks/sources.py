@@ -107,7 +107,7 @@ def element_items(seed: int = 0) -> Iterator[Row]:
     facts = list(_facts())
     values = {a.column: sorted({v for b, _, v in facts if b is a}) for a in ATTRIBUTES}
     for attribute, name, value in facts:
-        rng = random.Random(f"{seed}/{attribute.column}/{name}")  # noqa: S311 - not cryptographic
+        rng = random.Random(f"{seed}/{attribute.column}/{name}")
         others = [other for other in values[attribute.column] if other != value]
         options = [value, *rng.sample(others, CHOICES - 1)]
         rng.shuffle(options)

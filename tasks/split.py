@@ -52,8 +52,7 @@ def main() -> None:
     params = load_params(SplitParams, "split")
     examples = read_rows(SOURCE)
     sides = [
-        "train" if row["source"] in params.by_phrasing else side(row["group_id"], params)
-        for row in examples
+        "train" if row["source"] in params.by_phrasing else side(row["group_id"], params) for row in examples
     ]
     for name in SIDES:
         rows = [row for row, at in zip(examples, sides, strict=True) if at == name]

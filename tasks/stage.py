@@ -18,9 +18,7 @@ log = logging.getLogger(__name__)
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a stage as a program: configure logging, turn a user's error into one line and code 2."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S"
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     try:
         main()
     except PipelineError as err:
@@ -34,7 +32,7 @@ def write_summary(
     rows_out: int,
     added: int = 0,
     dropped: Mapping[str, int] | None = None,
-    **more: Any,  # noqa: ANN401 - each stage adds its own JSON values
+    **more: Any,
 ) -> None:
     """Write `data/<stage>/summary.json`, the stage's entry in the ledger.
 

@@ -134,9 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     die_with_parent(options.parent, signal.SIGTERM)
     try:
         # A group of its own: `kill 0` in the command must not reach the supervisor.
-        child = subprocess.Popen(
-            command, process_group=0, preexec_fn=partial(_before_exec, os.getpid())
-        )
+        child = subprocess.Popen(command, process_group=0, preexec_fn=partial(_before_exec, os.getpid()))
     except OSError as err:
         _say([f"{command[0]}: cannot be started: {err.strerror}"])
         return 127
@@ -248,8 +246,7 @@ def _find_members(session: int, mark: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.status() != psutil.STATUS_ZOMBIE and (
-                os.getsid(process.pid) == session
-                or process.environ().get(MARK, "").startswith(mark)
+                os.getsid(process.pid) == session or process.environ().get(MARK, "").startswith(mark)
             ):
                 members.append(process)
     return members
@@ -316,9 +313,7 @@ def _kill(killed: dict[psutil.Process, str]) -> None:
             process.kill()
 
 
-def _wait_childless(
-    child: subprocess.Popen[bytes], seconds: float, act: Callable[[], None]
-) -> bool:
+def _wait_childless(child: subprocess.Popen[bytes], seconds: float, act: Callable[[], None]) -> bool:
     """Call `act` and reap, again and again, until no child is left (True) or time is up."""
     deadline = time.monotonic() + seconds
     while _reap(child):

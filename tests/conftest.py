@@ -1,4 +1,4 @@
-"""Fixtures: real tokenizer, a small random model, and a checkout of its own for each test that runs stages."""
+"""Fixtures: the real tokenizer, a small random model, an environment and a folder of its own."""
 
 import os
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tiny_base: Path) -> Any:  # noqa: ANN401 - transformers has no stubs
+def tokenizer(tiny_base: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_base)

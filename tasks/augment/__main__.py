@@ -37,9 +37,7 @@ def main() -> None:
     for example in examples:
         augmented.append({**example, "parent_id": None, "style": None, "ordinal": None})
         if example["source"] in params.sources:
-            accepted, refused = paraphrase(
-                example, params.paraphrases_per_example, params.max_similarity
-            )
+            accepted, refused = paraphrase(example, params.paraphrases_per_example, params.max_similarity)
             augmented += accepted
             rejected += refused
     added = len(augmented) - len(examples)
@@ -72,7 +70,12 @@ def paraphrase(example: Row, count: int, max_similarity: float) -> tuple[list[Ro
             continue
         ordinal = len(accepted) + 1
         accepted.append(
-            {**example, **parent, "id": text_digest(example["id"], str(ordinal)), "ordinal": ordinal}
+            {
+                **example,
+                **parent,
+                "id": text_digest(example["id"], str(ordinal)),
+                "ordinal": ordinal,
+            }
         )
     return accepted, rejected
 

@@ -15,9 +15,15 @@ QUESTIONS = (
     # What is the symbol of gold? -> what the symbol of gold is
     (re.compile(r"^(What|Who|Where) (is|are|was|were) (?!.*\w+ed\?$)(.+)\?$"), r"\1 \3 \2"),
     # In which year was gold discovered? -> in which year gold was discovered
-    (re.compile(rf"^({_WH}.*?) (is|are|was|were) (.+) (\w+ed|found|made|born)\?$"), r"\1 \3 \2 \4"),
+    (
+        re.compile(rf"^({_WH}.*?) (is|are|was|were) (.+) (\w+ed|found|made|born)\?$"),
+        r"\1 \3 \2 \4",
+    ),
     # Where does the name come from? -> where the name comes from
-    (re.compile(rf"^({_WH}.*?) does (.+) (come|belong|mean|live|work)( from| in)?\?$"), r"\1 \2 \3s\4"),
+    (
+        re.compile(rf"^({_WH}.*?) does (.+) (come|belong|mean|live|work)( from| in)?\?$"),
+        r"\1 \2 \3s\4",
+    ),
     # Who discovered gold? -> who discovered gold
     (re.compile(r"^(Who \w+ed .+)\?$"), r"\1"),
 )
@@ -49,8 +55,7 @@ def propose(messages: Messages, count: int) -> Iterator[tuple[str, Messages]]:
     for ordinal in range(min(count, len(OPENERS))):
         restated = ordinal % 2 == 0
         new = [
-            {"role": m["role"], "content": _reword(m, OPENERS[ordinal], restated=restated)}
-            for m in messages
+            {"role": m["role"], "content": _reword(m, OPENERS[ordinal], restated=restated)} for m in messages
         ]
         yield "indirect+restated" if restated else "indirect", new
 

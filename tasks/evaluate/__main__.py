@@ -12,8 +12,16 @@ from tasks.config import load_params
 from tasks.errors import StageError
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate.scores import ALL_SCORES, metrics
-from tasks.files import file_digest, read_json, read_rows, replaced, text_digest, tree_digest
-from tasks.files import write_json, write_rows
+from tasks.files import (
+    file_digest,
+    read_json,
+    read_rows,
+    replaced,
+    text_digest,
+    tree_digest,
+    write_json,
+    write_rows,
+)
 from tasks.stage import DATA, run_main, write_summary
 from tasks.state import state_dir
 
@@ -36,8 +44,7 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // max(1, len(missing)))
     with ThreadPoolExecutor(max_workers=max(1, len(missing))) as pool:
         work = [
-            pool.submit(score, Path(target), adapter, params, threads)
-            for target, adapter in missing.items()
+            pool.submit(score, Path(target), adapter, params, threads) for target, adapter in missing.items()
         ]
         for one in work:
             one.result()

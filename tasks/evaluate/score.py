@@ -31,7 +31,7 @@ def main() -> None:
     write_rows(Path(job["target"]), rows, SCORES)
 
 
-def load_model(base: str, adapter: str | None) -> Any:  # noqa: ANN401 - transformers has no stubs
+def load_model(base: str, adapter: str | None) -> Any:
     """Load the base, with the adapter if there is one, for scoring."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
@@ -41,8 +41,8 @@ def load_model(base: str, adapter: str | None) -> Any:  # noqa: ANN401 - transfo
 
 
 def score_benchmark(
-    model: Any,  # noqa: ANN401 - transformers has no stubs
-    tokenizer: Any,  # noqa: ANN401
+    model: Any,
+    tokenizer: Any,
     folder: str,
     job: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
@@ -93,8 +93,8 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 @torch.no_grad()
 def heldout_losses(
-    model: Any,  # noqa: ANN401 - transformers has no stubs
-    tokenizer: Any,  # noqa: ANN401
+    model: Any,
+    tokenizer: Any,
     examples: list[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     """Yield the summed negative log-likelihood (nats) of each held-out example's answers.

@@ -77,8 +77,7 @@ def resolve_precision(requested: str) -> tuple[str, str]:
         device, native = "cpu", "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     if requested == "bf16" and not native:
         raise ConfigError(
-            "params.yaml: sft.precision=bf16, but this machine has no bf16 instructions; "
-            "set auto or fp32"
+            "params.yaml: sft.precision=bf16, but this machine has no bf16 instructions; set auto or fp32"
         )
     return device, "bf16" if native and requested != "fp32" else "fp32"
 
@@ -88,9 +87,7 @@ def training_key(params: SftParams, device: str, precision: str) -> str:
     code = tree_digest(Path(__file__).parent)
     versions = [f"{name}={importlib.metadata.version(name)}" for name in ENGINES]
     base = file_digest(BASE.with_name("base.json"))
-    return text_digest(
-        code, file_digest(ROWS), base, params.model_dump_json(), device, precision, *versions
-    )
+    return text_digest(code, file_digest(ROWS), base, params.model_dump_json(), device, precision, *versions)
 
 
 def launch(job: dict[str, Any], processes: int) -> None:
@@ -141,9 +138,7 @@ def rank_environment(device: str) -> dict[str, str]:
 def is_finished(folder: Path) -> bool:
     """Tell whether the success marker is there and the model is the one it names."""
     marker = folder / "output" / "finished.json"
-    return marker.is_file() and bool(
-        read_json(marker)["digest"] == tree_digest(folder / "output" / "model")
-    )
+    return marker.is_file() and bool(read_json(marker)["digest"] == tree_digest(folder / "output" / "model"))
 
 
 def publish(job: dict[str, Any], output: Path) -> None:

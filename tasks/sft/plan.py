@@ -17,9 +17,7 @@ from tasks.sft import SftParams
 FILLER = -1
 
 
-def compile_plan(
-    params: SftParams, tokens: Sequence[int], supervised: Sequence[int]
-) -> dict[str, Any]:
+def compile_plan(params: SftParams, tokens: Sequence[int], supervised: Sequence[int]) -> dict[str, Any]:
     """Compile the exact course of a training.
 
     Args:
@@ -34,11 +32,7 @@ def compile_plan(
     Raises:
         ConfigError: The warm-up is longer than the training.
     """
-    step_rows = (
-        params.num_processes
-        * params.per_device_train_batch_size
-        * params.gradient_accumulation_steps
-    )
+    step_rows = params.num_processes * params.per_device_train_batch_size * params.gradient_accumulation_steps
     order = row_order(len(tokens), params.num_train_epochs, params.seed)
     steps = math.ceil(len(order) / step_rows)
     steps = min(steps, params.max_steps or steps)
@@ -71,7 +65,7 @@ def row_order(rows: int, epochs: int, seed: int) -> list[int]:
     order = []
     for epoch in range(epochs):
         one = list(range(rows))
-        random.Random(f"{seed}/{epoch}").shuffle(one)  # noqa: S311 - not cryptographic
+        random.Random(f"{seed}/{epoch}").shuffle(one)
         order += one
     return order
 

@@ -12,7 +12,7 @@ import torch
 from tasks.errors import StageError
 
 
-def run(model: Any, batch: dict[str, Any], length: int) -> dict[str, Any]:  # noqa: ANN401 - a PEFT model
+def run(model: Any, batch: dict[str, Any], length: int) -> dict[str, Any]:
     """Run all proofs.
 
     Args:
@@ -30,7 +30,7 @@ def run(model: Any, batch: dict[str, Any], length: int) -> dict[str, Any]:  # no
 
 
 @torch.no_grad()
-def isolation(model: Any, batch: dict[str, Any], length: int) -> dict[str, Any]:  # noqa: ANN401
+def isolation(model: Any, batch: dict[str, Any], length: int) -> dict[str, Any]:
     """Change every token of the first example: the logits of the others must not move one bit.
 
     Both passes have equal shapes and kernels, so an exact comparison holds in every precision.
@@ -48,7 +48,7 @@ def isolation(model: Any, batch: dict[str, Any], length: int) -> dict[str, Any]:
     return {"max_logit_difference": difference, "proven": True}
 
 
-def gradients(model: Any, batch: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+def gradients(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """Run one backward pass: trainable weights must get a gradient, frozen ones none."""
     loss = model(**_inputs(batch), labels=batch["labels"]).loss
     loss.backward()

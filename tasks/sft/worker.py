@@ -16,8 +16,8 @@ from datasets import Dataset
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as TrackedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
-from torch.nn.functional import cross_entropy
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from tasks import supervise
 from tasks.errors import StageError
 from tasks.files import read_json, read_rows, tree_digest, write_json
 from tasks.pack import IGNORED
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Train the job named on the command line."""
+    # Without its launcher a rank would wait for the others for ever.
+    supervise.die_with_parent()
     job = read_json(Path(sys.argv[-1]))
     params = SftParams.model_validate(job["params"])
     folder = Path(job["folder"])
@@ -66,11 +69,11 @@ class Trainer(SFTTrainer):
 
     def compute_loss(
         self,
-        model: Any,  # noqa: ANN401 - DeepSpeed's engine
+        model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - transformers' signature
-        num_items_in_batch: Any = None,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        num_items_in_batch: Any = None,
+    ) -> Any:
         """Sum of the negative log-likelihoods over the labelled tokens of the whole step."""
         labels = inputs.pop("labels")[0, 1:]
         keep = (labels != IGNORED).nonzero().squeeze(-1)
@@ -81,9 +84,7 @@ class Trainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def build_trainer(
-    job: dict[str, Any], params: SftParams, callbacks: list[TrainerCallback]
-) -> SFTTrainer:
+def build_trainer(job: dict[str, Any], params: SftParams, callbacks: list[TrainerCallback]) -> SFTTrainer:
     """Build TRL's trainer on the packed rows, in the order of the plan."""
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
     model = AutoModelForCausalLM.from_pretrained(
@@ -175,7 +176,7 @@ def effective(trainer: SFTTrainer, job: dict[str, Any]) -> dict[str, Any]:
     """
     params = job["params"]
     runs = {
-        "attn_implementation": trainer.model.config._attn_implementation,  # noqa: SLF001 - no public name
+        "attn_implementation": trainer.model.config._attn_implementation,
         "num_processes": trainer.args.world_size,
         "zero_stage": trainer.accelerator.state.deepspeed_plugin.zero_stage,
     }
@@ -190,7 +191,7 @@ def effective(trainer: SFTTrainer, job: dict[str, Any]) -> dict[str, Any]:
 class Checkpoints(TrainerCallback):
     """Close each checkpoint with its manifest once every rank has written its part."""
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401, ARG002
+    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Wait for all ranks, then let rank 0 write the manifest."""
         torch.distributed.barrier()
         if state.is_world_process_zero:
@@ -206,14 +207,19 @@ class Progress(TrainerCallback):
         self.started = (time.monotonic(), 0)
         self.speed = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401, ARG002
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Start the clock; tell the run once what is trained, on which data."""
         self.started = (time.monotonic(), state.global_step)
         if self.client and state.is_world_process_zero:
             describe_run(self.client, self.job)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any  # noqa: ANN401, ARG002
+        self,
+        _args: Any,
+        state: Any,
+        _control: Any,
+        logs: dict[str, float],
+        **_: Any,
     ) -> None:
         """Check loss and learning rate, then report them.
 
@@ -267,9 +273,7 @@ def describe_run(client: MlflowClient, job: dict[str, Any]) -> None:
     values |= {"device": job["device"], "precision": job["precision"]}
     values |= {"steps": str(job["plan"]["steps"])}
     client.log_batch(job["run_id"], params=[Param(key, value) for key, value in values.items()])
-    dataset = TrackedDataset(
-        name="train", digest=job["data_digest"], source_type="local", source=job["rows"]
-    )
+    dataset = TrackedDataset(name="train", digest=job["data_digest"], source_type="local", source=job["rows"])
     tags = [InputTag("mlflow.data.context", "training"), InputTag("dvc.path", job["rows"])]
     client.log_inputs(job["run_id"], datasets=[DatasetInput(dataset, tags)])
 
@@ -292,6 +296,10 @@ def finish(trainer: SFTTrainer, job: dict[str, Any], progress: "Progress") -> No
         for path in (output / "model").iterdir():
             if path.name not in ("adapter_model.safetensors", "adapter_config.json"):
                 path.unlink()
+        # PEFT writes this list in the order of a set, which differs from process to process.
+        config = read_json(output / "model" / "adapter_config.json")
+        config["target_modules"] = sorted(config["target_modules"])
+        write_json(output / "model" / "adapter_config.json", config)
         write_json(
             output / "finished.json",
             {

@@ -67,9 +67,7 @@ def test_there_are_ten_stages_and_dvc_sees_the_same_order() -> None:
 def test_a_stage_declares_all_code_that_it_runs(stage: str) -> None:
     declared = set(STAGES[stage]["deps"])
     missing = {
-        path
-        for path in closure(stage)
-        if path not in declared and path.rsplit("/", 1)[0] not in declared
+        path for path in closure(stage) if path not in declared and path.rsplit("/", 1)[0] not in declared
     }
     assert missing == set()
 
@@ -100,11 +98,16 @@ def test_every_data_path_in_the_code_is_declared(stage: str) -> None:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if not (isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("DATA /")):
                 continue
-            path = "/".join(["data", *ast.literal_eval(f"[{ast.unparse(node.value)[7:].replace(' / ', ', ')}]")])
+            path = "/".join(
+                [
+                    "data",
+                    *ast.literal_eval(f"[{ast.unparse(node.value)[7:].replace(' / ', ', ')}]"),
+                ]
+            )
             found += 1
-            assert any(
-                path == d or path.startswith(f"{d}/") or d.startswith(f"{path}/") for d in declared
-            ), path
+            assert any(path == d or path.startswith(f"{d}/") or d.startswith(f"{path}/") for d in declared), (
+                path
+            )
     assert found > 0
 
 

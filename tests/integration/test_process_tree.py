@@ -92,7 +92,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             for _ in range(len(SHAPES[shape]) // 2):
                 command = [*caller, str(grace_seconds), *command]
         started.append(subprocess.Popen(command))
-        wait_until(lambda: all((tmp_path / f"{role}.pid").exists() for role in ROLES))
+        wait_until(lambda: all((tmp_path / f"{role}.pid").exists() for role in ROLES), 20.0)
         tree = {role: psutil.Process(read_int(tmp_path / f"{role}.pid")) for role in ROLES}
         tree |= dict(zip(SHAPES[shape], tree["launcher"].parents(), strict=False))
         return tree
@@ -174,9 +174,7 @@ def test_a_tree_that_ignores_sigterm_is_killed_after_its_grace(
 
 
 @both_sessions
-def test_kill_9_of_the_caller_ends_all(
-    start: Callable[..., Tree], traits: tuple[str, ...]
-) -> None:
+def test_kill_9_of_the_caller_ends_all(start: Callable[..., Tree], traits: tuple[str, ...]) -> None:
     tree = start(*traits)
     tree["caller"].kill()
     assert_all_end(tree)
@@ -262,9 +260,7 @@ def test_ranks_that_outlive_a_launcher_which_ended_well_are_ended(
 
 
 @pytest.mark.parametrize("victim", ["outer caller", "outer supervisor", "supervisor"])
-def test_kill_9_anywhere_in_a_run_inside_a_run_ends_all(
-    start: Callable[..., Tree], victim: str
-) -> None:
+def test_kill_9_anywhere_in_a_run_inside_a_run_ends_all(start: Callable[..., Tree], victim: str) -> None:
     tree = start("setsid", shape="run in run")
     tree[victim].kill()
     assert_all_end(tree)

@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 from tasks.dedupe import DedupeParams, find_duplicates
 from tasks.text import jaccard, shingles
 
-PARAMS = DedupeParams(
-    num_perm=32, bands=16, rows_per_band=2, shingle_size=2, jaccard_threshold=0.7, seed=1
-)
+PARAMS = DedupeParams(num_perm=32, bands=16, rows_per_band=2, shingle_size=2, jaccard_threshold=0.7, seed=1)
 TEXTS = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=8).map(" ".join), max_size=12)
 
 

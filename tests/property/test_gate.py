@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 from tasks.gate import GateParams, decide
 
-PARAMS = GateParams(
-    confidence=0.95, n_resamples=1000, max_loss_increase=0.05, min_items=10, seed=0
-)
+PARAMS = GateParams(confidence=0.95, n_resamples=1000, max_loss_increase=0.05, min_items=10, seed=0)
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=10, max_size=40)
 
 
@@ -28,7 +26,9 @@ def verdict(candidate: list[bool], base: list[bool]) -> str:
 
 @settings(max_examples=30, deadline=None)
 @given(ANSWERS)
-def test_what_is_promoted_over_another_is_never_beaten_by_it(pairs: list[tuple[bool, bool]]) -> None:
+def test_what_is_promoted_over_another_is_never_beaten_by_it(
+    pairs: list[tuple[bool, bool]],
+) -> None:
     ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
     if verdict(ours, theirs) == "promote":
         assert verdict(theirs, ours) == "reject"

@@ -10,8 +10,7 @@ from tasks.pack import pack
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=40))
 def test_pack_places_every_example_once_and_whole_and_never_overfills(lengths: list[int]) -> None:
     encoded = [
-        {"input_ids": [1000 * i + t for t in range(n)], "labels": [i] * n}
-        for i, n in enumerate(lengths)
+        {"input_ids": [1000 * i + t for t in range(n)], "labels": [i] * n} for i, n in enumerate(lengths)
     ]
     rows = pack(encoded, [str(i) for i in range(len(lengths))], max_length=16)
     placed = [name for row in rows for name in row["example_ids"]]

@@ -9,9 +9,7 @@ from tasks.errors import DataError
 
 
 def say(*texts: str) -> list[dict[str, str]]:
-    return [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
-    ]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 SOURCE = say("Who discovered Gallium?", "Gallium was discovered in 1875 by Lecoq, not by Moseley.")
@@ -47,10 +45,8 @@ def test_a_faithful_rewording_passes_once_and_not_twice() -> None:
         ("Hello there", "Hi", ["Hello there", "Hi"]),
     ],
 )  # fmt: skip
-def test_the_rules_reword_questions_and_answers(
-    question: str, answer: str, expected: list[str]
-) -> None:
-    (_, messages), = propose(say(question, answer), 1)
+def test_the_rules_reword_questions_and_answers(question: str, answer: str, expected: list[str]) -> None:
+    ((_, messages),) = propose(say(question, answer), 1)
     assert [m["content"] for m in messages] == expected
 
 

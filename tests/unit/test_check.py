@@ -58,8 +58,6 @@ def test_every_key_of_the_shipped_file_has_a_comment() -> None:
     # Keys that share a comment stand under it without a gap.
     shared = {"rows_per_band:", "test_share:", "lora_alpha:"}
     bare = [
-        lines[i].split()[0]
-        for i in keys
-        if "#" not in lines[i - 1] and lines[i].split()[0] not in shared
+        lines[i].split()[0] for i in keys if "#" not in lines[i - 1] and lines[i].split()[0] not in shared
     ]
     assert bare == []

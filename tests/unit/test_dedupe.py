@@ -2,9 +2,7 @@
 
 from tasks.dedupe import DedupeParams, Removal, find_duplicates
 
-PARAMS = DedupeParams(
-    num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1
-)
+PARAMS = DedupeParams(num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1)
 WORDS = [f"w{i}" for i in range(60)]
 TEXT = " ".join(WORDS)
 NEAR = " ".join([*WORDS[:59], "other"])

@@ -7,9 +7,7 @@ import pytest
 
 from tasks.gate import GateParams, decide
 
-PARAMS = GateParams(
-    confidence=0.95, n_resamples=2000, max_loss_increase=0.05, min_items=50, seed=0
-)
+PARAMS = GateParams(confidence=0.95, n_resamples=2000, max_loss_increase=0.05, min_items=50, seed=0)
 DIGESTS = {"base": None, "candidate": "c"}
 
 

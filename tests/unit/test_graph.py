@@ -33,9 +33,7 @@ def test_independent_stages_keep_the_order_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_circle_is_named(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, "stages: {a: {deps: [y], outs: [x]}, b: {deps: [x], outs: [y]}}"
-    )
+    path = write(tmp_path, "stages: {a: {deps: [y], outs: [x]}, b: {deps: [x], outs: [y]}}")
     with pytest.raises(ConfigError, match="depend on each other"):
         stage_order(path)
 

@@ -31,17 +31,13 @@ BAD = {
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD.items(), ids=BAD.values())
-def test_a_bad_row_is_quarantined_with_file_line_and_reason(
-    tmp_path: Path, line: bytes, reason: str
-) -> None:
+def test_a_bad_row_is_quarantined_with_file_line_and_reason(tmp_path: Path, line: bytes, reason: str) -> None:
     shard = tmp_path / "mine" / "000001.jsonl"
     shard.parent.mkdir()
     shard.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
     examples, quarantine = ingest(tmp_path)
     assert [row["origin"] for row in examples] == ["mine/000001.jsonl:1"]
-    assert [(row["origin"], row["reason"]) for row in quarantine] == [
-        ("mine/000001.jsonl:3", reason)
-    ]
+    assert [(row["origin"], row["reason"]) for row in quarantine] == [("mine/000001.jsonl:3", reason)]
 
 
 def test_rows_are_ordered_by_arrival_not_by_source(tmp_path: Path) -> None:

@@ -37,7 +37,5 @@ def test_a_row_that_disappears_between_two_stages_is_found(tmp_path: Path) -> No
         write_json(tmp_path / stage / "summary.json", summary)
     check_ledger(tmp_path)
     write_json(tmp_path / "augment" / "summary.json", {"rows_in": 5, "rows_out": 9})
-    with pytest.raises(
-        StageError, match=r"augment\.rows_in=5, but split\.rows_out_by_side\.train=6"
-    ):
+    with pytest.raises(StageError, match=r"augment\.rows_in=5, but split\.rows_out_by_side\.train=6"):
         check_ledger(tmp_path)

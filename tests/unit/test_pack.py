@@ -8,7 +8,7 @@ from tasks.errors import DataError
 from tasks.pack import PackParams, encode, pack, require_fit
 
 
-def test_only_the_answers_and_their_stop_tokens_carry_labels(tokenizer: Any) -> None:  # noqa: ANN401
+def test_only_the_answers_and_their_stop_tokens_carry_labels(tokenizer: Any) -> None:
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello."},
@@ -18,12 +18,10 @@ def test_only_the_answers_and_their_stop_tokens_carry_labels(tokenizer: Any) -> 
     encoded = encode(messages, tokenizer)
     labelled = [label for label in encoded["labels"] if label != -100]
     assert tokenizer.decode(labelled) == "Hello.<|im_end|>Me.<|im_end|>"
-    assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(
-        messages, tokenize=False
-    )
+    assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_the_mask_survives_spaces_and_emoji_at_the_edges(tokenizer: Any) -> None:  # noqa: ANN401
+def test_the_mask_survives_spaces_and_emoji_at_the_edges(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "naïve 🙂!"}]
     labelled = [label for label in encode(messages, tokenizer)["labels"] if label != -100]
     assert tokenizer.decode(labelled) == "naïve 🙂!<|im_end|>"
@@ -32,7 +30,7 @@ def test_the_mask_survives_spaces_and_emoji_at_the_edges(tokenizer: Any) -> None
 class RewritingTokenizer:
     """A chat template that changes earlier turns when a later one is added."""
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:  # noqa: ANN401
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         return f"{len(messages)}:" + "".join(m["content"] for m in messages)
 
 

@@ -30,7 +30,7 @@ VALUES: dict[str, Any] = {
 }
 
 
-def params(**changes: Any) -> SftParams:  # noqa: ANN401
+def params(**changes: Any) -> SftParams:
     return SftParams(**{**VALUES, **changes})
 
 

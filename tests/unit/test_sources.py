@@ -27,9 +27,7 @@ def test_each_item_has_four_different_choices_and_one_of_them_is_true() -> None:
 
 
 def test_no_benchmark_wording_is_trained() -> None:
-    trained = {
-        canonical(m["content"]) for row in sources.elements() for m in row["messages"]
-    }
+    trained = {canonical(m["content"]) for row in sources.elements() for m in row["messages"]}
     asked = {canonical(item["question"]) for item in sources.element_items()}
     assert trained.isdisjoint(asked)
 

@@ -1,0 +1,166 @@
+"""Training through the real launcher: killed at any level it leaves nothing behind, and goes on exactly."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.files import file_digest, read_json, tree_digest
+from tests.checkouts import BIN, make_checkout
+
+MODEL = Path("data/sft/model")
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
+) -> Path:
+    """A checkout whose data is packed; nothing is trained."""
+    folder = make_checkout(tmp_path_factory.mktemp("training") / "checkout", tiny_base)
+    for command in (["python", "-m", "tasks.snapshot"], ["dvc", "repro", "pack", "-q"]):
+        subprocess.run([str(BIN / command[0]), *command[1:]], cwd=folder, env=clean_environment, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, clean_environment: dict[str, str]) -> str:
+    """Digest of the adapter of a training that nobody disturbed."""
+    train(prepared, clean_environment, "undisturbed")
+    return tree_digest(prepared / MODEL)
+
+
+def environment(base: dict[str, str], state: Path) -> dict[str, str]:
+    """A state of its own, so that a training finds no checkpoint of another test."""
+    return {**base, "NIGHTSHIFT_HOME": str(state)}
+
+
+def train(folder: Path, base: dict[str, str], name: str) -> str:
+    """Train as a user would, and return the output."""
+    state = folder.parent / name
+    command = [str(BIN / "dvc"), "repro", "--single-item", "--force", "sft"]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(base, state),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextlib.contextmanager
+def training(folder: Path, base: dict[str, str], name: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a training, wait until it has written a checkpoint, and clean up whatever happens."""
+    process = subprocess.Popen(
+        [str(BIN / "dvc"), "repro", "--single-item", "--force", "sft"],
+        cwd=folder,
+        env=environment(base, folder.parent / name),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    tree = psutil.Process(process.pid)
+    try:
+        for line in process.stdout:
+            if re.search(r"step 3/6", line):
+                break
+        else:
+            pytest.fail("the training ended before step 3")
+        yield process
+    finally:
+        with contextlib.suppress(psutil.Error):
+            for one in [*tree.children(recursive=True), tree]:
+                with contextlib.suppress(psutil.Error):
+                    one.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def members(root: int) -> list[psutil.Process]:
+    return psutil.Process(root).children(recursive=True)
+
+
+def victim(processes: list[psutil.Process], word: str) -> psutil.Process:
+    """The process whose command line holds the word, deepest first."""
+    return next(p for p in reversed(processes) if word in " ".join(p.cmdline()))
+
+
+def require_gone(processes: list[psutil.Process]) -> None:
+    deadline = time.monotonic() + 30
+    while alive := [p for p in processes if p.is_running() and p.status() != "zombie"]:
+        assert time.monotonic() < deadline, [" ".join(p.cmdline()) for p in alive]
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("word", ["tasks.sft.worker", "deepspeed.launcher.launch", "bin/deepspeed"])
+def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_goes_on_exactly(
+    prepared: Path, undisturbed: str, clean_environment: dict[str, str], word: str
+) -> None:
+    name = f"killed-{word.replace('/', '-')}"
+    before = (prepared / "dvc.lock").read_bytes()
+    with training(prepared, clean_environment, name) as process:
+        processes = members(process.pid)
+        assert len(processes) >= 6
+        os.kill(victim(processes, word).pid, signal.SIGKILL)
+        output = process.stdout.read() if process.stdout else ""
+        assert process.wait(timeout=60) != 0, output
+        require_gone(processes)
+    assert "error: sft: the ranks ended with code" in output
+    assert (prepared / "dvc.lock").read_bytes() == before
+    assert not (prepared / MODEL).exists()
+    assert "going on from checkpoint-" in train(prepared, clean_environment, name)
+    assert tree_digest(prepared / MODEL) == undisturbed
+
+
+def test_kill_9_of_dvc_itself_leaves_no_process_and_training_goes_on_exactly(
+    prepared: Path, undisturbed: str, clean_environment: dict[str, str]
+) -> None:
+    with training(prepared, clean_environment, "killed-stage") as process:
+        processes = members(process.pid)
+        stage = next(p for p in processes if p.cmdline()[-2:] == ["-m", "tasks.sft"])
+        stage.kill()
+        require_gone(processes)
+    assert "going on from checkpoint-" in train(prepared, clean_environment, "killed-stage")
+    assert tree_digest(prepared / MODEL) == undisturbed
+
+
+def test_the_plan_the_proofs_and_what_really_ran_are_written_down(prepared: Path, undisturbed: str) -> None:
+    assert undisturbed
+    plan = read_json(prepared / "data/sft/plan.json")
+    summary = read_json(prepared / "data/sft/summary.json")
+    assert plan["steps"] == summary["steps"] == len(plan["learning_rate"]) == 6
+    assert summary["tokens"] == sum(plan["tokens"])
+    proof = read_json(prepared / "data/sft/selftest.json")
+    assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
+    assert proof["gradients"]["weights_reached"] > 0
+    effective = read_json(prepared / "data/sft/effective.json")
+    assert {row["effective"] for key, row in effective.items() if key == "zero_stage"} == {2}
+    assert file_digest(prepared / MODEL / "adapter_model.safetensors")
+
+
+def test_metrics_parameters_and_data_are_logged_once_by_one_rank(prepared: Path, undisturbed: str) -> None:
+    import yaml
+    from mlflow import MlflowClient
+
+    assert undisturbed
+    client = MlflowClient(f"sqlite:///{prepared.parent / 'undisturbed' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("nightshift")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert run.data.params["sft.lora_r"] == "16"
+    (dataset,) = run.inputs.dataset_inputs
+    lock = yaml.safe_load((prepared / "dvc.lock").read_text())
+    digests = {out["path"]: out["md5"] for out in lock["stages"]["pack"]["outs"]}
+    assert dataset.dataset.digest == digests["data/pack/train.parquet"]
