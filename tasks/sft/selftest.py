@@ -51,12 +51,13 @@ def isolation(model: Any, batch: dict[str, Any], length: int) -> dict[str, Any]:
 def gradients(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """Run one backward pass: trainable weights must get a gradient, frozen ones none."""
     loss = model(**_inputs(batch), labels=batch["labels"]).loss
-    loss.backward()
+    if not torch.isfinite(loss):
+        raise StageError(f"self-test: the loss of the first row is {loss.item()}; check data/pack")
+    if loss.requires_grad:
+        loss.backward()
     reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     model.zero_grad(set_to_none=True)
-    if not torch.isfinite(loss):
-        raise StageError(f"self-test: the loss of the first row is {loss.item()}; check data/pack")
     if not reached or reached & frozen:
         raise StageError(
             f"self-test: gradients reach {len(reached)} weights, {len(reached & frozen)} of them "

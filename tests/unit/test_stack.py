@@ -1,0 +1,271 @@
+"""The stack's ports, environment and settings, and whom it never ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from infra import stack
+from tasks.errors import ConfigError, StageError
+
+STACK = stack.Stack(Path("/srv/night shift"), 4300, 5100)
+
+
+@pytest.fixture
+def folder(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with something to deploy, and no variable of the stack."""
+    for variable, _ in stack.PORTS.values():
+        monkeypatch.delenv(variable, raising=False)
+    (in_tmp / "prefect.yaml").write_text("deployments: []\n")
+    return in_tmp
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        yield held.getsockname()[1]
+
+
+@pytest.fixture
+def bystander() -> Iterator[psutil.Process]:
+    """A process that does not belong to the stack."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.wait()
+
+
+def record(folder: Path, service: str, process: psutil.Process, age: float = 0) -> None:
+    created = process.create_time() - age
+    entry = {"pid": process.pid, "create_time": created, "port": 4300}
+    (folder / ".nightshift").mkdir()
+    (folder / ".nightshift" / "stack.json").write_text(json.dumps({service: entry}))
+
+
+def test_a_taken_named_port_is_an_error_that_says_who_holds_it(
+    folder: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_MLFLOW_PORT", str(taken_port))
+    with pytest.raises(ConfigError) as caught:
+        stack.up()
+    holder = f"pid {os.getpid()} ({psutil.Process().name()})"
+    assert str(caught.value) == (
+        f"NIGHTSHIFT_MLFLOW_PORT: port {taken_port} is taken: {holder}; end that or name another"
+    )
+    assert not (folder / "prefect.toml").exists()
+
+
+@pytest.mark.parametrize("named", ["0", "65536", "-1", "4200.0", "http"])
+@pytest.mark.usefixtures("folder")
+def test_a_named_port_must_be_a_port(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_PREFECT_PORT", named)
+    with pytest.raises(
+        ConfigError, match="NIGHTSHIFT_PREFECT_PORT: must be a port from 1 to 65535"
+    ):
+        stack.up()
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_taken_default_port_is_replaced_and_told(
+    taken_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(stack.PORTS, "prefect", ("NIGHTSHIFT_PREFECT_PORT", taken_port))
+    with caplog.at_level("INFO"):
+        port = stack._choose_port("prefect", None)
+    assert port != taken_port
+    assert f"prefect: port {taken_port} is taken: pid {os.getpid()}" in caplog.text
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", port))
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_ended_service_gets_the_port_that_it_had(taken_port: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        before = free.getsockname()[1]
+    ended = {"pid": os.getpid(), "create_time": 1.0, "port": before}
+    assert stack._choose_port("prefect", ended) == before
+    assert stack._choose_port("prefect", ended | {"port": taken_port}) != taken_port
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_running_service_keeps_its_port_whatever_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_PREFECT_PORT", "4301")
+    running = {"pid": os.getpid(), "create_time": psutil.Process().create_time(), "port": 4300}
+    assert stack._choose_port("prefect", running) == 4300
+    assert "prefect stays on port 4300" in caplog.text
+
+
+def test_a_recycled_pid_is_neither_shown_nor_ended(
+    folder: Path, bystander: psutil.Process
+) -> None:
+    record(folder, "worker", bystander, age=100)
+    assert stack.status() == [
+        ("prefect", None, "", False),
+        ("mlflow", None, "", False),
+        ("worker", None, "", False),
+    ]
+    assert stack.down() == []
+    assert bystander.is_running()
+
+
+def test_a_recorded_process_is_ended_with_its_children(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stack, "TERM_SECONDS", 0.1)
+    parent = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
+    while not (children := psutil.Process(parent.pid).children()):
+        time.sleep(0.01)
+    record(folder, "worker", psutil.Process(parent.pid))
+    assert stack.down() == ["worker"]
+    assert [process for process in children if stack._lives(process)] == []
+    assert parent.wait(timeout=5) == -signal.SIGTERM
+    assert stack.down() == []
+
+
+def test_a_process_that_is_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "TERM_SECONDS", 0.1)
+    monkeypatch.setattr(stack, "KILL_SECONDS", 0.1)
+    deaf = subprocess.Popen(
+        ["sh", "-c", "trap '' TERM; echo; while :; do sleep 1; done"], stdout=subprocess.PIPE
+    )
+    assert deaf.stdout is not None
+    with deaf.stdout:
+        deaf.stdout.readline()
+        stack._end([psutil.Process(deaf.pid)])
+    assert deaf.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_a_service_that_ends_at_its_start_shows_its_last_lines(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = stack.Stack(folder / ".nightshift", 1, 1)
+    here.state_dir.mkdir()
+    monkeypatch.setattr(stack, "_command", lambda *_: ["no_such_module"])
+    stack._start("prefect", here)
+    with pytest.raises(StageError, match=r"prefect: ended at its start(.|\n)*no_such_module"):
+        stack._await("prefect", here)
+
+
+def test_the_environment_leads_to_the_stack_and_stays_quiet(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in stack.environment(STACK).keys() - {"PATH"}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert stack.environment(STACK) == {
+        "DO_NOT_TRACK": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_REGISTRY_URI": "http://127.0.0.1:5100",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:5100",
+        "NIGHTSHIFT_CHECKOUT": str(folder),
+        "NIGHTSHIFT_HOME": "/srv/night shift",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin",
+        "PREFECT_API_URL": "http://127.0.0.1:4300/api",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_HOME": "/srv/night shift/prefect",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "users", "effective"),
+    [
+        ("HF_HUB_OFFLINE", "0", "0"),
+        ("PREFECT_WORKER_QUERY_SECONDS", "7", "7"),
+        ("no_proxy", "intranet", "intranet,127.0.0.1,localhost"),
+        ("PREFECT_API_URL", "https://elsewhere/api", "http://127.0.0.1:4300/api"),
+        ("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "180", "30"),
+        ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true", "false"),
+    ],
+)
+def test_the_users_switches_win_but_not_over_addresses_and_safety(
+    name: str, users: str, effective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, users)
+    assert stack.environment(STACK)[name] == effective
+
+
+def test_a_service_does_not_inherit_what_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "PREFECT_API_KEY",
+        "PREFECT_PROFILE",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+        "PREFECT__FLOW_RUN_ID",
+        "MLFLOW_BACKEND_STORE_URI",
+        "MLFLOW_RUN_ID",
+    ):
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setenv("AWS_PROFILE", "kept")
+    inherited = stack._child_environment(STACK)
+    assert [name for name, value in inherited.items() if value == "elsewhere"] == []
+    assert inherited["AWS_PROFILE"] == "kept"
+
+
+def test_prefect_toml_leads_a_plain_prefect_to_the_stack() -> None:
+    assert tomllib.loads(stack.prefect_toml(STACK)) == {
+        "home": "/srv/night shift/prefect",
+        "profiles_path": "/srv/night shift/prefect/profiles.toml",
+        "api": {"url": "http://127.0.0.1:4300/api"},
+        "flows": {"heartbeat_frequency": 30},
+        "logging": {"extra_loggers": "flows,tasks", "to_api": {"when_missing_flow": "ignore"}},
+        "server": {"analytics_enabled": False},
+    }
+
+
+def test_a_prefect_toml_of_the_users_own_is_left_alone(folder: Path) -> None:
+    own = folder / "prefect.toml"
+    own.write_text('[api]\nurl = "https://elsewhere/api"\n')
+    with pytest.raises(ConfigError, match=r"prefect\.toml: not written by the stack"):
+        stack.up()
+    (folder / ".nightshift").mkdir()
+    assert stack.down() == []
+    assert own.read_text() == '[api]\nurl = "https://elsewhere/api"\n'
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_up_says_where_to_run_it() -> None:
+    with pytest.raises(ConfigError, match=r"no prefect\.yaml; run from the folder that holds it"):
+        stack.up()
+
+
+def test_down_leaves_no_trace_in_a_folder_without_a_stack(in_tmp: Path) -> None:
+    assert stack.down() == []
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_a_run_is_crashed_after_three_missing_heartbeats() -> None:
+    automation = yaml.safe_load(stack.AUTOMATION.read_text())
+    assert automation["trigger"]["within"] == 90
+    assert stack.HEARTBEAT_SECONDS == 30
+
+
+def test_the_command_line_does_not_wait_for_heavy_imports() -> None:
+    code = "import sys, infra.stack; print({'prefect', 'mlflow', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
