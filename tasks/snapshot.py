@@ -7,6 +7,7 @@ champion becomes `data/champion/`.
 """
 
 import glob
+import hashlib
 import logging
 import re
 import shutil
@@ -110,16 +111,14 @@ def write_shards(source: str, shards: Iterable[bytes], raw: Path) -> list[Path]:
     arrival = max((int(path.stem) for path in raw.glob("*/*.jsonl")), default=0)
     new = []
     for content in shards:
-        target = raw / source / f"{arrival + 1:06d}.jsonl"
-        with replaced(target) as temporary:
-            temporary.write_bytes(content)
-            is_new = file_digest(temporary) not in known
-        if not is_new:
-            target.unlink()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest in known:
             continue
+        known.add(digest)
         arrival += 1
-        known.add(file_digest(target))
-        new.append(target)
+        new.append(raw / source / f"{arrival:06d}.jsonl")
+        with replaced(new[-1]) as temporary:
+            temporary.write_bytes(content)
     log.info("%s: %d new shard(s)", source, len(new))
     return new
 

@@ -50,7 +50,7 @@ def test_positions_that_do_not_restart_are_caught(model: Any, batch: dict[str, A
 
 
 def test_frozen_adapters_are_caught(model: Any, batch: dict[str, Any]) -> None:
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     with pytest.raises(StageError, match="gradients reach 0 weights"):
         selftest.run(model, batch, FIRST)
 

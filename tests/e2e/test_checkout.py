@@ -1,0 +1,210 @@
+"""The whole pipeline in a checkout of its own: real servers, worker, launcher and registry, a small model.
+
+The tests share one checkout and run in the order of the file.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from tasks.files import read_json
+from tests.checkouts import BIN, ROOT, make_checkout
+
+pytestmark = pytest.mark.timeout(600)
+STAGES = ["base", "ingest", "dedupe", "split", "augment", "decontaminate", "pack", "sft", "evaluate", "gate"]
+BAD_LINES = b'{"messages": [\n\xff\xfe\n'
+
+
+class Checkout:
+    """A folder, and the commands that a user types in it."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+
+    def type(self, *command: str, code: int = 0) -> str:
+        """Run a command to its end, require its exit code, and return what it printed."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    def make_run(self) -> str:
+        """`make run`, with the environment that is installed already."""
+        return self.type("make", f"VENV={BIN.parent}", "-o", f"{BIN.parent}/ready", "run")
+
+    def api(self, path: str, body: dict[str, Any]) -> Any:
+        """Ask the Prefect server of this checkout."""
+        url = re.search(r'url = "(.+)"', (self.folder / "prefect.toml").read_text())
+        assert url
+        response = httpx.post(f"{url[1]}{path}", json=body, timeout=30)
+        response.raise_for_status()
+        return response.json()
+
+    def last_run(self) -> dict[str, Any]:
+        """The flow run that was started last."""
+        begun = {"start_time": {"is_null_": False}}
+        body = {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun}
+        run: dict[str, Any] = self.api("/flow_runs/filter", body)[0]
+        return run
+
+    def task_states(self) -> dict[str, str]:
+        """Name -> state of the tasks of the last flow run."""
+        body = {"flow_runs": {"id": {"any_": [self.last_run()["id"]]}}}
+        return {task["name"]: task["state_name"] for task in self.api("/task_runs/filter", body)}
+
+
+@pytest.fixture(scope="module")
+def checkout(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
+) -> Iterator[Checkout]:
+    """A checkout with a source of the user's own, two lines of which are broken."""
+    folder = make_checkout(tmp_path_factory.mktemp("e2e") / "checkout", tiny_base)
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["snapshot"]["sources"]["mine"] = "mine/*.jsonl"
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    (folder / "mine").mkdir()
+    (folder / "mine" / "chats.jsonl").write_bytes(json.dumps(chat).encode() + b"\n" + BAD_LINES)
+    ports = {"NIGHTSHIFT_PREFECT_PORT": free_port(), "NIGHTSHIFT_MLFLOW_PORT": free_port()}
+    made = Checkout(folder, clean_environment | ports)
+    try:
+        yield made
+    finally:
+        made.type(str(BIN / "nightshift"), "down")
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: Checkout) -> None:
+    output = checkout.make_run()
+    assert "elements: chance" in output
+    assert "25.0%" in output
+    assert re.search(r"gate +(hold|promote|reject): ", output)
+    assert re.search(r"registered version +1\n", output)
+    assert re.search(r"Prefect +http://127\.0\.0\.1:\d+\n", output)
+    assert list(checkout.task_states()) != []
+    assert {checkout.task_states()[stage] for stage in STAGES} == {"Completed"}
+
+
+def test_bad_lines_stand_in_quarantine_with_their_place(checkout: Checkout) -> None:
+    lines = (checkout.folder / "data/ingest/quarantine.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [(row["origin"], row["reason"]) for row in rows] == [
+        ("mine/000002.jsonl:2", "malformed_json"),
+        ("mine/000002.jsonl:3", "not_utf8"),
+    ]
+
+
+def test_after_the_flow_dvc_repro_has_nothing_to_compute(checkout: Checkout) -> None:
+    output = checkout.type(str(BIN / "dvc"), "repro")
+    assert "Running stage" not in output
+    for stage in STAGES:
+        assert f"Stage '{stage}' didn't change, skipping" in output
+
+
+def test_after_dvc_repro_the_flow_has_nothing_to_compute(checkout: Checkout) -> None:
+    # The first candidate counts as a look from now on: the gate reads a longer list.
+    checkout.make_run()
+    params = checkout.folder / "params.yaml"
+    params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 9999"))
+    assert "Running stage 'gate'" in checkout.type(str(BIN / "dvc"), "repro")
+    checkout.make_run()
+    assert {checkout.task_states()[stage] for stage in STAGES} == {"Skipped"}
+
+
+def test_a_wrong_override_fails_before_anything_runs_and_names_the_right_key(
+    checkout: Checkout,
+) -> None:
+    before = (checkout.folder / "params.yaml").read_bytes()
+    wrong = 'overrides={"sft.max_step": 2}'
+    prefect = [str(BIN / "prefect"), "deployment", "run", "finetune/prod", "--watch"]
+    checkout.type(*prefect, "--param", wrong, code=1)
+    run = checkout.last_run()
+    assert "sft.max_step: unknown key; did you mean max_steps?" in run["state"]["message"]
+    assert checkout.task_states() == {}
+    assert (checkout.folder / "params.yaml").read_bytes() == before
+
+
+def test_kill_9_of_the_flow_leaves_no_process_and_the_next_run_completes(checkout: Checkout) -> None:
+    before = (checkout.folder / "params.yaml").read_bytes()
+    lock = (checkout.folder / "dvc.lock").read_bytes()
+    prefect = [str(BIN / "prefect"), "deployment", "run", "finetune/prod", "--param"]
+    checkout.type(*prefect, 'overrides={"sft.seed": 7}')
+    engine = wait_for(lambda: flow_process(checkout.folder, "tasks.sft.worker"))
+    os.kill(engine.pid, signal.SIGKILL)
+    wait_for(lambda: not flow_processes(checkout.folder))
+    wait_for(lambda: checkout.last_run()["state_type"] == "CRASHED")
+    assert (checkout.folder / "dvc.lock").read_bytes() == lock
+    checkout.make_run()
+    assert checkout.task_states()["sft"] in ("Cached", "Skipped")
+    assert (checkout.folder / "params.yaml").read_bytes() == before
+
+
+def test_mlflow_knows_the_version_and_where_it_came_from(checkout: Checkout) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{checkout.folder / '.nightshift' / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("nightshift", "candidate")
+    assert version.tags["nightshift.verdict"] in ("hold", "promote", "reject")
+    assert len(version.tags["nightshift.adapter_digest"]) == 64
+    assert version.run_id == read_json(checkout.folder / "data/sft/mlflow_run.json")["run_id"]
+
+
+def flow_processes(folder: Path) -> list[psutil.Process]:
+    """All processes of flow runs in this checkout, at any depth."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            inherited = process.environ()
+            if "PREFECT__FLOW_RUN_ID" in inherited and str(folder) in inherited["NIGHTSHIFT_HOME"]:
+                found.append(process)
+    return found
+
+
+def flow_process(folder: Path, word: str) -> psutil.Process | None:
+    """The process of the flow itself, once a process below it has `word` in its command line."""
+    found = flow_processes(folder)
+    with contextlib.suppress(psutil.Error):
+        if any(word in " ".join(process.cmdline()) for process in found):
+            return min(found, key=lambda process: process.create_time())
+    return None
+
+
+def wait_for(condition: Any, seconds: float = 90) -> Any:
+    """Return the first true result of the condition."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return result
