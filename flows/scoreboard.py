@@ -36,6 +36,7 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
     candidate = board["metrics"]["candidate"]
     base = board["metrics"]["base"]
     gate = board["gate"]
+    champion = board["version"] if board["promoted"] else board["champion"]
     table = []
     for benchmark in sorted(candidate.keys() - {"test"}):
         ours, theirs = candidate[benchmark], base[benchmark]
@@ -57,7 +58,7 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         ("training speed", f"{board['tokens_per_second']:.0f} tokens/s"),
         ("gate", f"{gate['verdict']}: {gate['reason']}"),
         ("registered version", f"{board['version']}"),
-        ("champion", f"version {board['version'] if board['promoted'] else board['champion']}"),
+        ("champion", f"version {champion}" if champion else "none yet"),
     ]
     return table
 

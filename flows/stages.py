@@ -99,7 +99,7 @@ def progress_reporter(name: str) -> Callable[[str], None]:
             return
         percent = 100 * int(found[1]) / int(found[2])
         if not artifact:
-            created = create_progress_artifact(percent, key=f"{name}-progress", description=name)
+            created = create_progress_artifact(percent, key=f"{name}-progress", description=line)
             artifact.append(created)  # type: ignore[arg-type]
         else:
             update_progress_artifact(artifact[0], progress=percent, description=line)

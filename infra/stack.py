@@ -121,9 +121,9 @@ def up() -> Stack:
     """
     if not Path("prefect.yaml").is_file():
         raise ConfigError(f"{Path.cwd()}: no prefect.yaml; run from the folder that holds it")
-    if PREFECT_TOML.exists() and not _is_own(PREFECT_TOML):
-        raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move it out of the way")
     with _locked(state_dir()) as home:
+        if PREFECT_TOML.exists() and not _is_own(PREFECT_TOML):
+            raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move it out of the way")
         records = _read(home)
         stack = Stack(home, *(_choose_port(name, records.get(name)) for name in PORTS))
         worker = _process(records.get("worker"))
@@ -170,7 +170,7 @@ def down() -> list[str]:
         _write(home, {})
         if PREFECT_TOML.exists() and _is_own(PREFECT_TOML):
             PREFECT_TOML.unlink()
-    log.info("ended: %s", ", ".join(live)) if live else log.info("nothing was running")
+    log.info("ended: %s", ", ".join(live) or "nothing was running")
     return list(live)
 
 
@@ -386,7 +386,7 @@ def _start(service: str, stack: Stack) -> None:
         _child_environment(stack),
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(output), os.O_WRONLY | os.O_CREAT, 0o600),
+            (os.POSIX_SPAWN_OPEN, 1, str(output), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
         setsid=True,
@@ -429,7 +429,7 @@ def _is_healthy(service: str, stack: Stack) -> bool:
     return False
 
 
-def _request(method: str, url: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+def _request(method: str, url: str, body: object = None) -> Any:
     """Send a request and return the JSON of the answer, if it is JSON."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
@@ -441,7 +441,7 @@ def _request(method: str, url: str, body: object = None) -> Any:  # noqa: ANN401
         raise StageError(f"{method} {url}: {err}; the logs in {state_dir()} may say why") from err
 
 
-def _prefect(stack: Stack, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+def _prefect(stack: Stack, method: str, path: str, body: object = None) -> Any:
     return _request(method, f"{stack.prefect_url}{path}", body)
 
 

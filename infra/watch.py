@@ -40,8 +40,15 @@ def run_deployment(deployment: str, overrides: str, env: Mapping[str, str]) -> N
     ticker = threading.Thread(target=show_steps, args=(api, ended), daemon=True)
     ticker.start()
     prefect = str(Path(sys.executable).with_name("prefect"))
-    code = subprocess.run([prefect, *command], env={**os.environ, **env}, check=False).returncode
-    ended.set()
+    try:
+        code = subprocess.run([prefect, *command], env={**os.environ, **env}, check=False).returncode
+    except KeyboardInterrupt as err:
+        raise StageError(
+            f"{deployment}: no longer watched, but the run goes on: `make run` joins it, "
+            "`make down` cancels it"
+        ) from err
+    finally:
+        ended.set()
     if code:
         raise StageError(
             f"{deployment}: the run did not complete; its log says why: {api.removesuffix('/api')}"

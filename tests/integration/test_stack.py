@@ -69,8 +69,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for (variable, _), port in zip(stack.PORTS.values(), free_ports(2), strict=True):
             patch.setenv(variable, str(port))
         try:
-            ups = [subprocess.Popen([sys.executable, "-c", UP]) for _ in range(2)]
-            assert [up.wait(timeout=200) for up in ups] == [0, 0]
+            command = [sys.executable, "-c", UP]
+            ups = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+            told = [up.communicate(timeout=200)[1] for up in ups]
+            assert [up.returncode for up in ups] == [0, 0], "\n\n".join(told)
             yield folder
         finally:
             stack.down()

@@ -71,9 +71,7 @@ def test_a_taken_named_port_is_an_error_that_says_who_holds_it(
 @pytest.mark.usefixtures("folder")
 def test_a_named_port_must_be_a_port(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIGHTSHIFT_PREFECT_PORT", named)
-    with pytest.raises(
-        ConfigError, match="NIGHTSHIFT_PREFECT_PORT: must be a port from 1 to 65535"
-    ):
+    with pytest.raises(ConfigError, match="NIGHTSHIFT_PREFECT_PORT: must be a port from 1 to 65535"):
         stack.up()
 
 
@@ -110,9 +108,7 @@ def test_a_running_service_keeps_its_port_whatever_is_named(
     assert "prefect stays on port 4300" in caplog.text
 
 
-def test_a_recycled_pid_is_neither_shown_nor_ended(
-    folder: Path, bystander: psutil.Process
-) -> None:
+def test_a_recycled_pid_is_neither_shown_nor_ended(folder: Path, bystander: psutil.Process) -> None:
     record(folder, "worker", bystander, age=100)
     assert stack.status() == [
         ("prefect", None, "", False),
@@ -123,9 +119,7 @@ def test_a_recycled_pid_is_neither_shown_nor_ended(
     assert bystander.is_running()
 
 
-def test_a_recorded_process_is_ended_with_its_children(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recorded_process_is_ended_with_its_children(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "TERM_SECONDS", 0.1)
     parent = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
     while not (children := psutil.Process(parent.pid).children()):
@@ -243,7 +237,6 @@ def test_a_prefect_toml_of_the_users_own_is_left_alone(folder: Path) -> None:
     own.write_text('[api]\nurl = "https://elsewhere/api"\n')
     with pytest.raises(ConfigError, match=r"prefect\.toml: not written by the stack"):
         stack.up()
-    (folder / ".nightshift").mkdir()
     assert stack.down() == []
     assert own.read_text() == '[api]\nurl = "https://elsewhere/api"\n'
 

@@ -1,0 +1,47 @@
+"""The last page of a run."""
+
+from typing import Any
+
+from flows.scoreboard import markdown, rows
+
+BOARD: dict[str, Any] = {
+    "gate": {
+        "verdict": "promote",
+        "reason": "better",
+        "reference": "base",
+        "gain": {"mean": 0.15, "low": 0.0889, "high": 0.2167, "alpha": 0.05},
+    },
+    "metrics": {
+        "base": {"facts": {"accuracy": 0.4833, "items": 180}, "test": {"loss": 2.987}},
+        "candidate": {
+            "facts": {"accuracy": 0.6333, "items": 180, "chance": 0.25},
+            "test": {"loss": 2.2686},
+        },
+    },
+    "tokens_per_second": 349.6,
+    "version": 2,
+    "promoted": True,
+    "champion": 1,
+}
+
+
+def test_the_scoreboard_tells_the_gain_with_its_interval_beside_chance() -> None:
+    assert rows(BOARD) == [
+        ("facts: base", "48.3% of 180 questions"),
+        ("facts: new model", "63.3%"),
+        ("facts: chance", "25.0%"),
+        ("gain over the base", "+15.0%, 95% interval +8.9% to +21.7%"),
+        ("held-out loss", "2.987 -> 2.269"),
+        ("training speed", "350 tokens/s"),
+        ("gate", "promote: better"),
+        ("registered version", "2"),
+        ("champion", "version 2"),
+    ]
+
+
+def test_a_verdict_without_a_comparison_has_no_gain_and_keeps_the_champion() -> None:
+    board = {**BOARD, "promoted": False, "gate": {"verdict": "hold", "reason": "same"}}
+    table = dict(rows(board))
+    assert "gain over the base" not in table
+    assert table["champion"] == "version 1"
+    assert "| gate | hold: same |" in markdown(board)
