@@ -15,6 +15,8 @@ from rich.table import Table
 
 from flows.scoreboard import rows, scoreboard_file
 from infra import stack, watch
+from tasks.check import check
+from tasks.config import read_params
 from tasks.errors import PipelineError
 
 app = typer.Typer(
@@ -80,6 +82,7 @@ def run(
     overrides: str = typer.Option("", help='JSON, such as {"sft.num_train_epochs": 2}'),
 ) -> None:
     """Retrain once and show the scoreboard. A run that is under way is watched instead."""
+    check(read_params())
     running = stack.up()
     watch.run_deployment("finetune/prod", overrides, stack.environment(running))
     print_scoreboard(running)

@@ -50,9 +50,14 @@ def run_deployment(deployment: str, overrides: str, env: Mapping[str, str]) -> N
     finally:
         ended.set()
     if code:
-        raise StageError(
-            f"{deployment}: the run did not complete; its log says why: {api.removesuffix('/api')}"
-        )
+        raise StageError(f"{deployment}: {read_failure(api, deployment)}")
+
+
+def read_failure(api: str, deployment: str) -> str:
+    """Say why the last run of the deployment did not complete, and where its log is."""
+    run = list_runs(api, deployment, sort="START_TIME_DESC", limit=1)[0]
+    page = f"{api.removesuffix('/api')}/runs/flow-run/{run['id']}"
+    return f"run {run['name']} {run['state_name']}: {run['state']['message']}; its log is at {page}"
 
 
 def show_steps(api: str, ended: threading.Event) -> None:
@@ -77,15 +82,17 @@ def find_active(api: str, deployment: str) -> dict[str, Any] | None:
 
     A run that the schedule has planned for a later night does not count.
     """
-    flow, name = deployment.split("/")
-    body = {
-        "flows": {"name": {"any_": [flow]}},
-        "deployments": {"name": {"any_": [name]}},
-        "flow_runs": {"state": {"type": {"any_": list(ACTIVE)}}},
-        "sort": "EXPECTED_START_TIME_ASC",
-    }
-    runs: list[dict[str, Any]] = post(api, "/flow_runs/filter", body)
+    active = {"state": {"type": {"any_": list(ACTIVE)}}}
+    runs = list_runs(api, deployment, sort="EXPECTED_START_TIME_ASC", flow_runs=active)
     return next((run for run in runs if not run["auto_scheduled"]), None)
+
+
+def list_runs(api: str, deployment: str, **more: Any) -> list[dict[str, Any]]:
+    """List the flow runs of `flow/deployment`, sorted and filtered by Prefect."""
+    flow, name = deployment.split("/")
+    body = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [name]}}, **more}
+    runs: list[dict[str, Any]] = post(api, "/flow_runs/filter", body)
+    return runs
 
 
 def post(api: str, path: str, body: dict[str, Any]) -> Any:

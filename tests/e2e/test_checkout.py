@@ -109,8 +109,8 @@ def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: Checkout)
     assert "elements: chance" in output
     assert "25.0%" in output
     assert re.search(r"gate +(hold|promote|reject): ", output)
-    assert re.search(r"registered version +1\n", output)
-    assert re.search(r"Prefect +http://127\.0\.0\.1:\d+\n", output)
+    assert re.search(r"registered version +1 *\n", output)
+    assert re.search(r"Prefect +http://127\.0\.0\.1:\d+ *\n", output)
     assert list(checkout.task_states()) != []
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Completed"}
 
