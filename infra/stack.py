@@ -6,7 +6,6 @@ Prefect or MLflow costs seconds: their own command lines and HTTP APIs are used 
 """
 
 import contextlib
-import fcntl
 import http.client
 import json
 import logging
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,16 @@ from typing import Any
 import psutil
 import yaml
 
+from infra import processes
+from infra.processes import HOST
 from tasks.errors import ConfigError, StageError
 from tasks.state import state_dir
 
-HOST, POOL = "127.0.0.1", "nightshift"
+POOL = "nightshift"
 SERVICES = ("worker", "mlflow", "prefect")  # in the order of their end
 PORTS = {"prefect": ("NIGHTSHIFT_PREFECT_PORT", 4200), "mlflow": ("NIGHTSHIFT_MLFLOW_PORT", 5000)}
 HEARTBEAT_SECONDS = 30  # Prefect's minimum; the automation crashes a run that misses three
-START_SECONDS, CANCEL_SECONDS, TERM_SECONDS, KILL_SECONDS = 180, 45, 10, 30
+START_SECONDS, CANCEL_SECONDS = 180, 45
 ACTIVE = ("PENDING", "RUNNING", "CANCELLING")
 AUTOMATION = Path(__file__).with_name("automations") / "crash-zombie-flows.yaml"
 PREFECT_TOML = Path("prefect.toml")
@@ -43,7 +43,6 @@ FOREIGN = (
     *("MLFLOW_DEFAULT_", "MLFLOW_REGISTRY_", "MLFLOW_RUN_ID", "MLFLOW_SERVER_"),
 )
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past the user's proxy
-Record = dict[str, Any]  # a service in stack.json: pid, create_time, port (0 for the worker)
 log = logging.getLogger(__name__)
 
 
@@ -121,14 +120,14 @@ def up() -> Stack:
     """
     if not Path("prefect.yaml").is_file():
         raise ConfigError(f"{Path.cwd()}: no prefect.yaml; run from the folder that holds it")
-    with _locked(state_dir()) as home:
+    with processes.locked(state_dir()) as home:
         if PREFECT_TOML.exists() and not _is_own(PREFECT_TOML):
             raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move it out of the way")
-        records = _read(home)
+        records = processes.read_records(home)
         stack = Stack(home, *(_choose_port(name, records.get(name)) for name in PORTS))
-        worker = _process(records.get("worker"))
+        worker = processes.find(records.get("worker"))
         if worker and _recorded(home) != stack:
-            _end([worker])  # it speaks to an address that is no more
+            processes.end([worker])  # it speaks to an address that is no more
             worker = None
         _start("prefect", stack)
         _create_mlflow_database(stack)
@@ -156,18 +155,18 @@ def down() -> list[str]:
     if not state_dir().is_dir():
         log.info("nothing was running")
         return []
-    with _locked(state_dir()) as home:
-        records = _read(home)
-        live = {name: found for name in SERVICES if (found := _process(records.get(name)))}
+    with processes.locked(state_dir()) as home:
+        records = processes.read_records(home)
+        live = {name: found for name in SERVICES if (found := processes.find(records.get(name)))}
         try:
             if "prefect" in live:
                 _end_runs(_recorded(home), live.get("worker"))
         except StageError as err:
             log.warning("active runs are left to the next `nightshift up`: %s", err)
-        _end([live[name] for name in live if name == "worker"])
-        _end(_run_processes(home))
-        _end([live[name] for name in live if name != "worker"])
-        _write(home, {})
+        processes.end([live[name] for name in live if name == "worker"])
+        processes.end(_run_processes(home))
+        processes.end([live[name] for name in live if name != "worker"])
+        processes.write_records(home, {})
         if PREFECT_TOML.exists() and _is_own(PREFECT_TOML):
             PREFECT_TOML.unlink()
     log.info("ended: %s", ", ".join(live) or "nothing was running")
@@ -176,10 +175,10 @@ def down() -> list[str]:
 
 def status() -> list[tuple[str, int | None, str, bool]]:
     """List (service, pid, url, is healthy) of each service; of an ended one no pid and no url."""
-    stack, records = _recorded(state_dir()), _read(state_dir())
+    stack, records = _recorded(state_dir()), processes.read_records(state_dir())
     rows: list[tuple[str, int | None, str, bool]] = []
     for service in reversed(SERVICES):
-        if found := _process(records.get(service)):
+        if found := processes.find(records.get(service)):
             rows.append((service, found.pid, _url(service, stack), _is_healthy(service, stack)))
         else:
             rows.append((service, None, "", False))
@@ -188,8 +187,8 @@ def status() -> list[tuple[str, int | None, str, bool]]:
 
 def find_stack() -> Stack | None:
     """Return the stack when both its servers run."""
-    records = _read(state_dir())
-    return _recorded(state_dir()) if all(_process(records.get(name)) for name in PORTS) else None
+    records = processes.read_records(state_dir())
+    return _recorded(state_dir()) if all(processes.find(records.get(name)) for name in PORTS) else None
 
 
 def prefect_toml(stack: Stack) -> str:
@@ -216,66 +215,22 @@ def _is_own(path: Path) -> bool:
     return path.read_text(encoding="utf-8").startswith(MARK)
 
 
-@contextlib.contextmanager
-def _locked(home: Path) -> Iterator[Path]:
-    """Hold the lock of the state folder: one `up` or `down` at a time."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "stack.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another up or down is at work in %s; waiting for it", home)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield home
-
-
-def _read(home: Path) -> dict[str, Record]:
-    path = home / "stack.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _write(home: Path, records: dict[str, Record]) -> None:
-    fresh = home / "stack.json.new"
-    fresh.write_text(json.dumps(records, indent=2))
-    fresh.replace(home / "stack.json")
-
-
 def _recorded(home: Path) -> Stack:
-    return Stack(home, *(int(_read(home).get(name, {}).get("port", 0)) for name in PORTS))
+    return Stack(home, *(int(processes.read_records(home).get(name, {}).get("port", 0)) for name in PORTS))
 
 
-def _process(record: Record | None) -> psutil.Process | None:
-    """Return the recorded process, or None when it ended, even if its pid was given away since."""
-    if not record:
-        return None
-    try:
-        found = psutil.Process(record["pid"])
-        # Setting the clock moves the creation time that Linux reports.
-        is_same = abs(found.create_time() - record["create_time"]) < 5
-        return found if is_same and _lives(found) else None
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _lives(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        # In a container whose first process collects no orphans, a zombie stays for ever.
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _choose_port(service: str, record: Record | None) -> int:
+def _choose_port(service: str, record: processes.Record | None) -> int:
     """Return the port where the service runs, else where it ran, else the named or default one."""
     variable, default = PORTS[service]
     named = os.environ.get(variable, "")
     if named and not (named.isdecimal() and 0 < int(named) < 65536):
         raise ConfigError(f"{variable}: must be a port from 1 to 65535, got {named!r}")
-    if record and _process(record):
+    if record and processes.find(record):
         if named and int(named) != record["port"]:
             log.warning("%s stays on port %d; to move it, take the stack down", service, record["port"])
         return int(record["port"])
     wanted = int(named or (record or {}).get("port") or default)
-    if not (holder := _port_holder(wanted)):
+    if not (holder := processes.port_holder(wanted)):
         return wanted
     if named:
         raise ConfigError(f"{variable}: port {wanted} is taken: {holder}; end that or name another")
@@ -284,24 +239,6 @@ def _choose_port(service: str, record: Record | None) -> int:
         port = int(free.getsockname()[1])
     log.info("%s: port %d is taken: %s; using %d", service, wanted, holder, port)
     return port
-
-
-def _port_holder(port: int) -> str | None:
-    """Say why a port cannot be had: by whom it is held, if that can be seen; None when it can."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as err:
-            reason = str(err.strerror)
-        else:
-            return None
-    with contextlib.suppress(psutil.Error):  # some systems show the sockets to root only
-        for found in psutil.net_connections("tcp"):
-            listens = found.status == psutil.CONN_LISTEN and found.laddr[1:2] == (port,)
-            if listens and found.pid:
-                return f"pid {found.pid} ({psutil.Process(found.pid).name()})"
-    return reason
 
 
 def _port(service: str, stack: Stack) -> int:
@@ -373,8 +310,8 @@ def _create_mlflow_database(stack: Stack) -> None:
 
 def _start(service: str, stack: Stack) -> None:
     """Start a service as a detached process and record it, unless it runs."""
-    records = _read(stack.state_dir)
-    if _process(records.get(service)):
+    records = processes.read_records(stack.state_dir)
+    if processes.find(records.get(service)):
         return
     output = stack.log_file(service)
     output.parent.mkdir(exist_ok=True)
@@ -395,15 +332,15 @@ def _start(service: str, stack: Stack) -> None:
     )
     created = psutil.Process(pid).create_time()
     records[service] = {"pid": pid, "create_time": created, "port": _port(service, stack)}
-    _write(stack.state_dir, records)
+    processes.write_records(stack.state_dir, records)
 
 
 def _await(service: str, stack: Stack) -> None:
     """Wait until a service is healthy."""
-    record, output = _read(stack.state_dir)[service], stack.log_file(service)
+    record, output = processes.read_records(stack.state_dir)[service], stack.log_file(service)
     deadline = time.monotonic() + START_SECONDS
     while True:
-        if not _process(record):
+        if not processes.find(record):
             text = _tail(output.read_text(errors="replace"))
             raise StageError(f"{service}: ended at its start; the end of {output} says why:\n{text}")
         if _is_healthy(service, stack):
@@ -453,14 +390,14 @@ def _create_automation(stack: Stack) -> None:
         _prefect(stack, "POST", "/automations/", automation)
 
 
-def _active_runs(stack: Stack) -> list[Record]:
+def _active_runs(stack: Stack) -> list[dict[str, Any]]:
     """List the pool's flow runs that hold a process and a concurrency slot."""
     active = {"state": {"type": {"any_": ACTIVE}}}
     body = {"work_pools": {"name": {"any_": [POOL]}}, "flow_runs": active}
     return list(_prefect(stack, "POST", "/flow_runs/filter", body))
 
 
-def _set_state(stack: Stack, run: Record, name: str, message: str) -> None:
+def _set_state(stack: Stack, run: dict[str, Any], name: str, message: str) -> None:
     # Forced, a state ends the run and frees its slot whatever Prefect's rules say.
     state = {"type": name.upper(), "name": name, "message": message}
     body = {"state": state, "force": name == "Crashed"}
@@ -471,7 +408,7 @@ def _set_state(stack: Stack, run: Record, name: str, message: str) -> None:
 def _crash_runs(stack: Stack, message: str) -> None:
     """Crash the active runs, and end their processes, which may outlive the worker."""
     runs = _active_runs(stack)
-    _end(_run_processes(stack.state_dir))
+    processes.end(_run_processes(stack.state_dir))
     for run in runs:
         # A process that is ended reports a crash by itself, but not the reason for it.
         now = _prefect(stack, "GET", f"/flow_runs/{run['id']}")["state"]["type"]
@@ -491,7 +428,7 @@ def _end_runs(stack: Stack, worker: psutil.Process | None) -> None:
             deadline = time.monotonic() + CANCEL_SECONDS
             while _active_runs(stack) and time.monotonic() < deadline:
                 time.sleep(0.5)
-            _end([worker])
+            processes.end([worker])
         finally:
             _prefect(stack, "PATCH", pool, {"is_paused": was_paused})
     _crash_runs(stack, "the stack went down")
@@ -507,23 +444,3 @@ def _run_processes(home: Path) -> list[psutil.Process]:
             if is_run and inherited.get("NIGHTSHIFT_HOME") == str(home):
                 found.append(process)
     return found
-
-
-def _end(processes: list[psutil.Process]) -> None:
-    """End processes: TERM, time for them to end their children, TERM to those, at last KILL."""
-    below: set[psutil.Process] = set()
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            below.update(process.children(recursive=True))
-    everything = {*processes, *below}
-    for targets, step, seconds in (
-        (processes, psutil.Process.terminate, TERM_SECONDS),
-        (below.difference(processes), psutil.Process.terminate, KILL_SECONDS),
-        (everything, psutil.Process.kill, 5),
-    ):
-        for process in targets:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                step(process)
-        deadline = time.monotonic() + seconds
-        while any(map(_lives, everything)) and time.monotonic() < deadline:
-            time.sleep(0.05)

@@ -163,10 +163,7 @@ def version(folder: Path) -> None:
         raise StageError(f"dvc add {folder} failed: {done.stderr.strip()}; see `dvc doctor`")
 
 
-def _require_known(
-    values: dict[str, str],
-    packages: dict[str, object] | dict[str, Callable[[], Iterable[sources.Row]]],
-) -> dict[str, str]:
+def _require_known(values: dict[str, str], packages: dict[str, Reader]) -> dict[str, str]:
     """Reject `package:` locations that nobody reads."""
     for location in values.values():
         name = location.removeprefix("package:")

@@ -60,6 +60,12 @@ def write_summary(
     log.info("%s: %d in, %d added, %d out, dropped %s", stage, rows_in, added, rows_out, reasons)
 
 
+def print_line(line: str) -> None:
+    """Pass on one line of a child's output, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def _fail(err: PipelineError) -> int:
     """Print the error as the last line on stderr and return the exit code."""
     sys.stderr.write(f"error: {err}\n")

@@ -22,7 +22,7 @@ from tasks.files import (
     write_json,
     write_rows,
 )
-from tasks.stage import DATA, run_main, write_summary
+from tasks.stage import DATA, print_line, run_main, write_summary
 from tasks.state import state_dir
 
 BASE = DATA / "base" / "model"
@@ -111,12 +111,6 @@ def score(target: Path, adapter: Path | None, params: EvaluateParams, threads: i
     with replaced(target) as temporary:
         shutil.copyfile(work / "scores.parquet", temporary)
     shutil.rmtree(work)
-
-
-def print_line(line: str) -> None:
-    """Pass on a line of a child's output."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tasks.files import file_digest, read_json, read_rows, text_digest, tree_dig
 from tasks.pack import count_supervised
 from tasks.sft import SftParams
 from tasks.sft.plan import compile_plan
-from tasks.stage import DATA, run_main, write_summary
+from tasks.stage import DATA, print_line, run_main, write_summary
 from tasks.state import state_dir
 from tasks.tracking import run_id, tracking_uri
 
@@ -109,7 +109,7 @@ def launch(job: dict[str, Any], processes: int) -> None:
         "tasks.sft.worker",
         str(folder / "job.json"),
     ]
-    code = supervise.run(command, on_line=_print, env=rank_environment(job["device"]))
+    code = supervise.run(command, on_line=print_line, env=rank_environment(job["device"]))
     if not is_finished(folder):
         raise StageError(
             f"sft: the ranks ended with code {code} before their work was done; the reason stands "
@@ -174,11 +174,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

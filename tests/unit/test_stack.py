@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from infra import stack
+from infra import processes, stack
 from tasks.errors import ConfigError, StageError
 
 STACK = stack.Stack(Path("/srv/night shift"), 4300, 5100)
@@ -120,27 +120,27 @@ def test_a_recycled_pid_is_neither_shown_nor_ended(folder: Path, bystander: psut
 
 
 def test_a_recorded_process_is_ended_with_its_children(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "TERM_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "TERM_SECONDS", 0.1)
     parent = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
     while not (children := psutil.Process(parent.pid).children()):
         time.sleep(0.01)
     record(folder, "worker", psutil.Process(parent.pid))
     assert stack.down() == ["worker"]
-    assert [process for process in children if stack._lives(process)] == []
+    assert [process for process in children if processes.lives(process)] == []
     assert parent.wait(timeout=5) == -signal.SIGTERM
     assert stack.down() == []
 
 
 def test_a_process_that_is_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "TERM_SECONDS", 0.1)
-    monkeypatch.setattr(stack, "KILL_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "TERM_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "KILL_SECONDS", 0.1)
     deaf = subprocess.Popen(
         ["sh", "-c", "trap '' TERM; echo; while :; do sleep 1; done"], stdout=subprocess.PIPE
     )
     assert deaf.stdout is not None
     with deaf.stdout:
         deaf.stdout.readline()
-        stack._end([psutil.Process(deaf.pid)])
+        processes.end([psutil.Process(deaf.pid)])
     assert deaf.wait(timeout=5) == -signal.SIGKILL
 
 
