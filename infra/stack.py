@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ POOL = "nightshift"
 SERVICES = ("worker", "mlflow", "prefect")  # in the order of their end
 PORTS = {"prefect": ("NIGHTSHIFT_PREFECT_PORT", 4200), "mlflow": ("NIGHTSHIFT_MLFLOW_PORT", 5000)}
 HEARTBEAT_SECONDS = 30  # Prefect's minimum; the automation crashes a run that misses three
-START_SECONDS, CANCEL_SECONDS = 180, 45
+START_SECONDS, CANCEL_SECONDS, BUSY_SECONDS = 180, 45, 30
 ACTIVE = ("PENDING", "RUNNING", "CANCELLING")
 AUTOMATION = Path(__file__).with_name("automations") / "crash-zombie-flows.yaml"
 PREFECT_TOML = Path("prefect.toml")
@@ -353,7 +354,7 @@ def _await(service: str, stack: Stack) -> None:
 def _is_healthy(service: str, stack: Stack) -> bool:
     with contextlib.suppress(StageError, OSError):
         if service == "mlflow":
-            _request("GET", f"{stack.mlflow_url}/health")
+            request("GET", f"{stack.mlflow_url}/health")
             return True
         if service == "prefect":
             _prefect(stack, "GET", "/health")
@@ -366,20 +367,29 @@ def _is_healthy(service: str, stack: Stack) -> bool:
     return False
 
 
-def _request(method: str, url: str, body: object = None) -> Any:
+def request(method: str, url: str, body: object = None) -> Any:
     """Send a request and return the JSON of the answer, if it is JSON."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    try:
-        with DIRECT.open(request, timeout=30) as answer:
-            text = answer.read()
-            return json.loads(text) if "json" in answer.headers.get_content_type() else None
-    except (OSError, http.client.HTTPException) as err:
-        raise StageError(f"{method} {url}: {err}; the logs in {state_dir()} may say why") from err
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            with DIRECT.open(request, timeout=30) as answer:
+                text = answer.read()
+                return json.loads(text) if "json" in answer.headers.get_content_type() else None
+        except (OSError, http.client.HTTPException) as err:
+            # Prefect answers 503 to what a client should ask again: its database was locked.
+            is_busy = (
+                isinstance(err, urllib.error.HTTPError) and err.code == http.HTTPStatus.SERVICE_UNAVAILABLE
+            )
+            if not is_busy or time.monotonic() > deadline:
+                raise StageError(f"{method} {url}: {err}; the logs in {state_dir()} may say why") from err
+            log.info("%s is busy; asking again", url)
+            time.sleep(1)
 
 
 def _prefect(stack: Stack, method: str, path: str, body: object = None) -> Any:
-    return _request(method, f"{stack.prefect_url}{path}", body)
+    return request(method, f"{stack.prefect_url}{path}", body)
 
 
 def _create_automation(stack: Stack) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from infra.stack import request
 from tasks.errors import StageError
 
 POLL_SECONDS = 2.0
@@ -73,7 +72,7 @@ def show_steps(api: str, ended: threading.Event) -> None:
 def read_progress(api: str) -> str:
     """Return the text of the newest progress artefact, or nothing."""
     body = {"artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_DESC", "limit": 1}
-    found = post(api, "/artifacts/filter", body)
+    found = request("POST", f"{api}/artifacts/filter", body)
     return str(found[0]["description"]) if found else ""
 
 
@@ -91,12 +90,5 @@ def list_runs(api: str, deployment: str, **more: Any) -> list[dict[str, Any]]:
     """List the flow runs of `flow/deployment`, sorted and filtered by Prefect."""
     flow, name = deployment.split("/")
     body = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [name]}}, **more}
-    runs: list[dict[str, Any]] = post(api, "/flow_runs/filter", body)
+    runs: list[dict[str, Any]] = request("POST", f"{api}/flow_runs/filter", body)
     return runs
-
-
-def post(api: str, path: str, body: dict[str, Any]) -> Any:
-    """Query the Prefect API."""
-    response = httpx.post(f"{api}{path}", json=body, timeout=30)
-    response.raise_for_status()
-    return response.json()

@@ -80,6 +80,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "tree.py").write_text(TREE)
     (tmp_path / "caller.py").write_text(CALLER)
+    # A shell that runs the tests in the background ignores SIGINT, and so would the tree.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     started: list[subprocess.Popen[bytes]] = []
 
     def start_tree(*traits: str, shape: str = "run", grace_seconds: float = 5.0) -> Tree:
@@ -106,6 +108,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     for popen in started:
         popen.kill()
         popen.wait()
+    signal.signal(signal.SIGINT, inherited)
 
 
 def read_int(path: Path) -> int:

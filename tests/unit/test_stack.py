@@ -9,7 +9,9 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -262,3 +264,26 @@ def test_the_command_line_does_not_wait_for_heavy_imports() -> None:
     code = "import sys, infra.stack; print({'prefect', 'mlflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_busy_server_is_asked_again_and_said_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = [503, 503, 200]
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answers.pop(0))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"ok": true}')
+
+        def log_message(self, *_: object) -> None:
+            """Keep the test's output clean."""
+
+    monkeypatch.setattr(stack.time, "sleep", lambda _: None)
+    with HTTPServer(("127.0.0.1", 0), Busy) as server, caplog.at_level("INFO"):
+        Thread(target=server.serve_forever, daemon=True).start()
+        assert stack.request("GET", f"http://127.0.0.1:{server.server_port}/x") == {"ok": True}
+        server.shutdown()
+    assert caplog.text.count("is busy; asking again") == 2
