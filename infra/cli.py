@@ -1,12 +1,10 @@
 """The `nightshift` command: thin verbs over the stack, the flow and its files."""
 
-import json
 import logging
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -18,6 +16,7 @@ from infra import stack, watch
 from tasks.check import check
 from tasks.config import read_params
 from tasks.errors import PipelineError
+from tasks.files import read_json
 
 app = typer.Typer(
     help="Retrain a language model every night; ship it only when it is measurably better.",
@@ -33,7 +32,6 @@ def told_plainly(verb: Callable[..., None]) -> Callable[..., None]:
     @wraps(verb)
     def told(*args: Any, **kwargs: Any) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
         try:
             verb(*args, **kwargs)
         except PipelineError as err:
@@ -90,9 +88,8 @@ def run(
 
 def print_scoreboard(running: stack.Stack) -> None:
     """Print the last run's outcome and where to read more."""
-    board = json.loads(Path(scoreboard_file()).read_text(encoding="utf-8"))
     table = Table(title="Nightshift", box=None, show_header=False)
-    for label, value in rows(board):
+    for label, value in rows(read_json(scoreboard_file())):
         table.add_row(label, value)
     table.add_row("Prefect", running.prefect_ui)
     table.add_row("MLflow", running.mlflow_url)

@@ -101,7 +101,7 @@ def environment(stack: Stack) -> dict[str, str]:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_REGISTRY_URI": stack.mlflow_url,
         "MLFLOW_TRACKING_URI": stack.mlflow_url,
-        "NIGHTSHIFT_CHECKOUT": str(Path.cwd()),  # prefect.yaml names it
+        "NIGHTSHIFT_CHECKOUT": str(Path.cwd()),  # a prefect.yaml may name it
         "NIGHTSHIFT_HOME": str(stack.state_dir),
         "NO_PROXY": bypass,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
