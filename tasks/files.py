@@ -76,14 +76,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def text_digest(*parts: str) -> str:
-    """Digest of a sequence of strings, unambiguous about where one ends: 16 hex digits.
+def text_digest(*parts: str, size: int = 8) -> str:
+    """Digest of a sequence of strings, unambiguous about where one ends: `size` bytes, in hex.
 
     Example:
         >>> text_digest("ab", "c") == text_digest("a", "bc")
         False
     """
-    state = hashlib.blake2b(digest_size=8)
+    state = hashlib.blake2b(digest_size=size)
     for part in parts:
         data = part.encode()
         state.update(len(data).to_bytes(8, "little") + data)

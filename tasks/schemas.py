@@ -2,13 +2,27 @@
 
 import pyarrow as pa
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+# A turn: role is system, user, assistant or tool. A plain text, for continued pre-training, is one turn
+# of the role "text". tool_calls: JSON list of {"name", "arguments"} of an assistant's turn, or null; name:
+# the function that a tool's turn answers for, or null.
+MESSAGES = pa.list_(
+    pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("tool_calls", pa.string()),
+            ("name", pa.string()),
+        ]
+    )
+)
 
-# One conversation. id: digest of origin and messages; origin: `source/arrival.jsonl:line`.
+# One conversation. id: digest of origin and messages; origin: `source/arrival.jsonl:line`; tools: JSON
+# list of the functions that the assistant may call, or null.
 EXAMPLES = pa.schema(
     [
         ("id", pa.string()),
         ("messages", MESSAGES),
+        ("tools", pa.string()),
         ("source", pa.string()),
         ("origin", pa.string()),
         ("arrival", pa.int32()),
