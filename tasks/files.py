@@ -7,13 +7,16 @@ leaves half a file under its final name.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+ROWS_PER_BATCH = 10_000
 
 
 @contextmanager
@@ -64,16 +67,35 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write rows as Parquet, atomically. The bytes depend on rows and schema only."""
-    table = pa.Table.from_pylist(list(rows), schema=schema)
+    """Write rows as Parquet, atomically and batch by batch. The bytes depend on rows and schema only."""
+    remaining = iter(rows)
+    with replaced(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        while batch := list(islice(remaining, ROWS_PER_BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as Parquet, atomically."""
     with replaced(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_BATCH)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read all rows of a Parquet file."""
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows
+
+
+def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, of which a batch at a time is in memory."""
+    for batch in iterate_batches(path, columns):
+        yield from batch.to_pylist()
+
+
+def iterate_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of a Parquet file."""
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns)
 
 
 def text_digest(*parts: str, size: int = 8) -> str:
