@@ -1,5 +1,7 @@
 """Why a row cannot be used: the reasons, and what to do about each."""
 
+from tasks.encode import FAULTS
+
 ROLES = ("system", "user", "assistant", "tool")
 REMEDIES = {
     "empty_file": "fill the file or take it out of snapshot.sources",
@@ -26,9 +28,7 @@ REMEDIES = {
     "wrong_order": "system first, then user and assistant in turn",
     "no_final_answer": "end with an assistant turn",
     "pii": "remove the personal data, or set ingest.pii to redact",
-    "template_fails": "give the conversation a form that the base's chat template accepts",
-    "template_drops_turn": "leave out the turn that the base's chat template does not render",
-    "no_supervised_token": "give the assistant an answer that the chat template renders",
+    **FAULTS,
     "too_many_tokens": "shorten the example, or raise ingest.max_tokens",
 }
 

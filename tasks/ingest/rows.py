@@ -1,0 +1,128 @@
+"""From a raw row to an example, or to the fault that forbids it."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.errors import DataError
+from tasks.files import text_digest
+from tasks.ingest.checks import check, repair
+from tasks.ingest.convert import convert
+from tasks.ingest.faults import RowError
+from tasks.ingest.formats import READABLE, shard_suffix
+from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
+from tasks.ingest.readers import read_shard
+from tasks.ingest.streams import Limits
+from tasks.ingest.strict_json import dumps
+from tasks.ingest.turns import Conversation, Turn
+
+Example = dict[str, Any]
+Mode = Literal["report", "redact", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one row.
+
+    Attributes:
+        origin: `source/arrival.suffix:number`.
+        source: Name of the source.
+        result: The example (see `tasks.schemas.EXAMPLES`), or the fault.
+        repaired: What was repaired.
+        places: Personal data that was found.
+    """
+
+    origin: str
+    source: str
+    result: Example | RowError
+    repaired: frozenset[str] = frozenset()
+    places: tuple[Place, ...] = ()
+
+
+def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], mode: Mode) -> Iterator[Outcome]:
+    """Read, convert and check every row of every shard, ordered by arrival and number.
+
+    Args:
+        raw: Folder with `<source>/<arrival>.<suffix>`.
+        limits: Sizes that shards and rows must keep to.
+        special: Markup that no text may hold.
+        mode: What happens to personal data.
+
+    Raises:
+        DataError: A shard cannot be read to its end.
+    """
+    for arrival, path in find_shards(raw):
+        source = path.parent.name
+        for number, row in read_shard(path, limits):
+            origin = f"{source}/{path.name}:{number}"
+            yield judge(row, origin, arrival, special, mode)
+
+
+def find_shards(raw: Path) -> list[tuple[int, Path]]:
+    """Return (arrival, path) of all shards, in order.
+
+    Raises:
+        DataError: A file is no shard.
+    """
+    found = []
+    for path in raw.glob("*/[!.]*"):
+        suffix = shard_suffix(path.name)
+        stem = path.name.removesuffix(suffix or "")
+        if suffix is None or not re.fullmatch(r"\d{1,9}", stem):
+            raise DataError(f"{path}: no shard: its name is not a number with {READABLE}; remove it")
+        found.append((int(stem), path))
+    return sorted(found, key=lambda shard: (shard[0], shard[1].parent.name))
+
+
+def judge(
+    row: dict[str, Any] | RowError, origin: str, arrival: int, special: re.Pattern[str], mode: Mode
+) -> Outcome:
+    """Convert, repair and check one row; find its personal data before anything is made of it."""
+    source = origin.split("/", 1)[0]
+    try:
+        if isinstance(row, RowError):
+            raise row
+        conversation, repaired = repair(convert(row))
+        conversation = check(conversation, special)
+        places = tuple(find_places(conversation))
+        if places and mode == "redact":
+            conversation = redact_conversation(conversation)
+        example = build_example(conversation, origin, source, arrival)
+    except RowError as fault:
+        return Outcome(origin, source, fault)
+    except RecursionError:
+        return Outcome(origin, source, RowError("too_deep"))
+    if places and mode == "drop":
+        counts = sorted(Counter(place.kind for place in places).items())
+        fault = RowError("pii", ", ".join(f"{count} {kind}" for kind, count in counts))
+        return Outcome(origin, source, fault, places=places)
+    return Outcome(origin, source, example, frozenset(repaired), places)
+
+
+def build_example(conversation: Conversation, origin: str, source: str, arrival: int) -> Example:
+    """Build the row of `tasks.schemas.EXAMPLES`."""
+    messages = [_message(turn) for turn in conversation.turns]
+    tools = dumps(conversation.tools) if conversation.tools else None
+    parts = [json.dumps(messages), *([tools] if tools else [])]
+    return {
+        "id": text_digest(origin, *parts),
+        "messages": messages,
+        "tools": tools,
+        "source": source,
+        "origin": origin,
+        "arrival": arrival,
+    }
+
+
+def _message(turn: Turn) -> dict[str, str]:
+    """Return a turn without its empty fields."""
+    message = {"role": turn.role, "content": turn.content}
+    if turn.calls:
+        message["tool_calls"] = calls_json(turn)
+    if turn.name:
+        message["name"] = turn.name
+    return message
