@@ -14,10 +14,10 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.encode import FAULTS, IGNORED, Encoder, encode_batch, load_encoder
 from tasks.errors import DataError
 from tasks.evaluate.scores import SCORES
 from tasks.files import read_json, read_jsonl, read_rows, write_rows
-from tasks.pack import IGNORED, encode
 from tasks.stage import run_main
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
     model = load_model(job["base"], job["adapter"])
     rows = [row for folder in job["benchmarks"] for row in score_benchmark(model, tokenizer, folder, job)]
-    rows += heldout_losses(model, tokenizer, read_rows(Path(job["test"])))
+    rows += heldout_losses(model, load_encoder(Path(job["base"])), read_rows(Path(job["test"])))
     write_rows(Path(job["target"]), rows, SCORES)
 
 
@@ -94,17 +94,22 @@ def spread(count: int, limit: int | None) -> list[int]:
 @torch.no_grad()
 def heldout_losses(
     model: Any,
-    tokenizer: Any,
+    encoder: Encoder,
     examples: list[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     """Yield the summed negative log-likelihood (nats) of each held-out example's answers.
 
     The sum and the number of tokens stand apart, so that a mean over any set is token-weighted.
+
+    Raises:
+        DataError: An example cannot be encoded.
     """
-    for example in examples:
-        encoded = encode(example["messages"], tokenizer)
-        ids = torch.tensor([encoded["input_ids"]], device=model.device)
-        labels = torch.tensor(encoded["labels"], device=model.device)[1:]
+    encoded = encode_batch([(example["messages"], example["tools"]) for example in examples], encoder)
+    for example, one in zip(examples, encoded, strict=True):
+        if isinstance(one, str):
+            raise DataError(f"test example {example['id']} ({example['origin']}): {one}; {FAULTS[one]}")
+        ids = torch.tensor(one.input_ids[None], dtype=torch.long, device=model.device)
+        labels = torch.tensor(one.labels[1:], dtype=torch.long, device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         yield {
             "benchmark": "test",

@@ -14,9 +14,9 @@ from mlflow import MlflowClient
 
 from tasks import supervise
 from tasks.config import load_params
+from tasks.encode import count_supervised
 from tasks.errors import ConfigError, StageError
 from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json
-from tasks.pack import count_supervised
 from tasks.sft import SftParams
 from tasks.sft.plan import compile_plan
 from tasks.stage import DATA, print_line, run_main, write_summary

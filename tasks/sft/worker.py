@@ -23,9 +23,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from tasks import supervise
+from tasks.encode import IGNORED
 from tasks.errors import StageError
 from tasks.files import read_json, read_rows, tree_digest, write_json
-from tasks.pack import IGNORED
 from tasks.sft import SftParams, checkpoints, selftest
 from tasks.sft.callbacks import Checkpoints, Progress
 from tasks.sft.plan import FILLER, deepspeed_config

@@ -1,61 +1,91 @@
-"""Masks and packing, with the real tokenizer and TRL's packer."""
+"""Spans and rows, with TRL's packer."""
 
-from typing import Any
+from collections import Counter
 
+import numpy as np
 import pytest
 
+from tasks.encode import Encoded
 from tasks.errors import DataError
-from tasks.pack import PackParams, encode, pack, require_fit
+from tasks.pack import PackParams, Span, build_rows, fit, join, pack, require_fit
 
 
-def test_only_the_answers_and_their_stop_tokens_carry_labels(tokenizer: Any) -> None:
-    messages = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Who?"},
-        {"role": "assistant", "content": "Me."},
+def example(tokens: list[int], first_label: int) -> Encoded:
+    """Tokens of which those from `first_label` on carry a label."""
+    ids = np.array(tokens, dtype=np.int32)
+    return Encoded(ids, np.where(np.arange(len(ids)) >= first_label, ids, np.int32(-100)))
+
+
+def test_rows_keep_the_place_of_every_span() -> None:
+    corpus = join(
+        [example([1, 2, 3, 4, 5], 2), example([6, 7], 1), example([8, 9, 10], 1), example([11, 12, 13], 0)],
+        ["a", "b", "c", "d"],
+        ["s/000001.jsonl:1", "s/000001.jsonl:2", "s/000001.jsonl:3", "s/000002.jsonl:1"],
+    )
+    spans, dropped, lost = fit(corpus, 4, "split")
+    assert spans == [Span(0, 0, 4), Span(1, 0, 2), Span(2, 0, 3), Span(3, 0, 3)]
+    assert (dropped, +lost) == (Counter(), Counter({"no_supervised_token": 1}))
+    table = build_rows(corpus, spans, pack([4, 2, 3, 3], 6))
+    assert table.to_pylist() == [
+        {
+            "input_ids": [1, 2, 3, 4, 6, 7],
+            "labels": [-100, -100, 3, 4, -100, 7],
+            "seq_lengths": [4, 2],
+            "example_ids": ["a", "b"],
+            "origins": ["s/000001.jsonl:1", "s/000001.jsonl:2"],
+            "starts": [0, 0],
+        },
+        {
+            "input_ids": [8, 9, 10, 11, 12, 13],
+            "labels": [-100, 9, 10, -100, 12, 13],
+            "seq_lengths": [3, 3],
+            "example_ids": ["c", "d"],
+            "origins": ["s/000001.jsonl:3", "s/000002.jsonl:1"],
+            "starts": [0, 0],
+        },
     ]
-    encoded = encode(messages, tokenizer)
-    labelled = [label for label in encoded["labels"] if label != -100]
-    assert tokenizer.decode(labelled) == "Hello.<|im_end|>Me.<|im_end|>"
-    assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_the_mask_survives_spaces_and_emoji_at_the_edges(tokenizer: Any) -> None:
-    messages = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "naïve 🙂!"}]
-    labelled = [label for label in encode(messages, tokenizer)["labels"] if label != -100]
-    assert tokenizer.decode(labelled) == "naïve 🙂!<|im_end|>"
+@pytest.mark.parametrize(
+    ("policy", "spans", "dropped", "lost"),
+    [
+        ("drop", [], {"over_length": 1}, {"over_length": 9}),
+        ("error", [], {"over_length": 1}, {"over_length": 9}),
+        ("truncate", [Span(0, 0, 4)], {}, {"over_length": 5}),
+        ("split", [Span(0, 0, 4), Span(0, 4, 8)], {}, {"no_supervised_token": 1}),
+    ],
+)
+def test_an_example_that_is_too_long(
+    policy: str, spans: list[Span], dropped: dict[str, int], lost: dict[str, int]
+) -> None:
+    corpus = join([example(list(range(1, 10)), 2)], ["a"], ["s/000001.jsonl:1"])
+    found = fit(corpus, 4, policy)  # type: ignore[arg-type]
+    assert (found[0], +found[1], +found[2]) == (spans, Counter(dropped), Counter(lost))
 
 
-class RewritingTokenizer:
-    """A chat template that changes earlier turns when a later one is added."""
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
-        return f"{len(messages)}:" + "".join(m["content"] for m in messages)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(DataError, match="turn by turn"):
-        encode(messages, RewritingTokenizer())
+def test_truncation_that_cuts_off_the_answer_drops_the_example() -> None:
+    corpus = join([example(list(range(1, 10)), 6)], ["a"], ["s/000001.jsonl:1"])
+    spans, dropped, lost = fit(corpus, 4, "truncate")
+    assert spans == []
+    assert dropped == {"over_length": 1}
+    assert lost == {"over_length": 5, "no_supervised_token": 4}
 
 
-def test_best_fit_decreasing_fills_rows_and_keeps_provenance() -> None:
-    encoded = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate((5, 2, 3, 1))]
-    rows = pack(encoded, ["a", "b", "c", "d"], max_length=6)
-    assert [(row["seq_lengths"], row["example_ids"]) for row in rows] == [
-        ([5, 1], ["a", "d"]),
-        ([3, 2], ["c", "b"]),
-    ]
-    assert rows[0]["labels"] == [-100, 0, 0, 0, 0, -100]
+def params(over_length: str) -> PackParams:
+    return PackParams(max_length=8, over_length=over_length, max_lost_token_share=0.1)  # type: ignore[arg-type]
 
 
-def test_over_length_examples_are_dropped_up_to_a_share_and_no_further() -> None:
-    params = PackParams(max_length=8, over_length="drop", max_lost_token_share=0.1)
-    require_fit(10, 100, params)
+def test_tokens_are_lost_up_to_a_share_and_no_further() -> None:
+    require_fit(Counter(over_length=10), 100, params("drop"))
     with pytest.raises(DataError, match="11 of 100 tokens"):
-        require_fit(11, 100, params)
-    with pytest.raises(DataError, match="1 of 100 tokens"):
-        require_fit(1, 100, params.model_copy(update={"over_length": "error"}))
+        require_fit(Counter(over_length=9, no_supervised_token=2), 100, params("truncate"))
+    with pytest.raises(DataError, match="1 of 100 tokens are in examples longer"):
+        require_fit(Counter(over_length=1), 100, params("error"))
+
+
+def test_a_corpus_that_is_lost_as_a_whole_is_an_error() -> None:
+    everything = PackParams(max_length=8, over_length="drop", max_lost_token_share=1.0)
+    with pytest.raises(DataError, match="9 of 9 tokens"):
+        require_fit(Counter(over_length=9), 9, everything)
     with pytest.raises(DataError, match="no examples to pack"):
-        require_fit(0, 0, params)
+        join([], [], [])
