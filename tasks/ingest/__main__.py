@@ -47,7 +47,7 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
     pii: Counter[tuple[str, str]] = field(default_factory=Counter)
-    tokens: array[int] = field(default_factory=lambda: array("I"))
+    tokens: "array[int]" = field(default_factory=lambda: array("I"))
     first: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -144,7 +144,7 @@ def require_share(tally: Tally, limit: float) -> None:
     if not total:
         raise DataError(f"{SOURCE}: no rows; run `nightshift snapshot` or check snapshot.sources")
     if bad > limit * total:
-        first = "\n  ".join(f"{SOURCE}/{row['origin']}: {row['reason']}; {row['remedy']}" for row in tally.first)
+        first = "\n  ".join(f"{SOURCE}/{r['origin']}: {r['reason']}; {r['remedy']}" for r in tally.first)
         raise DataError(
             f"{QUARANTINE}: {bad} of {total} rows are bad, more than "
             f"ingest.max_quarantined_share={limit}; mend the rows or raise the limit\n  {first}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 # What structures JSON outside of strings, and the inside of a string up to its closing quote.
 SIGN = re.compile(rb'["\[\]{},]')
-STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 DEPTH = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 CHUNK = 1 << 18
 
@@ -57,7 +57,8 @@ def _pieces(file: io.BufferedReader) -> Iterator[tuple[bytes, bytes]]:
         chunk, start, position = rest + chunk, 0, 0
         while position < len(chunk):
             if inside:
-                position = STRING.match(chunk, position).end()  # type: ignore[union-attr] - it may be empty
+                text = TEXT.match(chunk, position)
+                position = text.end() if text else position
                 if chunk[position:] == b"\\":
                     break
                 inside = position == len(chunk)

@@ -9,7 +9,7 @@ import ftfy
 from tasks.ingest.faults import ROLES, RowError
 from tasks.ingest.strict_json import dumps
 from tasks.ingest.tool_calls import pair_answers
-from tasks.ingest.turns import Conversation, Turn
+from tasks.ingest.turns import Conversation
 
 # Markup that chat templates write between turns (<|im_start|>, [INST], <s>). Inside a text it would let
 # the text forge a turn.
@@ -43,6 +43,7 @@ def repair(conversation: Conversation) -> tuple[Conversation, set[str]]:
         The conversation, and what was repaired: `mojibake`, `line_ends`.
 
     Example:
+        >>> from tasks.ingest.turns import Turn
         >>> conversation, repaired = repair(Conversation([Turn("user", "Caf\u00c3\u00a9")]))
         >>> conversation.turns[0].content, repaired
         ('Café', {'mojibake'})

@@ -3,20 +3,28 @@
 import re
 from collections.abc import Callable
 
-# Characters in an IBAN of each country: SWIFT IBAN Registry.
-IBAN_LENGTHS = {
-    country: int(length)
-    for length, countries in (
-        entry.split(":")
-        for entry in (
-            "15:NO 16:BE 18:DK,FI,FO,GL,NL,SD 19:MK,SI 20:AT,BA,EE,KZ,LT,LU,MN,XK 21:CH,HR,LI,LV "
-            "22:BG,BH,CR,DE,GB,GE,IE,ME,RS,VA 23:AE,GI,IL,IQ,OM,SO,TL 24:AD,CZ,ES,MD,PK,RO,SA,SE,SK,TN,VG "
-            "25:LY,PT,ST 26:IS,TR 27:BI,DJ,FR,GR,IT,MC,MR,SM 28:AL,AZ,BY,CY,DO,GT,HN,HU,LB,NI,PL,SV "
-            "29:BR,EG,PS,QA,UA 30:JO,KW,MU 31:MT,SC 32:LC 33:RU"
-        ).split()
-    )
-    for country in countries.split(",")
+# Characters in an IBAN -> countries: SWIFT IBAN Registry.
+COUNTRIES = {
+    15: "NO",
+    16: "BE",
+    18: "DK FI FO GL NL SD",
+    19: "MK SI",
+    20: "AT BA EE KZ LT LU MN XK",
+    21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS VA",
+    23: "AE GI IL IQ OM SO TL",
+    24: "AD CZ ES MD PK RO SA SE SK TN VG",
+    25: "LY PT ST",
+    26: "IS TR",
+    27: "BI DJ FR GR IT MC MR SM",
+    28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
+    29: "BR EG PS QA UA",
+    30: "JO KW MU",
+    31: "MT SC",
+    32: "LC",
+    33: "RU",
 }
+IBAN_LENGTHS = {country: length for length, names in COUNTRIES.items() for country in names.split()}
 # First digits and number of digits of the large card networks.
 CARD_NETWORKS = re.compile(
     r"4(?:\d{12}|\d{15}|\d{18})"

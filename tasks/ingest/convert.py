@@ -136,8 +136,8 @@ def _text(value: object) -> str:
         return ""
     if not isinstance(value, list):
         raise RowError("not_text", type(value).__name__)
-    texts = [part.get("text") if isinstance(part, dict) else None for part in value]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(texts) < len(value):
         raise RowError("not_text", "a part is no text")
     return "".join(texts)
 

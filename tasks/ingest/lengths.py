@@ -1,6 +1,5 @@
 """Tokens of each example, with the base's own template and tokenizer."""
 
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -61,11 +60,11 @@ def measure(
         yield (replace(outcome, result=fault, repaired=frozenset()) if fault else outcome), count
 
 
-def describe(counts: array[int]) -> dict[str, Any]:
+def describe(counts: Sequence[int]) -> dict[str, Any]:
     """Return total, least, median, 90th and 99th percentile and most of the token counts.
 
     Example:
-        >>> describe(array("I", [3, 1, 2]))
+        >>> describe([3, 1, 2])
         {'total': 6, 'min': 1, 'p50': 2, 'p90': 3, 'p99': 3, 'max': 3}
     """
     if not counts:

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from tasks.ingest.arrays import split_array
 from tasks.ingest.faults import RowError
 from tasks.ingest.formats import shard_suffix, split_suffix
-from tasks.ingest.strict_json import loads
 from tasks.ingest.streams import Limits, damaged, open_bytes, read_line, require_size, skip_bom
+from tasks.ingest.strict_json import loads
 
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row | RowError]]

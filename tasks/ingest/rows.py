@@ -98,8 +98,8 @@ def judge(
         return Outcome(origin, source, RowError("too_deep"))
     if places and mode == "drop":
         counts = sorted(Counter(place.kind for place in places).items())
-        fault = RowError("pii", ", ".join(f"{count} {kind}" for kind, count in counts))
-        return Outcome(origin, source, fault, places=places)
+        detail = ", ".join(f"{count} {kind}" for kind, count in counts)
+        return Outcome(origin, source, RowError("pii", detail), places=places)
     return Outcome(origin, source, example, frozenset(repaired), places)
 
 

@@ -8,6 +8,7 @@ from tasks.ingest.faults import RowError
 from tasks.ingest.strict_json import dumps, loads
 from tasks.ingest.turns import Call, Turn
 
+
 def parse_calls(value: object) -> tuple[Call, ...]:
     """Read the `tool_calls` of an assistant's turn.
 
