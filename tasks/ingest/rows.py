@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.errors import DataError
-from tasks.files import text_digest
+from tasks.files import file_digest, read_json, text_digest
 from tasks.ingest.checks import check, repair
 from tasks.ingest.convert import convert
 from tasks.ingest.faults import RowError
@@ -20,6 +20,8 @@ from tasks.ingest.streams import Limits
 from tasks.ingest.strict_json import dumps
 from tasks.ingest.turns import Conversation, Turn
 
+# Below data/raw: name of each shard -> SHA-256 of its bytes, as the snapshot wrote it.
+DIGESTS = "digests.json"
 Example = dict[str, Any]
 Mode = Literal["report", "redact", "drop"]
 
@@ -56,6 +58,7 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], mode: Mod
         DataError: A shard cannot be read to its end.
     """
     for arrival, path in find_shards(raw):
+        require_digest(path, raw)
         source = path.parent.name
         for number, row in read_shard(path, limits):
             origin = f"{source}/{path.name}:{number}"
@@ -76,6 +79,18 @@ def find_shards(raw: Path) -> list[tuple[int, Path]]:
             raise DataError(f"{path}: no shard: its name is not a number with {READABLE}; remove it")
         found.append((int(stem), path))
     return sorted(found, key=lambda shard: (shard[0], shard[1].parent.name))
+
+
+def require_digest(path: Path, raw: Path) -> None:
+    """Check that a shard is what the snapshot wrote; one that came by hand is in no list.
+
+    Raises:
+        DataError: Its bytes have changed.
+    """
+    digests = raw / DIGESTS
+    expected = read_json(digests).get(path.relative_to(raw).as_posix()) if digests.is_file() else None
+    if expected and file_digest(path) != expected:
+        raise DataError(f"{path}: changed after it arrived; restore it (`dvc checkout {raw}`) or remove it")
 
 
 def judge(
