@@ -53,18 +53,18 @@ def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:
         ) from None
     try:
         with engine.connect() as connection:
-            result = connection.execution_options(stream_results=True, no_parameters=True).exec_driver_sql(
-                sql
-            )
+            # no_parameters: a % in the query is no placeholder.
+            streaming = connection.execution_options(stream_results=True, no_parameters=True)
+            result = streaming.exec_driver_sql(sql)
             if not result.returns_rows:
                 raise DataError(f"snapshot.sources: {url_env}: the query returns no rows; write one SELECT")
             for rows in result.mappings().partitions(ROWS_PER_CHUNK):
                 yield "".join(_line(dict(row)) for row in rows).encode()
     except SQLAlchemyError as err:
         cause = getattr(err, "orig", None) or err
+        message = f"{type(cause).__name__}: {without_secrets(str(cause), engine.url)}"
         raise DataError(
-            f"snapshot.sources: {url_env}: {type(cause).__name__}: {without_secrets(str(cause), engine.url)}; "
-            "check the query, the URL and the rights of its user"
+            f"snapshot.sources: {url_env}: {message}; check the query, the URL and the rights of its user"
         ) from None
     except TypeError as err:
         raise DataError(f"snapshot.sources: {url_env}: {err}; cast the column in the query") from err

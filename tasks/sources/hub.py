@@ -36,7 +36,7 @@ def hub_offers(location: str) -> Iterator[Offer]:
             yield Offer(".parquet", read_file(Path(path)))
     except (HfHubHTTPError, httpx.HTTPError, OSError) as err:
         raise DataError(
-            f"snapshot.sources: {location}: {type(err).__name__}; check name, commit and network, and "
+            f"snapshot.sources: {location}: {type(err).__name__}: {err}; check name, commit and network, and "
             "HF_TOKEN if the data set is not public"
         ) from err
 
