@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tasks.ingest.faults import RowError
+from tasks.ingest.pii import redact
 from tasks.ingest.strict_json import loads
 from tasks.ingest.tool_calls import parse_calls, parse_sharegpt_calls, parse_tools
 from tasks.ingest.turns import Conversation, Turn
@@ -50,7 +51,8 @@ def convert(row: Row) -> Conversation:
         if all(row.get(key) is not None for key in keys):
             turns = read(row)
             return Conversation(_with_system(row, turns), parse_tools(row.get("tools")))
-    raise RowError("unknown_format", ", ".join(sorted(key[:40] for key in row)[:12]) or "none")
+    keys = sorted(redact(key)[:40] for key in row)[:12]
+    raise RowError("unknown_format", ", ".join(keys) or "none")
 
 
 def read_turns(value: object) -> list[Turn]:
