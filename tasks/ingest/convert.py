@@ -51,8 +51,8 @@ def convert(row: Row) -> Conversation:
         if all(row.get(key) is not None for key in keys):
             turns = read(row)
             return Conversation(_with_system(row, turns), parse_tools(row.get("tools")))
-    keys = sorted(redact(key)[:40] for key in row)[:12]
-    raise RowError("unknown_format", ", ".join(keys) or "none")
+    seen = sorted(redact(key)[:40] for key in row)[:12]
+    raise RowError("unknown_format", ", ".join(seen) or "none")
 
 
 def read_turns(value: object) -> list[Turn]:

@@ -19,11 +19,11 @@ IPV6 = re.compile(r"(?<![\w:])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])")
 # A country code after +; a trunk 0 or an area code in brackets, with separators; North America. Eight
 # digits without any sign are an order number as often as a telephone's.
 PHONE = re.compile(
-    r"(?<![\w+])(?:"
+    r"(?<![\w+])(?<!\d[ .,])(?:"
     r"\+\d(?:[ ()./-]{0,2}\d){7,14}"
     r"|\(0?\d{2,4}\)[ /-]{0,2}\d{2,4}(?:[ .-]?\d{2,4}){1,3}"
-    r"|0\d{2,4}[ /.-]\d{2,4}(?:[ .-]\d{2,4}){1,3}"
-    r"|0\d(?:[ .-]\d\d){4}"
+    r"|0[1-9]\d{1,3}[ /.-]\d{2,4}(?:[ .-]\d{2,4}){1,3}"
+    r"|0[1-9](?:[ .-]\d\d){4}"
     r"|[2-9]\d\d[.-]\d{3}[.-]\d{4}"
     r")(?![\w])"
 )

@@ -35,8 +35,9 @@ def hub_offers(location: str) -> Iterator[Offer]:
             path = hf_hub_download(identity, name, revision=commit, repo_type="dataset")
             yield Offer(".parquet", read_file(Path(path)))
     except (HfHubHTTPError, httpx.HTTPError, OSError) as err:
+        message = f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
         raise DataError(
-            f"snapshot.sources: {location}: {type(err).__name__}: {err}; check name, commit and network, and "
+            f"snapshot.sources: {location}: {message}; check name, commit and network, and "
             "HF_TOKEN if the data set is not public"
         ) from err
 

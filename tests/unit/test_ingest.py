@@ -152,8 +152,10 @@ def test_a_call_is_kept_as_json_with_sorted_keys_and_its_answer_is_named(run: Ru
 
 
 def test_repaired_rows_are_counted(run: Run) -> None:
-    rows = chat(("user", "Caf\u00c3\u00a9?\r\nYes?"), ("assistant", "Ja")) + b"\n" + chat(
-        ("user", "Café?"), ("assistant", "Ja")
+    rows = (
+        chat(("user", "Caf\u00c3\u00a9?\r\nYes?"), ("assistant", "Ja"))
+        + b"\n"
+        + chat(("user", "Café?"), ("assistant", "Ja"))
     )
     found = run({"a/000001.jsonl": rows})
     assert [row["messages"][0]["content"] for row in found["examples"]] == ["Café?\nYes?", "Café?"]
