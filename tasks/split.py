@@ -6,20 +6,29 @@ be learned, and their benchmark asks for them in wordings that training never se
 """
 
 import hashlib
+import logging
 from collections import Counter
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from tasks.config import StageParams, load_params
-from tasks.files import read_rows, write_rows
+from tasks.files import iterate_rows, write_rows
 from tasks.schemas import GROUPED
 from tasks.stage import DATA, run_main, write_summary
 
 SOURCE = DATA / "dedupe" / "examples.parquet"
+REMOVED = DATA / "dedupe" / "removed.parquet"
 TARGET = DATA / "split"
+BRIDGES = DATA / "split" / "bridges.parquet"
+BRIDGES_SCHEMA = pa.schema(
+    [("id", pa.string()), ("near_ids", pa.list_(pa.string())), ("sides", pa.list_(pa.string()))]
+)
 SIDES = ("train", "validation", "test")
 BUCKETS = 10_000
+log = logging.getLogger(__name__)
 
 
 class SplitParams(StageParams):
@@ -48,22 +57,44 @@ class SplitParams(StageParams):
 
 
 def main() -> None:
-    """Write one Parquet file for each side."""
+    """Write one Parquet file for each side, and the removed examples that would have joined two."""
     params = load_params(SplitParams, "split")
-    examples = read_rows(SOURCE)
-    sides = [
-        "train" if row["source"] in params.by_phrasing else side(row["group_id"], params) for row in examples
-    ]
+    counts: Counter[str] = Counter()
+    sides: dict[str, str] = {}
+    for row in iterate_rows(SOURCE, ["id", "source", "group_id"]):
+        by_phrasing = row["source"] in params.by_phrasing
+        sides[row["id"]] = "train" if by_phrasing else side(row["group_id"], params)
+        counts[sides[row["id"]]] += 1
     for name in SIDES:
-        rows = [row for row, at in zip(examples, sides, strict=True) if at == name]
+        rows = (row for row in iterate_rows(SOURCE) if sides[row["id"]] == name)
         write_rows(TARGET / f"{name}.parquet", rows, GROUPED)
-    counts = Counter(sides)
+    bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), sides))
+    write_rows(BRIDGES, bridges, BRIDGES_SCHEMA)
+    if bridges:
+        log.info("%s: %d removed example(s) were near both sides of the split", BRIDGES, len(bridges))
     write_summary(
         "split",
-        rows_in=len(examples),
-        rows_out=len(sides),
+        rows_in=len(sides),
+        rows_out=counts.total(),
         rows_out_by_side={name: counts[name] for name in SIDES},
+        bridges=len(bridges),
     )
+
+
+def find_bridges(removed: Iterable[dict[str, Any]], sides: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the removed examples that are near survivors on different sides.
+
+    Such an example would carry what one side holds out into the other. Deduplication dropped it, since
+    it is near a survivor that came first; the survivors keep their sides.
+
+    Example:
+        >>> list(find_bridges([{"id": "c", "near_ids": ["a", "b"]}], {"a": "train", "b": "test"}))
+        [{'id': 'c', 'near_ids': ['a', 'b'], 'sides': ['train', 'test']}]
+    """
+    for row in removed:
+        found = [sides[near] for near in row["near_ids"]]
+        if len(set(found)) > 1:
+            yield {**row, "sides": found}
 
 
 def side(group_id: str, params: SplitParams) -> str:

@@ -2,9 +2,18 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 WORD = re.compile(r"\w+")
+# Version of `canonical`: part of the manifest of what is kept by content.
+NORMALISER = 1
+# A text of fewer words has too few word shingles: one changed word of seven moves the similarity of
+# 3-shingles from 1 to 0.25. It is compared by its character shingles.
+SHORT = 8
+CHARACTER_SHINGLE = 5
+Shingles = frozenset[str]
+_ASCII = "".join(chr(c).lower() if chr(c).isalnum() or chr(c) == "_" else " " for c in range(128))
 
 
 def canonical(text: str) -> str:
@@ -14,35 +23,59 @@ def canonical(text: str) -> str:
         >>> canonical("Who  ARE you?")
         'who are you'
     """
+    if text.isascii():
+        # The same result, three times as fast.
+        return " ".join(text.translate(_ASCII).split())
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
-def canonical_messages(messages: Iterable[dict[str, str]]) -> str:
-    """Canonical text of a conversation, with its roles.
+def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Canonical text of turns, with their roles and calls.
 
     Example:
         >>> canonical_messages([{"role": "user", "content": "Who are you?"}])
         'user who are you'
     """
-    return " ".join(f"{m['role']} {canonical(m['content'])}" for m in messages)
+    return " ".join(
+        f"{m['role']} {canonical(m['content'])} {canonical(m.get('tool_calls') or '')}".rstrip()
+        for m in messages
+    )
 
 
-def shingles(text: str, size: int) -> frozenset[str]:
-    """Return the word n-grams of a canonical text; a shorter text is one shingle.
+def is_short(text: str) -> bool:
+    """Tell whether a canonical text has fewer than `SHORT` words."""
+    return text.count(" ") < SHORT - 1
+
+
+def comparable_shingles(text: str, size: int) -> Shingles:
+    """Return the shingles by which a canonical text is compared: of words, of characters if it is short.
 
     Example:
-        >>> sorted(shingles("a b c d", 3))
-        ['a b c', 'b c d']
+        >>> len(comparable_shingles("who am", 3))
+        2
     """
-    words = text.split()
-    return frozenset(" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1)))
+    return shingles(text, CHARACTER_SHINGLE) if is_short(text) else shingles(text.split(), size)
 
 
-def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
+def shingles(units: Sequence[str], size: int) -> Shingles:
+    """Return the n-grams of words, or of the characters of a string; fewer units are one shingle.
+
+    Example:
+        >>> sorted(shingles(["a", "b", "c", "d"], 3))
+        ['a b c', 'b c d']
+        >>> shingles(["a"], 3)
+        frozenset({'a'})
+    """
+    if len(units) < size:
+        return frozenset([" ".join(units)])
+    return frozenset(map(" ".join, zip(*(units[i:] for i in range(size)), strict=False)))
+
+
+def jaccard(a: Shingles, b: Shingles) -> float:
     """Exact similarity of two non-empty shingle sets, 0 to 1.
 
     Example:
-        >>> jaccard(frozenset("ab"), frozenset("bc"))
+        >>> jaccard(shingles("ab", 1), shingles("bc", 1))
         0.3333333333333333
     """
     shared = len(a & b)

@@ -1,0 +1,42 @@
+"""Remove exact and near duplicates: data/ingest -> data/dedupe.
+
+Daft signs (MinHash), on this machine or on a Ray cluster; every candidate pair is then verified by its
+exact Jaccard similarity, because signatures alone would remove many texts that only look alike. The
+first to arrive stays, so that yesterday's survivors never change.
+"""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from tasks.config import StageParams
+
+
+class DedupeParams(StageParams):
+    """MinHash LSH.
+
+    Attributes:
+        num_perm: Permutations of a signature.
+        bands: Bands of the LSH index; bands * rows_per_band = num_perm. More bands find more pairs
+            and cost more verification.
+        rows_per_band: Signature values in one band.
+        shingle_size: Words in a shingle.
+        jaccard_threshold: Exact similarity, 0 to 1, from which a text counts as a duplicate.
+        seed: Seed of the permutations.
+    """
+
+    num_perm: Annotated[int, Field(strict=True, ge=16)]
+    bands: Annotated[int, Field(strict=True, ge=1)]
+    rows_per_band: Annotated[int, Field(strict=True, ge=1)]
+    shingle_size: Annotated[int, Field(strict=True, ge=1)]
+    jaccard_threshold: Annotated[float, Field(gt=0, le=1)]
+    seed: Annotated[int, Field(strict=True, ge=0)]
+
+    @model_validator(mode="after")
+    def _bands_fill_the_signature(self) -> "DedupeParams":
+        if self.bands * self.rows_per_band != self.num_perm:
+            raise ValueError(
+                f"bands * rows_per_band must equal num_perm, got {self.bands} * "
+                f"{self.rows_per_band} != {self.num_perm}"
+            )
+        return self

@@ -1,0 +1,149 @@
+"""Run the stage: find the duplicates, write what stays, what goes, and what contradicts itself."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from tasks.config import load_params
+from tasks.dedupe import DedupeParams
+from tasks.dedupe.candidates import Removal, Text, keep_first
+from tasks.dedupe.signatures import open_memo, sign_known
+from tasks.files import iterate_rows, text_digest, write_rows
+from tasks.memo import Memo
+from tasks.schemas import GROUPED
+from tasks.stage import DATA, run_main, write_summary
+from tasks.text import canonical_messages
+
+SOURCE = DATA / "ingest" / "examples.parquet"
+TARGET = DATA / "dedupe" / "examples.parquet"
+REMOVED = DATA / "dedupe" / "removed.parquet"
+CONFLICTS = DATA / "dedupe" / "conflicts.parquet"
+
+# near_ids: all survivors that are as near to the removed example, the one kept for it first.
+REMOVED_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("kept_id", pa.string()),
+        ("jaccard", pa.float64()),
+        ("reason", pa.string()),
+        ("near_ids", pa.list_(pa.string())),
+    ]
+)
+# Examples of one prompt_id ask the same and answer differently.
+CONFLICTS_SCHEMA = pa.schema([("prompt_id", pa.string()), ("id", pa.string()), ("answer", pa.string())])
+
+
+def main() -> None:
+    """Remove duplicates; give every survivor the group id of its content."""
+    params = load_params(DedupeParams, "dedupe")
+    ids, texts = [], []
+    for row in iterate_rows(SOURCE, ["id", "messages"]):
+        ids.append(row["id"])
+        texts.append(read_text(row["messages"]))
+    with open_memo(params) as memo:
+        removals = find_duplicates(texts, params, memo)
+    sources: Counter[str] = Counter()
+    write_rows(TARGET, survivors(texts, removals, sources), GROUPED)
+    write_rows(REMOVED, _removed_rows(ids, removals), REMOVED_SCHEMA)
+    conflicts = find_conflicts(texts, removals)
+    write_rows(CONFLICTS, _conflict_rows(ids, texts, conflicts), CONFLICTS_SCHEMA)
+    write_summary(
+        "dedupe",
+        rows_in=len(ids),
+        rows_out=len(ids) - len(removals),
+        dropped=Counter(removal.reason for removal in removals.values()),
+        rows_out_by_source=dict(sorted(sources.items())),
+        label_conflicts=len(conflicts),
+        rows_in_label_conflicts=sum(len(members) for members in conflicts),
+    )
+
+
+def read_text(messages: Sequence[Mapping[str, Any]]) -> Text:
+    """Return the canonical text of a conversation, the last answer apart.
+
+    Example:
+        >>> read_text([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}])
+        Text(prompt='user who', answer='assistant me')
+    """
+    return Text(canonical_messages(messages[:-1]), canonical_messages(messages[-1:]))
+
+
+def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> dict[int, Removal]:
+    """Find the texts that repeat an earlier survivor.
+
+    Args:
+        texts: In order of arrival, shape (n,).
+        params: MinHash parameters.
+        memo: Signatures of texts that were seen before.
+
+    Returns:
+        index -> removal, for every text that goes. The first of equal texts always stays. O(n log n)
+        time apart from the verified candidates; deterministic.
+    """
+    first: dict[str, int] = {}
+    roots = [first.setdefault(text.whole, i) for i, text in enumerate(texts)]
+    unique = list(first.values())
+    keys = sign_known(list(first), params, memo)
+    near = keep_first([texts[i] for i in unique], keys, params)
+    removals = {
+        unique[i]: Removal(
+            unique[one.kept], one.jaccard, one.reason, tuple(unique[other] for other in one.near)
+        )
+        for i, one in near.items()
+    }
+    for i, root in enumerate(roots):
+        if i != root:
+            # A copy of a text that goes, goes for the same reason.
+            removals[i] = removals.get(root) or Removal(root, 1.0, "exact_duplicate", (root,))
+    return removals
+
+
+def survivors(
+    texts: Sequence[Text], removals: Mapping[int, Removal], sources: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the examples that stay, with the id of their group; count them by source."""
+    for i, row in enumerate(iterate_rows(SOURCE)):
+        if i not in removals:
+            sources[row["source"]] += 1
+            yield {**row, "group_id": text_digest(texts[i].whole)}
+
+
+def find_conflicts(texts: Sequence[Text], removals: Mapping[int, Removal]) -> list[list[int]]:
+    """List the survivors that give different answers to one prompt, prompt by prompt.
+
+    Example:
+        >>> find_conflicts([Text("who", "me"), Text("who", "you"), Text("when", "now")], {})
+        [[0, 1]]
+    """
+    by_prompt: dict[str, list[int]] = defaultdict(list)
+    for i, text in enumerate(texts):
+        if text.prompt and i not in removals:
+            by_prompt[text.prompt].append(i)
+    return [members for members in by_prompt.values() if len(members) > 1]
+
+
+def _removed_rows(ids: Sequence[str], removals: Mapping[int, Removal]) -> Iterator[dict[str, Any]]:
+    """Name each removed example and the one that stays for it."""
+    for i, removal in sorted(removals.items()):
+        yield {
+            "id": ids[i],
+            "kept_id": ids[removal.kept],
+            "jaccard": removal.jaccard,
+            "reason": removal.reason,
+            "near_ids": [ids[other] for other in removal.near],
+        }
+
+
+def _conflict_rows(
+    ids: Sequence[str], texts: Sequence[Text], conflicts: Sequence[Sequence[int]]
+) -> Iterator[dict[str, str]]:
+    """Name each example that contradicts another."""
+    for members in conflicts:
+        for i in members:
+            yield {"prompt_id": text_digest(texts[i].prompt), "id": ids[i], "answer": texts[i].answer}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,115 @@
+"""Which earlier texts may be near a text, and which of them are."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
+
+import numpy as np
+
+from tasks.dedupe import DedupeParams
+from tasks.dedupe.signatures import Keys
+from tasks.text import Shingles, comparable_shingles, jaccard
+
+# Shingle sets that are kept for the next comparison: about 0.5 GB of 100-word texts.
+CACHED_SETS = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Canonical text of an example, in two parts.
+
+    Attributes:
+        prompt: All before the last answer; empty for a plain text.
+        answer: The last answer, or the plain text.
+    """
+
+    prompt: str
+    answer: str
+
+    @property
+    def whole(self) -> str:
+        """Both parts."""
+        return f"{self.prompt} {self.answer}" if self.prompt else self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Why one text goes.
+
+    Attributes:
+        kept: Index of the text that stays for it.
+        jaccard: Their exact similarity, 0 to 1.
+        reason: exact_duplicate or near_duplicate.
+        near: Indices of all survivors that are as near, `kept` first.
+    """
+
+    kept: int
+    jaccard: float
+    reason: str
+    near: tuple[int, ...]
+
+
+def keep_first(texts: Sequence[Text], keys: Keys, params: DedupeParams) -> dict[int, Removal]:
+    """Find the texts that are near an earlier survivor.
+
+    A text with the prompt of a survivor and another answer stays: that is a conflict of labels, which a
+    person has to settle.
+
+    Args:
+        texts: In order of arrival, no two equal, shape (n,).
+        keys: Their band keys, shape (n, bands).
+        params: MinHash parameters.
+
+    Returns:
+        index -> removal. What happens to a text depends on itself and on earlier texts only.
+    """
+
+    @lru_cache(CACHED_SETS)
+    def shingle_set(index: int) -> Shingles:
+        return comparable_shingles(texts[index].whole, params.shingle_size)
+
+    removals: dict[int, Removal] = {}
+    survivors: dict[int, list[int]] = defaultdict(list)
+    for i, buckets in shared_buckets(keys):
+        candidates = sorted({other for bucket in buckets for other in survivors[bucket]})
+        near = [
+            (other, similarity)
+            for other in candidates
+            if (similarity := jaccard(shingle_set(i), shingle_set(other))) >= params.jaccard_threshold
+            and not is_conflict(texts[i], texts[other], params)
+        ]
+        if near:
+            kept, similarity = near[0]
+            removals[i] = Removal(kept, similarity, "near_duplicate", tuple(other for other, _ in near))
+            continue
+        for bucket in buckets:
+            survivors[bucket].append(i)
+    return removals
+
+
+def is_conflict(text: Text, other: Text, params: DedupeParams) -> bool:
+    """Tell whether two texts give different answers to the same prompt."""
+    if not text.prompt or text.prompt != other.prompt:
+        return False
+    answers = [comparable_shingles(one.answer, params.shingle_size) for one in (text, other)]
+    return jaccard(answers[0], answers[1]) < params.jaccard_threshold
+
+
+def shared_buckets(keys: Keys) -> Iterator[tuple[int, list[int]]]:
+    """Yield (index, buckets) of each text that shares a bucket with another, in order of index.
+
+    A bucket is a key in a band, numbered here. O(n log n) for each band.
+    """
+    members, buckets = [], []
+    for band in range(keys.shape[1]):
+        _, numbers, counts = np.unique(keys[:, band], return_inverse=True, return_counts=True)
+        shared = np.flatnonzero(counts[numbers] > 1)
+        members.append(shared)
+        buckets.append(numbers[shared] + band * len(keys))
+    order = np.argsort(np.concatenate(members), kind="stable")
+    pairs = zip(np.concatenate(members)[order].tolist(), np.concatenate(buckets)[order].tolist(), strict=True)
+    for index, some in groupby(pairs, key=itemgetter(0)):
+        yield index, [bucket for _, bucket in some]

@@ -1,0 +1,133 @@
+"""MinHash signatures, as the band keys of an LSH index: made by Daft, each text once.
+
+A signature of 128 values is kept as one 64-bit key for each band (16 x 8 bytes): two texts are
+candidates when they share a key in the same band, so more is never looked at.
+
+Sources: Broder (1997) for MinHash; Leskovec et al., Mining of Massive Datasets, ch. 3, for banding.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import daft
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tasks.dedupe import DedupeParams
+from tasks.files import text_digest
+from tasks.memo import Memo
+from tasks.text import CHARACTER_SHINGLE, NORMALISER, SHORT, is_short
+
+HASH_FUNCTION = "xxhash3_64"
+# Texts that one task of the engine signs: a fraction of a second of work.
+TEXTS_PER_TASK = 10_000
+# Stands for the space inside a character shingle; no canonical text holds it.
+SPACE = "▁"
+# Odd constants of splitmix64 (Steele et al., 2014), for mixing the values of a band into one key.
+GOLDEN, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+Keys = NDArray[np.uint64]
+
+
+def open_memo(params: DedupeParams) -> Memo:
+    """Open the memo of the band keys that these parameters give."""
+    return Memo(
+        "signatures",
+        {
+            "algorithm": "minhash",
+            "daft": version("daft"),
+            "hash_function": HASH_FUNCTION,
+            "num_perm": params.num_perm,
+            "bands": params.bands,
+            "shingle_size": params.shingle_size,
+            "character_shingle": CHARACTER_SHINGLE,
+            "short": SHORT,
+            "seed": params.seed,
+            "normaliser": NORMALISER,
+        },
+    )
+
+
+def sign_known(texts: Sequence[str], params: DedupeParams, memo: Memo) -> Keys:
+    """Sign texts, each of them once in the life of the memo.
+
+    Args:
+        texts: Canonical texts, no two equal, shape (n,).
+        params: MinHash parameters.
+        memo: From `open_memo`.
+
+    Returns:
+        Band keys, shape (n, bands), uint64.
+    """
+    digests = [text_digest(text, size=16) for text in texts]
+    known = memo.read(digests)
+    new = [i for i, digest in enumerate(digests) if digest not in known]
+    keys = np.empty((len(texts), params.bands), dtype=np.uint64)
+    keys[new] = sign([texts[i] for i in new], params)
+    memo.write((digests[i], keys[i].tobytes()) for i in new)
+    old = [i for i, digest in enumerate(digests) if digest in known]
+    values = np.frombuffer(b"".join(known[digests[i]] for i in old), dtype=np.uint64)
+    keys[old] = values.reshape(len(old), params.bands)
+    return keys
+
+
+def sign(texts: Sequence[str], params: DedupeParams) -> Keys:
+    """Sign texts on Daft: word shingles, or character shingles where a text is short.
+
+    Long and short texts never share a key: their shingles cannot be compared.
+
+    Returns:
+        Band keys, shape (n, bands), uint64.
+    """
+    short = np.fromiter((is_short(text) for text in texts), dtype=bool, count=len(texts))
+    keys = np.empty((len(texts), params.bands), dtype=np.uint64)
+    words = [text for text, is_one in zip(texts, short, strict=True) if not is_one]
+    grams = [_spell(text) for text, is_one in zip(texts, short, strict=True) if is_one]
+    keys[~short] = _band_keys(_minhash(words, params.shingle_size, params), params.bands)
+    keys[short] = ~_band_keys(_minhash(grams, 1, params), params.bands)
+    return keys
+
+
+def _minhash(texts: list[str], ngram_size: int, params: DedupeParams) -> NDArray[np.uint32]:
+    """MinHash over word n-grams, shape (n, num_perm)."""
+    if not texts:
+        return np.empty((0, params.num_perm), dtype=np.uint32)
+    table = pa.table({"number": np.arange(len(texts)), "text": pa.array(texts, pa.large_string())})
+    signature = daft.col("text").minhash(
+        num_hashes=params.num_perm,
+        ngram_size=ngram_size,
+        seed=params.seed,
+        hash_function=HASH_FUNCTION,
+    )
+    frame = daft.from_arrow(table).into_batches(TEXTS_PER_TASK)
+    signed = frame.select(daft.col("number"), signature.alias("signature")).to_arrow().combine_chunks()
+    values = signed["signature"].combine_chunks().flatten().to_numpy().reshape(len(texts), params.num_perm)
+    # The engine may return its batches in any order.
+    ordered = np.empty((len(texts), params.num_perm), dtype=np.uint32)
+    ordered[signed["number"].to_numpy()] = values
+    return ordered
+
+
+def _band_keys(signatures: NDArray[np.uint32], bands: int) -> Keys:
+    """Mix the values of each band into one 64-bit key.
+
+    Two different bands of equal keys cost one verification, nothing else.
+    """
+    values = signatures.reshape(len(signatures), bands, signatures.shape[1] // bands).astype(np.uint64)
+    keys = np.zeros(values.shape[:2], dtype=np.uint64)
+    for column in range(values.shape[2]):
+        keys = (keys ^ values[:, :, column]) * MIX + GOLDEN
+        keys ^= keys >> np.uint64(31)
+    return keys
+
+
+def _spell(text: str) -> str:
+    """Write the character shingles of a short text as words.
+
+    Example:
+        >>> _spell("who am")
+        'who▁a ho▁am'
+    """
+    solid = text.replace(" ", SPACE)
+    count = max(1, len(solid) - CHARACTER_SHINGLE + 1)
+    return " ".join(solid[i : i + CHARACTER_SHINGLE] for i in range(count))
