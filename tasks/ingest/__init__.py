@@ -24,6 +24,7 @@ class IngestParams(StageParams):
         max_compression_ratio: Bytes out for each byte in, above which a shard counts as a bomb.
         max_tokens: Longest example, tokens of the base's tokenizer; None sets no limit.
         pii: Personal data: report where it stands, redact it, or drop the row.
+        pii_model: spaCy model, by name or folder, that finds names and places too; None for rules alone.
     """
 
     max_quarantined_share: Annotated[float, Field(ge=0, le=1)]
@@ -32,3 +33,4 @@ class IngestParams(StageParams):
     max_compression_ratio: Count
     max_tokens: Count | None
     pii: Literal["report", "redact", "drop"]
+    pii_model: str | None

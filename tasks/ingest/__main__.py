@@ -16,7 +16,9 @@ from tasks.ingest import IngestParams
 from tasks.ingest.checks import compile_special_tokens
 from tasks.ingest.faults import RowError
 from tasks.ingest.lengths import batches, describe, measure, special_tokens
-from tasks.ingest.rows import Example, Outcome, read_outcomes
+from tasks.ingest.pii import find_pii
+from tasks.ingest.presidio import load_presidio
+from tasks.ingest.rows import Example, Outcome, Privacy, read_outcomes
 from tasks.ingest.streams import Limits
 from tasks.memo import Memo
 from tasks.schemas import EXAMPLES
@@ -75,6 +77,7 @@ def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally:
     """Read all shards once; write each row to where it belongs."""
     limits = Limits(params.max_row_bytes, params.max_shard_bytes, params.max_compression_ratio)
     special = compile_special_tokens(special_tokens(encoder))
+    privacy = Privacy(params.pii, load_presidio(params.pii_model) if params.pii_model else find_pii)
     with (
         open_memo(encoder) as memo,
         replaced(QUARANTINE) as quarantine,
@@ -82,7 +85,7 @@ def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally:
         quarantine.open("w", encoding="utf-8") as bad,
         pii.open("w", encoding="utf-8") as personal,
     ):
-        outcomes = read_outcomes(SOURCE, limits, special, params.pii)
+        outcomes = read_outcomes(SOURCE, limits, special, privacy)
         measured = measure_all(outcomes, encoder, memo, params.max_tokens)
         write_rows(examples, settle(measured, bad, personal, tally), EXAMPLES)
 

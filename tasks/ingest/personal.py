@@ -1,15 +1,12 @@
 """Personal data in a conversation: where it stands, and the conversation without it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks.ingest.pii import Finding, find_pii, redact
+from tasks.ingest.pii import Find, find_pii, redact
 from tasks.ingest.strict_json import dumps
 from tasks.ingest.turns import Conversation, Turn
-
-Find = Callable[[str], list[Finding]]
-Redact = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +28,29 @@ class Place:
     end: int
 
 
-def find_places(conversation: Conversation) -> list[Place]:
+def find_places(conversation: Conversation, find: Find) -> list[Place]:
     """Find personal data in contents, in the arguments of calls, and in tools."""
     return [
         Place(finding.kind, turn, field, finding.start, finding.end)
         for turn, field, text in _texts(conversation)
-        for finding in find_pii(text)
+        for finding in find(text)
     ]
 
 
-def redact_conversation(conversation: Conversation) -> Conversation:
+def redact_conversation(conversation: Conversation, find: Find) -> Conversation:
     """Put the kind in brackets where personal data stood."""
     turns = [
         replace(
             turn,
-            content=redact(turn.content),
-            calls=tuple(replace(call, arguments=redact_json(call.arguments)) for call in turn.calls),
+            content=redact(turn.content, find),
+            calls=tuple(replace(call, arguments=redact_json(call.arguments, find)) for call in turn.calls),
         )
         for turn in conversation.turns
     ]
-    return Conversation(turns, redact_json(conversation.tools))
+    return Conversation(turns, redact_json(conversation.tools, find))
 
 
-def redact_json(value: Any) -> Any:
+def redact_json(value: Any, find: Find = find_pii) -> Any:
     """Redact every text and number of a JSON value, and the keys; it stays valid JSON.
 
     Example:
@@ -61,11 +58,11 @@ def redact_json(value: Any) -> Any:
         {'to': ['[EMAIL]'], 'card': '[CARD]', 'count': 3}
     """
     if isinstance(value, str):
-        return redact(value)
+        return redact(value, find)
     if isinstance(value, dict):
-        return {redact(key): redact_json(one) for key, one in value.items()}
+        return {redact(key, find): redact_json(one, find) for key, one in value.items()}
     if isinstance(value, list):
-        return [redact_json(one) for one in value]
+        return [redact_json(one, find) for one in value]
     if isinstance(value, int) and find_pii(str(value)):
         return redact(str(value))
     return value

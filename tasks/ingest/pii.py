@@ -1,6 +1,6 @@
 """Personal data and keys in a text: found by form, confirmed by checksum or by the standard library.
 
-Rules find what has a form. Names and addresses have none: for those see the engine `presidio`.
+Rules find what has a form. Names and places have none: see `tasks.ingest.presidio`.
 """
 
 import ipaddress
@@ -56,6 +56,9 @@ class Finding:
     end: int
 
 
+Find = Callable[[str], list[Finding]]
+
+
 def find_pii(text: str) -> list[Finding]:
     """Find personal data and keys, in the order of the text, without overlaps.
 
@@ -71,17 +74,24 @@ def find_pii(text: str) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.start)
 
 
-def redact(text: str) -> str:
-    """Put the kind in brackets where personal data stood, until none is found.
+def redact(text: str, find: Find = find_pii) -> str:
+    """Put the kind in brackets where personal data stood, until the rules find none.
+
+    Args:
+        text: Any text.
+        find: What finds it, the rules or more than them.
 
     Example:
         >>> redact("Pay to DE89 3704 0044 0532 0130 00 today")
         'Pay to [IBAN] today'
     """
-    # What follows a finding can become one itself when the finding is gone.
-    while findings := find_pii(text):
+    findings = find(text)
+    while findings:
         for finding in reversed(findings):
             text = f"{text[: finding.start]}[{finding.kind.upper()}]{text[finding.end :]}"
+        # What follows a finding can become one itself when the finding is gone. A model is not asked
+        # again: it could take a placeholder for a name.
+        findings = find_pii(text)
     return text
 
 

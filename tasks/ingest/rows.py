@@ -15,6 +15,7 @@ from tasks.ingest.convert import convert
 from tasks.ingest.faults import RowError
 from tasks.ingest.formats import READABLE, shard_suffix
 from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
+from tasks.ingest.pii import Find, find_pii
 from tasks.ingest.readers import read_shard
 from tasks.ingest.streams import Limits
 from tasks.ingest.strict_json import dumps
@@ -23,7 +24,14 @@ from tasks.ingest.turns import Conversation, Turn
 # Below data/raw: name of each shard -> SHA-256 of its bytes, as the snapshot wrote it.
 DIGESTS = "digests.json"
 Example = dict[str, Any]
-Mode = Literal["report", "redact", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Privacy:
+    """What happens to personal data, and what finds it."""
+
+    mode: Literal["report", "redact", "drop"]
+    find: Find = find_pii
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +53,14 @@ class Outcome:
     places: tuple[Place, ...] = ()
 
 
-def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], mode: Mode) -> Iterator[Outcome]:
+def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: Privacy) -> Iterator[Outcome]:
     """Read, convert and check every row of every shard, ordered by arrival and number.
 
     Args:
         raw: Folder with `<source>/<arrival>.<suffix>`.
         limits: Sizes that shards and rows must keep to.
         special: Markup that no text may hold.
-        mode: What happens to personal data.
+        privacy: What happens to personal data.
 
     Raises:
         DataError: A shard cannot be read to its end.
@@ -62,7 +70,7 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], mode: Mod
         source = path.parent.name
         for number, row in read_shard(path, limits):
             origin = f"{source}/{path.name}:{number}"
-            yield judge(row, origin, arrival, special, mode)
+            yield judge(row, origin, arrival, special, privacy)
 
 
 def find_shards(raw: Path) -> list[tuple[int, Path]]:
@@ -94,7 +102,7 @@ def require_digest(path: Path, raw: Path) -> None:
 
 
 def judge(
-    row: dict[str, Any] | RowError, origin: str, arrival: int, special: re.Pattern[str], mode: Mode
+    row: dict[str, Any] | RowError, origin: str, arrival: int, special: re.Pattern[str], privacy: Privacy
 ) -> Outcome:
     """Convert, repair and check one row; find its personal data before anything is made of it."""
     source = origin.split("/", 1)[0]
@@ -103,15 +111,15 @@ def judge(
             raise row
         conversation, repaired = repair(convert(row))
         conversation = check(conversation, special)
-        places = tuple(find_places(conversation))
-        if places and mode == "redact":
-            conversation = redact_conversation(conversation)
+        places = tuple(find_places(conversation, privacy.find))
+        if places and privacy.mode == "redact":
+            conversation = redact_conversation(conversation, privacy.find)
         example = build_example(conversation, origin, source, arrival)
     except RowError as fault:
         return Outcome(origin, source, fault)
     except RecursionError:
         return Outcome(origin, source, RowError("too_deep"))
-    if places and mode == "drop":
+    if places and privacy.mode == "drop":
         counts = sorted(Counter(place.kind for place in places).items())
         detail = ", ".join(f"{count} {kind}" for kind, count in counts)
         return Outcome(origin, source, RowError("pii", detail), places=places)

@@ -14,7 +14,7 @@ from tasks.ingest.checks import CONTROL, compile_special_tokens
 from tasks.ingest.checksums import IBAN_LENGTHS, card_length, iban_length, is_luhn
 from tasks.ingest.faults import RowError
 from tasks.ingest.pii import find_pii, redact
-from tasks.ingest.rows import read_outcomes
+from tasks.ingest.rows import Privacy, read_outcomes
 from tasks.ingest.streams import Limits
 
 LIMITS = Limits(row_bytes=2000, shard_bytes=10**9, ratio=200)
@@ -44,7 +44,7 @@ def outcomes(folder: Path, lines: list[bytes], mode: Any = "report") -> list[Any
     path = folder / "a" / "000001.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"\n".join(lines))
-    return list(read_outcomes(folder, LIMITS, MARKUP, mode))
+    return list(read_outcomes(folder, LIMITS, MARKUP, Privacy(mode)))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -22,6 +22,7 @@ PARAMS = {
     "max_compression_ratio": 200,
     "max_tokens": None,
     "pii": "report",
+    "pii_model": None,
 }
 Run = Callable[..., dict[str, Any]]
 

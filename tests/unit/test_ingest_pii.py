@@ -1,9 +1,14 @@
 """Personal data is found by its form and its checksum, and what only looks like it is left alone."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
+from tasks.errors import ConfigError
 from tasks.ingest.personal import find_places, redact_conversation
 from tasks.ingest.pii import find_pii, redact
+from tasks.ingest.presidio import load_presidio
 from tasks.ingest.turns import Call, Conversation, Turn
 
 TOKEN = "ghp_" + "a1B2" * 9
@@ -81,12 +86,37 @@ def test_arguments_and_tools_are_looked_through_and_stay_json() -> None:
     conversation = Conversation(
         [Turn("user", "Pay"), Turn("assistant", "", calls)], [{"doc": "ask ada@example.org"}]
     )
-    assert [(place.kind, place.turn, place.field) for place in find_places(conversation)] == [
+    assert [(place.kind, place.turn, place.field) for place in find_places(conversation, find_pii)] == [
         ("email", 0, "tools"),
         ("card", 2, "tool_calls"),
         ("iban", 2, "tool_calls"),
     ]
-    redacted = redact_conversation(conversation)
+    redacted = redact_conversation(conversation, find_pii)
     assert redacted.turns[1].calls[0].arguments == {"to": "[IBAN]", "card": "[CARD]", "n": 1}
     assert redacted.tools == [{"doc": "ask [EMAIL]"}]
-    assert find_places(redacted) == []
+    assert find_places(redacted, find_pii) == []
+
+
+def test_presidio_adds_names_to_what_the_rules_find(tmp_path: Path) -> None:
+    import spacy
+
+    model = spacy.blank("en")
+    patterns = [{"label": "PERSON", "pattern": "Ada"}, {"label": "PERSON", "pattern": "PERSON"}]
+    model.add_pipe("entity_ruler").add_patterns(patterns)
+    model.to_disk(tmp_path / "model")
+    find = load_presidio(str(tmp_path / "model"))
+    text = "Ada wrote Ada@example.org"
+    assert [(f.kind, f.start, f.end) for f in find(text)] == [("person", 0, 3), ("email", 10, 25)]
+    # The model would take the placeholder for a name, too.
+    assert redact(text, find) == "[PERSON] wrote [EMAIL]"
+
+
+def test_a_model_that_is_not_installed_is_named_and_not_downloaded() -> None:
+    with pytest.raises(ConfigError, match=r"no spaCy model 'xx_none_sm'; run `spacy download"):
+        load_presidio("xx_none_sm")
+
+
+def test_without_presidio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    with pytest.raises(ConfigError, match=r"pip install 'nightshift\[presidio\]'"):
+        load_presidio("en_core_web_sm")
