@@ -24,7 +24,7 @@ from tasks import registry
 from tasks.config import StageParams, load_params
 from tasks.errors import StageError
 from tasks.files import file_digest, jsonl, read_json, write_json, write_text
-from tasks.ingest.formats import shard_suffix
+from tasks.ingest.shards import DIGESTS, find_shards
 from tasks.sources import Offer
 from tasks.sources.locations import Location, read_offers, require_location, require_query
 from tasks.sources.packages import BENCHMARK_PACKAGES
@@ -33,8 +33,6 @@ from tasks.stage import run_main
 RAW = Path("data/raw")
 BENCHMARKS = Path("data/benchmarks")
 CHAMPION = Path("data/champion")
-# Below data/raw: name of each shard -> SHA-256 of its bytes.
-DIGESTS = "digests.json"
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +105,7 @@ def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
     """
     digests = read_digests(raw)
     known = {digest for name, digest in digests.items() if name.startswith(f"{source}/")}
-    arrival = max((_arrival(name) for name in digests), default=0)
+    arrival = max((arrival for arrival, _ in find_shards(raw)), default=0)
     new = []
     temporary = raw / source / ".incoming"
     for offer in offers:
@@ -141,11 +139,14 @@ def receive(offer: Offer, target: Path) -> str:
 
 
 def read_digests(raw: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of all shards that are there; one that is not in the list yet is read."""
+    """Return name -> SHA-256 of all shards that are there; one that is not in the list yet is read.
+
+    Raises:
+        DataError: A file is no shard.
+    """
     path = raw / DIGESTS
     listed = read_json(path) if path.is_file() else {}
-    shards = sorted(path for path in raw.glob("*/[!.]*") if shard_suffix(path.name))
-    names = [shard.relative_to(raw).as_posix() for shard in shards]
+    names = [shard.relative_to(raw).as_posix() for _, shard in find_shards(raw)]
     return {name: listed.get(name) or file_digest(raw / name) for name in names}
 
 
@@ -187,16 +188,6 @@ def version(folder: Path) -> None:
     )
     if done.returncode:
         raise StageError(f"dvc add {folder} failed: {done.stderr.strip()}; see `dvc doctor`")
-
-
-def _arrival(name: str) -> int:
-    """Return the number in a shard's name.
-
-    Example:
-        >>> _arrival("chats/000012.jsonl.gz")
-        12
-    """
-    return int(name.rsplit("/", 1)[-1].split(".", 1)[0])
 
 
 if __name__ == "__main__":

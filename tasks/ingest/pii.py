@@ -67,10 +67,11 @@ def find_pii(text: str) -> list[Finding]:
         [Finding(kind='email', start=9, end=24)]
     """
     found: list[Finding] = []
+    rest = text
     for kind, pattern, check in _rules(text):
-        for start, end in _scan(text, pattern, check):
-            if all(end <= other.start or other.end <= start for other in found):
-                found.append(Finding(kind, start, end))
+        findings = [Finding(kind, start, end) for start, end in _scan(rest, pattern, check)]
+        rest = _blank(rest, findings)
+        found += findings
     return sorted(found, key=lambda finding: finding.start)
 
 
@@ -118,6 +119,15 @@ def _scan(text: str, pattern: re.Pattern[str], check: Check) -> Iterator[tuple[i
         if length:
             yield match.start(), match.start() + length
         position = match.start() + (length or 1)
+
+
+def _blank(text: str, findings: list[Finding]) -> str:
+    """Fill what has been found, so that no other rule finds a part of it."""
+    parts, position = [], 0
+    for finding in findings:
+        parts += [text[position : finding.start], "\0" * (finding.end - finding.start)]
+        position = finding.end
+    return "".join([*parts, text[position:]])
 
 
 def _whole(match: re.Match[str]) -> int:

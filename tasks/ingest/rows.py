@@ -8,21 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks.errors import DataError
-from tasks.files import file_digest, read_json, text_digest
+from tasks.files import text_digest
 from tasks.ingest.checks import check, repair
 from tasks.ingest.convert import convert
 from tasks.ingest.faults import RowError
-from tasks.ingest.formats import READABLE, shard_suffix
 from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
 from tasks.ingest.pii import Find, find_pii
 from tasks.ingest.readers import read_shard
+from tasks.ingest.shards import find_shards, require_digest
 from tasks.ingest.streams import Limits
 from tasks.ingest.strict_json import dumps
 from tasks.ingest.turns import Conversation, Turn
 
-# Below data/raw: name of each shard -> SHA-256 of its bytes, as the snapshot wrote it.
-DIGESTS = "digests.json"
 Example = dict[str, Any]
 
 
@@ -71,34 +68,6 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: 
         for number, row in read_shard(path, limits):
             origin = f"{source}/{path.name}:{number}"
             yield judge(row, origin, arrival, special, privacy)
-
-
-def find_shards(raw: Path) -> list[tuple[int, Path]]:
-    """Return (arrival, path) of all shards, in order.
-
-    Raises:
-        DataError: A file is no shard.
-    """
-    found = []
-    for path in raw.glob("*/[!.]*"):
-        suffix = shard_suffix(path.name)
-        stem = path.name.removesuffix(suffix or "")
-        if suffix is None or not re.fullmatch(r"\d{1,9}", stem):
-            raise DataError(f"{path}: no shard: its name is not a number with {READABLE}; remove it")
-        found.append((int(stem), path))
-    return sorted(found, key=lambda shard: (shard[0], shard[1].parent.name))
-
-
-def require_digest(path: Path, raw: Path) -> None:
-    """Check that a shard is what the snapshot wrote; one that came by hand is in no list.
-
-    Raises:
-        DataError: Its bytes have changed.
-    """
-    digests = raw / DIGESTS
-    expected = read_json(digests).get(path.relative_to(raw).as_posix()) if digests.is_file() else None
-    if expected and file_digest(path) != expected:
-        raise DataError(f"{path}: changed after it arrived; restore it (`dvc checkout {raw}`) or remove it")
 
 
 def judge(

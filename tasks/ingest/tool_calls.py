@@ -8,6 +8,9 @@ from tasks.ingest.faults import RowError
 from tasks.ingest.strict_json import dumps, loads
 from tasks.ingest.turns import Call, Turn
 
+# Levels of lists and objects. JSON Schemas of real functions have 10 to 20; templates recurse.
+MAX_DEPTH = 64
+
 
 def parse_calls(value: object) -> tuple[Call, ...]:
     """Read the `tool_calls` of an assistant's turn.
@@ -118,8 +121,16 @@ def _call(value: object) -> Call:
 
 
 def _require_json(value: object) -> None:
-    """Refuse what JSON cannot write: Parquet also has times, bytes and NaN."""
+    """Refuse what JSON cannot write (Parquet also has times, bytes and NaN), or a template not render."""
+    if _depth(value) > MAX_DEPTH:
+        raise RowError("too_deep", f"more than {MAX_DEPTH} levels in a call or in tools")
     try:
         dumps(value)
     except (TypeError, ValueError) as err:
         raise RowError("malformed_tool_call", "a value is no JSON") from err
+
+
+def _depth(value: object) -> int:
+    """Count the levels of lists and objects."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)

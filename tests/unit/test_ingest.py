@@ -11,7 +11,7 @@ import yaml
 
 from tasks.errors import DataError
 from tasks.ingest.__main__ import Tally, main, require_share
-from tasks.ingest.rows import find_shards
+from tasks.ingest.shards import find_shards
 from tests.byte_base import make_byte_base
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}

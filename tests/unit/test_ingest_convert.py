@@ -194,3 +194,11 @@ def test_a_conversation_may_end_with_a_call_but_not_with_its_answer() -> None:
 def test_only_an_assistant_calls() -> None:
     with pytest.raises(RowError, match="malformed_tool_call"):
         check(Conversation([Turn("user", "Hi", (Call("f", {}),)), Turn("assistant", "Ho")]), MARKUP)
+
+
+def test_arguments_that_are_nested_too_deep_for_a_template_are_a_fault() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(64):
+        deep = {"x": deep}
+    row = {"messages": [{"role": "user", "content": "Hi"}, call(name="f", arguments=deep)]}
+    assert fault(row) == ("too_deep", "more than 64 levels in a call or in tools")

@@ -1,0 +1,39 @@
+"""The shards below data/raw, in order of arrival, each as the snapshot wrote it."""
+
+import re
+from pathlib import Path
+
+from tasks.errors import DataError
+from tasks.files import file_digest, read_json
+from tasks.ingest.formats import READABLE, shard_suffix
+
+# Below data/raw: name of each shard -> SHA-256 of its bytes.
+DIGESTS = "digests.json"
+
+
+def find_shards(raw: Path) -> list[tuple[int, Path]]:
+    """Return (arrival, path) of all shards, in order.
+
+    Raises:
+        DataError: A file is no shard.
+    """
+    found = []
+    for path in raw.glob("*/[!.]*"):
+        suffix = shard_suffix(path.name)
+        stem = path.name.removesuffix(suffix or "")
+        if suffix is None or not re.fullmatch(r"\d{1,9}", stem):
+            raise DataError(f"{path}: no shard: its name is not a number with {READABLE}; remove it")
+        found.append((int(stem), path))
+    return sorted(found, key=lambda shard: (shard[0], shard[1].parent.name))
+
+
+def require_digest(path: Path, raw: Path) -> None:
+    """Check that a shard is what the snapshot wrote; one that came by hand is in no list.
+
+    Raises:
+        DataError: Its bytes have changed.
+    """
+    digests = raw / DIGESTS
+    expected = read_json(digests).get(path.relative_to(raw).as_posix()) if digests.is_file() else None
+    if expected and file_digest(path) != expected:
+        raise DataError(f"{path}: changed after it arrived; restore it (`dvc checkout {raw}`) or remove it")
