@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
+from urllib.parse import quote, quote_plus
 from uuid import UUID
 
 from tasks.errors import ConfigError, DataError
@@ -73,12 +74,17 @@ def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:
 
 
 def without_secrets(message: str, url: Any) -> str:
-    """Return a driver's message without the password and the whole URL."""
-    whole = url.render_as_string(hide_password=False)
-    quoted = whole.removeprefix(f"{url.drivername}://{url.username or ''}:").split("@")[0]
-    for secret in (whole, url.password, quoted if url.password else None):
-        if secret:
-            message = message.replace(str(secret), "***")
+    """Return a driver's message without the password, plain or as the URL writes it, and the options.
+
+    Example:
+        >>> from sqlalchemy import make_url
+        >>> without_secrets("no a@b for key=hush", make_url("x://me:a%40b@host/db?key=hush"))
+        'no *** for key=***'
+    """
+    options = [value for values in url.normalized_query.values() for value in values]
+    for secret in (url.password or "", *options):
+        for written in (secret, quote(secret, safe=""), quote_plus(secret)):
+            message = message.replace(written, "***") if written else message
     return message
 
 

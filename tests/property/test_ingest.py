@@ -2,20 +2,25 @@
 
 import io
 import json
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tasks.encode import Encoder, load_encoder
 from tasks.ingest.arrays import split_array
 from tasks.ingest.checks import CONTROL, compile_special_tokens
 from tasks.ingest.checksums import IBAN_LENGTHS, card_length, iban_length, is_luhn
 from tasks.ingest.faults import RowError
+from tasks.ingest.lengths import measure
 from tasks.ingest.pii import find_pii, redact
 from tasks.ingest.rows import Privacy, read_outcomes
 from tasks.ingest.streams import Limits
+from tasks.memo import Memo
+from tests.byte_base import make_byte_base
 
 LIMITS = Limits(row_bytes=2000, shard_bytes=10**9, ratio=200)
 MARKUP = compile_special_tokens([])
@@ -141,3 +146,40 @@ def test_a_redacted_text_holds_no_personal_data_and_keeps_the_rest(text: str) ->
     assert redact(redacted) == redacted
     assert (redacted == text) == (found == [])
     assert all(a.end <= b.start for a, b in pairwise(found))
+
+
+CALL = st.fixed_dictionaries({"name": st.text(max_size=5), "arguments": JSON})
+CALLING = st.fixed_dictionaries(
+    {
+        "role": st.just("assistant"),
+        "content": st.none() | st.text(max_size=5),
+        "tool_calls": st.lists(st.builds(lambda call: {"function": call}, CALL), max_size=2),
+    }
+)
+ASKED = st.fixed_dictionaries({"role": st.just("user"), "content": st.text(max_size=5)})
+ANSWER = st.fixed_dictionaries({"role": st.just("tool"), "content": st.text(max_size=5)})
+TALK = st.builds(
+    lambda asked, rounds, tools: {"messages": [asked, *chain.from_iterable(rounds)], "tools": tools},
+    ASKED,
+    st.lists(st.tuples(CALLING) | st.tuples(CALLING, ANSWER, CALLING), min_size=1, max_size=2),
+    st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=2), max_size=2),
+)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    return load_encoder(make_byte_base(tmp_path_factory.mktemp("base")))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows=st.lists(TALK, min_size=1, max_size=4))
+def test_whatever_passes_the_checks_is_encoded_or_a_fault(
+    tmp_path: Path, encoder: Encoder, rows: list[Any]
+) -> None:
+    checked = outcomes(tmp_path, [json.dumps(row).encode() for row in rows])
+    with Memo("tokens", {}, tmp_path) as memo:
+        measured = list(measure(checked, encoder, memo, 400))
+    assert [outcome.origin for outcome, _ in measured] == [outcome.origin for outcome in checked]
+    for outcome, tokens in measured:
+        assert (tokens == 0) == isinstance(outcome.result, RowError)
+        assert tokens <= 400
