@@ -20,7 +20,7 @@ from pydantic import Field
 
 from tasks.config import StageParams, load_params
 from tasks.errors import DataError
-from tasks.files import iterate_rows, read_jsonl, write_rows
+from tasks.files import iterate_batches, iterate_rows, read_jsonl, write_batches, write_rows
 from tasks.schemas import AUGMENTED
 from tasks.stage import DATA, run_main, write_summary
 from tasks.text import Shingles, canonical, shingles
@@ -85,25 +85,24 @@ def main() -> None:
     """Write the clean train rows and a report that names each hit."""
     params = load_params(DecontaminateParams, "decontaminate")
     index = build_index(evaluation_questions(TEST, BENCHMARKS), params.min_question_words)
-    hits: list[Row] = []
-    rows = Counter[str]()
-
-    def clean() -> Iterator[Row]:
-        for row in iterate_rows(SOURCE):
-            rows["in"] += 1
-            if hit := find_hit(row, index, params):
-                hits.append(hit)
-            else:
-                yield row
-
-    write_rows(TARGET, clean(), AUGMENTED)
-    write_rows(HITS, hits, HITS_SCHEMA)
+    hits: dict[str, Row] = {}
+    rows_in = 0
+    for row in iterate_rows(SOURCE, ["id", "origin", "messages"]):
+        rows_in += 1
+        if hit := find_hit(row, index, params):
+            hits[row["id"]] = hit
+    clean = (
+        batch.filter(pa.array([one not in hits for one in batch["id"].to_pylist()]))
+        for batch in iterate_batches(SOURCE)
+    )
+    write_batches(TARGET, clean, AUGMENTED)
+    write_rows(HITS, hits.values(), HITS_SCHEMA)
     write_summary(
         "decontaminate",
-        rows_in=rows["in"],
-        rows_out=rows["in"] - len(hits),
-        dropped=Counter(hit["reason"] for hit in hits),
-        hits_by_benchmark=dict(sorted(Counter(hit["benchmark"] for hit in hits).items())),
+        rows_in=rows_in,
+        rows_out=rows_in - len(hits),
+        dropped=Counter(hit["reason"] for hit in hits.values()),
+        hits_by_benchmark=dict(sorted(Counter(hit["benchmark"] for hit in hits.values()).items())),
         evaluation_questions=len(index.questions),
     )
 

@@ -69,9 +69,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows as Parquet, atomically and batch by batch. The bytes depend on rows and schema only."""
     remaining = iter(rows)
+    batches = iter(lambda: list(islice(remaining, ROWS_PER_BATCH)), [])
+    write_batches(path, (pa.RecordBatch.from_pylist(batch, schema=schema) for batch in batches), schema)
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Write record batches as Parquet, atomically, as they come; the non-empty ones are the row groups."""
     with replaced(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        while batch := list(islice(remaining, ROWS_PER_BATCH)):
-            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+        for batch in batches:
+            if batch.num_rows:
+                writer.write_batch(batch.cast(schema))
 
 
 def write_table(path: Path, table: pa.Table) -> None:

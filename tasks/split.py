@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from tasks.config import StageParams, load_params
-from tasks.files import iterate_rows, write_rows
+from tasks.files import iterate_batches, iterate_rows, write_batches, write_rows
 from tasks.schemas import GROUPED
 from tasks.stage import DATA, run_main, write_summary
 
@@ -66,8 +66,7 @@ def main() -> None:
         sides[row["id"]] = "train" if by_phrasing else side(row["group_id"], params)
         counts[sides[row["id"]]] += 1
     for name in SIDES:
-        rows = (row for row in iterate_rows(SOURCE) if sides[row["id"]] == name)
-        write_rows(TARGET / f"{name}.parquet", rows, GROUPED)
+        write_batches(TARGET / f"{name}.parquet", select(iterate_batches(SOURCE), sides, name), GROUPED)
     bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), sides))
     write_rows(BRIDGES, bridges, BRIDGES_SCHEMA)
     if bridges:
@@ -79,6 +78,14 @@ def main() -> None:
         rows_out_by_side={name: counts[name] for name in SIDES},
         bridges=len(bridges),
     )
+
+
+def select(
+    batches: Iterable[pa.RecordBatch], sides: Mapping[str, str], name: str
+) -> Iterator[pa.RecordBatch]:
+    """Keep the examples of one side."""
+    for batch in batches:
+        yield batch.filter(pa.array([sides[one] == name for one in batch["id"].to_pylist()]))
 
 
 def find_bridges(removed: Iterable[dict[str, Any]], sides: Mapping[str, str]) -> Iterator[dict[str, Any]]:

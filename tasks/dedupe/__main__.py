@@ -10,7 +10,7 @@ from tasks.config import load_params
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.candidates import Removal, Text, keep_first
 from tasks.dedupe.signatures import open_memo, sign_known
-from tasks.files import iterate_rows, text_digest, write_rows
+from tasks.files import iterate_batches, iterate_rows, text_digest, write_batches, write_rows
 from tasks.memo import Memo
 from tasks.schemas import GROUPED
 from tasks.stage import DATA, run_main, write_summary
@@ -45,7 +45,7 @@ def main() -> None:
     with open_memo(params) as memo:
         removals = find_duplicates(texts, params, memo)
     sources: Counter[str] = Counter()
-    write_rows(TARGET, survivors(texts, removals, sources), GROUPED)
+    write_batches(TARGET, survivors(texts, removals, sources), GROUPED)
     write_rows(REMOVED, _removed_rows(ids, removals), REMOVED_SCHEMA)
     conflicts = find_conflicts(texts, removals)
     write_rows(CONFLICTS, _conflict_rows(ids, texts, conflicts), CONFLICTS_SCHEMA)
@@ -102,12 +102,16 @@ def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> 
 
 def survivors(
     texts: Sequence[Text], removals: Mapping[int, Removal], sources: Counter[str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[pa.RecordBatch]:
     """Yield the examples that stay, with the id of their group; count them by source."""
-    for i, row in enumerate(iterate_rows(SOURCE)):
-        if i not in removals:
-            sources[row["source"]] += 1
-            yield {**row, "group_id": text_digest(texts[i].whole)}
+    start = 0
+    for batch in iterate_batches(SOURCE):
+        numbers = range(start, start + batch.num_rows)
+        start += batch.num_rows
+        kept = batch.filter(pa.array([i not in removals for i in numbers]))
+        groups = pa.array([text_digest(texts[i].whole) for i in numbers if i not in removals], pa.string())
+        sources.update(kept["source"].to_pylist())
+        yield kept.append_column("group_id", groups)
 
 
 def find_conflicts(texts: Sequence[Text], removals: Mapping[int, Removal]) -> list[list[int]]:

@@ -34,8 +34,8 @@ def main() -> None:
     """Train, or go on with a training of the same key, and copy out what it made."""
     params = load_params(SftParams, "sft")
     rows = read_rows(ROWS)
-    tokens = [len(row["input_ids"]) for row in rows]
-    plan = compile_plan(params, tokens, [count_supervised(row["labels"]) for row in rows])
+    lengths = [row["seq_lengths"] for row in rows]
+    plan = compile_plan(params, lengths, [count_supervised(row["labels"]) for row in rows])
     device, precision = resolve_precision(params.precision)
     folder = state_dir() / "checkpoints" / training_key(params, device, precision)
     job = {

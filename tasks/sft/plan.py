@@ -15,14 +15,19 @@ from tasks.sft import SftParams
 # A row of no example and no label. It fills the last step, so that all ranks do equal work and no
 # real row is repeated to make up the number.
 FILLER = -1
+# Rows for each process among which rows of like cost are sought: enough to find them, too few to order
+# the training by length.
+WINDOW = 16
 
 
-def compile_plan(params: SftParams, tokens: Sequence[int], supervised: Sequence[int]) -> dict[str, Any]:
+def compile_plan(
+    params: SftParams, seq_lengths: Sequence[Sequence[int]], supervised: Sequence[int]
+) -> dict[str, Any]:
     """Compile the exact course of a training.
 
     Args:
         params: Hyper-parameters.
-        tokens: Real tokens of each packed row, shape (n_rows,).
+        seq_lengths: Tokens of each example in each packed row, shape (n_rows, any).
         supervised: Labelled tokens of each packed row, shape (n_rows,).
 
     Returns:
@@ -33,7 +38,10 @@ def compile_plan(params: SftParams, tokens: Sequence[int], supervised: Sequence[
         ConfigError: The warm-up is longer than the training.
     """
     step_rows = params.num_processes * params.per_device_train_batch_size * params.gradient_accumulation_steps
-    order = row_order(len(tokens), params.num_train_epochs, params.seed)
+    tokens = [sum(lengths) for lengths in seq_lengths]
+    # Full rows cost the same but for attention, which grows with the square of each example's length.
+    costs = [sum(length**2 for length in lengths) for lengths in seq_lengths]
+    order = row_order(costs, params.num_train_epochs, params.num_processes, params.seed)
     steps = math.ceil(len(order) / step_rows)
     steps = min(steps, params.max_steps or steps)
     order = order[: steps * step_rows]
@@ -55,18 +63,39 @@ def compile_plan(params: SftParams, tokens: Sequence[int], supervised: Sequence[
     }
 
 
-def row_order(rows: int, epochs: int, seed: int) -> list[int]:
-    """Shuffle the rows anew for each epoch; deterministic in (rows, epochs, seed).
+def row_order(costs: Sequence[int], epochs: int, processes: int, seed: int) -> list[int]:
+    """Shuffle the rows anew for each epoch, so that rows which train side by side cost about the same.
+
+    The slowest process sets the time of a step. Rows are therefore sorted by cost within windows of the
+    shuffled order, and shuffled again in groups of one row for each process.
+
+    Args:
+        costs: Relative cost of each row, shape (n_rows,).
+        epochs: Passes over the rows.
+        processes: Rows that train at the same time.
+        seed: Of the shuffling; the order is a function of the arguments.
 
     Example:
-        >>> sorted(row_order(3, 2, seed=0))
+        >>> sorted(row_order([5, 5, 5], epochs=2, processes=1, seed=0))
         [0, 0, 1, 1, 2, 2]
+        >>> order = row_order([1, 9, 1, 9], epochs=1, processes=2, seed=0)
+        >>> [sorted(order[:2]), sorted(order[2:])] in ([[0, 2], [1, 3]], [[1, 3], [0, 2]])
+        True
     """
     order = []
     for epoch in range(epochs):
-        one = list(range(rows))
-        random.Random(f"{seed}/{epoch}").shuffle(one)
-        order += one
+        rng = random.Random(f"{seed}/{epoch}")
+        one = list(range(len(costs)))
+        rng.shuffle(one)
+        for start in range(0, len(one), WINDOW * processes):
+            window = sorted(one[start : start + WINDOW * processes], key=costs.__getitem__)
+            groups = [window[i : i + processes] for i in range(0, len(window), processes)]
+            # An incomplete group stays last, where fillers complete it.
+            full = [group for group in groups if len(group) == processes]
+            rng.shuffle(full)
+            for group in full:
+                rng.shuffle(group)
+            order += [row for group in [*full, *groups[len(full) :]] for row in group]
     return order
 
 
