@@ -1,10 +1,13 @@
 """Each row becomes an example or stands in quarantine, with its place and reason."""
 
+import datetime
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -263,3 +266,26 @@ def test_a_file_that_is_no_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "notes.docx").write_text("x")
     with pytest.raises(DataError, match=r"notes\.docx: no shard"):
         find_shards(tmp_path)
+
+
+def test_csv_without_a_column_and_parquet_of_wrong_types_are_quarantined_row_by_row(run: Run) -> None:
+    buffer = io.BytesIO()
+    table = pa.table({"messages": [7, None], "text": [["a"], None], "when": [datetime.date(2020, 1, 1)] * 2})
+    pq.write_table(table, buffer)
+    shards = {"a/000001.csv": b"prompt,answer\nHi,Ho\n", "a/000002.parquet": buffer.getvalue()}
+    found = run(shards)["quarantine"]
+    assert [(row["origin"], row["reason"]) for row in found] == [
+        ("a/000001.csv:2", "unknown_format"),
+        ("a/000002.parquet:1", "no_messages"),
+        ("a/000002.parquet:2", "unknown_format"),
+    ]
+    assert found[0]["remedy"].endswith("keys seen (answer, prompt)")
+
+
+def test_parquet_with_nested_turns_becomes_the_same_example_as_json_lines(run: Run) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([GOOD | {"tools": None}]), buffer)
+    shards = {"a/000001.jsonl": json.dumps(GOOD).encode(), "a/000002.parquet": buffer.getvalue()}
+    first, second = run(shards)["examples"]
+    assert second["origin"] == "a/000002.parquet:1"
+    assert first["messages"] == second["messages"]
