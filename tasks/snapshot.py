@@ -23,8 +23,8 @@ from pydantic import field_validator
 from tasks import registry
 from tasks.config import StageParams, load_params
 from tasks.errors import StageError
-from tasks.files import file_digest, jsonl, read_json, write_json, write_text
-from tasks.ingest.shards import DIGESTS, find_shards
+from tasks.files import file_digest, jsonl, write_json, write_text
+from tasks.ingest.shards import DIGESTS, find_shards, read_digests
 from tasks.sources import Offer
 from tasks.sources.locations import Location, read_offers, require_location, require_query
 from tasks.sources.packages import BENCHMARK_PACKAGES
@@ -103,7 +103,7 @@ def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
     Returns:
         The new shards, `raw/<source>/<arrival>.<suffix>`.
     """
-    digests = read_digests(raw)
+    digests = digest_shards(raw)
     known = {digest for name, digest in digests.items() if name.startswith(f"{source}/")}
     arrival = max((arrival for arrival, _ in find_shards(raw)), default=0)
     new = []
@@ -138,14 +138,13 @@ def receive(offer: Offer, target: Path) -> str:
     return state.hexdigest()
 
 
-def read_digests(raw: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of all shards that are there; one that is not in the list yet is read.
+def digest_shards(raw: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of all shards that are there; one that is not listed yet is read.
 
     Raises:
         DataError: A file is no shard.
     """
-    path = raw / DIGESTS
-    listed = read_json(path) if path.is_file() else {}
+    listed = read_digests(raw)
     names = [shard.relative_to(raw).as_posix() for _, shard in find_shards(raw)]
     return {name: listed.get(name) or file_digest(raw / name) for name in names}
 

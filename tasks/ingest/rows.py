@@ -15,7 +15,7 @@ from tasks.ingest.faults import RowError
 from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
 from tasks.ingest.pii import Find, find_pii
 from tasks.ingest.readers import read_shard
-from tasks.ingest.shards import find_shards, require_digest
+from tasks.ingest.shards import find_shards, read_digests, require_digest
 from tasks.ingest.streams import Limits
 from tasks.ingest.strict_json import dumps
 from tasks.ingest.turns import Conversation, Turn
@@ -62,12 +62,12 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: 
     Raises:
         DataError: A shard cannot be read to its end.
     """
+    digests = read_digests(raw)
     for arrival, path in find_shards(raw):
-        require_digest(path, raw)
-        source = path.parent.name
+        name = path.relative_to(raw).as_posix()
+        require_digest(path, digests.get(name))
         for number, row in read_shard(path, limits):
-            origin = f"{source}/{path.name}:{number}"
-            yield judge(row, origin, arrival, special, privacy)
+            yield judge(row, f"{name}:{number}", arrival, special, privacy)
 
 
 def judge(

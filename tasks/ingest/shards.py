@@ -27,13 +27,18 @@ def find_shards(raw: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda shard: (shard[0], shard[1].parent.name))
 
 
-def require_digest(path: Path, raw: Path) -> None:
-    """Check that a shard is what the snapshot wrote; one that came by hand is in no list.
+def read_digests(raw: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of the shards that the snapshot wrote; one that came by hand is not listed."""
+    path = raw / DIGESTS
+    listed: dict[str, str] = read_json(path) if path.is_file() else {}
+    return listed
+
+
+def require_digest(path: Path, expected: str | None) -> None:
+    """Check that a shard is what the snapshot wrote.
 
     Raises:
         DataError: Its bytes have changed.
     """
-    digests = raw / DIGESTS
-    expected = read_json(digests).get(path.relative_to(raw).as_posix()) if digests.is_file() else None
     if expected and file_digest(path) != expected:
-        raise DataError(f"{path}: changed after it arrived; restore it (`dvc checkout {raw}`) or remove it")
+        raise DataError(f"{path}: changed after it arrived; restore it (`dvc checkout`) or remove it")
