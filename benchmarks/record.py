@@ -1,0 +1,64 @@
+"""How a measurement is written down: claim, value, bound, and where it was measured."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tasks.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+Record = dict[str, Any]
+
+
+def record(claim: str, value: float, unit: str, *, at_least: float | None = None, **more: Any) -> Record:
+    """Describe one measurement; `at_most` in `more` is the other kind of bound.
+
+    Example:
+        >>> record("recall", 0.996, "share", at_least=0.99)["holds"]
+        True
+    """
+    at_most = more.pop("at_most", None)
+    holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    bound = {"at_least": at_least, "at_most": at_most}
+    return {
+        "claim": claim,
+        "value": value,
+        "unit": unit,
+        "bound": {key: limit for key, limit in bound.items() if limit is not None},
+        "holds": holds,
+        **more,
+    }
+
+
+def write_records(name: str, records: Sequence[Record], packages: Sequence[str]) -> None:
+    """Write `results/<name>.json`: the records, the hardware, the versions, the commit."""
+    about = {
+        "hardware": {"cpu": cpu_model(), "cores": os.cpu_count(), "memory_gib": memory_gib()},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "commit": commit(),
+    }
+    write_json(RESULTS / f"{name}.json", [{**one, **about} for one in records])
+
+
+def cpu_model() -> str:
+    """Name of the processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def memory_gib() -> float:
+    """Memory of the machine, in GiB."""
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def commit() -> str:
+    """Commit of the code that was measured, with `+` if the tree differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")

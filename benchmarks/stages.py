@@ -1,0 +1,71 @@
+"""Run data stages as the pipeline does, one process each, and measure them."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("ingest", "dedupe", "split", "augment", "decontaminate", "pack")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one stage took: wall-clock seconds, and peak resident memory in MiB."""
+
+    seconds: float
+    peak_mib: float
+
+
+def make_folder(folder: Path, changes: dict[str, dict[str, Any]]) -> None:
+    """Make a working folder: the shipped parameters with changes, the base, the benchmark."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for section, values in changes.items():
+        params[section] |= values
+    folder.mkdir(parents=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    run_stage("base", folder)
+    (folder / "data" / "benchmarks").mkdir(parents=True)
+    code = "from pathlib import Path; from tasks.snapshot import write_benchmark as write; "
+    code += "write('elements', 'package:mendeleev', Path('data/benchmarks'))"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment(folder), check=True)
+
+
+def run_stages(stages: Sequence[str], folder: Path) -> dict[str, Cost]:
+    """Run stages in order; the state lies in the folder."""
+    return {stage: run_stage(stage, folder) for stage in stages}
+
+
+def run_stage(stage: str, folder: Path) -> Cost:
+    """Run one stage.
+
+    Raises:
+        SystemExit: It failed; its output is shown.
+    """
+    start = time.perf_counter()
+    with (folder / f"{stage}.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"tasks.{stage}"],
+            cwd=folder,
+            env=environment(folder),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{stage} failed:\n{(folder / f'{stage}.log').read_text(encoding='utf-8')[-3000:]}")
+    return Cost(time.perf_counter() - start, usage.ru_maxrss / 1024)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment of a stage: this checkout's code, the folder's state."""
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    state = str(folder / ".nightshift")
+    return {**kept, "PYTHONPATH": str(ROOT), "NIGHTSHIFT_HOME": state, "HF_HUB_OFFLINE": "1"}
