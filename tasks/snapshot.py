@@ -1,42 +1,38 @@
 """Bring the outside in, as files: new data, benchmarks, and the champion's identity.
 
 Runs before the graph, never inside it. Sources (params.yaml) become immutable shards
-`data/raw/<source>/<arrival>.jsonl`; a shard is written only when its bytes are new, so a night
+`data/raw/<source>/<arrival>.<suffix>`; a shard is written only when its bytes are new, so a night
 without new data changes nothing. Benchmarks become `data/benchmarks/<name>/`; the registry's
 champion becomes `data/champion/`.
 """
 
-import glob
 import hashlib
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import field_validator
 
-from tasks import registry, sources
+from tasks import registry
 from tasks.config import StageParams, load_params
-from tasks.errors import DataError, StageError
-from tasks.files import file_digest, jsonl, replaced, write_text
+from tasks.errors import StageError
+from tasks.files import file_digest, jsonl, write_json, write_text
+from tasks.ingest.shards import DIGESTS, find_shards, read_digests
+from tasks.sources import Offer
+from tasks.sources.locations import Location, read_offers, require_location, require_query
+from tasks.sources.packages import BENCHMARK_PACKAGES
 from tasks.stage import run_main
 
 RAW = Path("data/raw")
 BENCHMARKS = Path("data/benchmarks")
 CHAMPION = Path("data/champion")
-
-Reader = Callable[[], Iterable[sources.Row]]
-PACKAGES: dict[str, Reader] = {
-    "mendeleev": sources.elements,
-    "chatterbot-corpus": sources.dialogs,
-}
-BENCHMARK_PACKAGES: dict[str, Reader] = {
-    "mendeleev": sources.element_items,
-}
 log = logging.getLogger(__name__)
 
 
@@ -44,17 +40,25 @@ class SnapshotParams(StageParams):
     """What to bring in.
 
     Attributes:
-        sources: Name of each source -> `package:<name>`, or a path or glob of JSONL files.
+        sources: Name of each source -> location; see `tasks.sources.locations`.
         benchmarks: Name of each benchmark -> `package:<name>`, or a folder with task.yaml and
             items.jsonl.
     """
 
-    sources: dict[str, str]
+    sources: dict[str, Location]
     benchmarks: dict[str, str]
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _queries_are_whole(cls, values: Any) -> Any:
+        for location in values.values() if isinstance(values, dict) else ():
+            if isinstance(location, dict):
+                require_query(location)
+        return values
 
     @field_validator("sources", "benchmarks")
     @classmethod
-    def _names_are_folders(cls, values: dict[str, str]) -> dict[str, str]:
+    def _names_are_folders(cls, values: dict[str, Any]) -> dict[str, Any]:
         for name in values:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
                 raise ValueError(f"name {name!r} becomes a folder; use a-z, 0-9 and _ only")
@@ -62,20 +66,27 @@ class SnapshotParams(StageParams):
 
     @field_validator("sources")
     @classmethod
-    def _sources_are_known(cls, values: dict[str, str]) -> dict[str, str]:
-        return _require_known(values, PACKAGES)
+    def _sources_are_known(cls, values: dict[str, Location]) -> dict[str, Location]:
+        for location in values.values():
+            if isinstance(location, str):
+                require_location(location)
+        return values
 
     @field_validator("benchmarks")
     @classmethod
     def _benchmarks_are_known(cls, values: dict[str, str]) -> dict[str, str]:
-        return _require_known(values, BENCHMARK_PACKAGES)
+        for location in values.values():
+            name = location.removeprefix("package:")
+            if location.startswith("package:") and name not in BENCHMARK_PACKAGES:
+                raise ValueError(f"{location!r} is unknown; known packages: {', '.join(BENCHMARK_PACKAGES)}")
+        return values
 
 
 def main() -> None:
     """Bring in sources, benchmarks and the champion; version what changed with DVC."""
     params = load_params(SnapshotParams, "snapshot")
     for source, location in params.sources.items():
-        write_shards(source, contents(location), RAW)
+        write_shards(source, read_offers(location), RAW)
     for name, location in params.benchmarks.items():
         write_benchmark(name, location, BENCHMARKS)
     registry.write_champion(CHAMPION)
@@ -83,44 +94,59 @@ def main() -> None:
         version(folder)
 
 
-def contents(location: str) -> Iterator[bytes]:
-    """Yield the bytes of each shard that a source offers now.
-
-    Raises:
-        DataError: A path or glob matches no file.
-    """
-    if location.startswith("package:"):
-        yield jsonl(PACKAGES[location.removeprefix("package:")]()).encode()
-        return
-    paths = sorted(Path(p) for p in glob.glob(location, recursive=True))  # noqa: PTH207 - absolute globs
-    if not paths:
-        raise DataError(f"snapshot.sources: {location} matches no file; correct the path or glob")
-    yield from (path.read_bytes() for path in paths)
-
-
-def write_shards(source: str, shards: Iterable[bytes], raw: Path) -> list[Path]:
-    """Write the shards whose bytes are new, numbered by arrival.
+def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
+    """Write the offered files whose bytes are new, numbered by arrival.
 
     The arrival number is common to all sources and only grows, so that data which came first stays
     first: deduplication keeps the first of two equal rows.
 
     Returns:
-        The new shards, `raw/<source>/<arrival>.jsonl`.
+        The new shards, `raw/<source>/<arrival>.<suffix>`.
     """
-    known = {file_digest(path) for path in (raw / source).glob("*.jsonl")}
-    arrival = max((int(path.stem) for path in raw.glob("*/*.jsonl")), default=0)
+    digests = digest_shards(raw)
+    known = {digest for name, digest in digests.items() if name.startswith(f"{source}/")}
+    arrival = max((arrival for arrival, _ in find_shards(raw)), default=0)
     new = []
-    for content in shards:
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in known:
-            continue
-        known.add(digest)
-        arrival += 1
-        new.append(raw / source / f"{arrival:06d}.jsonl")
-        with replaced(new[-1]) as temporary:
-            temporary.write_bytes(content)
+    temporary = raw / source / ".incoming"
+    for offer in offers:
+        try:
+            digest = receive(offer, temporary)
+            if digest in known:
+                continue
+            known.add(digest)
+            arrival += 1
+            new.append(raw / source / f"{arrival:06d}{offer.suffix}")
+            temporary.replace(new[-1])
+        finally:
+            temporary.unlink(missing_ok=True)
+        digests[new[-1].relative_to(raw).as_posix()] = digest
+    write_json(raw / DIGESTS, digests)
     log.info("%s: %d new shard(s)", source, len(new))
     return new
+
+
+def receive(offer: Offer, target: Path) -> str:
+    """Write the bytes of an offer to a file and return their SHA-256, in hex."""
+    state = hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        for chunk in offer.chunks:
+            state.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return state.hexdigest()
+
+
+def digest_shards(raw: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of all shards that are there; one that is not listed yet is read.
+
+    Raises:
+        DataError: A file is no shard.
+    """
+    listed = read_digests(raw)
+    names = [shard.relative_to(raw).as_posix() for _, shard in find_shards(raw)]
+    return {name: listed.get(name) or file_digest(raw / name) for name in names}
 
 
 def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
@@ -161,15 +187,6 @@ def version(folder: Path) -> None:
     )
     if done.returncode:
         raise StageError(f"dvc add {folder} failed: {done.stderr.strip()}; see `dvc doctor`")
-
-
-def _require_known(values: dict[str, str], packages: dict[str, Reader]) -> dict[str, str]:
-    """Reject `package:` locations that nobody reads."""
-    for location in values.values():
-        name = location.removeprefix("package:")
-        if location.startswith("package:") and name not in packages:
-            raise ValueError(f"{location!r} is unknown; known packages: {', '.join(packages)}")
-    return values
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from collections import Counter
 
-from tasks import sources
+from tasks.sources import packages
 from tasks.text import canonical
 
 
 def test_every_element_has_one_conversation_that_alternates() -> None:
-    rows = list(sources.elements())
+    rows = list(packages.elements())
     assert len(rows) == 118
     for row in rows:
         roles = [m["role"] for m in row["messages"]]
@@ -15,7 +15,7 @@ def test_every_element_has_one_conversation_that_alternates() -> None:
 
 
 def test_each_item_has_four_different_choices_and_one_of_them_is_true() -> None:
-    items = list(sources.element_items())
+    items = list(packages.element_items())
     assert len({item["id"] for item in items}) == len(items) == 641
     for item in items:
         assert len(set(item["choices"])) == 4
@@ -27,12 +27,12 @@ def test_each_item_has_four_different_choices_and_one_of_them_is_true() -> None:
 
 
 def test_no_benchmark_wording_is_trained() -> None:
-    trained = {canonical(m["content"]) for row in sources.elements() for m in row["messages"]}
-    asked = {canonical(item["question"]) for item in sources.element_items()}
+    trained = {canonical(m["content"]) for row in packages.elements() for m in row["messages"]}
+    asked = {canonical(item["question"]) for item in packages.element_items()}
     assert trained.isdisjoint(asked)
 
 
 def test_the_dialogs_are_many_and_often_repeated() -> None:
-    rows = list(sources.dialogs())
+    rows = list(packages.dialogs())
     assert len(rows) == 2026
     assert len({str(row) for row in rows}) == 899

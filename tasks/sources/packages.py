@@ -8,11 +8,14 @@ holds 2,026 English dialogs, more than half of them repeated.
 import importlib.resources
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
+
+from tasks.files import jsonl
+from tasks.sources import Offer
 
 Row = dict[str, Any]
 CHOICES = 4
@@ -157,3 +160,13 @@ def _conversation(*turns: str) -> Row:
     """Build messages from turns that alternate between user and assistant."""
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}
+
+
+def package_offer(name: str) -> Offer:
+    """Offer the training rows of a package."""
+    return Offer(".jsonl", [jsonl(PACKAGES[name]()).encode()])
+
+
+# Package -> its training rows, and its evaluation items.
+PACKAGES: dict[str, Callable[[], Iterable[Row]]] = {"mendeleev": elements, "chatterbot-corpus": dialogs}
+BENCHMARK_PACKAGES: dict[str, Callable[[], Iterable[Row]]] = {"mendeleev": element_items}

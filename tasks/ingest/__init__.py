@@ -1,0 +1,36 @@
+"""Turn raw shards into checked examples: data/raw -> data/ingest.
+
+A shard is JSON Lines, a JSON array, CSV or Parquet, and each row of it may have any of the usual
+shapes. Every row becomes an example or stands in quarantine.jsonl with its origin, the reason and the
+remedy; the two add up to the rows read.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tasks.config import StageParams
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+class IngestParams(StageParams):
+    """Limits on sizes, on bad rows, and what happens to personal data.
+
+    Attributes:
+        max_quarantined_share: Share of all rows, 0 to 1, above which the stage fails.
+        max_row_bytes: Longest row, bytes; a longer one goes to quarantine.
+        max_shard_bytes: Largest shard, bytes after decompression; a larger one fails the stage.
+        max_compression_ratio: Bytes out for each byte in, above which a shard counts as a bomb.
+        max_tokens: Longest example, tokens of the base's tokenizer; None sets no limit.
+        pii: Personal data: report where it stands, redact it, or drop the row.
+        pii_model: spaCy model, by name or folder, that finds names and places too; None for rules alone.
+    """
+
+    max_quarantined_share: Annotated[float, Field(ge=0, le=1)]
+    max_row_bytes: Count
+    max_shard_bytes: Count
+    max_compression_ratio: Count
+    max_tokens: Count | None
+    pii: Literal["report", "redact", "drop"]
+    pii_model: str | None

@@ -1,0 +1,158 @@
+"""Run the stage: one pass over all shards, three files out."""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from tasks.config import load_params
+from tasks.encode import Encoder, load_encoder, open_memo
+from tasks.errors import DataError
+from tasks.files import replaced, write_rows
+from tasks.ingest import IngestParams
+from tasks.ingest.checks import compile_special_tokens
+from tasks.ingest.faults import RowError
+from tasks.ingest.lengths import batches, describe, measure, special_tokens
+from tasks.ingest.pii import find_pii
+from tasks.ingest.presidio import load_presidio
+from tasks.ingest.rows import Example, Outcome, Privacy, read_outcomes
+from tasks.ingest.streams import Limits
+from tasks.memo import Memo
+from tasks.schemas import EXAMPLES
+from tasks.stage import DATA, run_main, write_summary
+
+SOURCE = DATA / "raw"
+BASE = DATA / "base" / "model"
+TARGET = DATA / "ingest" / "examples.parquet"
+QUARANTINE = DATA / "ingest" / "quarantine.jsonl"
+PII = DATA / "ingest" / "pii.jsonl"
+SHOWN_FAULTS = 20
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is counted on the way.
+
+    Attributes:
+        rows_in: Rows read.
+        dropped: Quarantined rows, by reason.
+        repaired: Repaired rows, by repair.
+        pii: Places with personal data, by (source, kind).
+        tokens: Tokens of each example.
+        first: The first quarantined rows, for the error message.
+    """
+
+    rows_in: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+    pii: Counter[tuple[str, str]] = field(default_factory=Counter)
+    tokens: "array[int]" = field(default_factory=lambda: array("I"))
+    first: list[dict[str, str]] = field(default_factory=list)
+
+
+def main() -> None:
+    """Write examples, quarantine and the report on personal data; fail if too many rows are bad."""
+    params = load_params(IngestParams, "ingest")
+    encoder = load_encoder(BASE)
+    tally = Tally()
+    # The quarantine is there to read even when the examples are not.
+    with replaced(TARGET) as examples:
+        write_outputs(examples, params, encoder, tally)
+        require_share(tally, params.max_quarantined_share)
+    write_summary(
+        "ingest",
+        rows_in=tally.rows_in,
+        rows_out=len(tally.tokens),
+        dropped=tally.dropped,
+        repaired=dict(sorted(tally.repaired.items())),
+        tokens=describe(tally.tokens),
+        pii=by_source(tally.pii),
+    )
+
+
+def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally: Tally) -> None:
+    """Read all shards once; write each row to where it belongs."""
+    limits = Limits(params.max_row_bytes, params.max_shard_bytes, params.max_compression_ratio)
+    special = compile_special_tokens(special_tokens(encoder))
+    privacy = Privacy(params.pii, load_presidio(params.pii_model) if params.pii_model else find_pii)
+    with (
+        open_memo(encoder) as memo,
+        replaced(QUARANTINE) as quarantine,
+        replaced(PII) as pii,
+        quarantine.open("w", encoding="utf-8") as bad,
+        pii.open("w", encoding="utf-8") as personal,
+    ):
+        outcomes = read_outcomes(SOURCE, limits, special, privacy)
+        measured = measure_all(outcomes, encoder, memo, params.max_tokens)
+        write_rows(examples, settle(measured, bad, personal, tally), EXAMPLES)
+
+
+def measure_all(
+    outcomes: Iterable[Outcome], encoder: Encoder, memo: Memo, max_tokens: int | None
+) -> Iterator[tuple[Outcome, int]]:
+    """Yield all outcomes with their tokens, encoded in batches."""
+    for batch in batches(outcomes):
+        yield from measure(batch, encoder, memo, max_tokens)
+
+
+def settle(
+    measured: Iterable[tuple[Outcome, int]], bad: TextIO, personal: TextIO, tally: Tally
+) -> Iterator[Example]:
+    """Yield the examples; write the faults to `bad` and the personal data's places to `personal`."""
+    for outcome, tokens in measured:
+        tally.rows_in += 1
+        for place in outcome.places:
+            tally.pii[outcome.source, place.kind] += 1
+            write_line(personal, {"origin": outcome.origin, **asdict(place)})
+        if isinstance(outcome.result, RowError):
+            fault = outcome.result
+            row = {"origin": outcome.origin, "reason": fault.reason, "remedy": fault.remedy}
+            write_line(bad, row)
+            tally.dropped[fault.reason] += 1
+            tally.first += [row] if len(tally.first) < SHOWN_FAULTS else []
+            continue
+        tally.repaired.update(outcome.repaired)
+        tally.tokens.append(tokens)
+        yield outcome.result
+
+
+def write_line(file: TextIO, row: dict[str, Any]) -> None:
+    """Write one row of JSON Lines, keys sorted."""
+    file.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def by_source(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Turn (source, kind) -> count into source -> kind -> count.
+
+    Example:
+        >>> by_source(Counter({("chats", "email"): 2}))
+        {'chats': {'email': 2}}
+    """
+    nested: dict[str, dict[str, int]] = {}
+    for (source, kind), count in sorted(counts.items()):
+        nested.setdefault(source, {})[kind] = count
+    return nested
+
+
+def require_share(tally: Tally, limit: float) -> None:
+    """Fail when too many rows are bad, and show the first of them.
+
+    Raises:
+        DataError: There is no row at all, or the quarantined share is above `limit`.
+    """
+    bad, total = tally.dropped.total(), tally.rows_in
+    if not total:
+        raise DataError(f"{SOURCE}: no rows; run `nightshift snapshot` or check snapshot.sources")
+    if bad > limit * total:
+        first = "\n  ".join(f"{SOURCE}/{r['origin']}: {r['reason']}; {r['remedy']}" for r in tally.first)
+        raise DataError(
+            f"{QUARANTINE}: {bad} of {total} rows are bad, more than "
+            f"ingest.max_quarantined_share={limit}; mend the rows or raise the limit\n  {first}"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

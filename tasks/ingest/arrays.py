@@ -1,0 +1,75 @@
+"""A JSON array cut into its elements without reading it whole."""
+
+import io
+import re
+from collections.abc import Iterator
+
+# What structures JSON outside of strings, and the inside of a string up to its closing quote.
+SIGN = re.compile(rb'["\[\]{},]')
+TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+DEPTH = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
+CHUNK = 1 << 18
+
+
+def split_array(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
+    """Yield the bytes of each element of a JSON array, None for one above the limit.
+
+    Elements are not parsed, so a malformed one does not spoil the others while its quotes and brackets
+    are in order.
+
+    Args:
+        file: Stream that stands before the opening bracket.
+        limit: Longest element, bytes.
+
+    Raises:
+        ValueError: The array does not end, or something stands behind it.
+    """
+    depth, element, too_large, empty = 0, bytearray(), False, True
+    pieces = _pieces(file)
+    for piece, sign in pieces:
+        depth += DEPTH.get(sign, 0)
+        if sign == b"[" and depth == 1 and empty and not element.strip():
+            element.clear()
+            continue
+        too_large = too_large or len(element) + len(piece) > limit
+        if not too_large:
+            element += piece
+        if depth == 0 or (depth == 1 and sign == b","):
+            text = bytes(element[:-1]).strip()
+            if text or too_large or not (empty and depth == 0):
+                yield None if too_large else text
+            element, too_large, empty = bytearray(), False, False
+        if depth == 0:
+            break
+    else:
+        raise ValueError("the array does not end")
+    if any(piece.strip() for piece, _ in pieces):
+        raise ValueError("something stands behind the array")
+
+
+def _pieces(file: io.BufferedReader) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the file in pieces, each with the sign that ends it; no sign at the end of a chunk.
+
+    Signs within strings do not count.
+    """
+    inside, rest = False, b""
+    while chunk := file.read(CHUNK):
+        chunk, start, position = rest + chunk, 0, 0
+        while position < len(chunk):
+            if inside:
+                text = TEXT.match(chunk, position)
+                position = text.end() if text else position
+                if chunk[position:] == b"\\":
+                    break
+                inside = position == len(chunk)
+                position += not inside
+                continue
+            found = SIGN.search(chunk, position)
+            position = found.end() if found else len(chunk)
+            if found and found[0] == b'"':
+                inside = True
+            elif found:
+                yield chunk[start:position], found[0]
+                start = position
+        rest = chunk[position:]
+        yield chunk[start:position], b""

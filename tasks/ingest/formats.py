@@ -1,0 +1,32 @@
+"""Which files ingest reads, told from the end of the name."""
+
+import re
+
+# Parquet compresses its own pages; gzip or zstd around it would forbid reading by row groups.
+SUFFIX = re.compile(r"\.(?:(?P<text>jsonl|json|csv)(?:\.(?P<codec>gz|zst))?|(?P<table>parquet))$")
+CODECS = {"gz": "gzip", "zst": "zstd"}
+READABLE = ".jsonl, .json, .csv (also with .gz or .zst) and .parquet"
+
+
+def shard_suffix(name: str) -> str | None:
+    """Return the suffix that tells format and compression, in small letters; None if ingest cannot read it.
+
+    Example:
+        >>> shard_suffix("chats.v2.CSV.gz"), shard_suffix("a.parquet"), shard_suffix("notes.docx")
+        ('.csv.gz', '.parquet', None)
+    """
+    found = SUFFIX.search(name.lower())
+    return found[0] if found else None
+
+
+def split_suffix(suffix: str) -> tuple[str, str | None]:
+    """Return format and codec of a suffix that `shard_suffix` gave.
+
+    Example:
+        >>> split_suffix(".jsonl.zst"), split_suffix(".parquet")
+        (('jsonl', 'zstd'), ('parquet', None))
+    """
+    found = SUFFIX.fullmatch(suffix)
+    if not found:
+        raise ValueError(f"{suffix!r} is none of {READABLE}")
+    return found["text"] or found["table"], CODECS.get(found["codec"] or "")

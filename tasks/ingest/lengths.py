@@ -1,0 +1,85 @@
+"""Tokens of each example, with the base's own template and tokenizer."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tasks.encode import Encoded, Encoder, encode_known
+from tasks.ingest.faults import RowError
+from tasks.ingest.rows import Outcome
+from tasks.memo import Memo
+
+# Rows encoded together, and characters from which a batch is full before: 32 MiB of ASCII.
+ROWS_PER_BATCH = 4_000
+CHARACTERS_PER_BATCH = 32 * 2**20
+
+
+def special_tokens(encoder: Encoder) -> list[str]:
+    """Return the base's own control tokens, sorted."""
+    tokens = encoder.tokenizer.get_added_tokens_decoder().values()
+    return sorted(token.content for token in tokens if token.special)
+
+
+def batches(outcomes: Iterable[Outcome]) -> Iterator[list[Outcome]]:
+    """Group outcomes, by number and by size, in their order."""
+    batch: list[Outcome] = []
+    size = 0
+    for outcome in outcomes:
+        batch.append(outcome)
+        if isinstance(outcome.result, dict):
+            size += sum(len(message["content"]) for message in outcome.result["messages"])
+        if len(batch) >= ROWS_PER_BATCH or size >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def measure(
+    outcomes: Sequence[Outcome], encoder: Encoder, memo: Memo, max_tokens: int | None
+) -> Iterator[tuple[Outcome, int]]:
+    """Encode the examples among the outcomes.
+
+    Args:
+        outcomes: Examples and faults.
+        encoder: The base's tokenizer and template.
+        memo: Token ids that are known already.
+        max_tokens: Longest example that is accepted; None sets no limit.
+
+    Yields:
+        Each outcome in order, with its tokens; 0 for a fault. An example that the template does not
+        render, or that is too long, has become a fault.
+    """
+    examples = [one.result for one in outcomes if isinstance(one.result, dict)]
+    encoded = iter(encode_known([(one["messages"], one["tools"]) for one in examples], encoder, memo))
+    for outcome in outcomes:
+        if isinstance(outcome.result, RowError):
+            yield outcome, 0
+            continue
+        fault, count = _judge(next(encoded), max_tokens)
+        yield (replace(outcome, result=fault, repaired=frozenset()) if fault else outcome), count
+
+
+def describe(counts: Sequence[int]) -> dict[str, Any]:
+    """Return total, least, median, 90th and 99th percentile and most of the token counts.
+
+    Example:
+        >>> describe([3, 1, 2])
+        {'total': 6, 'min': 1, 'p50': 2, 'p90': 3, 'p99': 3, 'max': 3}
+    """
+    if not counts:
+        return {"total": 0}
+    ordered = sorted(counts)
+    last = len(ordered) - 1
+    percentiles = {f"p{p}": ordered[round(last * p / 100)] for p in (50, 90, 99)}
+    return {"total": sum(ordered), "min": ordered[0], **percentiles, "max": ordered[-1]}
+
+
+def _judge(encoded: Encoded | str, max_tokens: int | None) -> tuple[RowError | None, int]:
+    """Return the fault of an encoded example, or its tokens."""
+    if isinstance(encoded, str):
+        return RowError(encoded), 0
+    count = len(encoded.input_ids)
+    if max_tokens is not None and count > max_tokens:
+        return RowError("too_many_tokens", f"{count}, ingest.max_tokens={max_tokens}"), 0
+    return None, count

@@ -1,0 +1,44 @@
+"""Names and places, found by Presidio with a spaCy model, beside what the rules find (extra `presidio`).
+
+Only the model's entities are asked for: Presidio's own rules would look up domain lists in the network.
+"""
+
+from pathlib import Path
+
+from tasks.errors import ConfigError
+from tasks.ingest.pii import Find, Finding, find_pii
+
+KINDS = {"PERSON": "person", "LOCATION": "location"}
+
+
+def load_presidio(model: str) -> Find:
+    """Return a function that finds what the rules find, and persons and locations.
+
+    Args:
+        model: An installed spaCy model, or the folder of one.
+
+    Raises:
+        ConfigError: Presidio or the model is not installed; nothing is downloaded.
+    """
+    try:
+        import spacy
+        from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
+        from presidio_analyzer.nlp_engine import SpacyNlpEngine
+        from presidio_analyzer.predefined_recognizers import SpacyRecognizer
+    except ImportError as err:
+        raise ConfigError(f"ingest.pii_model: {err}; run `pip install 'nightshift[presidio]'`") from err
+    if not (spacy.util.is_package(model) or Path(model).is_dir()):
+        raise ConfigError(f"ingest.pii_model: no spaCy model {model!r}; run `spacy download {model}`")
+    # The language is a label that model and recogniser share, nothing more.
+    nlp = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": model}])
+    registry = RecognizerRegistry(recognizers=[SpacyRecognizer()], supported_languages=["en"])
+    engine = AnalyzerEngine(registry=registry, nlp_engine=nlp, supported_languages=["en"])
+
+    def find(text: str) -> list[Finding]:
+        found = find_pii(text)
+        for one in engine.analyze(text, language="en", entities=list(KINDS)):
+            if all(one.end <= other.start or other.end <= one.start for other in found):
+                found.append(Finding(KINDS[one.entity_type], one.start, one.end))
+        return sorted(found, key=lambda finding: finding.start)
+
+    return find

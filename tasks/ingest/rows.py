@@ -1,0 +1,120 @@
+"""From a raw row to an example, or to the fault that forbids it."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.files import text_digest
+from tasks.ingest.checks import check, repair
+from tasks.ingest.convert import convert
+from tasks.ingest.faults import RowError
+from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
+from tasks.ingest.pii import Find, find_pii
+from tasks.ingest.readers import read_shard
+from tasks.ingest.shards import find_shards, read_digests, require_digest
+from tasks.ingest.streams import Limits
+from tasks.ingest.strict_json import dumps
+from tasks.ingest.turns import Conversation, Turn
+
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Privacy:
+    """What happens to personal data, and what finds it."""
+
+    mode: Literal["report", "redact", "drop"]
+    find: Find = find_pii
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one row.
+
+    Attributes:
+        origin: `source/arrival.suffix:number`.
+        source: Name of the source.
+        result: The example (see `tasks.schemas.EXAMPLES`), or the fault.
+        repaired: What was repaired.
+        places: Personal data that was found.
+    """
+
+    origin: str
+    source: str
+    result: Example | RowError
+    repaired: frozenset[str] = frozenset()
+    places: tuple[Place, ...] = ()
+
+
+def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: Privacy) -> Iterator[Outcome]:
+    """Read, convert and check every row of every shard, ordered by arrival and number.
+
+    Args:
+        raw: Folder with `<source>/<arrival>.<suffix>`.
+        limits: Sizes that shards and rows must keep to.
+        special: Markup that no text may hold.
+        privacy: What happens to personal data.
+
+    Raises:
+        DataError: A shard cannot be read to its end.
+    """
+    digests = read_digests(raw)
+    for arrival, path in find_shards(raw):
+        name = path.relative_to(raw).as_posix()
+        require_digest(path, digests.get(name))
+        for number, row in read_shard(path, limits):
+            yield judge(row, f"{name}:{number}", arrival, special, privacy)
+
+
+def judge(
+    row: dict[str, Any] | RowError, origin: str, arrival: int, special: re.Pattern[str], privacy: Privacy
+) -> Outcome:
+    """Convert, repair and check one row; find its personal data before anything is made of it."""
+    source = origin.split("/", 1)[0]
+    try:
+        if isinstance(row, RowError):
+            raise row
+        conversation, repaired = repair(convert(row))
+        conversation = check(conversation, special)
+        places = tuple(find_places(conversation, privacy.find))
+        if places and privacy.mode == "redact":
+            conversation = redact_conversation(conversation, privacy.find)
+        example = build_example(conversation, origin, source, arrival)
+    except RowError as fault:
+        return Outcome(origin, source, fault)
+    except RecursionError:
+        return Outcome(origin, source, RowError("too_deep"))
+    if places and privacy.mode == "drop":
+        counts = sorted(Counter(place.kind for place in places).items())
+        detail = ", ".join(f"{count} {kind}" for kind, count in counts)
+        return Outcome(origin, source, RowError("pii", detail), places=places)
+    return Outcome(origin, source, example, frozenset(repaired), places)
+
+
+def build_example(conversation: Conversation, origin: str, source: str, arrival: int) -> Example:
+    """Build the row of `tasks.schemas.EXAMPLES`."""
+    messages = [_message(turn) for turn in conversation.turns]
+    tools = dumps(conversation.tools) if conversation.tools else None
+    parts = [json.dumps(messages), *([tools] if tools else [])]
+    return {
+        "id": text_digest(origin, *parts),
+        "messages": messages,
+        "tools": tools,
+        "source": source,
+        "origin": origin,
+        "arrival": arrival,
+    }
+
+
+def _message(turn: Turn) -> dict[str, str]:
+    """Return a turn without its empty fields."""
+    message = {"role": turn.role, "content": turn.content}
+    if turn.calls:
+        message["tool_calls"] = calls_json(turn)
+    if turn.name:
+        message["name"] = turn.name
+    return message

@@ -1,0 +1,32 @@
+"""The stage with the demo's data, template and tokenizer, from the snapshot to the examples."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.ingest.__main__ import main
+from tasks.snapshot import write_shards
+from tasks.sources.locations import read_offers
+from tests.checkouts import ROOT
+
+
+def test_the_demo_gives_its_examples_and_their_length(
+    in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.ingest.__main__.BASE", tiny_base)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    for name, location in params["snapshot"]["sources"].items():
+        write_shards(name, read_offers(location), in_tmp / "data/raw")
+    main()
+    assert json.loads((in_tmp / "data/ingest/summary.json").read_text(encoding="utf-8")) == {
+        "rows_in": 2144,
+        "added": 0,
+        "rows_out": 2100,
+        "dropped": {"empty_content": 1, "no_final_answer": 43},
+        "repaired": {},
+        "pii": {"dialogs": {"email": 2}},
+        "tokens": {"total": 136393, "min": 34, "p50": 50, "p90": 118, "p99": 226, "max": 383},
+    }

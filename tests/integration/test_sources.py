@@ -1,0 +1,230 @@
+"""Sources that others serve: an object store, the Hub and a database, each real and on this machine."""
+
+import io
+import json
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tasks.errors import ConfigError, DataError
+from tasks.snapshot import write_shards
+from tasks.sources.locations import SqlQuery, read_offers
+from tasks.sources.stores import remote_offers
+from tests.checkouts import ROOT
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def contents(location: Any) -> list[tuple[str, bytes]]:
+    return [(offer.suffix, b"".join(offer.chunks)) for offer in read_offers(location)]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    """A bucket of an S3 server on a free port of the loopback, and the environment that leads to it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="chats")
+        yield client
+    server.stop()
+
+
+def test_objects_of_a_bucket_come_in_by_glob_and_by_name(bucket: Any, tmp_path: Path) -> None:
+    large = b"".join(b'{"text": "%d"}\n' % i for i in range(500_000))
+    for key, body in (("n/b.jsonl", b"2\n"), ("n/a.jsonl.gz", b"1"), ("n/x.txt", b"x"), ("big.jsonl", large)):
+        bucket.put_object(Bucket="chats", Key=key, Body=body)
+    assert contents("s3://chats/n/*.jsonl*") == [(".jsonl.gz", b"1"), (".jsonl", b"2\n")]
+    # More than one piece of 4 MiB.
+    (shard,) = write_shards("s", read_offers("s3://chats/big.jsonl"), tmp_path)
+    assert shard.read_bytes() == large
+    assert write_shards("s", read_offers("s3://chats/big.jsonl"), tmp_path) == []
+
+
+def test_a_bucket_that_is_not_there_is_an_error_with_the_location(bucket: Any) -> None:
+    with pytest.raises(DataError, match=r"s3://nowhere/a\.jsonl"):
+        contents("s3://nowhere/a.jsonl")
+    with pytest.raises(DataError, match=r"s3://chats/none-\*\.jsonl matches no file"):
+        contents("s3://chats/none-*.jsonl")
+
+
+def test_a_store_whose_library_is_missing_names_the_extra_to_install() -> None:
+    code = (
+        "import sys; sys.modules['gcsfs'] = None\n"
+        "from tasks.sources.locations import read_offers\n"
+        "try: list(read_offers('gs://bucket/a.jsonl'))\n"
+        "except Exception as err: print(type(err).__name__, err)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ConfigError ")
+    assert "pip install 'nightshift[gcs]'" in done.stdout
+
+
+def test_any_file_system_of_fsspec_is_read_in_the_same_way() -> None:
+    import fsspec
+
+    with fsspec.open("memory://chats/a.jsonl", "wb") as file:
+        file.write(b"1\n")
+    found = [(offer.suffix, list(offer.chunks)) for offer in remote_offers("memory://chats/*.jsonl")]
+    assert found == [(".jsonl", [b"1\n"])]
+
+
+def parquet(text: str) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": [text]}), buffer)
+    return buffer.getvalue()
+
+
+HUB_FILES = {
+    "README.md": b"# Data",
+    "load.py": b"raise SystemExit('a script of the repository ran')",
+    "data/train-1.parquet": parquet("one"),
+    "data/train-0.parquet": parquet("zero"),
+    "data/test-0.parquet": parquet("test"),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hub's HTTP interface that lists and downloads files of a commit."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        resolve = f"/datasets/owner/name/resolve/{COMMIT}/"
+        if path == f"/api/datasets/owner/name/tree/{COMMIT}":
+            tree = [{"type": "file", "path": p, "size": len(b), "oid": p} for p, b in HUB_FILES.items()]
+            self.answer(200, json.dumps(tree).encode())
+        elif path.removeprefix(resolve) in HUB_FILES:
+            self.answer(200, HUB_FILES[path.removeprefix(resolve)])
+        else:
+            self.answer(404, b"{}")
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        headers = {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, "ETag": f'"{len(body)}"'}
+        if status == 404:
+            headers["X-Error-Code"] = "RepoNotFound"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Stay silent."""
+
+
+def ask_hub(location: str, folder: Path, port: int) -> subprocess.CompletedProcess[str]:
+    """Read a location in a process of its own: the client reads its endpoint once, when it is imported."""
+    code = (
+        "import sys\n"
+        "from tasks.sources.locations import read_offers\n"
+        f"for offer in read_offers({location!r}):\n"
+        "    print(offer.suffix, len(b''.join(offer.chunks)))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_the_parquet_files_of_a_commit_come_in_and_no_script_runs(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        found = ask_hub(f"hub:owner/name@{COMMIT}/data/train-*", tmp_path, server.server_port)
+        missing = ask_hub(f"hub:owner/other@{COMMIT}", tmp_path, server.server_port)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    sizes = [len(HUB_FILES[f"data/train-{i}.parquet"]) for i in (0, 1)]
+    assert found.stdout.splitlines() == [f".parquet {size}" for size in sizes], found.stderr
+    assert f"DataError: snapshot.sources: hub:owner/other@{COMMIT}: RepositoryNotFoundError" in missing.stderr
+    assert not list(tmp_path.rglob("load.py"))
+
+
+NOTES = SqlQuery(sql="SELECT id, text, 'a%' AS mark FROM notes ORDER BY id", url_env="WAREHOUSE_URL")
+
+
+@pytest.fixture
+def warehouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "warehouse.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE notes (id INTEGER, text TEXT)")
+        database.executemany("INSERT INTO notes VALUES (?, ?)", [(i, f"Nöte {i}") for i in range(12_000)])
+    monkeypatch.setenv("WAREHOUSE_URL", f"sqlite:///{path}")
+    return path
+
+
+def test_rows_of_a_query_become_json_lines_once(warehouse: Path, tmp_path: Path) -> None:
+    (shard,) = write_shards("notes", read_offers(NOTES), tmp_path / "raw")
+    lines = shard.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 12_000
+    assert lines[11_999] == '{"id": 11999, "mark": "a%", "text": "Nöte 11999"}'
+    assert write_shards("notes", read_offers(NOTES), tmp_path / "raw") == []
+    with sqlite3.connect(warehouse) as database:
+        database.execute("INSERT INTO notes VALUES (12000, 'new')")
+    assert len(write_shards("notes", read_offers(NOTES), tmp_path / "raw")) == 1
+
+
+def test_a_query_that_fails_or_returns_nothing_is_an_error(warehouse: Path) -> None:
+    with pytest.raises(DataError, match="WAREHOUSE_URL: OperationalError: no such table: none"):
+        contents(SqlQuery(sql="SELECT * FROM none ORDER BY 1", url_env="WAREHOUSE_URL"))
+    with pytest.raises(DataError, match="returns no rows"):
+        contents(SqlQuery(sql="DELETE FROM notes -- order by", url_env="WAREHOUSE_URL"))
+    with sqlite3.connect(warehouse) as database:
+        assert database.execute("SELECT count(*) FROM notes").fetchone() == (12_000,)
+    with pytest.raises(DataError, match="a value of type bytes has no form in JSON"):
+        contents(SqlQuery(sql="SELECT x'00' AS b ORDER BY 1", url_env="WAREHOUSE_URL"))
+
+
+PASSWORDS = (
+    "mysql+nothing://me:hush%40hush@127.0.0.1/x",
+    "no url with hush",
+    "sqlite://me:hush%40hush@127.0.0.1/x",
+    "sqlite:////nowhere/hush@hush/x.sqlite",
+)
+
+
+@pytest.mark.parametrize("url", PASSWORDS)
+def test_the_url_with_its_password_is_in_no_message_and_no_file(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WAREHOUSE_URL", url)
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises((ConfigError, DataError), match="WAREHOUSE_URL") as caught:
+        write_shards("notes", read_offers(NOTES), tmp_path / "raw")
+    assert "hush" not in f"{caught.value} {caplog.text}"
+    assert caught.value.__suppress_context__ or "hush" not in repr(caught.value.__cause__)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WAREHOUSE_URL", raising=False)
+    with pytest.raises(ConfigError, match="WAREHOUSE_URL: not set"):
+        contents(NOTES)
