@@ -1,83 +1,191 @@
-"""Run the stage: propose, check, write train with its accepted paraphrases."""
+"""Run the stage: propose, judge, write train with its accepted paraphrases."""
 
+import hashlib
+import random
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from tasks.augment import AugmentParams
-from tasks.augment.quality import find_violation
-from tasks.augment.rules import propose
+from tasks.augment import AugmentParams, Style
+from tasks.augment.generate import open_memo
+from tasks.augment.meaning import load_embedder
+from tasks.augment.prompts import SPEAKERS
+from tasks.augment.propose import Proposal, Propose, Wanted, by_model, by_rules
+from tasks.augment.quality import CompareMeaning, Messages, Scores, judge
 from tasks.config import load_params
 from tasks.errors import DataError
-from tasks.files import read_rows, text_digest, write_rows
+from tasks.files import iterate_batches, text_digest, write_rows
 from tasks.schemas import AUGMENTED, MESSAGES
 from tasks.stage import DATA, run_main, write_summary
 
+BASE = DATA / "base" / "model"
 SOURCE = DATA / "split" / "train.parquet"
 TARGET = DATA / "augment" / "train.parquet"
 REJECTED = DATA / "augment" / "rejected.parquet"
+SCORES = DATA / "augment" / "scores.parquet"
+_SCORE_FIELDS = [
+    pa.field("length_ratio", pa.float64()),
+    pa.field("source_similarity", pa.float64()),
+    pa.field("sibling_similarity", pa.float64()),
+    pa.field("meaning_similarity", pa.float64()),
+]
 REJECTED_SCHEMA = pa.schema(
     [
-        ("parent_id", pa.string()),
-        ("style", pa.string()),
-        ("reason", pa.string()),
-        ("messages", MESSAGES),
+        pa.field("parent_id", pa.string()),
+        pa.field("style", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("messages", MESSAGES),
+        *_SCORE_FIELDS,
     ]
 )
+SCORES_SCHEMA = pa.schema([pa.field("id", pa.string()), *_SCORE_FIELDS])
+# Further calls for what is missing, each showing what was rejected.
+REFILLS = 2
 Row = dict[str, Any]
 
 
+@dataclass(slots=True)
+class Work:
+    """The paraphrasing of one example."""
+
+    example: Row
+    accepted: list[Row] = field(default_factory=list)
+    scores: list[Row] = field(default_factory=list)
+    rejected: list[Row] = field(default_factory=list)
+    failure: str | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is counted over all examples."""
+
+    rows_in: int = 0
+    added: int = 0
+    wanted: int = 0
+    tokens: int = 0
+    styles: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    shortfall: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
 def main() -> None:
-    """Write every original followed by its paraphrases, and what was rejected with its reason."""
+    """Write every original followed by its paraphrases; what was rejected, and why; all scores."""
     params = load_params(AugmentParams, "augment")
-    examples = read_rows(SOURCE)
-    augmented: list[Row] = []
+    tally = Tally()
     rejected: list[Row] = []
-    for example in examples:
-        augmented.append({**example, "parent_id": None, "style": None, "ordinal": None})
-        if example["source"] in params.sources:
-            accepted, refused = paraphrase(example, params.paraphrases_per_example, params.max_similarity)
-            augmented += accepted
-            rejected += refused
-    added = len(augmented) - len(examples)
-    require_acceptance(added, len(rejected), params.min_acceptance_rate)
-    write_rows(TARGET, augmented, AUGMENTED)
+    scores: list[Row] = []
+    with ExitStack() as stack:
+        propose = (
+            by_rules
+            if params.backend == "rules"
+            else by_model(params, BASE, stack.enter_context(open_memo()))
+        )
+        compare = load_embedder(params.embedder) if params.embedder else None
+        rows = augment(propose, params, compare, tally, (rejected, scores))
+        write_rows(TARGET, rows, AUGMENTED)
     write_rows(REJECTED, rejected, REJECTED_SCHEMA)
+    write_rows(SCORES, scores, SCORES_SCHEMA)
+    require_acceptance(tally.added, tally.rejected.total(), params.min_acceptance_rate)
     write_summary(
         "augment",
-        rows_in=len(examples),
-        added=added,
-        rows_out=len(augmented),
-        rejected=dict(sorted(Counter(row["reason"] for row in rejected).items())),
+        rows_in=tally.rows_in,
+        added=tally.added,
+        rows_out=tally.rows_in + tally.added,
+        wanted=tally.wanted,
+        shortfall=dict(sorted(tally.shortfall.items())),
+        rejected=dict(sorted(tally.rejected.items())),
+        skipped=dict(sorted(tally.skipped.items())),
+        styles=dict(sorted(tally.styles.items())),
+        tokens_generated=tally.tokens,
     )
 
 
-def paraphrase(example: Row, count: int, max_similarity: float) -> tuple[list[Row], list[Row]]:
-    """Paraphrase one example.
+def augment(
+    propose: Propose,
+    params: AugmentParams,
+    compare: CompareMeaning | None,
+    tally: Tally,
+    logs: tuple[list[Row], list[Row]],
+) -> Iterator[Row]:
+    """Yield every original, followed by its paraphrases; log what was rejected, and the scores."""
+    for batch in iterate_batches(SOURCE):
+        works = [Work(row) for row in batch.to_pylist()]
+        asked = [work for work in works if _is_asked(work.example, params, tally)]
+        paraphrase(asked, propose, params, compare, tally)
+        for work in works:
+            tally.rows_in += 1
+            yield {**work.example, "parent_id": None, "style": None, "ordinal": None}
+            yield from work.accepted
+            logs[0].extend(work.rejected)
+            logs[1].extend(work.scores)
 
-    Returns:
-        Accepted rows (at most `count`, never padded with copies) and rejected ones.
-    """
-    accepted: list[Row] = []
-    rejected: list[Row] = []
-    for style, messages in propose(example["messages"], count):
-        siblings = [row["messages"] for row in accepted]
-        reason = find_violation(example["messages"], messages, siblings, max_similarity)
-        parent = {"parent_id": example["id"], "style": style, "messages": messages}
+
+def paraphrase(
+    works: Sequence[Work],
+    propose: Propose,
+    params: AugmentParams,
+    compare: CompareMeaning | None,
+    tally: Tally,
+) -> None:
+    """Fill the works with paraphrases: one call for each, and up to two refills for what is missing."""
+    wanted = params.paraphrases_per_example
+    rounds = 1 if params.backend == "rules" else 1 + REFILLS
+    for number in range(rounds):
+        short = [work for work in works if len(work.accepted) < wanted and work.failure is None]
+        if not short:
+            break
+        calls = [_want(work, number, params) for work in short]
+        for work, call, proposal in zip(short, calls, propose(calls), strict=True):
+            settle(work, call, proposal, params, compare)
+            tally.tokens += proposal.tokens
+    for work in works:
+        tally.wanted += wanted
+        tally.added += len(work.accepted)
+        tally.styles.update(row["style"] for row in work.accepted)
+        tally.rejected.update(row["reason"] for row in work.rejected)
+        if missing := wanted - len(work.accepted):
+            tally.shortfall[work.failure or "rejected"] += missing
+
+
+def settle(
+    work: Work, call: Wanted, proposal: Proposal, params: AugmentParams, compare: CompareMeaning | None
+) -> None:
+    """Judge the candidates of one call; take what passes, as many as are missing."""
+    example = work.example
+    work.failure = proposal.failure
+    for _ in range(proposal.unreadable):
+        work.rejected.append(_rejected(example, call.style, "malformed_reply", [], Scores()))
+    for texts in proposal.versions:
+        if len(work.accepted) == params.paraphrases_per_example:
+            break
+        messages = _put_back(example["messages"], texts)
+        siblings = [row["messages"] for row in work.accepted]
+        reason, scores = judge(example["messages"], messages, call.style, siblings, params, compare)
         if reason:
-            rejected.append({**parent, "reason": reason})
+            work.rejected.append(_rejected(example, call.style, reason, messages, scores))
             continue
-        ordinal = len(accepted) + 1
-        accepted.append(
-            {
-                **example,
-                **parent,
-                "id": text_digest(example["id"], str(ordinal)),
-                "ordinal": ordinal,
-            }
-        )
-    return accepted, rejected
+        ordinal = len(work.accepted) + 1
+        child = {"parent_id": example["id"], "style": call.style, "ordinal": ordinal, "messages": messages}
+        work.accepted.append({**example, **child, "id": text_digest(example["id"], str(ordinal))})
+        work.scores.append({"id": work.accepted[-1]["id"], **asdict(scores)})
+
+
+def choose_style(example_id: str, number: int, params: AugmentParams) -> Style:
+    """Choose the style of a call by the digest of the example and the number of the call.
+
+    The weights hold over many examples; one example keeps its styles whatever else is in the data.
+    """
+    if params.backend == "rules":
+        return "reword"
+    digest = hashlib.blake2b(f"{params.seed}|{example_id}|{number}".encode(), digest_size=8).digest()
+    styles = sorted(params.styles)
+    weights = [params.styles[style] for style in styles]
+    return random.Random(digest).choices(styles, weights)[0]
 
 
 def require_acceptance(accepted: int, rejected: int, limit: float) -> None:
@@ -89,9 +197,50 @@ def require_acceptance(accepted: int, rejected: int, limit: float) -> None:
     proposed = accepted + rejected
     if proposed and accepted < limit * proposed:
         raise DataError(
-            f"{REJECTED}: {accepted} of {proposed} paraphrases passed the quality check, less than "
+            f"{REJECTED}: {accepted} of {proposed} paraphrases passed the quality gate, less than "
             f"augment.min_acceptance_rate={limit}; read the reasons there, or choose other sources"
         )
+
+
+def _is_asked(example: Row, params: AugmentParams, tally: Tally) -> bool:
+    """Tell whether an example is paraphrased; count those that should and cannot be."""
+    if example["source"] not in params.sources or not params.paraphrases_per_example:
+        return False
+    # What a tool is given and what it answers is no wording.
+    if any(turn["role"] == "tool" or turn["tool_calls"] for turn in example["messages"]):
+        tally.skipped["tool_calls"] += 1
+        return False
+    return True
+
+
+def _want(work: Work, number: int, params: AugmentParams) -> Wanted:
+    """Say what is asked for in one call."""
+    missing = params.paraphrases_per_example - len(work.accepted)
+    turns = [turn for turn in work.example["messages"] if turn["role"] in SPEAKERS]
+    avoid = tuple(
+        tuple(turn["content"] for turn in row["messages"] if turn["role"] in SPEAKERS)
+        for row in work.rejected
+        if row["messages"]
+    )
+    extra = 0 if params.backend == "rules" else params.over_generation
+    return Wanted(turns, choose_style(work.example["id"], number, params), missing + extra, avoid)
+
+
+def _put_back(messages: Messages, texts: Sequence[str]) -> Messages:
+    """Give the spoken turns new texts; a system turn stays as it is."""
+    remaining = iter(texts)
+    return [{**turn, "content": next(remaining)} if turn["role"] in SPEAKERS else turn for turn in messages]
+
+
+def _rejected(example: Row, style: Style, reason: str, messages: Messages, scores: Scores) -> Row:
+    """Name a rejected candidate."""
+    return {
+        "parent_id": example["id"],
+        "style": style,
+        "reason": reason,
+        "messages": messages,
+        **asdict(scores),
+    }
 
 
 if __name__ == "__main__":

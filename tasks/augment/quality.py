@@ -1,68 +1,126 @@
-"""The quality check of paraphrases: nothing a reader could check may change.
+"""The quality gate of paraphrases: nothing that a reader could check may change.
 
-Checks run in order of cost and each names the violation. Numbers and names must survive exactly,
-because a fluent paraphrase with a wrong year is worse than none.
+Checks run in order of cost and each names the violation. A fluent paraphrase with a wrong year is worse
+than none: in doubt, reject.
 """
 
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from tasks.augment.rules import Messages
-from tasks.text import canonical_messages, jaccard, shingles
+from tasks.augment import AugmentParams, Style
+from tasks.augment.facts import find_changed_fact, read_facts
+from tasks.augment.language import has_meta_text, language_differs
+from tasks.augment.names import count_negations, names_differ, read_names
+from tasks.text import canonical, comparable_shingles, jaccard
 
-NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-NAME = re.compile(r"\b[A-Z][\w'.-]*")
-NEGATION = re.compile(r"\b(?:no|not|never|none|nobody|nothing|neither|nor|cannot|\w+n't)\b", re.I)
-# Capitalised only because they begin a sentence.
-FUNCTION_WORDS = frozenset(
-    """a an and are at but by can did do does explain for from how i if in is it of on or please say
-    tell that the there they this to was we were what when where which who why would you""".split()  # noqa: SIM905 - prose
-)
+Messages = list[dict[str, Any]]
+# Cosine of the meanings of two texts.
+CompareMeaning = Callable[[str, str], float]
+LENGTH_RATIO = (0.5, 2.0)
 SHINGLE_SIZE = 3
+# In these styles the answer stays an answer, so its facts stay in it; a reversed relation moves them.
+ANSWER_STAYS: tuple[Style, ...] = ("reword", "question_answer", "context_shift")
 
 
-def find_violation(
-    source: Messages, candidate: Messages, siblings: Sequence[Messages], max_similarity: float
-) -> str | None:
-    """Name the first thing wrong with a paraphrase, or None.
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What was measured on a candidate; None where an earlier check had rejected it.
+
+    Attributes:
+        length_ratio: Characters of the candidate for each of the source.
+        source_similarity: Shingle Jaccard with the source, 0 to 1.
+        sibling_similarity: The highest with an accepted paraphrase, 0 to 1.
+        meaning_similarity: Cosine with the source, -1 to 1.
+    """
+
+    length_ratio: float | None = None
+    source_similarity: float | None = None
+    sibling_similarity: float | None = None
+    meaning_similarity: float | None = None
+
+
+def judge(
+    source: Messages,
+    candidate: Messages,
+    style: Style,
+    siblings: Sequence[Messages],
+    params: AugmentParams,
+    compare_meaning: CompareMeaning | None = None,
+) -> tuple[str | None, Scores]:
+    """Name the first thing wrong with a paraphrase, or None, and what was measured.
 
     Args:
         source: The original conversation.
-        candidate: The paraphrase.
+        candidate: The paraphrase: the same roles in the same order.
+        style: Kind of paraphrase.
         siblings: Paraphrases of the same source that were accepted already.
-        max_similarity: Shingle Jaccard, 0 to 1, from which two texts count as copies.
+        params: Thresholds.
+        compare_meaning: From an embedder, if one is configured.
+    """
+    before, after = _text(source), _text(candidate)
+    if not after.strip() or any(not turn["content"].strip() for turn in candidate):
+        return "empty_turn", Scores()
+    ratio = len(after) / len(before)
+    scores = Scores(ratio)
+    if reason := find_violation(source, candidate, style):
+        return reason, scores
+    similar, nearest = _similarities(source, candidate, siblings)
+    scores = Scores(ratio, similar, nearest)
+    if similar >= params.max_similarity:
+        return "copy_of_source", scores
+    if nearest is not None and nearest >= params.max_sibling_similarity:
+        return "copy_of_sibling", scores
+    if compare_meaning is not None:
+        meaning = compare_meaning(before, after)
+        scores = Scores(ratio, similar, nearest, meaning)
+        if meaning < params.min_meaning_similarity:
+            return "meaning_changed", scores
+    return None, scores
+
+
+def find_violation(source: Messages, candidate: Messages, style: Style) -> str | None:
+    """Name the first of the facts, names, denials and forms that changed, or None.
 
     Example:
         >>> say = lambda text: [{"role": "assistant", "content": text}]
-        >>> find_violation(say("Found in 1875 by Lecoq."), say("Lecoq found it in 1857."), [], 0.8)
+        >>> find_violation(say("Found in 1875 by Lecoq."), say("Lecoq found it in 1857."), "reword")
         'number_changed'
     """
     before, after = _text(source), _text(candidate)
-    if not 0.5 <= len(after) / len(before) <= 2.0:
+    if not LENGTH_RATIO[0] <= len(after) / len(before) <= LENGTH_RATIO[1]:
         return "length_changed"
-    if Counter(NUMBER.findall(before)) != Counter(NUMBER.findall(after)):
-        return "number_changed"
-    if _names(before) != _names(after):
+    if language_differs(before, after):
+        return "language_changed"
+    if has_meta_text(before, after):
+        return "meta_text"
+    known, found = read_facts(before), read_facts(after)
+    if reason := find_changed_fact(known, found):
+        return reason
+    if names_differ(read_names(known.rest), read_names(found.rest)):
         return "name_changed"
-    if len(NEGATION.findall(before)) != len(NEGATION.findall(after)):
+    if count_negations(known.rest) != count_negations(found.rest):
         return "negation_changed"
-    new = shingles(canonical_messages(candidate), SHINGLE_SIZE)
-    for other, reason in [(source, "copy_of_source"), *((s, "copy_of_sibling") for s in siblings)]:
-        if jaccard(new, shingles(canonical_messages(other), SHINGLE_SIZE)) >= max_similarity:
-            return reason
+    if style in ANSWER_STAYS and any(
+        find_changed_fact(read_facts(old["content"]), read_facts(new["content"]))
+        for old, new in zip(source, candidate, strict=True)
+        if old["role"] == "assistant"
+    ):
+        return "answer_changed"
     return None
 
 
-def _text(messages: Messages) -> str:
-    return "\n".join(m["content"] for m in messages)
+def _similarities(
+    source: Messages, candidate: Messages, siblings: Sequence[Messages]
+) -> tuple[float, float | None]:
+    """Similarity with the source, and with the nearest sibling."""
+    new = comparable_shingles(canonical(_text(candidate)), SHINGLE_SIZE)
+    similar = [
+        jaccard(new, comparable_shingles(canonical(_text(other)), SHINGLE_SIZE))
+        for other in (source, *siblings)
+    ]
+    return similar[0], max(similar[1:], default=None)
 
 
-def _names(text: str) -> set[str]:
-    """Capitalised words that do not merely open a sentence.
-
-    Example:
-        >>> sorted(_names("The symbol of Gold is Au."))
-        ['Au', 'Gold']
-    """
-    return {word.rstrip(".") for word in NAME.findall(text) if word.casefold() not in FUNCTION_WORDS}
+def _text(messages: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(turn["content"] for turn in messages)

@@ -4,9 +4,9 @@ A rule is a pattern and a template. Text that no rule fits keeps its wording in 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-Messages = list[dict[str, str]]
+from tasks.augment.quality import Messages
 
 OPENERS = ("Tell me", "Please say", "I would like to know", "Explain", "Can you say")
 _WH = r"(?:In |To |At |On )?(?:What|Which|Who|Where|When|Why|How|which|what)\b"
@@ -41,26 +41,22 @@ ANSWERS = (
 )
 
 
-def propose(messages: Messages, count: int) -> Iterator[tuple[str, Messages]]:
-    """Yield up to `count` (style, messages) candidates.
+def propose(messages: Messages, count: int) -> Iterator[list[str]]:
+    """Yield up to `count` candidates, each as the texts of its turns.
 
     Each candidate opens the questions in another way; odd ones also restate the answers.
 
     Example:
         >>> turns = [{"role": "user", "content": "Who discovered Gallium?"},
         ...          {"role": "assistant", "content": "Gallium was discovered by Lecoq."}]
-        >>> [(style, [m["content"] for m in new]) for style, new in propose(turns, 1)]
-        [('indirect+restated', ['Tell me who discovered Gallium.', 'Lecoq discovered Gallium.'])]
+        >>> list(propose(turns, 1))
+        [['Tell me who discovered Gallium.', 'Lecoq discovered Gallium.']]
     """
     for ordinal in range(min(count, len(OPENERS))):
-        restated = ordinal % 2 == 0
-        new = [
-            {"role": m["role"], "content": _reword(m, OPENERS[ordinal], restated=restated)} for m in messages
-        ]
-        yield "indirect+restated" if restated else "indirect", new
+        yield [_reword(m, OPENERS[ordinal], restated=ordinal % 2 == 0) for m in messages]
 
 
-def _reword(message: dict[str, str], opener: str, *, restated: bool) -> str:
+def _reword(message: Mapping[str, str], opener: str, *, restated: bool) -> str:
     """Apply the first rule that fits one turn."""
     text = message["content"]
     if message["role"] == "user":

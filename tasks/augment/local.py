@@ -1,0 +1,57 @@
+"""The backend `transformers`: a local model, in this process."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.augment.generate import Generate, OnReply, Reply, Request, Result, request_key
+
+
+def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Generate:
+    """Load a model and return the function that asks it.
+
+    One batch holds the answers to one request, sampled with a seed that comes from the request: an answer
+    does not depend on its neighbours, so a rebuild from scratch gives the same bytes. For volume, serve
+    the model and use the backend `openai`.
+
+    Args:
+        folder: Model and tokenizer; safetensors only.
+        model_name: Backend, model, revision and sampling, as one text.
+        sampling: temperature, top_p and max_new_tokens.
+    """
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Half precision gains nothing on most processors, and rounding differs between them.
+    dtype = "auto" if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
+    model = model.to(device).eval()
+
+    def generate(requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
+        results: list[Result] = []
+        for number, request in enumerate(tqdm(requests, "paraphrase", unit="call", disable=None)):
+            torch.manual_seed(int(request_key(request, model_name)[:15], 16))
+            inputs = tokenizer.apply_chat_template(
+                request.prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).to(device)
+            length = inputs["input_ids"].shape[1]
+            with torch.inference_mode():
+                output = model.generate(
+                    **inputs,
+                    do_sample=True,
+                    num_return_sequences=request.answers,
+                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                    **sampling,
+                )
+            texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+            reply = Reply(tuple(texts), int(output.numel()))
+            on_reply(number, reply)
+            results.append(reply)
+        return results
+
+    return generate

@@ -1,0 +1,42 @@
+"""Compare meanings with a sentence embedder: a folder, or a package that carries one."""
+
+import importlib.resources
+from pathlib import Path
+
+from tasks.augment.quality import CompareMeaning
+from tasks.errors import ConfigError
+
+
+def load_embedder(location: str) -> CompareMeaning:
+    """Load a sentence-transformers model and return the cosine of two texts' meanings.
+
+    Args:
+        location: A folder, or `package:<name>` for a package with the folder `model`.
+
+    Raises:
+        ConfigError: Neither the model nor sentence-transformers is installed.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+
+        folder = _find_folder(location)
+    except ImportError as err:
+        raise ConfigError(
+            f"params.yaml: augment.embedder={location}: {err.name} is not installed; "
+            "run pip install 'nightshift[meaning]', or set null"
+        ) from err
+    model = SentenceTransformer(str(folder), trust_remote_code=False, local_files_only=True)
+
+    def compare(before: str, after: str) -> float:
+        first, second = model.encode([before, after], normalize_embeddings=True, show_progress_bar=False)
+        return float(first @ second)
+
+    return compare
+
+
+def _find_folder(location: str) -> Path:
+    """Find the folder of the model."""
+    if not location.startswith("package:"):
+        return Path(location)
+    module = location.removeprefix("package:").replace("-", "_")
+    return Path(str(importlib.resources.files(module) / "model"))

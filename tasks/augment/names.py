@@ -1,0 +1,128 @@
+"""Names and negations: what a paraphrase must keep besides the facts with digits.
+
+A name is a word with a capital that does not merely open a sentence. A word that opens a sentence may be
+a name or not; it counts as one unless it is a common word. In doubt a paraphrase is rejected.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+WORD = re.compile(r"[^\W\d_](?:[\w'’-]*\w)?")
+NEGATION = re.compile(
+    r"\b(?:no|not|never|none|nobody|nothing|nowhere|neither|nor|cannot|without|unable|impossible|hardly|"
+    r"\w+n['’]t)\b",
+    re.IGNORECASE,
+)
+# What stands before the first word of a sentence: the start, or an end mark, a colon or a bracket.
+SENTENCE_START = re.compile(r"(?:^|[.!?:;…。]|\n)[\s\"'“”«»‘’()\[\]*#>•–—-]*$")
+# Function words and verbs that open English sentences and are hardly ever names.
+COMMON = frozenset(
+    """a about according after again all almost also although always among an and another any are around as
+    ask at be because before being below between both but by can certain compared consider could describe
+    did discovered do does during each either even every everyone everything explain find finally first
+    for formerly found from further generally give given had has have he her here his how however i i'm i'd
+    i'll i've identify if in instead is it it's its just known last later let let's like list located made
+    many may maybe me meanwhile might more moreover most much must my name named next no nobody none nor not
+    nothing now of often on once one only or originally other our over people perhaps please previously
+    provide regarding say several she should show since so some someone something sometimes speaking state
+    such tell than thanks that that's the their them then there there's therefore these they they're this
+    those though through thus to today together under unlike until up upon use used usually was we we're
+    well were what what's when whenever where whereas whether which while who who's whom whose why will with
+    within without would yes yet you you're you've your""".split()  # noqa: SIM905 - prose
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names of a text, and what a name of another text may be found in.
+
+    Attributes:
+        inner: Words with a capital inside a sentence, and words with a capital after the first letter.
+        openers: Words that open a sentence and are not common words.
+        words: All words, as written.
+        folded: All words, in lower case.
+    """
+
+    inner: Counter[str]
+    openers: Counter[str]
+    words: Counter[str]
+    folded: frozenset[str]
+
+
+def read_names(text: str) -> Names:
+    """Find the names of a text.
+
+    Example:
+        >>> names = read_names("Gallium was found by Lecoq. The symbol is Ga.")
+        >>> sorted(names.inner), sorted(names.openers)
+        (['Ga', 'Lecoq'], ['Gallium'])
+    """
+    inner: Counter[str] = Counter()
+    openers: Counter[str] = Counter()
+    words: Counter[str] = Counter()
+    for found in WORD.finditer(text):
+        word = _without_possessive(found[0])
+        words[word] += 1
+        if word.islower() or (word.casefold() in ("i", "i'm", "i'd", "i'll", "i've") and _is_pronoun(found)):
+            continue
+        opens = SENTENCE_START.search(text[max(0, found.start() - 12) : found.start()]) is not None
+        if not opens or (not word[1:].islower() and len(word) > 1):
+            inner[word] += 1
+        elif word.casefold() not in COMMON:
+            openers[word] += 1
+    return Names(inner, openers, words, frozenset(word.casefold() for word in words))
+
+
+def names_differ(source: Names, candidate: Names) -> bool:
+    """Whether a name was lost, invented or put in the place of another.
+
+    A name may be said more often ("Gallium was found" for "it was found") or less often. It may not
+    be said less often while another is said more often: then one may stand in the place of the other.
+    Two names that change places cannot be seen by counting.
+
+    Example:
+        >>> names_differ(read_names("Found by Lecoq."), read_names("Lecoq found it."))
+        False
+        >>> names_differ(read_names("Found by Lecoq."), read_names("Found by Lecog."))
+        True
+    """
+    if _is_missing(source, candidate) or _is_missing(candidate, source):
+        return True
+    names = set(source.inner) | set(candidate.inner)
+    names |= set(source.openers) & set(candidate.words) | set(candidate.openers) & set(source.words)
+    change = [candidate.words[name] - source.words[name] for name in names if name.casefold() not in COMMON]
+    return min(change, default=0) < 0 < max(change, default=0)
+
+
+def count_negations(text: str) -> int:
+    """Count the negating words of an English text.
+
+    Example:
+        >>> count_negations("It isn't so, and never was.")
+        2
+    """
+    return len(NEGATION.findall(text))
+
+
+def _is_missing(names: Names, other: Names) -> bool:
+    """Whether the other text lacks a name of this one.
+
+    A name that is also a common word (the element symbols In, He, At) must stay inside a sentence:
+    at its start it cannot be told from the common word.
+    """
+    return (
+        any(name not in other.words for name in names.inner)
+        or any(name.casefold() not in other.folded for name in names.openers)
+        or any(other.inner[name] < count for name, count in names.inner.items() if name.casefold() in COMMON)
+    )
+
+
+def _without_possessive(word: str) -> str:
+    """Remove the English possessive ending."""
+    return re.sub(r"['’]s$", "", word) if word[:1].isupper() else word
+
+
+def _is_pronoun(found: re.Match[str]) -> bool:
+    """Whether "I" is followed by a word, as the pronoun is, and not by the end of a sentence."""
+    return re.match(r"['’]|\s+[a-z]", found.string[found.end() :]) is not None

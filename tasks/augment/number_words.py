@@ -1,0 +1,66 @@
+"""English number words, read as digits: "fifty-first" is 51, "two hundred and six" is 206."""
+
+import re
+
+_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+sixteen seventeen eighteen nineteen""".split()  # noqa: SIM905 - prose
+_ORDINAL_ONES = """zeroth first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth
+thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth""".split()  # noqa: SIM905 - prose
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905 - prose
+VALUES = (
+    {word: value for value, word in enumerate(_ONES)}
+    | {word: value for value, word in enumerate(_ORDINAL_ONES)}
+    | {word: 10 * value for value, word in enumerate(_TENS, 2)}
+    | {word[:-1] + "ieth": 10 * value for value, word in enumerate(_TENS, 2)}
+)
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+SCALES |= {f"{word}th": value for word, value in SCALES.items()}
+_WORD = "|".join(sorted([*VALUES, *SCALES], key=len, reverse=True))
+PHRASE = re.compile(rf"\b(?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*\b", re.IGNORECASE)
+# "no one", "each one", "one another": a pronoun. "a second": a unit, never an ordinal.
+PRONOUN = re.compile(
+    r"\b(no|any|every|some|each|which|this|that) one\b|\bone (another|of|can|must|may|should|might)\b",
+    re.IGNORECASE,
+)
+PRONOUN_MARK = "\ue000"
+
+
+def digits_for_words(text: str) -> str:
+    """Write the number words of an English text as digits.
+
+    Example:
+        >>> digits_for_words("The fifty-first of two hundred and six bones; no one left.")
+        'The 51 of 206 bones; no one left.'
+    """
+    shielded = PRONOUN.sub(lambda found: re.sub("(?i)one", PRONOUN_MARK, found[0], count=1), text)
+    return PHRASE.sub(lambda found: _digits(found[0]), shielded).replace(PRONOUN_MARK, "one")
+
+
+def _digits(phrase: str) -> str:
+    """Read one phrase; words that do not join to one number become several.
+
+    Example:
+        >>> _digits("nineteen ninety"), _digits("one thousand and five"), _digits("three hundred million")
+        ('19 90', '1005', '300000000')
+    """
+    numbers: list[int] = []
+    total = current = last = 0
+    started = False
+    for word in re.findall(r"[a-z]+", phrase.casefold()):
+        if word == "and":
+            continue
+        if word in SCALES:
+            scale = SCALES[word]
+            current = max(current, 1) * scale
+            total, current = (total, current) if scale == 100 else (total + current, 0)
+            last = scale
+        else:
+            value = VALUES[word]
+            # "twenty one" joins, "one twenty" and "nineteen ninety" do not.
+            if started and not (last >= 100 or (last % 10 == 0 and last >= 20 and 0 < value < 10)):
+                numbers.append(total + current)
+                total = current = 0
+            current += value
+            last = value
+        started = True
+    return " ".join(str(number) for number in [*numbers, total + current])

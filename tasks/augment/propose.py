@@ -1,0 +1,117 @@
+"""From turns that want paraphrases to candidates, by the backend of the configuration."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.augment import AugmentParams, Style
+from tasks.augment.generate import Failure, Generate, Reply, Request, Result, ask
+from tasks.augment.prompts import VERSION, build_prompt, read_versions
+from tasks.augment.quality import Messages
+from tasks.augment.rules import propose
+from tasks.files import tree_digest
+from tasks.memo import Memo
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked for one example.
+
+    Attributes:
+        turns: What is to be said anew: user and assistant turns, or one plain text.
+        style: Kind of paraphrase.
+        count: Candidates wanted.
+        avoid: Candidates that were rejected before.
+    """
+
+    turns: Messages
+    style: Style
+    count: int
+    avoid: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What came of it.
+
+    Attributes:
+        versions: The texts of the turns of each candidate.
+        unreadable: Answers without a version of the right form.
+        tokens: Tokens that the answers took.
+        failure: Why there is no answer, or None.
+    """
+
+    versions: list[list[str]]
+    unreadable: int = 0
+    tokens: int = 0
+    failure: str | None = None
+
+
+Propose = Callable[[Sequence[Wanted]], list[Proposal]]
+
+
+def by_rules(wanted: Sequence[Wanted]) -> list[Proposal]:
+    """Propose by rules: at once, always the same, the style `reword` only."""
+    return [Proposal(list(propose(one.turns, one.count))) for one in wanted]
+
+
+def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
+    """Propose by a model, local or behind an endpoint; replies are kept in the memo.
+
+    A local model answers a request several times over; an endpoint gives several versions in one answer,
+    so that they differ.
+    """
+    sampling = {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_new_tokens": params.max_new_tokens,
+    }
+    local = params.backend == "transformers"
+    folder = Path(params.model) if params.model else base
+    revision = tree_digest(*sorted(folder.glob("*.safetensors"))) if local else params.model
+    name = json.dumps([params.backend, revision, sampling, params.seed, VERSION], sort_keys=True)
+    backend: Generate | None = None
+
+    def generate(requests: Sequence[Request], on_reply: Callable[[int, Reply], None]) -> list[Result]:
+        nonlocal backend
+        # A night whose replies are all known loads no model and needs no server.
+        if backend is None:
+            backend = load_backend(params, folder, name, sampling)
+        return backend(requests, on_reply)
+
+    def propose_all(wanted: Sequence[Wanted]) -> list[Proposal]:
+        requests = [build_request(one, local=local) for one in wanted]
+        results = ask(requests, name, generate, memo)
+        return [_read(one, result) for one, result in zip(wanted, results, strict=True)]
+
+    return propose_all
+
+
+def load_backend(params: AugmentParams, folder: Path, name: str, sampling: dict[str, Any]) -> Generate:
+    """Load the local model, or prepare to ask the endpoint; each needs its own packages."""
+    if params.backend == "transformers":
+        from tasks.augment.local import load_local
+
+        return load_local(folder, name, sampling)
+    from tasks.augment.endpoint import Endpoint
+
+    return Endpoint(str(params.model), sampling, params.endpoint)
+
+
+def build_request(wanted: Wanted, *, local: bool) -> Request:
+    """Ask for one version several times (local), or for several versions at once."""
+    versions = 1 if local else wanted.count
+    prompt = build_prompt(wanted.turns, wanted.style, versions, wanted.avoid)
+    return Request(prompt, wanted.count if local else 1)
+
+
+def _read(wanted: Wanted, result: Result) -> Proposal:
+    """Read the versions of all answers."""
+    if isinstance(result, Failure):
+        return Proposal([], failure=result.reason)
+    roles = [turn["role"] for turn in wanted.turns]
+    found = [read_versions(text, roles) for text in result.texts]
+    versions = [version for some in found for version in some]
+    return Proposal(versions, sum(not some for some in found), result.tokens)
