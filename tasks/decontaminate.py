@@ -9,6 +9,7 @@ Source: n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), which leaves 
 the n-gram unseen; those match by the whole text or by containment.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,6 @@ HITS_SCHEMA = pa.schema(
         ("containment", pa.float64()),
     ]
 )
-# Every overlap that counts contains a shingle of this size, so they serve as the index.
 SHINGLE_SIZE = 3
 Row = dict[str, Any]
 
@@ -74,17 +74,27 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Evaluation questions by their whole text and by each shingle (positions in `questions`)."""
+    """Evaluation questions, found in time that does not grow with their number.
+
+    Attributes:
+        questions: All of them.
+        by_text: Whole text -> position in `questions`.
+        by_ngram: n-gram of a long question -> its position.
+        by_shingle: Shingle -> positions of the questions of which it is one of the rarest: so many that a
+            text with enough of a question's shingles must have one of these (prefix filter, as in
+            Bayardo et al., 2007).
+    """
 
     questions: Sequence[Question]
     by_text: Mapping[str, int]
+    by_ngram: Mapping[str, int]
     by_shingle: Mapping[str, Sequence[int]]
 
 
 def main() -> None:
     """Write the clean train rows and a report that names each hit."""
     params = load_params(DecontaminateParams, "decontaminate")
-    index = build_index(evaluation_questions(TEST, BENCHMARKS), params.min_question_words)
+    index = build_index(evaluation_questions(TEST, BENCHMARKS), params)
     hits: dict[str, Row] = {}
     rows_in = 0
     for row in iterate_rows(SOURCE, ["id", "origin", "messages"]):
@@ -129,22 +139,28 @@ def questions_of(row: Row) -> list[str]:
     return [turn["content"] for turn in row["messages"] if turn["role"] in ("user", "text")]
 
 
-def build_index(questions: Iterable[tuple[str, str, str]], min_words: int) -> Index:
+def build_index(questions: Iterable[tuple[str, str, str]], params: DecontaminateParams) -> Index:
     """Index the questions; those without a word are left out."""
-    found: list[Question] = []
-    by_text: dict[str, int] = {}
+    found: dict[str, Question] = {}
+    for benchmark, item, content in questions:
+        text = canonical(content)
+        if text and text not in found:
+            found[text] = Question(benchmark, item, text, shingles(text.split(), SHINGLE_SIZE))
+    frequency = Counter(shingle for question in found.values() for shingle in question.shingles)
+    by_ngram: dict[str, int] = {}
     by_shingle: dict[str, list[int]] = defaultdict(list)
-    for benchmark, item, question in questions:
-        text = canonical(question)
-        if not text or text in by_text:
+    for number, question in enumerate(found.values()):
+        words = question.text.split()
+        if len(words) < params.min_question_words:
             continue
-        by_text[text] = len(found)
-        grams = shingles(text.split(), SHINGLE_SIZE)
-        if text.count(" ") + 1 >= min_words:
-            for gram in grams:
-                by_shingle[gram].append(len(found))
-        found.append(Question(benchmark, item, text, grams))
-    return Index(found, by_text, by_shingle)
+        for gram in ngrams(words, params.ngram_size):
+            by_ngram.setdefault(gram, number)
+        needed = math.ceil(params.max_containment * len(question.shingles))
+        rarest = sorted(question.shingles, key=lambda shingle: (frequency[shingle], shingle))
+        for shingle in rarest[: len(rarest) - needed + 1]:
+            by_shingle[shingle].append(number)
+    by_text = {text: number for number, text in enumerate(found)}
+    return Index(list(found.values()), by_text, by_ngram, by_shingle)
 
 
 def find_hit(row: Row, index: Index, params: DecontaminateParams) -> Row | None:
@@ -159,31 +175,34 @@ def find_hit(row: Row, index: Index, params: DecontaminateParams) -> Row | None:
         if (number := index.by_text.get(text)) is not None:
             return _hit(row, index.questions[number], "same_question", text, 1.0)
         words = text.split()
-        grams = shingles(words, SHINGLE_SIZE)
-        shared = Counter(
-            number for gram in grams & index.by_shingle.keys() for number in index.by_shingle[gram]
-        )
-        for number in sorted(shared):
+        known = shingles(words, SHINGLE_SIZE)
+        for gram in ngrams(words, params.ngram_size):
+            if (number := index.by_ngram.get(gram)) is not None:
+                question = index.questions[number]
+                return _hit(row, question, "shared_ngram", gram, containment(question, known))
+        candidates = {number for shingle in known for number in index.by_shingle.get(shingle, ())}
+        for number in sorted(candidates):
             question = index.questions[number]
-            containment = shared[number] / len(question.shingles)
-            if match := shared_ngram(question.text.split(), words, params.ngram_size):
-                return _hit(row, question, "shared_ngram", match, containment)
-            if containment >= params.max_containment:
-                return _hit(row, question, "contained_question", question.text, containment)
+            if (share := containment(question, known)) >= params.max_containment:
+                whole = f" {question.text} " in f" {text} "
+                reason = "shared_ngram" if whole else "contained_question"
+                return _hit(row, question, reason, question.text, share)
     return None
 
 
-def shared_ngram(question: list[str], words: list[str], ngram_size: int) -> str | None:
-    """Return the first n-gram of a question that also stands in a text.
+def containment(question: Question, known: Shingles) -> float:
+    """Share of a question's shingles that a text has, 0 to 1."""
+    return len(question.shingles & known) / len(question.shingles)
+
+
+def ngrams(words: Sequence[str], size: int) -> Iterator[str]:
+    """Yield the word n-grams of a text in order; a shorter text has none.
 
     Example:
-        >>> shared_ngram("who found gallium in 1875".split(), "so who found gallium in 1875".split(), 13)
-        'who found gallium in 1875'
+        >>> list(ngrams(["a", "b", "c"], 2)), list(ngrams(["a"], 2))
+        (['a b', 'b c'], [])
     """
-    size = min(ngram_size, len(question))
-    known = shingles(words, size) if len(words) >= size else frozenset()
-    grams = (" ".join(question[i : i + size]) for i in range(len(question) - size + 1))
-    return next((gram for gram in grams if gram in known), None)
+    return (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
 
 
 def _hit(row: Row, question: Question, reason: str, match: str, containment: float) -> Row:

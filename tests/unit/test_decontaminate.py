@@ -6,8 +6,9 @@ from tasks.decontaminate import DecontaminateParams, build_index, find_hit
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 SHORT = "In which year was gallium found?"
-QUESTIONS = build_index([("facts", "q1", "Who found Tin?"), ("facts", "q2", LONG), ("facts", "q3", SHORT)], 5)
 PARAMS = DecontaminateParams(ngram_size=13, min_question_words=5, max_containment=0.8)
+ITEMS = [("facts", "q1", "Who found Tin?"), ("facts", "q2", LONG), ("facts", "q3", SHORT)]
+QUESTIONS = build_index(ITEMS, PARAMS)
 
 
 def row(question: str, answer: str = "x", role: str = "user") -> dict[str, Any]:

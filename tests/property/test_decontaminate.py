@@ -1,0 +1,44 @@
+"""Laws of decontamination: the index finds what a search through everything finds."""
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.decontaminate import DecontaminateParams, build_index, find_hit
+from tasks.text import shingles
+
+PARAMS = DecontaminateParams(ngram_size=6, min_question_words=3, max_containment=0.7)
+TEXTS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=12).map(" ".join)
+
+
+def is_hit(text: str, questions: list[str]) -> bool:
+    """Compare a text with every question, by the definition."""
+    words = text.split()
+    for question in questions:
+        asked = question.split()
+        if question == text:
+            return True
+        if len(asked) < 3:
+            continue
+        runs = [asked[i : i + 6] for i in range(len(asked) - 5)]
+        if any(words[i : i + 6] in runs for i in range(len(words) - 5)):
+            return True
+        needed = shingles(asked, 3)
+        if len(needed & shingles(words, 3)) / len(needed) >= 0.7:
+            return True
+    return False
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS, st.lists(TEXTS, max_size=6))
+def test_the_index_finds_exactly_what_a_search_through_all_questions_finds(
+    text: str, questions: list[str]
+) -> None:
+    index = build_index([("b", str(i), question) for i, question in enumerate(questions)], PARAMS)
+    row: dict[str, Any] = {
+        "id": "r",
+        "origin": "s/000001.jsonl:1",
+        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}],
+    }
+    assert (find_hit(row, index, PARAMS) is not None) == is_hit(text, questions)
