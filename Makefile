@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed compiles its operators when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help run test check down clean
+.PHONY: help run test check bench-data down clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,10 @@ test: $(VENV)/ready  ## run all tests but the slow ones
 
 check: $(VENV)/ready  ## lint, types, and params.yaml
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m tasks.check
+
+bench-data: $(VENV)/ready  ## measure the data preparation (half an hour); needs the extra bench
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	@$(BIN)/python -m benchmarks.data
 
 down:  ## stop what `make run` started
 	@if [ -x $(BIN)/nightshift ]; then $(BIN)/nightshift down; else echo "nothing is installed"; fi

@@ -54,7 +54,11 @@ def measure(folder: Path) -> list[Record]:
     fastest = max(peers, key=lambda engine: peers[engine])
     memory = max(one["extra_mib"] for one in runs["nightshift"])
     recall, precision, pairs = quality(read_json(corpus))
-    shown = {"documents": DOCUMENTS + EDITED, "documents_per_second": speed, "repeats": REPEATS}
+    shown: dict[str, Any] = {
+        "documents": DOCUMENTS + EDITED,
+        "documents_per_second": speed,
+        "repeats": REPEATS,
+    }
     return [
         record("dedupe: recall of pairs at J >= 0.8", recall, "share", at_least=0.99, true_pairs=pairs),
         record("dedupe: precision after verification", precision, "share", at_least=1.0),

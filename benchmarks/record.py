@@ -14,14 +14,21 @@ RESULTS = Path(__file__).parent / "results"
 Record = dict[str, Any]
 
 
-def record(claim: str, value: float, unit: str, *, at_least: float | None = None, **more: Any) -> Record:
-    """Describe one measurement; `at_most` in `more` is the other kind of bound.
+def record(
+    claim: str,
+    value: float,
+    unit: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    **more: Any,
+) -> Record:
+    """Describe one measurement and say whether it keeps to its bound.
 
     Example:
         >>> record("recall", 0.996, "share", at_least=0.99)["holds"]
         True
     """
-    at_most = more.pop("at_most", None)
     holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     bound = {"at_least": at_least, "at_most": at_most}
     return {

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.corpus import chats
 from benchmarks.record import Record, record
@@ -31,7 +32,7 @@ def measure(folder: Path) -> list[Record]:
         size: sum(cost.seconds for cost in stages.values()) / size * 1e6 for size, stages in costs.items()
     }
     peak = max(cost.peak_mib for cost in costs[SIZES[-1]].values())
-    shown = {
+    shown: dict[str, Any] = {
         "stages": {str(size): {s: asdict(c) for s, c in stages.items()} for size, stages in costs.items()}
     }
     return [

@@ -45,7 +45,7 @@ def build_prompt(turns: Turns, style: Style, versions: int, avoid: Sequence[Sequ
             f"each version is a list of {len(turns)} texts, one for each turn."
         )
     else:
-        parts.append("Answer in the form of the conversation below and with nothing else.")
+        parts.append("Answer in the form of what stands below, and with nothing else.")
     for version in avoid:
         parts.append(f"Do not repeat this version: {json.dumps(list(version), ensure_ascii=False)}")
     return [
@@ -103,7 +103,9 @@ def _json_values(answer: str) -> Iterator[Any]:
 
 
 def _read_transcript(answer: str, roles: Sequence[str]) -> list[str] | None:
-    """Read `User: ...` and `Assistant: ...` in the order of the roles, or None."""
+    """Read `User: ...` and `Assistant: ...` in the order of the roles, or None; a plain text has no label."""
+    if list(roles) == ["text"]:
+        return [answer.strip().removeprefix("Text:").strip()]
     names = "|".join(SPEAKERS.values())
     parts = re.split(rf"^({names}):", answer.strip(), flags=re.MULTILINE)
     if parts[1::2] != [SPEAKERS[role] for role in roles]:

@@ -1,0 +1,30 @@
+"""All measurements of the data preparation: `make bench-data`, half an hour on two cores."""
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import dedupe, increment, scale
+from benchmarks.record import write_records
+
+PACKAGES = ("daft", "datasketch", "rensa", "pyarrow", "tokenizers", "transformers", "trl")
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Measure, write results/data.json, and say what does not hold."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    records = []
+    for module in (dedupe, scale, increment):
+        with tempfile.TemporaryDirectory() as folder:
+            records += module.measure(Path(folder))
+        for one in records:
+            log.info("%s: %.4g %s, bound %s", one["claim"], one["value"], one["unit"], one["bound"])
+        write_records("data", records, PACKAGES)
+    if broken := [one["claim"] for one in records if not one["holds"]]:
+        sys.exit(f"does not hold: {'; '.join(broken)}")
+
+
+if __name__ == "__main__":
+    main()
