@@ -37,7 +37,7 @@ BASE = DATA / "base" / "model"
 SOURCE = DATA / "decontaminate" / "train.parquet"
 TARGET = DATA / "pack" / "train.parquet"
 TOKENS = pa.list_(pa.int32())
-# seq_lengths, example_ids, origins (`source/arrival.jsonl:line`) and starts (first token of the span in
+# seq_lengths, example_ids, origins (`source/arrival.suffix:line`) and starts (first token of the span in
 # its example, 0 unless it was split) have one entry for each span of the row.
 ROWS = pa.schema(
     [
@@ -84,7 +84,7 @@ class Corpus:
         labels: Their labels, shape (n_tokens,); -100 for none.
         offsets: First token of each example and the end, shape (n_examples + 1,).
         ids: Id of each example.
-        origins: `source/arrival.jsonl:line` of each example.
+        origins: `source/arrival.suffix:line` of each example.
     """
 
     input_ids: NDArray[np.int32]

@@ -16,8 +16,8 @@ MESSAGES = pa.list_(
     )
 )
 
-# One conversation. id: digest of origin and messages; origin: `source/arrival.jsonl:line`; tools: JSON
-# list of the functions that the assistant may call, or null.
+# One conversation. id: digest of origin and messages; origin: `source/arrival.suffix:line`; tools:
+# JSON list of the functions that the assistant may call, or null.
 EXAMPLES = pa.schema(
     [
         ("id", pa.string()),
