@@ -7,7 +7,7 @@ leaves half a file under its final name.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -79,6 +79,18 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
         for batch in batches:
             if batch.num_rows:
                 writer.write_batch(batch.cast(schema))
+
+
+@contextmanager
+def appended_rows(path: Path, schema: pa.Schema) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """Yield a function that appends rows to a Parquet file, which takes its name when the block succeeds."""
+    with replaced(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+
+        def append(rows: Sequence[Mapping[str, Any]]) -> None:
+            if rows:
+                writer.write_batch(pa.RecordBatch.from_pylist(list(rows), schema=schema))
+
+        yield append
 
 
 def write_table(path: Path, table: pa.Table) -> None:

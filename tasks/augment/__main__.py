@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from tasks.augment.propose import Proposal, Propose, Wanted, by_model, by_rules
 from tasks.augment.quality import CompareMeaning, Messages, Scores, judge
 from tasks.config import load_params
 from tasks.errors import DataError
-from tasks.files import iterate_batches, text_digest, write_rows
+from tasks.files import appended_rows, iterate_batches, text_digest, write_rows
 from tasks.schemas import AUGMENTED, MESSAGES
 from tasks.stage import DATA, run_main, write_summary
 
@@ -56,6 +56,7 @@ class Work:
     accepted: list[Row] = field(default_factory=list)
     scores: list[Row] = field(default_factory=list)
     rejected: list[Row] = field(default_factory=list)
+    surplus: int = 0
     failure: str | None = None
 
 
@@ -67,6 +68,7 @@ class Tally:
     added: int = 0
     wanted: int = 0
     tokens: int = 0
+    surplus: int = 0
     styles: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     shortfall: Counter[str] = field(default_factory=Counter)
@@ -77,19 +79,19 @@ def main() -> None:
     """Write every original followed by its paraphrases; what was rejected, and why; all scores."""
     params = load_params(AugmentParams, "augment")
     tally = Tally()
-    rejected: list[Row] = []
-    scores: list[Row] = []
-    with ExitStack() as stack:
+    with (
+        ExitStack() as stack,
+        appended_rows(REJECTED, REJECTED_SCHEMA) as log_rejected,
+        appended_rows(SCORES, SCORES_SCHEMA) as log_scores,
+    ):
         propose = (
             by_rules
             if params.backend == "rules"
             else by_model(params, BASE, stack.enter_context(open_memo()))
         )
         compare = load_embedder(params.embedder) if params.embedder else None
-        rows = augment(propose, params, compare, tally, (rejected, scores))
+        rows = augment(propose, params, compare, tally, (log_rejected, log_scores))
         write_rows(TARGET, rows, AUGMENTED)
-    write_rows(REJECTED, rejected, REJECTED_SCHEMA)
-    write_rows(SCORES, scores, SCORES_SCHEMA)
     require_acceptance(tally.added, tally.rejected.total(), params.min_acceptance_rate)
     write_summary(
         "augment",
@@ -100,6 +102,7 @@ def main() -> None:
         shortfall=dict(sorted(tally.shortfall.items())),
         rejected=dict(sorted(tally.rejected.items())),
         skipped=dict(sorted(tally.skipped.items())),
+        surplus=tally.surplus,
         styles=dict(sorted(tally.styles.items())),
         tokens_generated=tally.tokens,
     )
@@ -110,7 +113,7 @@ def augment(
     params: AugmentParams,
     compare: CompareMeaning | None,
     tally: Tally,
-    logs: tuple[list[Row], list[Row]],
+    logs: tuple[Callable[[list[Row]], None], Callable[[list[Row]], None]],
 ) -> Iterator[Row]:
     """Yield every original, followed by its paraphrases; log what was rejected, and the scores."""
     for batch in iterate_batches(SOURCE):
@@ -121,8 +124,8 @@ def augment(
             tally.rows_in += 1
             yield {**work.example, "parent_id": None, "style": None, "ordinal": None}
             yield from work.accepted
-            logs[0].extend(work.rejected)
-            logs[1].extend(work.scores)
+        logs[0]([row for work in works for row in work.rejected])
+        logs[1]([row for work in works for row in work.scores])
 
 
 def paraphrase(
@@ -132,20 +135,22 @@ def paraphrase(
     compare: CompareMeaning | None,
     tally: Tally,
 ) -> None:
-    """Fill the works with paraphrases: one call for each, and up to two refills for what is missing."""
+    """Fill the works with paraphrases: a call for each style, and up to two refills of what is missing."""
     wanted = params.paraphrases_per_example
     rounds = 1 if params.backend == "rules" else 1 + REFILLS
     for number in range(rounds):
         short = [work for work in works if len(work.accepted) < wanted and work.failure is None]
         if not short:
             break
-        calls = [_want(work, number, params) for work in short]
-        for work, call, proposal in zip(short, calls, propose(calls), strict=True):
+        calls = [(work, call) for work in short for call in _want(work, number, params)]
+        proposals = propose([call for _, call in calls])
+        for (work, call), proposal in zip(calls, proposals, strict=True):
             settle(work, call, proposal, params, compare)
             tally.tokens += proposal.tokens
     for work in works:
         tally.wanted += wanted
         tally.added += len(work.accepted)
+        tally.surplus += work.surplus
         tally.styles.update(row["style"] for row in work.accepted)
         tally.rejected.update(row["reason"] for row in work.rejected)
         if missing := wanted - len(work.accepted):
@@ -157,15 +162,16 @@ def settle(
 ) -> None:
     """Judge the candidates of one call; take what passes, as many as are missing."""
     example = work.example
-    work.failure = proposal.failure
+    work.failure = work.failure or proposal.failure
     for _ in range(proposal.unreadable):
         work.rejected.append(_rejected(example, call.style, "malformed_reply", [], Scores()))
     for texts in proposal.versions:
         if len(work.accepted) == params.paraphrases_per_example:
-            break
+            work.surplus += 1
+            continue
         messages = _put_back(example["messages"], texts)
-        siblings = [row["messages"] for row in work.accepted]
-        reason, scores = judge(example["messages"], messages, call.style, siblings, params, compare)
+        siblings = [_spoken(row["messages"]) for row in work.accepted]
+        reason, scores = judge(call.turns, _spoken(messages), call.style, siblings, params, compare)
         if reason:
             work.rejected.append(_rejected(example, call.style, reason, messages, scores))
             continue
@@ -176,7 +182,7 @@ def settle(
 
 
 def choose_style(example_id: str, number: int, params: AugmentParams) -> Style:
-    """Choose the style of a call by the digest of the example and the number of the call.
+    """Choose the style of a paraphrase by the digest of the example and the number of the paraphrase.
 
     The weights hold over many examples; one example keeps its styles whatever else is in the data.
     """
@@ -213,17 +219,26 @@ def _is_asked(example: Row, params: AugmentParams, tally: Tally) -> bool:
     return True
 
 
-def _want(work: Work, number: int, params: AugmentParams) -> Wanted:
-    """Say what is asked for in one call."""
-    missing = params.paraphrases_per_example - len(work.accepted)
-    turns = [turn for turn in work.example["messages"] if turn["role"] in SPEAKERS]
+def _want(work: Work, number: int, params: AugmentParams) -> list[Wanted]:
+    """Say what is asked for in one round: a call for each style that is due."""
+    wanted = params.paraphrases_per_example
+    numbers = range(number * wanted, number * wanted + wanted - len(work.accepted))
+    styles = Counter(choose_style(work.example["id"], one, params) for one in numbers)
+    turns = _spoken(work.example["messages"])
     avoid = tuple(
-        tuple(turn["content"] for turn in row["messages"] if turn["role"] in SPEAKERS)
+        tuple(turn["content"] for turn in _spoken(row["messages"]))
         for row in work.rejected
         if row["messages"]
     )
-    extra = 0 if params.backend == "rules" else params.over_generation
-    return Wanted(turns, choose_style(work.example["id"], number, params), missing + extra, avoid)
+    return [
+        Wanted(turns, style, count + params.over_generation, avoid, number)
+        for style, count in sorted(styles.items())
+    ]
+
+
+def _spoken(messages: Messages) -> Messages:
+    """Return the turns that are said anew: all but the system's."""
+    return [turn for turn in messages if turn["role"] in SPEAKERS]
 
 
 def _put_back(messages: Messages, texts: Sequence[str]) -> Messages:

@@ -4,8 +4,11 @@ import asyncio
 import logging
 import os
 import random
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import openai
@@ -21,8 +24,13 @@ from tasks.errors import ConfigError, PipelineError, StageError
 BREAKER = 5
 # Waits between attempts, in seconds: doubled each time, at most this.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-# Tokens of a prompt, from its characters: a low estimate for English, used for the rate only.
+LONGEST_RETRY_AFTER = 300.0
+# A request that the server refuses for its content; others may pass.
+REFUSED = (400, 413, 422)
+# Tokens of a prompt, from its characters: a high estimate for English, for rate and budget.
 CHARACTERS_PER_TOKEN = 3
+# What a chat template adds: markup, and often a system turn of its own.
+TEMPLATE_TOKENS = 64
 log = logging.getLogger(__name__)
 
 
@@ -47,8 +55,18 @@ class Endpoint:
                 "set it in the environment, or null for a server without a key"
             )
         self._model, self._sampling, self._params = model, sampling, params
+        # One event loop for all calls: the limits hold over all of them.
+        self._loop = asyncio.new_event_loop()
+        weakref.finalize(self, self._loop.close)
+        self._running = asyncio.Semaphore(params.max_concurrency)
+        # Evenly spaced, without a burst at the start.
+        self._calls = AsyncLimiter(1, 60 / params.requests_per_minute)
+        self._rate = AsyncLimiter(params.tokens_per_minute, 60)
+        self._resume_at = 0.0
         self._tokens = 0
+        self._reserved = 0
         self._failed_in_a_row = 0
+        self._error: PipelineError | None = None
         self._retries: Counter[str] = Counter()
 
     def __call__(self, requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
@@ -56,53 +74,75 @@ class Endpoint:
 
         Raises:
             StageError: The server is gone.
-            ConfigError: The server refuses the requests.
+            ConfigError: The server refuses the key or the model.
         """
-        results = asyncio.run(self._ask_all(requests, on_reply))
+        results = self._loop.run_until_complete(self._ask_all(requests, on_reply))
         if self._retries:
             log.warning("%s: asked again: %s", self._params.base_url, dict(self._retries))
+            self._retries.clear()
+        if self._error:
+            raise self._error
+        reasons = [result.reason for result in results if isinstance(result, Failure)]
+        if len(reasons) == len(results) and set(reasons) - {"budget_spent"}:
+            raise self._server_gone(f"none of {len(results)} requests was answered", reasons[-1])
         return results
 
     async def _ask_all(self, requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
-        """Ask all at once, within the limits; stop all when the server is gone."""
+        """Ask all at once, within the limits. After an error nothing new is asked; what runs is paid for."""
         params = self._params
-        running = asyncio.Semaphore(params.max_concurrency)
-        calls = AsyncLimiter(params.requests_per_minute, 60)
-        tokens = AsyncLimiter(params.tokens_per_minute, 60)
-
-        async def one(number: int, request: Request) -> Result:
-            async with running:
-                if self._tokens >= params.max_total_tokens:
-                    return Failure("budget_spent")
-                await calls.acquire()
-                await tokens.acquire(min(self._expected_tokens(request), params.tokens_per_minute))
-                result = await self._ask(client, request)
-            if isinstance(result, Reply):
-                on_reply(number, result)
-            self._note(result)
-            progress.update()
-            return result
-
         client = AsyncOpenAI(
             base_url=params.base_url, api_key=self._key, max_retries=0, timeout=params.timeout_seconds
         )
         with tqdm(total=len(requests), desc="paraphrase", unit="call", disable=None) as progress:
-            try:
-                async with client, asyncio.TaskGroup() as group:
-                    asked = [group.create_task(one(i, request)) for i, request in enumerate(requests)]
-            except* PipelineError as errors:
-                raise errors.exceptions[0] from None
-        return [task.result() for task in asked]
+
+            async def one(number: int, request: Request) -> Result:
+                async with self._running:
+                    result = await self._ask_within_budget(client, request)
+                if isinstance(result, Reply):
+                    on_reply(number, result)
+                progress.update()
+                return result
+
+            async with client:
+                return await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
+
+    async def _ask_within_budget(self, client: AsyncOpenAI, request: Request) -> Result:
+        """Ask if the tokens that the call may take are left, and count those that it took."""
+        expected = self._expected_tokens(request)
+        if self._error:
+            return Failure("stopped")
+        if self._tokens + self._reserved + expected > self._params.max_total_tokens:
+            return Failure("budget_spent")
+        self._reserved += expected
+        try:
+            result = await self._ask(client, request)
+        except PipelineError as err:
+            self._error = self._error or err
+            return Failure("stopped")
+        finally:
+            self._reserved -= expected
+        if isinstance(result, Reply):
+            # A server that does not say what it used is taken at the estimate.
+            self._tokens += result.tokens or expected
+            self._failed_in_a_row = 0
+        else:
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= BREAKER:
+                self._error = self._error or self._server_gone(
+                    f"{BREAKER} requests in a row failed", result.reason
+                )
+        return result
 
     async def _ask(self, client: AsyncOpenAI, request: Request) -> Result:
         """Ask once, and again after what may pass: 429, 5xx, time-outs, lost connections.
 
         Raises:
-            ConfigError: The server refuses the request itself; asking again would not help.
+            ConfigError: The server refuses the key or the model; asking again would not help.
         """
         reason = ""
         for attempt in range(self._params.max_retries + 1):
-            wait = None
+            await self._wait_for_turn(request)
+            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
             try:
                 answer = await client.chat.completions.create(
                     model=self._model,
@@ -111,22 +151,41 @@ class Endpoint:
                     top_p=self._sampling["top_p"],
                     max_tokens=self._sampling["max_new_tokens"],
                 )
-                if reply := _read(answer):
-                    return reply
-                reason = "empty_response"
+                result = _read(answer)
+                if isinstance(result, Reply) or result.reason == "truncated":
+                    return result
+                reason = result.reason
             except openai.APITimeoutError:
                 reason = "timeout"
             except openai.APIConnectionError:
                 reason = "connection_lost"
             except openai.APIStatusError as err:
-                reason, wait = self._status_reason(err), retry_after(err.response.headers)
+                if err.status_code in REFUSED:
+                    return Failure("refused")
+                reason = self._status_reason(err)
+                wait = self._hold_back(err, wait)
             except (openai.APIError, ValueError):
                 reason = "malformed_response"
             self._retries[reason] += 1
             if attempt < self._params.max_retries:
-                backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
-                await asyncio.sleep(backoff if wait is None else wait)
+                await asyncio.sleep(wait)
         return Failure(reason)
+
+    async def _wait_for_turn(self, request: Request) -> None:
+        """Wait until the server wants to be asked again, and until the rates allow it."""
+        loop = asyncio.get_running_loop()
+        while (wait := self._resume_at - loop.time()) > 0:
+            await asyncio.sleep(wait)
+        await self._calls.acquire()
+        await self._rate.acquire(min(self._expected_tokens(request), self._params.tokens_per_minute))
+
+    def _hold_back(self, err: openai.APIStatusError, wait: float) -> float:
+        """Return the wait that a server asks for, if it does; all other calls wait for it too."""
+        asked = retry_after(err.response.headers)
+        if asked is None:
+            return wait
+        self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + asked)
+        return asked
 
     def _status_reason(self, err: openai.APIStatusError) -> str:
         """Name a status that may pass.
@@ -144,44 +203,43 @@ class Endpoint:
         ) from err
 
     def _expected_tokens(self, request: Request) -> int:
-        """Estimate the tokens of a call, for the rate."""
+        """Estimate the tokens of a call: those of the prompt, and the longest answer."""
         characters = sum(len(message["content"]) for message in request.prompt)
-        return int(characters // CHARACTERS_PER_TOKEN + self._sampling["max_new_tokens"])
+        return int(characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS + self._sampling["max_new_tokens"])
 
-    def _note(self, result: Result) -> None:
-        """Count what was used.
-
-        Raises:
-            StageError: Too many requests in a row have failed for good: the server counts as gone.
-        """
-        if isinstance(result, Reply):
-            self._tokens += result.tokens
-            self._failed_in_a_row = 0
-            return
-        self._failed_in_a_row += 1
-        if self._failed_in_a_row >= BREAKER:
-            raise StageError(
-                f"augment: {BREAKER} requests in a row to {self._params.base_url} failed ({result.reason}); "
-                "see that the server runs. Replies so far are kept: the next run goes on from them"
-            )
+    def _server_gone(self, what: str, reason: str) -> StageError:
+        """Build the error of a server that does not answer any more."""
+        return StageError(
+            f"augment: {self._params.base_url}: {what} ({reason}); see that the server runs. Replies so far "
+            "are kept: the next run goes on from them"
+        )
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a server asks to wait, at most a minute, or None.
+    """Return the seconds that a server asks to wait, as a number or a date, at most five minutes, or None.
 
     Example:
         >>> retry_after({"retry-after": "2.5"}), retry_after({}), retry_after({"retry-after": "soon"})
         (2.5, None, None)
+        >>> retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})
+        0.0
     """
+    value = headers.get("retry-after", "")
     try:
-        return min(LONGEST_WAIT, max(0.0, float(headers["retry-after"])))
-    except (KeyError, ValueError):
-        return None
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except ValueError:
+            return None
+    return min(LONGEST_RETRY_AFTER, max(0.0, seconds))
 
 
-def _read(answer: Any) -> Reply | None:
-    """Read the texts and the tokens of an answer; None if there is no text."""
+def _read(answer: Any) -> Result:
+    """Read the text and the tokens of an answer; one that is empty or was cut off is none."""
     choices = getattr(answer, "choices", None) or []
+    if any(choice.finish_reason == "length" for choice in choices):
+        return Failure("truncated")
     texts = tuple(choice.message.content for choice in choices if choice.message and choice.message.content)
     used = getattr(answer, "usage", None)
-    return Reply(texts, int(used.total_tokens) if used else 0) if texts else None
+    return Reply(texts, int(used.total_tokens) if used else 0) if texts else Failure("empty_response")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tasks.augment.number_words import digits_for_words
+from tasks.augment.number_words import QUANTITY, digits_for_words
 
 URL = re.compile(r"(?:https?://|www\.)\S+|\b[\w.+-]+@[\w-]+\.[\w.-]+", re.IGNORECASE)
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
@@ -92,7 +92,7 @@ class Facts:
         code: Code spans and code blocks, as written.
         quotes: Quoted strings, without their marks.
         dates: ISO 8601 dates; a part that is not given is left out.
-        numbers: Numbers, each with its unit.
+        numbers: Numbers, each with its unit; quantities in words.
         rest: The text without all of these but the numbers.
     """
 
@@ -123,6 +123,7 @@ def read_facts(text: str) -> Facts:
         found, text = _take(pattern, text, lambda match, groups=groups: _iso_date(match, groups))  # type: ignore[misc]
         dates += found
     numbers = Counter(_number(found) for found in NUMBER.finditer(text))
+    numbers += Counter(word.casefold() for word in QUANTITY.findall(text))
     return Facts(urls, code, quotes, dates, numbers, text)
 
 

@@ -14,10 +14,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call: a prompt, and how many answers to it."""
+    """One call.
+
+    Attributes:
+        prompt: What is asked.
+        answers: How many answers to it.
+        ordinal: Number of the call for its example: the same prompt asked again is another call.
+    """
 
     prompt: Prompt
     answers: int
+    ordinal: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,8 @@ def ask(requests: Sequence[Request], model: str, generate: Generate, memo: Memo)
 
 def request_key(request: Request, model: str) -> str:
     """Key of a request in the memo; also the seed of its sampling."""
-    return text_digest(model, json.dumps(request.prompt, sort_keys=True), str(request.answers), size=16)
+    numbers = f"{request.answers}/{request.ordinal}"
+    return text_digest(model, json.dumps(request.prompt, sort_keys=True), numbers, size=16)
 
 
 def _to_bytes(reply: Reply) -> bytes:

@@ -48,8 +48,14 @@ def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Gener
                     pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                     **sampling,
                 )
-            texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-            reply = Reply(tuple(texts), int(output.numel()))
+            answers = output[:, length:]
+            # A text that was cut off is no answer.
+            whole = (answers == tokenizer.eos_token_id).any(dim=1).tolist()
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            reply = Reply(
+                tuple(text if done else "" for text, done in zip(texts, whole, strict=True)),
+                int(output.numel()),
+            )
             on_reply(number, reply)
             results.append(reply)
         return results

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 WORD = re.compile(r"[^\W\d_](?:[\w'’-]*\w)?")
 NEGATION = re.compile(
     r"\b(?:no|not|never|none|nobody|nothing|nowhere|neither|nor|cannot|without|unable|impossible|hardly|"
-    r"\w+n['’]t)\b",
+    r"\w+n['’]t"
+    r"|nicht|kein\w*|nie|niemals|ohne|pas|jamais|aucune?|sans|nunca|jamás|ningun[oa]?|ningún)\b",
     re.IGNORECASE,
 )
 # What stands before the first word of a sentence: the start, or an end mark, a colon or a bracket.
 SENTENCE_START = re.compile(r"(?:^|[.!?:;…。]|\n)[\s\"'“”«»‘’()\[\]*#>•–—-]*$")
+# A full stop after these ends no sentence, unless the line ends too.
+ABBREVIATION = re.compile(
+    r"\b(?:Mrs?|Ms|Drs?|Prof|St|Sr|Jr|Gen|Col|Capt|Lt|Rev|Hon|Gov|Sen|Rep|No|vs|[A-Z])\. *\Z"
+)
 # Function words and verbs that open English sentences and are hardly ever names.
 COMMON = frozenset(
     """a about according after again all almost also although always among an and another any are around as
@@ -66,7 +71,8 @@ def read_names(text: str) -> Names:
         words[word] += 1
         if word.islower() or (word.casefold() in ("i", "i'm", "i'd", "i'll", "i've") and _is_pronoun(found)):
             continue
-        opens = SENTENCE_START.search(text[max(0, found.start() - 12) : found.start()]) is not None
+        before = text[max(0, found.start() - 12) : found.start()]
+        opens = SENTENCE_START.search(before) is not None and not ABBREVIATION.search(before)
         if not opens or (not word[1:].islower() and len(word) > 1):
             inner[word] += 1
         elif word.casefold() not in COMMON:
@@ -96,7 +102,7 @@ def names_differ(source: Names, candidate: Names) -> bool:
 
 
 def count_negations(text: str) -> int:
-    """Count the negating words of an English text.
+    """Count the negating words of a text (English; the usual ones of German, French and Spanish).
 
     Example:
         >>> count_negations("It isn't so, and never was.")

@@ -1,4 +1,4 @@
-"""English number words, read as digits: "fifty-first" is 51, "two hundred and six" is 206."""
+"""Number words: English ones read as digits ("fifty-first" is 51), others and quantities as they stand."""
 
 import re
 
@@ -23,6 +23,18 @@ PRONOUN = re.compile(
     re.IGNORECASE,
 )
 PRONOUN_MARK = "\ue000"
+# Quantities without digits, and the number words of German, French and Spanish: a paraphrase keeps each
+# of them as it is. A word that also means something else only makes the gate stricter.
+QUANTITY = re.compile(
+    r"\b(?:once|twice|thrice|half|halves|quarters?|doubled?|triple[ds]?|quadruple[ds]?|dozens?|scores?|pairs?|couple"
+    r"|trillions?|"
+    r"\w*(?:zwei|drei|vier|fünf|sechs|sieben|acht|neun|zehn|zwölf|zwanzig|dreißig|zig|hundert|tausend)|elf|"
+    r"deux|trois|quatre|cinq|sept|huit|neuf|dix|onze|douze|treize|quatorze|quinze|seize|vingts?|trente|quarante|"
+    r"cinquante|soixante|cents?|mille|milliards?|"
+    r"dos|tres|cuatro|cinco|seis|siete|ocho|nueve|diez|doce|trece|catorce|quince|veinte|treinta|cuarenta|"
+    r"cincuenta|sesenta|setenta|ochenta|noventa|cien|cientos?|mil|millones|milliarden?)\b",
+    re.IGNORECASE,
+)
 
 
 def digits_for_words(text: str) -> str:

@@ -63,31 +63,32 @@ def transcript(turns: Turns) -> str:
     return "\n".join(f"{SPEAKERS[turn['role']]}: {turn['content']}" for turn in turns)
 
 
-def read_versions(answer: str, roles: Sequence[str]) -> list[list[str]]:
+def read_versions(answer: str, roles: Sequence[str]) -> list[list[str] | None]:
     r"""Read the versions out of an answer: strict JSON, fenced JSON, the first JSON object, a transcript.
 
     Returns:
-        The texts of the turns of each version; versions with another number of turns are left out.
+        The texts of the turns of each version, or None for one that has another form.
 
     Example:
         >>> read_versions('Here: {"paraphrases": [["Who?", "I."], ["only one"]]}', ["user", "assistant"])
-        [['Who?', 'I.']]
+        [['Who?', 'I.'], None]
         >>> read_versions("User: Who?\nAssistant: It is me.", ["user", "assistant"])
         [['Who?', 'It is me.']]
     """
     found = next(_json_values(answer), None)
     if found is None:
-        version = _read_transcript(answer, roles)
-        return [version] if version else []
+        return [_read_transcript(answer, roles)]
     versions = found.get("paraphrases") if isinstance(found, dict) else found
-    if not isinstance(versions, list):
-        return []
-    listed = [[one] if isinstance(one, str) else one for one in versions]
-    return [
-        [text.strip() for text in one]
-        for one in listed
-        if isinstance(one, list) and len(one) == len(roles) and all(isinstance(text, str) for text in one)
-    ]
+    if not isinstance(versions, list) or not versions:
+        return [None]
+    return [_read_version([one] if isinstance(one, str) else one, len(roles)) for one in versions]
+
+
+def _read_version(version: object, turns: int) -> list[str] | None:
+    """Return the texts of one version, or None if it is no list of so many texts."""
+    if not isinstance(version, list) or len(version) != turns:
+        return None
+    return [text.strip() for text in version] if all(isinstance(text, str) for text in version) else None
 
 
 def _json_values(answer: str) -> Iterator[Any]:
@@ -105,7 +106,8 @@ def _json_values(answer: str) -> Iterator[Any]:
 def _read_transcript(answer: str, roles: Sequence[str]) -> list[str] | None:
     """Read `User: ...` and `Assistant: ...` in the order of the roles, or None; a plain text has no label."""
     if list(roles) == ["text"]:
-        return [answer.strip().removeprefix("Text:").strip()]
+        text = answer.strip().removeprefix("Text:").strip()
+        return [text] if text else None
     names = "|".join(SPEAKERS.values())
     parts = re.split(rf"^({names}):", answer.strip(), flags=re.MULTILINE)
     if parts[1::2] != [SPEAKERS[role] for role in roles]:

@@ -24,12 +24,14 @@ class Wanted:
         style: Kind of paraphrase.
         count: Candidates wanted.
         avoid: Candidates that were rejected before.
+        ordinal: Number of the call for its example.
     """
 
     turns: Messages
     style: Style
     count: int
     avoid: tuple[tuple[str, ...], ...]
+    ordinal: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Proposal:
 
     Attributes:
         versions: The texts of the turns of each candidate.
-        unreadable: Answers without a version of the right form.
+        unreadable: Versions that had not the right form.
         tokens: Tokens that the answers took.
         failure: Why there is no answer, or None.
     """
@@ -70,7 +72,7 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
     }
     local = params.backend == "transformers"
     folder = Path(params.model) if params.model else base
-    revision = tree_digest(*sorted(folder.glob("*.safetensors"))) if local else params.model
+    revision = tree_digest(folder) if local else params.model
     name = json.dumps([params.backend, revision, sampling, params.seed, VERSION], sort_keys=True)
     backend: Generate | None = None
 
@@ -104,7 +106,7 @@ def build_request(wanted: Wanted, *, local: bool) -> Request:
     """Ask for one version several times (local), or for several versions at once."""
     versions = 1 if local else wanted.count
     prompt = build_prompt(wanted.turns, wanted.style, versions, wanted.avoid)
-    return Request(prompt, wanted.count if local else 1)
+    return Request(prompt, wanted.count if local else 1, wanted.ordinal)
 
 
 def _read(wanted: Wanted, result: Result) -> Proposal:
@@ -112,6 +114,6 @@ def _read(wanted: Wanted, result: Result) -> Proposal:
     if isinstance(result, Failure):
         return Proposal([], failure=result.reason)
     roles = [turn["role"] for turn in wanted.turns]
-    found = [read_versions(text, roles) for text in result.texts]
-    versions = [version for some in found for version in some]
-    return Proposal(versions, sum(not some for some in found), result.tokens)
+    found = [version for text in result.texts for version in read_versions(text, roles)]
+    versions = [version for version in found if version is not None]
+    return Proposal(versions, len(found) - len(versions), result.tokens)

@@ -51,7 +51,7 @@ def judge(
     """Name the first thing wrong with a paraphrase, or None, and what was measured.
 
     Args:
-        source: The original conversation.
+        source: The turns that were to be said anew.
         candidate: The paraphrase: the same roles in the same order.
         style: Kind of paraphrase.
         siblings: Paraphrases of the same source that were accepted already.
@@ -72,7 +72,8 @@ def judge(
     if nearest is not None and nearest >= params.max_sibling_similarity:
         return "copy_of_sibling", scores
     if compare_meaning is not None:
-        meaning = compare_meaning(before, after)
+        # Rounded, since the last bits differ between processors.
+        meaning = round(compare_meaning(before, after), 4)
         scores = Scores(ratio, similar, nearest, meaning)
         if meaning < params.min_meaning_similarity:
             return "meaning_changed", scores

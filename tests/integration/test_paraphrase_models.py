@@ -13,7 +13,7 @@ SAMPLING = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 12}
 
 
 def request(text: str) -> Request:
-    return Request([{"role": "user", "content": text}], 3)
+    return Request([{"role": "user", "content": text}], 3, 0)
 
 
 def test_an_answer_does_not_depend_on_its_neighbours(tiny_base: Path) -> None:
@@ -29,7 +29,9 @@ def test_an_answer_does_not_depend_on_its_neighbours(tiny_base: Path) -> None:
     assert [number for number, _ in reported] == [0, 1]
     assert together[1] == alone[0]
     assert isinstance(alone[0], Reply)
-    assert len(set(alone[0].texts)) == 3
+    # A model of random weights does not end its answers within twelve tokens: they were cut off.
+    assert alone[0].texts == ("", "", "")
+    assert alone[0].tokens == together[1].tokens > 36
 
 
 def test_an_embedder_tells_the_same_meaning_from_another() -> None:

@@ -134,7 +134,9 @@ def texts(messages: list[dict[str, Any]]) -> list[str]:
 def test_at_most_two_refills_show_what_was_rejected_and_the_shortfall_is_counted() -> None:
     wrong = texts(VIOLATIONS["number_changed"])
     script = Script(Proposal([wrong]), Proposal([], unreadable=1), Proposal([texts(GOOD)]))
-    wanted = params(backend="transformers", paraphrases_per_example=2, over_generation=1)
+    wanted = params(
+        backend="transformers", paraphrases_per_example=2, over_generation=1, styles={"reword": 1.0}
+    )
     one, tally = work(SOURCE), Tally()
     paraphrase([one], script, wanted, None, tally)
     assert script.rounds == []
@@ -148,7 +150,8 @@ def test_at_most_two_refills_show_what_was_rejected_and_the_shortfall_is_counted
 def test_a_failed_call_is_not_asked_again_in_this_run_and_names_the_shortfall() -> None:
     script = Script(Proposal([], failure="budget_spent"))
     one, tally = work(SOURCE), Tally()
-    paraphrase([one], script, params(backend="openai", model="m", paraphrases_per_example=2), None, tally)
+    wanted = params(backend="openai", model="m", paraphrases_per_example=2, styles={"reword": 1.0})
+    paraphrase([one], script, wanted, None, tally)
     assert tally.shortfall == {"budget_spent": 2}
 
 
@@ -159,6 +162,42 @@ def test_a_system_turn_is_kept_and_not_asked_for() -> None:
     paraphrase([one], script, params(backend="transformers"), None, Tally())
     assert [turn["role"] for turn in script.asked[0].turns] == ["user", "assistant"]
     assert one.accepted[0]["messages"][0] == system
+
+
+def test_one_example_gets_several_styles_each_in_a_call_of_its_own() -> None:
+    script = Script(*(Proposal([]) for _ in range(40)))
+    wanted = params(backend="transformers", paraphrases_per_example=8, over_generation=1)
+    paraphrase([work(SOURCE)], script, wanted, None, Tally())
+    first = [call for call in script.asked if call.ordinal == 0]
+    assert len(first) == len({call.style for call in first}) > 1
+    assert sum(call.count - 1 for call in first) == 8
+
+
+def test_a_long_system_turn_does_not_hide_what_changed() -> None:
+    system = {"role": "system", "content": "Answer with care. " * 60, "tool_calls": None, "name": None}
+    one, tally = work([system, *SOURCE]), Tally()
+    wanted = params(backend="transformers", styles={"reword": 1.0})
+    paraphrase([one], Script(Proposal([texts(GOOD), texts(GOOD)])), wanted, None, tally)
+    assert (tally.added, tally.surplus) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("He tried it twice today.", "Today he tried it thrice."),
+        ("It takes a dozen eggs to bake.", "To bake it takes a score of eggs."),
+        ("Der Mann hat drei Hunde und ist alt.", "Der Mann ist alt und hat vier Hunde."),
+        ("It was Mr. May who called us.", "The one who called us was Mr. Will."),
+        ("Half of it is gone by now.", "By now a quarter of it is gone."),
+        ("Er hat nicht gewusst, was es ist.", "Er hat gewusst, was es ist."),
+    ],
+)
+def test_quantities_in_words_names_after_titles_and_other_languages_are_seen(before: str, after: str) -> None:
+    assert judge(say("So?", before), say("And so?", after), "reword", [], params())[0] in (
+        "number_changed",
+        "name_changed",
+        "negation_changed",
+    )
 
 
 def test_styles_follow_their_weights_and_stay_with_the_example() -> None:
@@ -185,15 +224,15 @@ def test_too_few_accepted_paraphrases_fail_the_stage() -> None:
         ('Sure!\n```json\n{"paraphrases": [["a?", "b"]]}\n```', [["a?", "b"]]),
         ('Well {"paraphrases": [["a?", "b"]]} and so on', [["a?", "b"]]),
         ("User: a?\nAssistant: b\nand more", [["a?", "b\nand more"]]),
-        ('{"paraphrases": [["a?"], "b", ["c?", 1], ["d?", "e"]]}', [["d?", "e"]]),
-        ("Assistant: b\nUser: a?", []),
-        ('{"paraphrases": [["a?", "b"]', []),
-        ('{"other": 1}', []),
-        ("", []),
+        ('{"paraphrases": [["a?"], "b", ["c?", 1], ["d?", "e"]]}', [None, None, None, ["d?", "e"]]),
+        ("Assistant: b\nUser: a?", [None]),
+        ('{"paraphrases": [["a?", "b"]', [None]),
+        ('{"other": 1}', [None]),
+        ("", [None]),
     ],
 )
 def test_an_answer_is_read_as_tolerantly_as_it_can_be_and_no_further(
-    answer: str, versions: list[list[str]]
+    answer: str, versions: list[list[str] | None]
 ) -> None:
     assert read_versions(answer, ["user", "assistant"]) == versions
 
@@ -224,8 +263,8 @@ class Counting:
         return results
 
 
-def request(text: str, answers: int = 1) -> Request:
-    return Request([{"role": "user", "content": text}], answers)
+def request(text: str, answers: int = 1, ordinal: int = 0) -> Request:
+    return Request([{"role": "user", "content": text}], answers, ordinal)
 
 
 def test_an_answer_is_bought_once_and_a_failure_is_never_kept(tmp_path: Path) -> None:
@@ -238,10 +277,11 @@ def test_an_answer_is_bought_once_and_a_failure_is_never_kept(tmp_path: Path) ->
         assert backend.calls == 2
         ask([request("b")], "another model", backend, memo)
         ask([request("b", answers=2)], "m", backend, memo)
-        assert backend.calls == 4
+        ask([request("b", ordinal=1)], "m", backend, memo)
+        assert backend.calls == 5
 
 
 def test_a_local_model_answers_several_times_and_an_endpoint_gives_several_versions() -> None:
-    wanted = Wanted(SOURCE, "reword", 3, ())
+    wanted = Wanted(SOURCE, "reword", 3, (), 0)
     assert build_request(wanted, local=True).answers == 3
     assert "3 versions" in build_request(wanted, local=False).prompt[0]["content"]
