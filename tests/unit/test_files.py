@@ -6,7 +6,10 @@ import pyarrow as pa
 import pytest
 
 from tasks.files import (
+    appended_rows,
     file_digest,
+    iterate_batches,
+    iterate_rows,
     read_rows,
     replaced,
     text_digest,
@@ -54,3 +57,24 @@ def test_a_tree_digest_sees_names_and_bytes_but_not_the_place(tmp_path: Path) ->
 def test_a_text_digest_is_stable() -> None:
     assert text_digest("a", "b") == "cfb9cbd0aeeea44e"
     assert text_digest("a", "b") != text_digest("b", "a")
+
+
+def test_rows_come_back_batch_by_batch_in_order(tmp_path: Path) -> None:
+    schema = pa.schema([("number", pa.int64())])
+    write_rows(tmp_path / "rows.parquet", ({"number": i} for i in range(25_000)), schema)
+    assert [batch.num_rows for batch in iterate_batches(tmp_path / "rows.parquet")] == [10_000, 10_000, 5000]
+    assert [row["number"] for row in iterate_rows(tmp_path / "rows.parquet")] == list(range(25_000))
+
+
+def test_appended_rows_take_their_name_only_when_all_are_there(tmp_path: Path) -> None:
+    schema = pa.schema([("number", pa.int64())])
+    target = tmp_path / "rows.parquet"
+    with pytest.raises(ZeroDivisionError), appended_rows(target, schema) as append:
+        append([{"number": 1}])
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with appended_rows(target, schema) as append:
+        append([{"number": 1}])
+        append([])
+        append([{"number": 2}])
+    assert [row["number"] for row in iterate_rows(target)] == [1, 2]
