@@ -59,7 +59,10 @@ def train(folder: Path, base: dict[str, str], name: str) -> str:
 
 @contextlib.contextmanager
 def training(folder: Path, base: dict[str, str], name: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a training, wait until it has written a checkpoint, and clean up whatever happens."""
+    """Start a training, wait until it has written a checkpoint, and clean up whatever happens.
+
+    One rank is then held: no other can step without it, so no training ends before it is disturbed.
+    """
     process = subprocess.Popen(
         [str(BIN / "dvc"), "repro", "--single-item", "--force", "sft"],
         cwd=folder,
@@ -76,6 +79,7 @@ def training(folder: Path, base: dict[str, str], name: str) -> Iterator[subproce
                 break
         else:
             pytest.fail("the training ended before step 3")
+        victim(tree.children(recursive=True), "tasks.sft.worker").suspend()
         yield process
     finally:
         with contextlib.suppress(psutil.Error):
