@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import dedupe, increment, scale
 from benchmarks.record import write_records
 
-PACKAGES = ("daft", "datasketch", "rensa", "pyarrow", "tokenizers", "transformers", "trl")
+PACKAGES = ("daft", "datasketch", "datatrove", "rensa", "pyarrow", "tokenizers", "transformers", "trl")
 log = logging.getLogger(__name__)
 
 
