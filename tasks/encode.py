@@ -22,6 +22,9 @@ from tasks.memo import Memo
 
 IGNORED = -100
 VERSION = 1
+# The date that Llama 3's templates print when they cannot ask for today's: a row has to have the same
+# tokens every night.
+DATE = "26 Jul 2024"
 # Why a conversation cannot be encoded -> what to do about it.
 FAULTS = {
     "template_fails": "mend the turns as the base's chat template asks",
@@ -65,7 +68,8 @@ def load_encoder(folder: Path) -> Encoder:
     """Load tokenizer.json and the chat template of a model folder.
 
     Raises:
-        DataError: A file is missing, or there is no chat template or no end-of-sequence token.
+        DataError: A file is missing, there is no chat template or no end-of-sequence token, or the template
+            insists on today's date.
     """
     from tokenizers import Tokenizer
 
@@ -81,6 +85,11 @@ def load_encoder(folder: Path) -> Encoder:
     stop_id = tokenizer.token_to_id(special.get("eos_token", ""))
     if not isinstance(template, str) or stop_id is None:
         raise DataError(f"{folder}: needs a chat template and an eos_token; use an instruction-tuned base")
+    if "strftime_now" in template and "date_string" not in template:
+        raise DataError(
+            f"{folder}: the chat template prints today's date, so a row would have other tokens every night; "
+            "write a fixed date into a copy of the template"
+        )
     return Encoder(
         tokenizer,
         template,
@@ -189,6 +198,7 @@ def _apply(
         tools=functions,
         chat_template=encoder.template,
         add_generation_prompt=prompt,
+        date_string=DATE,
         **encoder.special_tokens,
     )
     return str(text)

@@ -1,6 +1,7 @@
 """Tokens and labels: the template is transformers' own, the mask covers the answers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ def test_a_plain_text_is_learned_as_a_whole_and_ends_with_the_stop_token(
 
 def with_template(template: str, encoder: Encoder) -> Encoder:
     return Encoder(encoder.tokenizer, template, {}, encoder.stop_id, "x")
+
+
+def test_a_template_that_takes_a_date_gets_the_same_one_every_night(encoder: Encoder, tokenizer: Any) -> None:
+    template = "{{ date_string }}:{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    (encoded,) = encode_batch([(say("Hi", "Hello"), None)], with_template(template, encoder))
+    assert not isinstance(encoded, str)
+    assert tokenizer.decode(encoded.input_ids) == "26 Jul 2024: Hi Hello"
+
+
+def test_a_template_that_insists_on_todays_date_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    with pytest.raises(DataError, match="prints today's date"):
+        load_encoder(folder)
 
 
 @pytest.mark.parametrize(
