@@ -53,11 +53,11 @@ def find_conflicts(values: dict[str, Any]) -> list[str]:
 
     Example:
         >>> find_conflicts({"snapshot": {"sources": {"a": "x"}}, "split": {"by_phrasing": []},
-        ...                 "augment": {"sources": []}, "sft": {"max_steps": 5, "warmup_steps": 5}})
-        ['sft.warmup_steps: 5 must be below max_steps=5; lower it']
+        ...                 "augment": {"sources": ["b"]}})
+        ['augment.sources: no source is named b; known keys: a']
     """
     sources = list(values["snapshot"]["sources"])
-    found = [
+    return [
         f"{key}: no source is named {name}; {suggestion(name, sources)}"
         for key, names in (
             ("split.by_phrasing", values["split"]["by_phrasing"]),
@@ -66,10 +66,6 @@ def find_conflicts(values: dict[str, Any]) -> list[str]:
         for name in names
         if name not in sources
     ]
-    steps, warmup = values["sft"]["max_steps"], values["sft"]["warmup_steps"]
-    if steps is not None and warmup >= steps:
-        found.append(f"sft.warmup_steps: {warmup} must be below max_steps={steps}; lower it")
-    return found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every stage's `main()` shares: the exit protocol and the ledger entry.
 
-Exit codes: 0 success, 2 an error that the user can act on (one line on stderr), 1 a bug (traceback).
+Exit codes: 0 success, 1 a bug (traceback); others are errors that the user can act on, one line on stderr
+(`tasks.errors`).
 """
 
 import logging
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a stage as a program: configure logging, turn a user's error into one line and code 2."""
+    """Run a stage as a program: configure logging, turn a user's error into one line and its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     try:
         main()
@@ -67,6 +68,6 @@ def print_line(line: str) -> None:
 
 
 def _fail(err: PipelineError) -> int:
-    """Print the error as the last line on stderr and return the exit code."""
+    """Print the error as the last line on stderr and return its exit code."""
     sys.stderr.write(f"error: {err}\n")
-    return 2
+    return err.exit_code

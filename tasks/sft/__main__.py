@@ -1,32 +1,43 @@
 """Run the stage: compile the plan, launch the ranks, accept the result by its marker."""
 
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
 from mlflow import MlflowClient
 
 from tasks import supervise
 from tasks.config import load_params
-from tasks.encode import count_supervised
-from tasks.errors import ConfigError, StageError
-from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json
+from tasks.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
+from tasks.errors import DataError
+from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
 from tasks.sft import SftParams
-from tasks.sft.plan import compile_plan
+from tasks.sft.backend import Backend, choose_backend
+from tasks.sft.checkpoints import SAVING
+from tasks.sft.failures import clear, read_attempt, settle
+from tasks.sft.plan import compile_plan, without_steps
 from tasks.stage import DATA, print_line, run_main, write_summary
 from tasks.state import state_dir
 from tasks.tracking import run_id, tracking_uri
 
 BASE = DATA / "base" / "model"
 ROWS = DATA / "pack" / "train.parquet"
+VALIDATION = DATA / "split" / "validation.parquet"
 TARGET = DATA / "sft"
 ENGINES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+TOKENS = pa.list_(pa.int32())
+EVAL_ROWS = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("seq_lengths", TOKENS)])
+# A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
+GRACE_SECONDS = 40.0
 log = logging.getLogger(__name__)
 
 
@@ -36,23 +47,25 @@ def main() -> None:
     rows = read_rows(ROWS)
     lengths = [row["seq_lengths"] for row in rows]
     plan = compile_plan(params, lengths, [count_supervised(row["labels"]) for row in rows])
-    device, precision = resolve_precision(params.precision)
-    folder = state_dir() / "checkpoints" / training_key(params, device, precision)
+    backend = choose_backend(params)
+    folder = state_dir() / "checkpoints" / training_key(params, backend)
     job = {
         "params": params.model_dump(),
         "plan": plan,
-        "device": device,
-        "precision": precision,
+        **asdict(backend),
         "folder": str(folder),
         "base": str(BASE),
         "rows": str(ROWS),
+        "eval_rows": str(folder / "eval.parquet") if params.eval_steps else None,
         "data_digest": dvc_digest(ROWS),
         "tracking_uri": tracking_uri(),
         "run_id": run_id(MlflowClient(tracking_uri())),
     }
     if not is_finished(folder):
-        launch(job, params.num_processes)
-    publish(job, folder / "output")
+        if params.eval_steps:
+            write_eval_rows(folder / "eval.parquet", max(map(sum, lengths)) if params.eval_packing else 0)
+        launch(job, params)
+    publish(job, folder)
     write_summary(
         "sft",
         rows_in=len(rows),
@@ -63,58 +76,80 @@ def main() -> None:
     )
 
 
-def resolve_precision(requested: str) -> tuple[str, str]:
-    """Return (device, precision) for this machine.
-
-    Raises:
-        ConfigError: bf16 was asked for and neither GPU nor CPU computes it natively.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        device, native = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        device, native = "cpu", "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    if requested == "bf16" and not native:
-        raise ConfigError(
-            "params.yaml: sft.precision=bf16, but this machine has no bf16 instructions; set auto or fp32"
-        )
-    return device, "bf16" if native and requested != "fp32" else "fp32"
-
-
-def training_key(params: SftParams, device: str, precision: str) -> str:
+def training_key(params: SftParams, backend: Backend) -> str:
     """Digest of all that decides the result: code, rows, base, parameters, engine versions."""
     code = tree_digest(Path(__file__).parent)
     versions = [f"{name}={importlib.metadata.version(name)}" for name in ENGINES]
     base = file_digest(BASE.with_name("base.json"))
-    return text_digest(code, file_digest(ROWS), base, params.model_dump_json(), device, precision, *versions)
+    heldout = file_digest(VALIDATION) if params.eval_steps else ""
+    machine = json.dumps(asdict(backend), sort_keys=True)
+    return text_digest(code, file_digest(ROWS), heldout, base, params.model_dump_json(), machine, *versions)
 
 
-def launch(job: dict[str, Any], processes: int) -> None:
-    """Start the ranks under DeepSpeed's launcher and the supervisor, and wait.
+def write_eval_rows(path: Path, max_length: int) -> None:
+    """Encode the validation side: one example a row, or as many as fit into `max_length` tokens.
+
+    Raises:
+        DataError: There is no example, or one cannot be encoded.
+    """
+    examples = read_rows(VALIDATION)
+    if not examples:
+        raise DataError(f"{VALIDATION}: no examples to evaluate on; raise split.validation_share")
+    encoder = load_encoder(BASE)
+    with open_memo(encoder) as memo:
+        encoded = encode_known([(row["messages"], row["tools"]) for row in examples], encoder, memo)
+    rows: list[dict[str, list[int]]] = []
+    for one, example in zip(encoded, examples, strict=True):
+        if isinstance(one, str):
+            raise DataError(f"{VALIDATION}: {example['origin']}: {one}; {FAULTS[one]}")
+        if not rows or sum(rows[-1]["seq_lengths"]) + len(one.input_ids) > max_length:
+            rows.append({"input_ids": [], "labels": [], "seq_lengths": []})
+        rows[-1]["input_ids"] += one.input_ids.tolist()
+        rows[-1]["labels"] += one.labels.tolist()
+        rows[-1]["seq_lengths"].append(len(one.input_ids))
+    write_rows(path, rows, EVAL_ROWS)
+
+
+def launch(job: dict[str, Any], params: SftParams) -> None:
+    """Start the ranks under their launcher and the supervisor, and wait.
 
     Raises:
         StageError: They ended without the success marker, whatever the exit code says.
     """
     folder = Path(job["folder"])
     (folder / "output").mkdir(parents=True, exist_ok=True)
+    attempt = read_attempt(folder)
+    micro_batch_size = max(1, params.per_device_train_batch_size >> attempt.halvings)
+    job |= {
+        "micro_batch_size": micro_batch_size,
+        "accumulation_steps": params.gradient_accumulation_steps
+        * (params.per_device_train_batch_size // micro_batch_size),
+        "plan": without_steps(job["plan"], attempt.skipped),
+    }
+    clear(folder)
     write_json(folder / "job.json", job)
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        f"--num_gpus={processes}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={free_port()}",
-        "--no_local_rank",
-        "--module",
-        "tasks.sft.worker",
-        str(folder / "job.json"),
-    ]
-    code = supervise.run(command, on_line=print_line, env=rank_environment(job["device"]))
+    command = [*launcher(params, job["strategy"]), str(folder / "job.json")]
+    code = supervise.run(
+        command,
+        on_line=print_line,
+        env=rank_environment(job["device"]),
+        grace_seconds=GRACE_SECONDS,
+    )
     if not is_finished(folder):
-        raise StageError(
-            f"sft: the ranks ended with code {code} before their work was done; the reason stands "
-            f"above. Run again: training goes on from the last checkpoint in {folder}"
-        )
+        raise settle(folder, attempt, micro_batch_size, code)
+
+
+def launcher(params: SftParams, strategy: str) -> list[str]:
+    """Build the command that starts the ranks: DeepSpeed's launcher, or one process by itself."""
+    worker = ["--module", "tasks.sft.worker"]
+    if strategy == "single":
+        return [sys.executable, "-m", "tasks.sft.worker"]
+    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    if params.hostfile is None:
+        command += [f"--num_gpus={params.num_processes}", "--master_addr=127.0.0.1"]
+    else:
+        command += [f"--hostfile={params.hostfile}"]
+    return [*command, f"--master_port={free_port()}", "--no_local_rank", *worker]
 
 
 def rank_environment(device: str) -> dict[str, str]:
@@ -141,8 +176,9 @@ def is_finished(folder: Path) -> bool:
     return marker.is_file() and bool(read_json(marker)["digest"] == tree_digest(folder / "output" / "model"))
 
 
-def publish(job: dict[str, Any], output: Path) -> None:
+def publish(job: dict[str, Any], folder: Path) -> None:
     """Copy the result to data/sft; checkpoints are not needed any more."""
+    output = folder / "output"
     shutil.rmtree(TARGET / "model", ignore_errors=True)
     shutil.copytree(output / "model", TARGET / "model")
     for name in ("effective.json", "selftest.json"):
@@ -154,8 +190,8 @@ def publish(job: dict[str, Any], output: Path) -> None:
         TARGET / "mlflow_run.json",
         {"run_id": job["run_id"], "tokens_per_second": marker["tokens_per_second"]},
     )
-    for checkpoint in output.parent.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def dvc_digest(path: Path) -> str:

@@ -1,0 +1,93 @@
+"""What this machine can run: device, precision, attention kernel, strategy, each chosen once and recorded."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.errors import ConfigError
+from tasks.sft import SftParams
+from tasks.sft.strategy import choose_strategy
+
+# What `auto` tries, the fastest first; a kernel has to run and to keep packed examples apart.
+ATTENTION = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "flex_attention", "sdpa", "eager")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The choice.
+
+    Attributes:
+        device: cuda or cpu.
+        precision: bf16, fp16, tf32 or fp32.
+        attention: Name of the kernel.
+        strategy: How the ranks share the work.
+        reason: Why that strategy.
+    """
+
+    device: str
+    precision: str
+    attention: str
+    strategy: str
+    reason: str
+
+
+def choose_backend(params: SftParams) -> Backend:
+    """Choose, or check what was asked for.
+
+    Raises:
+        ConfigError: This machine cannot do it.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = choose_precision(params.precision, device)
+    attention = choose_attention(params.attn_implementation, device, precision)
+    strategy, reason = choose_strategy(params)
+    return Backend(device, precision, attention, strategy, reason)
+
+
+def choose_precision(requested: str, device: str) -> str:
+    """Choose the arithmetic, or check that this machine has it.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    import torch
+
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_tf32 = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        has_bf16, has_tf32 = "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8"), False
+    missing = {"bf16": not has_bf16, "tf32": not has_tf32, "fp16": device == "cpu"}
+    if missing.get(requested):
+        raise ConfigError(
+            f"params.yaml: sft.precision={requested}, but this machine's {device} has no {requested} "
+            "arithmetic; set auto or fp32"
+        )
+    if requested == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    return requested
+
+
+def choose_attention(requested: str, device: str, precision: str) -> str:
+    """Choose the first attention kernel that runs, or check the one that was asked for.
+
+    Raises:
+        ConfigError: It does not run here, or it lets packed examples see each other.
+    """
+    from tasks.sft.probe import probe_attention
+
+    if requested != "auto":
+        if fault := probe_attention(requested, device, precision):
+            raise ConfigError(
+                f"params.yaml: sft.attn_implementation={requested} does not work on this machine: {fault}; "
+                "set auto"
+            )
+        return requested
+    for name in ATTENTION if device == "cuda" else ATTENTION[-2:]:
+        if not (fault := probe_attention(name, device, precision)):
+            return name
+        log.info("attention %s: %s; trying the next", name, fault)
+    raise ConfigError("params.yaml: sft.attn_implementation=auto: no kernel runs on this machine")
