@@ -31,10 +31,12 @@ def check(values: dict[str, Any]) -> None:
         for section in values
         if section not in schemas
     ]
-    for section, schema in schemas.items():
-        found += problems(schema, section, values.get(section, {}))
-    if not found:
-        found = find_conflicts(values)
+    faulty = {
+        section: problems(schema, section, values.get(section, {})) for section, schema in schemas.items()
+    }
+    found += [problem for problems_of_section in faulty.values() for problem in problems_of_section]
+    if not any(faulty[section] for section in ("snapshot", "split", "augment")):
+        found += find_conflicts(values)
     if found:
         raise report(found)
 
@@ -49,7 +51,7 @@ def section_schemas() -> dict[str, type[StageParams]]:
 
 
 def find_conflicts(values: dict[str, Any]) -> list[str]:
-    """List values that are right one by one but not together.
+    """List sources that one section names and another does not know.
 
     Example:
         >>> find_conflicts({"snapshot": {"sources": {"a": "x"}}, "split": {"by_phrasing": []},
