@@ -158,7 +158,8 @@ def rank_environment(device: str) -> dict[str, str]:
     env = {
         # DeepSpeed compiles its operators with ninja from the same environment.
         "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]),
-        "PYTHONPATH": str(Path.cwd()),
+        # The ranks run the code of this stage, wherever it was started.
+        "PYTHONPATH": str(Path(__file__).absolute().parents[2]),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
         or str(state_dir() / "torch-extensions"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
@@ -195,14 +196,17 @@ def publish(job: dict[str, Any], folder: Path) -> None:
 
 
 def dvc_digest(path: Path) -> str:
-    """Return DVC's digest of a stage output from dvc.lock, or the file's own outside DVC."""
+    """Return DVC's digest of a stage output from dvc.lock, or half of the file's own outside DVC.
+
+    MLflow takes 36 characters at most; DVC's has 32.
+    """
     lock = Path("dvc.lock")
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
     for stage in stages.values():
         for out in stage.get("outs", []):
             if out["path"] == path.as_posix():
                 return str(out["md5"])
-    return file_digest(path)
+    return file_digest(path)[:32]
 
 
 def free_port() -> int:
