@@ -27,11 +27,11 @@ SHORT = {
     "attn_implementation": "sdpa",
     "save_steps": 1,
 }
-# Three steps of one process in full precision, each over all eight examples.
+# Three steps of one process in full precision, each over all eight examples in four rows.
 WHOLE_SET = {
     "strategy": "single",
     "num_processes": 1,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 3,
     "learning_rate": 0.01,
@@ -89,7 +89,8 @@ def conversation(number: int) -> dict[str, Any]:
     """An example of the validation side."""
     turns = {"user": f"What is {number}?", "assistant": f"It is the number {number} and no other."}
     messages = [
-        {"role": role, "content": content, "tool_calls": None, "name": None} for role, content in turns.items()
+        {"role": role, "content": content, "tool_calls": None, "name": None}
+        for role, content in turns.items()
     ]
     keys = ("id", "source", "origin", "group_id")
     return {"messages": messages, "tools": None, "arrival": 1, **{key: str(number) for key in keys}}

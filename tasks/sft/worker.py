@@ -19,13 +19,14 @@ from tasks import supervise
 from tasks.encode import IGNORED
 from tasks.errors import PipelineError, StageError, TrainingError
 from tasks.files import read_json, read_rows, tree_digest, write_json
-from tasks.sft import SftParams, checkpoints, selftest
+from tasks.sft import SftParams, checkpoints
 from tasks.sft.callbacks import Progress
 from tasks.sft.failures import write_failure
 from tasks.sft.guard import Guard
 from tasks.sft.history import best_step, is_exhausted
 from tasks.sft.model import load_model
 from tasks.sft.plan import FILLER
+from tasks.sft.proof import Proof
 from tasks.sft.strategy import ZERO, deepspeed_config, fsdp_config
 from tasks.sft.trainer import Trainer
 from tasks.stage import run_main
@@ -67,18 +68,17 @@ def train(job: dict[str, Any], folder: Path) -> None:
     # The seed comes before the adapter's weights are drawn.
     set_seed(params.seed)
     progress = Progress(job)
-    guard = Guard(job, params)
-    trainer = build_trainer(job, params, [guard, progress])
+    guard, proof = Guard(job, params), Proof(job)
+    trainer = build_trainer(job, params, [guard, proof, progress])
     trainer.remove_callback(PrinterCallback)
-    proof = prove(trainer)
+    proof.trainer = trainer
     resume = checkpoints.find_newest(folder)
     if resume and is_stopped(resume, params):
         # It had stopped for good: only its weights are wanted.
         trainer.args.max_steps = checkpoints.step(resume)
     if trainer.is_world_process_zero():
         write_json(folder / "output" / "effective.json", effective(trainer, job))
-        write_json(folder / "output" / "selftest.json", proof)
-        log.info("isolation proven; %s", f"going on from {resume.name}" if resume else "step 1")
+        log.info("%s", f"going on from {resume.name}" if resume else "starting with step 1")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finish(trainer, job, progress, guard)
 
@@ -177,20 +177,6 @@ def planned_rows(path: Path, order: list[int] | None, filler: dict[str, Any]) ->
     rows = read_rows(path)
     planned = rows if order is None else [filler if i == FILLER else rows[i] for i in order]
     return Dataset.from_list([{column: row[column] for column in filler} for row in planned])
-
-
-def prove(trainer: Trainer) -> dict[str, Any]:
-    """Run the self-test on the first two examples of the first row that holds two."""
-    for row in trainer.train_dataset:
-        if len(row["seq_lengths"]) > 1 and any(
-            label != IGNORED for label in row["labels"][: sum(row["seq_lengths"][:2])]
-        ):
-            first, second = row["seq_lengths"][:2]
-            short = {k: row[k][: first + second] for k in ("input_ids", "labels")}
-            batch = trainer.data_collator([{**short, "seq_lengths": [first, second]}])
-            batch = {k: v.to(trainer.args.device) if hasattr(v, "to") else v for k, v in batch.items()}
-            return selftest.run(trainer.model.to(trainer.args.device), batch, first)
-    return {"isolation": {"proven": True, "reason": "no row holds two examples"}}
 
 
 def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
