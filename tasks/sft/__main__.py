@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,27 +46,15 @@ def main() -> None:
     """Train, or go on with a training of the same key, and copy out what it made."""
     params = load_params(SftParams, "sft")
     rows = read_rows(ROWS)
-    lengths = [row["seq_lengths"] for row in rows]
-    plan = compile_plan(params, lengths, [count_supervised(row["labels"]) for row in rows])
-    backend = choose_backend(params)
-    folder = state_dir() / "checkpoints" / training_key(params, backend)
-    job = {
-        "params": params.model_dump(),
-        "plan": plan,
-        **asdict(backend),
-        "folder": str(folder),
-        "base": str(BASE),
-        "rows": str(ROWS),
-        "eval_rows": str(folder / "eval.parquet") if params.eval_steps else None,
-        "data_digest": dvc_digest(ROWS),
-        "tracking_uri": tracking_uri(),
-        "run_id": run_id(MlflowClient(tracking_uri())),
-    }
+    job = build_job(params, rows)
+    folder = Path(job["folder"])
     if not is_finished(folder):
         if params.eval_steps:
-            write_eval_rows(folder / "eval.parquet", max(map(sum, lengths)) if params.eval_packing else 0)
+            longest = max(sum(row["seq_lengths"]) for row in rows)
+            write_eval_rows(Path(job["eval_rows"]), longest if params.eval_packing else 0)
         launch(job, params)
     publish(job, folder)
+    plan = job["plan"]
     write_summary(
         "sft",
         rows_in=len(rows),
@@ -74,6 +63,31 @@ def main() -> None:
         tokens=sum(plan["tokens"]),
         tokens_supervised=sum(plan["supervised_tokens"]),
     )
+
+
+def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write down all that a rank has to know, after the attempts so far."""
+    supervised = [count_supervised(row["labels"]) for row in rows]
+    plan = compile_plan(params, [row["seq_lengths"] for row in rows], supervised)
+    backend = choose_backend(params)
+    folder = state_dir() / "checkpoints" / training_key(params, backend)
+    attempt = read_attempt(folder)
+    micro_batch_size = max(1, params.per_device_train_batch_size >> attempt.halvings)
+    return {
+        "params": params.model_dump(),
+        "plan": without_steps(plan, attempt.skipped),
+        **asdict(backend),
+        "micro_batch_size": micro_batch_size,
+        "accumulation_steps": params.gradient_accumulation_steps
+        * (params.per_device_train_batch_size // micro_batch_size),
+        "folder": str(folder),
+        "base": str(BASE),
+        "rows": str(ROWS),
+        "eval_rows": str(folder / "eval.parquet") if params.eval_steps else None,
+        "data_digest": dvc_digest(ROWS),
+        "tracking_uri": tracking_uri(),
+        "run_id": run_id(MlflowClient(tracking_uri())),
+    }
 
 
 def training_key(params: SftParams, backend: Backend) -> str:
@@ -118,14 +132,6 @@ def launch(job: dict[str, Any], params: SftParams) -> None:
     """
     folder = Path(job["folder"])
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    attempt = read_attempt(folder)
-    micro_batch_size = max(1, params.per_device_train_batch_size >> attempt.halvings)
-    job |= {
-        "micro_batch_size": micro_batch_size,
-        "accumulation_steps": params.gradient_accumulation_steps
-        * (params.per_device_train_batch_size // micro_batch_size),
-        "plan": without_steps(job["plan"], attempt.skipped),
-    }
     clear(folder)
     write_json(folder / "job.json", job)
     command = [*launcher(params, job["strategy"]), str(folder / "job.json")]
@@ -136,7 +142,7 @@ def launch(job: dict[str, Any], params: SftParams) -> None:
         grace_seconds=GRACE_SECONDS,
     )
     if not is_finished(folder):
-        raise settle(folder, attempt, micro_batch_size, code)
+        raise settle(folder, job["micro_batch_size"], code)
 
 
 def launcher(params: SftParams, strategy: str) -> list[str]:

@@ -68,12 +68,11 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def settle(folder: Path, attempt: Attempt, micro_batch_size: int, code: int) -> StageError:
+def settle(folder: Path, micro_batch_size: int, code: int) -> StageError:
     """Build the error of a failed attempt, and note what the next one has to do.
 
     Args:
         folder: Of the training.
-        attempt: What the failed attempt did.
         micro_batch_size: Rows in one forward pass of the failed attempt.
         code: Exit code of the launcher, for a failure without a reason.
     """
@@ -83,7 +82,7 @@ def settle(folder: Path, attempt: Attempt, micro_batch_size: int, code: int) -> 
             f"sft: the ranks ended with code {code} before their work was done; the reason stands "
             f"above. Run again: training goes on from the last checkpoint in {folder}"
         )
-    kind, message = failure["kind"], failure["message"]
+    attempt, kind, message = read_attempt(folder), failure["kind"], failure["message"]
     match kind:
         case "out_of_memory" if micro_batch_size > 1:
             following = replace(attempt, halvings=attempt.halvings + 1)

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import TorchDynamoPlugin
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from trl import SFTTrainer
@@ -44,6 +47,20 @@ class Trainer(SFTTrainer):
         self.saved = 0
         if params.neftune_noise_alpha is not None:
             self.model.get_input_embeddings().register_forward_hook(self.add_noise)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make FSDP2 work without a GPU too: accelerate would train with DDP there, and not say so."""
+        if self.args.fsdp_plugin_args and self.args.device.type == "cpu":
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            precision = "bf16" if self.args.bf16 else "no"
+            state = AcceleratorState(
+                precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True
+            )
+            if self.args.bf16:
+                plugin.set_mixed_precision(precision)
+            state.fsdp_plugin = plugin
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        super().create_accelerator_and_postprocess()
 
     def training_step(self, *args: Any, **more: Any) -> torch.Tensor:
         """Remember, without waiting for the device, whether every loss was finite."""

@@ -27,7 +27,7 @@ from tasks.sft.history import best_step, is_exhausted
 from tasks.sft.model import load_model
 from tasks.sft.plan import FILLER
 from tasks.sft.proof import Proof
-from tasks.sft.strategy import ZERO, deepspeed_config, fsdp_config
+from tasks.sft.strategy import deepspeed_config, fsdp_config
 from tasks.sft.trainer import Trainer
 from tasks.stage import run_main
 
@@ -186,8 +186,13 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         StageError: The two differ, and what was requested is not `auto`.
     """
     params, args = trainer.params, trainer.args
+    strategy = running_strategy(trainer)
+    if strategy != job["strategy"]:
+        raise StageError(
+            f"strategy {job['strategy']} was chosen, but {strategy} runs; this is a bug, report it"
+        )
     runs = {
-        "strategy": job["strategy"],
+        "strategy": strategy,
         "precision": job["precision"],
         "attn_implementation": trainer.model.config._attn_implementation,
         "num_processes": args.world_size,
@@ -206,14 +211,21 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
     }
     if different:
         raise StageError(f"requested and effective differ: {different}; this is a bug, report it")
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    zero = {"requested": ZERO.get(job["strategy"]), "effective": plugin.zero_stage if plugin else None}
     return {
         **table,
         "device": {"requested": "auto", "effective": job["device"]},
-        "zero_stage": zero,
         "strategy_reason": job["reason"],
     }
+
+
+def running_strategy(trainer: Trainer) -> str:
+    """Tell from the accelerator how the ranks share the work."""
+    accelerator = trainer.accelerator
+    if plugin := accelerator.state.deepspeed_plugin:
+        return f"zero{plugin.zero_stage}"
+    if accelerator.is_fsdp2:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
 
 
 def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Guard) -> None:
