@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a bug (traceback); others are errors that the user can 
 (`tasks.errors`).
 """
 
+import errno
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ from tasks.errors import PipelineError, StageError
 from tasks.files import write_json
 
 DATA = Path("data")
+# The disk is full, or nobody may write there.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 log = logging.getLogger(__name__)
 
 
@@ -24,6 +27,10 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except PipelineError as err:
         sys.exit(_fail(err))
+    except OSError as err:
+        if err.errno not in NO_ROOM:
+            raise
+        sys.exit(_fail(StageError(f"{err}; make room there or give the rights to write, then run again")))
 
 
 def write_summary(

@@ -4,7 +4,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,29 @@ def run_sft(
     folder: Path, environment: Mapping[str, str], state: str, **changes: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the stage as a program, with its own state, and the section sft changed."""
+    process = start_sft(folder, environment, state, **changes)
+    output, _ = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, "")
+
+
+def start_sft(
+    folder: Path,
+    environment: Mapping[str, str],
+    state: str,
+    before: Callable[[], None] | None = None,
+    **changes: Any,
+) -> subprocess.Popen[str]:
+    """Start the stage; `before` is called in its process first."""
     section = {**shipped_params(), **WHOLE_SET, **changes}
     (folder / "params.yaml").write_text(yaml.safe_dump({"sft": section}), encoding="utf-8")
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "tasks.sft"],
         cwd=folder,
         env={**environment, "PYTHONPATH": str(ROOT), "NIGHTSHIFT_HOME": str(folder / state)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
+        preexec_fn=before,
     )
 
 

@@ -5,11 +5,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +21,7 @@ from mlflow import MlflowClient
 from tasks import supervise
 from tasks.config import load_params
 from tasks.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
-from tasks.errors import DataError
+from tasks.errors import DataError, TrainingError
 from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
 from tasks.sft import SftParams
 from tasks.sft.backend import Backend, choose_backend
@@ -135,14 +137,27 @@ def launch(job: dict[str, Any], params: SftParams) -> None:
     clear(folder)
     write_json(folder / "job.json", job)
     command = [*launcher(params, job["strategy"]), str(folder / "job.json")]
+    signal.signal(signal.SIGTERM, on_sigterm)
     code = supervise.run(
         command,
         on_line=print_line,
         env=rank_environment(job["device"]),
         grace_seconds=GRACE_SECONDS,
     )
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_finished(folder):
         raise settle(folder, job["micro_batch_size"], code)
+
+
+def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
+    """End the ranks, which save first, and this stage as one that can go on.
+
+    Raises:
+        TrainingError: Always.
+    """
+    # A second one, from another supervisor, must not disturb the end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise TrainingError("preempted", "sft: asked to end; run again: training goes on from where it was saved")
 
 
 def launcher(params: SftParams, strategy: str) -> list[str]:

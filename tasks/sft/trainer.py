@@ -1,6 +1,8 @@
 """TRL's trainer, held to the plan: planned learning rates, token-weighted losses, checkpoints that count."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,13 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import TorchDynamoPlugin
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from trl import SFTTrainer
 
 from tasks.encode import IGNORED
-from tasks.errors import TrainingError
+from tasks.errors import StageError, TrainingError
 from tasks.sft import SftParams, checkpoints
 from tasks.sft.history import best_step, plateau_scale
 from tasks.sft.plan import name_rows
@@ -173,14 +176,16 @@ class Trainer(SFTTrainer):
             shutil.rmtree(folder / checkpoints.SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(folder / checkpoints.SAVING)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(folder)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            checkpoints.close(folder / checkpoints.SAVING / f"checkpoint-{self.state.global_step}", folder)
-            checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
+        with writing(f"the checkpoint of step {self.state.global_step}"):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(folder)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                written = folder / checkpoints.SAVING / f"checkpoint-{self.state.global_step}"
+                checkpoints.close(written, folder)
+                checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
         self.accelerator.wait_for_everyone()
 
     def _eval_batches(self) -> list[list[dict[str, Any]]]:
@@ -190,6 +195,24 @@ class Trainer(SFTTrainer):
         rows = [*rows, *[self.filler] * (-len(rows) % (size * ranks))]
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         return batches[self.accelerator.process_index :: ranks]
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Tell plainly when something cannot be written: torch and safetensors have errors of their own for it.
+
+    Raises:
+        StageError: It cannot.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as err:
+        raise StageError(
+            f"{what} cannot be written: {type(err).__name__}: {str(err).partition(chr(10))[0]}; make room or "
+            "give the rights, then run again: training goes on from the checkpoint before"
+        ) from err
 
 
 def summed_loss(model: Any, inputs: dict[str, Any], label_smoothing: float = 0.0) -> tuple[torch.Tensor, Any]:

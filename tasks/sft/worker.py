@@ -3,7 +3,6 @@
 Rank 0 writes effective.json, selftest.json, the adapter, and last of all the success marker.
 """
 
-import errno
 import logging
 import shutil
 import sys
@@ -28,7 +27,7 @@ from tasks.sft.model import load_model
 from tasks.sft.plan import FILLER
 from tasks.sft.proof import Proof
 from tasks.sft.strategy import deepspeed_config, fsdp_config
-from tasks.sft.trainer import Trainer
+from tasks.sft.trainer import Trainer, writing
 from tasks.stage import run_main
 
 # Beside the safetensors: what the weights cannot be loaded without.
@@ -55,11 +54,14 @@ def main() -> None:
     except PipelineError as err:
         write_failure(folder, "error", str(err))
         raise
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as err:
-        if not (reason := explain(err)):
+    except (MemoryError, RuntimeError) as err:
+        # What the allocators of GPU, Python and torch's processor say.
+        text = str(err).partition("\n")[0]
+        is_memory = isinstance(err, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+        if not is_memory:
             raise
-        write_failure(folder, *reason)
-        raise StageError(reason[1]) from err
+        write_failure(folder, "out_of_memory", f"out of memory: {text}")
+        raise StageError(f"out of memory: {text}") from err
 
 
 def train(job: dict[str, Any], folder: Path) -> None:
@@ -81,19 +83,6 @@ def train(job: dict[str, Any], folder: Path) -> None:
         log.info("%s", f"going on from {resume.name}" if resume else "starting with step 1")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finish(trainer, job, progress, guard)
-
-
-def explain(err: BaseException) -> tuple[str, str] | None:
-    """Return kind and message of a failure that the user can act on; None for a bug."""
-    text = str(err).partition("\n")[0]
-    if isinstance(err, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return "out_of_memory", f"out of memory: {text}"
-    if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return (
-            "error",
-            f"cannot write: {err}; make room or give the rights, then run again: no checkpoint is lost",
-        )
-    return None
 
 
 def is_stopped(checkpoint: Path, params: SftParams) -> bool:
@@ -248,7 +237,8 @@ def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Gua
     trainer.accelerator.wait_for_everyone()
     best = best_step(history) if params.load_best_model_at_end else None
     if best is None:
-        trainer.save_model(str(output / "model"))
+        with writing("the trained model"):
+            trainer.save_model(str(output / "model"))
     elif trainer.is_world_process_zero():
         copy_weights(Path(job["folder"]) / f"checkpoint-{best}", output / "model")
     trainer.accelerator.wait_for_everyone()
