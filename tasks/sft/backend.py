@@ -1,5 +1,6 @@
 """What this machine can run: device, precision, attention kernel, strategy, each chosen once and recorded."""
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from tasks.sft.strategy import choose_strategy
 
 # What `auto` tries, the fastest first; a kernel has to run and to keep packed examples apart.
 ATTENTION = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "flex_attention", "sdpa", "eager")
+BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit")
 log = logging.getLogger(__name__)
 
 
@@ -41,10 +43,35 @@ def choose_backend(params: SftParams) -> Backend:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if missing := find_missing(params, device):
+        raise ConfigError("\n  ".join(["params.yaml: this machine cannot do what sft asks for", *missing]))
     precision = choose_precision(params.precision, device)
     attention = choose_attention(params.attn_implementation, device, precision)
     strategy, reason = choose_strategy(params)
     return Backend(device, precision, attention, strategy, reason)
+
+
+def find_missing(params: SftParams, device: str) -> list[str]:
+    """List what was asked for and needs a package or a GPU that is not there, each with the remedy.
+
+    Args:
+        params: The section sft.
+        device: cuda or cpu.
+    """
+    # What -> (asked for, package, whether it needs a GPU).
+    needs = {
+        "adapter=qlora": (params.adapter == "qlora", "bitsandbytes", False),
+        f"optim={params.optim}": (params.optim in BITSANDBYTES, "bitsandbytes", True),
+        "optim=schedule_free_adamw": (params.optim == "schedule_free_adamw", "schedulefree", False),
+        "use_liger_kernel=true": (params.use_liger_kernel, "liger_kernel", True),
+    }
+    found = []
+    for what, (is_asked, package, needs_gpu) in needs.items():
+        if is_asked and importlib.util.find_spec(package) is None:
+            found.append(f"sft.{what} needs {package}; run `pip install 'nightshift[gpu]'`")
+        elif is_asked and needs_gpu and device == "cpu":
+            found.append(f"sft.{what} needs a GPU; take another value")
+    return found
 
 
 def choose_precision(requested: str, device: str) -> str:

@@ -30,8 +30,8 @@ def probe_attention(name: str, device: str, precision: str) -> str | None:
             config, attn_implementation=name, dtype=DTYPES.get(precision, torch.float32)
         ).to(device)
         first, second = (torch.randint(64, (1, n), device=device) for n in LENGTHS)
-        positions = torch.cat([torch.arange(n, device=device) for n in LENGTHS])[None]
-        packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        both = torch.cat([first, second], 1)
+        packed = model(both, position_ids=restarting_positions(device), use_cache=False).logits
         packed.float().sum().backward()
         alone = torch.cat([model(ids, use_cache=False).logits for ids in (first, second)], 1)
     # Kernels fail in their own ways: a missing package, a missing symbol, a device that is too old.
@@ -41,3 +41,8 @@ def probe_attention(name: str, device: str, precision: str) -> str | None:
     if difference > TOLERANCE[precision]:
         return f"packed examples see each other (logits differ by {difference:.3g})"
     return None
+
+
+def restarting_positions(device: str) -> torch.Tensor:
+    """Return the positions of both examples, each from 0, shape (1, n_tokens)."""
+    return torch.cat([torch.arange(n, device=device) for n in LENGTHS])[None]

@@ -40,12 +40,17 @@ TWO = {"num_processes": 2, "per_device_train_batch_size": 2}
     ("name", "changes"),
     [
         ("accumulated", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
-        ("ddp", {"strategy": "ddp", **TWO}),
+        pytest.param("ddp", {"strategy": "ddp", **TWO}, marks=pytest.mark.long),
+        pytest.param("zero0", {"strategy": "zero0", **TWO}, marks=pytest.mark.long),
+        pytest.param("zero1", {"strategy": "zero1", **TWO}, marks=pytest.mark.long),
+        pytest.param(
+            "offloaded", {"strategy": "zero2", "offload_optimizer": "cpu", **TWO}, marks=pytest.mark.long
+        ),
         (
             "zero2",
             {"strategy": "zero2", **TWO, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
         ),
-        ("zero3", {"strategy": "zero3", **TWO}),
+        pytest.param("zero3", {"strategy": "zero3", **TWO}, marks=pytest.mark.long),
         ("fsdp2", {"strategy": "fsdp2", **TWO}),
     ],
 )

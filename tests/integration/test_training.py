@@ -148,7 +148,8 @@ def test_the_plan_the_proofs_and_what_really_ran_are_written_down(prepared: Path
     assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
     assert proof["gradients"]["weights_reached"] > 0
     effective = read_json(prepared / "data/sft/effective.json")
-    assert {row["effective"] for key, row in effective.items() if key == "zero_stage"} == {2}
+    assert effective["strategy"] == {"requested": "zero2", "effective": "zero2"}
+    assert effective["attn_implementation"] == {"requested": "auto", "effective": "sdpa"}
     assert file_digest(prepared / MODEL / "adapter_model.safetensors")
 
 

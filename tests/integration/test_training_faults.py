@@ -69,6 +69,7 @@ def goes_on_exactly(
     assert tree_digest(folder / "data/sft/model") == undisturbed[0]
 
 
+@pytest.mark.long
 def test_kill_9_while_a_checkpoint_is_written_goes_on_from_the_one_before(
     folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str]
 ) -> None:
@@ -102,11 +103,10 @@ def test_sigterm_saves_at_the_next_step_and_ends_as_resumable(
     goes_on_exactly(folder, clean_environment, "preempted", undisturbed)
 
 
-def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
-    tmp_path: Path, tiny_base: Path, clean_environment: dict[str, str]
-) -> None:
+@pytest.fixture
+def poisoned(tmp_path: Path, tiny_base: Path) -> Path:
+    """A folder whose base has a broken weight of one token, which one row holds."""
     folder = make_folder(tmp_path, tiny_base, PACKED)
-    # A broken weight of one token, which two rows of different steps hold.
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -116,7 +116,13 @@ def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
     rows = read_rows(folder / "data/pack/train.parquet")
     rows[2]["input_ids"][0] = 2500
     write_rows(folder / "data/pack/train.parquet", rows, ROWS)
+    return folder
 
+
+def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
+    poisoned: Path, clean_environment: dict[str, str]
+) -> None:
+    folder = poisoned
     done = run_sft(folder, clean_environment, "nan", **{**STEPS, "num_train_epochs": 1})
     assert done.returncode == 11, done.stdout
     (attempt,) = (folder / "nan/checkpoints").glob("*/attempt.json")
@@ -127,14 +133,19 @@ def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
     # The second attempt logged up to step 4.
     assert history(folder, "nan")[step - 5] == 0
     assert read_json(folder / "data/sft/plan.json")["tokens"][step - 1] == 0
+
+
+@pytest.mark.long
+def test_the_second_bad_loss_fails_for_good(poisoned: Path, clean_environment: dict[str, str]) -> None:
     # Two epochs hold the row twice: after the first is left out, the second is one too many.
     twice = {**STEPS, "num_train_epochs": 2}
-    assert run_sft(folder, clean_environment, "nan-twice", **twice).returncode == 11
-    last = run_sft(folder, clean_environment, "nan-twice", **twice)
+    assert run_sft(poisoned, clean_environment, "nan-twice", **twice).returncode == 11
+    last = run_sft(poisoned, clean_environment, "nan-twice", **twice)
     assert last.returncode == 2, last.stdout
     assert "rows were left out once already" in last.stdout
 
 
+@pytest.mark.long
 def test_a_step_that_hangs_ends_with_where_it_stood(folder: Path, clean_environment: dict[str, str]) -> None:
     two = {**STEPS, "strategy": "ddp", "num_processes": 2, "step_timeout_seconds": 8}
     process = start_sft(folder, clean_environment, "hung", **two)
@@ -147,6 +158,7 @@ def test_a_step_that_hangs_ends_with_where_it_stood(folder: Path, clean_environm
     assert "Timeout" in output + trace.read_text()
 
 
+@pytest.mark.long
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(
     tmp_path: Path, tiny_base: Path, clean_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +193,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(
     assert history(folder, "scarce") == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_told_plainly_and_loses_no_checkpoint(
     folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str]
 ) -> None:
