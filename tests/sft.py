@@ -100,15 +100,24 @@ def run_sft(
     folder: Path, environment: Mapping[str, str], state: str, **changes: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the stage as a program, with its own state, and the section sft changed."""
+    with start_sft(folder, environment, state, stderr=subprocess.PIPE, **changes) as process:
+        stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def start_sft(
+    folder: Path, environment: Mapping[str, str], state: str, stderr: int = subprocess.STDOUT, **changes: Any
+) -> subprocess.Popen[str]:
+    """Start the stage as a program; its output is to be read."""
     section = {**shipped_params(), **WHOLE_SET, **changes}
     (folder / "params.yaml").write_text(yaml.safe_dump({"sft": section}), encoding="utf-8")
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "tasks.sft"],
         cwd=folder,
         env={**environment, "PYTHONPATH": str(ROOT), "NIGHTSHIFT_HOME": str(folder / state)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
-        check=False,
     )
 
 
