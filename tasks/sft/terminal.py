@@ -24,7 +24,7 @@ def shown_lines() -> Iterator[Callable[[str], None]]:
     if not sys.stdout.isatty():
         yield print_line
         return
-    columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TaskProgressColumn())
+    columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(20), TaskProgressColumn())
     figures = TextColumn("{task.fields[figures]}", markup=False)
     console = Console(highlight=False, soft_wrap=True)
     with Progress(*columns, figures, console=console) as progress:
