@@ -118,10 +118,11 @@ def progress_reporter(name: str) -> Callable[[str], None]:
         if not (found := STEP.search(line)):
             return
         percent = 100 * int(found[1]) / int(found[2])
+        figures = line[found.start() :]
         if not artifact:
-            created = create_progress_artifact(percent, key=f"{name}-progress", description=line)
+            created = create_progress_artifact(percent, key=f"{name}-progress", description=figures)
             artifact.append(created)  # type: ignore[arg-type]
         else:
-            update_progress_artifact(artifact[0], progress=percent, description=line)
+            update_progress_artifact(artifact[0], progress=percent, description=figures)
 
     return report

@@ -112,7 +112,7 @@ def start_sft(
     before: Callable[[], None] | None = None,
     **changes: Any,
 ) -> subprocess.Popen[str]:
-    """Start the stage; `before` is called in its process first."""
+    """Start the stage; its output is to be read. `before` is called in its process first."""
     section = {**shipped_params(), **WHOLE_SET, **changes}
     (folder / "params.yaml").write_text(yaml.safe_dump({"sft": section}), encoding="utf-8")
     return subprocess.Popen(

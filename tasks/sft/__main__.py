@@ -16,21 +16,21 @@ from typing import Any
 
 import pyarrow as pa
 import yaml
-from mlflow import MlflowClient
 
 from tasks import supervise
 from tasks.config import load_params
 from tasks.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
 from tasks.errors import DataError, TrainingError
 from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
-from tasks.sft import SftParams
+from tasks.sft import SftParams, spool
 from tasks.sft.backend import Backend, choose_backend
 from tasks.sft.checkpoints import SAVING
 from tasks.sft.failures import clear, read_attempt, settle
 from tasks.sft.plan import compile_plan, without_steps
-from tasks.stage import DATA, print_line, run_main, write_summary
+from tasks.sft.terminal import shown_lines
+from tasks.stage import DATA, run_main, write_summary
 from tasks.state import state_dir
-from tasks.tracking import run_id, tracking_uri
+from tasks.tracking import tracking_uri
 
 BASE = DATA / "base" / "model"
 ROWS = DATA / "pack" / "train.parquet"
@@ -50,7 +50,12 @@ def main() -> None:
     rows = read_rows(ROWS)
     job = build_job(params, rows)
     folder = Path(job["folder"])
-    if not is_finished(folder):
+    is_trained = is_finished(folder)
+    job["spool"] = str(open_spool(folder, is_trained))
+    # Opens the run of this training, and sends what earlier ones could not.
+    spool.limit_requests()
+    spool.replay(state_dir() / "tracking", job["tracking_uri"])
+    if not is_trained:
         if params.eval_steps:
             longest = max(sum(row["seq_lengths"]) for row in rows)
             write_eval_rows(Path(job["eval_rows"]), longest if params.eval_packing else 0)
@@ -88,7 +93,6 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> dict[str, An
         "eval_rows": str(folder / "eval.parquet") if params.eval_steps else None,
         "data_digest": dvc_digest(ROWS),
         "tracking_uri": tracking_uri(),
-        "run_id": run_id(MlflowClient(tracking_uri())),
     }
 
 
@@ -100,6 +104,20 @@ def training_key(params: SftParams, backend: Backend) -> str:
     heldout = file_digest(VALIDATION) if params.eval_steps else ""
     machine = json.dumps(asdict(backend), sort_keys=True)
     return text_digest(code, file_digest(ROWS), heldout, base, params.model_dump_json(), machine, *versions)
+
+
+def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a fact, not a mode
+    """Return the spool of a training: that of the attempt before, or one for the run of this night.
+
+    Args:
+        folder: Of the training.
+        is_trained: Nothing more will be told; the run that trained stays the one.
+    """
+    file = folder / "job.json"
+    before = Path(read_json(file)["spool"]) if file.is_file() else None
+    if before and is_trained:
+        return before
+    return spool.begin(state_dir() / "tracking", folder.name, os.environ.get("MLFLOW_RUN_ID") or None, before)
 
 
 def write_eval_rows(path: Path, max_length: int) -> None:
@@ -138,12 +156,13 @@ def launch(job: dict[str, Any], params: SftParams) -> None:
     write_json(folder / "job.json", job)
     command = [*launcher(params, job["strategy"]), str(folder / "job.json")]
     signal.signal(signal.SIGTERM, on_sigterm)
-    code = supervise.run(
-        command,
-        on_line=print_line,
-        env=rank_environment(job["device"]),
-        grace_seconds=GRACE_SECONDS,
-    )
+    with shown_lines() as show:
+        code = supervise.run(
+            command,
+            on_line=show,
+            env=rank_environment(job["device"]),
+            grace_seconds=GRACE_SECONDS,
+        )
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_finished(folder):
         raise settle(folder, job["micro_batch_size"], code)
@@ -207,11 +226,13 @@ def publish(job: dict[str, Any], folder: Path) -> None:
         shutil.copyfile(output / name, TARGET / name)
     write_json(TARGET / "plan.json", job["plan"])
     marker = read_json(output / "finished.json")
-    # Nothing depends on this file, so a run id and a speed may stand in it.
-    write_json(
-        TARGET / "mlflow_run.json",
-        {"run_id": job["run_id"], "tokens_per_second": marker["tokens_per_second"]},
-    )
+    path = Path(job["spool"])
+    spool.finish(path)
+    spool.replay(path.parent, job["tracking_uri"])
+    # Nothing depends on this file, so a run id and a speed may stand in it. Without an id the run is still to
+    # be created, and can be found by its key.
+    run = {"run_id": spool.find_run_id(path), "tracking_key": path.stem}
+    write_json(TARGET / "mlflow_run.json", {**run, "tokens_per_second": marker["tokens_per_second"]})
     for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
         shutil.rmtree(checkpoint, ignore_errors=True)
 

@@ -81,8 +81,11 @@ def train(job: dict[str, Any], folder: Path) -> None:
     if trainer.is_world_process_zero():
         write_json(folder / "output" / "effective.json", effective(trainer, job))
         log.info("%s", f"going on from {resume.name}" if resume else "starting with step 1")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finish(trainer, job, progress, guard)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finish(trainer, job, progress, guard)
+    finally:
+        progress.close()
 
 
 def is_stopped(checkpoint: Path, params: SftParams) -> bool:
