@@ -24,6 +24,7 @@ from tasks.sft import SftParams
 from tasks.sft.backend import Backend, choose_backend
 from tasks.sft.checkpoints import SAVING
 from tasks.sft.failures import clear, read_attempt, settle
+from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
 from tasks.stage import DATA, print_line, run_main, write_summary
 from tasks.state import state_dir
@@ -46,8 +47,11 @@ def main() -> None:
     params = load_params(SftParams, "sft")
     rows = read_rows(ROWS)
     lengths = [row["seq_lengths"] for row in rows]
-    plan = compile_plan(params, lengths, [count_supervised(row["labels"]) for row in rows])
-    backend = choose_backend(params)
+    labelled = [count_supervised(row["labels"]) for row in rows]
+    plan = compile_plan(params, lengths, labelled)
+    tokens, size = [sum(one) for one in lengths], params.per_device_train_batch_size
+    batch = largest_batch(plan["order"], tokens, labelled, size)
+    backend = choose_backend(params, read_json(BASE / "config.json"), batch)
     folder = state_dir() / "checkpoints" / training_key(params, backend)
     job = {
         "params": params.model_dump(),
