@@ -34,7 +34,9 @@ BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
 # Python, torch, transformers, TRL, DeepSpeed and MLflow once imported, and what the allocator does not give
 # back: measured by benchmarks/memory.py as peak minus counted bytes, torch 2.13 on x86-64.
-CPU_OVERHEAD = 800 * 2**20
+CPU_OVERHEAD = 740 * 2**20
+# DeepSpeed's buffers in shared memory on the processor: every rank maps one of each rank.
+SHARED_BUFFER = 69_206_024
 # CUDA's context and cuBLAS's workspaces. Assumed, not measured: half a gibibyte is usual on recent devices.
 CUDA_OVERHEAD = GIB // 2
 # Kernels that neither write a mask out nor repeat the heads of keys and values.
@@ -114,13 +116,14 @@ def estimate(
     if device == "cuda" and params.offload_param != "none":
         weights -= _divided(shape, params, strategy, precision, trained)
     kept, layer = _activations(shape, params, strategy, precision, batch)
-    # Log-probabilities, and two gradients, in full precision: the start of the backward pass.
-    logits = 12.0 * shape.vocabulary * batch.labelled
+    logits = _logits(shape, params, strategy, precision, batch)
     held, full, at_step = _gradients(params, strategy, precision, trained, device)
     if device == "cuda" and params.optim == "adamw_torch" and params.offload_optimizer == "none":
         # The default implementation computes the denominators of all weights at once.
         at_step += 4 * trained / (ranks if strategy in DIVIDES_STATE else 1)
     overhead = CUDA_OVERHEAD if device == "cuda" else CPU_OVERHEAD
+    if device == "cpu" and strategy in ZERO and ranks > 1:
+        overhead += SHARED_BUFFER * ranks
     if params.adapter is None and shape.is_tied:
         # The gradients of embeddings and head exist side by side until they are added.
         full += 4 * shape.vocabulary * shape.hidden
@@ -266,6 +269,21 @@ def _attention_bytes(shape: Shape, attention: str, size: int, tokens: int) -> fl
         return 4.0 * shape.heads - 2 * size * (shape.query - shape.key)
     # The mask that keeps packed examples apart, made into numbers anew in every block.
     return 4.0 * shape.heads + size * tokens
+
+
+def _logits(shape: Shape, params: SftParams, strategy: str, precision: str, batch: Batch) -> float:
+    """Return the bytes at the start of the backward pass, which begins at the head.
+
+    First log-probabilities and two gradients, in full precision; then, if the head trains, one gradient of
+    the logits and that of the head, each also in half precision where that is what multiplies.
+    """
+    first = 12.0 * shape.vocabulary * batch.labelled
+    if params.adapter:
+        return first
+    stored, size = _weight_bytes(params, strategy, precision), 2 if precision in HALF else 4
+    head = stored + (size if size != stored else 0)
+    scores = 4 + (size if size != 4 else 0)
+    return max(first, float(shape.vocabulary * (scores * batch.labelled + head * shape.hidden)))
 
 
 def estimate_all(
