@@ -34,7 +34,7 @@ BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
 # Python, torch, transformers, TRL, DeepSpeed and MLflow once imported, and what the allocator does not give
 # back: measured by benchmarks/memory.py as peak minus counted bytes, torch 2.13 on x86-64.
-CPU_OVERHEAD = 740 * 2**20
+CPU_OVERHEAD = 770 * 2**20
 # DeepSpeed's buffers in shared memory on the processor: every rank maps one of each rank.
 SHARED_BUFFER = 69_206_024
 # CUDA's context and cuBLAS's workspaces. Assumed, not measured: half a gibibyte is usual on recent devices.
