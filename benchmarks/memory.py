@@ -66,6 +66,8 @@ def cases() -> Iterator[dict[str, Any]]:
             "num_processes": 1 if strategy == "single" else 2,
             "precision": "bf16",
         }
+    one = {"activation_checkpointing": False, "strategy": "single", "num_processes": 1, "precision": "fp32"}
+    yield {"row": 384, "adapter": "lora", **one}
 
 
 def measure(folder: Path) -> list[Record]:
