@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flows.scoreboard import rows, scoreboard_file
 from infra import axolotl, stack, watch
+from infra import plan as planned
 from tasks.check import check
 from tasks.config import read_params
 from tasks.errors import PipelineError
@@ -73,6 +74,13 @@ def status() -> None:
 def snapshot() -> None:
     """Bring in new data, benchmarks and the champion, as `dvc repro` by hand needs them."""
     raise typer.Exit(subprocess.run([sys.executable, "-m", "tasks.snapshot"], check=False).returncode)
+
+
+@app.command()
+@told_plainly
+def plan() -> None:
+    """Show what a training would do, need and take, before it starts; no GPU and no weights needed."""
+    planned.show(console)
 
 
 @app.command()

@@ -2,11 +2,14 @@
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tasks.errors import ConfigError
 from tasks.sft import SftParams
+from tasks.sft.memory import Batch, estimate_all, totals
 from tasks.sft.strategy import choose_strategy
 
 # What `auto` tries, the fastest first; a kernel has to run and to keep packed examples apart.
@@ -34,8 +37,15 @@ class Backend:
     reason: str
 
 
-def choose_backend(params: SftParams) -> Backend:
+def choose_backend(
+    params: SftParams, config: Mapping[str, Any] | None = None, batch: Batch | None = None
+) -> Backend:
     """Choose, or check what was asked for.
+
+    Args:
+        params: The section sft.
+        config: The model's config.json, and
+        batch: the largest micro-batch: by these `strategy: auto` takes what fits; None takes no notice.
 
     Raises:
         ConfigError: This machine cannot do it.
@@ -47,7 +57,12 @@ def choose_backend(params: SftParams) -> Backend:
         raise ConfigError("\n  ".join(["params.yaml: this machine cannot do what sft asks for", *missing]))
     precision = choose_precision(params.precision, device)
     attention = choose_attention(params.attn_implementation, device, precision)
-    strategy, reason = choose_strategy(params)
+    needs, capacity = None, None
+    if params.strategy == "auto" and device == "cuda" and config and batch:
+        known = params.model_copy(update={"attn_implementation": attention})
+        needs = totals(estimate_all(config, known, precision, batch, device))
+        capacity = torch.cuda.get_device_properties(0).total_memory
+    strategy, reason = choose_strategy(params, needs, capacity)
     return Backend(device, precision, attention, strategy, reason)
 
 

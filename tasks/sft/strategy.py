@@ -4,10 +4,13 @@ All of it is generated from typed parameters; optimiser and scheduler stay with 
 configuration of DeepSpeed's can replace them in silence.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+from tasks.errors import ConfigError
 from tasks.sft import SftParams
 
+GIB = 2**30
 ZERO = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 # Bytes and threads of the asynchronous reads and writes: DeepSpeed's own example for one NVMe disk.
 AIO = {
@@ -19,16 +22,39 @@ AIO = {
 }
 
 
-def choose_strategy(params: SftParams) -> tuple[str, str]:
+def choose_strategy(
+    params: SftParams, needs: Mapping[str, int] | None = None, capacity: int | None = None
+) -> tuple[str, str]:
     """Return the strategy and the reason for it.
 
     `auto` takes the simplest: what fits on one device only gets slower by dividing it.
+
+    Args:
+        params: The section sft.
+        needs: Strategy -> bytes that it takes on each device, or None if they are not known.
+        capacity: Bytes of a device's memory, or None if it has none of its own.
+
+    Raises:
+        ConfigError: auto, and nothing fits.
     """
     if params.strategy != "auto":
         return params.strategy, "as params.yaml asks"
-    if params.num_processes == 1:
+    several = params.num_processes > 1
+    if needs is None or capacity is None:
+        if several:
+            return "ddp", f"{params.num_processes} processes, each with the whole model"
         return "single", "one process"
-    return "ddp", f"{params.num_processes} processes, each with the whole model"
+    last = "fsdp2" if params.adapter == "qlora" else "zero3"
+    ladder = ("ddp", "zero1", "zero2", last) if several else ("single",)
+    said = {name: f"{needs[name] / GIB:.1f} GiB of {capacity / GIB:.1f} GiB" for name in ladder}
+    for before, name in zip(("", *ladder), ladder, strict=False):
+        if needs[name] <= capacity:
+            why = f"{before} takes {said[before]}" if before else "dividing would only slow it down"
+            return name, f"{name}: {said[name]}; {why}"
+    raise ConfigError(
+        f"params.yaml: sft.strategy=auto: {ladder[-1]} takes {said[ladder[-1]]}; set "
+        "activation_checkpointing: true, more num_processes, or strategy: zero3 with offload_optimizer: cpu"
+    )
 
 
 def deepspeed_config(

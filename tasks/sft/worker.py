@@ -189,7 +189,8 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         "attn_implementation": trainer.model.config._attn_implementation,
         "num_processes": args.world_size,
         "optim": args.optim.value,
-        "activation_checkpointing": trainer.model.is_gradient_checkpointing,
+        # The trainer switches it on in the model only when train() begins.
+        "activation_checkpointing": args.activation_checkpointing,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
     }
