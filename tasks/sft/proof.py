@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tasks.files import write_json
 from tasks.sft import selftest
-from tasks.sft.model import weight_dtype
+from tasks.sft.model import HALF, weight_dtype
 from tasks.sft.selftest import Row
+from tasks.sft.strategy import ZERO
 from tasks.sft.trainer import Trainer, summed_loss
 
 
@@ -129,7 +130,8 @@ def rehearse_saving(
         names = get_peft_model_state_dict(model, state_dict=weights) if params.adapter else weights
         result["weights"] = selftest.require_saved(folder, list(names))
         if batch and live is not None:
-            result |= selftest.reloaded(live, base, load_logits(folder, job, trainer, batch))
+            loaded = load_logits(folder, job, trainer, batch)
+            result |= selftest.reloaded(live, base, loaded, job["precision"])
         shutil.rmtree(folder)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -137,8 +139,12 @@ def rehearse_saving(
 
 @torch.no_grad()
 def load_logits(folder: Path, job: dict[str, Any], trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
-    """Load a saved model from the disk and compute its logits, on the processor."""
-    params = trainer.params
+    """Load a saved model from the disk and compute its logits, on the processor, as the live one does.
+
+    DeepSpeed computes in half precision throughout; all others keep the adapter in full precision and convert
+    as they go.
+    """
+    params, half = trainer.params, HALF.get(job["precision"])
     loaded = AutoModelForCausalLM.from_pretrained(
         job["base"] if params.adapter else folder,
         dtype=weight_dtype(params, job["strategy"], job["precision"]),
@@ -147,7 +153,9 @@ def load_logits(folder: Path, job: dict[str, Any], trainer: Trainer, batch: dict
     )
     if params.adapter:
         loaded = PeftModel.from_pretrained(loaded, folder)
+    if half and job["strategy"] in ZERO:
+        loaded = loaded.to(half)
     inputs = {key: value.cpu() if hasattr(value, "cpu") else value for key, value in batch.items()}
-    with trainer.compute_loss_context_manager():
+    with torch.autocast("cpu", half or torch.bfloat16, enabled=bool(half) and job["strategy"] not in ZERO):
         logits: torch.Tensor = summed_loss(loaded.eval(), inputs)[1].logits
     return logits[0].float()

@@ -20,8 +20,11 @@ from tasks.errors import StageError
 # Loss and outputs of one collated row: the very function that trains.
 Forward = Callable[[dict[str, Any]], tuple[torch.Tensor, Any]]
 Row = dict[str, Any]
-# How far two sums of the same terms in another order may be apart, relative to their norm.
-TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2, "fp16": 2e-2}
+# How far two sums of the same terms in another order may be apart, relative to their norm. Thirty layers in
+# bf16 gave 0.05; examples that see each other, or a mean in the place of a sum, give more than a half.
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 0.25, "fp16": 0.1}
+# How far what was loaded may be on the way from the live model, 0, to one without its adapter, 1.
+WAY = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.5, "fp16": 0.5}
 
 
 def find_row(rows: Sequence[Row]) -> Row | None:
@@ -148,20 +151,21 @@ def shaken(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def reloaded(live: torch.Tensor, base: torch.Tensor, loaded: torch.Tensor) -> dict[str, Any]:
+def reloaded(live: torch.Tensor, base: torch.Tensor, loaded: torch.Tensor, precision: str) -> dict[str, Any]:
     """Compare logits of the live model with those of what was saved and loaded again.
 
     Args:
         live: Of the model that trains, shape (n, vocab).
         base: Without the adapter, or zeros for a full fine-tune: what a lost adapter would give.
         loaded: Of what was loaded from the disk.
+        precision: Arithmetic of the training; kernels of another device round half precision otherwise.
 
     Raises:
-        StageError: They are nearer to the base's than a twentieth of the way.
+        StageError: The loaded model is too near to what a lost adapter would give.
     """
     far = (live - base).norm().item()
     near = (live - loaded).norm().item()
-    if not near <= 0.05 * far:
+    if not near <= WAY[precision] * far:
         raise StageError(
             f"self-test: the saved model gives other logits than the live one (distance {near:.3g}, that of "
             f"a lost adapter {far:.3g}); what would be saved is not what trains"
