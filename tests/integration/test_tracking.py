@@ -114,6 +114,7 @@ def test_a_server_that_was_never_up_gets_everything_once_when_it_comes(
     assert not path.exists()
 
 
+@pytest.mark.long
 def test_a_server_that_hangs_and_dies_delays_no_step_and_misses_none(
     folder: Path, clean_environment: dict[str, str]
 ) -> None:

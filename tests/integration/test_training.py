@@ -137,7 +137,14 @@ def only_run(state: Path) -> tuple[MlflowClient, Run]:
     return client, run
 
 
-@pytest.mark.parametrize("word", ["tasks.sft.worker", "deepspeed.launcher.launch", "bin/deepspeed"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        pytest.param("tasks.sft.worker", marks=pytest.mark.long),
+        pytest.param("deepspeed.launcher.launch", marks=pytest.mark.long),
+        "bin/deepspeed",
+    ],
+)
 def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_goes_on_exactly(
     prepared: Path, undisturbed: str, clean_environment: dict[str, str], word: str
 ) -> None:
