@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed compiles its operators when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help run test check bench-data down clean
+.PHONY: help run test test-long check bench-data down clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -18,6 +18,9 @@ run: $(VENV)/ready  ## retrain once: servers, data, training, gate, registry, sc
 
 test: $(VENV)/ready  ## run all tests but the slow ones
 	@$(BIN)/python -m pytest
+
+test-long: $(VENV)/ready  ## run the slow tests: every strategy, every way to fail
+	@$(BIN)/python -m pytest -m long
 
 check: $(VENV)/ready  ## lint, types, and params.yaml
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m tasks.check

@@ -18,16 +18,33 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from tasks import supervise
-from tasks.errors import StageError
+from tasks.errors import StageError, TrainingError
 
 if TYPE_CHECKING:
     from uuid import UUID
 
 STEP = re.compile(r"\bstep (\d+)/(\d+)\b")
+EXITED = re.compile(r"exited with (\d+)$")
+# Each attempt at a training halves the micro-batch, leaves rows out, or goes on; the stage ends the row.
+RETRIES = 8
+# A training finishes its step and saves when it is asked to end.
+GRACE_SECONDS = 60.0
 BIN = Path(sys.executable).parent
 
 
-@task(task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
+def may_get_further(_task: object, _run: object, state: State[None]) -> bool:
+    """Tell whether another attempt makes sense: the kinds of `TrainingError`, and nothing else."""
+    error = state.result(raise_on_failure=False)
+    return getattr(error, "exit_code", None) in TrainingError.EXIT_CODES.values()
+
+
+@task(
+    task_run_name="{stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=RETRIES,
+    retry_condition_fn=may_get_further,
+)
 def run_stage(stage: str, run_id: str) -> State[None]:
     """Bring one stage up to date.
 
@@ -74,10 +91,13 @@ def stream(command: list[str], name: str, run_id: str) -> list[str]:
         if line.startswith(("Running stage", "Stage ", "error:", "ERROR:")):
             kept.append(line)
 
-    code = supervise.run(command, on_line=on_line, env=environment(run_id))
+    code = supervise.run(command, on_line=on_line, env=environment(run_id), grace_seconds=GRACE_SECONDS)
     if code:
         reason = next((line for line in kept if line.startswith("error:")), kept[-1:] or "no output")
-        raise StageError(f"{name} failed with exit code {code}: {reason}")
+        error = StageError(f"{name} failed with exit code {code}: {reason}")
+        # DVC has one exit code for all failures; the stage's own stands in what it says.
+        error.exit_code = next((int(found[1]) for line in kept if (found := EXITED.search(line))), code)
+        raise error
     return kept
 
 
@@ -98,10 +118,11 @@ def progress_reporter(name: str) -> Callable[[str], None]:
         if not (found := STEP.search(line)):
             return
         percent = 100 * int(found[1]) / int(found[2])
+        figures = line[found.start() :]
         if not artifact:
-            created = create_progress_artifact(percent, key=f"{name}-progress", description=line)
+            created = create_progress_artifact(percent, key=f"{name}-progress", description=figures)
             artifact.append(created)  # type: ignore[arg-type]
         else:
-            update_progress_artifact(artifact[0], progress=percent, description=line)
+            update_progress_artifact(artifact[0], progress=percent, description=figures)
 
     return report

@@ -35,7 +35,8 @@ def tracked_run() -> Iterator[str]:
     status = "FAILED"
     try:
         yield run_id
-        client.set_tag(run_id, "nightshift.training_run", read_json(TRAINED_BY)["run_id"])
+        if trained_by := read_json(TRAINED_BY)["run_id"]:
+            client.set_tag(run_id, "nightshift.training_run", trained_by)
         status = "FINISHED"
     finally:
         client.set_terminated(run_id, status)

@@ -5,14 +5,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from flows.scoreboard import rows, scoreboard_file
-from infra import stack, watch
+from infra import axolotl, stack, watch
+from infra import plan as planned
 from tasks.check import check
 from tasks.config import read_params
 from tasks.errors import PipelineError
@@ -76,6 +78,13 @@ def snapshot() -> None:
 
 @app.command()
 @told_plainly
+def plan() -> None:
+    """Show what a training would do, need and take, before it starts; no GPU and no weights needed."""
+    planned.show(console)
+
+
+@app.command()
+@told_plainly
 def run(
     overrides: str = typer.Option("", help='JSON, such as {"sft.num_train_epochs": 2}'),
 ) -> None:
@@ -84,6 +93,26 @@ def run(
     running = stack.up()
     watch.run_deployment("finetune/prod", overrides, stack.environment(running))
     print_scoreboard(running)
+
+
+@app.command("import")
+@told_plainly
+def import_config(
+    config: Annotated[Path, typer.Argument(help="An Axolotl configuration, such as axolotl.yml.")],
+    *,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write params.yaml; else only show the result.")
+    ] = False,
+) -> None:
+    """Turn an Axolotl configuration into params.yaml."""
+    found, text = axolotl.convert(config)
+    console.print(axolotl.tables(found, axolotl.read_config(config), read_params()))
+    if write:
+        axolotl.write(text)
+        console.print("params.yaml is written; `git diff params.yaml` shows what changed")
+    else:
+        axolotl.require_right(text)
+        console.print("nothing is written; --write does it")
 
 
 def print_scoreboard(running: stack.Stack) -> None:

@@ -31,10 +31,12 @@ def check(values: dict[str, Any]) -> None:
         for section in values
         if section not in schemas
     ]
-    for section, schema in schemas.items():
-        found += problems(schema, section, values.get(section, {}))
-    if not found:
-        found = find_conflicts(values)
+    faulty = {
+        section: problems(schema, section, values.get(section, {})) for section, schema in schemas.items()
+    }
+    found += [problem for problems_of_section in faulty.values() for problem in problems_of_section]
+    if not any(faulty[section] for section in ("snapshot", "split", "augment")):
+        found += find_conflicts(values)
     if found:
         raise report(found)
 
@@ -49,15 +51,15 @@ def section_schemas() -> dict[str, type[StageParams]]:
 
 
 def find_conflicts(values: dict[str, Any]) -> list[str]:
-    """List values that are right one by one but not together.
+    """List sources that one section names and another does not know.
 
     Example:
         >>> find_conflicts({"snapshot": {"sources": {"a": "x"}}, "split": {"by_phrasing": []},
-        ...                 "augment": {"sources": []}, "sft": {"max_steps": 5, "warmup_steps": 5}})
-        ['sft.warmup_steps: 5 must be below max_steps=5; lower it']
+        ...                 "augment": {"sources": ["b"]}})
+        ['augment.sources: no source is named b; known keys: a']
     """
     sources = list(values["snapshot"]["sources"])
-    found = [
+    return [
         f"{key}: no source is named {name}; {suggestion(name, sources)}"
         for key, names in (
             ("split.by_phrasing", values["split"]["by_phrasing"]),
@@ -66,10 +68,6 @@ def find_conflicts(values: dict[str, Any]) -> list[str]:
         for name in names
         if name not in sources
     ]
-    steps, warmup = values["sft"]["max_steps"], values["sft"]["warmup_steps"]
-    if steps is not None and warmup >= steps:
-        found.append(f"sft.warmup_steps: {warmup} must be below max_steps={steps}; lower it")
-    return found
 
 
 if __name__ == "__main__":

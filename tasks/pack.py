@@ -56,11 +56,13 @@ class PackParams(StageParams):
     """Size of a row and what to do with an example that does not fit.
 
     Attributes:
+        packing: Several spans in a row, or one.
         max_length: Tokens in a row.
         over_length: For a longer example: fail, drop it, cut its end off, or split it into spans.
         max_lost_token_share: Share of all tokens, 0 to 1, that may be lost.
     """
 
+    packing: bool
     max_length: Annotated[int, Field(strict=True, ge=8)]
     over_length: OverLength
     max_lost_token_share: Annotated[float, Field(ge=0, le=1)]
@@ -101,7 +103,8 @@ def main() -> None:
     spans, dropped, lost = fit(corpus, params.max_length, params.over_length)
     total = len(corpus.input_ids)
     require_fit(lost, total, params)
-    rows = pack([span.stop - span.start for span in spans], params.max_length)
+    sizes = [span.stop - span.start for span in spans]
+    rows = pack(sizes, params.max_length) if params.packing else [[i] for i in range(len(sizes))]
     table = build_rows(corpus, spans, rows)
     write_table(TARGET, table)
     tokens = total - sum(lost.values())

@@ -17,8 +17,10 @@ from mlflow.exceptions import MlflowException
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, tree_digest, write_json
 from tasks.registry import DIGEST, open_registry
+from tasks.sft.spool import replay
 from tasks.stage import DATA, run_main
-from tasks.tracking import git_commit, run_id, tracking_uri
+from tasks.state import state_dir
+from tasks.tracking import find_run, git_commit, run_id, tracking_uri
 
 CANDIDATE = DATA / "sft" / "model"
 TRAINED_BY = DATA / "sft" / "mlflow_run.json"
@@ -134,10 +136,15 @@ def log_model(client: MlflowClient, name: str) -> int:
 
 
 def training_run(client: MlflowClient) -> str:
-    """Return the run that trained the candidate; a new one if this MLflow does not know it."""
-    trained_by = str(read_json(TRAINED_BY)["run_id"])
+    """Return the run that trained the candidate; a new one if this MLflow does not know it.
+
+    A training that MLflow did not answer left its run in the spool: it is opened now, and told everything.
+    """
+    replay(state_dir() / "tracking", tracking_uri())
+    record = read_json(TRAINED_BY)
+    trained_by = record["run_id"] or find_run(client, record["tracking_key"])
     try:
-        return str(client.get_run(trained_by).info.run_id)
+        return str(client.get_run(str(trained_by)).info.run_id)
     except MlflowException:
         log.warning("MLflow has no run %s: it was trained against another server", trained_by)
         return run_id(client)

@@ -62,12 +62,17 @@ def verify(base: Path, digests: dict[str, str]) -> None:
 
 
 def load(base: Path, adapter: Path) -> tuple[Any, Any]:
-    """Load base, adapter and tokenizer."""
+    """Load base, adapter and tokenizer; `adapter` may hold the whole weights instead."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
-    return PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(base)
+    is_whole = not (adapter / "adapter_config.json").is_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        adapter if is_whole else base, dtype="auto", trust_remote_code=False
+    )
+    if not is_whole:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval(), AutoTokenizer.from_pretrained(base)
 
 
 def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> str:

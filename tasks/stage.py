@@ -1,8 +1,10 @@
 """What every stage's `main()` shares: the exit protocol and the ledger entry.
 
-Exit codes: 0 success, 2 an error that the user can act on (one line on stderr), 1 a bug (traceback).
+Exit codes: 0 success, 1 a bug (traceback); others are errors that the user can act on, one line on stderr
+(`tasks.errors`).
 """
 
+import errno
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -13,16 +15,22 @@ from tasks.errors import PipelineError, StageError
 from tasks.files import write_json
 
 DATA = Path("data")
+# The disk is full, or nobody may write there.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 log = logging.getLogger(__name__)
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a stage as a program: configure logging, turn a user's error into one line and code 2."""
+    """Run a stage as a program: configure logging, turn a user's error into one line and its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     try:
         main()
     except PipelineError as err:
         sys.exit(_fail(err))
+    except OSError as err:
+        if err.errno not in NO_ROOM:
+            raise
+        sys.exit(_fail(StageError(f"{err}; make room there or give the rights to write, then run again")))
 
 
 def write_summary(
@@ -67,6 +75,6 @@ def print_line(line: str) -> None:
 
 
 def _fail(err: PipelineError) -> int:
-    """Print the error as the last line on stderr and return the exit code."""
+    """Print the error as the last line on stderr and return its exit code."""
     sys.stderr.write(f"error: {err}\n")
-    return 2
+    return err.exit_code

@@ -11,6 +11,8 @@ from mlflow.exceptions import MlflowException
 from tasks.state import state_dir
 
 EXPERIMENT = "nightshift"
+# Tag of a run that was announced before MLflow could create it.
+KEY = "nightshift.tracking_key"
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +43,27 @@ def run_id(client: MlflowClient) -> str:
         return handed
     run = client.create_run(experiment_id(client), run_name=f"by-hand-{Path.cwd().name}")
     return str(run.info.run_id)
+
+
+def open_run(client: MlflowClient, key: str, name: str, start_time: int) -> str:
+    """Return the run that bears a key, or open it.
+
+    Args:
+        client: Of the tracker.
+        key: Tag of the run, by which another attempt finds it.
+        name: Of the run.
+        start_time: In milliseconds since 1970.
+    """
+    if found := find_run(client, key):
+        return found
+    run = client.create_run(experiment_id(client), run_name=name, start_time=start_time, tags={KEY: key})
+    return str(run.info.run_id)
+
+
+def find_run(client: MlflowClient, key: str) -> str | None:
+    """Return the run that bears a key, or None."""
+    found = client.search_runs([experiment_id(client)], f"tags.`{KEY}` = '{key}'")
+    return str(found[0].info.run_id) if found else None
 
 
 def git_commit() -> str:

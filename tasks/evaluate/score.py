@@ -32,10 +32,13 @@ def main() -> None:
 
 
 def load_model(base: str, adapter: str | None) -> Any:
-    """Load the base, with the adapter if there is one, for scoring."""
+    """Load the base, with the adapter if there is one, or the weights that were trained, for scoring."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
-    if adapter:
+    is_whole = adapter and not (Path(adapter) / "adapter_config.json").is_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        adapter if is_whole else base, dtype="auto", trust_remote_code=False
+    )
+    if adapter and not is_whole:
         model = PeftModel.from_pretrained(model, adapter)
     return model.to(device).eval()
 

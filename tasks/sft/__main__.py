@@ -1,32 +1,47 @@
 """Run the stage: compile the plan, launch the ranks, accept the result by its marker."""
 
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import pyarrow as pa
 import yaml
-from mlflow import MlflowClient
 
 from tasks import supervise
 from tasks.config import load_params
-from tasks.encode import count_supervised
-from tasks.errors import ConfigError, StageError
-from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json
-from tasks.sft import SftParams
-from tasks.sft.plan import compile_plan
-from tasks.stage import DATA, print_line, run_main, write_summary
+from tasks.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
+from tasks.errors import DataError, TrainingError
+from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
+from tasks.sft import SftParams, spool
+from tasks.sft.backend import Backend, choose_backend
+from tasks.sft.checkpoints import SAVING
+from tasks.sft.failures import clear, read_attempt, settle
+from tasks.sft.memory import largest_batch
+from tasks.sft.plan import compile_plan, without_steps
+from tasks.sft.terminal import shown_lines
+from tasks.stage import DATA, run_main, write_summary
 from tasks.state import state_dir
-from tasks.tracking import run_id, tracking_uri
+from tasks.tracking import tracking_uri
 
 BASE = DATA / "base" / "model"
 ROWS = DATA / "pack" / "train.parquet"
+VALIDATION = DATA / "split" / "validation.parquet"
 TARGET = DATA / "sft"
 ENGINES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+TOKENS = pa.list_(pa.int32())
+EVAL_ROWS = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("seq_lengths", TOKENS)])
+# A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
+GRACE_SECONDS = 40.0
 log = logging.getLogger(__name__)
 
 
@@ -34,25 +49,20 @@ def main() -> None:
     """Train, or go on with a training of the same key, and copy out what it made."""
     params = load_params(SftParams, "sft")
     rows = read_rows(ROWS)
-    lengths = [row["seq_lengths"] for row in rows]
-    plan = compile_plan(params, lengths, [count_supervised(row["labels"]) for row in rows])
-    device, precision = resolve_precision(params.precision)
-    folder = state_dir() / "checkpoints" / training_key(params, device, precision)
-    job = {
-        "params": params.model_dump(),
-        "plan": plan,
-        "device": device,
-        "precision": precision,
-        "folder": str(folder),
-        "base": str(BASE),
-        "rows": str(ROWS),
-        "data_digest": dvc_digest(ROWS),
-        "tracking_uri": tracking_uri(),
-        "run_id": run_id(MlflowClient(tracking_uri())),
-    }
-    if not is_finished(folder):
-        launch(job, params.num_processes)
-    publish(job, folder / "output")
+    job = build_job(params, rows)
+    folder = Path(job["folder"])
+    is_trained = is_finished(folder)
+    job["spool"] = str(open_spool(folder, is_trained))
+    # Opens the run of this training, and sends what earlier ones could not.
+    spool.limit_requests()
+    spool.replay(state_dir() / "tracking", job["tracking_uri"])
+    if not is_trained:
+        if params.eval_steps:
+            longest = max(sum(row["seq_lengths"]) for row in rows)
+            write_eval_rows(Path(job["eval_rows"]), longest if params.eval_packing else 0)
+        launch(job, params)
+    publish(job, folder)
+    plan = job["plan"]
     write_summary(
         "sft",
         rows_in=len(rows),
@@ -63,58 +73,133 @@ def main() -> None:
     )
 
 
-def resolve_precision(requested: str) -> tuple[str, str]:
-    """Return (device, precision) for this machine.
+def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write down all that a rank has to know, after the attempts so far."""
+    lengths = [row["seq_lengths"] for row in rows]
+    labelled = [count_supervised(row["labels"]) for row in rows]
+    plan = compile_plan(params, lengths, labelled)
+    tokens, size = [sum(one) for one in lengths], params.per_device_train_batch_size
+    batch = largest_batch(plan["order"], tokens, labelled, size)
+    backend = choose_backend(params, read_json(BASE / "config.json"), batch)
+    folder = state_dir() / "checkpoints" / training_key(params, backend)
+    attempt = read_attempt(folder)
+    micro_batch_size = max(1, params.per_device_train_batch_size >> attempt.halvings)
+    return {
+        "params": params.model_dump(),
+        "plan": without_steps(plan, attempt.skipped),
+        **asdict(backend),
+        "micro_batch_size": micro_batch_size,
+        "accumulation_steps": params.gradient_accumulation_steps
+        * (params.per_device_train_batch_size // micro_batch_size),
+        "folder": str(folder),
+        "base": str(BASE),
+        "rows": str(ROWS),
+        "eval_rows": str(folder / "eval.parquet") if params.eval_steps else None,
+        "data_digest": dvc_digest(ROWS),
+        "tracking_uri": tracking_uri(),
+    }
 
-    Raises:
-        ConfigError: bf16 was asked for and neither GPU nor CPU computes it natively.
-    """
-    import torch
 
-    if torch.cuda.is_available():
-        device, native = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        device, native = "cpu", "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    if requested == "bf16" and not native:
-        raise ConfigError(
-            "params.yaml: sft.precision=bf16, but this machine has no bf16 instructions; set auto or fp32"
-        )
-    return device, "bf16" if native and requested != "fp32" else "fp32"
-
-
-def training_key(params: SftParams, device: str, precision: str) -> str:
+def training_key(params: SftParams, backend: Backend) -> str:
     """Digest of all that decides the result: code, rows, base, parameters, engine versions."""
     code = tree_digest(Path(__file__).parent)
     versions = [f"{name}={importlib.metadata.version(name)}" for name in ENGINES]
     base = file_digest(BASE.with_name("base.json"))
-    return text_digest(code, file_digest(ROWS), base, params.model_dump_json(), device, precision, *versions)
+    heldout = file_digest(VALIDATION) if params.eval_steps else ""
+    machine = json.dumps(asdict(backend), sort_keys=True)
+    return text_digest(code, file_digest(ROWS), heldout, base, params.model_dump_json(), machine, *versions)
 
 
-def launch(job: dict[str, Any], processes: int) -> None:
-    """Start the ranks under DeepSpeed's launcher and the supervisor, and wait.
+def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a fact, not a mode
+    """Return the spool of a training: that of the attempt before, or one for the run of this night.
+
+    Args:
+        folder: Of the training.
+        is_trained: Nothing more will be told; the run that trained stays the one.
+    """
+    file = folder / "job.json"
+    before = Path(read_json(file)["spool"]) if file.is_file() else None
+    if before and is_trained:
+        return before
+    return spool.begin(state_dir() / "tracking", folder.name, os.environ.get("MLFLOW_RUN_ID") or None, before)
+
+
+def write_eval_rows(path: Path, max_length: int) -> None:
+    """Encode the validation side: one example a row, or as many as fit into `max_length` tokens.
+
+    Raises:
+        DataError: There is no example, or one cannot be encoded.
+    """
+    examples = read_rows(VALIDATION)
+    if not examples:
+        raise DataError(f"{VALIDATION}: no examples to evaluate on; raise split.validation_share")
+    encoder = load_encoder(BASE)
+    with open_memo(encoder) as memo:
+        encoded = encode_known([(row["messages"], row["tools"]) for row in examples], encoder, memo)
+    rows: list[dict[str, list[int]]] = []
+    for one, example in zip(encoded, examples, strict=True):
+        if isinstance(one, str):
+            raise DataError(f"{VALIDATION}: {example['origin']}: {one}; {FAULTS[one]}")
+        if not rows or sum(rows[-1]["seq_lengths"]) + len(one.input_ids) > max_length:
+            rows.append({"input_ids": [], "labels": [], "seq_lengths": []})
+        rows[-1]["input_ids"] += one.input_ids.tolist()
+        rows[-1]["labels"] += one.labels.tolist()
+        rows[-1]["seq_lengths"].append(len(one.input_ids))
+    write_rows(path, rows, EVAL_ROWS)
+
+
+def launch(job: dict[str, Any], params: SftParams) -> None:
+    """Start the ranks under their launcher and the supervisor, and wait.
 
     Raises:
         StageError: They ended without the success marker, whatever the exit code says.
     """
     folder = Path(job["folder"])
     (folder / "output").mkdir(parents=True, exist_ok=True)
+    clear(folder)
     write_json(folder / "job.json", job)
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        f"--num_gpus={processes}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={free_port()}",
-        "--no_local_rank",
-        "--module",
-        "tasks.sft.worker",
-        str(folder / "job.json"),
-    ]
-    code = supervise.run(command, on_line=print_line, env=rank_environment(job["device"]))
+    port = free_port()
+    command = [*launcher(params, job["strategy"], port), str(folder / "job.json")]
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        with shown_lines() as show:
+            code = supervise.run(
+                command,
+                on_line=show,
+                env=rank_environment(job["device"]),
+                grace_seconds=GRACE_SECONDS,
+            )
+    finally:
+        # DeepSpeed's ranks on a processor share memory, and leave it behind: 132 MiB a training.
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            buffer.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_finished(folder):
-        raise StageError(
-            f"sft: the ranks ended with code {code} before their work was done; the reason stands "
-            f"above. Run again: training goes on from the last checkpoint in {folder}"
-        )
+        raise settle(folder, job["micro_batch_size"], code)
+
+
+def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
+    """End the ranks, which save first, and this stage as one that can go on.
+
+    Raises:
+        TrainingError: Always.
+    """
+    # A second one, from another supervisor, must not disturb the end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise TrainingError("preempted", "sft: asked to end; run again: training goes on from where it was saved")
+
+
+def launcher(params: SftParams, strategy: str, port: int) -> list[str]:
+    """Build the command that starts the ranks: DeepSpeed's launcher, or one process by itself."""
+    worker = ["--module", "tasks.sft.worker"]
+    if strategy == "single":
+        return [sys.executable, "-m", "tasks.sft.worker"]
+    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    if params.hostfile is None:
+        command += [f"--num_gpus={params.num_processes}", "--master_addr=127.0.0.1"]
+    else:
+        command += [f"--hostfile={params.hostfile}"]
+    return [*command, f"--master_port={port}", "--no_local_rank", *worker]
 
 
 def rank_environment(device: str) -> dict[str, str]:
@@ -123,7 +208,8 @@ def rank_environment(device: str) -> dict[str, str]:
     env = {
         # DeepSpeed compiles its operators with ninja from the same environment.
         "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]),
-        "PYTHONPATH": str(Path.cwd()),
+        # The ranks run the code of this stage, wherever it was started.
+        "PYTHONPATH": str(Path(__file__).absolute().parents[2]),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
         or str(state_dir() / "torch-extensions"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
@@ -132,6 +218,8 @@ def rank_environment(device: str) -> dict[str, str]:
     if device == "cpu":
         # One thread for each rank makes the arithmetic, and so the adapter, reproducible.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        # glibc would keep freed blocks of up to 32 MiB: 0.3 GiB more with rows of 1024 tokens.
+        env |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     return env
 
 
@@ -141,32 +229,38 @@ def is_finished(folder: Path) -> bool:
     return marker.is_file() and bool(read_json(marker)["digest"] == tree_digest(folder / "output" / "model"))
 
 
-def publish(job: dict[str, Any], output: Path) -> None:
+def publish(job: dict[str, Any], folder: Path) -> None:
     """Copy the result to data/sft; checkpoints are not needed any more."""
+    output = folder / "output"
     shutil.rmtree(TARGET / "model", ignore_errors=True)
     shutil.copytree(output / "model", TARGET / "model")
     for name in ("effective.json", "selftest.json"):
         shutil.copyfile(output / name, TARGET / name)
     write_json(TARGET / "plan.json", job["plan"])
     marker = read_json(output / "finished.json")
-    # Nothing depends on this file, so a run id and a speed may stand in it.
-    write_json(
-        TARGET / "mlflow_run.json",
-        {"run_id": job["run_id"], "tokens_per_second": marker["tokens_per_second"]},
-    )
-    for checkpoint in output.parent.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    path = Path(job["spool"])
+    spool.finish(path)
+    spool.replay(path.parent, job["tracking_uri"])
+    # Nothing depends on this file, so a run id and a speed may stand in it. Without an id the run is still to
+    # be created, and can be found by its key.
+    run = {"run_id": spool.find_run_id(path), "tracking_key": path.stem}
+    write_json(TARGET / "mlflow_run.json", {**run, "tokens_per_second": marker["tokens_per_second"]})
+    for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def dvc_digest(path: Path) -> str:
-    """Return DVC's digest of a stage output from dvc.lock, or the file's own outside DVC."""
+    """Return DVC's digest of a stage output from dvc.lock, or half of the file's own outside DVC.
+
+    MLflow takes 36 characters at most; DVC's has 32.
+    """
     lock = Path("dvc.lock")
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
     for stage in stages.values():
         for out in stage.get("outs", []):
             if out["path"] == path.as_posix():
                 return str(out["md5"])
-    return file_digest(path)
+    return file_digest(path)[:32]
 
 
 def free_port() -> int:

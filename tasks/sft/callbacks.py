@@ -1,108 +1,94 @@
-"""What happens beside the steps: checkpoints are closed, the plan is held, metrics are reported."""
+"""Tell how a training goes: one line, and one set of metrics for its run, for each log."""
 
 import logging
-import math
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from mlflow import MlflowClient
-from mlflow.entities import Dataset as TrackedDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from transformers import TrainerCallback
 
-from tasks.errors import StageError
-from tasks.sft import checkpoints
+from tasks.sft.spool import Spool
 
 log = logging.getLogger(__name__)
 
 
-class Checkpoints(TrainerCallback):
-    """Close each checkpoint with its manifest once every rank has written its part."""
-
-    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Wait for all ranks, then let rank 0 write the manifest."""
-        torch.distributed.barrier()
-        if state.is_world_process_zero:
-            checkpoints.close(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
 class Progress(TrainerCallback):
-    """Hold the run to its plan and tell how it goes: one line and one set of metrics per log."""
+    """Rank 0 tells the terminal and the run; it never waits for MLflow."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.plan, self.run_id = job, job["plan"], job["run_id"]
-        self.client = MlflowClient(job["tracking_uri"]) if job["run_id"] else None
+        self.job, self.plan = job, job["plan"]
+        self.spool: Spool | None = None
         self.started = (time.monotonic(), 0)
         self.speed = 0.0
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Start the clock; tell the run once what is trained, on which data."""
+        """Start the clock; tell the run what is trained, on which data."""
         self.started = (time.monotonic(), state.global_step)
-        if self.client and state.is_world_process_zero:
-            describe_run(self.client, self.job)
-
-    def on_log(
-        self,
-        _args: Any,
-        state: Any,
-        _control: Any,
-        logs: dict[str, float],
-        **_: Any,
-    ) -> None:
-        """Check loss and learning rate, then report them.
-
-        Raises:
-            StageError: The loss is not finite, or the learning rate is not the planned one.
-        """
-        if "loss" not in logs:
-            return
-        step, loss, rate = state.global_step, logs["loss"], logs["learning_rate"]
-        if not math.isfinite(loss):
-            rows = self.plan["order"][(step - 1) * self.plan["rows_per_step"] :]
-            raise StageError(
-                f"sft: loss {loss} at step {step}, packed rows {rows[: self.plan['rows_per_step']]}; "
-                "look at these rows in data/pack/train.parquet, or lower sft.learning_rate"
-            )
-        planned = self.plan["learning_rate"][step - 1]
-        if not math.isclose(rate, planned, rel_tol=1e-6, abs_tol=1e-12):
-            raise StageError(f"sft: learning rate {rate} at step {step}, but the plan says {planned}")
         if state.is_world_process_zero:
-            self.report(step, loss, rate, logs["grad_norm"])
+            self.spool = Spool(Path(self.job["spool"]), self.job["tracking_uri"])
+            self.spool.tell("params", values=run_params(self.job))
+            rows = self.job["rows"]
+            self.spool.tell("dataset", name="train", digest=self.job["data_digest"], source=rows)
 
-    def report(self, step: int, loss: float, rate: float, grad_norm: float) -> None:
-        """Write one line, and send the metrics to the run."""
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Report a training step or an evaluation."""
+        if not self.spool:
+            return
+        step = state.global_step
+        if "loss" in logs:
+            values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm")}
+            self.spool.tell("metrics", values=values | self.measure(step, values), step=step)
+        elif "eval_loss" in logs:
+            log.info("step %d/%d eval_loss %.4f", step, self.plan["steps"], logs["eval_loss"])
+            self.spool.tell("metrics", values={"eval_loss": float(logs["eval_loss"])}, step=step)
+
+    def measure(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """Write the line of a step, and return the metrics that stand in it besides its values."""
         begin, first = self.started
         seconds = time.monotonic() - begin
         self.speed = sum(self.plan["tokens"][first:step]) / seconds
+        supervised = sum(self.plan["supervised_tokens"][first:step]) / seconds
+        memory = peak_memory(self.job["device"])
         left = seconds / (step - first) * (self.plan["steps"] - step)
         log.info(
-            "step %d/%d loss %.4f lr %.2e %.0f tok/s, %.0f s left",
-            step, self.plan["steps"], loss, rate, self.speed, left,
+            "step %d/%d loss %.4f lr %.2e grad %.2e %.0f tok/s, %.0f supervised, "
+            "%.2f GiB, %.0f s left, ends %s",
+            step, self.plan["steps"], values["loss"], values["learning_rate"], values["grad_norm"],
+            self.speed, supervised, memory, left, clock(time.time() + left),
         )  # fmt: skip
-        if self.client:
-            values = {
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": grad_norm,
-                "tokens_per_second": self.speed,
-                "supervised_tokens": self.plan["supervised_tokens"][step - 1],
-            }
-            now = int(time.time() * 1000)
-            self.client.log_batch(
-                self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()]
-            )
+        return {
+            "tokens_per_second": self.speed,
+            "supervised_tokens_per_second": supervised,
+            "supervised_tokens": float(self.plan["supervised_tokens"][step - 1]),
+            "peak_memory_gib": memory,
+        }
+
+    def close(self) -> None:
+        """Give MLflow a last chance; what it does not take is kept for later."""
+        if self.spool:
+            self.spool.close()
 
 
-def describe_run(client: MlflowClient, job: dict[str, Any]) -> None:
-    """Log parameters and the data set with DVC's digest, unless a run that is resumed has them."""
-    if client.get_run(job["run_id"]).data.params:
-        return
+def clock(moment: float) -> str:
+    """Write a moment, in seconds since 1970, as weekday and time of this machine."""
+    return time.strftime("%a %H:%M", time.localtime(moment))
+
+
+def run_params(job: dict[str, Any]) -> dict[str, str]:
+    """Return what the run is to show of the job."""
     values = {f"sft.{key}": str(value) for key, value in job["params"].items()}
-    values |= {"device": job["device"], "precision": job["precision"]}
-    values |= {"steps": str(job["plan"]["steps"])}
-    client.log_batch(job["run_id"], params=[Param(key, value) for key, value in values.items()])
-    dataset = TrackedDataset(name="train", digest=job["data_digest"], source_type="local", source=job["rows"])
-    tags = [InputTag("mlflow.data.context", "training"), InputTag("dvc.path", job["rows"])]
-    client.log_inputs(job["run_id"], datasets=[DatasetInput(dataset, tags)])
+    return values | {
+        "device": job["device"],
+        "precision": job["precision"],
+        "steps": str(job["plan"]["steps"]),
+    }
+
+
+def peak_memory(device: str) -> float:
+    """Return the most memory that this process has held, in GiB: on the GPU by tensors, else resident."""
+    if device == "cpu":
+        # Linux counts in KiB.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.cuda.max_memory_allocated() / 2**30

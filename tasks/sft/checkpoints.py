@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: each is closed by a manifest with digests, written last.
+"""Checkpoints that can be trusted: each is closed by a manifest with digests and takes its name last.
 
 They live in the state folder under a key of code, data, base, parameters and versions. The same key
 means the same training, so resuming is exact; any change is another folder, so a stale checkpoint
@@ -6,21 +6,57 @@ cannot be picked up.
 """
 
 import logging
+import os
+import shutil
 from pathlib import Path
 
 from tasks.files import file_digest, read_json, write_json
 
 MANIFEST = "manifest.json"
+# Where a checkpoint is written before it counts.
+SAVING = ".saving"
 log = logging.getLogger(__name__)
 
 
-def close(checkpoint: Path) -> None:
-    """Write the manifest: from now on the checkpoint counts."""
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
+def close(written: Path, folder: Path) -> Path:
+    """Put a written checkpoint on the disk, digests last, and give it its name: from now on it counts.
+
+    Returns:
+        Its place in `folder`.
+    """
+    files = sorted(p for p in written.rglob("*") if p.is_file() and p.name != MANIFEST)
+    for path in files:
+        sync(path)
     write_json(
-        checkpoint / MANIFEST,
-        {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files},
+        written / MANIFEST, {path.relative_to(written).as_posix(): file_digest(path) for path in files}
     )
+    target = folder / written.name
+    shutil.rmtree(target, ignore_errors=True)
+    written.rename(target)
+    sync(folder)
+    return target
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rotate(folder: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest checkpoints, and never the best one.
+
+    Args:
+        folder: Where they lie.
+        keep: Checkpoints to keep.
+        best: Step of the best one, or None.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step)[:-keep]:
+        if step(checkpoint) != best:
+            shutil.rmtree(checkpoint)
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -37,8 +73,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 def find_newest(folder: Path) -> Path | None:
     """Return the newest checkpoint that verifies, or None; say which ones do not."""
-    numbered = sorted(folder.glob("checkpoint-*"), key=step, reverse=True)
-    for checkpoint in numbered:
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
         if is_complete(checkpoint):
             return checkpoint
         log.warning("%s is incomplete or damaged; trying the one before", checkpoint)

@@ -9,8 +9,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.errors import ConfigError
 from tasks.sft import SftParams
+from tasks.sft.schedule import learning_rates
 
 # A row of no example and no label. It fills the last step, so that all ranks do equal work and no
 # real row is repeated to make up the number.
@@ -35,7 +35,7 @@ def compile_plan(
         its tokens, supervised tokens and learning rate, shape (steps,).
 
     Raises:
-        ConfigError: The warm-up is longer than the training.
+        ConfigError: The warm-up and the decay are longer than the training.
     """
     step_rows = params.num_processes * params.per_device_train_batch_size * params.gradient_accumulation_steps
     tokens = [sum(lengths) for lengths in seq_lengths]
@@ -46,11 +46,6 @@ def compile_plan(
     steps = min(steps, params.max_steps or steps)
     order = order[: steps * step_rows]
     order += [FILLER] * (steps * step_rows - len(order))
-    if params.warmup_steps >= steps:
-        raise ConfigError(
-            f"params.yaml: sft.warmup_steps={params.warmup_steps}, but the training has only "
-            f"{steps} steps; lower warmup_steps or train longer"
-        )
     groups = [order[i : i + step_rows] for i in range(0, len(order), step_rows)]
     return {
         "steps": steps,
@@ -59,7 +54,7 @@ def compile_plan(
         "order": order,
         "tokens": [sum(tokens[i] for i in rows if i != FILLER) for rows in groups],
         "supervised_tokens": [sum(supervised[i] for i in rows if i != FILLER) for rows in groups],
-        "learning_rate": [learning_rate(step, steps, params) for step in range(steps)],
+        "learning_rate": learning_rates(steps, params),
     }
 
 
@@ -99,28 +94,33 @@ def row_order(costs: Sequence[int], epochs: int, processes: int, seed: int) -> l
     return order
 
 
-def learning_rate(step: int, steps: int, params: SftParams) -> float:
-    """Learning rate of one optimiser step (from 0), equal to that of transformers' schedulers."""
-    if step < params.warmup_steps:
-        return params.learning_rate * step / max(1, params.warmup_steps)
-    progress = (step - params.warmup_steps) / max(1, steps - params.warmup_steps)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[params.lr_scheduler_type]
-    return params.learning_rate * factor
+def without_steps(plan: dict[str, Any], steps: Sequence[int]) -> dict[str, Any]:
+    """Return the plan with fillers in the place of the rows of some steps, counted from 1.
 
-
-def deepspeed_config(params: SftParams, precision: str) -> dict[str, Any]:
-    """Generate DeepSpeed's configuration; optimiser and scheduler stay with transformers."""
-    return {
-        "train_micro_batch_size_per_gpu": params.per_device_train_batch_size,
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": params.max_grad_norm,
-        "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": {"stage": params.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "wall_clock_breakdown": False,
-        "steps_per_print": 10**9,
+    Example:
+        >>> counts = {"tokens": [9, 8], "supervised_tokens": [3, 2]}
+        >>> plan = {"rows_per_step": 1, "fillers": 0, "order": [4, 7], **counts}
+        >>> without_steps(plan, [2])["order"], without_steps(plan, [2])["tokens"]
+        ([4, -1], [9, 0])
+    """
+    size = plan["rows_per_step"]
+    skipped = {step - 1 for step in steps}
+    order = [FILLER if i // size in skipped else row for i, row in enumerate(plan["order"])]
+    kept = {
+        key: [0 if step in skipped else count for step, count in enumerate(plan[key])]
+        for key in ("tokens", "supervised_tokens")
     }
+    return {**plan, "order": order, "fillers": order.count(FILLER), **kept}
+
+
+def name_rows(plan: dict[str, Any], steps: range) -> str:
+    """Name steps, counted from 1, and their rows for a message.
+
+    Example:
+        >>> name_rows({"rows_per_step": 2, "order": [4, 7, 1, 0]}, range(2, 3))
+        'step 2, rows [1, 0] of data/pack/train.parquet'
+    """
+    size = plan["rows_per_step"]
+    rows = plan["order"][(steps.start - 1) * size : (steps.stop - 1) * size]
+    numbers = f"step {steps.start}" if len(steps) == 1 else f"steps {steps.start} to {steps.stop - 1}"
+    return f"{numbers}, rows {rows} of data/pack/train.parquet"

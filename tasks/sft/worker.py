@@ -11,94 +11,103 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PrinterCallback,
-    TrainerCallback,
-    set_seed,
-)
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from trl import SFTConfig
 
 from tasks import supervise
 from tasks.encode import IGNORED
-from tasks.errors import StageError
+from tasks.errors import PipelineError, StageError, TrainingError
 from tasks.files import read_json, read_rows, tree_digest, write_json
-from tasks.sft import SftParams, checkpoints, selftest
-from tasks.sft.callbacks import Checkpoints, Progress
-from tasks.sft.plan import FILLER, deepspeed_config
+from tasks.sft import SftParams, checkpoints
+from tasks.sft.callbacks import Progress
+from tasks.sft.failures import write_failure
+from tasks.sft.guard import Guard
+from tasks.sft.history import best_step, is_exhausted
+from tasks.sft.model import load_model
+from tasks.sft.plan import FILLER
+from tasks.sft.proof import Proof
+from tasks.sft.strategy import deepspeed_config, fsdp_config
+from tasks.sft.trainer import Trainer, writing
 from tasks.stage import run_main
 
+# Beside the safetensors: what the weights cannot be loaded without.
+WEIGHT_FILES = (
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+)
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Train the job named on the command line."""
+    """Train the job named on the command line; leave the reason if it fails."""
     # Without its launcher a rank would wait for the others for ever.
     supervise.die_with_parent()
     job = read_json(Path(sys.argv[-1]))
-    params = SftParams.model_validate(job["params"])
     folder = Path(job["folder"])
+    try:
+        train(job, folder)
+    except TrainingError as err:
+        write_failure(folder, err.kind, str(err), err.steps)
+        raise
+    except PipelineError as err:
+        write_failure(folder, "error", str(err))
+        raise
+    except (MemoryError, RuntimeError) as err:
+        # What the allocators of GPU, Python and torch's processor say.
+        text = str(err).partition("\n")[0]
+        is_memory = isinstance(err, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+        if not is_memory:
+            raise
+        write_failure(folder, "out_of_memory", f"out of memory: {text}")
+        raise StageError(f"out of memory: {text}") from err
+
+
+def train(job: dict[str, Any], folder: Path) -> None:
+    """Build, prove, train from the newest checkpoint, save."""
+    params = SftParams.model_validate(job["params"])
     # The seed comes before the adapter's weights are drawn.
     set_seed(params.seed)
     progress = Progress(job)
-    trainer = build_trainer(job, params, [Checkpoints(), progress])
+    guard, proof = Guard(job, params), Proof(job)
+    trainer = build_trainer(job, params, [guard, proof, progress])
     trainer.remove_callback(PrinterCallback)
-    proof = prove(trainer)
+    proof.trainer = trainer
     resume = checkpoints.find_newest(folder)
+    if resume and is_stopped(resume, params):
+        # It had stopped for good: only its weights are wanted.
+        trainer.args.max_steps = checkpoints.step(resume)
     if trainer.is_world_process_zero():
         write_json(folder / "output" / "effective.json", effective(trainer, job))
-        write_json(folder / "output" / "selftest.json", proof)
-        log.info("isolation proven; %s", f"going on from {resume.name}" if resume else "step 1")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finish(trainer, job, progress)
+        log.info("%s", f"going on from {resume.name}" if resume else "starting with step 1")
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finish(trainer, job, progress, guard)
+    finally:
+        progress.close()
 
 
-class Trainer(SFTTrainer):
-    """TRL's trainer with logits only where a label asks for them.
-
-    Off a GPU, TRL's fused head scores every position: with three quarters of the tokens unsupervised
-    that is a third of the step. The value is the same token-weighted mean.
-    """
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,  # noqa: FBT001, FBT002 - transformers' signature
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Sum of the negative log-likelihoods over the labelled tokens of the whole step."""
-        labels = inputs.pop("labels")[0, 1:]
-        keep = (labels != IGNORED).nonzero().squeeze(-1)
-        outputs = model(**inputs, use_cache=False, logits_to_keep=keep)
-        total = cross_entropy(outputs.logits[0].float(), labels[keep], reduction="sum")
-        # Every rank's gradient is averaged, but num_items_in_batch counts the tokens of all ranks.
-        loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
-        return (loss, outputs) if return_outputs else loss
+def is_stopped(checkpoint: Path, params: SftParams) -> bool:
+    """Tell whether a training had stopped early at a checkpoint."""
+    history = read_json(checkpoint / "trainer_state.json")["log_history"]
+    return is_exhausted(history, params.early_stopping_patience, params.early_stopping_min_delta)
 
 
-def build_trainer(job: dict[str, Any], params: SftParams, callbacks: list[TrainerCallback]) -> SFTTrainer:
-    """Build TRL's trainer on the packed rows, in the order of the plan."""
+def build_trainer(job: dict[str, Any], params: SftParams, callbacks: list[TrainerCallback]) -> Trainer:
+    """Build the trainer on the packed rows, in the order of the plan."""
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
-    model = AutoModelForCausalLM.from_pretrained(
-        job["base"],
-        dtype=torch.bfloat16 if job["precision"] == "bf16" else torch.float32,
-        attn_implementation=params.attn_implementation,
-        trust_remote_code=False,
-    )
-    lora = LoraConfig(
-        r=params.lora_r,
-        lora_alpha=params.lora_alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    # Before the model: weights are divided among the ranks while they are read if DeepSpeed is known by then.
+    args = training_arguments(job, params)
+    filler = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
     return Trainer(
-        model=get_peft_model(model, lora),
-        args=training_arguments(job, params),
-        train_dataset=planned_rows(Path(job["rows"]), job["plan"]["order"], tokenizer.eos_token_id),
+        params=params,
+        plan=job["plan"],
+        filler=filler,
+        model=load_model(job["base"], params, job["strategy"], job["precision"], job["attention"]),
+        args=args,
+        train_dataset=planned_rows(Path(job["rows"]), job["plan"]["order"], filler),
+        eval_dataset=planned_rows(Path(job["eval_rows"]), None, filler) if job["eval_rows"] else None,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -106,32 +115,46 @@ def build_trainer(job: dict[str, Any], params: SftParams, callbacks: list[Traine
 
 def training_arguments(job: dict[str, Any], params: SftParams) -> SFTConfig:
     """Translate our parameters to TRL's; everything it would do in silence is switched off."""
+    precision = job["precision"]
+    fsdp = fsdp_config(params, job["strategy"])
     return SFTConfig(
         output_dir=job["folder"],
         max_steps=job["plan"]["steps"],
-        per_device_train_batch_size=params.per_device_train_batch_size,
-        gradient_accumulation_steps=params.gradient_accumulation_steps,
+        per_device_train_batch_size=job["micro_batch_size"],
+        gradient_accumulation_steps=job["accumulation_steps"],
+        per_device_eval_batch_size=params.per_device_eval_batch_size,
         learning_rate=params.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
-            params.lr_scheduler_type, params.lr_scheduler_type
-        ),
-        warmup_steps=params.warmup_steps,
+        # The rates come from the plan.
+        lr_scheduler_type="constant",
+        optim=params.optim,
+        adam_beta1=params.adam_beta1,
+        adam_beta2=params.adam_beta2,
+        adam_epsilon=params.adam_epsilon,
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
-        optim="adamw_torch",
-        bf16=job["precision"] == "bf16",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        tf32=True if precision == "tf32" else None,
         use_cpu=job["device"] == "cpu",
-        deepspeed=deepspeed_config(params, job["precision"]),
-        activation_checkpointing=False,
+        deepspeed=deepspeed_config(params, job["strategy"], precision, job["micro_batch_size"]),
+        fsdp=fsdp is not None,
+        fsdp_config=fsdp,
+        ddp_find_unused_parameters=False,
+        activation_checkpointing=params.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
+        use_liger_kernel=params.use_liger_kernel,
+        torch_compile=params.torch_compile,
         # The rows are packed and shuffled by the plan.
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
         padding_free=True,
         packing=False,
+        eval_packing=False,
         max_length=None,
+        eval_strategy="steps" if params.eval_steps else "no",
+        eval_steps=params.eval_steps,
         save_strategy="steps",
         save_steps=params.save_steps,
-        save_total_limit=2,
         logging_steps=params.logging_steps,
         logging_nan_inf_filter=False,
         report_to=[],
@@ -141,79 +164,120 @@ def training_arguments(job: dict[str, Any], params: SftParams) -> SFTConfig:
     )
 
 
-def planned_rows(path: Path, order: list[int], filler_token: int) -> Dataset:
-    """Lay out the rows in the order of the plan; a filler is two tokens without a label."""
+def planned_rows(path: Path, order: list[int] | None, filler: dict[str, Any]) -> Dataset:
+    """Lay out rows in the order of the plan, or as they stand; a filler is two tokens without a label."""
     rows = read_rows(path)
-    filler = {"input_ids": [filler_token] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
-    columns = ("input_ids", "labels", "seq_lengths")
-    planned = [filler if i == FILLER else rows[i] for i in order]
-    return Dataset.from_list([{column: row[column] for column in columns} for row in planned])
+    planned = rows if order is None else [filler if i == FILLER else rows[i] for i in order]
+    return Dataset.from_list([{column: row[column] for column in filler} for row in planned])
 
 
-def prove(trainer: SFTTrainer) -> dict[str, Any]:
-    """Run the self-test on the first two examples of the first row that holds two."""
-    for row in trainer.train_dataset:
-        if len(row["seq_lengths"]) > 1 and any(
-            label != IGNORED for label in row["labels"][: sum(row["seq_lengths"][:2])]
-        ):
-            first, second = row["seq_lengths"][:2]
-            short = {k: row[k][: first + second] for k in ("input_ids", "labels")}
-            batch = trainer.data_collator([{**short, "seq_lengths": [first, second]}])
-            batch = {k: v.to(trainer.args.device) if hasattr(v, "to") else v for k, v in batch.items()}
-            return selftest.run(trainer.model.to(trainer.args.device), batch, first)
-    return {"isolation": {"proven": True, "reason": "no row holds two examples"}}
-
-
-def effective(trainer: SFTTrainer, job: dict[str, Any]) -> dict[str, Any]:
+def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
     """Set what was requested beside what runs.
 
     Raises:
-        StageError: The two differ.
+        StageError: The two differ, and what was requested is not `auto`.
     """
-    params = job["params"]
+    params, args = trainer.params, trainer.args
+    strategy = running_strategy(trainer)
+    if strategy != job["strategy"]:
+        raise StageError(
+            f"strategy {job['strategy']} was chosen, but {strategy} runs; this is a bug, report it"
+        )
     runs = {
+        "strategy": strategy,
+        "precision": job["precision"],
         "attn_implementation": trainer.model.config._attn_implementation,
-        "num_processes": trainer.args.world_size,
-        "zero_stage": trainer.accelerator.state.deepspeed_plugin.zero_stage,
+        "num_processes": args.world_size,
+        "optim": args.optim.value,
+        # The trainer switches it on in the model only when train() begins.
+        "activation_checkpointing": args.activation_checkpointing,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
     }
-    table = {key: {"requested": params[key], "effective": value} for key, value in runs.items()}
-    if different := [key for key, row in table.items() if row["requested"] != row["effective"]]:
-        raise StageError(f"sft: requested and effective differ: {[table[k] for k in different]}")
-    table["precision"] = {"requested": params["precision"], "effective": job["precision"]}
-    table["device"] = {"requested": "auto", "effective": job["device"]}
-    return table
+    table = {key: {"requested": getattr(params, key), "effective": value} for key, value in runs.items()}
+    # Another attempt may take a smaller micro-batch; the rows of a step stay the same.
+    free = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    different = {
+        key: row
+        for key, row in table.items()
+        if row["requested"] not in ("auto", row["effective"]) and key not in free
+    }
+    if different:
+        raise StageError(f"requested and effective differ: {different}; this is a bug, report it")
+    return {
+        **table,
+        "device": {"requested": "auto", "effective": job["device"]},
+        "strategy_reason": job["reason"],
+    }
 
 
-def finish(trainer: SFTTrainer, job: dict[str, Any], progress: Progress) -> None:
-    """Save the adapter and, as the last act, the success marker.
+def running_strategy(trainer: Trainer) -> str:
+    """Tell from the accelerator how the ranks share the work."""
+    accelerator = trainer.accelerator
+    if plugin := accelerator.state.deepspeed_plugin:
+        return f"zero{plugin.zero_stage}"
+    if accelerator.is_fsdp2:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Guard) -> None:
+    """Save the weights and, as the last act, the success marker.
 
     Raises:
         StageError: The training ended before its plan did.
+        TrainingError: It was asked to end.
     """
-    if trainer.state.global_step != job["plan"]["steps"]:
-        raise StageError(
-            f"sft: ended at step {trainer.state.global_step} of {job['plan']['steps']}; run again"
-        )
+    params, step = trainer.params, trainer.state.global_step
+    history = trainer.state.log_history
+    stopped = is_exhausted(history, params.early_stopping_patience, params.early_stopping_min_delta)
+    if step != job["plan"]["steps"] and not stopped:
+        if guard.is_asked_to_end:
+            raise TrainingError("preempted", f"asked to end; saved at step {step}")
+        raise StageError(f"ended at step {step} of {job['plan']['steps']}; run again")
     output = Path(job["folder"]) / "output"
-    shutil.rmtree(output / "model", ignore_errors=True)
-    trainer.save_model(str(output / "model"))
     if trainer.is_world_process_zero():
-        # What PEFT needs and nothing that changes from run to run.
-        for path in (output / "model").iterdir():
-            if path.name not in ("adapter_model.safetensors", "adapter_config.json"):
-                path.unlink()
-        # PEFT writes this list in the order of a set, which differs from process to process.
-        config = read_json(output / "model" / "adapter_config.json")
-        config["target_modules"] = sorted(config["target_modules"])
-        write_json(output / "model" / "adapter_config.json", config)
+        shutil.rmtree(output / "model", ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    best = best_step(history) if params.load_best_model_at_end else None
+    if best is None:
+        with writing("the trained model"):
+            trainer.save_model(str(output / "model"))
+    elif trainer.is_world_process_zero():
+        copy_weights(Path(job["folder"]) / f"checkpoint-{best}", output / "model")
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        tidy(output / "model")
         write_json(
             output / "finished.json",
             {
-                "steps": trainer.state.global_step,
+                "steps": step,
+                "best_step": best,
                 "digest": tree_digest(output / "model"),
                 "tokens_per_second": round(progress.speed, 1),
             },
         )
+
+
+def copy_weights(checkpoint: Path, target: Path) -> None:
+    """Copy the weights of a checkpoint."""
+    target.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        if path.suffix == ".safetensors" or path.name in WEIGHT_FILES:
+            shutil.copyfile(path, target / path.name)
+
+
+def tidy(model: Path) -> None:
+    """Keep what is needed to load the weights, and nothing that changes from run to run."""
+    for path in model.iterdir():
+        if path.suffix != ".safetensors" and path.name not in WEIGHT_FILES:
+            path.unlink()
+    config = model / "adapter_config.json"
+    if config.is_file():
+        # PEFT writes this list in the order of a set, which differs from process to process.
+        values = read_json(config)
+        values["target_modules"] = sorted(values["target_modules"])
+        write_json(config, values)
 
 
 if __name__ == "__main__":

@@ -1,61 +1,141 @@
-"""The proofs before step 1 refuse a model that would train wrong without an error."""
+"""The proofs before step 1 refuse a model that would train wrong without an error: each fault is planted."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from transformers import set_seed
 
 from tasks.errors import StageError
-from tasks.sft import selftest
+from tasks.files import read_json, read_rows
+from tasks.sft import SftParams
+from tasks.sft.__main__ import ROWS, build_job
+from tasks.sft.proof import Proof
+from tasks.sft.trainer import Trainer
+from tasks.sft.worker import build_trainer
+from tests.sft import WHOLE_SET, make_folder, shipped_params
 
-FIRST = 5
+PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
 
 
 @pytest.fixture
-def model(tiny_base: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+def build(in_tmp: Path, tiny_base: Path) -> Callable[..., Trainer]:
+    """Build the trainer of one process, with its proofs, in a folder of its own."""
+    make_folder(in_tmp, tiny_base, PACKED)
+
+    def build_one(**changes: Any) -> Trainer:
+        params = SftParams(**{**shipped_params(), **WHOLE_SET, **changes})
+        job = build_job(params, read_rows(ROWS))
+        proof = Proof(job)
+        set_seed(params.seed)
+        trainer = build_trainer(job, params, [proof])
+        proof.trainer = trainer
+        return trainer
+
+    return build_one
 
 
-@pytest.fixture
-def batch() -> dict[str, Any]:
-    """Two examples of 5 and 6 tokens in one row, as TRL's collator hands them to the model."""
-    ids = list(range(100, 111))
-    row = {"input_ids": ids, "labels": [-100, *ids[1:5], -100, *ids[6:]], "seq_lengths": [FIRST, 6]}
-    batch: dict[str, Any] = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([row])
-    return batch
+def selftest_file(trainer: Trainer) -> Path:
+    return Path(trainer.args.output_dir) / "output" / "selftest.json"
 
 
-def test_a_right_model_passes(model: Any, batch: dict[str, Any]) -> None:
-    proof = selftest.run(model, batch, FIRST)
+@pytest.mark.parametrize(
+    "changes", [{}, {"adapter": None, "learning_rate": 1e-4}, {"use_dora": True}, {"precision": "bf16"}]
+)
+def test_a_right_model_passes_and_trains(build: Callable[..., Trainer], changes: dict[str, Any]) -> None:
+    trainer = build(**changes)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    proof = read_json(selftest_file(trainer))
     assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
-    assert proof["gradients"]["weights_reached"] == 14
-    assert all(p.grad is None for p in model.parameters())
+    assert proof["gradients"]["relative_difference"] < (0.1 if "precision" in changes else 1e-5)
+    assert proof["saving"]["proven"]
 
 
-def test_an_attention_mask_of_ones_is_caught(model: Any, batch: dict[str, Any]) -> None:
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    with pytest.raises(StageError, match="packed examples see each other"):
-        selftest.run(model, batch, FIRST)
+def test_the_proofs_leave_weights_and_random_numbers_as_they_were(build: Callable[..., Trainer]) -> None:
+    digests = []
+    for runs_proofs in (True, False):
+        trainer = build(lora_dropout=0.1)
+        if not runs_proofs:
+            trainer.remove_callback(Proof)
+        trainer.train()
+        weights = [p.detach().sum().item() for p in trainer.model.parameters() if p.requires_grad]
+        digests.append(weights)
+    assert digests[0] == digests[1]
 
 
-def test_positions_that_do_not_restart_are_caught(model: Any, batch: dict[str, Any]) -> None:
-    batch["position_ids"] = torch.arange(11)[None]
-    with pytest.raises(StageError, match="packed examples see each other"):
-        selftest.run(model, batch, FIRST)
+def refuse(trainer: Trainer, message: str) -> None:
+    """Training refuses, before any weight has changed."""
+    with pytest.raises(StageError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not selftest_file(trainer).exists()
 
 
-def test_frozen_adapters_are_caught(model: Any, batch: dict[str, Any]) -> None:
-    model.requires_grad_(requires_grad=False)
-    with pytest.raises(StageError, match="gradients reach 0 weights"):
-        selftest.run(model, batch, FIRST)
+def change_batches(trainer: Trainer, change: Callable[[dict[str, Any]], None]) -> None:
+    """Let a change happen to every batch."""
+    collate = trainer.data_collator
+
+    def changed(rows: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = collate(rows)
+        change(batch)
+        return batch
+
+    trainer.data_collator = changed
 
 
-def test_a_row_without_a_label_is_caught(model: Any, batch: dict[str, Any]) -> None:
-    batch["labels"] = torch.full_like(batch["labels"], -100)
-    with pytest.raises(StageError, match="loss of the first row is nan"):
-        selftest.run(model, batch, FIRST)
+def test_an_attention_mask_of_ones_is_caught(build: Callable[..., Trainer]) -> None:
+    trainer = build()
+    change_batches(trainer, lambda b: b.update(attention_mask=torch.ones_like(b["input_ids"])))
+    refuse(trainer, "packed examples see each other")
+
+
+def test_positions_that_do_not_restart_are_caught(build: Callable[..., Trainer]) -> None:
+    trainer = build()
+    change_batches(trainer, lambda b: b.update(position_ids=torch.arange(b["input_ids"].shape[1])[None]))
+    refuse(trainer, "packed examples see each other")
+
+
+def test_a_cache_that_is_left_on_is_caught(build: Callable[..., Trainer]) -> None:
+    trainer = build()
+    inner = trainer.model.forward
+    trainer.model.forward = lambda *args, **more: inner(*args, **{**more, "use_cache": True})
+    refuse(trainer, "packed examples see each other")
+
+
+def test_frozen_adapters_are_caught(build: Callable[..., Trainer]) -> None:
+    trainer = build()
+    trainer.model.requires_grad_(requires_grad=False)
+    refuse(trainer, "gradients reach 0 of 0 weights")
+
+
+def test_rows_without_a_label_are_caught(build: Callable[..., Trainer]) -> None:
+    trainer = build()
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    refuse(trainer, "no row has a label")
+
+
+def test_a_loss_that_is_a_mean_over_examples_is_caught(build: Callable[..., Trainer]) -> None:
+    trainer = build()
+    change_batches(trainer, lambda b: b["labels"].__setitem__((0, slice(-4, None)), -100))
+    refuse(trainer, "differs from that of its examples")
+
+
+@pytest.mark.parametrize("fault", ["nothing is written", "zeros are written"])
+def test_a_save_that_loses_the_adapter_is_caught(build: Callable[..., Trainer], fault: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    trainer = build()
+    save = trainer.save_model
+
+    def lossy(folder: str, **more: Any) -> None:
+        save(folder, **more)
+        file = Path(folder) / "adapter_model.safetensors"
+        weights = load_file(file)
+        kept = {} if fault == "nothing is written" else {k: torch.zeros_like(v) for k, v in weights.items()}
+        save_file(kept, file)
+
+    trainer.save_model = lossy
+    refuse(trainer, "what would be saved is not what trains")

@@ -40,8 +40,8 @@ def test_values_that_are_right_alone_but_not_together_are_told(params: dict[str,
     with pytest.raises(ConfigError) as caught:
         check(params)
     assert str(caught.value).splitlines()[1:] == [
+        "  sft: warmup_steps=3 must be below max_steps=3; lower it",
         "  augment.sources: no source is named element; did you mean elements?",
-        "  sft.warmup_steps: 3 must be below max_steps=3; lower it",
     ]
 
 

@@ -6,11 +6,10 @@ from tasks.sft import checkpoints
 
 
 def make(folder: Path, step: int) -> Path:
-    path = folder / f"checkpoint-{step}"
-    (path / "rank").mkdir(parents=True)
-    (path / "rank" / "state.pt").write_bytes(b"x" * step)
-    checkpoints.close(path)
-    return path
+    written = folder / checkpoints.SAVING / f"checkpoint-{step}"
+    (written / "rank").mkdir(parents=True)
+    (written / "rank" / "state.pt").write_bytes(b"x" * step)
+    return checkpoints.close(written, folder)
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
@@ -29,3 +28,19 @@ def test_a_damaged_incomplete_or_open_checkpoint_is_passed_over(tmp_path: Path) 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert checkpoints.find_newest(tmp_path) is None
+
+
+def test_a_checkpoint_that_is_being_written_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / checkpoints.SAVING / "checkpoint-5").mkdir(parents=True)
+    assert checkpoints.find_newest(tmp_path) is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 10, 20):
+        make(tmp_path, step)
+    checkpoints.rotate(tmp_path, 2, best=4)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-10",
+        "checkpoint-20",
+        "checkpoint-4",
+    ]

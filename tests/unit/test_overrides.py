@@ -54,6 +54,16 @@ def test_a_key_without_a_section_is_told() -> None:
         edit("sft: {seed: 1}", {"seed": 2})
 
 
+def test_a_collection_leaves_the_comment_of_the_next_key_in_its_place() -> None:
+    text = "a:\n  old:\n    x: 1\n    y: 2\n  # About next.\n  next: [1]\n  # About last.\n  last: 0\n"
+    changed = edit(text, {"a.old": {"z": 3}, "a.next": ["p", "q"], "a.last": 1e-05})
+    assert changed == (
+        "a:\n  old:\n    z: 3\n  # About next.\n  next: [p, q]\n  # About last.\n  last: 1.0e-05\n"
+    )
+    emptied = edit(text, {"a.old": [], "a.next": {"k": 1}})
+    assert emptied == "a:\n  old: []\n  # About next.\n  next: {k: 1}\n  # About last.\n  last: 0\n"
+
+
 def test_what_a_killed_run_left_is_put_right_by_the_next(checkout: Path) -> None:
     params = checkout / "params.yaml"
     before = params.read_text()

@@ -72,7 +72,7 @@ def test_truncation_that_cuts_off_the_answer_drops_the_example() -> None:
 
 
 def params(over_length: str) -> PackParams:
-    return PackParams(max_length=8, over_length=over_length, max_lost_token_share=0.1)  # type: ignore[arg-type]
+    return PackParams(packing=True, max_length=8, over_length=over_length, max_lost_token_share=0.1)  # type: ignore[arg-type]
 
 
 def test_tokens_are_lost_up_to_a_share_and_no_further() -> None:
@@ -84,7 +84,7 @@ def test_tokens_are_lost_up_to_a_share_and_no_further() -> None:
 
 
 def test_a_corpus_that_is_lost_as_a_whole_is_an_error() -> None:
-    everything = PackParams(max_length=8, over_length="drop", max_lost_token_share=1.0)
+    everything = PackParams(packing=True, max_length=8, over_length="drop", max_lost_token_share=1.0)
     with pytest.raises(DataError, match="9 of 9 tokens"):
         require_fit(Counter(over_length=9), 9, everything)
     with pytest.raises(DataError, match="no examples to pack"):

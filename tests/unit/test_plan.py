@@ -1,37 +1,10 @@
 """The plan: exact steps, rows, tokens and learning rates."""
 
-from typing import Any
-
 import pytest
 
 from tasks.errors import ConfigError
-from tasks.sft import SftParams
-from tasks.sft.plan import FILLER, compile_plan, learning_rate
-
-VALUES: dict[str, Any] = {
-    "num_processes": 2,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 2,
-    "num_train_epochs": 2,
-    "max_steps": None,
-    "learning_rate": 0.1,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 1,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "precision": "fp32",
-    "attn_implementation": "sdpa",
-    "zero_stage": 2,
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "save_steps": 1,
-    "logging_steps": 1,
-    "seed": 0,
-}
-
-
-def params(**changes: Any) -> SftParams:
-    return SftParams(**{**VALUES, **changes})
+from tasks.sft.plan import FILLER, compile_plan
+from tests.sft import sft_params as params
 
 
 def test_every_row_trains_once_an_epoch_and_fillers_only_end_the_last_step() -> None:
@@ -71,24 +44,7 @@ def test_a_seed_decides_the_order() -> None:
 
 
 def test_a_warm_up_longer_than_the_training_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"warmup_steps=2, but the training has only 2 steps"):
+    with pytest.raises(
+        ConfigError, match="warms up for 2 steps and decays for 0, but the training has only 2 steps"
+    ):
         compile_plan(params(warmup_steps=2), [[10], [20], [30]], [1, 2, 3])
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")],
-)
-def test_learning_rates_equal_those_of_transformers(kind: str, name: str) -> None:
-    import torch
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=20)
-    theirs = []
-    for _ in range(20):
-        theirs.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    given = params(lr_scheduler_type=kind, warmup_steps=3)
-    assert [learning_rate(step, 20, given) for step in range(20)] == pytest.approx(theirs)

@@ -1,0 +1,183 @@
+"""The memory that `nightshift plan` foretells, against the peak of real trainings on the processor.
+
+Each training is two steps of SmolLM2-135M through `python -m tasks.sft`. The peak is that of the largest
+rank, as the kernel keeps it (VmHWM), so no sample can miss it.
+"""
+
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from tokenizers import Tokenizer
+
+from benchmarks.record import Record, record, write_records
+from benchmarks.stages import ROOT, environment, run_stage
+from tasks.files import read_json, write_rows
+from tasks.pack import ROWS
+from tasks.sft import SftParams
+from tasks.sft.memory import Batch, estimate
+from tasks.sft.strategy import GIB
+from tasks.sources.packages import elements
+
+PACKAGES = ("accelerate", "deepspeed", "peft", "torch", "transformers", "trl")
+STEPS = 2
+SHORT = {
+    "max_steps": STEPS,
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "attn_implementation": "sdpa",
+    "save_steps": STEPS,
+}
+EXAMPLE_LENGTH = 128
+# Seconds between two looks at the ranks; the kernel keeps the peak between them.
+PERIOD = 0.05
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Measure, write results/memory.json, and say what does not hold."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    with tempfile.TemporaryDirectory() as folder:
+        records = measure(Path(folder))
+    write_records("memory", records, PACKAGES)
+    if broken := [one["claim"] for one in records if not one["holds"]]:
+        sys.exit(f"does not hold: {'; '.join(broken)}")
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    """Yield name -> value of each training, and the length of its rows as `row`."""
+    for row, adapter, checkpointing, strategy in product(
+        (384, 1024), ("lora", None), (False, True), ("single", "zero2")
+    ):
+        yield {
+            "row": row,
+            "adapter": adapter,
+            "activation_checkpointing": checkpointing,
+            "strategy": strategy,
+            "num_processes": 1 if strategy == "single" else 2,
+            "precision": "bf16",
+        }
+    one = {"activation_checkpointing": False, "strategy": "single", "num_processes": 1, "precision": "fp32"}
+    yield {"row": 384, "adapter": "lora", **one}
+
+
+def measure(folder: Path) -> list[Record]:
+    """Train each case and set its peak beside the estimate."""
+    base = folder / "base"
+    base.mkdir()
+    shutil.copy(ROOT / "params.yaml", base / "params.yaml")
+    run_stage("base", base)
+    records = []
+    for i, case in enumerate(cases()):
+        records.append(compare(folder / f"{i:02}", base / "data" / "base", case))
+        log.info("%s: %.3f", records[-1]["claim"], records[-1]["value"])
+    return records
+
+
+def compare(folder: Path, base: Path, case: dict[str, Any]) -> Record:
+    """Run one training and record how far the estimate is from its peak."""
+    changes = {key: value for key, value in case.items() if key != "row"}
+    shipped = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["sft"]
+    params = SftParams(**{**shipped, **SHORT, **changes})
+    make_folder(folder, base, params, case["row"])
+    peak = peak_of_ranks(folder)
+    config = read_json(base / "model" / "config.json")
+    batch = Batch(case["row"], case["row"] // 2)
+    expected = estimate(config, params, params.strategy, params.precision, batch, "cpu")
+    name = ", ".join(f"{key} {value}" for key, value in case.items())
+    return record(
+        f"estimate of memory against the peak: {name}",
+        abs(expected.total / peak - 1),
+        "relative error",
+        at_most=0.10,
+        estimate_gib=round(expected.total / GIB, 3),
+        peak_gib=round(peak / GIB, 3),
+        case=case,
+    )
+
+
+def make_folder(folder: Path, base: Path, params: SftParams, length: int) -> None:
+    """Make a folder in which the stage finds all that it reads: rows of text, half of it labelled."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "base").symlink_to(base)
+    (folder / "params.yaml").write_text(yaml.safe_dump({"sft": params.model_dump()}), encoding="utf-8")
+    tokens = read_tokens(base)
+    size = STEPS * params.num_processes * params.per_device_train_batch_size
+    count = size * params.gradient_accumulation_steps
+    rows = [packed_row(tokens[i * length : (i + 1) * length], i) for i in range(count)]
+    write_rows(folder / "data" / "pack" / "train.parquet", rows, ROWS)
+
+
+def read_tokens(base: Path) -> list[int]:
+    """Encode what the periodic table says: the self-test before step 1 compares models on real text."""
+    tokenizer = Tokenizer.from_file(str(base / "model" / "tokenizer.json"))
+    texts = (turn["content"] for row in elements() for turn in row["messages"])
+    tokens: list[int] = tokenizer.encode(" ".join(texts)).ids
+    return tokens
+
+
+def packed_row(ids: list[int], number: int) -> dict[str, Any]:
+    """Make a row of examples; every second one has labels."""
+    examples = len(ids) // EXAMPLE_LENGTH
+    return {
+        "input_ids": ids,
+        "labels": [token if i // EXAMPLE_LENGTH % 2 else -100 for i, token in enumerate(ids)],
+        "seq_lengths": [EXAMPLE_LENGTH] * examples,
+        "example_ids": [f"{number}/{i}" for i in range(examples)],
+        "origins": ["package:mendeleev"] * examples,
+        "starts": [0] * examples,
+    }
+
+
+def peak_of_ranks(folder: Path) -> int:
+    """Run the stage and return the peak resident memory of its largest rank, in bytes.
+
+    Raises:
+        SystemExit: The training failed; its output is shown.
+    """
+    peak = 0
+    with (folder / "sft.log").open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tasks.sft"],
+            cwd=folder,
+            # DeepSpeed's operators are compiled once for all.
+            env=environment(folder) | {"TORCH_EXTENSIONS_DIR": str(folder.parent / "torch-extensions")},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        while process.poll() is None:
+            peak = max([peak, *ranks(process.pid)])
+            time.sleep(PERIOD)
+    if process.returncode:
+        raise SystemExit(f"{folder}: failed:\n{(folder / 'sft.log').read_text(encoding='utf-8')[-3000:]}")
+    return peak
+
+
+def ranks(pid: int) -> Iterator[int]:
+    """Yield the peak so far of each rank among the descendants of a process, in bytes."""
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            command = child.cmdline()
+            if "-m" in command and command[command.index("-m") + 1] == "tasks.sft.worker":
+                yield high_water(child.pid)
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def high_water(pid: int) -> int:
+    """Return the most memory that a process has had resident, in bytes; 0 for one that is ending."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""What a training will do, before it does it: steps, learning rate, memory, time, and what DVC reruns.
+
+Everything comes from params.yaml, the packed rows and the base's config.json. No weight and no torch is
+loaded, so what only they can know is assumed, and said to be.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.scoreboard import scoreboard_file
+from tasks.config import load_params
+from tasks.encode import count_supervised
+from tasks.errors import ConfigError, DataError
+from tasks.files import iterate_rows, read_json, write_text
+from tasks.graph import read_stages, reads, stage_order
+from tasks.sft import SftParams
+from tasks.sft.memory import Memory, estimate_all, largest_batch, totals
+from tasks.sft.plan import compile_plan
+from tasks.sft.strategy import GIB, choose_strategy
+from tasks.stage import DATA
+from tasks.state import state_dir
+
+ROWS = DATA / "pack" / "train.parquet"
+CONFIG = DATA / "base" / "model" / "config.json"
+LAST_RUN = DATA / "sft" / "mlflow_run.json"
+# Kind of memory -> heading; a terminal has 80 columns.
+KINDS = {
+    "overhead": "process",
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "activations": "activ",
+    "logits": "logits",
+    "total": "total",
+}
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What can be known of this machine without torch.
+
+    Attributes:
+        device: cuda or cpu.
+        memory: Bytes of one device, None on the processor.
+        has_bf16: The device computes in bf16.
+        source: How that is known.
+    """
+
+    device: str
+    memory: int | None
+    has_bf16: bool
+    source: str
+
+
+def show(console: Console) -> None:
+    """Print the plan, and write the course of the learning rate as a picture.
+
+    Raises:
+        ConfigError: params.yaml is wrong, or nothing fits into the device's memory.
+        DataError: The rows or the base are not there yet.
+    """
+    params = load_params(SftParams, "sft")
+    for path, stage in ((ROWS, "pack"), (CONFIG, "base")):
+        if not path.is_file():
+            raise DataError(f"{path}: not found; run `dvc repro {stage}` first")
+    lengths, labelled = read_lengths(ROWS)
+    plan = compile_plan(params, lengths, labelled)
+    machine = find_machine()
+    precision = choose_precision(params.precision, machine)
+    size = params.per_device_train_batch_size
+    batch = largest_batch(plan["order"], [sum(one) for one in lengths], labelled, size)
+    sizes = estimate_all(read_json(CONFIG), params, precision, batch, machine.device)
+    print_course(console, params, plan)
+    print_memory(console, sizes)
+    console.print(f"largest micro-batch: {batch.tokens:,} tokens, {batch.labelled:,} of them with labels")
+    console.print(f"device: {machine.device}, precision {precision} ({machine.source})")
+    if params.attn_implementation == "auto":
+        console.print("attention: sdpa is assumed; which kernel runs is tried out when the training starts")
+    print_reruns(console)
+    name, reason = choose_strategy(params, totals(sizes), machine.memory)
+    fits = machine.memory is None or sizes[name].total <= machine.memory
+    console.print(
+        f"strategy: [bold]{name}[/bold] ({reason}), {params.num_processes} processes, micro-batch {size} rows"
+        + ("" if fits else "; [bold]it does not fit into the device's memory[/bold]")
+    )
+
+
+def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
+    """Read the lengths of the examples of each row, and the number of its labelled tokens."""
+    rows = [
+        (row["seq_lengths"], count_supervised(row["labels"]))
+        for row in iterate_rows(path, ["seq_lengths", "labels"])
+    ]
+    return [lengths for lengths, _ in rows], [labelled for _, labelled in rows]
+
+
+def find_machine() -> Machine:
+    """Ask the driver for its devices; without one, training runs on the processor."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    answer = ""
+    if shutil.which(query[0]):
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    if answer.strip():
+        name, memory, capability = (part.strip() for part in answer.splitlines()[0].split(","))
+        source = f"{name}, as nvidia-smi says; that torch can use it is assumed"
+        return Machine("cuda", int(memory) * 2**20, float(capability) >= 8, source)
+    has_bf16 = "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return Machine("cpu", None, has_bf16, "no device answers nvidia-smi; processor's flags in /proc/cpuinfo")
+
+
+def choose_precision(requested: str, machine: Machine) -> str:
+    """Choose as `tasks.sft.backend.choose_precision` does."""
+    if requested != "auto":
+        return requested
+    return "bf16" if machine.has_bf16 else "fp32"
+
+
+def print_course(console: Console, params: SftParams, plan: Mapping[str, Any]) -> None:
+    """Print how long the training is, and its learning rate."""
+    tokens, rates = sum(plan["tokens"]), plan["learning_rate"]
+    picture = state_dir() / "plan.svg"
+    write_text(picture, svg(rates))
+    table = Table(title="Training", box=None, show_header=False)
+    table.add_row("steps", f"{plan['steps']:,} of {plan['rows_per_step']} rows")
+    table.add_row("tokens", f"{tokens:,}")
+    table.add_row("supervised tokens", f"{sum(plan['supervised_tokens']):,}")
+    peak = f"peak {max(rates):.2e}, last {rates[-1]:.2e}, {params.lr_scheduler_type}"
+    table.add_row("learning rate", f"{sparkline(rates)}")
+    table.add_row("", f"{peak}; {picture}")
+    table.add_row("time", expected_time(tokens))
+    console.print(table)
+
+
+def print_memory(console: Console, sizes: Mapping[str, Memory]) -> None:
+    """Print what each strategy takes, by kind."""
+    table = Table(title="Memory of one device at its peak, in GiB", box=None)
+    table.add_column("strategy")
+    for heading in KINDS.values():
+        table.add_column(heading, justify="right")
+    table.add_column("peak at")
+    for name, memory in sizes.items():
+        table.add_row(name, *(f"{getattr(memory, kind) / GIB:.2f}" for kind in KINDS), memory.moment)
+    console.print(table)
+
+
+def expected_time(tokens: int) -> str:
+    """Say how long the training takes at the speed of the last one."""
+    for path in (LAST_RUN, scoreboard_file()):
+        if path.is_file() and (speed := read_json(path).get("tokens_per_second")):
+            minutes = tokens / speed / 60
+            return f"{minutes:,.1f} minutes at the {speed:,.0f} tokens/s of the last training ({path.name})"
+    return "unknown: no training has been measured here"
+
+
+def sparkline(values: Sequence[float], width: int = 50) -> str:
+    """Draw values as blocks, the highest full.
+
+    Example:
+        >>> sparkline([0.0, 0.5, 1.0])
+        '▁▅█'
+    """
+    step = max(1, len(values) / width)
+    chosen = [values[int(i * step)] for i in range(min(width, len(values)))]
+    top = max(chosen) or 1.0
+    return "".join(BLOCKS[round(value / top * (len(BLOCKS) - 1))] for value in chosen)
+
+
+def svg(values: Sequence[float], width: int = 640, height: int = 200) -> str:
+    """Draw values against their number as a line, with the highest value and the last number as labels."""
+    top, last = max(values) or 1.0, max(1, len(values) - 1)
+    points = " ".join(
+        f"{50 + i / last * (width - 70):.1f},{height - 30 - value / top * (height - 60):.1f}"
+        for i, value in enumerate(values)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="11"><rect width="{width}" height="{height}" fill="white"/>'
+        f'<path d="M50 30V{height - 30}H{width - 20}" fill="none" stroke="gray"/>'
+        f'<polyline points="{points}" fill="none" stroke="steelblue" stroke-width="2"/>'
+        f'<text x="4" y="34">{top:.1e}</text><text x="4" y="{height - 26}">0</text>'
+        f'<text x="50" y="{height - 12}">step 1</text>'
+        f'<text x="{width - 20}" y="{height - 12}" text-anchor="end">step {len(values)}</text></svg>\n'
+    )
+
+
+def print_reruns(console: Console) -> None:
+    """Print what `dvc repro` would run, and why."""
+    table = Table(title="dvc repro would run", box=None, show_header=False)
+    try:
+        found = find_reruns(changed_stages())
+    except ConfigError as err:
+        table.add_row("unknown", str(err))
+    else:
+        for stage, reason in found.items():
+            table.add_row(stage, reason)
+        if not found:
+            table.add_row("nothing", "all stages are up to date")
+    console.print(table)
+
+
+def changed_stages() -> dict[str, str]:
+    """Return stage -> what has changed in it, as DVC sees it.
+
+    Raises:
+        ConfigError: DVC cannot tell.
+    """
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        raise ConfigError(f"dvc status: {said[-1]}")
+    return {name: ", ".join(_changes(entries)) for name, entries in json.loads(done.stdout).items()}
+
+
+def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
+    """Return stage -> reason of all that will run, or may: what reads a stage runs if its output changes."""
+    stages, reasons = read_stages(), dict[str, str]()
+    for name in stage_order():
+        sources = [other for other in reasons if reads(stages[name], stages[other])]
+        if name in changed:
+            reasons[name] = changed[name]
+        elif sources:
+            reasons[name] = f"if {', '.join(sources)} gives something else"
+    return reasons
+
+
+def _changes(entries: Sequence[Any]) -> list[str]:
+    """Flatten DVC's report of one stage: `{"changed deps": {path: how}}` or a plain text."""
+    texts: list[str] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            texts.append(entry)
+            continue
+        for group in entry.values():
+            texts += [f"{path} {how}" if isinstance(how, str) else str(path) for path, how in group.items()]
+    return texts

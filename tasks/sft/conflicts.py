@@ -1,0 +1,109 @@
+"""Values of the section sft that are right one by one but not together: each with the remedy."""
+
+from collections.abc import Iterator
+
+from tasks.sft import REQUIRED, SCHEDULE_KWARGS, SftParams
+
+BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")
+
+
+def find_conflicts(params: SftParams) -> Iterator[str]:
+    """Yield what cannot work, whatever the machine."""
+    yield from _schedule(params)
+    yield from _strategy(params)
+    yield from _adapter(params)
+    yield from _evaluation(params)
+    if params.use_reentrant and not params.activation_checkpointing:
+        yield "use_reentrant=true needs activation_checkpointing=true; set it, or use_reentrant to false"
+    if params.use_reentrant and params.adapter:
+        yield (
+            "use_reentrant=true with an adapter gives no gradients when the embeddings are frozen; "
+            "set it to false"
+        )
+    if params.torch_compile and params.use_liger_kernel:
+        yield "torch_compile and use_liger_kernel both replace the same operators; set one of them to false"
+
+
+def _schedule(params: SftParams) -> Iterator[str]:
+    kind = params.lr_scheduler_type
+    given = params.lr_scheduler_kwargs.model_dump(exclude_none=True)
+    takes = SCHEDULE_KWARGS[kind]
+    if unknown := sorted(given.keys() - set(takes)):
+        yield (
+            f"lr_scheduler_kwargs: {kind} does not take {', '.join(unknown)}; it takes "
+            f"{', '.join(takes) or 'nothing'}"
+        )
+    if (needed := REQUIRED.get(kind)) and needed not in given:
+        yield f"lr_scheduler_kwargs: {kind} needs {needed}; add it"
+    if params.warmup_steps and params.warmup_ratio:
+        yield (
+            f"warmup_steps={params.warmup_steps} and warmup_ratio={params.warmup_ratio} exclude each other; "
+            "set one to 0"
+        )
+    if kind == "one_cycle" and (params.warmup_steps or params.warmup_ratio):
+        yield "one_cycle has a warm-up of its own (pct_start); set warmup_steps and warmup_ratio to 0"
+    if params.max_steps is not None and params.warmup_steps >= params.max_steps:
+        yield f"warmup_steps={params.warmup_steps} must be below max_steps={params.max_steps}; lower it"
+    if params.optim == "schedule_free_adamw" and kind != "constant":
+        yield f"schedule_free_adamw needs lr_scheduler_type constant, got {kind}"
+    if kind == "reduce_lr_on_plateau" and params.eval_steps is None:
+        yield "reduce_lr_on_plateau follows the evaluation loss; set eval_steps"
+
+
+def _strategy(params: SftParams) -> Iterator[str]:
+    kind, optimizer, weights = params.strategy, params.offload_optimizer, params.offload_param
+    if kind == "single" and params.num_processes > 1:
+        yield f"strategy single is one process; set num_processes={params.num_processes} to 1, or take ddp"
+    if optimizer == "cpu" and kind not in ("zero1", "zero2", "zero3"):
+        yield f"offload_optimizer cpu needs strategy zero1, zero2 or zero3, got {kind}"
+    if optimizer == "nvme" and kind != "zero3":
+        yield f"offload_optimizer nvme needs strategy zero3, got {kind}"
+    if weights == "cpu" and kind not in ("zero3", "fsdp2"):
+        yield f"offload_param cpu needs strategy zero3 or fsdp2, got {kind}"
+    if weights == "nvme" and kind != "zero3":
+        yield f"offload_param nvme needs strategy zero3, got {kind}"
+    if "nvme" in (optimizer, weights) and params.nvme_path is None:
+        yield "offloading to nvme needs nvme_path: a folder on a fast disk"
+    if optimizer != "none" and params.optim not in ("adamw_torch", "adamw_torch_fused"):
+        yield (
+            "offload_optimizer runs DeepSpeed's Adam on the processor; set optim to adamw_torch, "
+            f"got {params.optim}"
+        )
+    if kind == "fsdp2" and params.optim in BITSANDBYTES:
+        yield f"optim {params.optim} cannot divide its state for fsdp2; take adamw_torch"
+    if params.hostfile is not None and kind in ("single", "fsdp2"):
+        yield f"hostfile is DeepSpeed's list of machines; strategy {kind} does not use it"
+
+
+def _adapter(params: SftParams) -> Iterator[str]:
+    if params.adapter is None:
+        options = {
+            "use_dora": params.use_dora,
+            "use_rslora": params.use_rslora,
+            "loraplus_lr_ratio": params.loraplus_lr_ratio is not None,
+        }
+        for name in [name for name, is_set in options.items() if is_set]:
+            yield f"{name} belongs to an adapter; set adapter to lora, or take {name} out"
+    if params.adapter == "qlora" and params.strategy == "zero3":
+        yield "qlora's 4-bit weights cannot be divided by zero3; take zero2, fsdp2 or ddp"
+    if params.adapter == "qlora" and params.offload_param != "none":
+        yield "qlora's 4-bit weights cannot be offloaded; set offload_param to none"
+    if params.lora_target_modules == []:
+        yield "lora_target_modules is empty; name modules, or write all-linear"
+    if params.loraplus_lr_ratio is not None and params.offload_optimizer != "none":
+        yield "loraplus_lr_ratio needs the optimiser on the device; set offload_optimizer to none"
+
+
+def _evaluation(params: SftParams) -> Iterator[str]:
+    needs = {
+        "early_stopping_patience": params.early_stopping_patience is not None,
+        "load_best_model_at_end": params.load_best_model_at_end,
+    }
+    if params.eval_steps is None:
+        for name in [name for name, is_set in needs.items() if is_set]:
+            yield f"{name} follows the evaluation loss; set eval_steps"
+    elif params.load_best_model_at_end and params.eval_steps % params.save_steps:
+        yield (
+            f"load_best_model_at_end needs a checkpoint at each evaluation: eval_steps={params.eval_steps} "
+            f"must be a multiple of save_steps={params.save_steps}"
+        )

@@ -1,0 +1,112 @@
+"""Why a training stopped, and what the next attempt does about it.
+
+The ranks leave a failure in the folder of the training; the stage turns it into an error whose exit code says
+whether another attempt makes sense, and notes for that attempt what has to be different. The steps, and the
+tokens of each, stay those of the plan.
+"""
+
+import contextlib
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import StageError, TrainingError
+from tasks.files import read_json, write_json
+
+FAILURE, ATTEMPT, HANG = "failure.json", "attempt.json", "hang-{rank}.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is different from the parameters.
+
+    Attributes:
+        halvings: Times that the micro-batch was halved, and the accumulation doubled.
+        skipped: Steps, from 1, whose rows are left out.
+        hangs: Times that a step took too long.
+    """
+
+    halvings: int = 0
+    skipped: tuple[int, ...] = ()
+    hangs: int = 0
+
+
+def read_attempt(folder: Path) -> Attempt:
+    """Read what the next attempt has to do; the first one has nothing to."""
+    path = folder / ATTEMPT
+    if not path.is_file():
+        return Attempt()
+    values = read_json(path)
+    return Attempt(**{**values, "skipped": tuple(values["skipped"])})
+
+
+def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] = ()) -> None:
+    """Leave the reason; the first of the ranks to fail is heard, the others fail because of it."""
+    mine = folder / f"failure-{os.getpid()}.json"
+    write_json(mine, {"kind": kind, "message": message, "steps": steps})
+    with contextlib.suppress(FileExistsError):
+        os.link(mine, folder / FAILURE)
+    mine.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Forget the failure of an attempt before."""
+    (folder / FAILURE).unlink(missing_ok=True)
+    for path in folder.glob(HANG.format(rank="*")):
+        path.unlink()
+
+
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """Return what the ranks left, or None."""
+    if (folder / FAILURE).is_file():
+        failure: dict[str, Any] = read_json(folder / FAILURE)
+        return failure
+    hung = [path for path in sorted(folder.glob(HANG.format(rank="*"))) if path.stat().st_size]
+    if hung:
+        return {"kind": "hang", "message": f"where each thread stood is in {hung[0]}", "steps": []}
+    return None
+
+
+def settle(folder: Path, micro_batch_size: int, code: int) -> StageError:
+    """Build the error of a failed attempt, and note what the next one has to do.
+
+    Args:
+        folder: Of the training.
+        micro_batch_size: Rows in one forward pass of the failed attempt.
+        code: Exit code of the launcher, for a failure without a reason.
+    """
+    failure = read_failure(folder)
+    if failure is None:
+        return StageError(
+            f"sft: the ranks ended with code {code} before their work was done; the reason stands "
+            f"above. Run again: training goes on from the last checkpoint in {folder}"
+        )
+    attempt, kind, message = read_attempt(folder), failure["kind"], failure["message"]
+    match kind:
+        case "out_of_memory" if micro_batch_size > 1:
+            following = replace(attempt, halvings=attempt.halvings + 1)
+            remedy = f"the next attempt takes {micro_batch_size // 2} rows at a time, not {micro_batch_size}"
+        case "out_of_memory":
+            return StageError(
+                f"sft: {message}; one row does not fit: set sft.activation_checkpointing, a strategy that "
+                "divides more (zero3 with offloading), or a smaller pack.max_length"
+            )
+        case "loss" if not attempt.skipped:
+            following = replace(attempt, skipped=tuple(failure["steps"]))
+            remedy = "the next attempt goes back to the last checkpoint and leaves these rows out"
+        case "hang" if not attempt.hangs:
+            following = replace(attempt, hangs=1)
+            remedy = "the next attempt goes on from the last checkpoint"
+        case "preempted":
+            following, remedy = attempt, "run again: training goes on from there"
+        case "loss":
+            return StageError(f"sft: {message}; rows were left out once already, lower sft.learning_rate")
+        case "hang":
+            return StageError(
+                f"sft: a step hung twice; {message}; raise sft.step_timeout_seconds if it is only slow"
+            )
+        case _:
+            return StageError(f"sft: {message}")
+    write_json(folder / ATTEMPT, asdict(following))
+    return TrainingError(kind, f"sft: {message}; {remedy}")

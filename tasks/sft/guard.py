@@ -1,0 +1,107 @@
+"""What ends a training before its plan: a loss that cannot be, a step that hangs, SIGTERM, no improvement."""
+
+import faulthandler
+import math
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tasks.errors import StageError, TrainingError
+from tasks.sft import SftParams
+from tasks.sft.failures import HANG
+from tasks.sft.history import is_exhausted, is_spike
+from tasks.sft.plan import name_rows
+
+
+class Guard(TrainerCallback):
+    """Watch every step, and end the training with the reason."""
+
+    def __init__(self, job: dict[str, Any], params: SftParams) -> None:
+        """Answer SIGTERM from now on by saving after the step in progress."""
+        self.plan, self.params = job["plan"], params
+        self.is_asked_to_end = False
+        self.checked = 0
+        # Written by the C library's own thread, which a hung interpreter cannot stop.
+        self.hang = (Path(job["folder"]) / HANG.format(rank=os.environ.get("RANK", "0"))).open("w")
+        signal.signal(signal.SIGTERM, self.on_sigterm)
+
+    def on_sigterm(self, _signum: int, _frame: FrameType | None) -> None:
+        """Note that the training has to end."""
+        self.is_asked_to_end = True
+
+    def watch(self) -> None:
+        """Give the next step its time; a step that takes longer ends this process with a traceback."""
+        faulthandler.dump_traceback_later(self.params.step_timeout_seconds, exit=True, file=self.hang)
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Start watching."""
+        self.checked = state.global_step
+        self.watch()
+
+    def on_step_end(self, args: Any, _state: Any, control: Any, **_: Any) -> None:
+        """Save and stop if any rank was asked to."""
+        self.watch()
+        if is_any(self.is_asked_to_end, args.device):
+            self.is_asked_to_end = True
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_evaluate(self, _args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Stop when the loss does not improve any more; the step is saved like every other.
+
+        Raises:
+            StageError: The loss is not finite.
+        """
+        self.watch()
+        if not math.isfinite(metrics["eval_loss"]):
+            raise StageError(
+                f"evaluation loss {metrics['eval_loss']} at step {state.global_step}; lower sft.learning_rate"
+            )
+        if is_exhausted(
+            state.log_history, self.params.early_stopping_patience, self.params.early_stopping_min_delta
+        ):
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Give the next step its time, after what saving took."""
+        self.watch()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Stop watching."""
+        faulthandler.cancel_dump_traceback_later()
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Check loss and learning rate.
+
+        Raises:
+            TrainingError: The loss is not finite, or a spike.
+            StageError: The learning rate is not the planned one.
+        """
+        if "loss" not in logs:
+            return
+        step, loss, rate = state.global_step, logs["loss"], logs["learning_rate"]
+        steps, self.checked = range(self.checked + 1, step + 1), step
+        spike = is_spike(loss, state.log_history[:-1], self.params.max_loss_ratio)
+        if spike or not math.isfinite(loss):
+            what = "spike of the loss to" if spike else "loss"
+            raise TrainingError("loss", f"{what} {loss:.4g} at {name_rows(self.plan, steps)}", steps)
+        planned = self.plan["learning_rate"][step - 1]
+        if self.params.lr_scheduler_type == "reduce_lr_on_plateau":
+            planned = min(planned, rate)
+        if not math.isclose(rate, planned, rel_tol=1e-6, abs_tol=1e-12):
+            raise StageError(f"learning rate {rate} at step {step}, but the plan says {planned}")
+
+
+def is_any(flag: bool, device: torch.device) -> bool:  # noqa: FBT001 - a fact, not a mode
+    """Tell whether a flag is set on any rank; all ranks get the same answer."""
+    if not torch.distributed.is_initialized():
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,79 @@
+"""The model that trains: base weights in the precision of the job, and the adapter on them."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tasks.sft import SftParams
+from tasks.sft.strategy import ZERO
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(base: str, params: SftParams, strategy: str, precision: str, attention: str) -> Any:
+    """Load the base and put the adapter on it.
+
+    Args:
+        base: Folder with config.json and safetensors.
+        params: Adapter and memory.
+        strategy: How the ranks share the work; ZeRO keeps full-precision weights of its own.
+        precision: bf16, fp16, tf32 or fp32.
+        attention: Name of the attention backend.
+    """
+    dtype = weight_dtype(params, strategy, precision)
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=nf4(dtype) if params.adapter == "qlora" else None,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    # No step reads it, and a cache between packed examples would join them.
+    model.config.use_cache = False
+    if params.adapter is None:
+        return model
+    if params.adapter == "qlora":
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=params.activation_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
+        )
+    return get_peft_model(model, lora(params))
+
+
+def weight_dtype(params: SftParams, strategy: str, precision: str) -> torch.dtype:
+    """Choose the precision of the stored weights.
+
+    Half is enough for frozen weights, and where ZeRO keeps full-precision copies of those that train.
+    """
+    if params.adapter is None and strategy not in ZERO:
+        return torch.float32
+    return HALF.get(precision, torch.float32)
+
+
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Quantise the base to four bits as QLoRA does (Dettmers et al., arXiv 2305.14314)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # FSDP2 divides weights of one type only.
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def lora(params: SftParams) -> LoraConfig:
+    """Translate our parameters to PEFT's."""
+    return LoraConfig(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        lora_dropout=params.lora_dropout,
+        target_modules=params.lora_target_modules,
+        use_dora=params.use_dora,
+        use_rslora=params.use_rslora,
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,161 @@
+"""The self-test on the trainer: run once, when the model is wrapped and about to train."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from tasks.files import write_json
+from tasks.sft import selftest
+from tasks.sft.model import HALF, weight_dtype
+from tasks.sft.selftest import Row
+from tasks.sft.strategy import ZERO
+from tasks.sft.trainer import Trainer, summed_loss
+
+
+class Proof(TrainerCallback):
+    """Refuse to train a model that would learn something else in silence."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Run all proofs and write them down; the state of the random numbers stays what it was."""
+        assert self.trainer
+        # The proofs draw random numbers; a resumed training must not see that.
+        with torch.random.fork_rng():
+            proof = prove(self.trainer, self.job)
+        if self.trainer.is_world_process_zero():
+            write_json(Path(self.job["folder"]) / "output" / "selftest.json", proof)
+
+
+def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
+    """Run all proofs on the first two examples that share a row.
+
+    Raises:
+        StageError: One fails; training must not start.
+    """
+    folder = Path(job["folder"]) / "rehearsal"
+    row = selftest.find_row(trainer.train_dataset)
+    if row is None:
+        return {
+            "saving": rehearse_saving(trainer, job, None, folder),
+            "isolation": "no row holds two examples",
+        }
+    batch = collate(trainer, row)
+    trainer.model_wrapped.eval()
+    isolation = selftest.isolation(
+        lambda inputs: forward(trainer, inputs), batch, row["seq_lengths"][0], trainer.model.config.vocab_size
+    )
+    batches = [batch, *(collate(trainer, selftest.take(row, i, i + 1)) for i in (0, 1))]
+    if job["strategy"] == "zero3":
+        found: dict[str, Any] = {
+            "weights": len(trainable(trainer)),
+            "not_compared": "zero3 divides the weights",
+        }
+    else:
+        found = selftest.gradients(lambda one: backward(trainer, one, job), batches, job["precision"])
+    saving = rehearse_saving(trainer, job, batch, folder)
+    trainer.model_wrapped.train()
+    return {"isolation": isolation, "gradients": found, "saving": saving}
+
+
+def collate(trainer: Trainer, row: Row) -> dict[str, Any]:
+    """Make a batch of one row, as training does."""
+    batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator([row]))
+    return batch
+
+
+def forward(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """Compute loss and outputs of the wrapped model as training does."""
+    with trainer.compute_loss_context_manager():
+        loss, outputs = trainer.compute_loss(
+            trainer.model_wrapped,
+            dict(batch),
+            return_outputs=True,
+            # One for all batches, so that their losses and gradients add up.
+            num_items_in_batch=torch.ones(1, device=trainer.args.device),
+        )
+    return loss, outputs
+
+
+def backward(trainer: Trainer, batch: dict[str, Any], job: dict[str, Any]) -> list[torch.Tensor | None]:
+    """Compute the gradients of the weights that train, and leave none behind."""
+    parameters = list(trainable(trainer).values())
+    if job["strategy"] == "fsdp2":
+        # Its weights take part in no graph; hooks bring the gradients to them.
+        torch.autograd.backward(forward(trainer, batch)[0])
+        found = [p.grad.full_tensor() if p.grad is not None else None for p in parameters]  # type: ignore[attr-defined]
+        trainer.model_wrapped.zero_grad(set_to_none=True)
+        return found
+    # On the bare model: the wrappers of DDP and ZeRO count every backward pass as a training step's.
+    with trainer.compute_loss_context_manager():
+        loss, _ = summed_loss(trainer.model, dict(batch), trainer.params.label_smoothing_factor)
+    if not (parameters and loss.requires_grad):
+        return [None] * len(parameters)
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
+def trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
+    """Return name -> weight of all that trains."""
+    return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def rehearse_saving(
+    trainer: Trainer, job: dict[str, Any], batch: dict[str, Any] | None, folder: Path
+) -> dict[str, Any]:
+    """Save as at the end, and load what was saved.
+
+    Where the weights are divided by ZeRO-3, or the live base is quantised, the logits cannot be compared;
+    that every weight was saved whole is checked always.
+    """
+    params, model = trainer.params, trainer.model
+    if job["strategy"] == "zero3" or params.adapter == "qlora":
+        batch = None
+    weights = trainable(trainer)
+    shaken = [p for name, p in weights.items() if "lora_B" in name and batch]
+    with selftest.shaken(shaken), torch.no_grad():
+        trainer.save_model(str(folder))
+        live = forward(trainer, batch)[1].logits[0].float().cpu() if batch else None
+        base = torch.zeros(())
+        if batch and params.adapter:
+            with model.disable_adapter():
+                base = forward(trainer, batch)[1].logits[0].float().cpu()
+    result: dict[str, Any] = {}
+    if trainer.is_world_process_zero():
+        names = get_peft_model_state_dict(model, state_dict=weights) if params.adapter else weights
+        result["weights"] = selftest.require_saved(folder, list(names))
+        if batch and live is not None:
+            loaded = load_logits(folder, job, trainer, batch)
+            result |= selftest.reloaded(live, base, loaded, job["precision"])
+        shutil.rmtree(folder)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+@torch.no_grad()
+def load_logits(folder: Path, job: dict[str, Any], trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
+    """Load a saved model from the disk and compute its logits, on the processor, as the live one does.
+
+    DeepSpeed computes in half precision throughout; all others keep the adapter in full precision and convert
+    as they go.
+    """
+    params, half = trainer.params, HALF.get(job["precision"])
+    loaded = AutoModelForCausalLM.from_pretrained(
+        job["base"] if params.adapter else folder,
+        dtype=weight_dtype(params, job["strategy"], job["precision"]),
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+    )
+    if params.adapter:
+        loaded = PeftModel.from_pretrained(loaded, folder)
+    if half and job["strategy"] in ZERO:
+        loaded = loaded.to(half)
+    inputs = {key: value.cpu() if hasattr(value, "cpu") else value for key, value in batch.items()}
+    with torch.autocast("cpu", half or torch.bfloat16, enabled=bool(half) and job["strategy"] not in ZERO):
+        logits: torch.Tensor = summed_loss(loaded.eval(), inputs)[1].logits
+    return logits[0].float()

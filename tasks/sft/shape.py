@@ -1,0 +1,132 @@
+"""What a model is made of: its sizes from config.json, and the numbers of its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.errors import ConfigError
+from tasks.sft import SftParams
+
+Linears = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a model of Llama's kind, as in config.json; biases are the numbers of one block."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    is_tied: bool
+    biases: int
+
+    @property
+    def query(self) -> int:
+        """Width of all heads together."""
+        return self.heads * self.head_size
+
+    @property
+    def key(self) -> int:
+        """Width of all heads of keys together, which is that of the values."""
+        return self.kv_heads * self.head_size
+
+
+def read_shape(config: Mapping[str, Any]) -> Shape:
+    """Read the sizes of a model from its config.json.
+
+    Raises:
+        ConfigError: A size is missing, or the model has experts.
+    """
+    if experts := [key for key in config if "experts" in key]:
+        raise ConfigError(f"config.json: {experts[0]}: a mixture of experts; its memory cannot be foretold")
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        return Shape(
+            hidden=hidden,
+            intermediate=int(config["intermediate_size"]),
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_size=int(config.get("head_dim") or hidden // heads),
+            vocabulary=int(config["vocab_size"]),
+            is_tied=bool(config.get("tie_word_embeddings", True)),
+            biases=_count_biases(config),
+        )
+    except KeyError as err:
+        raise ConfigError(
+            f"config.json: {err.args[0]} is missing; the memory of models of Llama's kind alone can be "
+            f"foretold, got model_type {config.get('model_type')!r}"
+        ) from err
+
+
+def linears(shape: Shape) -> Linears:
+    """Return name -> (inputs, outputs) of the linear layers of one block."""
+    return {
+        "q_proj": (shape.hidden, shape.query),
+        "k_proj": (shape.hidden, shape.key),
+        "v_proj": (shape.hidden, shape.key),
+        "o_proj": (shape.query, shape.hidden),
+        "gate_proj": (shape.hidden, shape.intermediate),
+        "up_proj": (shape.hidden, shape.intermediate),
+        "down_proj": (shape.intermediate, shape.hidden),
+    }
+
+
+def count_linear(shape: Shape) -> int:
+    """Count the weights of all linear layers but the head, without biases."""
+    return shape.layers * sum(inputs * outputs for inputs, outputs in linears(shape).values())
+
+
+def count_parameters(shape: Shape) -> int:
+    """Count all parameters; a head that is tied to the embeddings is none of its own.
+
+    Example:
+        >>> count_parameters(Shape(576, 1536, 30, 9, 3, 64, 49152, True, 0))
+        134515008
+    """
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
+    return embeddings + count_linear(shape) + shape.layers * (shape.biases + 2 * shape.hidden) + shape.hidden
+
+
+def targets(shape: Shape, params: SftParams) -> Linears:
+    """Return the linear layers of a block that get an adapter.
+
+    Raises:
+        ConfigError: A target is none of them.
+    """
+    known = linears(shape)
+    if params.lora_target_modules == "all-linear":
+        return known
+    names = [name.rpartition(".")[2] for name in params.lora_target_modules]
+    if unknown := sorted(set(names) - known.keys()):
+        raise ConfigError(
+            f"params.yaml: sft.lora_target_modules: {', '.join(unknown)}: no linear layer of a block; "
+            f"it has {', '.join(known)}"
+        )
+    return {name: known[name] for name in names}
+
+
+def count_adapter(shape: Shape, params: SftParams) -> int:
+    """Count the parameters of the adapter: two thin matrices for each target, and DoRA's lengths.
+
+    Raises:
+        ConfigError: A target is unknown.
+    """
+    sizes = targets(shape, params).values()
+    dora = sum(outputs for _, outputs in sizes) if params.use_dora else 0
+    return shape.layers * (params.lora_r * sum(inputs + outputs for inputs, outputs in sizes) + dora)
+
+
+def _count_biases(config: Mapping[str, Any]) -> int:
+    """Count the biases of one block; Qwen2 has them without saying so, and not on the output."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // heads
+    keys = 2 * (config.get("num_key_value_heads") or heads) * size
+    attention = heads * size + keys
+    if config.get("model_type") != "qwen2":
+        attention = attention + hidden if config.get("attention_bias") else 0
+    return int(attention + (2 * config["intermediate_size"] + hidden if config.get("mlp_bias") else 0))

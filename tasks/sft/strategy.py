@@ -1,0 +1,108 @@
+"""How the ranks share the work: the choice, and the configuration that DeepSpeed or FSDP2 gets.
+
+All of it is generated from typed parameters; optimiser and scheduler stay with transformers, so that no
+configuration of DeepSpeed's can replace them in silence.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.errors import ConfigError
+from tasks.sft import SftParams
+
+GIB = 2**30
+ZERO = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+# Bytes and threads of the asynchronous reads and writes: DeepSpeed's own example for one NVMe disk.
+AIO = {
+    "block_size": 1048576,
+    "queue_depth": 8,
+    "thread_count": 1,
+    "single_submit": False,
+    "overlap_events": True,
+}
+
+
+def choose_strategy(
+    params: SftParams, needs: Mapping[str, int] | None = None, capacity: int | None = None
+) -> tuple[str, str]:
+    """Return the strategy and the reason for it.
+
+    `auto` takes the simplest: what fits on one device only gets slower by dividing it.
+
+    Args:
+        params: The section sft.
+        needs: Strategy -> bytes that it takes on each device, or None if they are not known.
+        capacity: Bytes of a device's memory, or None if it has none of its own.
+
+    Raises:
+        ConfigError: auto, and nothing fits.
+    """
+    if params.strategy != "auto":
+        return params.strategy, "as params.yaml asks"
+    several = params.num_processes > 1
+    if needs is None or capacity is None:
+        if several:
+            return "ddp", f"{params.num_processes} processes, each with the whole model"
+        return "single", "one process"
+    last = "fsdp2" if params.adapter == "qlora" else "zero3"
+    ladder = ("ddp", "zero1", "zero2", last) if several else ("single",)
+    said = {name: f"{needs[name] / GIB:.1f} GiB of {capacity / GIB:.1f} GiB" for name in ladder}
+    for before, name in zip(("", *ladder), ladder, strict=False):
+        if needs[name] <= capacity:
+            why = f"{before} takes {said[before]}" if before else "dividing would only slow it down"
+            return name, f"{name}: {said[name]}; {why}"
+    raise ConfigError(
+        f"params.yaml: sft.strategy=auto: {ladder[-1]} takes {said[ladder[-1]]}; set "
+        "activation_checkpointing: true, more num_processes, or strategy: zero3 with offload_optimizer: cpu"
+    )
+
+
+def deepspeed_config(
+    params: SftParams, strategy: str, precision: str, micro_batch_size: int
+) -> dict[str, Any] | None:
+    """Generate DeepSpeed's configuration; None for a strategy without it."""
+    if strategy not in ZERO:
+        return None
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": params.max_grad_norm,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "zero_optimization": _zero(params, ZERO[strategy]),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": params.offload_optimizer != "none",
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**9,
+        **({"aio": AIO} if "nvme" in (params.offload_optimizer, params.offload_param) else {}),
+    }
+
+
+def fsdp_config(params: SftParams, strategy: str) -> dict[str, Any] | None:
+    """Generate the configuration of FSDP2; None for another strategy."""
+    if strategy != "fsdp2":
+        return None
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_offload": params.offload_param == "cpu",
+    }
+
+
+def _zero(params: SftParams, stage: int) -> dict[str, Any]:
+    """Generate the section of ZeRO."""
+    section: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        # Every rank sees the whole weights when they are saved.
+        section |= {"stage3_gather_16bit_weights_on_model_save": True}
+    for key, device in (
+        ("offload_optimizer", params.offload_optimizer),
+        ("offload_param", params.offload_param),
+    ):
+        if device != "none":
+            section[key] = {"device": device, "pin_memory": False}
+            if device == "nvme":
+                section[key]["nvme_path"] = params.nvme_path
+    return section

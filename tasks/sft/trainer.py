@@ -1,0 +1,243 @@
+"""TRL's trainer, held to the plan: planned learning rates, token-weighted losses, checkpoints that count."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import TorchDynamoPlugin
+from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from trl import SFTTrainer
+
+from tasks.encode import IGNORED
+from tasks.errors import StageError, TrainingError
+from tasks.sft import SftParams, checkpoints
+from tasks.sft.history import best_step, plateau_scale
+from tasks.sft.plan import name_rows
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer on packed rows in the order of the plan."""
+
+    # transformers sets these, and has no types for them here.
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
+
+    def __init__(
+        self, *, params: SftParams, plan: dict[str, Any], filler: dict[str, Any], **more: Any
+    ) -> None:
+        """Build the trainer.
+
+        Args:
+            params: The section sft.
+            plan: The compiled plan.
+            filler: A row without a label, which completes a batch.
+            more: Arguments of SFTTrainer.
+        """
+        self.params, self.plan, self.filler = params, plan, filler
+        super().__init__(**more)
+        # The loss below is divided by the tokens of the whole step.
+        self.loss_is_scaled_for_ga = True
+        self.lengths = torch.ones(1)
+        self.is_finite = torch.ones(1, device=self.args.device)
+        self.saved = 0
+        if params.neftune_noise_alpha is not None:
+            self.model.get_input_embeddings().register_forward_hook(self.add_noise)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make FSDP2 work without a GPU too: accelerate would train with DDP there, and not say so."""
+        if self.args.fsdp_plugin_args and self.args.device.type == "cpu":
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            precision = "bf16" if self.args.bf16 else "no"
+            state = AcceleratorState(
+                precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True
+            )
+            if self.args.bf16:
+                plugin.set_mixed_precision(precision)
+            state.fsdp_plugin = plugin
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        super().create_accelerator_and_postprocess()
+
+    def training_step(self, *args: Any, **more: Any) -> torch.Tensor:
+        """Remember, without waiting for the device, whether every loss was finite."""
+        loss: torch.Tensor = super().training_step(*args, **more)
+        self.is_finite *= torch.isfinite(loss)
+        return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 - transformers' signature
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Sum of the negative log-likelihoods of a batch, over the labelled tokens of the whole step."""
+        self.lengths = token_lengths(inputs)
+        total, outputs = summed_loss(model, inputs, self.params.label_smoothing_factor)
+        # Every rank's gradient is averaged, but num_items_in_batch counts the tokens of all ranks.
+        loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        return (loss, outputs) if return_outputs else loss
+
+    def add_noise(self, module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """Add NEFTune's noise to embeddings, shape (1, n_tokens, width), scaled by each example's own length.
+
+        transformers scales by the length of the whole row, which would be too little noise for a packed one.
+        Source: Jain et al., arXiv 2310.05914.
+        """
+        if not module.training:
+            return output
+        alpha = self.params.neftune_noise_alpha or 0.0
+        magnitude = alpha / torch.sqrt(self.lengths.to(output.device) * output.size(-1))
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * magnitude[None, :, None].to(output.dtype)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Compute the loss in nats per labelled token of the validation side: no mean of means."""
+        model, device = self.model_wrapped, self.args.device
+        model.eval()
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in self._eval_batches():
+            inputs = self._prepare_inputs(self.data_collator(batch))
+            with self.compute_loss_context_manager():
+                total, _outputs = summed_loss(model, inputs)
+            sums += torch.stack([total.double(), (inputs["labels"] != IGNORED).sum().double()])
+        nats, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = {"eval_loss": nats / tokens, "eval_tokens": tokens}
+        model.train()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Build the optimiser; with LoRA+ the matrices B learn faster than A."""
+        if self.params.loraplus_lr_ratio is None or self.optimizer is not None:
+            super().create_optimizer(model)
+            return self.optimizer
+        from peft.optimizers import create_loraplus_optimizer
+
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self.params.loraplus_lr_ratio,
+            loraplus_weight_decay=self.params.weight_decay,
+            **options,
+        )
+        return self.optimizer
+
+    def create_scheduler(
+        self,
+        num_training_steps: int,  # noqa: ARG002 - transformers' signature
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Any:
+        """Take the rates from the plan; only reductions on a plateau are computed on the way."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.planned_factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def planned_factor(self, step: int) -> float:
+        """Return the share of the peak learning rate of one step, from 0."""
+        rates = self.plan["learning_rate"]
+        # One step behind the last is asked for and never used.
+        share: float = rates[min(step, len(rates) - 1)] / self.params.learning_rate
+        if self.params.lr_scheduler_type != "reduce_lr_on_plateau":
+            return share
+        numbers = self.params.lr_scheduler_kwargs
+        scale = plateau_scale(
+            self.state.log_history,
+            0.1 if numbers.factor is None else numbers.factor,
+            1 if numbers.patience is None else numbers.patience,
+            1e-4 if numbers.threshold is None else numbers.threshold,
+        )
+        return share * max(scale, numbers.min_lr_rate or 0.0)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint under another name; it takes its own when all of it is on the disk.
+
+        Raises:
+            TrainingError: A loss since the last checkpoint was not finite, so the weights are spoilt.
+        """
+        steps, self.saved = range(self.saved + 1, self.state.global_step + 1), self.state.global_step
+        if self.accelerator.reduce(self.is_finite, reduction="sum").item() < self.accelerator.num_processes:
+            raise TrainingError("loss", f"loss was not finite at {name_rows(self.plan, steps)}", steps)
+        folder = Path(self.args.output_dir)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder / checkpoints.SAVING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(folder / checkpoints.SAVING)
+        with writing(f"the checkpoint of step {self.state.global_step}"):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(folder)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                written = folder / checkpoints.SAVING / f"checkpoint-{self.state.global_step}"
+                checkpoints.close(written, folder)
+                checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
+        self.accelerator.wait_for_everyone()
+
+    def _eval_batches(self) -> list[list[dict[str, Any]]]:
+        """Return this rank's batches; every rank has as many, since sharded weights are gathered together."""
+        rows: list[dict[str, Any]] = list(self.eval_dataset)
+        size, ranks = self.args.per_device_eval_batch_size, self.accelerator.num_processes
+        rows = [*rows, *[self.filler] * (-len(rows) % (size * ranks))]
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return batches[self.accelerator.process_index :: ranks]
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Tell plainly when something cannot be written: torch and safetensors have errors of their own for it.
+
+    Raises:
+        StageError: It cannot.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as err:
+        raise StageError(
+            f"{what} cannot be written: {type(err).__name__}: {str(err).partition(chr(10))[0]}; make room or "
+            "give the rights, then run again: training goes on from the checkpoint before"
+        ) from err
+
+
+def summed_loss(model: Any, inputs: dict[str, Any], label_smoothing: float = 0.0) -> tuple[torch.Tensor, Any]:
+    """Sum the negative log-likelihoods of a batch of one flattened row, in nats.
+
+    Only the positions that have a label are scored: with three quarters of the tokens unsupervised the other
+    logits would be a third of the step.
+
+    Returns:
+        The sum, a scalar, and the outputs of the model.
+    """
+    labels = inputs["labels"][0, 1:]
+    keep = (labels != IGNORED).nonzero().squeeze(-1)
+    given = {key: value for key, value in inputs.items() if key != "labels"}
+    outputs = model(**given, use_cache=False, logits_to_keep=keep)
+    logits = outputs.logits[0].float()
+    return cross_entropy(logits, labels[keep], reduction="sum", label_smoothing=label_smoothing), outputs
+
+
+def token_lengths(inputs: dict[str, Any]) -> torch.Tensor:
+    """Return the length of the example that each token belongs to, shape (n_tokens,).
+
+    Example:
+        >>> token_lengths({"cu_seq_lens_q": torch.tensor([0, 2, 5])}).tolist()
+        [2, 2, 3, 3, 3]
+    """
+    lengths: torch.Tensor = inputs["cu_seq_lens_q"].diff().long()
+    return lengths.repeat_interleave(lengths)

@@ -1,0 +1,71 @@
+"""One training, many ways to run it: the losses are the same.
+
+All examples train in every step, so the order of the rows does not matter. What differs is only in which
+pieces and on how many processes the same sum is computed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sft import history, make_folder, run_sft
+
+PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
+ALONE = tuple((i,) for i in range(8))
+# Adam divides by the root of a sum that may be near nothing: differences of 1e-7 in a gradient grow.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    return make_folder(tmp_path_factory.mktemp("packed"), tiny_base, PACKED)
+
+
+@pytest.fixture(scope="module")
+def expected(packed: Path, clean_environment: dict[str, str]) -> list[float]:
+    """Losses of one process with one forward pass a step."""
+    done = run_sft(packed, clean_environment, "reference")
+    assert done.returncode == 0, done.stdout
+    losses = history(packed, "reference")
+    assert len(losses) == 3
+    assert losses[2] < losses[1] < losses[0]
+    return losses
+
+
+TWO = {"num_processes": 2, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("accumulated", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        pytest.param("ddp", {"strategy": "ddp", **TWO}, marks=pytest.mark.long),
+        pytest.param("zero0", {"strategy": "zero0", **TWO}, marks=pytest.mark.long),
+        pytest.param("zero1", {"strategy": "zero1", **TWO}, marks=pytest.mark.long),
+        pytest.param(
+            "offloaded", {"strategy": "zero2", "offload_optimizer": "cpu", **TWO}, marks=pytest.mark.long
+        ),
+        (
+            "zero2",
+            {"strategy": "zero2", **TWO, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        ),
+        pytest.param("zero3", {"strategy": "zero3", **TWO}, marks=pytest.mark.long),
+        ("fsdp2", {"strategy": "fsdp2", **TWO}),
+    ],
+)
+def test_losses_do_not_depend_on_how_the_work_is_divided(
+    packed: Path, expected: list[float], clean_environment: dict[str, str], name: str, changes: dict[str, Any]
+) -> None:
+    done = run_sft(packed, clean_environment, name, **changes)
+    assert done.returncode == 0, done.stdout
+    assert history(packed, name) == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_losses_do_not_depend_on_packing(
+    tmp_path: Path, expected: list[float], tiny_base: Path, clean_environment: dict[str, str]
+) -> None:
+    folder = make_folder(tmp_path, tiny_base, ALONE)
+    done = run_sft(folder, clean_environment, "alone", per_device_train_batch_size=8)
+    assert done.returncode == 0, done.stdout
+    assert history(folder, "alone") == pytest.approx(expected, rel=TOLERANCE)

@@ -1,0 +1,219 @@
+"""What can go wrong in the middle of a training, planted: each ends with its code, and goes on rightly."""
+
+import resource
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tasks.files import read_json, read_rows, tree_digest, write_rows
+from tasks.pack import ROWS
+from tasks.sft import checkpoints
+from tests import sft
+from tests.sft import history, make_folder, run_sft, start_sft
+
+PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
+# One row a step, a checkpoint each second one.
+STEPS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "num_train_epochs": 3,
+    "save_steps": 2,
+    "lora_dropout": 0.1,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    return make_folder(tmp_path_factory.mktemp("faults"), tiny_base, PACKED)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, clean_environment: dict[str, str]) -> tuple[str, list[float]]:
+    """Digest of the model, and losses, of a training that nobody disturbed."""
+    done = run_sft(folder, clean_environment, "undisturbed", **STEPS)
+    assert done.returncode == 0, done.stdout
+    return tree_digest(folder / "data/sft/model"), history(folder, "undisturbed")
+
+
+def training_folder(folder: Path, state: str) -> Path:
+    (found,) = (folder / state / "checkpoints").iterdir()
+    return found
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"the training ended before {text!r}")
+
+
+def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that train."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in below if p.cmdline()[-3:-1] == ["-m", "tasks.sft.worker"] and "--" not in p.cmdline()]
+
+
+def goes_on_exactly(
+    folder: Path, environment: dict[str, str], state: str, undisturbed: tuple[str, list[float]]
+) -> None:
+    done = run_sft(folder, environment, state, **STEPS)
+    assert done.returncode == 0, done.stdout
+    assert "going on from checkpoint-" in done.stdout
+    assert tree_digest(folder / "data/sft/model") == undisturbed[0]
+
+
+@pytest.mark.long
+def test_kill_9_while_a_checkpoint_is_written_goes_on_from_the_one_before(
+    folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str]
+) -> None:
+    process = start_sft(folder, clean_environment, "killed-saving", **STEPS)
+    wait_for_line(process, "step 3/12")
+    (rank,) = ranks(process)
+    saving = training_folder(folder, "killed-saving") / checkpoints.SAVING
+    while not list(saving.glob("checkpoint-*/*.safetensors")):
+        assert process.poll() is None
+    rank.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    left = sorted(path.name for path in training_folder(folder, "killed-saving").glob("checkpoint-*"))
+    # It was killed before the checkpoint had its name, or, on a quick machine, just after.
+    assert left[0] == "checkpoint-2"
+    goes_on_exactly(folder, clean_environment, "killed-saving", undisturbed)
+
+
+def test_sigterm_saves_at_the_next_step_and_ends_as_resumable(
+    folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str]
+) -> None:
+    process = start_sft(folder, clean_environment, "preempted", **{**STEPS, "save_steps": 2})
+    wait_for_line(process, "step 3/12")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "error: sft: asked to end; run again" in output
+    newest = checkpoints.find_newest(training_folder(folder, "preempted"))
+    assert newest is not None
+    assert checkpoints.step(newest) >= 3
+    goes_on_exactly(folder, clean_environment, "preempted", undisturbed)
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path, tiny_base: Path) -> Path:
+    """A folder whose base has a broken weight of one token, which one row holds."""
+    folder = make_folder(tmp_path, tiny_base, PACKED)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2500] = float("nan")
+    model.save_pretrained(folder / "data/base/model")
+    rows = read_rows(folder / "data/pack/train.parquet")
+    rows[2]["input_ids"][0] = 2500
+    write_rows(folder / "data/pack/train.parquet", rows, ROWS)
+    return folder
+
+
+def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
+    poisoned: Path, clean_environment: dict[str, str]
+) -> None:
+    folder = poisoned
+    done = run_sft(folder, clean_environment, "nan", **{**STEPS, "num_train_epochs": 1})
+    assert done.returncode == 11, done.stdout
+    (attempt,) = (folder / "nan/checkpoints").glob("*/attempt.json")
+    (step,) = read_json(attempt)["skipped"]
+    assert f"loss nan at step {step}, rows [2] of data/pack/train.parquet" in done.stdout
+    again = run_sft(folder, clean_environment, "nan", **{**STEPS, "num_train_epochs": 1})
+    assert again.returncode == 0, again.stdout
+    # The second attempt logged up to step 4.
+    assert history(folder, "nan")[step - 5] == 0
+    assert read_json(folder / "data/sft/plan.json")["tokens"][step - 1] == 0
+
+
+@pytest.mark.long
+def test_the_second_bad_loss_fails_for_good(poisoned: Path, clean_environment: dict[str, str]) -> None:
+    # Two epochs hold the row twice: after the first is left out, the second is one too many.
+    twice = {**STEPS, "num_train_epochs": 2}
+    assert run_sft(poisoned, clean_environment, "nan-twice", **twice).returncode == 11
+    last = run_sft(poisoned, clean_environment, "nan-twice", **twice)
+    assert last.returncode == 2, last.stdout
+    assert "rows were left out once already" in last.stdout
+
+
+@pytest.mark.long
+def test_a_step_that_hangs_ends_with_where_it_stood(folder: Path, clean_environment: dict[str, str]) -> None:
+    two = {**STEPS, "strategy": "ddp", "num_processes": 2, "step_timeout_seconds": 8}
+    process = start_sft(folder, clean_environment, "hung", **two)
+    wait_for_line(process, "step 3/6")
+    ranks(process)[1].suspend()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 12, output
+    assert "the next attempt goes on from the last checkpoint" in output
+    trace = next(training_folder(folder, "hung").glob("hang-*.txt"))
+    assert "Timeout" in output + trace.read_text()
+
+
+@pytest.mark.long
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(
+    tmp_path: Path, tiny_base: Path, clean_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Logits of 600 labelled tokens a row: four rows take 3.2 GiB, two rows 2.4 GiB.
+    monkeypatch.setattr(sft, "LENGTHS", (1200,) * 8)
+    folder = make_folder(tmp_path, tiny_base, [(i,) for i in range(8)])
+    one_epoch = {"num_train_epochs": 1}
+    enough = run_sft(folder, clean_environment, "enough", **one_epoch)
+    assert enough.returncode == 0, enough.stdout
+    expected = history(folder, "enough")
+
+    def run_limited() -> tuple[int, str]:
+        limit = int(2.8 * 2**30)
+        process = start_sft(
+            folder,
+            clean_environment,
+            "scarce",
+            lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+            **one_epoch,
+        )
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    code, output = run_limited()
+    assert code == 10, output
+    assert "the next attempt takes 2 rows at a time, not 4" in output
+    code, output = run_limited()
+    assert code == 0, output
+    effective = read_json(folder / "data/sft/effective.json")
+    assert effective["per_device_train_batch_size"] == {"requested": 4, "effective": 2}
+    assert effective["gradient_accumulation_steps"] == {"requested": 1, "effective": 2}
+    assert history(folder, "scarce") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.long
+def test_a_full_disk_is_told_plainly_and_loses_no_checkpoint(
+    folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str]
+) -> None:
+    process = start_sft(folder, clean_environment, "full", **STEPS)
+    wait_for_line(process, "step 3/12")
+    # No file may grow beyond a few bytes: what a full disk does to a checkpoint.
+    (rank,) = ranks(process)
+    resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (100, 100))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "cannot be written" in output
+    assert "training goes on from the checkpoint before" in output
+    goes_on_exactly(folder, clean_environment, "full", undisturbed)
+
+
+def test_a_state_folder_that_nobody_can_write_is_told_plainly(
+    folder: Path, clean_environment: dict[str, str]
+) -> None:
+    process = start_sft(folder, {**clean_environment}, "../../../../../../sys/nightshift", **STEPS)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "error: " in output.splitlines()[-1]
+    assert "give the rights to write" in output.splitlines()[-1]

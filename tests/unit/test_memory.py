@@ -1,0 +1,122 @@
+"""The estimate of memory: counts that are known from published models, and what each strategy divides."""
+
+from typing import Any
+
+import pytest
+
+from tasks.errors import ConfigError
+from tasks.sft.memory import Batch, Memory, estimate
+from tasks.sft.shape import count_adapter, count_parameters, read_shape
+from tasks.sft.strategy import GIB, choose_strategy
+from tests.sft import sft_params
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+LLAMA3_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+QWEN2_HALF_B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+BATCH = Batch(tokens=1024, labelled=512)
+
+
+def memory(config: dict[str, Any], strategy: str, device: str = "cuda", **changes: Any) -> Memory:
+    params = sft_params(strategy="ddp", **{"num_processes": 4, "adapter": None, **changes})
+    return estimate(config, params, strategy, "bf16", BATCH, device)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(SMOLLM2, 134_515_008), (LLAMA3_8B, 8_030_261_248), (QWEN2_HALF_B, 494_032_768)],
+)
+def test_parameters_are_those_that_the_models_publish(config: dict[str, Any], parameters: int) -> None:
+    assert count_parameters(read_shape(config)) == parameters
+
+
+def test_an_adapter_has_two_thin_matrices_for_each_target() -> None:
+    shape = read_shape(SMOLLM2)
+    assert count_adapter(shape, sft_params(lora_r=16)) == 4_884_480
+    assert count_adapter(shape, sft_params(lora_r=8, lora_target_modules=["q_proj", "v_proj"])) == 460_800
+    assert count_adapter(shape, sft_params(lora_r=16, use_dora=True)) == 5_040_000
+    # Published for Llama 3 8B at rank 16 on all linear layers.
+    assert count_adapter(read_shape(LLAMA3_8B), sft_params(lora_r=16)) == 41_943_040
+
+
+def test_an_unknown_target_is_named() -> None:
+    with pytest.raises(ConfigError, match="lora_target_modules: query: no linear layer of a block; it has"):
+        count_adapter(read_shape(SMOLLM2), sft_params(lora_target_modules=["query"]))
+
+
+def test_another_kind_of_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"hidden_size is missing.*got model_type 'gpt2'"):
+        read_shape({"model_type": "gpt2", "n_embd": 768})
+    with pytest.raises(ConfigError, match="num_local_experts: a mixture of experts"):
+        read_shape({**LLAMA3_8B, "num_local_experts": 8})
+
+
+def test_a_full_fine_tune_takes_sixteen_bytes_for_each_parameter_and_zero_divides_them() -> None:
+    whole = memory(LLAMA3_8B, "single", num_processes=1)
+    assert whole.moment == "step"
+    assert whole.weights == whole.gradients - 4 * 8_030_261_248 == 32_121_044_992
+    assert whole.optimizer == 64_242_089_984
+    # Half precision and a full-precision copy; states of 12 bytes are divided by 4.
+    stage1 = memory(LLAMA3_8B, "zero1")
+    assert (stage1.weights, stage1.optimizer) == (16_060_522_496, 24_090_783_744)
+    sizes = [memory(LLAMA3_8B, name).total for name in ("ddp", "zero1", "zero2", "zero3")]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_offloading_takes_the_state_off_the_device_but_not_out_of_the_processor() -> None:
+    changes = {"strategy": "zero3", "offload_optimizer": "cpu"}
+    params = sft_params(num_processes=4, adapter=None, **changes)
+    assert estimate(LLAMA3_8B, params, "zero3", "bf16", BATCH, "cuda").optimizer == 0
+    assert estimate(LLAMA3_8B, params, "zero3", "bf16", BATCH, "cpu").optimizer == 24_090_783_744
+
+
+def test_checkpointing_keeps_the_input_of_each_layer_only() -> None:
+    batch = Batch(tokens=8192, labelled=1)
+    kept = [
+        estimate(LLAMA3_8B, sft_params(activation_checkpointing=on), "ddp", "bf16", batch, "cuda").activations
+        for on in (False, True)
+    ]
+    # Inputs: 32 layers x 8192 tokens x 4096 values of 2 bytes, and one layer that is computed again.
+    assert kept[1] == 32 * 8192 * 4096 * 2 + kept[0] // 32
+
+
+def test_auto_takes_the_simplest_that_fits_and_says_why() -> None:
+    params = sft_params(strategy="auto", num_processes=4)
+    needs = {"ddp": 40 * GIB, "zero1": 30 * GIB, "zero2": 20 * GIB, "zero3": 10 * GIB}
+    assert choose_strategy(params, needs, 80 * GIB) == (
+        "ddp",
+        "ddp: 40.0 GiB of 80.0 GiB; dividing would only slow it down",
+    )
+    assert choose_strategy(params, needs, 24 * GIB) == (
+        "zero2",
+        "zero2: 20.0 GiB of 24.0 GiB; zero1 takes 30.0 GiB of 24.0 GiB",
+    )
+    with pytest.raises(ConfigError, match=r"strategy=auto: zero3 takes 10.0 GiB of 8.0 GiB; set "):
+        choose_strategy(params, needs, 8 * GIB)
+    assert choose_strategy(params)[0] == choose_strategy(params, needs, None)[0] == "ddp"
