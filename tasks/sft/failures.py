@@ -44,10 +44,11 @@ def read_attempt(folder: Path) -> Attempt:
 def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] = ()) -> None:
     """Leave the reason; the first of the ranks to fail is heard, the others fail because of it."""
     mine = folder / f"failure-{os.getpid()}.json"
-    write_json(mine, {"kind": kind, "message": message, "steps": steps})
-    with contextlib.suppress(FileExistsError):
+    # On a full disk it can be said on the terminal only.
+    with contextlib.suppress(OSError):
+        write_json(mine, {"kind": kind, "message": message, "steps": steps})
         os.link(mine, folder / FAILURE)
-    mine.unlink()
+    mine.unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> None:
