@@ -23,6 +23,7 @@ from tasks.errors import ConfigError, DataError
 from tasks.files import iterate_rows, read_json, write_text
 from tasks.graph import read_stages, reads, stage_order
 from tasks.sft import SftParams
+from tasks.sft.backend import processor_has_bf16
 from tasks.sft.memory import Memory, estimate_all, largest_batch, totals
 from tasks.sft.plan import compile_plan
 from tasks.sft.strategy import GIB, choose_strategy
@@ -114,8 +115,8 @@ def find_machine() -> Machine:
         name, memory, capability = (part.strip() for part in answer.splitlines()[0].split(","))
         source = f"{name}, as nvidia-smi says; that torch can use it is assumed"
         return Machine("cuda", int(memory) * 2**20, float(capability) >= 8, source)
-    has_bf16 = "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return Machine("cpu", None, has_bf16, "no device answers nvidia-smi; processor's flags in /proc/cpuinfo")
+    source = "no device answers nvidia-smi; processor's flags in /proc/cpuinfo"
+    return Machine("cpu", None, processor_has_bf16(), source)
 
 
 def choose_precision(requested: str, machine: Machine) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from tasks.files import read_json, write_json, write_rows
 from tasks.pack import ROWS
@@ -124,6 +125,15 @@ def start_sft(
         text=True,
         preexec_fn=before,
     )
+
+
+def only_run(uri: str) -> tuple[MlflowClient, Run]:
+    """A client of a tracker, and the only run that it has."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("nightshift")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return client, run
 
 
 def history(folder: Path, state: str, key: str = "loss") -> list[float]:

@@ -1,7 +1,7 @@
 """Keys of the training that decide something together, each group in one function."""
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 from infra.axolotl.findings import (
     AFTER_PACKING,
@@ -21,6 +21,7 @@ from infra.axolotl.findings import (
 )
 from infra.axolotl.keys import ADAPTER, DEFAULTS, UNMAPPED
 from tasks.config import suggestion
+from tasks.sft import Attention
 
 BATCH_KEYS = ("gradient_accumulation_steps", "batch_size")
 NOISE_KEYS = ("neftune_noise_alpha", "noisy_embedding_alpha")
@@ -35,10 +36,7 @@ ATTENTION_FLAGS = {
     "eager_attention": "eager",
 }
 ATTENTION_KEYS = (*ATTENTION_FLAGS, "attn_implementation")
-KERNELS = (
-    *("flash_attention_4", "flash_attention_3", "flash_attention_2"),
-    *("xformers", "flex_attention", "sdpa", "eager", "auto"),
-)
+KERNELS: tuple[str, ...] = get_args(Attention)
 CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs")
 ADAPTER_KEYS = ("adapter", "load_in_4bit", "lora_target_modules", "lora_target_linear", *ADAPTER)
 EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import logging
 import os
 import shutil
 import signal
@@ -42,7 +41,6 @@ TOKENS = pa.list_(pa.int32())
 EVAL_ROWS = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("seq_lengths", TOKENS)])
 # A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
 GRACE_SECONDS = 40.0
-log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -191,7 +189,6 @@ def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
 
 def launcher(params: SftParams, strategy: str, port: int) -> list[str]:
     """Build the command that starts the ranks: DeepSpeed's launcher, or one process by itself."""
-    worker = ["--module", "tasks.sft.worker"]
     if strategy == "single":
         return [sys.executable, "-m", "tasks.sft.worker"]
     command = [str(Path(sys.executable).with_name("deepspeed"))]
@@ -199,7 +196,7 @@ def launcher(params: SftParams, strategy: str, port: int) -> list[str]:
         command += [f"--num_gpus={params.num_processes}", "--master_addr=127.0.0.1"]
     else:
         command += [f"--hostfile={params.hostfile}"]
-    return [*command, f"--master_port={port}", "--no_local_rank", *worker]
+    return [*command, f"--master_port={port}", "--no_local_rank", "--module", "tasks.sft.worker"]
 
 
 def rank_environment(device: str) -> dict[str, str]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from tasks.errors import ConfigError
 from tasks.sft import SftParams
+from tasks.sft.conflicts import EIGHT_BIT
 from tasks.sft.memory import Batch, estimate_all, totals
 from tasks.sft.strategy import choose_strategy
 
 # What `auto` tries, the fastest first; a kernel has to run and to keep packed examples apart.
 ATTENTION = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "flex_attention", "sdpa", "eager")
-BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit")
+BITSANDBYTES = (*EIGHT_BIT, "lion_32bit")
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +102,7 @@ def choose_precision(requested: str, device: str) -> str:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         has_tf32 = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        has_bf16, has_tf32 = "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8"), False
+        has_bf16, has_tf32 = processor_has_bf16(), False
     missing = {"bf16": not has_bf16, "tf32": not has_tf32, "fp16": device == "cpu"}
     if missing.get(requested):
         raise ConfigError(
@@ -111,6 +112,11 @@ def choose_precision(requested: str, device: str) -> str:
     if requested == "auto":
         return "bf16" if has_bf16 else "fp32"
     return requested
+
+
+def processor_has_bf16() -> bool:
+    """Tell from its flags whether the processor computes in bf16."""
+    return "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 def choose_attention(requested: str, device: str, precision: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tasks.sft import REQUIRED, SCHEDULE_KWARGS, SftParams
 
-BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")
 
 
 def find_conflicts(params: SftParams) -> Iterator[str]:
@@ -69,7 +69,7 @@ def _strategy(params: SftParams) -> Iterator[str]:
             "offload_optimizer runs DeepSpeed's Adam on the processor; set optim to adamw_torch, "
             f"got {params.optim}"
         )
-    if kind == "fsdp2" and params.optim in BITSANDBYTES:
+    if kind == "fsdp2" and params.optim in EIGHT_BIT:
         yield f"optim {params.optim} cannot divide its state for fsdp2; take adamw_torch"
     if params.hostfile is not None and kind in ("single", "fsdp2"):
         yield f"hostfile is DeepSpeed's list of machines; strategy {kind} does not use it"

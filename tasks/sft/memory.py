@@ -12,10 +12,9 @@ from typing import Any
 
 from tasks.sft import SftParams
 from tasks.sft.shape import Shape, count_adapter, count_linear, count_parameters, linears, read_shape, targets
-from tasks.sft.strategy import GIB, ZERO
+from tasks.sft.strategy import GIB, HALF, ZERO, keeps_half
 
 STRATEGIES = ("single", "ddp", *ZERO, "fsdp2")
-HALF = ("bf16", "fp16")
 # Bytes of the optimiser's state for each trained parameter. 8-bit states have a scale of four bytes for every
 # block of 256 (Dettmers et al., arXiv 2110.02861). Adafactor's is counted by rows and columns instead.
 STATE_BYTES = {
@@ -147,10 +146,8 @@ def estimate(
 
 
 def _weight_bytes(params: SftParams, strategy: str, precision: str) -> int:
-    """Return the bytes of a stored weight, as `tasks.sft.model.weight_dtype` chooses them."""
-    if params.adapter is None and strategy not in ZERO:
-        return 4
-    return 2 if precision in HALF else 4
+    """Return the bytes of a stored weight."""
+    return 2 if keeps_half(params, strategy, precision) else 4
 
 
 def _divided(shape: Shape, params: SftParams, strategy: str, precision: str, trained: int) -> float:

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tasks.sft import SftParams
-from tasks.sft.strategy import ZERO
+from tasks.sft.strategy import keeps_half
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,13 +45,8 @@ def load_model(base: str, params: SftParams, strategy: str, precision: str, atte
 
 
 def weight_dtype(params: SftParams, strategy: str, precision: str) -> torch.dtype:
-    """Choose the precision of the stored weights.
-
-    Half is enough for frozen weights, and where ZeRO keeps full-precision copies of those that train.
-    """
-    if params.adapter is None and strategy not in ZERO:
-        return torch.float32
-    return HALF.get(precision, torch.float32)
+    """Return the type of the stored weights; see `keeps_half`."""
+    return HALF[precision] if keeps_half(params, strategy, precision) else torch.float32
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:

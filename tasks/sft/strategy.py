@@ -11,6 +11,7 @@ from tasks.errors import ConfigError
 from tasks.sft import SftParams
 
 GIB = 2**30
+HALF = ("bf16", "fp16")
 ZERO = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 # Bytes and threads of the asynchronous reads and writes: DeepSpeed's own example for one NVMe disk.
 AIO = {
@@ -55,6 +56,14 @@ def choose_strategy(
         f"params.yaml: sft.strategy=auto: {ladder[-1]} takes {said[ladder[-1]]}; set "
         "activation_checkpointing: true, more num_processes, or strategy: zero3 with offload_optimizer: cpu"
     )
+
+
+def keeps_half(params: SftParams, strategy: str, precision: str) -> bool:
+    """Tell whether weights are stored in half precision.
+
+    That is enough for frozen weights, and where ZeRO keeps full-precision copies of those that train.
+    """
+    return precision in HALF and (params.adapter is not None or strategy in ZERO)
 
 
 def deepspeed_config(

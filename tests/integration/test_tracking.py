@@ -14,12 +14,11 @@ import httpx
 import psutil
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from tasks.files import read_json
 from tasks.sft import spool
 from tasks.sft.__main__ import free_port
-from tests.sft import make_folder, run_sft, start_sft
+from tests.sft import make_folder, only_run, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
 METRICS = {
@@ -74,14 +73,6 @@ def family(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def only_run(port: int) -> tuple[MlflowClient, Run]:
-    client = MlflowClient(f"http://127.0.0.1:{port}")
-    experiment = client.get_experiment_by_name("nightshift")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    return client, run
-
-
 def test_a_server_that_was_never_up_gets_everything_once_when_it_comes(
     folder: Path, clean_environment: dict[str, str]
 ) -> None:
@@ -101,7 +92,7 @@ def test_a_server_that_was_never_up_gets_everything_once_when_it_comes(
         again = run_sft(folder, environment, "state", eval_steps=1)
         assert again.returncode == 0, again.stdout
         assert "step 1/3" not in again.stdout
-        client, run = only_run(port)
+        client, run = only_run(f"http://127.0.0.1:{port}")
         assert run.info.status == "FINISHED"
         assert set(run.data.metrics) == METRICS
         for key in METRICS:
@@ -144,7 +135,7 @@ def test_a_server_that_hangs_and_dies_delays_no_step_and_misses_none(
     with server(folder, port):
         done = run_sft(folder, environment, "state", **changes)
         assert done.returncode == 0, done.stdout
-        client, run = only_run(port)
+        client, run = only_run(f"http://127.0.0.1:{port}")
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
         assert steps == list(range(1, 41))
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from tasks.files import file_digest, read_json, tree_digest
 from tests.checkouts import BIN, make_checkout
+from tests.sft import only_run
 
 MODEL = Path("data/sft/model")
 
@@ -128,15 +127,6 @@ def require_gone(processes: list[psutil.Process]) -> None:
         time.sleep(0.2)
 
 
-def only_run(state: Path) -> tuple[MlflowClient, Run]:
-    """The only run in the database of a state folder."""
-    client = MlflowClient(f"sqlite:///{state / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("nightshift")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    return client, run
-
-
 @pytest.mark.parametrize(
     "word",
     [
@@ -165,7 +155,7 @@ def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_goes_on_exa
     assert "going on from checkpoint-" in train(prepared, clean_environment, name)
     assert tree_digest(prepared / MODEL) == undisturbed
     # Step 3 was trained twice, or 4: told once, in the run of the first attempt.
-    client, run = only_run(prepared.parent / name)
+    client, run = only_run(f"sqlite:///{prepared.parent / name / 'mlflow.db'}")
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -202,7 +192,7 @@ def test_metrics_parameters_and_data_are_logged_once_by_one_rank(prepared: Path,
     import yaml
 
     assert undisturbed
-    client, run = only_run(prepared.parent / "undisturbed")
+    client, run = only_run(f"sqlite:///{prepared.parent / 'undisturbed' / 'mlflow.db'}")
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert run.data.params["sft.lora_r"] == "16"
