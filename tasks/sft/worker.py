@@ -75,6 +75,7 @@ def train(job: dict[str, Any], folder: Path) -> None:
     trainer.remove_callback(PrinterCallback)
     proof.trainer = trainer
     resume = checkpoints.find_newest(folder)
+    trainer.saved = checkpoints.step(resume) if resume else 0
     if resume and is_stopped(resume, params):
         # It had stopped for good: only its weights are wanted.
         trainer.args.max_steps = checkpoints.step(resume)

@@ -136,6 +136,21 @@ def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
 
 
 @pytest.mark.long
+def test_a_bad_loss_found_on_saving_names_the_steps_since_the_checkpoint_it_went_on_from(
+    poisoned: Path, clean_environment: dict[str, str]
+) -> None:
+    # Nothing is logged before the end, so that the checkpoint of step 4 is the first to be told.
+    rare = {**STEPS, "num_train_epochs": 1, "logging_steps": 100, "seed": 1}
+    for _ in range(2):
+        done = run_sft(poisoned, clean_environment, "nan-saved", **rare)
+        assert done.returncode == 11, done.stdout
+        attempt = training_folder(poisoned, "nan-saved") / "attempt.json"
+        assert read_json(attempt)["skipped"] == [3, 4]
+        attempt.unlink()
+    assert "going on from checkpoint-2" in done.stdout
+
+
+@pytest.mark.long
 def test_the_second_bad_loss_fails_for_good(poisoned: Path, clean_environment: dict[str, str]) -> None:
     # Two epochs hold the row twice: after the first is left out, the second is one too many.
     twice = {**STEPS, "num_train_epochs": 2}
