@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import tasks.sft.attention  # noqa: F401 - what sdpa stands for
 from tasks.sft import SftParams
 from tasks.sft.strategy import keeps_half
 

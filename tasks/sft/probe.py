@@ -1,9 +1,12 @@
 """Try an attention kernel on a small model: it has to run, forward and backward, and keep examples apart."""
 
 from functools import cache
+from itertools import accumulate
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import tasks.sft.attention  # noqa: F401 - what sdpa stands for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Two examples in one row, and how far their logits may be from those of the examples alone: kernels add up in
@@ -31,7 +34,7 @@ def probe_attention(name: str, device: str, precision: str) -> str | None:
         ).to(device)
         first, second = (torch.randint(64, (1, n), device=device) for n in LENGTHS)
         both = torch.cat([first, second], 1)
-        packed = model(both, position_ids=restarting_positions(device), use_cache=False).logits
+        packed = model(both, **boundaries(device), use_cache=False).logits
         packed.float().sum().backward()
         alone = torch.cat([model(ids, use_cache=False).logits for ids in (first, second)], 1)
     # Kernels fail in their own ways: a missing package, a missing symbol, a device that is too old.
@@ -43,6 +46,13 @@ def probe_attention(name: str, device: str, precision: str) -> str | None:
     return None
 
 
-def restarting_positions(device: str) -> torch.Tensor:
-    """Return the positions of both examples, each from 0, shape (1, n_tokens)."""
-    return torch.cat([torch.arange(n, device=device) for n in LENGTHS])[None]
+def boundaries(device: str) -> dict[str, torch.Tensor | int]:
+    """Return what TRL's collator tells a kernel of the examples in a row: positions, and their ends."""
+    ends = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
+    return {
+        "position_ids": torch.cat([torch.arange(n, device=device) for n in LENGTHS])[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(LENGTHS),
+        "max_length_k": max(LENGTHS),
+    }

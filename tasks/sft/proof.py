@@ -15,6 +15,8 @@ from tasks.sft.selftest import Row
 from tasks.sft.strategy import ZERO
 from tasks.sft.trainer import Trainer, summed_loss
 
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 class Proof(TrainerCallback):
     """Refuse to train a model that would learn something else in silence."""
@@ -48,9 +50,9 @@ def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         }
     batch = collate(trainer, row)
     trainer.model_wrapped.eval()
-    isolation = selftest.isolation(
-        lambda inputs: forward(trainer, inputs), batch, row["seq_lengths"][0], trainer.model.config.vocab_size
-    )
+    length, vocab_size = row["seq_lengths"][0], trainer.model.config.vocab_size
+    isolation = selftest.isolation(lambda inputs: forward(trainer, inputs), batch, length, vocab_size)
+    selftest.isolation(lambda inputs: forward_by_positions(trainer, inputs), batch, length, vocab_size)
     batches = [batch, *(collate(trainer, selftest.take(row, i, i + 1)) for i in (0, 1))]
     if job["strategy"] == "zero3":
         found: dict[str, Any] = {
@@ -81,6 +83,16 @@ def forward(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]
             num_items_in_batch=torch.ones(1, device=trainer.args.device),
         )
     return loss, outputs
+
+
+def forward_by_positions(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """Compute the loss without telling the kernel where examples begin.
+
+    Some kernels go by that and by nothing else, so a wrong mask or position would show only with another one.
+    """
+    kept = {key: value for key, value in batch.items() if key not in BOUNDARIES}
+    with trainer.compute_loss_context_manager():
+        return summed_loss(trainer.model_wrapped, kept)
 
 
 def backward(trainer: Trainer, batch: dict[str, Any], job: dict[str, Any]) -> list[torch.Tensor | None]:
