@@ -1,0 +1,98 @@
+"""What flow, DVC and supervisor add to a training: the same job through them, and by its launcher alone."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import Record, record
+from benchmarks.stages import ROOT, environment
+from benchmarks.throughput import Training, make_job, speed
+from tasks.files import read_json, tree_digest, write_json
+from tasks.sft import SftParams
+from tasks.sft.__main__ import free_port, launcher, rank_environment
+
+TRAINING_SECONDS = 600.0
+FLOW = """
+import os
+from infra import stack
+os.environ.update(stack.environment(stack.find_stack()))
+from prefect import flow
+from flows.stages import run_stage
+from flows.tracking import tracked_run
+
+@flow
+def train() -> None:
+    with tracked_run() as run_id:
+        run_stage("sft", run_id)
+
+train()
+"""
+
+
+def measure(folder: Path) -> tuple[Path, Training, Record]:
+    """Train the packed job both ways.
+
+    Returns:
+        The folder of the job, what its training through the flow took, and the record.
+    """
+    job = folder / "job"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(job)], check=True)
+    make_job(job, packing=True)
+    ports = {f"NIGHTSHIFT_{name}_PORT": str(free_port()) for name in ("PREFECT", "MLFLOW")}
+    shell = environment(job) | ports | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    nightshift = [str(Path(sys.executable).with_name("nightshift"))]
+    subprocess.run([*nightshift, "up"], cwd=job, env=shell, check=True)
+    try:
+        through_flow = timed([sys.executable, "-c", FLOW], job, shell)
+        flow_speed = speed(job)
+        bare, bare_job = bare_training(job)
+        alone = timed(bare, job, shell | rank_environment("cpu"))
+    finally:
+        subprocess.run([*nightshift, "down"], cwd=job, env=shell, check=True)
+    marker = read_json(Path(bare_job["folder"]) / "output" / "finished.json")
+    if marker["digest"] != tree_digest(job / "data" / "sft" / "model"):
+        raise SystemExit("the two trainings differ; they cannot be compared")
+    bare_speed = marker["tokens_per_second"]
+    tokens = sum(bare_job["plan"]["tokens"])
+    around = (through_flow - tokens / flow_speed) - (alone - tokens / bare_speed)
+    added = (bare_speed / flow_speed - 1) + around / TRAINING_SECONDS
+    claim = record(
+        "flow, DVC and supervisor around a training of 10 minutes",
+        added,
+        "share",
+        at_most=0.03,
+        seconds={"through the flow": through_flow, "launcher alone": alone},
+        tokens_per_second={"through the flow": flow_speed, "launcher alone": bare_speed},
+        seconds_around_the_steps=around,
+    )
+    return job, Training(flow_speed, through_flow, 0.0), claim
+
+
+def bare_training(job: Path) -> tuple[list[str], dict[str, Any]]:
+    """Build the launcher's command for the job that the flow has trained, from its beginning, elsewhere."""
+    (file,) = (job / ".nightshift" / "checkpoints").glob("*/job.json")
+    spec: dict[str, Any] = read_json(file)
+    bare = job / "bare"
+    (bare / "output").mkdir(parents=True)
+    spool = bare / "spool.jsonl"
+    spool.write_bytes(Path(spec["spool"]).read_bytes().splitlines(keepends=True)[0])
+    spec |= {"folder": str(bare), "spool": str(spool)}
+    write_json(bare / "job.json", spec)
+    params = SftParams.model_validate(spec["params"])
+    return [*launcher(params, spec["strategy"], free_port()), str(bare / "job.json")], spec
+
+
+def timed(command: list[str], folder: Path, shell: dict[str, str]) -> float:
+    """Run a command and return its seconds.
+
+    Raises:
+        SystemExit: It failed; its output is shown.
+    """
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=shell, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command[:3]} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    return time.perf_counter() - start

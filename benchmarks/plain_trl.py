@@ -1,0 +1,54 @@
+"""Plain TRL with its defaults, on chats in a given order: `python plain_trl.py settings.json`.
+
+It stands alone: nothing of this project is imported.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+
+
+def main() -> None:
+    """Train one epoch; write the losses and the seconds to result.json."""
+    settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    set_seed(0)
+    chats = [{"prompt": chat[:1], "completion": chat[1:]} for chat in settings["chats"]]
+    trainer = SFTTrainer(
+        model=settings["model"],
+        args=SFTConfig(
+            output_dir="out",
+            num_train_epochs=1,
+            max_length=settings["max_length"],
+            learning_rate=settings["learning_rate"],
+            lr_scheduler_type="constant",
+            # In the order that is given, so that every step has the chats of the other program's.
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list(chats),
+        peft_config=LoraConfig(
+            r=settings["lora_r"],
+            lora_alpha=settings["lora_alpha"],
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    result = trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = next(
+        entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry
+    )
+    output = {"train_seconds": result.metrics["train_runtime"], "losses": losses, "tokens": int(tokens)}
+    Path("result.json").write_text(json.dumps(output), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

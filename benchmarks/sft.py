@@ -1,0 +1,31 @@
+"""All measurements of the training on a processor: `make bench-sft`, most of an hour on two cores."""
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import orchestration, throughput
+from benchmarks.record import write_records
+
+PACKAGES = ("accelerate", "deepspeed", "dvc", "peft", "prefect", "torch", "transformers", "trl")
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Measure, write results/sft.json, and say what does not hold."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job, ours, added = orchestration.measure(folder)
+        log.info("ours: %.1f tokens/s", ours.tokens_per_second)
+        records = [added, *throughput.compare(folder, job, ours)]
+    for one in records:
+        log.info("%s: %.4g %s, bound %s", one["claim"], one["value"], one["unit"], one["bound"])
+    write_records("sft", records, PACKAGES)
+    if broken := [one["claim"] for one in records if not one["holds"]]:
+        sys.exit(f"does not hold: {'; '.join(broken)}")
+
+
+if __name__ == "__main__":
+    main()
