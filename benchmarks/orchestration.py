@@ -11,7 +11,7 @@ from benchmarks.record import Record, record
 from benchmarks.stages import ROOT, environment
 from benchmarks.throughput import Training, make_job, speed
 from tasks.files import read_json, tree_digest, write_json
-from tasks.sft import SftParams
+from tasks.sft import SftParams, spool
 from tasks.sft.__main__ import free_port, launcher, rank_environment
 
 TRAINING_SECONDS = 600.0
@@ -77,9 +77,7 @@ def bare_training(job: Path) -> tuple[list[str], dict[str, Any]]:
     spec: dict[str, Any] = read_json(file)
     bare = job / "bare"
     (bare / "output").mkdir(parents=True)
-    spool = bare / "spool.jsonl"
-    spool.write_bytes(Path(spec["spool"]).read_bytes().splitlines(keepends=True)[0])
-    spec |= {"folder": str(bare), "spool": str(spool)}
+    spec |= {"folder": str(bare), "spool": str(spool.begin(bare, "bare", None))}
     write_json(bare / "job.json", spec)
     params = SftParams.model_validate(spec["params"])
     return [*launcher(params, spec["strategy"], free_port()), str(bare / "job.json")], spec

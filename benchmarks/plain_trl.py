@@ -1,4 +1,4 @@
-"""Plain TRL with its defaults, on chats in a given order: `python plain_trl.py settings.json`.
+"""Plain TRL with its defaults, on tokens and labels in a given order: `python plain_trl.py settings.json`.
 
 It stands alone: nothing of this project is imported.
 """
@@ -17,7 +17,6 @@ def main() -> None:
     """Train one epoch; write the losses and the seconds to result.json."""
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     set_seed(0)
-    chats = [{"prompt": chat[:1], "completion": chat[1:]} for chat in settings["chats"]]
     trainer = SFTTrainer(
         model=settings["model"],
         args=SFTConfig(
@@ -33,7 +32,7 @@ def main() -> None:
             report_to=[],
             use_cpu=True,
         ),
-        train_dataset=Dataset.from_list(chats),
+        train_dataset=Dataset.from_list(settings["rows"]),
         peft_config=LoraConfig(
             r=settings["lora_r"],
             lora_alpha=settings["lora_alpha"],

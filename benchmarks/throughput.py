@@ -24,7 +24,7 @@ from benchmarks.corpus import lognormal_chats
 from benchmarks.record import Record, record
 from benchmarks.stages import ROOT, environment, run_stage
 from tasks.files import read_json, read_rows, write_json, write_rows
-from tasks.schemas import AUGMENTED
+from tasks.schemas import AUGMENTED, GROUPED
 
 CHATS, LENGTH, BATCH = 400, 1024, 8
 LEARNING_RATE = 1e-4
@@ -64,6 +64,8 @@ def make_job(folder: Path, *, packing: bool) -> None:
         for i, chat in enumerate(lognormal_chats(CHATS, seed=0))
     ]
     write_rows(folder / "data" / "decontaminate" / "train.parquet", rows, AUGMENTED)
+    # The stage depends on it, and does not evaluate here.
+    write_rows(folder / "data" / "split" / "validation.parquet", [], GROUPED)
     for stage in ("base", "pack"):
         run_stage(stage, folder)
 
@@ -99,7 +101,7 @@ def compare(folder: Path, job: Path, ours: Training) -> list[Record]:
     make_job(alone, packing=False)
     same_batches = train_here(alone)
     log.info("ours, on the batches of TRL: %.1f tokens/s", same_batches.tokens_per_second)
-    trl = run_trl(folder / "trl", alone, batches_of(alone), pack["tokens_out"])
+    trl = run_trl(folder / "trl", alone, pack["tokens_out"])
     log.info("TRL: %.1f tokens/s", trl.tokens_per_second)
     trainings = {"ours": ours, "ours, on the batches of TRL": same_batches, "trl": trl}
     if peer := run_llamafactory(folder / "llamafactory", job, pack["tokens_out"]):
@@ -141,13 +143,6 @@ def speed(folder: Path) -> float:
     return float(read_json(folder / "data" / "sft" / "mlflow_run.json")["tokens_per_second"])
 
 
-def batches_of(folder: Path) -> list[int]:
-    """Numbers of the chats in the order of a training."""
-    order: list[int] = read_json(folder / "data" / "sft" / "plan.json")["order"]
-    rows = read_rows(folder / "data" / "pack" / "train.parquet")
-    return [int(rows[i]["example_ids"][0]) for i in order]
-
-
 def losses_of(folder: Path) -> list[float]:
     """Loss of each step of a training, from its tracker."""
     code = (
@@ -161,13 +156,15 @@ def losses_of(folder: Path) -> list[float]:
     return losses
 
 
-def run_trl(folder: Path, job: Path, order: Sequence[int], tokens: int) -> Training:
-    """Train with plain TRL on chats in an order; `tokens` are theirs."""
+def run_trl(folder: Path, job: Path, tokens: int) -> Training:
+    """Train with plain TRL on the rows of a job, in its order; they have so many tokens."""
     folder.mkdir()
-    chats = list(lognormal_chats(CHATS, seed=0))
+    known = read_rows(job / "data" / "pack" / "train.parquet")
+    rows = [known[i] for i in read_json(job / "data" / "sft" / "plan.json")["order"]]
     settings = {
         "model": str(job / "data" / "base" / "model"),
-        "chats": [chats[i]["messages"] for i in order],
+        # Its own mask also trains the line break of the template behind the end of a turn.
+        "rows": [{key: row[key] for key in ("input_ids", "labels")} for row in rows],
         "max_length": LENGTH,
         "learning_rate": LEARNING_RATE,
         "lora_r": SFT["lora_r"],
@@ -179,9 +176,8 @@ def run_trl(folder: Path, job: Path, order: Sequence[int], tokens: int) -> Train
     result = read_json(folder / "result.json")
     if result["tokens"] != tokens:
         raise SystemExit(f"TRL sees {result['tokens']} tokens, not {tokens}: it does not train the same job")
-    lengths = [sum(row["seq_lengths"]) for row in read_rows(job / "data" / "pack" / "train.parquet")]
-    ordered = [lengths[i] for i in read_json(job / "data" / "sft" / "plan.json")["order"]]
-    computed = sum(BATCH * max(ordered[at : at + BATCH]) for at in range(0, CHATS, BATCH))
+    lengths = [len(row["input_ids"]) for row in rows]
+    computed = sum(BATCH * max(lengths[at : at + BATCH]) for at in range(0, CHATS, BATCH))
     padding = round(1 - tokens / computed, 4)
     return Training(round(tokens / result["train_seconds"], 1), seconds, padding, result["losses"])
 
