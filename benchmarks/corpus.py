@@ -111,12 +111,12 @@ def chats(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
 def lognormal_chats(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
     """Yield conversations of running text whose lengths are lognormal, as those of people are.
 
-    A question and its answer have 12 to 550 words, the median has 110: up to 1,000 tokens, 265 on average.
+    A question and its answer have 12 to 420 words, the median has 110: up to 1,000 tokens, 250 on average.
     """
     rng = random.Random(seed)
     words = (word for text in real_documents(4000) for word in text.split())
     for _ in range(count):
-        size = min(550, max(12, round(rng.lognormvariate(math.log(110), 0.7))))
+        size = min(420, max(12, round(rng.lognormvariate(math.log(110), 0.7))))
         half = rng.randint(size // 3, size // 2)
         question, answer = (" ".join(islice(words, n)) for n in (half, size - half))
         yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
