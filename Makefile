@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed compiles its operators when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help run test test-long check bench-data bench-sft down clean
+.PHONY: help run test test-long check bench-data bench-sft bench-gpu down clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,9 @@ bench-data: $(VENV)/ready  ## measure the data preparation (half an hour); needs
 
 bench-sft: $(VENV)/ready  ## measure the training on a processor (most of an hour)
 	@$(BIN)/python -m benchmarks.sft
+
+bench-gpu: $(VENV)/ready  ## measure the training on an NVIDIA GPU; needs the extra gpu
+	@$(BIN)/python -m benchmarks.gpu
 
 down:  ## stop what `make run` started
 	@if [ -x $(BIN)/nightshift ]; then $(BIN)/nightshift down; else echo "nothing is installed"; fi

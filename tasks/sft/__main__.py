@@ -24,7 +24,7 @@ from tasks.files import file_digest, read_json, read_rows, text_digest, tree_dig
 from tasks.sft import SftParams, spool
 from tasks.sft.backend import Backend, choose_backend
 from tasks.sft.checkpoints import SAVING
-from tasks.sft.failures import clear, read_attempt, settle
+from tasks.sft.failures import clear, micro_batch_size, read_attempt, settle
 from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
 from tasks.sft.terminal import shown_lines
@@ -81,14 +81,14 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> dict[str, An
     backend = choose_backend(params, read_json(BASE / "config.json"), batch)
     folder = state_dir() / "checkpoints" / training_key(params, backend)
     attempt = read_attempt(folder)
-    micro_batch_size = max(1, params.per_device_train_batch_size >> attempt.halvings)
+    micro = micro_batch_size(params.per_device_train_batch_size, attempt.halvings)
     return {
         "params": params.model_dump(),
         "plan": without_steps(plan, attempt.skipped),
         **asdict(backend),
-        "micro_batch_size": micro_batch_size,
+        "micro_batch_size": micro,
         "accumulation_steps": params.gradient_accumulation_steps
-        * (params.per_device_train_batch_size // micro_batch_size),
+        * (params.per_device_train_batch_size // micro),
         "folder": str(folder),
         "base": str(BASE),
         "rows": str(ROWS),
@@ -173,7 +173,7 @@ def launch(job: dict[str, Any], params: SftParams) -> None:
             buffer.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_finished(folder):
-        raise settle(folder, job["micro_batch_size"], code)
+        raise settle(folder, params.per_device_train_batch_size, code)
 
 
 def on_sigterm(_signum: int, _frame: FrameType | None) -> None:

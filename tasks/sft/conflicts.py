@@ -46,6 +46,8 @@ def _schedule(params: SftParams) -> Iterator[str]:
         yield f"warmup_steps={params.warmup_steps} must be below max_steps={params.max_steps}; lower it"
     if params.optim == "schedule_free_adamw" and kind != "constant":
         yield f"schedule_free_adamw needs lr_scheduler_type constant, got {kind}"
+    if params.optim == "schedule_free_adamw" and params.strategy not in ("single", "ddp"):
+        yield f"optim schedule_free_adamw needs strategy single or ddp, got {params.strategy}"
     if kind == "reduce_lr_on_plateau" and params.eval_steps is None:
         yield "reduce_lr_on_plateau follows the evaluation loss; set eval_steps"
 
@@ -102,6 +104,11 @@ def _evaluation(params: SftParams) -> Iterator[str]:
     if params.eval_steps is None:
         for name in [name for name, is_set in needs.items() if is_set]:
             yield f"{name} follows the evaluation loss; set eval_steps"
+    elif params.load_best_model_at_end and params.optim == "schedule_free_adamw":
+        yield (
+            "optim schedule_free_adamw trains, and saves, other weights than it evaluates; set "
+            "load_best_model_at_end to false"
+        )
     elif params.load_best_model_at_end and params.eval_steps % params.save_steps:
         yield (
             f"load_best_model_at_end needs a checkpoint at each evaluation: eval_steps={params.eval_steps} "

@@ -41,6 +41,18 @@ def read_attempt(folder: Path) -> Attempt:
     return Attempt(**{**values, "skipped": tuple(values["skipped"])})
 
 
+def micro_batch_size(rows: int, halvings: int) -> int:
+    """Return the rows of one forward pass: halved so many times, and rounded down to a divisor of all.
+
+    With any other number the steps would not keep their rows.
+
+    Example:
+        >>> [micro_batch_size(12, halvings) for halvings in range(4)], micro_batch_size(5, 1)
+        ([12, 6, 3, 1], 1)
+    """
+    return next(n for n in range(max(1, rows >> halvings), 0, -1) if rows % n == 0)
+
+
 def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] = ()) -> None:
     """Leave the reason; the first of the ranks to fail is heard, the others fail because of it."""
     mine = folder / f"failure-{os.getpid()}.json"
@@ -69,12 +81,12 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def settle(folder: Path, micro_batch_size: int, code: int) -> StageError:
+def settle(folder: Path, rows: int, code: int) -> StageError:
     """Build the error of a failed attempt, and note what the next one has to do.
 
     Args:
         folder: Of the training.
-        micro_batch_size: Rows in one forward pass of the failed attempt.
+        rows: Those that one forward pass is to have, before any halving.
         code: Exit code of the launcher, for a failure without a reason.
     """
     failure = read_failure(folder)
@@ -84,10 +96,12 @@ def settle(folder: Path, micro_batch_size: int, code: int) -> StageError:
             f"above. Run again: training goes on from the last checkpoint in {folder}"
         )
     attempt, kind, message = read_attempt(folder), failure["kind"], failure["message"]
+    taken = micro_batch_size(rows, attempt.halvings)
     match kind:
-        case "out_of_memory" if micro_batch_size > 1:
+        case "out_of_memory" if taken > 1:
             following = replace(attempt, halvings=attempt.halvings + 1)
-            remedy = f"the next attempt takes {micro_batch_size // 2} rows at a time, not {micro_batch_size}"
+            fewer = micro_batch_size(rows, following.halvings)
+            remedy = f"the next attempt takes {fewer} rows at a time, not {taken}"
         case "out_of_memory":
             return StageError(
                 f"sft: {message}; one row does not fit: set sft.activation_checkpointing, a strategy that "

@@ -40,6 +40,8 @@ SHARED_BUFFER = 69_206_024
 CUDA_OVERHEAD = GIB // 2
 # Kernels that neither write a mask out nor repeat the heads of keys and values.
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", "xformers")
+# What sdpa is on a processor (tasks.sft.attention).
+BY_EXAMPLE = "sdpa by example"
 # Strategies that give each rank a share only.
 DIVIDES_STATE = ("zero1", "zero2", "zero3", "fsdp2")
 DIVIDES_WEIGHTS = ("zero3", "fsdp2")
@@ -114,6 +116,8 @@ def estimate(
         state = 0.0
     if device == "cuda" and params.offload_param != "none":
         weights -= _divided(shape, params, strategy, precision, trained)
+    if device == "cpu" and params.attn_implementation in ("auto", "sdpa"):
+        params = params.model_copy(update={"attn_implementation": BY_EXAMPLE})
     kept, layer = _activations(shape, params, strategy, precision, batch)
     logits = _logits(shape, params, strategy, precision, batch)
     held, full, at_step = _gradients(params, strategy, precision, trained, device)
@@ -264,6 +268,9 @@ def _attention_bytes(shape: Shape, attention: str, size: int, tokens: int) -> fl
     if attention in FLASH:
         # Keys and values are not repeated for the queries that share them.
         return 4.0 * shape.heads - 2 * size * (shape.query - shape.key)
+    if attention == BY_EXAMPLE:
+        # Nor here; the results of the examples are kept, and what they are joined to.
+        return 4.0 * shape.heads - 2 * size * (shape.query - shape.key) + size * shape.query
     # The mask that keeps packed examples apart, made into numbers anew in every block.
     return 4.0 * shape.heads + size * tokens
 

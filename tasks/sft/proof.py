@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from tasks.errors import StageError
 from tasks.files import write_json
 from tasks.sft import selftest
 from tasks.sft.model import HALF, weight_dtype
@@ -36,11 +37,17 @@ class Proof(TrainerCallback):
 
 
 def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
-    """Run all proofs on the first two examples that share a row.
+    """Run all proofs, on two examples that share a row.
 
     Raises:
         StageError: One fails; training must not start.
     """
+    # The trainer switches it on in the model only when the training begins.
+    if trainer.model.is_activation_checkpointing != trainer.params.activation_checkpointing:
+        raise StageError(
+            f"self-test: activation_checkpointing={trainer.params.activation_checkpointing} was asked for, "
+            "but the model does otherwise; this is a bug, report it"
+        )
     folder = Path(job["folder"]) / "rehearsal"
     row = selftest.find_row(trainer.train_dataset)
     if row is None:
@@ -60,7 +67,9 @@ def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
             "not_compared": "zero3 divides the weights",
         }
     else:
-        found = selftest.gradients(lambda one: backward(trainer, one, job), batches, job["precision"])
+        # bitsandbytes multiplies four-bit weights in bf16 on a processor, whatever was asked.
+        precision = "bf16" if trainer.params.adapter == "qlora" else job["precision"]
+        found = selftest.gradients(lambda one: backward(trainer, one, job), batches, precision)
     saving = rehearse_saving(trainer, job, batch, folder)
     trainer.model_wrapped.train()
     return {"isolation": isolation, "gradients": found, "saving": saving}

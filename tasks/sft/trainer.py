@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class Trainer(SFTTrainer):
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in self._eval_batches():
+        for batch in self.eval_batches:
             inputs = self._prepare_inputs(self.data_collator(batch))
             with self.compute_loss_context_manager():
                 total, _outputs = summed_loss(model, inputs)
@@ -188,8 +189,9 @@ class Trainer(SFTTrainer):
                 checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
         self.accelerator.wait_for_everyone()
 
-    def _eval_batches(self) -> list[list[dict[str, Any]]]:
-        """Return this rank's batches; every rank has as many, since sharded weights are gathered together."""
+    @cached_property
+    def eval_batches(self) -> list[list[dict[str, Any]]]:
+        """This rank's batches; every rank has as many, since sharded weights are gathered together."""
         rows: list[dict[str, Any]] = list(self.eval_dataset)
         size, ranks = self.args.per_device_eval_batch_size, self.accelerator.num_processes
         rows = [*rows, *[self.filler] * (-len(rows) % (size * ranks))]

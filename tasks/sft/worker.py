@@ -190,7 +190,7 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         "attn_implementation": trainer.model.config._attn_implementation,
         "num_processes": args.world_size,
         "optim": args.optim.value,
-        # The trainer switches it on in the model only when train() begins.
+        # Compared with the model by the proofs, since the trainer switches it on when it begins.
         "activation_checkpointing": args.activation_checkpointing,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -236,6 +236,9 @@ def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Gua
         if guard.is_asked_to_end:
             raise TrainingError("preempted", f"asked to end; saved at step {step}")
         raise StageError(f"ended at step {step} of {job['plan']['steps']}; run again")
+    if hasattr(trainer.optimizer, "eval"):
+        # A schedule-free optimiser trains on other weights than those to use.
+        trainer.optimizer.eval()
     output = Path(job["folder"]) / "output"
     if trainer.is_world_process_zero():
         shutil.rmtree(output / "model", ignore_errors=True)

@@ -19,7 +19,9 @@ TOLERANCE = 2e-4
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    return make_folder(tmp_path_factory.mktemp("packed"), tiny_base, PACKED)
+    folder = make_folder(tmp_path_factory.mktemp("packed"), tiny_base, PACKED)
+    (folder / "hosts").write_text("localhost slots=2\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,7 @@ TWO = {"num_processes": 2, "per_device_train_batch_size": 2}
         ),
         pytest.param("zero3", {"strategy": "zero3", **TWO}, marks=pytest.mark.long),
         ("fsdp2", {"strategy": "fsdp2", **TWO}),
+        pytest.param("hostfile", {"strategy": "zero2", "hostfile": "hosts", **TWO}, marks=pytest.mark.long),
     ],
 )
 def test_losses_do_not_depend_on_how_the_work_is_divided(

@@ -6,35 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import set_seed
 
 from tasks.errors import StageError
-from tasks.files import read_json, read_rows
-from tasks.sft import SftParams
-from tasks.sft.__main__ import ROWS, build_job
+from tasks.files import read_json
 from tasks.sft.proof import Proof
 from tasks.sft.trainer import Trainer
-from tasks.sft.worker import build_trainer
-from tests.sft import WHOLE_SET, make_folder, shipped_params
-
-PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
-
-
-@pytest.fixture
-def build(in_tmp: Path, tiny_base: Path) -> Callable[..., Trainer]:
-    """Build the trainer of one process, with its proofs, in a folder of its own."""
-    make_folder(in_tmp, tiny_base, PACKED)
-
-    def build_one(**changes: Any) -> Trainer:
-        params = SftParams(**{**shipped_params(), **WHOLE_SET, **changes})
-        job = build_job(params, read_rows(ROWS))
-        proof = Proof(job)
-        set_seed(params.seed)
-        trainer = build_trainer(job, params, [proof])
-        proof.trainer = trainer
-        return trainer
-
-    return build_one
 
 
 def selftest_file(trainer: Trainer) -> Path:
@@ -42,7 +18,14 @@ def selftest_file(trainer: Trainer) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"adapter": None, "learning_rate": 1e-4}, {"use_dora": True}, {"precision": "bf16"}]
+    "changes",
+    [
+        {},
+        {"adapter": None, "learning_rate": 1e-4},
+        {"use_dora": True},
+        {"precision": "bf16"},
+        {"activation_checkpointing": True},
+    ],
 )
 def test_a_right_model_passes_and_trains(build: Callable[..., Trainer], changes: dict[str, Any]) -> None:
     trainer = build(**changes)
@@ -52,6 +35,19 @@ def test_a_right_model_passes_and_trains(build: Callable[..., Trainer], changes:
     assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
     assert proof["gradients"]["relative_difference"] < (0.1 if "precision" in changes else 1e-5)
     assert proof["saving"]["proven"]
+
+
+def test_a_quantised_base_passes_and_trains(build: Callable[..., Trainer]) -> None:
+    trainer = build(adapter="qlora")
+    kinds = {type(module).__name__ for module in trainer.model.modules()}
+    assert "Linear4bit" in kinds
+    trainer.train()
+    first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert last < first
+    proof = read_json(selftest_file(trainer))
+    assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
+    # Two layers, seven matrices each, A and B.
+    assert proof["saving"] == {"weights": 28}
 
 
 def test_the_proofs_leave_weights_and_random_numbers_as_they_were(build: Callable[..., Trainer]) -> None:
@@ -103,6 +99,12 @@ def test_a_cache_that_is_left_on_is_caught(build: Callable[..., Trainer]) -> Non
     inner = trainer.model.forward
     trainer.model.forward = lambda *args, **more: inner(*args, **{**more, "use_cache": True})
     refuse(trainer, "packed examples see each other")
+
+
+def test_activations_that_are_kept_although_asked_otherwise_are_caught(build: Callable[..., Trainer]) -> None:
+    trainer = build(activation_checkpointing=True)
+    trainer.model.activation_checkpointing_enable = lambda **_: None
+    refuse(trainer, "activation_checkpointing=True was asked for")
 
 
 def test_frozen_adapters_are_caught(build: Callable[..., Trainer]) -> None:

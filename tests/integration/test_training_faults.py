@@ -1,8 +1,10 @@
 """What can go wrong in the middle of a training, planted: each ends with its code, and goes on rightly."""
 
+import random
 import resource
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,54 @@ def test_kill_9_while_a_checkpoint_is_written_goes_on_from_the_one_before(
     # It was killed before the checkpoint had its name, or, on a quick machine, just after.
     assert left[0] == "checkpoint-2"
     goes_on_exactly(folder, clean_environment, "killed-saving", undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_a_random_moment_changes_neither_losses_nor_weights(
+    folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str], seed: int
+) -> None:
+    chance, state = random.Random(seed), f"killed-{seed}"
+    process = start_sft(folder, clean_environment, state, **STEPS)
+    wait_for_line(process, f"step {chance.randint(3, 10)}/12")
+    time.sleep(chance.uniform(0, 0.3))
+    ranks(process)[0].kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    goes_on_exactly(folder, clean_environment, state, undisturbed)
+    assert history(folder, state) == undisturbed[1]
+
+
+@pytest.mark.long
+def test_decisions_that_follow_from_the_losses_are_the_same_after_a_resume(
+    folder: Path, clean_environment: dict[str, str]
+) -> None:
+    # No loss falls by nine tenths or by 100 nats: every evaluation halves the rate, the fourth is the last.
+    watched = {
+        **STEPS,
+        "eval_steps": 2,
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"factor": 0.5, "patience": 0, "threshold": 0.9},
+        "early_stopping_patience": 3,
+        "early_stopping_min_delta": 100.0,
+        "load_best_model_at_end": True,
+    }
+    done = run_sft(folder, clean_environment, "watched", **watched)
+    assert done.returncode == 0, done.stdout
+    # A rate is set at the end of the step before, when its evaluation is still to come.
+    rates = [1e-3] * 5 + [5e-4] * 2 + [2.5e-4]
+    assert history(folder, "watched", "learning_rate") == pytest.approx(rates)
+    expected = tree_digest(folder / "data/sft/model")
+    process = start_sft(folder, clean_environment, "watched-killed", **watched)
+    wait_for_line(process, "step 7/12")
+    ranks(process)[0].kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    again = run_sft(folder, clean_environment, "watched-killed", **watched)
+    assert again.returncode == 0, again.stdout
+    assert "going on from checkpoint-" in again.stdout
+    assert history(folder, "watched-killed", "learning_rate") == pytest.approx(rates)
+    assert tree_digest(folder / "data/sft/model") == expected
 
 
 def test_sigterm_saves_at_the_next_step_and_ends_as_resumable(

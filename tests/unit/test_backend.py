@@ -24,10 +24,10 @@ def test_what_needs_a_gpu_is_refused_without_one() -> None:
 
 
 def test_all_that_is_missing_is_told_at_once() -> None:
-    params = sft_params(use_liger_kernel=True, optim="schedule_free_adamw", lr_scheduler_type="constant")
+    params = sft_params(use_liger_kernel=True, optim="adamw_8bit")
     told = find_missing(params, "cpu")
     assert [line.split(" needs ")[0] for line in told] == [
-        "sft.optim=schedule_free_adamw",
+        "sft.optim=adamw_8bit",
         "sft.use_liger_kernel=true",
     ]
 

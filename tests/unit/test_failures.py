@@ -15,7 +15,8 @@ def test_out_of_memory_halves_the_micro_batch_until_one_row_is_left(tmp_path: Pa
     assert (error.kind, error.exit_code) == ("out_of_memory", 10)
     assert "takes 2 rows at a time, not 4" in str(error)
     assert read_attempt(tmp_path) == Attempt(halvings=1)
-    last = settle(tmp_path, 1, 1)
+    assert "takes 1 rows at a time, not 2" in str(settle(tmp_path, 4, 1))
+    last = settle(tmp_path, 4, 1)
     assert last.exit_code == 2
     assert "one row does not fit" in str(last)
 

@@ -1,0 +1,36 @@
+"""The trainer of one process, in the process of the test."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sft import WHOLE_SET, make_folder, shipped_params
+
+PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
+
+
+@pytest.fixture
+def build(in_tmp: Path, tiny_base: Path) -> Callable[..., Any]:
+    """Build the trainer, with its proofs, in a folder of its own."""
+    from transformers import set_seed
+
+    from tasks.files import read_rows
+    from tasks.sft import SftParams
+    from tasks.sft.__main__ import ROWS, build_job
+    from tasks.sft.proof import Proof
+    from tasks.sft.worker import build_trainer
+
+    make_folder(in_tmp, tiny_base, PACKED)
+
+    def build_one(**changes: Any) -> Any:
+        params = SftParams(**{**shipped_params(), **WHOLE_SET, **changes})
+        job = build_job(params, read_rows(ROWS))
+        proof = Proof(job)
+        set_seed(params.seed)
+        trainer = build_trainer(job, params, [proof])
+        proof.trainer = trainer
+        return trainer
+
+    return build_one

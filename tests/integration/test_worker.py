@@ -1,0 +1,33 @@
+"""What a rank does around the steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tasks.sft.worker import finish
+
+
+def adapter_b(trainer: Any) -> torch.Tensor:
+    """The matrices B of the adapter, which begin with zeros, in one piece."""
+    parameters = trainer.model.named_parameters()
+    return torch.cat([p.detach().flatten() for name, p in sorted(parameters) if "lora_B" in name])
+
+
+def test_a_schedule_free_optimiser_saves_the_weights_to_use_not_those_that_train(
+    build: Callable[..., Any],
+) -> None:
+    trainer = build(optim="schedule_free_adamw")
+    trainer.train()
+    trained = adapter_b(trainer)
+    folder = Path(trainer.args.output_dir)
+    job, progress, guard = {"plan": {"steps": 3}, "folder": str(folder)}, SimpleNamespace(speed=1.0), None
+    finish(trainer, job, progress, guard)  # type: ignore[arg-type]
+    weights = load_file(folder / "output" / "model" / "adapter_model.safetensors")
+    saved = torch.cat([weights[name].flatten() for name in sorted(weights) if "lora_B" in name])
+    assert not torch.allclose(saved, trained)
+    trainer.optimizer.eval()
+    assert torch.equal(saved, adapter_b(trainer))
