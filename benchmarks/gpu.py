@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from mlflow import MlflowClient
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.record import Record, record, write_records
-from benchmarks.stages import ROOT, run_stage
+from benchmarks.record import Record, record, require_bounds, write_records
+from benchmarks.stages import ROOT, metric_history, run_stage
 from tasks.files import read_json, write_json, write_rows
 from tasks.pack import ROWS
 from tasks.schemas import GROUPED
@@ -97,8 +96,7 @@ def main() -> None:
         log.info("%s: %.4g %s, bound %s", one["claim"], one["value"], one["unit"], one["bound"])
     if not rehearses:
         write_records("gpu", records, PACKAGES)
-    if broken := [one["claim"] for one in records if not one["holds"]]:
-        sys.exit(f"does not hold: {'; '.join(broken)}")
+    require_bounds(records)
 
 
 def measure(folder: Path, size: Size) -> list[Record]:
@@ -178,11 +176,9 @@ def train(folder: Path, base: Path, rung: Rung, size: Size) -> dict[str, Any]:
     except SystemExit as err:
         lines = str(err).splitlines()
         return {"error": next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])}
-    client = MlflowClient(f"sqlite:///{folder / '.nightshift' / 'mlflow.db'}")
-    run_id = read_json(folder / "data" / "sft" / "mlflow_run.json")["run_id"]
-    told = {metric.step: metric.timestamp for metric in client.get_metric_history(run_id, "loss")}
+    told = {metric.step: metric.timestamp for metric in metric_history(folder, "loss")}
     seconds = (told[WARM_UP + TIMED] - told[WARM_UP]) / 1000
-    memory = max(metric.value for metric in client.get_metric_history(run_id, "peak_memory_gib"))
+    memory = max(metric.value for metric in metric_history(folder, "peak_memory_gib"))
     tokens = sum(read_json(folder / "data" / "sft" / "plan.json")["tokens"][WARM_UP:])
     return {"tokens_per_second": tokens / seconds, "memory_gib": round(memory, 2)}
 

@@ -51,6 +51,16 @@ def write_records(name: str, records: Sequence[Record], packages: Sequence[str])
     write_json(RESULTS / f"{name}.json", [{**one, **about} for one in records])
 
 
+def require_bounds(records: Sequence[Record]) -> None:
+    """Check that every measurement keeps to its bound.
+
+    Raises:
+        SystemExit: One does not; all of them are named.
+    """
+    if broken := [one["claim"] for one in records if not one["holds"]]:
+        raise SystemExit(f"does not hold: {'; '.join(broken)}")
+
+
 def cpu_model() -> str:
     """Name of the processor."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

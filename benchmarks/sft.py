@@ -1,12 +1,11 @@
 """All measurements of the training on a processor: `make bench-sft`, most of an hour on two cores."""
 
 import logging
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import orchestration, throughput
-from benchmarks.record import write_records
+from benchmarks.record import require_bounds, write_records
 
 PACKAGES = ("accelerate", "deepspeed", "dvc", "peft", "prefect", "torch", "transformers", "trl")
 log = logging.getLogger(__name__)
@@ -23,8 +22,7 @@ def main() -> None:
     for one in records:
         log.info("%s: %.4g %s, bound %s", one["claim"], one["value"], one["unit"], one["bound"])
     write_records("sft", records, PACKAGES)
-    if broken := [one["claim"] for one in records if not one["holds"]]:
-        sys.exit(f"does not hold: {'; '.join(broken)}")
+    require_bounds(records)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from tasks.files import read_json
+
 ROOT = Path(__file__).parent.parent
 STAGES = ("ingest", "dedupe", "split", "augment", "decontaminate", "pack")
 
@@ -62,6 +64,15 @@ def run_stage(stage: str, folder: Path) -> Cost:
     if process.returncode:
         raise SystemExit(f"{stage} failed:\n{(folder / f'{stage}.log').read_text(encoding='utf-8')[-3000:]}")
     return Cost(time.perf_counter() - start, usage.ru_maxrss / 1024)
+
+
+def metric_history(folder: Path, key: str) -> list[Any]:
+    """Return all values of a metric of the training in a folder, by step."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / '.nightshift' / 'mlflow.db'}")
+    run_id = read_json(folder / "data" / "sft" / "mlflow_run.json")["run_id"]
+    return list(client.get_metric_history(run_id, key))
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ most, one epoch, on the same cores one after the other. Real tokens are those of
 counts. TRL keeps its defaults; LLaMA-Factory packs, with masks that keep examples apart.
 """
 
-import json
 import logging
 import os
 import subprocess
@@ -22,7 +21,7 @@ import yaml
 
 from benchmarks.corpus import lognormal_chats
 from benchmarks.record import Record, record
-from benchmarks.stages import ROOT, environment, run_stage
+from benchmarks.stages import ROOT, environment, metric_history, run_stage
 from tasks.files import read_json, read_rows, write_json, write_rows
 from tasks.schemas import AUGMENTED, GROUPED
 
@@ -135,25 +134,12 @@ def compare(folder: Path, job: Path, ours: Training) -> list[Record]:
 def train_here(job: Path) -> Training:
     """Train with the stage sft alone."""
     cost = run_stage("sft", job)
-    return Training(speed(job), cost.seconds, 0.0, losses_of(job))
+    return Training(speed(job), cost.seconds, 0.0, [metric.value for metric in metric_history(job, "loss")])
 
 
 def speed(folder: Path) -> float:
     """Real tokens per second of a training, from its first step to its last."""
     return float(read_json(folder / "data" / "sft" / "mlflow_run.json")["tokens_per_second"])
-
-
-def losses_of(folder: Path) -> list[float]:
-    """Loss of each step of a training, from its tracker."""
-    code = (
-        "import json, sys; from mlflow import MlflowClient; c = MlflowClient(sys.argv[1]); "
-        "print(json.dumps([m.value for m in c.get_metric_history(sys.argv[2], 'loss')]))"
-    )
-    run_id = read_json(folder / "data" / "sft" / "mlflow_run.json")["run_id"]
-    uri = f"sqlite:///{folder / '.nightshift' / 'mlflow.db'}"
-    output = subprocess.run([sys.executable, "-c", code, uri, run_id], check=True, capture_output=True)
-    losses: list[float] = json.loads(output.stdout.splitlines()[-1])
-    return losses
 
 
 def run_trl(folder: Path, job: Path, tokens: int) -> Training:
