@@ -12,7 +12,7 @@ from benchmarks.stages import ROOT, environment
 from benchmarks.throughput import Training, make_job, speed
 from tasks.files import read_json, tree_digest, write_json
 from tasks.sft import SftParams, spool
-from tasks.sft.__main__ import free_port, launcher, rank_environment
+from tasks.sft.launch import free_port, launcher, rank_environment
 
 TRAINING_SECONDS = 600.0
 FLOW = """
@@ -80,7 +80,7 @@ def bare_training(job: Path) -> tuple[list[str], dict[str, Any]]:
     spec |= {"folder": str(bare), "spool": str(spool.begin(bare, "bare", None))}
     write_json(bare / "job.json", spec)
     params = SftParams.model_validate(spec["params"])
-    return [*launcher(params, spec["strategy"], free_port()), str(bare / "job.json")], spec
+    return [*launcher(params, spec["strategy"], "127.0.0.1", free_port()), str(bare / "job.json")], spec
 
 
 def timed(command: list[str], folder: Path, shell: dict[str, str]) -> float:

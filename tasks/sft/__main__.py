@@ -4,30 +4,25 @@ import importlib.metadata
 import json
 import os
 import shutil
-import signal
-import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pyarrow as pa
 import yaml
 
-from tasks import supervise
 from tasks.config import load_params
 from tasks.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
-from tasks.errors import DataError, TrainingError
+from tasks.errors import DataError, StageError
 from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
 from tasks.sft import SftParams, spool
 from tasks.sft.backend import Backend, choose_backend
 from tasks.sft.checkpoints import SAVING
 from tasks.sft.failures import clear, micro_batch_size, read_attempt, settle
+from tasks.sft.launch import launch, node_rank
 from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
-from tasks.sft.terminal import shown_lines
 from tasks.stage import DATA, run_main, write_summary
 from tasks.state import state_dir
 from tasks.tracking import tracking_uri
@@ -39,8 +34,6 @@ TARGET = DATA / "sft"
 ENGINES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
 TOKENS = pa.list_(pa.int32())
 EVAL_ROWS = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("seq_lengths", TOKENS)])
-# A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
-GRACE_SECONDS = 40.0
 
 
 def main() -> None:
@@ -49,6 +42,11 @@ def main() -> None:
     rows = read_rows(ROWS)
     job = build_job(params, rows)
     folder = Path(job["folder"])
+    if node := node_rank(params):
+        # One of several machines without ssh: its ranks train; the first one tells, saves and publishes.
+        if code := launch(job, params, folder / f"job-{node}.json"):
+            raise StageError(f"sft: node {node}: the ranks ended with code {code}; the reason stands above")
+        return
     is_trained = is_finished(folder)
     job["spool"] = str(open_spool(folder, is_trained))
     # Opens the run of this training, and sends what earlier ones could not.
@@ -58,7 +56,10 @@ def main() -> None:
         if params.eval_steps:
             longest = max(sum(row["seq_lengths"]) for row in rows)
             write_eval_rows(Path(job["eval_rows"]), longest if params.eval_packing else 0)
-        launch(job, params)
+        clear(folder)
+        code = launch(job, params, folder / "job.json")
+        if not is_finished(folder):
+            raise settle(folder, params.per_device_train_batch_size, code)
     publish(job, folder)
     plan = job["plan"]
     write_summary(
@@ -146,78 +147,6 @@ def write_eval_rows(path: Path, max_length: int) -> None:
     write_rows(path, rows, EVAL_ROWS)
 
 
-def launch(job: dict[str, Any], params: SftParams) -> None:
-    """Start the ranks under their launcher and the supervisor, and wait.
-
-    Raises:
-        StageError: They ended without the success marker, whatever the exit code says.
-    """
-    folder = Path(job["folder"])
-    (folder / "output").mkdir(parents=True, exist_ok=True)
-    clear(folder)
-    write_json(folder / "job.json", job)
-    port = free_port()
-    command = [*launcher(params, job["strategy"], port), str(folder / "job.json")]
-    signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        with shown_lines() as show:
-            code = supervise.run(
-                command,
-                on_line=show,
-                env=rank_environment(job["device"]),
-                grace_seconds=GRACE_SECONDS,
-            )
-    finally:
-        # DeepSpeed's ranks on a processor share memory, and leave it behind: 132 MiB a training.
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            buffer.unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not is_finished(folder):
-        raise settle(folder, params.per_device_train_batch_size, code)
-
-
-def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
-    """End the ranks, which save first, and this stage as one that can go on.
-
-    Raises:
-        TrainingError: Always.
-    """
-    # A second one, from another supervisor, must not disturb the end.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise TrainingError("preempted", "sft: asked to end; run again: training goes on from where it was saved")
-
-
-def launcher(params: SftParams, strategy: str, port: int) -> list[str]:
-    """Build the command that starts the ranks: DeepSpeed's launcher, or one process by itself."""
-    if strategy == "single":
-        return [sys.executable, "-m", "tasks.sft.worker"]
-    command = [str(Path(sys.executable).with_name("deepspeed"))]
-    if params.hostfile is None:
-        command += [f"--num_gpus={params.num_processes}", "--master_addr=127.0.0.1"]
-    else:
-        command += [f"--hostfile={params.hostfile}"]
-    return [*command, f"--master_port={port}", "--no_local_rank", "--module", "tasks.sft.worker"]
-
-
-def rank_environment(device: str) -> dict[str, str]:
-    """Build what the ranks need to know of the host."""
-    bin_folder = str(Path(sys.executable).parent)
-    env = {
-        # DeepSpeed compiles its operators with ninja from the same environment.
-        "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]),
-        # The ranks run the code of this stage, wherever it was started.
-        "PYTHONPATH": str(Path(__file__).absolute().parents[2]),
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
-        or str(state_dir() / "torch-extensions"),
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if device == "cpu":
-        # One thread for each rank makes the arithmetic, and so the adapter, reproducible.
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return env
-
-
 def is_finished(folder: Path) -> bool:
     """Tell whether the success marker is there and the model is the one it names."""
     marker = folder / "output" / "finished.json"
@@ -256,13 +185,6 @@ def dvc_digest(path: Path) -> str:
             if out["path"] == path.as_posix():
                 return str(out["md5"])
     return file_digest(path)[:32]
-
-
-def free_port() -> int:
-    """Find a free port on the loopback interface."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

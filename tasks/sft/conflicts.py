@@ -73,8 +73,8 @@ def _strategy(params: SftParams) -> Iterator[str]:
         )
     if kind == "fsdp2" and params.optim in EIGHT_BIT:
         yield f"optim {params.optim} cannot divide its state for fsdp2; take adamw_torch"
-    if params.hostfile is not None and kind in ("single", "fsdp2"):
-        yield f"hostfile is DeepSpeed's list of machines; strategy {kind} does not use it"
+    if params.hostfile is not None and kind == "single":
+        yield "hostfile is a list of machines; strategy single is one process"
 
 
 def _adapter(params: SftParams) -> Iterator[str]:

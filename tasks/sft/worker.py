@@ -3,6 +3,8 @@
 Rank 0 writes effective.json, selftest.json, the adapter, and last of all the success marker.
 """
 
+import gc
+import json
 import logging
 import shutil
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig
@@ -17,7 +20,7 @@ from trl import SFTConfig
 from tasks import supervise
 from tasks.encode import IGNORED
 from tasks.errors import PipelineError, StageError, TrainingError
-from tasks.files import read_json, read_rows, tree_digest, write_json
+from tasks.files import read_json, read_rows, text_digest, tree_digest, write_json
 from tasks.sft import SftParams, checkpoints
 from tasks.sft.callbacks import Progress
 from tasks.sft.failures import write_failure
@@ -44,6 +47,8 @@ def main() -> None:
     """Train the job named on the command line; leave the reason if it fails."""
     # Without its launcher a rank would wait for the others for ever.
     supervise.die_with_parent()
+    # What is imported stays: neither a collection on the way nor the one at the end is to look through it.
+    gc.freeze()
     job = read_json(Path(sys.argv[-1]))
     folder = Path(job["folder"])
     try:
@@ -73,6 +78,7 @@ def train(job: dict[str, Any], folder: Path) -> None:
     guard, proof = Guard(job, params), Proof(job)
     trainer = build_trainer(job, params, [guard, proof, progress])
     trainer.remove_callback(PrinterCallback)
+    require_one_job(job)
     proof.trainer = trainer
     resume = checkpoints.find_newest(folder)
     trainer.saved = checkpoints.step(resume) if resume else 0
@@ -87,6 +93,21 @@ def train(job: dict[str, Any], folder: Path) -> None:
         finish(trainer, job, progress, guard)
     finally:
         progress.close()
+
+
+def require_one_job(job: dict[str, Any]) -> None:
+    """Compare the jobs of all ranks; each machine may have written its own.
+
+    Raises:
+        StageError: They differ.
+    """
+    known = {key: value for key, value in job.items() if key not in ("spool", "tracking_uri")}
+    digests = gather_object([text_digest(json.dumps(known, sort_keys=True))])
+    if len(set(digests)) > 1:
+        raise StageError(
+            f"the machines train different jobs ({[digest[:8] for digest in digests]}, by rank); give all "
+            "the same code, parameters, data and state folder, and start all of them again"
+        )
 
 
 def is_stopped(checkpoint: Path, params: SftParams) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.sft import history, make_folder, run_sft
+from tasks.sft.launch import free_port
+from tests.sft import history, make_folder, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
 ALONE = tuple((i,) for i in range(8))
@@ -19,9 +20,7 @@ TOLERANCE = 2e-4
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    folder = make_folder(tmp_path_factory.mktemp("packed"), tiny_base, PACKED)
-    (folder / "hosts").write_text("localhost slots=2\n")
-    return folder
+    return make_folder(tmp_path_factory.mktemp("packed"), tiny_base, PACKED)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,6 @@ TWO = {"num_processes": 2, "per_device_train_batch_size": 2}
         ),
         pytest.param("zero3", {"strategy": "zero3", **TWO}, marks=pytest.mark.long),
         ("fsdp2", {"strategy": "fsdp2", **TWO}),
-        pytest.param("hostfile", {"strategy": "zero2", "hostfile": "hosts", **TWO}, marks=pytest.mark.long),
     ],
 )
 def test_losses_do_not_depend_on_how_the_work_is_divided(
@@ -72,3 +70,29 @@ def test_losses_do_not_depend_on_packing(
     done = run_sft(folder, clean_environment, "alone", per_device_train_batch_size=8)
     assert done.returncode == 0, done.stdout
     assert history(folder, "alone") == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_losses_do_not_depend_on_machines_that_each_start_their_own_ranks(
+    packed: Path, expected: list[float], clean_environment: dict[str, str], strategy: str
+) -> None:
+    (packed / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    state = f"machines-{strategy}"
+    machines = [
+        start_sft(
+            packed,
+            {**clean_environment, **together, "NODE_RANK": str(node)},
+            state,
+            strategy=strategy,
+            hostfile="hosts",
+            **TWO,
+        )
+        for node in range(2)
+    ]
+    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)
+    assert history(packed, state) == pytest.approx(expected, rel=TOLERANCE)
+    (folder,) = (packed / state / "checkpoints").iterdir()
+    assert {path.name for path in folder.glob("job*.json")} == {"job.json", "job-1.json"}

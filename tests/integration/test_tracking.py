@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from tasks.files import read_json
 from tasks.sft import spool
-from tasks.sft.__main__ import free_port
+from tasks.sft.launch import free_port
 from tests.sft import make_folder, only_run, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))

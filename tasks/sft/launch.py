@@ -1,0 +1,146 @@
+"""Start the ranks of a training, on this machine or on several, and end them with their stage."""
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tasks import supervise
+from tasks.errors import ConfigError, TrainingError
+from tasks.files import write_json
+from tasks.sft import SftParams
+from tasks.sft.terminal import shown_lines
+from tasks.state import state_dir
+
+# A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
+GRACE_SECONDS = 40.0
+
+
+def launch(job: dict[str, Any], params: SftParams, file: Path) -> int:
+    """Start the ranks under their launcher and the supervisor, wait, and return the launcher's exit code.
+
+    Args:
+        job: What the ranks have to know, and
+        params: the section sft in it.
+        file: Where the job is written for them.
+
+    Raises:
+        ConfigError: The environment does not say where the ranks of several machines meet.
+    """
+    (file.parent / "output").mkdir(parents=True, exist_ok=True)
+    write_json(file, job)
+    address, port = rendezvous(params)
+    command = [*launcher(params, job["strategy"], address, port), str(file)]
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        with shown_lines() as show:
+            code = supervise.run(
+                command,
+                on_line=show,
+                env=rank_environment(job["device"]),
+                grace_seconds=GRACE_SECONDS,
+            )
+    finally:
+        # DeepSpeed's ranks on a processor share memory, and leave it behind: 132 MiB a training.
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            buffer.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return code
+
+
+def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
+    """End the ranks, which save first, and this stage as one that can go on.
+
+    Raises:
+        TrainingError: Always.
+    """
+    # A second one, from another supervisor, must not disturb the end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise TrainingError("preempted", "sft: asked to end; run again: training goes on from where it was saved")
+
+
+def node_rank(params: SftParams) -> int:
+    """Return which of the machines in the hostfile this is, from 0: NODE_RANK, as torchrun has it.
+
+    Raises:
+        ConfigError: It is no such number.
+    """
+    value = os.environ.get("NODE_RANK", "0")
+    if not value.isdecimal():
+        raise ConfigError(f"NODE_RANK={value} is no number from 0; set it to the line of this machine")
+    if int(value) and params.hostfile is None:
+        raise ConfigError(
+            f"NODE_RANK={value}, but sft.hostfile is null; name the machines, or unset NODE_RANK"
+        )
+    return int(value)
+
+
+def rendezvous(params: SftParams) -> tuple[str, int]:
+    """Return the address and the port at which the ranks meet.
+
+    The address is "" where DeepSpeed asks the first machine of the hostfile for it, by ssh.
+
+    Raises:
+        ConfigError: Each machine starts its own ranks, and the environment does not say where they meet.
+    """
+    if params.hostfile is None:
+        return "127.0.0.1", free_port()
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if "NODE_RANK" in os.environ and not (address and port.isdecimal()):
+        raise ConfigError(
+            f"NODE_RANK is set, so each machine starts its own ranks; they cannot meet at "
+            f"MASTER_ADDR={address!r}, MASTER_PORT={port!r}: set both, equal on all machines"
+        )
+    return address, int(port) if port.isdecimal() else free_port()
+
+
+def launcher(params: SftParams, strategy: str, address: str, port: int) -> list[str]:
+    """Build the command that starts the ranks: DeepSpeed's launcher, or one process by itself.
+
+    Args:
+        params: The section sft.
+        strategy: Any but auto.
+        address: Where the ranks meet, or "", and
+        port: the port there; see `rendezvous`.
+    """
+    if strategy == "single":
+        return [sys.executable, "-m", "tasks.sft.worker"]
+    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    if params.hostfile is None:
+        command += [f"--num_gpus={params.num_processes}"]
+    else:
+        command += [f"--hostfile={params.hostfile}"]
+        if "NODE_RANK" in os.environ:
+            command += ["--no_ssh", f"--node_rank={node_rank(params)}"]
+    if address:
+        command += [f"--master_addr={address}"]
+    return [*command, f"--master_port={port}", "--no_local_rank", "--module", "tasks.sft.worker"]
+
+
+def rank_environment(device: str) -> dict[str, str]:
+    """Build what the ranks need to know of the host."""
+    bin_folder = str(Path(sys.executable).parent)
+    env = {
+        # DeepSpeed compiles its operators with ninja from the same environment.
+        "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]),
+        # The ranks run the code of this stage, wherever it was started.
+        "PYTHONPATH": str(Path(__file__).absolute().parents[2]),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
+        or str(state_dir() / "torch-extensions"),
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        # One thread for each rank makes the arithmetic, and so the adapter, reproducible.
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return env
+
+
+def free_port() -> int:
+    """Find a free port on the loopback interface."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
