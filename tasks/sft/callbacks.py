@@ -38,7 +38,9 @@ class Progress(TrainerCallback):
             return
         step = state.global_step
         if "loss" in logs:
-            values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm")}
+            # DeepSpeed tells no norm under ZeRO-0 in full precision.
+            told = [key for key in ("loss", "learning_rate", "grad_norm") if key in logs]
+            values: dict[str, float] = {key: float(logs[key]) for key in told}
             self.spool.tell("metrics", values=values | self.measure(step, values), step=step)
         elif "eval_loss" in logs:
             log.info("step %d/%d eval_loss %.4f", step, self.plan["steps"], logs["eval_loss"])
@@ -52,10 +54,11 @@ class Progress(TrainerCallback):
         supervised = sum(self.plan["supervised_tokens"][first:step]) / seconds
         memory = peak_memory(self.job["device"])
         left = seconds / (step - first) * (self.plan["steps"] - step)
+        norm = f"{values['grad_norm']:.2e}" if "grad_norm" in values else "untold"
         log.info(
-            "step %d/%d loss %.4f lr %.2e grad %.2e %.0f tok/s, %.0f supervised, "
+            "step %d/%d loss %.4f lr %.2e grad %s %.0f tok/s, %.0f supervised, "
             "%.2f GiB, %.0f s left, ends %s",
-            step, self.plan["steps"], values["loss"], values["learning_rate"], values["grad_norm"],
+            step, self.plan["steps"], values["loss"], values["learning_rate"], norm,
             self.speed, supervised, memory, left, clock(time.time() + left),
         )  # fmt: skip
         return {

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tasks.sft.attention  # noqa: F401 - what sdpa stands for
 from tasks.sft import SftParams
-from tasks.sft.strategy import keeps_half
+from tasks.sft.strategy import ZERO, keeps_half
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,7 +42,13 @@ def load_model(base: str, params: SftParams, strategy: str, precision: str, atte
             use_gradient_checkpointing=params.activation_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
         )
-    return get_peft_model(model, lora(params))
+    model = get_peft_model(model, lora(params))
+    if precision in HALF and strategy not in ZERO:
+        # Autocast gives the adapter its input in half precision; PEFT would make it full before, for nothing.
+        for module in model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+    return model
 
 
 def weight_dtype(params: SftParams, strategy: str, precision: str) -> torch.dtype:
