@@ -1,10 +1,12 @@
 """The memory that `nightshift plan` foretells, against the peak of real trainings on the processor.
 
-Each training is two steps of SmolLM2-135M through `python -m tasks.sft`. The peak is that of the largest
-rank, as the kernel keeps it (VmHWM), so no sample can miss it.
+Each training is a dozen steps of SmolLM2-135M through `python -m tasks.sft`, on rows and examples of uneven
+length: the allocator's waste grows for some steps. The peak is that of the largest rank, as the kernel keeps
+it (VmHWM), so no sample can miss it.
 """
 
 import logging
+import random
 import shutil
 import subprocess
 import sys
@@ -20,16 +22,17 @@ import yaml
 from tokenizers import Tokenizer
 
 from benchmarks.record import Record, record, require_bounds, write_records
-from benchmarks.stages import ROOT, environment, run_stage
+from benchmarks.stages import ROOT, environment, metric_history, run_stage
+from infra.plan import read_lengths
 from tasks.files import read_json, write_rows
 from tasks.pack import ROWS
 from tasks.sft import SftParams
-from tasks.sft.memory import Batch, estimate
+from tasks.sft.memory import Batch, estimate, largest_batch
 from tasks.sft.strategy import GIB
 from tasks.sources.packages import elements
 
 PACKAGES = ("accelerate", "deepspeed", "peft", "torch", "transformers", "trl")
-STEPS = 2
+STEPS = 12
 SHORT = {
     "max_steps": STEPS,
     "warmup_steps": 0,
@@ -37,7 +40,6 @@ SHORT = {
     "attn_implementation": "sdpa",
     "save_steps": STEPS,
 }
-EXAMPLE_LENGTH = 128
 # Seconds between two looks at the ranks; the kernel keeps the peak between them.
 PERIOD = 0.05
 log = logging.getLogger(__name__)
@@ -104,15 +106,39 @@ def compare(folder: Path, base: Path, case: dict[str, Any]) -> Record:
     )
 
 
+def of_job(folder: Path) -> Record:
+    """Set the estimate beside the peak of the first rank of a job that has trained, as its run tells it."""
+    (file,) = (folder / ".nightshift" / "checkpoints").glob("*/job.json")
+    job = read_json(file)
+    lengths, labelled = read_lengths(folder / "data" / "pack" / "train.parquet")
+    tokens = [sum(one) for one in lengths]
+    batch = largest_batch(job["plan"]["order"], tokens, labelled, job["micro_batch_size"])
+    config = read_json(folder / "data" / "base" / "model" / "config.json")
+    params = SftParams.model_validate(job["params"])
+    expected = estimate(config, params, job["strategy"], job["precision"], batch, job["device"])
+    peak = max(metric.value for metric in metric_history(folder, "peak_memory_gib"))
+    return record(
+        "estimate of memory against the peak: the job itself",
+        abs(expected.total / GIB / peak - 1),
+        "relative error",
+        at_most=0.10,
+        estimate_gib=round(expected.total / GIB, 3),
+        peak_gib=round(peak, 3),
+    )
+
+
 def make_folder(folder: Path, base: Path, params: SftParams, length: int) -> None:
     """Make a folder in which the stage finds all that it reads: rows of text, half of it labelled."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "base").symlink_to(base)
     (folder / "params.yaml").write_text(yaml.safe_dump({"sft": params.model_dump()}), encoding="utf-8")
     tokens = read_tokens(base)
+    chance = random.Random(0)
     size = STEPS * params.num_processes * params.per_device_train_batch_size
     count = size * params.gradient_accumulation_steps
-    rows = [packed_row(tokens[i * length : (i + 1) * length], i) for i in range(count)]
+    # The first row is full; the others lack up to an eighth.
+    lengths = [length, *(chance.randint(length * 7 // 8, length) for _ in range(count - 1))]
+    rows = [packed_row(tokens, one, i, chance) for i, one in enumerate(lengths)]
     write_rows(folder / "data" / "pack" / "train.parquet", rows, ROWS)
 
 
@@ -124,16 +150,25 @@ def read_tokens(base: Path) -> list[int]:
     return tokens
 
 
-def packed_row(ids: list[int], number: int) -> dict[str, Any]:
-    """Make a row of examples; every second one has labels."""
-    examples = len(ids) // EXAMPLE_LENGTH
+def packed_row(tokens: list[int], length: int, number: int, chance: random.Random) -> dict[str, Any]:
+    """Make a row of examples of 16 tokens or more, the second half of each with labels."""
+    lengths: list[int] = []
+    while (left := length - sum(lengths)) >= 32:
+        lengths.append(chance.randint(16, min(left - 16, 256)))
+    lengths.append(left)
+    begin = number * length % (len(tokens) - length)
+    ids = tokens[begin : begin + length]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    labels = [-100] * length
+    for start, size in zip(starts, lengths, strict=True):
+        labels[start + size // 2 : start + size] = ids[start + size // 2 : start + size]
     return {
         "input_ids": ids,
-        "labels": [token if i // EXAMPLE_LENGTH % 2 else -100 for i, token in enumerate(ids)],
-        "seq_lengths": [EXAMPLE_LENGTH] * examples,
-        "example_ids": [f"{number}/{i}" for i in range(examples)],
-        "origins": ["package:mendeleev"] * examples,
-        "starts": [0] * examples,
+        "labels": labels,
+        "seq_lengths": lengths,
+        "example_ids": [f"{number}/{i}" for i in range(len(lengths))],
+        "origins": ["package:mendeleev"] * len(lengths),
+        "starts": [0] * len(lengths),
     }
 
 

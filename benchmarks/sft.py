@@ -4,7 +4,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from benchmarks import orchestration, throughput
+from benchmarks import memory, orchestration, throughput
 from benchmarks.record import require_bounds, write_records
 
 PACKAGES = ("accelerate", "deepspeed", "dvc", "peft", "prefect", "torch", "transformers", "trl")
@@ -18,7 +18,7 @@ def main() -> None:
         folder = Path(name)
         job, ours, added = orchestration.measure(folder)
         log.info("ours: %.1f tokens/s", ours.tokens_per_second)
-        records = [added, *throughput.compare(folder, job, ours)]
+        records = [added, memory.of_job(job), *throughput.compare(folder, job, ours)]
     for one in records:
         log.info("%s: %.4g %s, bound %s", one["claim"], one["value"], one["unit"], one["bound"])
     write_records("sft", records, PACKAGES)

@@ -31,9 +31,13 @@ NF4_BYTES = 4.127 / 8
 # DeepSpeed 0.19: elements of its bucket of gradients, and gathered parameters that ZeRO-3 does not let go.
 BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
-# Python, torch, transformers, TRL, DeepSpeed and MLflow once imported, and what the allocator does not give
-# back: measured by benchmarks/memory.py as peak minus counted bytes, torch 2.13 on x86-64.
-CPU_OVERHEAD = 770 * 2**20
+# Python, torch, transformers, TRL, DeepSpeed and MLflow once imported, and what they keep for themselves:
+# measured by benchmarks/memory.py as peak minus counted bytes, torch 2.13 on x86-64.
+CPU_OVERHEAD = 870 * 2**20
+# glibc's aligned blocks do not fit into the holes that such blocks leave, and lengths differ from row to row:
+# after some steps this share of what a forward pass allocates lies idle. With activation checkpointing equal
+# blocks follow each other, and fit more often. Measured there, glibc 2.36.
+IDLE, IDLE_CHECKPOINTED = 0.9, 0.55
 # DeepSpeed's buffers in shared memory on the processor: every rank maps one of each rank.
 SHARED_BUFFER = 69_206_024
 # CUDA's context and cuBLAS's workspaces. Assumed, not measured: half a gibibyte is usual on recent devices.
@@ -60,7 +64,7 @@ class Memory:
     """Bytes on one device at the peak.
 
     Attributes:
-        overhead: What a process takes before it holds a model.
+        overhead: What a process takes before it holds a model, and what its allocator lets lie idle.
         weights: Frozen and trained weights, and those that ZeRO-3 or FSDP2 gathers.
         gradients: Gradients and the buckets in which they travel.
         optimizer: State of the optimiser, full-precision copies of the weights, and temporaries of its step.
@@ -124,9 +128,13 @@ def estimate(
     if device == "cuda" and params.optim == "adamw_torch" and params.offload_optimizer == "none":
         # The default implementation computes the denominators of all weights at once.
         at_step += 4 * trained / (ranks if strategy in DIVIDES_STATE else 1)
-    overhead = CUDA_OVERHEAD if device == "cuda" else CPU_OVERHEAD
-    if device == "cpu" and strategy in ZERO and ranks > 1:
-        overhead += SHARED_BUFFER * ranks
+    overhead = float(CUDA_OVERHEAD)
+    if device == "cpu":
+        overhead = _process(shape, params, strategy, precision, batch)
+        # The default implementation computes the denominators of one tensor at a time, in two copies. ZeRO's
+        # is all of a rank's share; else the largest is that of the embeddings.
+        largest = 0 if params.adapter else shape.vocabulary * shape.hidden
+        at_step += 8 * (trained / ranks if strategy in DIVIDES_STATE else largest)
     if params.adapter is None and shape.is_tied:
         # The gradients of embeddings and head exist side by side until they are added.
         full += 4 * shape.vocabulary * shape.hidden
@@ -139,7 +147,7 @@ def estimate(
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations, scores = moments[moment]
     return Memory(
-        overhead=overhead,
+        overhead=round(overhead),
         weights=round(weights),
         gradients=round(gradients),
         optimizer=round(state),
@@ -147,6 +155,18 @@ def estimate(
         logits=round(scores),
         moment=moment,
     )
+
+
+def _process(shape: Shape, params: SftParams, strategy: str, precision: str, batch: Batch) -> float:
+    """Return the bytes of a process on the processor: before it holds a model, shared, and idle."""
+    passes = batch.tokens * _layer_bytes(shape, params, strategy, precision, batch.tokens)
+    if params.adapter is not None:
+        # What the adapter adds to each layer's result, and is freed on the way.
+        width = sum(width for _, width in targets(shape, params).values())
+        passes += batch.tokens * width * (2 if precision in HALF else 4)
+    idle = IDLE_CHECKPOINTED if params.activation_checkpointing else IDLE
+    shared = SHARED_BUFFER * params.num_processes if strategy in ZERO and params.num_processes > 1 else 0
+    return CPU_OVERHEAD + shared + idle * shape.layers * passes
 
 
 def _weight_bytes(params: SftParams, strategy: str, precision: str) -> int:
