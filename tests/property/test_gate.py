@@ -5,23 +5,24 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.gate import GateParams, decide
+from tasks.gate.decision import decide
+from tests.gate import PARAMS as SHIPPED
 
-PARAMS = GateParams(confidence=0.95, n_resamples=1000, max_loss_increase=0.05, min_items=10, seed=0)
+PARAMS = SHIPPED.model_copy(update={"n_resamples": 1000, "min_items": 10})
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=10, max_size=40)
 
 
 def rows(model: str, right: list[bool]) -> list[dict[str, Any]]:
-    test = {"model": model, "benchmark": "test", "item": "t", "score": 20.0, "tokens": 10}
+    test = {"model": model, "benchmark": "test", "item": "t", "slice": "s", "score": 20.0, "tokens": 10}
     return [test] + [
-        {"model": model, "benchmark": "facts", "item": str(i), "score": float(ok)}
+        {"model": model, "benchmark": "facts", "item": str(i), "slice": "s", "score": float(ok)}
         for i, ok in enumerate(right)
     ]
 
 
 def verdict(candidate: list[bool], base: list[bool]) -> str:
     table = rows("candidate", candidate) + rows("base", base)
-    return str(decide(table, {"base": None, "candidate": "c"}, [], PARAMS)["verdict"])
+    return str(decide(table, {"base": None, "candidate": "c"}, [], [], PARAMS)["verdict"])
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,0 +1,51 @@
+"""Decide whether the candidate may replace what runs now: data/evaluate -> data/gate.
+
+The same items are answered by the candidate and by its reference (the champion, or the base if there is
+none), so every test is paired. Each check reaches a verdict, and the gravest of them counts:
+
+- promote: nothing speaks against it;
+- hold: the data cannot tell, or the candidate is the champion;
+- reject: the candidate is worse, or below a floor;
+- error: scores are missing or not numbers, or the benchmark was trained on. Errors fail closed.
+
+Every look at another candidate since the last promotion makes chance gains likelier, so the k-th look spends
+alpha * 6 / (pi k)^2 of the error probability, which sums to alpha over all looks.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tasks.config import StageParams
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class GateParams(StageParams):
+    """How sure the gate must be.
+
+    Attributes:
+        alpha: Probability of promoting a model that is no better, over all looks since the last promotion.
+        detectable_gain: Gain of accuracy, 0 to 1, that the benchmarks should be able to show.
+        power: Probability with which they should show it; below, a verdict of hold names the items needed.
+        margin: Loss of accuracy, 0 to 1, that counts as none on a benchmark or a slice.
+        floors: Lowest accuracy, 0 to 1, of a benchmark, by its name.
+        retention: Benchmarks of what the base could do before; the candidate is compared with the base.
+        seed_noise: Standard deviation of the accuracy between trainings that differ in their seed only.
+        max_loss_increase: Accepted relative growth of the held-out loss.
+        min_items: Fewest paired items of a benchmark for a verdict.
+        n_resamples: Resamples of the bootstrap and of the permutation test.
+        seed: Seed of the resampling.
+    """
+
+    alpha: Annotated[float, Field(gt=0, le=0.5)]
+    detectable_gain: Annotated[float, Field(gt=0, le=1)]
+    power: Annotated[float, Field(gt=0, lt=1)]
+    margin: Share
+    floors: dict[str, Share]
+    retention: list[str]
+    seed_noise: Annotated[float, Field(ge=0, le=1)]
+    max_loss_increase: Share
+    min_items: Annotated[int, Field(strict=True, ge=2)]
+    n_resamples: Annotated[int, Field(strict=True, ge=1000)]
+    seed: Annotated[int, Field(strict=True, ge=0)]

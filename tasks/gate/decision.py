@@ -1,0 +1,268 @@
+"""The checks of the gate, each with a verdict in words, and the gravest of them."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tasks.gate import GateParams
+from tasks.gate.statistics import (
+    Differences,
+    holm,
+    interval,
+    items_needed,
+    p_value,
+    power,
+    seed_band,
+    spent_alpha,
+)
+
+Verdict = Literal["promote", "hold", "reject", "error"]
+# From the lightest to the gravest.
+VERDICTS: tuple[Verdict, ...] = ("promote", "hold", "reject", "error")
+HELDOUT = "test"
+Row = dict[str, Any]
+Pairs = list[tuple[Row, Row]]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: What was looked at.
+        verdict: What it allows.
+        said: Why, in words with figures.
+    """
+
+    name: str
+    verdict: Verdict
+    said: str
+
+
+def decide(
+    rows: Sequence[Row],
+    digests: dict[str, str | None],
+    looks: Sequence[str],
+    overlaps: Sequence[str],
+    params: GateParams,
+) -> dict[str, Any]:
+    """Reach a verdict.
+
+    Args:
+        rows: Scores of all models.
+        digests: model -> digest of its adapter.
+        looks: Digests of the candidates judged since the last promotion, oldest first.
+        overlaps: Training rows that ask an evaluation question.
+        params: Thresholds.
+
+    Returns:
+        verdict, reason in words, reference, candidate, all checks, and the figures of the gain and the loss.
+    """
+    reference = "champion" if "champion" in digests else "base"
+    known = {"reference": reference, "candidate": digests.get("candidate")}
+    if digests.get("candidate") == digests.get(reference):
+        return {**known, **conclude([Check("candidate", "hold", f"the candidate is the {reference}")])}
+    if faults := list(find_faults(rows, reference, overlaps, params)):
+        return {**known, **conclude(faults)}
+    look = count_look(str(digests["candidate"]), looks)
+    pairs = pair(rows, reference)
+    asked = [both for both in pairs if both[0]["benchmark"] != HELDOUT]
+    primary = [both for both in asked if both[0]["benchmark"] not in params.retention]
+    heldout = [both for both in pairs if both[0]["benchmark"] == HELDOUT]
+    losses = token_loss(row for row, _ in heldout), token_loss(row for _, row in heldout)
+    gain = measure_gain(primary, look, params)
+    retained = [both for both in pair(rows, "base") if both[0]["benchmark"] in params.retention]
+    checks = [
+        check_gain(gain, differences(primary), params),
+        *check_floors(asked, params),
+        *(not_worse(name, reference, group, params) for name, group in by_benchmark(primary)),
+        *(not_worse(name, "base", group, params) for name, group in by_benchmark(retained)),
+        *check_slices(primary, params),
+        check_loss(*losses, params.max_loss_increase),
+    ]
+    figures = {"gain": gain, "loss": losses[0], "reference_loss": losses[1]}
+    return {**known, **conclude(checks), **figures}
+
+
+def conclude(checks: Sequence[Check]) -> dict[str, Any]:
+    """Return the gravest verdict, its reasons, and all checks.
+
+    Example:
+        >>> conclude([Check("a", "promote", "fine"), Check("b", "hold", "unclear")])["reason"]
+        'b: unclear'
+    """
+    verdict = max((check.verdict for check in checks), key=VERDICTS.index)
+    reason = "; ".join(f"{check.name}: {check.said}" for check in checks if check.verdict == verdict)
+    if verdict == "promote":
+        # All of them say so; the first one says why.
+        reason = f"{checks[0].name}: {checks[0].said}"
+    return {"verdict": verdict, "reason": reason, "checks": [asdict(check) for check in checks]}
+
+
+def find_faults(
+    rows: Sequence[Row], reference: str, overlaps: Sequence[str], params: GateParams
+) -> Iterator[Check]:
+    """Yield what makes the scores worthless."""
+    if overlaps:
+        several = f"{len(overlaps)} training rows ask what is evaluated, first: {overlaps[0]}"
+        yield Check("contamination", "error", f"{several}; run decontaminate again")
+    sides = {name: {key(row) for row in rows if row["model"] == name} for name in ("candidate", reference)}
+    if alone := len(sides["candidate"] ^ sides[reference]):
+        yield Check("scores", "error", f"{alone} items have a score from one model only; run evaluate again")
+    if bad := sum(not math.isfinite(row["score"]) for row in rows):
+        yield Check("scores", "error", f"{bad} scores are not numbers; the model is broken")
+    counts: dict[str, int] = defaultdict(int)
+    for benchmark, _ in sides["candidate"]:
+        counts[benchmark] += 1
+    if not counts.pop(HELDOUT, 0):
+        yield Check("scores", "error", "the held-out split is empty; raise split.test_share or add data")
+    if not counts.keys() - set(params.retention):
+        yield Check("scores", "error", "no benchmark has a score; see snapshot.benchmarks")
+    for name in sorted({*params.floors, *params.retention} - counts.keys()):
+        yield Check(name, "error", "named in gate, but no such benchmark was scored")
+    for name, count in sorted(counts.items()):
+        if count < params.min_items:
+            yield Check(
+                name, "error", f"{count} items, fewer than gate.min_items={params.min_items}; add items"
+            )
+
+
+def key(row: Row) -> tuple[str, str]:
+    """Return what a score is of: benchmark and item."""
+    return row["benchmark"], row["item"]
+
+
+def pair(rows: Sequence[Row], reference: str) -> Pairs:
+    """Pair the candidate's scores with those of another model, by benchmark and item, in a fixed order."""
+    other = {key(row): row for row in rows if row["model"] == reference}
+    ours = sorted((row for row in rows if row["model"] == "candidate"), key=key)
+    return [(row, other[key(row)]) for row in ours]
+
+
+def by_benchmark(pairs: Pairs) -> list[tuple[str, Pairs]]:
+    """Group pairs by their benchmark."""
+    groups: dict[str, Pairs] = defaultdict(list)
+    for both in pairs:
+        groups[both[0]["benchmark"]].append(both)
+    return sorted(groups.items())
+
+
+def differences(pairs: Pairs) -> Differences:
+    """Return candidate minus reference for each item, shape (n,)."""
+    return np.asarray([ours["score"] - theirs["score"] for ours, theirs in pairs], dtype=np.float64)
+
+
+def count_look(candidate: str, looks: Sequence[str]) -> int:
+    """Number this look, from 1; a candidate that was judged before keeps its number.
+
+    Example:
+        >>> count_look("b", ["a", "b", "c"]), count_look("d", ["a", "b", "c"])
+        (2, 4)
+    """
+    return looks.index(candidate) + 1 if candidate in looks else len(looks) + 1
+
+
+def measure_gain(pairs: Pairs, look: int, params: GateParams) -> dict[str, Any]:
+    """Measure the gain over the reference on all items together.
+
+    Returns:
+        mean; low and high at alpha; p_value, and spent: what it may be at this look; power to show
+        `detectable_gain`; items.
+    """
+    found = differences(pairs)
+    low, high = interval(found, params.alpha, params.n_resamples, params.seed)
+    spent = spent_alpha(params.alpha, look)
+    values = {
+        "mean": float(found.mean()),
+        "low": low,
+        "high": high,
+        "alpha": params.alpha,
+        "spent": spent,
+        "power": power(found, params.detectable_gain, spent),
+    }
+    p = p_value(found, params.n_resamples, params.seed)
+    rounded = {name: round(value, 6) for name, value in values.items()}
+    return rounded | {"p_value": float(f"{p:.3g}"), "look": look, "items": len(found)}
+
+
+def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> Check:
+    """Say whether the gain is one, at the error probability that this look may spend."""
+    said = (
+        f"{gain['mean']:+.1%} accuracy, interval {gain['low']:+.1%} to {gain['high']:+.1%}, "
+        f"p {gain['p_value']:.2g} of {gain['spent']:.2g} at look {gain['look']}"
+    )
+    band = seed_band(params.seed_noise, params.alpha)
+    if gain["p_value"] > gain["spent"]:
+        able = f"a gain of {params.detectable_gain:.0%} would show with probability {gain['power']:.0%}"
+        if gain["power"] < params.power:
+            needed = items_needed(found, params.detectable_gain, gain["spent"], params.power)
+            able += f", with {needed:,} items instead of {gain['items']:,} with {params.power:.0%}"
+        return Check("gain", "hold", f"cannot tell: {said}; {able}")
+    if gain["mean"] < 0:
+        return Check("gain", "reject", f"worse: {said}")
+    if gain["mean"] <= band:
+        return Check("gain", "hold", f"no more than seeds differ ({band:.1%}): {said}")
+    return Check("gain", "promote", f"better: {said}")
+
+
+def check_floors(pairs: Pairs, params: GateParams) -> Iterator[Check]:
+    """Compare the candidate with the lowest accuracy that is allowed."""
+    for name, group in by_benchmark(pairs):
+        if name in params.floors:
+            accuracy, floor = sum(ours["score"] for ours, _ in group) / len(group), params.floors[name]
+            verdict: Verdict = "promote" if accuracy >= floor else "reject"
+            yield Check(f"{name}, floor", verdict, f"{accuracy:.1%}, at least {floor:.1%}")
+
+
+def not_worse(name: str, reference: str, pairs: Pairs, params: GateParams) -> Check:
+    """Show that the candidate is not worse by more than the margin, for which its whole interval counts."""
+    found = differences(pairs)
+    low, high = interval(found, params.alpha, params.n_resamples, params.seed)
+    said = f"{found.mean():+.1%}, interval {low:+.1%} to {high:+.1%}, margin {params.margin:.1%}"
+    if low >= -params.margin:
+        return Check(f"{name}, against {reference}", "promote", f"not worse: {said}")
+    if high < -params.margin:
+        return Check(f"{name}, against {reference}", "reject", f"worse: {said}")
+    return Check(f"{name}, against {reference}", "hold", f"cannot tell: {said}")
+
+
+def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
+    """Look for slices that became worse by more than the margin, all of them tested together."""
+    groups: dict[str, Pairs] = defaultdict(list)
+    for both in pairs:
+        groups[f"{both[0]['benchmark']}/{both[0]['slice']}"].append(both)
+    found = {name: differences(group) for name, group in sorted(groups.items())}
+    if len(found) < 2:
+        return
+    p_values = [p_value(one, params.n_resamples, params.seed, "less") for one in found.values()]
+    are_worse = holm(p_values, params.alpha)
+    worse = [
+        f"{name} {one.mean():+.1%} (p {p:.2g})"
+        for (name, one), p, is_worse in zip(found.items(), p_values, are_worse, strict=True)
+        if is_worse and one.mean() < -params.margin
+    ]
+    if worse:
+        yield Check("slices", "reject", f"worse: {', '.join(worse)}; Holm's correction for {len(found)}")
+    else:
+        yield Check("slices", "promote", f"none of {len(found)} is worse by more than {params.margin:.1%}")
+
+
+def check_loss(ours: float, theirs: float, max_increase: float) -> Check:
+    """Compare the held-out losses.
+
+    Example:
+        >>> check_loss(2.0, 2.1, 0.05).verdict, check_loss(2.3, 2.1, 0.05).verdict
+        ('promote', 'reject')
+    """
+    said = f"{ours:.3f} nats per token, the reference has {theirs:.3f}"
+    return Check("held-out loss", "reject" if ours > theirs * (1 + max_increase) else "promote", said)
+
+
+def token_loss(rows: Iterable[Row]) -> float:
+    """Token-weighted mean negative log-likelihood, in nats per token."""
+    kept = list(rows)
+    return round(float(sum(row["score"] for row in kept) / sum(row["tokens"] for row in kept)), 6)

@@ -1,0 +1,17 @@
+"""Parameters of the gate in tests: those that are shipped, with fewer resamples."""
+
+from tasks.gate import GateParams
+
+PARAMS = GateParams(
+    alpha=0.05,
+    detectable_gain=0.1,
+    power=0.8,
+    margin=0.05,
+    floors={},
+    retention=[],
+    seed_noise=0.0,
+    max_loss_increase=0.05,
+    min_items=50,
+    n_resamples=2000,
+    seed=0,
+)
