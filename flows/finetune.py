@@ -1,6 +1,5 @@
 """The nightly retrain: snapshot, every stage of dvc.yaml, and what the gate allows after them."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -10,11 +9,8 @@ from flows.overrides import applied
 from flows.scoreboard import collect, markdown
 from flows.stages import run_program, run_stage
 from flows.tracking import tracked_run
-from tasks.files import read_json
 from tasks.graph import stage_order
 from tasks.ledger import check_ledger
-
-GATE = Path("data/gate/gate.json")
 
 
 @flow(name="finetune", persist_result=False)
@@ -31,9 +27,7 @@ def finetune(overrides: dict[str, Any] | None = None) -> None:
             run_stage(stage, run_id)
         check_ledger()
         run_program("register", run_id)
-        verdict = read_json(GATE)["verdict"]
-        if verdict == "promote":
-            run_program("promote", run_id)
-        board = collect(promoted=verdict == "promote")
+        run_program("promote", run_id)
+        board = collect()
     create_markdown_artifact(markdown(board), key="scoreboard", description="finetune")
-    get_run_logger().info("%s: %s", verdict, board["gate"]["reason"])
+    get_run_logger().info("%s: %s", board["gate"]["verdict"], board["gate"]["reason"])

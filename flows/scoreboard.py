@@ -14,7 +14,7 @@ def scoreboard_file() -> Path:
     return state_dir() / "scoreboard.json"
 
 
-def collect(promoted: bool) -> dict[str, Any]:  # noqa: FBT001 - a fact, not a mode
+def collect() -> dict[str, Any]:
     """Gather the outcome of the run from the files that its stages wrote."""
     gate = read_json(DATA / "gate" / "gate.json")
     trained = read_json(DATA / "sft" / "mlflow_run.json")
@@ -24,7 +24,7 @@ def collect(promoted: bool) -> dict[str, Any]:  # noqa: FBT001 - a fact, not a m
         "tokens_per_second": trained["tokens_per_second"],
         "training_run": trained["run_id"],
         "version": read_json(DATA / "register" / "version.json")["version"],
-        "promoted": promoted,
+        **read_json(DATA / "promote" / "outcome.json"),
         "champion": read_json(DATA / "champion" / "champion.json")["version"],
     }
     write_json(scoreboard_file(), board)
@@ -59,6 +59,7 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         ("gate", f"{gate['verdict']}: {gate['reason']}"),
         ("registered version", f"{board['version']}"),
         ("champion", f"version {champion}" if champion else "none yet"),
+        *([("waits for a person", board["waits"])] if board["waits"] else []),
     ]
     return table
 

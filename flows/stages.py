@@ -66,13 +66,13 @@ def run_stage(stage: str, run_id: str) -> State[None]:
 
 
 @task(task_run_name="{module}", cache_policy=NO_CACHE, persist_result=False)
-def run_program(module: str, run_id: str) -> None:
+def run_program(module: str, run_id: str, arguments: tuple[str, ...] = ()) -> None:
     """Run `python -m tasks.<module>`: a side effect, so it is no DVC stage and always runs.
 
     Raises:
         StageError: The program failed; the message is its own last error.
     """
-    stream([sys.executable, "-m", f"tasks.{module}"], module, run_id)
+    stream([sys.executable, "-m", f"tasks.{module}", *arguments], module, run_id)
 
 
 def stream(command: list[str], name: str, run_id: str) -> list[str]:

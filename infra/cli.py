@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flows.scoreboard import rows, scoreboard_file
@@ -17,7 +18,7 @@ from infra import axolotl, stack, watch
 from infra import plan as planned
 from tasks.check import check
 from tasks.config import read_params
-from tasks.errors import PipelineError
+from tasks.errors import ConfigError, PipelineError
 from tasks.files import read_json
 
 app = typer.Typer(
@@ -93,6 +94,85 @@ def run(
     running = stack.up()
     watch.run_deployment("finetune/prod", overrides, stack.environment(running))
     print_scoreboard(running)
+
+
+@app.command()
+@told_plainly
+def promote(
+    version: Annotated[int, typer.Argument(help="The version to make the champion.")],
+    reason: Annotated[str, typer.Option(help="Why; the record keeps it.")],
+) -> None:
+    """Make a version the champion, such as one that waits for a person."""
+    move_champion(f"--version={version}", f"--reason={reason}")
+
+
+@app.command()
+@told_plainly
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; the record keeps it.")],
+    to: Annotated[str, typer.Option(help="`previous`, or the number of a version.")] = "previous",
+) -> None:
+    """Bring back the previous champion, and hold automatic promotion."""
+    target = () if to == "previous" else (f"--version={to}",)
+    move_champion("--rollback", *target, f"--reason={reason}")
+
+
+@app.command()
+@told_plainly
+def acknowledge(reason: Annotated[str, typer.Option(help="Why; the record keeps it.")]) -> None:
+    """Let automatic promotion go on after a rollback."""
+    move_champion("--acknowledge", f"--reason={reason}")
+
+
+def move_champion(*arguments: str) -> None:
+    """Run the promoter against the local stack's MLflow, or the one that the environment names."""
+    command = [sys.executable, "-m", "tasks.promote", *arguments]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+@told_plainly
+def history() -> None:
+    """Show who was champion when and why, after checking that nobody changed the record."""
+    from tasks.promotions import open_record
+    from tasks.registry import open_registry
+
+    record = open_record(*open_registry())
+    table = Table("when", "what", "champion", "before", "why", "by", box=None)
+    for entry in record.entries:
+        moved = (str(entry.champion or "none"), str(entry.before or "none"))
+        table.add_row(entry.moment, entry.action, *moved, escape(entry.reason), entry.by)
+    console.print(table)
+    if record.is_held:
+        console.print(
+            "automatic promotion is held since the last rollback; `nightshift acknowledge` ends that"
+        )
+
+
+@app.command()
+@told_plainly
+def trace(
+    version: Annotated[int | None, typer.Argument(help="A version of the model.")] = None,
+    row: Annotated[str, typer.Option(help="An example's id, or its place: source/shard:line.")] = "",
+) -> None:
+    """Show where a version came from, or with --row which versions a row went into."""
+    from infra import trace as lineage
+
+    if (version is None) == (not row):
+        raise ConfigError("nightshift trace takes a version, or --row; give one of the two")
+    if version is None:
+        lineage.show_row(console, row)
+    else:
+        lineage.show(console, version)
+
+
+@app.command()
+@told_plainly
+def reproduce(version: Annotated[int, typer.Argument(help="A version of the model.")]) -> None:
+    """Rebuild a version from its data, code and parameters, in a folder of its own, and compare digests."""
+    from infra.reproduce import rebuild
+
+    raise typer.Exit(0 if rebuild(console, version) else 1)
 
 
 @app.command("import")

@@ -1,59 +1,227 @@
-"""The one place where the champion changes. Runs after the gate said promote."""
+"""The one place where the champion changes: after the gate, by hand, and back.
 
+`python -m tasks.promote` does what the gate and `registry.approval` allow, and writes
+`data/promote/outcome.json`. `--version 7 --reason TEXT` promotes a version, `--rollback` brings back the
+previous champion (or `--version`), `--acknowledge` lets automatic promotion go on after a rollback.
+
+A promotion that waits for a person is an alias, `challenger`, and no process: it holds nothing, and survives
+any restart.
+"""
+
+import argparse
+import fcntl
 import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from tasks.errors import GateError
-from tasks.files import read_json
-from tasks.registry import DIGEST, find_alias, open_registry
+from mlflow.entities.model_registry import ModelVersion
+
+from tasks.config import load_params
+from tasks.errors import ConfigError, GateError
+from tasks.files import read_json, text_digest, write_json
+from tasks.promotions import Action, Record, open_record
+from tasks.registry import (
+    ANSWERS,
+    DIGEST,
+    RegistryParams,
+    ask,
+    fetch_adapter,
+    find_alias,
+    find_version,
+    open_registry,
+)
 from tasks.stage import DATA, run_main
+from tasks.state import state_dir
 
 GATE = DATA / "gate" / "gate.json"
 CHAMPION = DATA / "champion" / "champion.json"
 VERSION = DATA / "register" / "version.json"
-
+OUTCOME = DATA / "promote" / "outcome.json"
+# What a move by hand expects to find.
+ANY_CHAMPION = -1
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Promote the version that was registered last.
+    """Do what the command line asks for; without arguments, what the gate allows."""
+    arguments = read_arguments()
+    if arguments.acknowledge:
+        acknowledge(arguments.reason)
+    elif arguments.rollback:
+        roll_back(arguments.version, arguments.reason)
+    elif arguments.version is not None:
+        move(arguments.version, "promote", arguments.reason)
+    else:
+        follow_gate()
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line.
 
     Raises:
-        GateError: The gate does not say promote.
+        ConfigError: A move by hand has no reason.
     """
-    decision = read_json(GATE)
-    if decision["verdict"] != "promote":
-        raise GateError(f"{GATE}: the verdict is {decision['verdict']}: {decision['reason']}")
-    promote(read_json(VERSION)["version"], read_json(CHAMPION)["version"])
+    parser = argparse.ArgumentParser(prog="python -m tasks.promote", description=__doc__)
+    parser.add_argument("--version", type=int, help="the version to move to")
+    parser.add_argument("--rollback", action="store_true", help="bring back the previous champion")
+    parser.add_argument("--acknowledge", action="store_true", help="allow automatic promotion again")
+    parser.add_argument("--reason", default="", help="why, in words; the record keeps it")
+    arguments = parser.parse_args()
+    is_by_hand = arguments.acknowledge or arguments.rollback or arguments.version is not None
+    if is_by_hand and not arguments.reason.strip():
+        raise ConfigError("--reason is empty; say why, the record keeps it")
+    return arguments
 
 
-def promote(version: int, expected_champion: int | None) -> None:
+def follow_gate() -> None:
+    """Promote the version that was registered last, or let it wait for a person.
+
+    Raises:
+        GateError: Another champion stands there by now.
+    """
+    decision, version = read_json(GATE), int(read_json(VERSION)["version"])
+    client, name = open_registry()
+    approval = load_params(RegistryParams, "registry").approval
+    waits = find_wait(decision["verdict"], version, approval, open_record(client, name))
+    promoted = decision["verdict"] == "promote" and waits is None
+    if waits:
+        client.set_registered_model_alias(name, "challenger", str(version))
+        log.info("version %d waits for `nightshift promote %d`: %s", version, version, waits)
+    elif promoted:
+        move(version, "promote", f"gate: {decision['reason']}", expected=read_json(CHAMPION)["version"])
+    write_json(OUTCOME, {"promoted": promoted, "waits": waits})
+
+
+def find_wait(verdict: str, version: int, approval: str, record: Record) -> str | None:
+    """Say why a version waits for a person, or None.
+
+    Args:
+        verdict: Of the gate.
+        version: The candidate's.
+        approval: registry.approval.
+        record: Of promotions.
+    """
+    if version == record.champion:
+        return None
+    if {"manual": "promote", "manual_if_hold": "hold"}.get(approval) == verdict:
+        return f"registry.approval is {approval}"
+    if verdict == "promote" and record.is_held:
+        return "automatic promotion is held since a rollback; `nightshift acknowledge` ends that"
+    if verdict == "promote" and version in record.withdrawn:
+        return f"version {version} was rolled back before"
+    return None
+
+
+def roll_back(version: int | None, reason: str) -> None:
+    """Bring back an earlier champion; automatic promotion is held from then on.
+
+    Args:
+        version: To go back to; None means the previous champion.
+        reason: In words.
+
+    Raises:
+        GateError: There is no previous champion.
+    """
+    if version is None:
+        client, name = open_registry()
+        previous = find_alias(client, name, "previous-champion")
+        if previous is None:
+            raise GateError(f"registry: {name} has no previous champion; name a version: --version N")
+        version = int(previous.version)
+    move(version, "rollback", reason)
+
+
+def acknowledge(reason: str) -> None:
+    """Let automatic promotion go on after a rollback."""
+    client, name = open_registry()
+    with only_one(name):
+        current = find_alias(client, name, "champion")
+        open_record(client, name).append("acknowledge", current, current, reason)
+
+
+def move(version: int, action: Action, reason: str, expected: int | None = ANY_CHAMPION) -> None:
     """Make a version the champion, and its predecessor `previous-champion`.
 
     Args:
-        version: The version to promote.
-        expected_champion: The champion that the gate compared with, or None.
+        version: The new champion.
+        action: promote or rollback.
+        reason: In words; the record keeps it.
+        expected: The champion that the gate compared with, or None; by hand any will do.
 
     Raises:
-        GateError: Another champion stands there by now, or the registry did not take the alias.
+        GateError: Another champion stands there, somebody else is moving it, the version does not load or is
+            not what was registered, or the registry did not take the alias.
     """
     client, name = open_registry()
-    current = find_alias(client, name, "champion")
-    now = int(current.version) if current else None
-    if now == version:
-        log.info("version %d is the champion already", version)
-        return
-    if now != expected_champion:
+    with only_one(name):
+        current = find_alias(client, name, "champion")
+        now = int(current.version) if current else None
+        record = note_outside(open_record(client, name), current)
+        if now == version:
+            log.info("version %d is the champion already", version)
+            return
+        if expected not in (ANY_CHAMPION, now):
+            raise GateError(
+                f"registry: the champion of {name} is version {now}, but the gate compared with {expected}; "
+                "somebody moved the alias: run the flow again"
+            )
+        following = find_version(client, name, version)
+        require_whole(following)
+        # Before the alias moves: an entry without its move is found as a move from outside.
+        record.append(action, following, current, reason)
+        if current:
+            client.set_registered_model_alias(name, "previous-champion", current.version)
+        client.set_registered_model_alias(name, "champion", str(version))
+        moved = find_alias(client, name, "champion")
+        if moved is None or int(moved.version) != version:
+            raise GateError(f"registry: champion of {name} should be {version}, is {moved}; see MLflow")
+    log.info("%s: version %d (%s) is the champion of %s", action, version, following.tags[DIGEST][:12], name)
+
+
+@contextmanager
+def only_one(name: str) -> Iterator[None]:
+    """Keep other promoters of this machine out; the deployments run one at a time for those of others.
+
+    Raises:
+        GateError: Another one is at work.
+    """
+    file = state_dir() / f"promote-{text_digest(name)}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise GateError(
+                f"registry: the champion of {name} is being moved by another process; wait for it"
+            ) from err
+        yield
+
+
+def note_outside(record: Record, current: ModelVersion | None) -> Record:
+    """Write down that somebody else moved the alias, if it is not where the record says."""
+    now, known = int(current.version) if current else None, record.champion
+    if now != known:
+        log.warning("the champion of %s is version %s, not %s: moved from outside", record.name, now, known)
+        record.append("outside", current, None, f"found at version {now}, the record says {known}")
+    return record
+
+
+def require_whole(version: ModelVersion) -> None:
+    """Check that a version is what was registered: the bytes of its adapter, and three answers.
+
+    Raises:
+        GateError: It is not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        fetch_adapter(version, Path(folder) / "model")
+    uri = f"models:/{version.name}/{version.version}"
+    if (answers := text_digest(*ask(uri)[0])) != version.tags.get(ANSWERS):
         raise GateError(
-            f"registry: the champion of {name} is version {now}, but the gate compared with "
-            f"{expected_champion}; somebody moved the alias: run the flow again"
+            f"registry: {uri} loads, but its answers (digest {answers}) are not those of its registration "
+            f"({version.tags.get(ANSWERS)}); the base or the libraries changed: evaluate it again"
         )
-    if current:
-        client.set_registered_model_alias(name, "previous-champion", current.version)
-    client.set_registered_model_alias(name, "champion", str(version))
-    moved = find_alias(client, name, "champion")
-    if moved is None or int(moved.version) != version:
-        raise GateError(f"registry: champion of {name} should be {version}, is {moved}; see MLflow")
-    log.info("version %d (%s) is the champion of %s", version, moved.tags[DIGEST][:12], name)
 
 
 if __name__ == "__main__":

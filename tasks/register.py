@@ -5,9 +5,6 @@ with digests, as a pyfunc model from code. Writes `data/register/version.json`.
 """
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -15,8 +12,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tasks.errors import GateError
-from tasks.files import file_digest, read_json, tree_digest, write_json
-from tasks.registry import DIGEST, open_registry
+from tasks.files import file_digest, read_json, text_digest, tree_digest, write_json
+from tasks.lineage import write_lineage
+from tasks.registry import ANSWERS, DIGEST, ask, open_registry
 from tasks.sft.spool import replay
 from tasks.stage import DATA, run_main
 from tasks.state import state_dir
@@ -27,9 +25,9 @@ TRAINED_BY = DATA / "sft" / "mlflow_run.json"
 BASE = DATA / "base" / "model"
 GATE = DATA / "gate" / "gate.json"
 REFERENCE = DATA / "register" / "base_reference.json"
+LINEAGE = DATA / "register" / "lineage"
 TARGET = DATA / "register" / "version.json"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
-PROBE = "What is the chemical symbol of Gold?"
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +47,7 @@ def register(verdict: str) -> int:
     """Register the candidate once; the same adapter keeps its version.
 
     Before the alias `candidate` moves, a fresh process loads the version and must give the same
-    answer as the files it was made from.
+    answers as the files it was made from.
 
     Args:
         verdict: The gate's verdict, kept as a tag.
@@ -75,48 +73,36 @@ def register(verdict: str) -> int:
         "nightshift.params_digest": file_digest(Path("params.yaml")),
         "nightshift.git_commit": git_commit(),
     }
-    require_sameask(f"models:/{name}/{number}")
+    tags[ANSWERS] = require_same_answers(f"models:/{name}/{number}")
     for key, value in tags.items():
         client.set_model_version_tag(name, str(number), key, value)
     client.set_registered_model_alias(name, "candidate", str(number))
     return number
 
 
-def require_sameask(model_uri: str) -> None:
-    """Load the registered model in a fresh process and compare its answer with the files' answer.
+def require_same_answers(model_uri: str) -> str:
+    """Load the registered model in a fresh process and compare its answers with those of the files.
+
+    Returns:
+        The digest of the answers.
 
     Raises:
         GateError: They differ, or the model does not load.
     """
-    answers = [ask([model_uri]), ask([str(BASE), str(CANDIDATE)])]
-    if answers[0] != answers[1]:
+    registered, trained = ask(model_uri, str(BASE), str(CANDIDATE))
+    if registered != trained:
         raise GateError(
-            f"registry: {model_uri} answers {answers[0]!r}, but the trained files answer "
-            f"{answers[1]!r}; the saved model is broken and no alias moves"
+            f"registry: {model_uri} answers {registered}, but the trained files answer {trained}; "
+            "the saved model is broken and no alias moves"
         )
-    log.info("reloaded in a fresh process: %r -> %r", PROBE, answers[0])
-    if not answers[0]:
-        log.warning("%s answers %r with nothing; look at the training before it is served", model_uri, PROBE)
-
-
-def ask(arguments: list[str]) -> str:
-    """Ask one question of a model in a process of its own; greedy, so the answer is one."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tasks.served_model", *arguments, PROBE],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        raise GateError(f"registry: {arguments[0]} does not load: {done.stderr.strip()[-2000:]}")
-    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    log.info("reloaded in a fresh process, three answers are the same: %s", registered)
+    return text_digest(*registered)
 
 
 def log_model(client: MlflowClient, name: str) -> int:
-    """Log the adapter with its base reference under the run that trained it, and register it."""
-    mlflow.set_tracking_uri(tracking_uri())
+    """Log the adapter, its base reference and its lineage under the run that trained it, and register it."""
     write_json(REFERENCE, read_json(BASE.with_name("base.json")) | {"path": str(BASE.absolute())})
+    write_lineage(LINEAGE)
     run = training_run(client)
     state = client.get_run(run).info.status
     with mlflow.start_run(run_id=run):
@@ -126,6 +112,7 @@ def log_model(client: MlflowClient, name: str) -> int:
             artifacts={
                 "model": str(CANDIDATE),
                 "base_reference": str(REFERENCE),
+                "lineage": str(LINEAGE),
             },
             pip_requirements=["torch", "transformers", "peft", "mlflow"],
             registered_model_name=name,

@@ -1,9 +1,14 @@
 """Read the MLflow registry: aliases, the champion as files, the candidates since its promotion."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
@@ -15,6 +20,8 @@ from tasks.files import tree_digest, write_json
 from tasks.tracking import tracking_uri
 
 DIGEST = "nightshift.adapter_digest"
+# Digest of the answers that the version gave when it was registered.
+ANSWERS = "nightshift.answers_digest"
 
 
 class RegistryParams(StageParams):
@@ -22,9 +29,12 @@ class RegistryParams(StageParams):
 
     Attributes:
         model_name: Name of the registered model.
+        approval: Who promotes: auto, the gate; manual, a person what the gate would promote; manual_if_hold,
+            the gate, and a person what it holds.
     """
 
     model_name: str
+    approval: Literal["auto", "manual", "manual_if_hold"]
 
 
 def write_champion(folder: Path) -> None:
@@ -48,8 +58,9 @@ def write_champion(folder: Path) -> None:
 
 
 def open_registry() -> tuple[MlflowClient, str]:
-    """Return the client and the name of the registered model."""
-    return MlflowClient(tracking_uri()), load_params(RegistryParams, "registry").model_name
+    """Return the client and the name of the registered model; what else asks MLflow asks the same one."""
+    mlflow.set_tracking_uri(tracking_uri())
+    return MlflowClient(), load_params(RegistryParams, "registry").model_name
 
 
 def find_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
@@ -60,6 +71,23 @@ def find_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
         if err.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def find_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
+    """Return a version of the model.
+
+    Raises:
+        GateError: There is none, or Nightshift did not register it.
+    """
+    try:
+        found = client.get_model_version(name, str(version))
+    except MlflowException as err:
+        raise GateError(f"registry: {name} has no version {version}; see `nightshift history`") from err
+    if DIGEST not in found.tags:
+        raise GateError(
+            f"registry: version {version} of {name} has no {DIGEST}; Nightshift did not register it"
+        )
+    return found
 
 
 def fetch_adapter(version: ModelVersion, target: Path) -> None:
@@ -79,6 +107,31 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
             f"registry: version {version.version} of {version.name} holds an adapter with digest "
             f"{found}, registered was {expected}; it was changed: promote another version"
         )
+
+
+def ask(*models: str) -> list[list[str]]:
+    """Ask models the probe's questions in a process of its own; greedy, so the answers are always the same.
+
+    Args:
+        models: A model's URI; after it, the folders of a base and an adapter may follow.
+
+    Returns:
+        The answers, special tokens and all, of each model.
+
+    Raises:
+        GateError: A model does not load.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.served_model", *models],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "MLFLOW_TRACKING_URI": tracking_uri()},
+    )
+    if done.returncode:
+        raise GateError(f"registry: {models[0]} does not load: {done.stderr.strip()[-2000:]}")
+    answers: list[list[str]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answers
 
 
 def find_looks(client: MlflowClient, name: str, champion: ModelVersion | None) -> list[str]:

@@ -18,6 +18,9 @@ from mlflow.pyfunc import ChatModel
 from mlflow.types.llm import ChatCompletionResponse, ChatMessage, ChatParams
 
 MAX_NEW_TOKENS = 64
+# What is asked to tell whether two loaded models are one.
+PROBES = ("What is the chemical symbol of Gold?", "Who are you?", "Write one sentence about the sea.")
+PROBE_TOKENS = 16
 
 
 class AdapterChat(ChatModel):
@@ -42,9 +45,12 @@ class AdapterChat(ChatModel):
         params: ChatParams | None = None,
     ) -> ChatCompletionResponse:
         """Answer a conversation."""
-        limit = (params.max_tokens if params else None) or MAX_NEW_TOKENS
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        text = answer(self.model, self.tokenizer, turns, limit)
+        if params and (params.custom_inputs or {}).get("probe"):
+            text = probe(self.model, self.tokenizer, turns)
+        else:
+            limit = (params.max_tokens if params else None) or MAX_NEW_TOKENS
+            text = answer(self.model, self.tokenizer, turns, limit)
         choice = {"index": 0, "message": {"role": "assistant", "content": text}}
         return ChatCompletionResponse.from_dict(
             {"id": uuid.uuid4().hex, "model": "nightshift", "choices": [choice], "usage": {}}
@@ -85,18 +91,29 @@ def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) 
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def main(arguments: list[str]) -> None:
-    """Print the answer of `MODEL_URI QUESTION`, or of `BASE ADAPTER QUESTION`, on the last line."""
-    *model, question = arguments
-    turns = [{"role": "user", "content": question}]
-    if len(model) == 1:
-        import mlflow
+def probe(model: Any, tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """Generate so many tokens that no model can answer with nothing, and keep the special ones."""
+    inputs = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(
+        **inputs, min_new_tokens=PROBE_TOKENS, max_new_tokens=PROBE_TOKENS, do_sample=False
+    )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False))
 
-        loaded = mlflow.pyfunc.load_model(model[0])
-        text = loaded.predict({"messages": turns})["choices"][0]["message"]["content"]
-    else:
-        text = answer(*load(Path(model[0]), Path(model[1])), turns, MAX_NEW_TOKENS)
-    sys.stdout.write(" ".join(text.split()) + "\n")
+
+def main(arguments: list[str]) -> None:
+    """Print the probe's answers of `MODEL_URI`, and of `BASE ADAPTER` after it, as JSON on the last line."""
+    import mlflow
+
+    conversations = [[{"role": "user", "content": question}] for question in PROBES]
+    served = mlflow.pyfunc.load_model(arguments[0])
+    asked = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
+    found = [[served.predict(one)["choices"][0]["message"]["content"] for one in asked]]
+    if arguments[1:]:
+        model, tokenizer = load(*(Path(folder) for folder in arguments[1:]))
+        found.append([probe(model, tokenizer, turns) for turns in conversations])
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,18 @@ def test_mlflow_knows_the_version_and_where_it_came_from(checkout: Checkout) -> 
     assert version.run_id == read_json(checkout.folder / "data/sft/mlflow_run.json")["run_id"]
 
 
+@pytest.mark.long
+def test_a_version_is_rebuilt_from_its_lineage_to_the_same_adapter(checkout: Checkout) -> None:
+    checkout.make_run()
+    output = checkout.type(str(BIN / "nightshift"), "reproduce", "1")
+    assert "the same, bit for bit" in output
+    for stage in STAGES[: STAGES.index("sft") + 1]:
+        assert f"Running stage '{stage}'" in output
+    assert re.search(r"outputs that differ +none of \d\d", output)
+    trace = checkout.type(str(BIN / "nightshift"), "trace", "1")
+    assert "elements/000001.jsonl" in trace
+
+
 def flow_processes(folder: Path) -> list[psutil.Process]:
     """All processes of flow runs in this checkout, at any depth."""
     found = []

@@ -127,9 +127,9 @@ def loaded_modules(code: str) -> set[str]:
 
 
 def test_data_stages_flows_and_the_command_line_do_not_load_torch() -> None:
-    modules = [f"tasks.{name}" for name in (*NEEDS_NO_TORCH, "check", "snapshot", "register")]
-    modules += [f"tasks.{name}.__main__" for name in ("ingest", "dedupe", "augment")]
-    modules += ["flows.finetune", "infra.cli"]
+    modules = [f"tasks.{name}" for name in (*NEEDS_NO_TORCH, "check", "snapshot", "register", "promote")]
+    modules += [f"tasks.{name}.__main__" for name in ("ingest", "dedupe", "augment", "gate")]
+    modules += ["flows.finetune", "flows.promote", "infra.cli"]
     loaded = loaded_modules("\n".join(f"import {name}" for name in modules))
     assert "tasks.ingest" in loaded
     assert "torch" not in loaded

@@ -1,7 +1,11 @@
-"""Registering and promoting against a real MLflow: reload, expected champion, previous champion."""
+"""Registering, promoting and going back against a real MLflow: reload, expected champion, record, drill."""
 
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,96 +13,302 @@ from mlflow import MlflowClient
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tasks import promote, register, registry
+from tasks import promote, promotions, register, registry
 from tasks.errors import GateError
-from tasks.files import file_digest, read_json, tree_digest, write_json
+from tasks.files import file_digest, read_json, tree_digest, write_json, write_rows
+from tasks.pack import ROWS
 from tasks.tracking import experiment_id, tracking_uri
-from tests.checkouts import ROOT
+from tests.checkouts import BIN, ROOT
+
+DATABASE = Path(".nightshift/mlflow.db")
 
 
-@pytest.fixture
-def trained(in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as it is after the gate, with a first candidate."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    shutil.copy(ROOT / "params.yaml", in_tmp)
-    (in_tmp / "dvc.lock").write_text("{}")
-    shutil.copytree(tiny_base, in_tmp / "data/base/model")
-    files = {p.name: file_digest(p) for p in (in_tmp / "data/base/model").iterdir()}
-    write_json(in_tmp / "data/base/base.json", {"model": "tiny", "dtype": "float32", "files": files})
-    write_json(in_tmp / "data/gate/gate.json", {"verdict": "promote", "reason": "better"})
-    make_candidate(tiny_base, in_tmp, seed=1)
-    return in_tmp
+def adapter(seed: int) -> Path:
+    """Where an adapter lies that may be the candidate."""
+    return Path("adapters") / str(seed) / "model"
 
 
-def make_candidate(base: Path, folder: Path, seed: int) -> None:
-    """Write an adapter with weights that change the answer, as a training would."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    shutil.rmtree(folder / "data/sft/model", ignore_errors=True)
-    model.save_pretrained(folder / "data/sft/model")
+def make_checkout(folder: Path, base: Path) -> None:
+    """Make a folder as it is after the gate, with three adapters to be candidates."""
+    shutil.copy(ROOT / "params.yaml", folder)
+    for name in ("dvc.lock", "data/raw.dvc", "data/benchmarks.dvc"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    write_json(
+        folder / "data/raw/digests.json", {"facts/000001.jsonl": "a" * 64, "facts/000002.jsonl": "b" * 64}
+    )
+    write_summaries(folder / "data")
+    shutil.copytree(base, folder / "data/base/model")
+    files = {p.name: file_digest(p) for p in (folder / "data/base/model").iterdir()}
+    write_json(folder / "data/base/base.json", {"model": "tiny", "dtype": "float32", "files": files})
+    for seed in (1, 2, 3):
+        # Weights that change the answer, as a training would.
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(folder / adapter(seed))
+
+
+def write_summaries(data: Path) -> None:
+    """Write what lineage reads of the stages: two packed rows of three examples, one of them a paraphrase."""
+    empty: dict[str, Any] = {"input_ids": [1], "labels": [1], "seq_lengths": [1]}
+    rows = [
+        {
+            "example_ids": ["e1", "e2"],
+            "origins": ["facts/000001.jsonl:7", "facts/000002.jsonl:1"],
+            "starts": [0, 0],
+        },
+        {"example_ids": ["p1"], "origins": ["facts/000001.jsonl:7"], "starts": [0]},
+    ]
+    write_rows(data / "pack" / "train.parquet", [{**empty, **row} for row in rows], ROWS)
+    summary = {"rows_in": 4, "added": 0, "rows_out": 3, "dropped": {"duplicate": 1}}
+    write_json(data / "dedupe" / "summary.json", summary)
+
+
+def candidate(seed: int) -> str:
+    """Put an adapter where the training would, and return its digest."""
+    target = Path("data/sft/model")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(adapter(seed), target)
     client = MlflowClient(tracking_uri())
     run = client.create_run(experiment_id(client))
-    write_json(folder / "data/sft/mlflow_run.json", {"run_id": run.info.run_id})
+    write_json(Path("data/sft/mlflow_run.json"), {"run_id": run.info.run_id})
+    return tree_digest(target)
+
+
+def night(seed: int, verdict: str = "promote") -> dict[str, Any]:
+    """Train a candidate, register it, and do what the gate says."""
+    candidate(seed)
+    write_json(register.GATE, {"verdict": verdict, "reason": "better"})
+    champion()
+    register.main()
+    promote.follow_gate()
+    outcome: dict[str, Any] = read_json(promote.OUTCOME)
+    return outcome
 
 
 def champion() -> dict[str, object]:
+    """The champion as the next night sees it."""
     registry.write_champion(Path("data/champion"))
-    record: dict[str, object] = read_json(Path("data/champion/champion.json"))
-    return record
+    found: dict[str, object] = read_json(Path("data/champion/champion.json"))
+    return found
 
 
-def test_two_nights_from_no_champion_to_a_second_one(trained: Path, tiny_base: Path) -> None:
-    assert champion() == {"version": None, "digest": None, "looks": []}
-    register.main()
-    assert read_json(register.TARGET) == {"version": 1}
-    promote.main()
-    first = tree_digest(trained / "data/sft/model")
-    assert champion() == {"version": 1, "digest": first, "looks": []}
-    assert tree_digest(trained / "data/champion/model") == first
+def alias(name: str) -> int | None:
+    """The version that an alias names."""
+    found = registry.find_alias(*registry.open_registry(), name)
+    return int(found.version) if found else None
 
-    make_candidate(tiny_base, trained, seed=2)
-    write_json(register.GATE, {"verdict": "hold", "reason": "cannot tell"})
-    register.main()
-    second = tree_digest(trained / "data/sft/model")
-    assert champion() == {"version": 1, "digest": first, "looks": [second]}
-    with pytest.raises(GateError, match="the verdict is hold"):
-        promote.main()
 
-    promote.promote(2, expected_champion=1)
+def record() -> promotions.Record:
+    """The record of promotions, verified."""
+    return promotions.open_record(*registry.open_registry())
+
+
+@pytest.fixture(scope="module")
+def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A checkout in which version 1 and then version 2 became champion, and version 3 is registered."""
+    folder = tmp_path_factory.mktemp("registry")
+    make_checkout(folder, tiny_base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        for name in ("NIGHTSHIFT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+            patch.delenv(name, raising=False)
+        assert champion() == {"version": None, "digest": None, "looks": []}
+        first = candidate(1)
+        assert night(1) == {"promoted": True, "waits": None}
+        assert champion() == {"version": 1, "digest": first, "looks": []}
+        assert tree_digest(Path("data/champion/model")) == first
+        # What the gate holds is registered, and counts as a look from then on.
+        assert night(2, "hold") == {"promoted": False, "waits": None}
+        second = candidate(2)
+        assert champion() == {"version": 1, "digest": first, "looks": [second]}
+        promote.move(2, "promote", "by hand")
+        assert champion() == {"version": 2, "digest": second, "looks": []}
+        assert night(3, "hold") == {"promoted": False, "waits": None}
+        # Registered once: the same adapter keeps its version.
+        register.main()
+        assert read_json(register.TARGET) == {"version": 3}
+    return folder
+
+
+@pytest.fixture
+def checkout(in_tmp: Path, two_nights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the checkout, with a registry of its own; the artefacts stay where they are."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("data", "adapters"):
+        shutil.copytree(two_nights / name, in_tmp / name)
+    for name in ("params.yaml", "dvc.lock"):
+        shutil.copy(two_nights / name, in_tmp)
+    DATABASE.parent.mkdir()
+    shutil.copy(two_nights / DATABASE, DATABASE)
+    return in_tmp
+
+
+@pytest.mark.usefixtures("checkout")
+def test_each_move_stands_in_the_record_and_keeps_the_previous_champion() -> None:
+    assert (alias("champion"), alias("previous-champion"), alias("candidate")) == (2, 1, 3)
+    assert [(entry.action, entry.before, entry.champion, entry.reason) for entry in record().entries] == [
+        ("promote", None, 1, "gate: better"),
+        ("promote", 1, 2, "by hand"),
+    ]
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_rollback_restores_the_same_adapter_and_holds_automatic_promotion() -> None:
+    done = subprocess.run(
+        [str(BIN / "nightshift"), "rollback", "--reason", "answers in rhymes"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    restored = champion()["digest"]
+    assert restored == tree_digest(Path("data/champion/model")) == tree_digest(adapter(1))
+    assert (alias("champion"), alias("previous-champion")) == (1, 2)
+    outcome = night(3)
+    assert (outcome["promoted"], outcome["waits"][:27]) == (False, "automatic promotion is held")
+    assert (alias("champion"), alias("challenger")) == (1, 3)
+    promote.acknowledge("the cause is found")
+    assert night(2) == {"promoted": False, "waits": "version 2 was rolled back before"}
+    assert night(3) == {"promoted": True, "waits": None}
+    assert (alias("champion"), alias("previous-champion")) == (3, 1)
+    actions = [entry.action for entry in record().entries]
+    assert actions == ["promote", "promote", "rollback", "acknowledge", "promote"]
+
+
+@pytest.mark.usefixtures("checkout")
+def test_an_edited_a_missing_and_an_added_entry_of_the_record_are_found() -> None:
     client, name = registry.open_registry()
-    assert int(client.get_model_version_by_alias(name, "champion").version) == 2
-    assert int(client.get_model_version_by_alias(name, "previous-champion").version) == 1
-    register.main()
-    assert read_json(register.TARGET) == {"version": 2}
+    promote.acknowledge("a third entry")
+    tags = dict(client.get_registered_model(name).tags)
+    lines = {key: text for key, text in tags.items() if key.startswith(promotions.PREFIX)}
+    assert len(lines) == 3
+    for key, text in lines.items():
+        client.set_registered_model_tag(name, key, text.replace('"reason": "', '"reason": "not '))
+        with pytest.raises(GateError, match="the record of nightshift is broken"):
+            promote.move(1, "promote", "over a broken record")
+        client.delete_registered_model_tag(name, key)
+        with pytest.raises(GateError, match="the record of nightshift is broken"):
+            record()
+        client.set_registered_model_tag(name, key, text)
+    client.set_registered_model_tag(name, promotions.tag(4), text)
+    with pytest.raises(GateError, match=r"broken before nightshift\.promotion\.00004"):
+        record()
+    assert alias("champion") == 2
 
 
-def test_a_champion_that_somebody_moved_stops_the_promotion(trained: Path) -> None:
-    assert champion()["version"] is None
-    register.main()
-    promote.promote(1, expected_champion=None)
+@pytest.mark.usefixtures("checkout")
+def test_a_move_from_outside_is_written_down() -> None:
     client, name = registry.open_registry()
-    client.delete_registered_model_alias(name, "champion")
-    with pytest.raises(GateError, match="champion of nightshift is version None, but the gate compared"):
-        promote.promote(1, expected_champion=9)
-    assert registry.find_alias(client, name, "champion") is None
+    client.set_registered_model_alias(name, "champion", "1")
+    promote.move(2, "promote", "back to the right one")
+    found = record().entries[-2:]
+    assert [(entry.action, entry.champion) for entry in found] == [("outside", 1), ("promote", 2)]
+    assert found[0].reason == "found at version 1, the record says 2"
 
 
-def test_a_model_that_does_not_reload_moves_no_alias(trained: Path) -> None:
-    base = trained / "data/base/base.json"
-    record = read_json(base)
-    record["files"]["config.json"] = "0" * 64
-    write_json(base, record)
+@pytest.mark.usefixtures("checkout")
+def test_of_two_promoters_at_once_one_wins_and_the_other_says_so() -> None:
+    _, name = registry.open_registry()
+    with promote.only_one(name), pytest.raises(GateError, match="is being moved by another process"):
+        promote.move(1, "rollback", "too late")
+    assert alias("champion") == 2
+
+
+def test_what_a_person_decides_waits_as_an_alias(checkout: Path) -> None:
+    params = checkout / "params.yaml"
+    shipped = params.read_text()
+    params.write_text(shipped.replace("approval: auto", "approval: manual"))
+    assert night(3, "hold") == {"promoted": False, "waits": None}
+    assert night(3) == {"promoted": False, "waits": "registry.approval is manual"}
+    assert (alias("champion"), alias("challenger")) == (2, 3)
+    params.write_text(shipped.replace("approval: auto", "approval: manual_if_hold"))
+    assert night(1, "hold") == {"promoted": False, "waits": "registry.approval is manual_if_hold"}
+    assert (alias("champion"), alias("challenger")) == (2, 1)
+    assert night(2, "hold") == {"promoted": False, "waits": None}
+    assert len(record().entries) == 2
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_version_that_is_not_what_was_registered_never_becomes_champion() -> None:
+    client, name = registry.open_registry()
+    client.set_model_version_tag(name, "1", registry.ANSWERS, "0" * 16)
+    with pytest.raises(GateError, match="are not those of its registration"):
+        promote.move(1, "rollback", "a version that changed")
+    client.set_model_version_tag(name, "1", registry.DIGEST, "0" * 16)
+    with pytest.raises(GateError, match="version 1 of nightshift holds an adapter with digest"):
+        promote.move(1, "rollback", "an adapter that changed")
+    with pytest.raises(GateError, match="nightshift has no version 9"):
+        promote.move(9, "promote", "a number mistyped")
+    assert (alias("champion"), len(record().entries)) == (2, 2)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_another_champion_than_the_gate_compared_with_stops_the_promotion() -> None:
+    with pytest.raises(GateError, match="champion of nightshift is version 2, but the gate compared with 1"):
+        promote.move(3, "promote", "gate", expected=1)
+    assert (alias("champion"), len(record().entries)) == (2, 2)
+
+
+def test_a_model_that_does_not_reload_moves_no_alias(checkout: Path) -> None:
+    base = checkout / "data/base/base.json"
+    base_record = read_json(base)
+    base_record["files"]["config.json"] = "0" * 64
+    write_json(base, base_record)
+    config = checkout / adapter(1) / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    candidate(1)
     with pytest.raises(Exception, match="not the base that this adapter was trained on"):
         register.main()
-    client, name = registry.open_registry()
-    assert registry.find_alias(client, name, "candidate") is None
+    assert alias("candidate") == 3
 
 
-def test_an_error_of_the_gate_registers_nothing(trained: Path) -> None:
+@pytest.mark.usefixtures("checkout")
+def test_a_version_leads_to_its_data_and_a_row_to_its_versions() -> None:
+    def told(*arguments: str, code: int = 0) -> str:
+        command = [str(BIN / "nightshift"), "trace", *arguments]
+        wide = {**os.environ, "COLUMNS": "160"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stderr if code else done.stdout
+
+    version = told("2")
+    assert tree_digest(adapter(2)) in version
+    assert re.search(r"facts/000001.jsonl +a{16} +2\b", version)
+    assert re.search(r"facts/000002.jsonl +b{16} +1\b", version)
+    assert re.search(r"dedupe +4 +0 +3 +duplicate 1\b", version)
+    assert "by hand" in version
+    assert "approval: auto" in version
+    by_line = told("--row", "facts/000001.jsonl:7")
+    assert [line.split() for line in by_line.splitlines()[2:]] == [
+        ["1", "previous-champion", "e1", "facts/000001.jsonl:7"],
+        ["1", "previous-champion", "p1", "facts/000001.jsonl:7"],
+        ["2", "champion", "e1", "facts/000001.jsonl:7"],
+        ["2", "champion", "p1", "facts/000001.jsonl:7"],
+        ["3", "candidate", "e1", "facts/000001.jsonl:7"],
+        ["3", "candidate", "p1", "facts/000001.jsonl:7"],
+    ]
+    assert len(told("--row", "e2").splitlines()) == 5
+    assert "no version of nightshift was trained on e9" in told("--row", "e9")
+    assert "nightshift has no version 9" in told("9", code=2)
+    assert "takes a version, or --row" in told(code=2)
+
+
+def test_a_registry_without_a_version_says_so(in_tmp: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", in_tmp)
+    with pytest.raises(
+        GateError, match="nightshift has no version yet; `nightshift run` registers the first"
+    ):
+        record()
+
+
+@pytest.mark.usefixtures("checkout")
+def test_an_error_of_the_gate_registers_nothing() -> None:
     write_json(register.GATE, {"verdict": "error", "reason": "3 scores are not numbers"})
     with pytest.raises(GateError, match="3 scores are not numbers; nothing is registered"):
         register.main()

@@ -21,6 +21,7 @@ BOARD: dict[str, Any] = {
     "tokens_per_second": 349.6,
     "version": 2,
     "promoted": True,
+    "waits": None,
     "champion": 1,
 }
 
@@ -40,8 +41,9 @@ def test_the_scoreboard_tells_the_gain_with_its_interval_beside_chance() -> None
 
 
 def test_a_verdict_without_a_comparison_has_no_gain_and_keeps_the_champion() -> None:
-    board = {**BOARD, "promoted": False, "gate": {"verdict": "hold", "reason": "same"}}
+    board = {**BOARD, "promoted": False, "gate": {"verdict": "hold", "reason": "same"}, "waits": "manual"}
     table = dict(rows(board))
+    assert table["waits for a person"] == "manual"
     assert "gain over the base" not in table
     assert table["champion"] == "version 1"
     assert "| gate | hold: same |" in markdown(board)

@@ -1,0 +1,105 @@
+"""Where a version came from, and which versions a row went into."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from tasks.files import read_json
+from tasks.lineage import find_rows, open_lineage
+from tasks.promotions import Entry, open_record
+from tasks.registry import DIGEST, find_version, open_registry
+
+
+def show(console: Console, version: int) -> None:
+    """Print code, data, parameters, base, environment, training, verdict and promotions of a version.
+
+    Raises:
+        GateError: There is no such version, or it has no lineage.
+    """
+    client, name = open_registry()
+    found = find_version(client, name, version)
+    with open_lineage(name, version) as folder:
+        lineage = read_json(folder / "lineage.json")
+        params = (folder / "params.yaml").read_text(encoding="utf-8")
+    moves = [entry for entry in open_record(client, name).entries if entry.champion == version]
+    tables = (about(found, lineage), shards(lineage), stages(lineage), checks(lineage), promotions(moves))
+    for table in tables:
+        console.print(table)
+    console.print(Panel(Text(params), title="params.yaml"))
+
+
+def show_row(console: Console, row: str) -> None:
+    """Print the versions that were trained on a row, named by its id or its origin (`source/shard:line`)."""
+    client, name = open_registry()
+    table = Table("version", "aliases", "as", "from", title=f"Trained on {row}", box=None)
+    for version in registered(client, name):
+        with open_lineage(name, int(version.version)) as folder:
+            for found in find_rows(folder, row):
+                table.add_row(version.version, ", ".join(version.aliases), found["id"], found["origin"])
+    console.print(table if table.rows else f"no version of {name} was trained on {row}")
+
+
+def registered(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """Return the versions that Nightshift registered, oldest first, with their aliases."""
+    numbers = sorted(int(one.version) for one in client.search_model_versions(f"name = '{name}'"))
+    versions = [client.get_model_version(name, str(number)) for number in numbers]
+    return [version for version in versions if DIGEST in version.tags]
+
+
+def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
+    """Lay out what the version is made of."""
+    base = lineage["base"]
+    environment = ", ".join(f"{name} {number}" for name, number in lineage["environment"].items())
+    table = Table(title=f"Version {version.version} of {version.name}", box=None, show_header=False)
+    table.add_row("adapter", version.tags[DIGEST])
+    table.add_row("aliases", ", ".join(version.aliases) or "none")
+    table.add_row("code", lineage["code"])
+    table.add_row("base", f"{base['model']}, {len(base['files'])} files")
+    table.add_row("trained by", f"run {lineage['training']['run_id']}")
+    table.add_row("environment", environment)
+    return table
+
+
+def shards(lineage: dict[str, Any]) -> Table:
+    """Lay out the shards that were there, and how many examples of each trained."""
+    table = Table("shard", "SHA-256", "examples trained", title="Data", box=None)
+    for shard in lineage["shards"]:
+        table.add_row(shard["shard"], shard["sha256"][:16], f"{shard['examples']:,}")
+    return table
+
+
+def stages(lineage: dict[str, Any]) -> Table:
+    """Lay out how many rows went in and out of each stage, and why others did not."""
+    table = Table("stage", "in", "added", "out", "dropped", title="Rows", box=None)
+    for stage, summary in lineage["summaries"].items():
+        if "rows_in" in summary:
+            dropped = ", ".join(f"{reason} {count:,}" for reason, count in summary["dropped"].items())
+            counts = (f"{summary[key]:,}" for key in ("rows_in", "added", "rows_out"))
+            table.add_row(stage, *counts, dropped or "none")
+    return table
+
+
+def checks(lineage: dict[str, Any]) -> Table:
+    """Lay out what the gate said."""
+    gate = lineage["gate"]
+    table = Table("check", "verdict", "why", title=f"Gate: {gate['verdict']}", box=None)
+    for check in gate.get("checks", ()):
+        table.add_row(check["name"], check["verdict"], escape(check["said"]))
+    return table
+
+
+def promotions(entries: Sequence[Entry]) -> Table:
+    """Lay out when the version became champion, and why."""
+    table = Table("when", "what", "why", "by", title="Champion", box=None)
+    for entry in entries:
+        table.add_row(entry.moment, entry.action, escape(entry.reason), entry.by)
+    if not entries:
+        table.add_row("never", "", "", "")
+    return table

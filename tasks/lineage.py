@@ -1,0 +1,85 @@
+"""What a version came from: written into the version when it is registered, read by `nightshift trace`.
+
+`lineage.json` holds code, data down to the shard, base, environment, training run and verdict; `rows.parquet`
+names every example that trained, with the line of the shard it came from. `params.yaml`, `dvc.lock` and the
+pointers of DVC are kept byte by byte.
+"""
+
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+
+from tasks.errors import GateError
+from tasks.files import iterate_rows, read_json, read_rows, write_json, write_rows
+from tasks.ingest.shards import read_digests
+from tasks.stage import DATA
+from tasks.tracking import git_commit
+
+KEPT = (Path("params.yaml"), Path("dvc.lock"), Path("data/raw.dvc"), Path("data/benchmarks.dvc"))
+ENGINES = ("accelerate", "datasets", "deepspeed", "lm-eval", "peft", "torch", "transformers", "trl")
+ROWS = pa.schema([("id", pa.string()), ("origin", pa.string())])
+
+
+def write_lineage(folder: Path) -> None:
+    """Write all of it to a folder, from the files of the checkout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = sorted(set(trained_rows()))
+    write_rows(folder / "rows.parquet", [{"id": one, "origin": origin} for one, origin in rows], ROWS)
+    for path in KEPT:
+        shutil.copyfile(path, folder / path.name)
+    by_shard = Counter(origin.rpartition(":")[0] for _, origin in rows)
+    digests = read_digests(DATA / "raw")
+    shards = [
+        {"shard": name, "sha256": digests[name], "examples": by_shard[name]} for name in sorted(digests)
+    ]
+    summaries = {path.parent.name: read_json(path) for path in sorted(DATA.glob("*/summary.json"))}
+    versions = {name: importlib.metadata.version(name) for name in ENGINES}
+    write_json(
+        folder / "lineage.json",
+        {
+            "code": git_commit(),
+            "shards": shards,
+            "summaries": summaries,
+            "base": read_json(DATA / "base" / "base.json"),
+            "gate": read_json(DATA / "gate" / "gate.json"),
+            "training": read_json(DATA / "sft" / "mlflow_run.json"),
+            "environment": {"python": platform.python_version(), "machine": platform.machine(), **versions},
+        },
+    )
+
+
+def trained_rows() -> Iterator[tuple[str, str]]:
+    """Yield (example, origin) of every span of the packed rows."""
+    for row in iterate_rows(DATA / "pack" / "train.parquet", ["example_ids", "origins"]):
+        yield from zip(row["example_ids"], row["origins"], strict=True)
+
+
+@contextmanager
+def open_lineage(name: str, version: int) -> Iterator[Path]:
+    """Fetch the lineage of a version into a folder for a while.
+
+    Raises:
+        GateError: The version has none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"models:/{name}/{version}/artifacts/lineage"
+        try:
+            found = Path(download_artifacts(uri, dst_path=folder))
+        except (MlflowException, OSError) as err:
+            raise GateError(f"registry: version {version} of {name} has no lineage: {err}") from err
+        yield found
+
+
+def find_rows(folder: Path, wanted: str) -> list[dict[str, Any]]:
+    """Return the trained examples that have an id, or came from a line (`source/shard:line`)."""
+    return [row for row in read_rows(folder / "rows.parquet") if wanted in (row["id"], row["origin"])]

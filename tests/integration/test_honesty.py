@@ -1,0 +1,125 @@
+"""The whole stage gate on planted frauds: each gets the verdict that an honest evaluation would."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tasks.encode import load_encoder
+from tasks.errors import DataError
+from tasks.evaluate.score import heldout_losses
+from tasks.evaluate.scores import ALL_SCORES
+from tasks.files import jsonl, read_json, write_json, write_rows, write_text
+from tasks.gate import __main__ as gate
+from tasks.schemas import AUGMENTED, GROUPED
+from tests.checkouts import ROOT
+from tests.sft import conversation
+
+ITEMS = 200
+Judge = Callable[..., dict[str, Any]]
+
+
+def answers(model: str, right: np.ndarray) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "model": model,
+            "benchmark": "facts",
+            "item": f"{i:03}",
+            "slice": str(i % 4),
+            "score": float(one),
+            "tokens": None,
+            "choices": 4,
+        }
+        for i, one in enumerate(right)
+    ]
+    test = {"benchmark": "test", "slice": "s", "score": 20.0, "tokens": 10, "choices": None}
+    return [*rows, *({"model": model, "item": str(i), **test} for i in range(3))]
+
+
+def chance(share: float, seed: int) -> np.ndarray:
+    """Right answers to so many of all items."""
+    return np.random.default_rng(seed).random(ITEMS) < share
+
+
+@pytest.fixture
+def judge(in_tmp: Path) -> Judge:
+    """Write all that the stage reads, run it, and return its verdict."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    write_json(gate.CHAMPION, {"version": None, "digest": None, "looks": []})
+    write_json(gate.MODELS, {"base": None, "candidate": "c"})
+    write_rows(gate.TEST, [conversation(i) for i in range(3)], GROUPED)
+
+    def run(
+        rows: list[dict[str, Any]], asked: str = "What is trained?", items: int = ITEMS
+    ) -> dict[str, Any]:
+        questions = [{"id": f"{i:03}", "question": f"What is element {i}?"} for i in range(items)]
+        write_text(gate.BENCHMARKS / "facts" / "items.jsonl", jsonl(questions))
+        turns = {"user": asked, "assistant": "An answer."}
+        messages = [
+            {"role": role, "content": content, "tool_calls": None, "name": None}
+            for role, content in turns.items()
+        ]
+        more = {"parent_id": None, "style": None, "ordinal": None}
+        row = {**conversation(7), "origin": "facts/000001.jsonl:7", "messages": messages, **more}
+        write_rows(gate.TRAIN, [row], AUGMENTED)
+        write_rows(gate.SCORES, rows, ALL_SCORES)
+        gate.main()
+        verdict: dict[str, Any] = read_json(gate.TARGET)
+        assert json.loads(Path("data/gate/summary.json").read_text())["verdict"] == verdict["verdict"]
+        return verdict
+
+    return run
+
+
+def test_a_model_that_learned_is_promoted_and_swapped_with_its_base_rejected(judge: Judge) -> None:
+    learned, base = chance(0.7, 1), chance(0.45, 2)
+    assert judge(answers("candidate", learned) + answers("base", base))["verdict"] == "promote"
+    assert judge(answers("candidate", base) + answers("base", learned))["verdict"] == "reject"
+
+
+def test_a_model_trained_on_shuffled_labels_is_rejected(judge: Judge) -> None:
+    # It answers by chance, one of four.
+    verdict = judge(answers("candidate", chance(0.25, 3)) + answers("base", chance(0.45, 2)))
+    assert verdict["verdict"] == "reject"
+    assert verdict["reason"].startswith("gain: worse: -")
+
+
+def test_a_model_trained_on_the_benchmark_itself_is_an_error(judge: Judge) -> None:
+    rows = answers("candidate", chance(0.99, 1)) + answers("base", chance(0.45, 2))
+    verdict = judge(rows, asked="what is ELEMENT 12 ?")
+    assert verdict["verdict"] == "error"
+    assert "first: facts/000001.jsonl:7 asks facts/012" in verdict["reason"]
+
+
+def test_an_empty_benchmark_is_an_error(judge: Judge) -> None:
+    with pytest.raises(DataError, match="no items; a benchmark needs at least one"):
+        judge([], items=0)
+    only_test = [row for row in answers("candidate", chance(0.7, 1)) if row["benchmark"] == "test"]
+    only_test += [row for row in answers("base", chance(0.7, 1)) if row["benchmark"] == "test"]
+    verdict = judge(only_test)
+    assert (verdict["verdict"], verdict["reason"]) == (
+        "error",
+        "scores: no benchmark has a score; see snapshot.benchmarks",
+    )
+
+
+def test_a_model_that_gives_no_numbers_is_an_error(judge: Judge, tiny_base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    rows = answers("base", chance(0.45, 2))
+    losses = list(heldout_losses(model, load_encoder(tiny_base), [conversation(i) for i in range(3)]))
+    candidate = [row for row in answers("candidate", chance(0.7, 1)) if row["benchmark"] != "test"]
+    rows += candidate + [{"model": "candidate", **row} for row in losses]
+    verdict = judge(rows)
+    assert (verdict["verdict"], verdict["reason"]) == (
+        "error",
+        "scores: 3 scores are not numbers; the model is broken",
+    )
