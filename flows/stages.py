@@ -4,7 +4,6 @@ Stages go through `dvc repro --single-item`, so that the flow and `dvc repro` by
 file and one cache; Prefect's own cache is off.
 """
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from prefect.states import Completed
 
 from tasks import supervise
 from tasks.errors import StageError, TrainingError
+from tasks.state import tools_environment
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -103,11 +103,7 @@ def stream(command: list[str], name: str, run_id: str) -> list[str]:
 
 def environment(run_id: str) -> dict[str, str]:
     """Build what a program needs beyond the flow's own environment."""
-    return {
-        "MLFLOW_RUN_ID": run_id,
-        # dvc.yaml says `python`: it must be the one that runs this flow.
-        "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]),
-    }
+    return {**tools_environment(), "MLFLOW_RUN_ID": run_id}
 
 
 def progress_reporter(name: str) -> Callable[[str], None]:

@@ -134,7 +134,7 @@ def move_champion(*arguments: str) -> None:
 @told_plainly
 def history() -> None:
     """Show who was champion when and why, after checking that nobody changed the record."""
-    from tasks.promotions import open_record
+    from tasks.promotions import HELD, open_record
     from tasks.registry import open_registry
 
     record = open_record(*open_registry())
@@ -144,9 +144,7 @@ def history() -> None:
         table.add_row(entry.moment, entry.action, *moved, escape(entry.reason), entry.by)
     console.print(table)
     if record.is_held:
-        console.print(
-            "automatic promotion is held since the last rollback; `nightshift acknowledge` ends that"
-        )
+        console.print(HELD)
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """Rebuild a version of the model from what its lineage names, and compare what came out."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from tasks.files import read_json, tree_digest
 from tasks.lineage import KEPT, open_lineage
 from tasks.registry import DIGEST, find_version, open_registry
 from tasks.stage import print_line
-from tasks.state import state_dir
+from tasks.state import state_dir, tools_environment
 
 MODEL = Path("data/sft/model")
 
@@ -97,10 +96,7 @@ def dvc(folder: Path, *arguments: str) -> int:
         "NIGHTSHIFT_HOME": str(folder / ".nightshift"),
         "MLFLOW_TRACKING_URI": "",
         "MLFLOW_RUN_ID": "",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        # Compiled operators are no part of the version.
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
-        or str(state_dir() / "torch-extensions"),
+        **tools_environment(),
     }
     command = [sys.executable, "-m", "dvc", "--cd", str(folder), *arguments]
     return supervise.run(command, on_line=print_line, env=environment, grace_seconds=60.0)

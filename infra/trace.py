@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +13,7 @@ from rich.text import Text
 from tasks.files import read_json
 from tasks.lineage import find_rows, open_lineage
 from tasks.promotions import Entry, open_record
-from tasks.registry import DIGEST, find_version, open_registry
+from tasks.registry import DIGEST, find_version, open_registry, registered
 
 
 def show(console: Console, version: int) -> None:
@@ -40,17 +39,11 @@ def show_row(console: Console, row: str) -> None:
     client, name = open_registry()
     table = Table("version", "aliases", "as", "from", title=f"Trained on {row}", box=None)
     for version in registered(client, name):
+        aliases = client.get_model_version(name, version.version).aliases
         with open_lineage(name, int(version.version)) as folder:
             for found in find_rows(folder, row):
-                table.add_row(str(version.version), ", ".join(version.aliases), found["id"], found["origin"])
+                table.add_row(version.version, ", ".join(aliases), found["id"], found["origin"])
     console.print(table if table.rows else f"no version of {name} was trained on {row}")
-
-
-def registered(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """Return the versions that Nightshift registered, oldest first, with their aliases."""
-    numbers = sorted(int(one.version) for one in client.search_model_versions(f"name = '{name}'"))
-    versions = [client.get_model_version(name, str(number)) for number in numbers]
-    return [version for version in versions if DIGEST in version.tags]
 
 
 def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:

@@ -21,7 +21,7 @@ from mlflow.entities.model_registry import ModelVersion
 from tasks.config import load_params
 from tasks.errors import ConfigError, GateError
 from tasks.files import read_json, text_digest, write_json
-from tasks.promotions import Action, Record, open_record
+from tasks.promotions import HELD, Action, Record, open_record
 from tasks.registry import (
     ANSWERS,
     DIGEST,
@@ -108,7 +108,7 @@ def find_wait(verdict: str, version: int, approval: str, record: Record) -> str 
     if {"manual": "promote", "manual_if_hold": "hold"}.get(approval) == verdict:
         return f"registry.approval is {approval}"
     if verdict == "promote" and record.is_held:
-        return "automatic promotion is held since a rollback; `nightshift acknowledge` ends that"
+        return HELD
     if verdict == "promote" and version in record.withdrawn:
         return f"version {version} was rolled back before"
     return None

@@ -24,6 +24,7 @@ from tasks.registry import DIGEST
 Action = Literal["promote", "rollback", "acknowledge", "outside"]
 PREFIX, HEAD = "nightshift.promotion.", "nightshift.promotions"
 FIRST = "0" * 64
+HELD = "automatic promotion is held since a rollback; `nightshift acknowledge` ends that"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, text_digest, tree_digest, write_json
 from tasks.lineage import write_lineage
-from tasks.registry import ANSWERS, DIGEST, ask, open_registry
+from tasks.registry import ANSWERS, DIGEST, ask, open_registry, registered
 from tasks.sft.spool import replay
 from tasks.stage import DATA, run_main
 from tasks.state import state_dir
@@ -60,8 +60,8 @@ def register(verdict: str) -> int:
     """
     client, name = open_registry()
     digest = tree_digest(CANDIDATE)
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.tags.get(DIGEST) == digest:
+    for version in registered(client, name):
+        if version.tags[DIGEST] == digest:
             log.info("the candidate is version %s already", version.version)
             return int(version.version)
     number = log_model(client, name)

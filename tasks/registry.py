@@ -134,10 +134,13 @@ def ask(*models: str) -> list[list[str]]:
     return answers
 
 
+def registered(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """Return the versions that Nightshift registered, oldest first; their aliases are not in it."""
+    found = client.search_model_versions(f"name = '{name}'")
+    return sorted((v for v in found if DIGEST in v.tags), key=lambda version: int(version.version))
+
+
 def find_looks(client: MlflowClient, name: str, champion: ModelVersion | None) -> list[str]:
     """List the distinct candidates, oldest first, that were registered after the champion."""
-    versions = sorted(
-        client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version)
-    )
     after = int(champion.version) if champion else 0
-    return [v.tags[DIGEST] for v in versions if int(v.version) > after and DIGEST in v.tags]
+    return [v.tags[DIGEST] for v in registered(client, name) if int(v.version) > after]

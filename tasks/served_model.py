@@ -82,24 +82,24 @@ def load(base: Path, adapter: Path) -> tuple[Any, Any]:
 
 
 def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> str:
-    """Generate greedily; the same files give the same answer."""
-    inputs = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    output = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
-    new = output[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+    """Answer greedily with at most `limit` tokens; the same files give the same answer."""
+    return str(
+        tokenizer.decode(generate(model, tokenizer, turns, 0, limit), skip_special_tokens=True)
+    ).strip()
 
 
 def probe(model: Any, tokenizer: Any, turns: list[dict[str, str]]) -> str:
     """Generate so many tokens that no model can answer with nothing, and keep the special ones."""
+    return str(tokenizer.decode(generate(model, tokenizer, turns, PROBE_TOKENS, PROBE_TOKENS)))
+
+
+def generate(model: Any, tokenizer: Any, turns: list[dict[str, str]], least: int, most: int) -> Any:
+    """Generate greedily and return the new tokens, shape (least to most,)."""
     inputs = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    output = model.generate(
-        **inputs, min_new_tokens=PROBE_TOKENS, max_new_tokens=PROBE_TOKENS, do_sample=False
-    )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False))
+    output = model.generate(**inputs, min_new_tokens=least, max_new_tokens=most, do_sample=False)
+    return output[0, inputs["input_ids"].shape[1] :]
 
 
 def main(arguments: list[str]) -> None:

@@ -74,10 +74,11 @@ def decide(
     primary = [both for both in asked if both[0]["benchmark"] not in params.retention]
     heldout = [both for both in pairs if both[0]["benchmark"] == HELDOUT]
     losses = token_loss(row for row, _ in heldout), token_loss(row for _, row in heldout)
-    gain = measure_gain(primary, look, params)
+    found = differences(primary)
+    gain = measure_gain(found, look, params)
     retained = [both for both in pair(rows, "base") if both[0]["benchmark"] in params.retention]
     checks = [
-        check_gain(gain, differences(primary), params),
+        check_gain(gain, found, params),
         *check_floors(asked, params),
         *(not_worse(name, reference, group, params) for name, group in by_benchmark(primary)),
         *(not_worse(name, "base", group, params) for name, group in by_benchmark(retained)),
@@ -143,11 +144,12 @@ def pair(rows: Sequence[Row], reference: str) -> Pairs:
     return [(row, other[key(row)]) for row in ours]
 
 
-def by_benchmark(pairs: Pairs) -> list[tuple[str, Pairs]]:
-    """Group pairs by their benchmark."""
+def by_benchmark(pairs: Pairs, *, and_slice: bool = False) -> list[tuple[str, Pairs]]:
+    """Group pairs by their benchmark, or by benchmark and slice."""
     groups: dict[str, Pairs] = defaultdict(list)
     for both in pairs:
-        groups[both[0]["benchmark"]].append(both)
+        row = both[0]
+        groups[f"{row['benchmark']}/{row['slice']}" if and_slice else row["benchmark"]].append(both)
     return sorted(groups.items())
 
 
@@ -166,14 +168,18 @@ def count_look(candidate: str, looks: Sequence[str]) -> int:
     return looks.index(candidate) + 1 if candidate in looks else len(looks) + 1
 
 
-def measure_gain(pairs: Pairs, look: int, params: GateParams) -> dict[str, Any]:
+def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str, Any]:
     """Measure the gain over the reference on all items together.
+
+    Args:
+        found: Candidate minus reference for each item, shape (n,).
+        look: Number of this one, from 1.
+        params: Thresholds.
 
     Returns:
         mean; low and high at alpha; p_value, and spent: what it may be at this look; power to show
         `detectable_gain`; items.
     """
-    found = differences(pairs)
     low, high = interval(found, params.alpha, params.n_resamples, params.seed)
     spent = spent_alpha(params.alpha, look)
     values = {
@@ -232,10 +238,7 @@ def not_worse(name: str, reference: str, pairs: Pairs, params: GateParams) -> Ch
 
 def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
     """Look for slices that became worse by more than the margin, all of them tested together."""
-    groups: dict[str, Pairs] = defaultdict(list)
-    for both in pairs:
-        groups[f"{both[0]['benchmark']}/{both[0]['slice']}"].append(both)
-    found = {name: differences(group) for name, group in sorted(groups.items())}
+    found = {name: differences(group) for name, group in by_benchmark(pairs, and_slice=True)}
     if len(found) < 2:
         return
     p_values = [p_value(one, params.n_resamples, params.seed, "less") for one in found.values()]

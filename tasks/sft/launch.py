@@ -13,7 +13,7 @@ from tasks.errors import ConfigError, TrainingError
 from tasks.files import write_json
 from tasks.sft import SftParams
 from tasks.sft.terminal import shown_lines
-from tasks.state import state_dir
+from tasks.state import tools_environment
 
 # A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
 GRACE_SECONDS = 40.0
@@ -122,14 +122,10 @@ def launcher(params: SftParams, strategy: str, address: str, port: int) -> list[
 
 def rank_environment(device: str) -> dict[str, str]:
     """Build what the ranks need to know of the host."""
-    bin_folder = str(Path(sys.executable).parent)
     env = {
-        # DeepSpeed compiles its operators with ninja from the same environment.
-        "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]),
+        **tools_environment(),
         # The ranks run the code of this stage, wherever it was started.
         "PYTHONPATH": str(Path(__file__).absolute().parents[2]),
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
-        or str(state_dir() / "torch-extensions"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }

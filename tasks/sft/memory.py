@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.sft import SftParams
 from tasks.sft.shape import Shape, count_adapter, count_linear, count_parameters, linears, read_shape, targets
-from tasks.sft.strategy import GIB, HALF, ZERO, keeps_half
+from tasks.sft.strategy import GIB, HALF, ZERO, keeps_half, uses_autocast
 
 STRATEGIES = ("single", "ddp", *ZERO, "fsdp2")
 # Bytes of the optimiser's state for each trained parameter. 8-bit states have a scale of four bytes for every
@@ -130,7 +130,7 @@ def estimate(
         at_step += 4 * trained / (ranks if strategy in DIVIDES_STATE else 1)
     overhead = float(CUDA_OVERHEAD)
     if device == "cpu":
-        overhead = _process(shape, params, strategy, precision, batch)
+        overhead = _process(shape, params, strategy, precision, batch.tokens, layer)
         # The default implementation computes the denominators of one tensor at a time, in two copies. ZeRO's
         # is all of a rank's share; else the largest is that of the embeddings.
         largest = 0 if params.adapter else shape.vocabulary * shape.hidden
@@ -157,13 +157,18 @@ def estimate(
     )
 
 
-def _process(shape: Shape, params: SftParams, strategy: str, precision: str, batch: Batch) -> float:
-    """Return the bytes of a process on the processor: before it holds a model, shared, and idle."""
-    passes = batch.tokens * _layer_bytes(shape, params, strategy, precision, batch.tokens)
+def _process(
+    shape: Shape, params: SftParams, strategy: str, precision: str, tokens: int, layer: float
+) -> float:
+    """Return the bytes of a process on the processor: before it holds a model, shared, and idle.
+
+    `layer` is what one block keeps of the batch for its backward pass.
+    """
+    passes = layer
     if params.adapter is not None:
         # What the adapter adds to each layer's result, and is freed on the way.
         width = sum(width for _, width in targets(shape, params).values())
-        passes += batch.tokens * width * (2 if precision in HALF else 4)
+        passes += tokens * width * (2 if precision in HALF else 4)
     idle = IDLE_CHECKPOINTED if params.activation_checkpointing else IDLE
     shared = SHARED_BUFFER * params.num_processes if strategy in ZERO and params.num_processes > 1 else 0
     return CPU_OVERHEAD + shared + idle * shape.layers * passes
@@ -262,7 +267,7 @@ def _layer_bytes(shape: Shape, params: SftParams, strategy: str, precision: str,
     """Return the bytes for each token that one block keeps for its backward pass."""
     size = 2 if precision in HALF else 4
     residual = _weight_bytes(params, strategy, precision)
-    autocast = precision in HALF and strategy not in ZERO
+    autocast = uses_autocast(strategy, precision)
     # Norms compute in full precision; gate, its activation and up; queries, keys, values and their result.
     total = 8.0 * shape.hidden + size * (3 * shape.intermediate + 4 * shape.query)
     if params.adapter is None:

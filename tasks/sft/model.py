@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tasks.sft.attention  # noqa: F401 - what sdpa stands for
 from tasks.sft import SftParams
-from tasks.sft.strategy import ZERO, keeps_half
+from tasks.sft.strategy import keeps_half, uses_autocast
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +43,7 @@ def load_model(base: str, params: SftParams, strategy: str, precision: str, atte
             gradient_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
         )
     model = get_peft_model(model, lora(params))
-    if precision in HALF and strategy not in ZERO:
+    if uses_autocast(strategy, precision):
         # Autocast gives the adapter its input in half precision; PEFT would make it full before, for nothing.
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):

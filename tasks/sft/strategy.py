@@ -66,6 +66,11 @@ def keeps_half(params: SftParams, strategy: str, precision: str) -> bool:
     return precision in HALF and (params.adapter is not None or strategy in ZERO)
 
 
+def uses_autocast(strategy: str, precision: str) -> bool:
+    """Tell whether operators cast their inputs to half precision; ZeRO's whole model is in it instead."""
+    return precision in HALF and strategy not in ZERO
+
+
 def deepspeed_config(
     params: SftParams, strategy: str, precision: str, micro_batch_size: int
 ) -> dict[str, Any] | None:
