@@ -173,6 +173,29 @@ def reproduce(version: Annotated[int, typer.Argument(help="A version of the mode
     raise typer.Exit(0 if rebuild(console, version) else 1)
 
 
+@app.command()
+@told_plainly
+def forget(
+    rows: Annotated[list[str], typer.Argument(help="Ids of examples, or their places: source/shard:line.")],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
+) -> None:
+    """Take rows, and what is nearly the same, out of the raw data and all that was made of them."""
+    from tasks.forget import erase, find
+    from tasks.registry import open_registry
+
+    client, name = open_registry()
+    found = find(rows, client, name)
+    for origin in found.origins:
+        console.print(escape(origin))
+    trained = ", ".join(f"{version} ({count:,})" for version, count in found.versions.items())
+    console.print(f"versions of {name} to train again (examples from these rows): {trained or 'none'}")
+    if not yes:
+        typer.confirm("These rows, and all outputs, memos and checkpoints, go for good. Go on?", abort=True)
+    erase(found, client, name)
+    console.print("gone; `nightshift run` trains without them")
+
+
 @app.command("import")
 @told_plainly
 def import_config(

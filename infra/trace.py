@@ -13,7 +13,7 @@ from rich.text import Text
 from tasks.files import read_json
 from tasks.lineage import find_rows, open_lineage
 from tasks.promotions import Entry, open_record
-from tasks.registry import DIGEST, find_version, open_registry, registered
+from tasks.registry import DIGEST, FORGOTTEN, find_version, open_registry, registered
 
 
 def show(console: Console, version: int) -> None:
@@ -53,6 +53,8 @@ def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
     table = Table(title=f"Version {version.version} of {version.name}", box=None, show_header=False)
     table.add_row("adapter", version.tags[DIGEST])
     table.add_row("aliases", ", ".join(version.aliases) or "none")
+    if FORGOTTEN in version.tags:
+        table.add_row("forgotten since", f"{version.tags[FORGOTTEN]} of its examples; train it again")
     table.add_row("code", lineage["code"])
     table.add_row("base", f"{base['model']}, {len(base['files'])} files")
     table.add_row("trained by", f"run {lineage['training']['run_id']}")

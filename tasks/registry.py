@@ -22,6 +22,8 @@ from tasks.tracking import tracking_uri
 DIGEST = "nightshift.adapter_digest"
 # Digest of the answers that the version gave when it was registered.
 ANSWERS = "nightshift.answers_digest"
+# How many of the examples that the version was trained on were forgotten since.
+FORGOTTEN = "nightshift.forgotten"
 
 
 class RegistryParams(StageParams):

@@ -11,8 +11,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ from pydantic import field_validator
 
 from tasks import registry
 from tasks.config import StageParams, load_params
-from tasks.errors import StageError
+from tasks.dvc_cache import add
+from tasks.erase import erase_known
 from tasks.files import file_digest, jsonl, write_json, write_text
+from tasks.ingest.forgotten import read_forgotten
 from tasks.ingest.shards import DIGESTS, find_shards, read_digests
 from tasks.sources import Offer
 from tasks.sources.locations import Location, read_offers, require_location, require_query
@@ -86,12 +86,13 @@ def main() -> None:
     """Bring in sources, benchmarks and the champion; version what changed with DVC."""
     params = load_params(SnapshotParams, "snapshot")
     for source, location in params.sources.items():
-        write_shards(source, read_offers(location), RAW)
+        for shard in write_shards(source, read_offers(location), RAW):
+            erase_known(shard, RAW)
     for name, location in params.benchmarks.items():
         write_benchmark(name, location, BENCHMARKS)
     registry.write_champion(CHAMPION)
     for folder in (RAW, BENCHMARKS):
-        version(folder)
+        add(folder)
 
 
 def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
@@ -105,6 +106,8 @@ def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
     """
     digests = digest_shards(raw)
     known = {digest for name, digest in digests.items() if name.startswith(f"{source}/")}
+    for name, before in read_forgotten(raw).shards.items():
+        known.update(before if name.startswith(f"{source}/") else ())
     arrival = max((arrival for arrival, _ in find_shards(raw)), default=0)
     new = []
     temporary = raw / source / ".incoming"
@@ -171,22 +174,6 @@ def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
         "metadata": {"version": 1},
     }
     write_text(target / "task.yaml", yaml.safe_dump(task, sort_keys=False))
-
-
-def version(folder: Path) -> None:
-    """Put a folder under DVC's control (`<folder>.dvc`); nothing happens if it did not change.
-
-    Raises:
-        StageError: DVC refuses; its message is passed on.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "add", "--quiet", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise StageError(f"dvc add {folder} failed: {done.stderr.strip()}; see `dvc doctor`")
 
 
 if __name__ == "__main__":

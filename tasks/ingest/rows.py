@@ -12,6 +12,7 @@ from tasks.files import text_digest
 from tasks.ingest.checks import check, repair
 from tasks.ingest.convert import convert
 from tasks.ingest.faults import RowError
+from tasks.ingest.forgotten import read_forgotten
 from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
 from tasks.ingest.pii import Find, find_pii
 from tasks.ingest.readers import read_shard
@@ -62,12 +63,13 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: 
     Raises:
         DataError: A shard cannot be read to its end.
     """
-    digests = read_digests(raw)
+    digests, forgotten = read_digests(raw), read_forgotten(raw)
     for arrival, path in find_shards(raw):
         name = path.relative_to(raw).as_posix()
         require_digest(path, digests.get(name))
         for number, row in read_shard(path, limits):
-            yield judge(row, f"{name}:{number}", arrival, special, privacy)
+            if (origin := f"{name}:{number}") not in forgotten.rows:
+                yield judge(row, origin, arrival, special, privacy)
 
 
 def judge(

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tasks import promote, promotions, register, registry
+from tasks import forget, promote, promotions, register, registry
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, tree_digest, write_json, write_rows
 from tasks.pack import ROWS
@@ -297,6 +297,14 @@ def test_a_version_leads_to_its_data_and_a_row_to_its_versions() -> None:
     assert "no version of nightshift was trained on e9" in told("--row", "e9")
     assert "nightshift has no version 9" in told("9", code=2)
     assert "takes a version, or --row" in told(code=2)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_forgetting_a_row_names_the_versions_that_were_trained_on_it() -> None:
+    client, name = registry.open_registry()
+    assert forget.find(["e2"], client, name) == forget.Found(["facts/000002.jsonl:1"], {1: 1, 2: 1, 3: 1})
+    # A paraphrase comes from the row of its parent.
+    assert forget.find(["p1"], client, name) == forget.Found(["facts/000001.jsonl:7"], {1: 2, 2: 2, 3: 2})
 
 
 def test_a_registry_without_a_version_says_so(in_tmp: Path) -> None:

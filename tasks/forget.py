@@ -1,0 +1,143 @@
+"""Take rows out of the raw data, and out of all that was made of them.
+
+What goes for good: the bytes in the shard, the shard as it was in DVC's cache and remotes, every output that
+DVC made of it, memos and checkpoints. The shard keeps its name and its other rows their numbers, so no other
+example becomes a new one. `data/raw/forgotten.json` keeps digests, by which the rows are known when a source
+offers them again. Adapters that trained on the rows stay in the registry, tagged, until better ones replace
+them: nothing takes a row out of weights.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from tasks.dvc_cache import add, md5, purge
+from tasks.erase import forget_rows
+from tasks.errors import DataError
+from tasks.files import iterate_rows, read_rows
+from tasks.graph import outputs, read_stages, reads, stage_order
+from tasks.ingest.forgotten import read_forgotten
+from tasks.lineage import open_lineage
+from tasks.registry import FORGOTTEN, registered
+from tasks.stage import DATA
+from tasks.state import state_dir
+
+RAW = DATA / "raw"
+EXAMPLES = DATA / "ingest" / "examples.parquet"
+REMOVED = DATA / "dedupe" / "removed.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What goes.
+
+    Attributes:
+        origins: Rows, `source/arrival.suffix:number`, with their near-duplicates.
+        versions: Number of a version -> how many of its examples came from these rows.
+    """
+
+    origins: list[str]
+    versions: dict[int, int]
+
+
+def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Found:
+    """Find rows, their duplicates, and the versions that were trained on any of them.
+
+    Args:
+        wanted: Ids of examples, or origins (`source/shard:number`).
+        client: Of the registry.
+        name: Of the registered model.
+
+    Raises:
+        DataError: One of them is nowhere.
+    """
+    trained = {int(one.version): trained_on(name, one) for one in registered(client, name)}
+    examples = list(iterate_pairs(EXAMPLES)) if EXAMPLES.is_file() else []
+    known = {*examples, *chain.from_iterable(trained.values())}
+    meant = {one: {pair for pair in known if one in pair} for one in wanted}
+    if missing := [one for one, pairs in meant.items() if not pairs and not is_place(one)]:
+        raise DataError(
+            f"{', '.join(missing)}: no example has this id, and no row this place (source/shard:number); "
+            "`nightshift trace --row` shows both"
+        )
+    pairs = set().union(*meant.values())
+    origins = {origin for _, origin in pairs} | {one for one in wanted if is_place(one)}
+    removed = read_rows(REMOVED) if REMOVED.is_file() else []
+    same = duplicates({one for one, _ in pairs}, removed)
+    origins |= {origin for one, origin in examples if one in same}
+    counts = {number: sum(origin in origins for _, origin in of) for number, of in trained.items()}
+    return Found(sorted(origins), {number: count for number, count in counts.items() if count})
+
+
+def is_place(text: str) -> bool:
+    """Tell whether a text is the origin of a row in a shard that is there."""
+    shard, _, number = text.rpartition(":")
+    return bool(shard) and (RAW / shard).is_file() and number.isdecimal()
+
+
+def duplicates(ids: Set[str], removed: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return the examples that deduplication took for the same as one of these, which would take its place.
+
+    Example:
+        >>> found = duplicates({"b"}, [{"id": "b", "kept_id": "a"}, {"id": "c", "kept_id": "a"}])
+        >>> sorted(found)
+        ['a', 'b', 'c']
+    """
+    pairs = [(row["id"], row["kept_id"]) for row in removed]
+    kept = {*ids, *(kept for one, kept in pairs if one in ids)}
+    return kept | {one for one, by in pairs if by in kept}
+
+
+def trained_on(name: str, version: ModelVersion) -> list[tuple[str, str]]:
+    """Return (example, origin) of all that a version was trained on."""
+    with open_lineage(name, int(version.version)) as folder:
+        return list(iterate_pairs(folder / "rows.parquet"))
+
+
+def iterate_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (id, origin) of a file's rows."""
+    for row in iterate_rows(path, ["id", "origin"]):
+        yield row["id"], row["origin"]
+
+
+def erase(found: Found, client: MlflowClient, name: str) -> None:
+    """Take the rows out everywhere. What was interrupted can be done again.
+
+    Raises:
+        StageError: DVC is at work in this checkout.
+    """
+    rows: dict[str, set[int]] = defaultdict(set)
+    for origin in filter(is_place, found.origins):
+        shard, _, number = origin.rpartition(":")
+        rows[shard].add(int(number))
+    purge({md5(RAW / shard) for shard in rows})
+    forgotten = read_forgotten(RAW)
+    forgotten.rows.update(found.origins)
+    for shard, numbers in rows.items():
+        forget_rows(RAW / shard, numbers, RAW, forgotten)
+    add(RAW)
+    remove_derivatives()
+    for version, examples in found.versions.items():
+        client.set_model_version_tag(name, str(version), FORGOTTEN, str(examples))
+
+
+def remove_derivatives() -> None:
+    """Remove what this checkout made of the raw data: outputs, memos, checkpoints, rebuilt versions."""
+    stages = read_stages()
+    made: list[dict[str, Any]] = [{"outs": [RAW.as_posix()]}]
+    for stage in stage_order():
+        if any(reads(stages[stage], other) for other in made):
+            made.append(stages[stage])
+    gone = [Path(path) for stage in made[1:] for path in outputs(stage)]
+    for path in (*gone, *(state_dir() / name for name in ("memo", "checkpoints", "reproduce"))):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

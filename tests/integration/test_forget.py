@@ -1,0 +1,123 @@
+"""A row is forgotten in a real checkout: gone from every file of DVC's, and it does not come in again."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tasks.files import read_rows
+from tests.checkouts import BIN, make_checkout
+
+pytestmark = pytest.mark.timeout(300)
+SECRET = "Zephyrine Quillfeather"
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    """A conversation of two turns."""
+    turns = (("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+ROWS = [
+    chat("Which animal barks at night?", "The dog next door, and a fox now and then."),
+    chat("Who lives in the old mill by the river?", f"{SECRET} lives in the old mill by the river bend."),
+    chat("How do I get to the mill?", "Follow the river to the bend."),
+    chat("Who lives in the old mill by the river?", f"{SECRET} lives in the old mill by the river bend!"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A checkout that knows its examples and their duplicates, with all of it in a remote too."""
+    folder = make_checkout(tmp_path_factory.mktemp("forget") / "checkout", tiny_base)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["snapshot"]["sources"] = {"mine": "mine.jsonl"}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for command in (
+        ["nightshift", "snapshot"],
+        ["dvc", "repro", "--quiet", "dedupe"],
+        ["dvc", "push", "--quiet"],
+    ):
+        run(folder, *command)
+    return folder
+
+
+def run(folder: Path, *command: str, code: int = 0) -> str:
+    """Type a command in the checkout and return what it printed."""
+    ignored = ("NIGHTSHIFT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID")
+    done = subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        cwd=folder,
+        env={key: value for key, value in os.environ.items() if key not in ignored}
+        | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "COLUMNS": "160",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def places(folder: Path, text: str) -> Iterator[str]:
+    """Yield the files of a checkout that hold a text, whatever their format; the user's own file aside."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name == "mine.jsonl" or ".git" in path.parts:
+            continue
+        content = path.read_bytes()
+        if content[:4] == b"PAR1":
+            content = json.dumps(pq.read_table(path).to_pylist(), ensure_ascii=False, default=str).encode()
+        if text.encode() in content:
+            yield path.relative_to(folder).as_posix()
+
+
+def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Path) -> None:
+    found = list(places(checkout, SECRET))
+    assert "data/raw/mine/000001.jsonl" in found
+    assert "data/ingest/examples.parquet" in found
+    assert any(name.startswith(".dvc/cache") for name in found)
+    assert any(name.startswith(".nightshift/remote") for name in found)
+    before = {row["origin"]: row["id"] for row in read_rows(checkout / "data/ingest/examples.parquet")}
+    # Named by its id; its near-duplicate would take its place, and goes with it.
+    output = run(checkout, "nightshift", "forget", before["mine/000001.jsonl:2"], "--yes")
+    assert output.splitlines()[:2] == ["mine/000001.jsonl:2", "mine/000001.jsonl:4"]
+    assert list(places(checkout, SECRET)) == []
+
+    # The source offers the same file again, and then one that has grown by a line.
+    run(checkout, "nightshift", "snapshot")
+    assert [path.name for path in (checkout / "data/raw/mine").iterdir()] == ["000001.jsonl"]
+    with (checkout / "mine.jsonl").open("a") as file:
+        file.write(json.dumps(chat("And who keeps the bees?", "The sisters at the end of the lane.")) + "\n")
+    output = run(checkout, "nightshift", "snapshot")
+    assert "data/raw/mine/000002.jsonl: 2 rows were forgotten before and go again" in output
+    shards = sorted(path.name for path in (checkout / "data/raw/mine").iterdir())
+    assert shards == ["000001.jsonl", "000002.jsonl"]
+    run(checkout, "dvc", "repro", "--quiet", "ingest")
+    after = {row["origin"]: row["id"] for row in read_rows(checkout / "data/ingest/examples.parquet")}
+    assert {origin: after.get(origin) for origin in before} == {
+        "mine/000001.jsonl:1": before["mine/000001.jsonl:1"],
+        "mine/000001.jsonl:2": None,
+        "mine/000001.jsonl:3": before["mine/000001.jsonl:3"],
+        "mine/000001.jsonl:4": None,
+    }
+    assert after["mine/000002.jsonl:5"]
+    assert list(places(checkout, SECRET)) == []
+
+
+def test_a_row_that_is_nowhere_is_an_error_and_a_no_changes_nothing(checkout: Path) -> None:
+    wrong = run(checkout, "nightshift", "forget", "mine/000009.jsonl:1", "--yes", code=2)
+    assert "mine/000009.jsonl:1: no example has this id, and no row this place" in wrong
+    before = (checkout / "data/raw.dvc").read_bytes()
+    run(checkout, "nightshift", "forget", "mine/000001.jsonl:1", code=1)
+    assert (checkout / "data/raw.dvc").read_bytes() == before

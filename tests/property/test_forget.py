@@ -1,0 +1,83 @@
+"""Laws of forgetting: what was taken out is gone from every format, and all other rows are as they were."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tasks.dvc_cache import Run, affected
+from tasks.erase import NO_LIMITS, erase_rows
+from tasks.ingest.faults import RowError
+from tasks.ingest.readers import read_shard
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), min_size=1, max_size=8)
+FORMATS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.zst", ".json.zst", ".parquet")
+
+
+def write(path: Path, texts: list[str], bom: bytes) -> None:
+    """Write a shard with a bad row among others, and rows of several lines where the format has them."""
+    if path.suffix == ".parquet":
+        table = pa.table({"text": texts, "meta": [{"n": len(text)} for text in texts]})
+        pq.write_table(table, path, row_group_size=2)
+        return
+    if ".csv" in path.name:
+        lines = ["text,note", *('"' + text.replace('"', '""') + '",\u00e9' for text in texts), "a,b,c"]
+        content = "\n".join(lines) + "\n"
+    elif ".jsonl" in path.name:
+        content = "\n\n".join(json.dumps({"text": text}) for text in texts) + "\n{bad\n"
+    else:
+        content = "[" + " ,\n".join([*(json.dumps({"text": text}) for text in texts), '{"bad" 1}']) + "\n]"
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.output_stream(str(path), compression=codec) as file:
+        file.write(bom + content.encode())
+
+
+def rows(path: Path) -> dict[int, Any]:
+    """Rows of a shard by number; a fault as its reason."""
+    return {n: row.reason if isinstance(row, RowError) else row for n, row in read_shard(path, NO_LIMITS)}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@given(texts=st.lists(WORDS, min_size=1, max_size=6, unique=True), data=st.data())
+def test_other_rows_keep_their_numbers_and_what_they_say(
+    tmp_path: Path, suffix: str, texts: list[str], data: st.DataObject
+) -> None:
+    path = tmp_path / f"000001{suffix}"
+    write(path, texts, data.draw(st.sampled_from([b"", b"\xef\xbb\xbf"])))
+    before = rows(path)
+    numbers = data.draw(st.sets(st.sampled_from(sorted(before)), min_size=1))
+    erase_rows(path, numbers)
+    after = rows(path)
+    assert {n: row for n, row in after.items() if n not in numbers} == {
+        n: row for n, row in before.items() if n not in numbers
+    }
+    # What is left of a row says nothing.
+    nothing = ("not_an_object", {"text": None, "meta": None})
+    assert all(after[n] in nothing for n in numbers & after.keys())
+
+
+@given(
+    runs=st.lists(
+        st.builds(Run, st.frozensets(st.integers(0, 9).map(str)), st.frozensets(st.integers(0, 9).map(str)))
+    ),
+    start=st.sets(st.integers(0, 9).map(str)),
+)
+def test_what_is_affected_is_closed_and_nothing_more(runs: list[Run], start: set[str]) -> None:
+    found = affected(runs, start)
+    for run in runs:
+        if run.deps & (found | start):
+            assert run.outs <= found
+    # Each was made by a run that read something affected before it.
+    reached: set[str] = set()
+    while True:
+        grown = {o for run in runs if run.deps & (start | reached) for o in run.outs}
+        if grown == reached:
+            break
+        reached = grown
+    assert found == reached
