@@ -27,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console()
+GATE = Path("data/gate/gate.json")
+VERDICT_CODES = {"promote": 0, "hold": 3, "reject": 4, "error": 5}
 
 
 def told_plainly(verb: Callable[..., None]) -> Callable[..., None]:
@@ -94,6 +96,19 @@ def run(
     running = stack.up()
     watch.run_deployment("finetune/prod", overrides, stack.environment(running))
     print_scoreboard(running)
+
+
+@app.command()
+@told_plainly
+def gate() -> None:
+    """Show the last verdict, check by check; the exit code tells it: 0 promote, 3 hold, 4 reject, 5 error."""
+    from infra.trace import checks
+
+    if not GATE.is_file():
+        raise ConfigError(f"{GATE}: not found; `nightshift run` or `dvc repro gate` writes it")
+    decision = read_json(GATE)
+    console.print(checks(decision))
+    raise typer.Exit(VERDICT_CODES[decision["verdict"]])
 
 
 @app.command()

@@ -28,7 +28,8 @@ def show(console: Console, version: int) -> None:
         lineage = read_json(folder / "lineage.json")
         params = (folder / "params.yaml").read_text(encoding="utf-8")
     moves = [entry for entry in open_record(client, name).entries if entry.champion == version]
-    tables = (about(found, lineage), shards(lineage), stages(lineage), checks(lineage), promotions(moves))
+    verdict = checks(lineage["gate"])
+    tables = (about(found, lineage), shards(lineage), stages(lineage), verdict, promotions(moves))
     for table in tables:
         console.print(table)
     console.print(Panel(Text(params), title="params.yaml"))
@@ -81,9 +82,8 @@ def stages(lineage: dict[str, Any]) -> Table:
     return table
 
 
-def checks(lineage: dict[str, Any]) -> Table:
+def checks(gate: dict[str, Any]) -> Table:
     """Lay out what the gate said."""
-    gate = lineage["gate"]
     table = Table("check", "verdict", "why", title=f"Gate: {gate['verdict']}", box=None)
     for check in gate.get("checks", ()):
         table.add_row(check["name"], check["verdict"], escape(check["said"]))

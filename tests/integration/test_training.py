@@ -160,6 +160,7 @@ def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_goes_on_exa
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.long
 def test_kill_9_of_dvc_itself_leaves_no_process_and_training_goes_on_exactly(
     prepared: Path, undisturbed: str, clean_environment: dict[str, str]
 ) -> None:
