@@ -1,16 +1,20 @@
 """The MLflow run of one flow run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import UUID
 
 import prefect.runtime.flow_run
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 
 from tasks.files import file_digest, read_json
 from tasks.tracking import experiment_id, git_commit, tracking_uri
 
 TRAINED_BY = Path("data/sft/mlflow_run.json")
+FLOW_RUN = "nightshift.flow_run"
 
 
 @contextmanager
@@ -24,9 +28,10 @@ def tracked_run() -> Iterator[str]:
         The id of the run.
     """
     client = MlflowClient(tracking_uri())
+    close_abandoned(client)
     name = prefect.runtime.flow_run.name or "finetune"
     tags = {
-        "nightshift.flow_run": str(prefect.runtime.flow_run.id),
+        FLOW_RUN: str(prefect.runtime.flow_run.id),
         "nightshift.params_digest": file_digest(Path("params.yaml")),
         "nightshift.git_commit": git_commit(),
     }
@@ -40,3 +45,14 @@ def tracked_run() -> Iterator[str]:
         status = "FINISHED"
     finally:
         client.set_terminated(run_id, status)
+
+
+def close_abandoned(client: MlflowClient) -> None:
+    """Close the runs of flow runs that were killed: they could not do it themselves."""
+    with get_client(sync_client=True) as prefect:
+        for run in client.search_runs([experiment_id(client)], "attributes.status = 'RUNNING'"):
+            # Another Prefect's runs are not known here, and may be running.
+            with suppress(ObjectNotFound, KeyError):
+                state = prefect.read_flow_run(UUID(run.data.tags[FLOW_RUN])).state
+                if state and state.is_final():
+                    client.set_terminated(run.info.run_id, "KILLED")

@@ -14,7 +14,7 @@ from tasks import supervise
 from tasks.errors import GateError, StageError
 from tasks.files import read_json, tree_digest
 from tasks.lineage import KEPT, open_lineage
-from tasks.registry import DIGEST, find_version, open_registry
+from tasks.registry import DIGEST, FORGOTTEN, find_version, open_registry
 from tasks.stage import print_line
 from tasks.state import state_dir, tools_environment
 
@@ -28,11 +28,17 @@ def rebuild(console: Console, version: int) -> bool:
     and the benchmarks come from DVC's cache, or its remote.
 
     Raises:
-        GateError: There is no such version, or its code is not in this repository.
+        GateError: There is no such version, some of its rows were forgotten, or its code is not in this
+            repository.
         StageError: A stage failed, or the data is gone.
     """
     client, name = open_registry()
     found = find_version(client, name, version)
+    if FORGOTTEN in found.tags:
+        raise GateError(
+            f"registry: {found.tags[FORGOTTEN]} examples of version {version} were forgotten since; "
+            "its data is gone for good: train a new version"
+        )
     folder = state_dir() / "reproduce" / f"{name}-{version}"
     shutil.rmtree(folder, ignore_errors=True)
     with open_lineage(name, version) as lineage:

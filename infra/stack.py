@@ -139,9 +139,8 @@ def up() -> Stack:
             _crash_runs(stack, "the worker was gone when the stack came up")
         _start("worker", stack)
         _await("worker", stack)
-        # Runs work in the checkout: one at a time, whichever deployment they come from.
-        _prefect(stack, "PATCH", f"/work_pools/{POOL}", {"concurrency_limit": 1})
         _call(stack, "prefect", "--no-prompt", "deploy", "--all")
+        _limit_queues(stack)
         _create_automation(stack)
         _await("mlflow", stack)
         if _prefect(stack, "GET", f"/work_pools/{POOL}")["is_paused"]:
@@ -390,6 +389,13 @@ def request(method: str, url: str, body: object = None) -> Any:
 
 def _prefect(stack: Stack, method: str, path: str, body: object = None) -> Any:
     return request(method, f"{stack.prefect_url}{path}", body)
+
+
+def _limit_queues(stack: Stack) -> None:
+    """Let each queue run one at a time, whichever deployment the run comes from."""
+    queues = f"/work_pools/{POOL}/queues"
+    for queue in _prefect(stack, "POST", f"{queues}/filter", {}):
+        _prefect(stack, "PATCH", f"{queues}/{queue['name']}", {"concurrency_limit": 1})
 
 
 def _create_automation(stack: Stack) -> None:

@@ -61,12 +61,17 @@ def read_failure(api: str, deployment: str) -> str:
 
 def show_steps(api: str, ended: threading.Event) -> None:
     """Print the newest training step whenever it changes, until the run has ended."""
-    latest = read_progress(api)
+    latest = None
     while not ended.wait(POLL_SECONDS):
-        if (line := read_progress(api)) != latest:
-            latest = line
+        try:
+            line = read_progress(api)
+        except StageError:
+            # The server is gone; what watches the run says so.
+            continue
+        if latest not in (None, line):
             sys.stdout.write(f"  {line}\n")
             sys.stdout.flush()
+        latest = line
 
 
 def read_progress(api: str) -> str:

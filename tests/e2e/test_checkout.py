@@ -177,6 +177,12 @@ def test_mlflow_knows_the_version_and_where_it_came_from(checkout: Checkout) -> 
     assert version.tags["nightshift.verdict"] in ("hold", "promote", "reject")
     assert len(version.tags["nightshift.adapter_digest"]) == 64
     assert version.run_id == read_json(checkout.folder / "data/sft/mlflow_run.json")["run_id"]
+    # The run that was killed before is closed too.
+    experiment = client.get_experiment_by_name("nightshift")
+    assert experiment
+    states = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    assert states.count("KILLED") == 1
+    assert "RUNNING" not in states
 
 
 @pytest.mark.long

@@ -11,8 +11,10 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from infra.reproduce import rebuild
 from tasks import forget, promote, promotions, register, registry
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, tree_digest, write_json, write_rows
@@ -305,6 +307,9 @@ def test_forgetting_a_row_names_the_versions_that_were_trained_on_it() -> None:
     assert forget.find(["e2"], client, name) == forget.Found(["facts/000002.jsonl:1"], {1: 1, 2: 1, 3: 1})
     # A paraphrase comes from the row of its parent.
     assert forget.find(["p1"], client, name) == forget.Found(["facts/000001.jsonl:7"], {1: 2, 2: 2, 3: 2})
+    client.set_model_version_tag(name, "1", registry.FORGOTTEN, "2")
+    with pytest.raises(GateError, match="2 examples of version 1 were forgotten since; its data is gone"):
+        rebuild(Console(), 1)
 
 
 def test_a_registry_without_a_version_says_so(in_tmp: Path) -> None:

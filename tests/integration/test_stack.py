@@ -45,6 +45,9 @@ deployments:
     entrypoint: flow.py:tiny
     work_pool: {name: nightshift}
     concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}
+  - name: beside
+    entrypoint: flow.py:tiny
+    work_pool: {name: nightshift, work_queue_name: other}
 """
 # A shell that starts `make run &` ignores SIGINT, and so do the processes below it.
 UP = """
@@ -224,6 +227,17 @@ def test_a_server_that_was_killed_comes_back_under_the_worker(folder: Path, runn
     assert pids()["worker"] == before["worker"]
     assert pids()["prefect"] != before["prefect"]
     assert state_of(running, run)[0] == "RUNNING"
+
+
+def test_a_run_waits_for_those_of_its_own_queue_only(folder: Path, running: stack.Stack) -> None:
+    (active,) = stack._active_runs(running)
+    assert prefect(folder, "deployment", "run", "tiny/beside", "--watch").returncode == 0
+    assert state_of(running, active["id"])[0] == "RUNNING"
+    queues = httpx.post(
+        f"{running.prefect_url}/work_pools/{stack.POOL}/queues/filter", json={}, trust_env=False
+    )
+    limits = {queue["name"]: queue["concurrency_limit"] for queue in queues.json()}
+    assert limits == {"default": 1, "other": 1}
 
 
 def test_the_runs_of_a_killed_worker_are_crashed_and_free_their_slot(
