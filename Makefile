@@ -17,7 +17,8 @@ run: $(VENV)/ready  ## retrain once: servers, data, training, gate, registry, sc
 	@$(BIN)/nightshift run
 
 test: $(VENV)/ready  ## run all tests but the slow ones
-	@$(BIN)/python -m pytest
+	@# Two files at a time: tests wait for servers and ranks as long as they compute.
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 test-long: $(VENV)/ready  ## run the slow tests: every strategy, every way to fail
 	@$(BIN)/python -m pytest -m long
