@@ -57,6 +57,8 @@ def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
     if FORGOTTEN in version.tags:
         table.add_row("forgotten since", f"{version.tags[FORGOTTEN]} of its examples; train it again")
     table.add_row("code", lineage["code"])
+    if lineage["changed"]:
+        table.add_row("but changed", ", ".join(lineage["changed"]))
     table.add_row("base", f"{base['model']}, {len(base['files'])} files")
     table.add_row("trained by", f"run {lineage['training']['run_id']}")
     table.add_row("environment", environment)

@@ -8,6 +8,7 @@ pointers of DVC are kept byte by byte.
 import importlib.metadata
 import platform
 import shutil
+import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def write_lineage(folder: Path) -> None:
         folder / "lineage.json",
         {
             "code": git_commit(),
+            "changed": changed_code(),
             "shards": shards,
             "summaries": summaries,
             "base": read_json(DATA / "base" / "base.json"),
@@ -56,6 +58,17 @@ def write_lineage(folder: Path) -> None:
             "environment": {"python": platform.python_version(), "machine": platform.machine(), **versions},
         },
     )
+
+
+def changed_code() -> list[str]:
+    """Name the files of code that are not as the commit has them; params.yaml is kept byte by byte instead."""
+    names = subprocess.run(
+        ["git", "diff", "--name-only", "HEAD", "--", "*.py", "dvc.yaml", "constraints.txt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return names.stdout.split("\n")[:-1]
 
 
 def trained_rows() -> Iterator[tuple[str, str]]:
