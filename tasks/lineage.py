@@ -61,7 +61,7 @@ def write_lineage(folder: Path) -> None:
 
 
 def changed_code() -> list[str]:
-    """Name the files of code that are not as the commit has them; params.yaml is kept byte by byte instead."""
+    """Name the files of code that differ from the commit; params.yaml is kept byte by byte instead."""
     names = subprocess.run(
         ["git", "diff", "--name-only", "HEAD", "--", "*.py", "dvc.yaml", "constraints.txt"],
         capture_output=True,
