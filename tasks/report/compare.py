@@ -18,7 +18,7 @@ from tasks.gate.statistics import interval
 # The order of the models in a group; others follow.
 MODELS = ("base", "champion", "candidate")
 # Slices of a benchmark, and items on each side, that the page shows; it says how many there are.
-SLICES, ITEMS = 40, 10
+SLICES, ITEMS = 20, 10
 Row = dict[str, Any]
 Values = NDArray[np.float64]
 Estimate = tuple[float, float, float]

@@ -6,6 +6,7 @@ from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -45,5 +46,7 @@ def rejected_paraphrases(train: Path, rejected: Path) -> list[dict[str, Any]]:
 
 def read_examples(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return id -> example of those that are in a file, ordered by id; only they are kept in memory."""
-    rows = pq.read_table(path, filters=pc.field("id").isin(list(ids))).to_pylist()
+    # An empty list alone would have no type to compare ids with.
+    wanted = pa.array(list(ids), pa.string())
+    rows = pq.read_table(path, filters=pc.field("id").isin(wanted)).to_pylist()
     return {row["id"]: row for row in sorted(rows, key=lambda row: row["id"])}
