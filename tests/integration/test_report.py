@@ -19,7 +19,7 @@ from tasks.report import PAGE, SHORT
 from tasks.report import __main__ as report
 from tasks.schemas import AUGMENTED
 from tasks.tracking import experiment_id, tracking_uri
-from tests.browser import Visit, open_browser
+from tests.browser import Visit, find_browser, open_browser
 from tests.checkouts import ROOT
 from tests.report import GATE, HOSTILE, make_night, messages, night_scores, score, write_scores
 
@@ -129,6 +129,16 @@ def test_a_phone_and_a_desk_by_day_and_night_show_all_of_it_and_nothing_else_hap
             assert page.locator("script, img, article svg").count() == 0
             assert visit.errors == []
             assert visit.requests == [PAGE.absolute().as_uri()]
+
+
+def test_without_a_browser_a_laptop_skips_and_ci_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no browser: none of chromium,"):
+        find_browser()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        find_browser()
 
 
 def test_a_page_that_asks_for_something_is_found(in_tmp: Path) -> None:
