@@ -108,12 +108,12 @@ def thin(curve: Curve) -> tuple[Curve, int]:
     return [(sum(x for x, _ in one) / len(one), sum(y for _, y in one) / len(one)) for one in bins], size
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Return round values between two ends, at most `most` of them.
 
     Example:
-        >>> ticks(0.0, 0.001), ticks(1, 234), ticks(2.0, 2.0)
-        ([0.0, 0.0005, 0.001], [100, 200], [2.0])
+        >>> ticks(0.0, 0.002), ticks(1, 234), ticks(2.0, 2.0)
+        ([0.0, 0.0005, 0.001, 0.0015, 0.002], [50, 100, 150, 200], [2.0])
     """
     if high <= low:
         return [low]
