@@ -1,4 +1,4 @@
-"""What a run is worth, on one page: a Markdown artefact in Prefect and a JSON file for the terminal."""
+"""What a run is worth, for the terminal: a JSON file of the last run."""
 
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,3 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         *([("waits for a person", board["waits"])] if board["waits"] else []),
     ]
     return table
-
-
-def markdown(board: dict[str, Any]) -> str:
-    """Render the scoreboard for Prefect."""
-    lines = [f"| {label} | {value} |" for label, value in rows(board)]
-    return "\n".join(["| | |", "|---|---|", *lines])

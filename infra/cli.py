@@ -20,6 +20,7 @@ from tasks.check import check
 from tasks.config import read_params
 from tasks.errors import ConfigError, PipelineError
 from tasks.files import read_json
+from tasks.report import PAGE
 
 app = typer.Typer(
     help="Retrain a language model every night; ship it only when it is measurably better.",
@@ -236,6 +237,7 @@ def print_scoreboard(running: stack.Stack) -> None:
     table = Table(title="Nightshift", box=None, show_header=False)
     for label, value in rows(read_json(scoreboard_file())):
         table.add_row(label, value)
+    table.add_row("report", str(PAGE))
     table.add_row("Prefect", running.prefect_ui)
     table.add_row("MLflow", running.mlflow_url)
     console.print(table)

@@ -13,4 +13,5 @@ The graph          base           model reference -> safetensors and tokenizer
                    gate           scores -> verdict
 After the graph    register       adapter -> model version
                    promote        model version -> champion
+                   report         all of it -> one HTML page
 """

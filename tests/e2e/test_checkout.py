@@ -115,6 +115,18 @@ def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: Checkout)
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Completed"}
 
 
+def test_the_run_links_to_its_report(checkout: Checkout) -> None:
+    body = {"flow_runs": {"id": {"any_": [checkout.last_run()["id"]]}}}
+    artefacts = {one["key"]: one["data"] for one in checkout.api("/artifacts/filter", body)}
+    link = r"\[the whole report\]\((http://127\.0\.0\.1:\d+)/#/experiments/\d+/runs/(\w+)/artifacts/report\.html\)"
+    found = re.fullmatch(link, artefacts["report-page"])
+    assert found
+    server, run = found.groups()
+    page = httpx.get(f"{server}/get-artifact", params={"path": "report.html", "run_uuid": run}, timeout=30)
+    assert page.content == (checkout.folder / "data/report/report.html").read_bytes()
+    assert "| held-out loss | candidate |" in artefacts["report"]
+
+
 def test_bad_lines_stand_in_quarantine_with_their_place(checkout: Checkout) -> None:
     lines = (checkout.folder / "data/ingest/quarantine.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

@@ -127,8 +127,10 @@ def loaded_modules(code: str) -> set[str]:
 
 
 def test_data_stages_flows_and_the_command_line_do_not_load_torch() -> None:
-    modules = [f"tasks.{name}" for name in (*NEEDS_NO_TORCH, "check", "snapshot", "register", "promote")]
-    modules += [f"tasks.{name}.__main__" for name in ("ingest", "dedupe", "augment", "gate")]
+    modules = [
+        f"tasks.{name}" for name in (*NEEDS_NO_TORCH, "check", "snapshot", "register", "promote", "report")
+    ]
+    modules += [f"tasks.{name}.__main__" for name in ("ingest", "dedupe", "augment", "gate", "report")]
     modules += ["flows.finetune", "flows.promote", "infra.cli"]
     loaded = loaded_modules("\n".join(f"import {name}" for name in modules))
     assert "tasks.ingest" in loaded

@@ -1,0 +1,28 @@
+"""The report of a run among the artefacts of its flow run: a link to the page, and the short form."""
+
+from mlflow import MlflowClient
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+from flows.stages import run_program
+from tasks.report import PAGE, SHORT
+from tasks.tracking import experiment_id, tracking_uri
+
+
+def report(run_id: str) -> None:
+    """Write the report and show it in Prefect.
+
+    Args:
+        run_id: The MLflow run that keeps the page.
+    """
+    run_program("report", run_id)
+    create_link_artifact(page_url(run_id), "the whole report", key="report-page", description="finetune")
+    create_markdown_artifact(SHORT.read_text(encoding="utf-8"), key="report", description="finetune")
+
+
+def page_url(run_id: str) -> str:
+    """Return where MLflow shows the page; without a server, where the file lies."""
+    uri = tracking_uri()
+    if not uri.startswith("http"):
+        return PAGE.absolute().as_uri()
+    experiment = experiment_id(MlflowClient(uri))
+    return f"{uri}/#/experiments/{experiment}/runs/{run_id}/artifacts/{PAGE.name}"

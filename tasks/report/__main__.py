@@ -1,0 +1,210 @@
+"""Write the report from the files of the checkout, the registry and the run's metrics, and log it to MLflow.
+
+`data/` -> `data/report/report.html` and `report.md`. Under `MLFLOW_RUN_ID` the page goes to that run, by hand
+to the run that trained the candidate.
+"""
+
+import logging
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from mlflow import MlflowClient
+
+from tasks.config import load_params
+from tasks.errors import GateError
+from tasks.files import read_json, read_rows, write_text
+from tasks.gate import GateParams
+from tasks.gate.decision import HELDOUT
+from tasks.graph import stage_order
+from tasks.ledger import TRANSFERS
+from tasks.lineage import open_lineage, write_lineage
+from tasks.register import training_run
+from tasks.registry import DIGEST, open_registry, registered
+from tasks.report import PAGE, SHORT
+from tasks.report.changes import find_changes
+from tasks.report.chart import Chart, draw
+from tasks.report.compare import Moves, compare, find_moves, pair
+from tasks.report.examples import accepted_paraphrases, read_examples, rejected_paraphrases
+from tasks.stage import DATA, run_main
+
+SCORES = DATA / "evaluate" / "scores.parquet"
+GATE = DATA / "gate" / "gate.json"
+CHAMPION = DATA / "champion" / "champion.json"
+OUTCOME = DATA / "promote" / "outcome.json"
+TRAIN = DATA / "augment" / "train.parquet"
+REJECTED = DATA / "augment" / "rejected.parquet"
+SIMILARITY = DATA / "augment" / "scores.parquet"
+TEST = DATA / "split" / "test.parquet"
+PLAN = DATA / "sft" / "plan.json"
+EFFECTIVE = DATA / "sft" / "effective.json"
+TRAINED_BY = DATA / "sft" / "mlflow_run.json"
+# Columns that scores of an earlier version lack.
+NEWER: dict[str, Any] = {"status": "ok", "question": None, "expected": None, "answer": None}
+# Characters of a text that are shown.
+TEXT_LENGTH = 800
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Write page and short form, and log the page."""
+    client, name = open_registry()
+    trained_by = training_run(client)
+    facts = collect(client, name, trained_by)
+    templates = open_templates()
+    write_text(PAGE, templates.get_template("page.html.jinja").render(facts))
+    write_text(SHORT, templates.get_template("page.md.jinja").render(facts))
+    run = os.environ.get("MLFLOW_RUN_ID") or trained_by
+    client.log_artifact(run, str(PAGE))
+    log.info("%s: %.0f KB, logged to run %s", PAGE, PAGE.stat().st_size / 1000, run)
+
+
+def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
+    """Gather all that the templates show.
+
+    Args:
+        client: Of MLflow.
+        name: Of the registered model.
+        trained_by: The run that trained the candidate.
+    """
+    params = load_params(GateParams, "gate")
+    gate, champion = read_json(GATE), read_json(CHAMPION)
+    rows = read_scores(SCORES)
+    pairs = pair(rows, gate["reference"])
+    asked = find_moves([both for both in pairs if both[0]["benchmark"] != HELDOUT])
+    heldout = find_moves([both for both in pairs if both[0]["benchmark"] == HELDOUT])
+    summaries = {stage: read_json(DATA / stage / "summary.json") for stage in stage_order()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_lineage(Path(folder))
+        lineage = read_json(Path(folder) / "lineage.json")
+        changes = find_changes_since(name, champion["version"], Path(folder))
+    return {
+        "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "model": name,
+        "gate": gate,
+        "outcome": describe_outcome(client, name, gate["candidate"], champion["version"]),
+        "champion": champion,
+        "benchmarks": compare(rows, gate["reference"], params),
+        "alpha": params.alpha,
+        "moves": {"Benchmarks": asked, "Held-out examples": heldout},
+        "heldout_texts": read_heldout(TEST, heldout),
+        "changes": changes,
+        "summaries": summaries,
+        "funnel": [stage for stage in summaries if stage in {end[0] for way in TRANSFERS for end in way}],
+        "accepted": accepted_paraphrases(TRAIN, SIMILARITY),
+        "rejected": rejected_paraphrases(TRAIN, REJECTED),
+        "effective": read_json(EFFECTIVE),
+        "training": read_json(TRAINED_BY),
+        "charts": draw_training(client, trained_by),
+        "lineage": lineage,
+        "trained_by": trained_by,
+    }
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """Read the scores; one that is no number has no worth, and counts as an error."""
+    rows = [{**NEWER, **row} for row in read_rows(path)]
+    for row in rows:
+        if row["status"] == "ok" and not math.isfinite(row["score"]):
+            row["status"] = "error"
+    return rows
+
+
+def describe_outcome(client: MlflowClient, name: str, candidate: str | None, champion: int | None) -> str:
+    """Say what became of the candidate, as the registry has it now.
+
+    Args:
+        client: Of MLflow.
+        name: Of the registered model.
+        candidate: Digest of its adapter.
+        champion: The version that the gate compared with; None before the first.
+    """
+    stays = f"Version {champion} stays the champion." if champion else "There is no champion yet."
+    same = [version for version in registered(client, name) if version.tags[DIGEST] == candidate]
+    if not same:
+        return f"The candidate is not registered. {stays}"
+    number = int(same[0].version)
+    aliases = client.get_model_version(name, str(number)).aliases
+    if number == champion:
+        return stays
+    if "champion" in aliases:
+        return f"Version {number} is the champion now{f', after version {champion}' if champion else ''}."
+    if "challenger" in aliases and OUTCOME.is_file():
+        waits = read_json(OUTCOME)["waits"]
+        return f"Version {number} waits for `nightshift promote {number}`: {waits}. {stays}"
+    return f"The candidate is registered as version {number}. {stays}"
+
+
+def find_changes_since(name: str, champion: int | None, after: Path) -> dict[str, Any]:
+    """Compare with the champion's lineage; where there is none, say so under the key `missing`."""
+    if champion is None:
+        return {"missing": "There is no champion yet: the candidate was compared with its base."}
+    try:
+        with open_lineage(name, champion) as before:
+            return find_changes(before, after)
+    except GateError as err:
+        return {"missing": str(err)}
+
+
+def read_heldout(path: Path, moves: Moves) -> dict[str, Any]:
+    """Return item -> messages of the held-out examples whose losses differ most."""
+    wanted = {move["item"] for move in (*moves.gains, *moves.regressions)}
+    return {one: row["messages"] for one, row in read_examples(path, wanted).items()}
+
+
+def draw_training(client: MlflowClient, trained_by: str) -> list[Chart]:
+    """Draw the losses that the run was told, and the learning rates that were planned and used."""
+    told = {
+        key: sorted((one.step, one.value) for one in client.get_metric_history(trained_by, key))
+        for key in ("loss", "eval_loss", "learning_rate")
+    }
+    planned = list(enumerate(read_json(PLAN)["learning_rate"], start=1))
+    losses = {"training": told["loss"], "validation": told["eval_loss"]}
+    rates = {"used": told["learning_rate"], "planned": planned}
+    charts = (
+        draw("Loss, in nats per token", losses),
+        draw("Learning rate", rates, from_zero=True),
+    )
+    return [chart for chart in charts if chart]
+
+
+def open_templates() -> Environment:
+    """Open the templates, which escape all that is put into them."""
+    templates = Environment(
+        loader=PackageLoader("tasks.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    templates.filters |= {"cut": cut, "cell": cell, "isfinite": math.isfinite}
+    return templates
+
+
+def cut(text: object, length: int = TEXT_LENGTH) -> str:
+    """Cut a long text, and say how much is left out.
+
+    Example:
+        >>> cut("abcdef", 4), cut("abcd", 4)
+        ('abcd … (2 more characters)', 'abcd')
+    """
+    whole = str(text)
+    return whole if len(whole) <= length else f"{whole[:length]} … ({len(whole) - length:,} more characters)"
+
+
+def cell(text: object) -> str:
+    r"""Keep a text from ending its cell of a Markdown table.
+
+    Example:
+        >>> cell("a | b\nc")
+        'a \\| b c'
+    """
+    return " ".join(str(text).split()).replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,137 @@
+"""Curves as the numbers that the template draws: SVG whose colours follow the page's, light or dark."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# In units of the drawing, of which a phone shows about one for each pixel.
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 36
+# Points of a line; of more, neighbours are averaged.
+MAX_POINTS = 300
+Curve = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve.
+
+    Attributes:
+        label: What it shows.
+        points: Its places in the drawing.
+        per_point: Values that are averaged to one point.
+    """
+
+    label: str
+    points: list[tuple[float, float]]
+    per_point: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Curves over the same steps.
+
+    Attributes:
+        title: What is drawn, and in which unit.
+        said: The same in words, for who does not see it.
+        lines: The curves.
+        across: (place, label) of the ticks of the steps.
+        up: (place, label) of the ticks of the values.
+    """
+
+    title: str
+    said: str
+    lines: list[Line]
+    across: list[tuple[float, str]]
+    up: list[tuple[float, str]]
+
+
+def draw(title: str, curves: Mapping[str, Curve], *, from_zero: bool = False) -> Chart | None:
+    """Lay out curves of (step, value); None if there is no point.
+
+    Args:
+        title: What is drawn, and in which unit.
+        curves: Label -> points, by step. A value that is no number is left out.
+        from_zero: Let the axis of the values begin at 0.
+    """
+    finite = {name: [at for at in curve if math.isfinite(at[1])] for name, curve in curves.items()}
+    lines = {name: thin(curve) for name, curve in finite.items() if curve}
+    if not lines:
+        return None
+    every = [at for points, _ in lines.values() for at in points]
+    steps, values = [step for step, _ in every], [value for _, value in every]
+    first, last = min(steps), max(steps)
+    low, high = (0.0 if from_zero else min(values)), max(values)
+    across = Axis(first, last, LEFT, WIDTH - RIGHT)
+    up = Axis(low, high, HEIGHT - BOTTOM, TOP)
+    return Chart(
+        title,
+        "; ".join(describe(name, finite[name]) for name in lines),
+        [
+            Line(name, [(across.place(x), up.place(y)) for x, y in points], n)
+            for name, (points, n) in lines.items()
+        ],
+        [(across.place(tick), f"{tick:,.0f}") for tick in ticks(first, last) if tick == round(tick)],
+        [(up.place(tick), f"{tick:g}") for tick in ticks(low, high)],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Where values stand between two ends of the drawing; a single value stands in the middle."""
+
+    low: float
+    high: float
+    begin: float
+    end: float
+
+    def place(self, value: float) -> float:
+        """Return where a value stands."""
+        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return round(self.begin + share * (self.end - self.begin), 1)
+
+
+def thin(curve: Curve) -> tuple[Curve, int]:
+    """Average neighbours until at most `MAX_POINTS` are left; return how many make one point.
+
+    Example:
+        >>> thin([(1, 2.0), (2, 4.0)])
+        ([(1, 2.0), (2, 4.0)], 1)
+        >>> points, size = thin([(step, 1.0) for step in range(601)])
+        >>> len(points), size
+        (201, 3)
+    """
+    size = math.ceil(len(curve) / MAX_POINTS)
+    if size == 1:
+        return curve, 1
+    bins = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [(sum(x for x, _ in one) / len(one), sum(y for _, y in one) / len(one)) for one in bins], size
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Return round values between two ends, at most `most` of them.
+
+    Example:
+        >>> ticks(0.0, 0.002), ticks(1, 234), ticks(2.0, 2.0)
+        ([0.0, 0.0005, 0.001, 0.0015, 0.002], [50, 100, 150, 200], [2.0])
+    """
+    if high <= low:
+        return [low]
+    exact = (high - low) / (most - 1)
+    power = 10.0 ** math.floor(math.log10(exact))
+    width = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= exact * (1 - 1e-9))
+    numbers = range(math.ceil(low / width - 1e-9), math.floor(high / width + 1e-9) + 1)
+    found = [number * width for number in numbers]
+    return [round(value) if width >= 1 else float(f"{value:.12g}") for value in found]
+
+
+def describe(name: str, curve: Curve) -> str:
+    """Tell a curve in words.
+
+    Example:
+        >>> describe("loss", [(1, 3.0), (2, 1.5), (3, 2.0)])
+        'loss: 3 at step 1, lowest 1.5 at step 2, 2 at step 3'
+    """
+    lowest = min(curve, key=lambda at: at[1])
+    said = ((curve[0], ""), (lowest, "lowest "), (curve[-1], ""))
+    return f"{name}: " + ", ".join(f"{word}{value:.4g} at step {step:.0f}" for (step, value), word in said)

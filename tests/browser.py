@@ -1,0 +1,62 @@
+"""A real browser, headless, that tells what a page did besides showing itself."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+
+
+def find_browser() -> str:
+    """Return the path of Chromium; without one, skip the test on a laptop and fail it in CI."""
+    if found := next(filter(None, map(shutil.which, NAMES)), None):
+        return found
+    missing = f"no browser: none of {', '.join(NAMES)} is installed (Debian: apt-get install chromium)"
+    if os.environ.get("CI") == "true":
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Start Chromium."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page in a tab of its own.
+
+    Attributes:
+        page: To be looked at.
+        errors: What it wrote to the console as an error, and what it threw.
+        requests: Addresses that it asked for, its own first.
+    """
+
+    def __init__(
+        self, browser: Browser, file: Path, width: int = 1200, scheme: Literal["light", "dark"] = "light"
+    ) -> None:
+        self.page: Any = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(file.absolute().as_uri())
+        self.page.wait_for_load_state("networkidle")

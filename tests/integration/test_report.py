@@ -1,0 +1,316 @@
+"""The report of a night: written against a real MLflow, read in a real browser, shown in a real Prefect."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+
+from tasks import registry
+from tasks.evaluate.scores import ALL_SCORES
+from tasks.files import read_json, read_rows, write_json, write_rows
+from tasks.report import PAGE, SHORT
+from tasks.report import __main__ as report
+from tasks.schemas import AUGMENTED
+from tasks.tracking import experiment_id, tracking_uri
+from tests.browser import Visit, find_browser, open_browser
+from tests.checkouts import ROOT
+from tests.report import GATE, HOSTILE, make_night, messages, night_scores, score, write_scores
+
+DATABASE = Path(".nightshift/mlflow.db")
+# Returns the texts whose contrast with what is behind them is below WCAG's 4.5.
+FAINT = """() => {
+  const parts = (color) => color.match(/[\\d.]+/g).map(Number)
+  const light = (color) => {
+    const [r, g, b] = parts(color).slice(0, 3).map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+  }
+  const behind = (element) => {
+    const color = getComputedStyle(element).backgroundColor
+    return parts(color)[3] === 0 && element.parentElement ? behind(element.parentElement) : color
+  }
+  const texts = [...document.body.querySelectorAll('*')].filter((element) =>
+    [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()))
+  return texts.filter((element) => {
+    const style = getComputedStyle(element)
+    const [a, b] = [element.closest('svg') ? style.fill : style.color, behind(element)].map(light)
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5
+  }).map((element) => element.textContent)
+}"""
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout after a night on which version 2 took over from version 1."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("NIGHTSHIFT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+            patch.delenv(name, raising=False)
+        make_night(folder)
+    return folder
+
+
+@pytest.fixture
+def checkout(in_tmp: Path, night: Path) -> Path:
+    """A copy of that checkout, with an MLflow of its own; the artefacts stay where they are."""
+    shutil.copytree(night / "data", in_tmp / "data")
+    for name in ("params.yaml", "dvc.yaml", "dvc.lock", DATABASE):
+        (in_tmp / name).parent.mkdir(exist_ok=True)
+        shutil.copy(night / name, in_tmp / name)
+    return in_tmp
+
+
+def write_page() -> str:
+    """Write the report and return the page."""
+    report.main()
+    return PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_page_is_kept_by_the_run_that_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(tracking_uri())
+    flow = client.create_run(experiment_id(client)).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", flow)
+    page = write_page()
+    kept = download_artifacts(run_id=flow, artifact_path=PAGE.name, tracking_uri=tracking_uri())
+    assert Path(kept).read_text(encoding="utf-8") == page
+    trained_by = read_json(report.TRAINED_BY)["run_id"]
+    assert client.list_artifacts(trained_by) == []
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    report.main()
+    assert [file.path for file in client.list_artifacts(trained_by)] == [PAGE.name]
+
+
+def test_a_phone_and_a_desk_by_day_and_night_show_all_of_it_and_nothing_else_happens(checkout: Path) -> None:
+    write_page()
+    with open_browser() as browser:
+        looks: list[tuple[int, Literal["light", "dark"]]] = [(360, "light"), (1200, "dark")]
+        for width, scheme in looks:
+            visit = Visit(browser, PAGE, width, scheme)
+            page = visit.page
+            page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(FAINT) == []
+            assert page.title() == "nightshift: promote"
+            assert page.locator("h1").inner_text() == "Better: the candidate may take over"
+            assert page.locator("h2").all_inner_texts() == [
+                "What the gate looked at",
+                "Scores",
+                "The largest gains and regressions",
+                "What changed since the champion",
+                "The way of the data",
+                "Paraphrases",
+                "Packing",
+                "Training",
+                "Lineage",
+            ]
+            pictures = page.locator("svg")
+            assert pictures.count() > 20
+            for picture in pictures.all():
+                box = picture.bounding_box()
+                assert box["width"] > 5
+                assert box["height"] > 5
+            assert page.locator("polyline").count() == 3
+            said = page.locator("svg.chart").first.get_attribute("aria-label")
+            assert said == (
+                "Loss, in nats per token. training: 3 at step 1, lowest 2 at step 3, 2 at step 3; "
+                "validation: 2.2 at step 3, lowest 2.2 at step 3, 2.2 at step 3"
+            )
+            # Once as a source, once as a paraphrase: as text.
+            assert page.locator("body").inner_text().count(HOSTILE) == 2
+            assert page.locator("script, img, article svg").count() == 0
+            assert visit.errors == []
+            assert visit.requests == [PAGE.absolute().as_uri()]
+
+
+def test_without_a_browser_a_laptop_skips_and_ci_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no browser: none of chromium,"):
+        find_browser()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        find_browser()
+
+
+def test_a_page_that_asks_for_something_is_found(in_tmp: Path) -> None:
+    page = in_tmp / "hostile.html"
+    page.write_text(f"<!doctype html>{HOSTILE}", encoding="utf-8")
+    with open_browser() as browser:
+        visit = Visit(browser, page)
+        assert visit.page.title() == "taken"
+        assert "http://127.0.0.1:9/x.png" in visit.requests
+        assert len(visit.errors) == 1
+
+
+@pytest.mark.usefixtures("checkout")
+def test_rows_parameters_and_shards_that_changed_since_the_champion_are_told() -> None:
+    page = plain(write_page())
+    assert "Compared with version 1, adapter bbbbbbbbbbbb" in page
+    assert "facts 2 1 5" in page
+    assert "New shards, 1: facts/000002.jsonl (7 examples trained)" in page
+    assert "sft.learning_rate 0.002 0.001" in page
+    assert "Code, base and libraries are the same" in page
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_short_form_has_verdict_scores_and_checks() -> None:
+    write_page()
+    assert SHORT.read_text(encoding="utf-8").splitlines() == [
+        "**promote**, against the champion. Version 2 is the champion now, after version 1.",
+        "",
+        "| | model | mean | interval | items |",
+        "|---|---|---|---|---|",
+        "| facts | base | 20.0% | 5.7% to 51.0% | 10 |",
+        "| facts | champion | 50.0% | 23.7% to 76.3% | 10 |",
+        "| facts | candidate | 80.0% | 49.0% to 94.3% | 10 |",
+        "| facts | retrieval | 60.0% | 31.3% to 83.2% | 10 |",
+        "| facts | candidate \N{MINUS SIGN} champion | +30.0% | -10.0% to +70.0% | 10 |",
+        "| held-out loss | base | 3.000 | 3.000 to 3.000 | 2 |",
+        "| held-out loss | champion | 2.429 | 2.400 to 2.500 | 2 |",
+        "| held-out loss | candidate | 2.357 | 2.000 to 2.500 | 2 |",
+        "| held-out loss | candidate \N{MINUS SIGN} champion | -0.071 | -0.500 to +0.100 | 2 |",
+        "",
+        "| check | verdict | why |",
+        "|---|---|---|",
+        "| gain | promote | better: +30.0% accuracy |",
+        r"| slices | promote | none of 2 is worse \| by more than 5.0% |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "headline"),
+    [
+        ("hold", "The data cannot tell: what runs now stays"),
+        ("reject", "Worse: what runs now stays"),
+        ("error", "No verdict: the scores cannot be trusted"),
+    ],
+)
+def test_what_was_not_promoted_is_reported_too(checkout: Path, verdict: str, headline: str) -> None:
+    write_json(report.GATE, {**GATE, "verdict": verdict, "candidate": "d" * 64})
+    scores = night_scores()
+    for row in scores:
+        row["score"] = float("nan") if row["model"] == "candidate" else row["score"]
+    if verdict == "error":
+        write_scores(checkout / "data", scores)
+    page = plain(write_page())
+    assert headline in page
+    assert "The candidate is not registered. Version 1 stays the champion." in page
+    assert ("candidate 10 error" in page) == (verdict == "error")
+
+
+def test_a_version_that_waits_says_for_what(checkout: Path) -> None:
+    client, name = registry.open_registry()
+    client.set_registered_model_alias(name, "champion", "1")
+    client.set_registered_model_alias(name, "challenger", "2")
+    write_json(report.OUTCOME, {"promoted": False, "waits": "registry.approval is manual"})
+    expected = (
+        "Version 2 waits for `nightshift promote 2`: registry.approval is manual. "
+        "Version 1 stays the champion."
+    )
+    assert expected in plain(write_page())
+
+
+def test_without_a_champion_and_without_losses_the_page_says_so(checkout: Path) -> None:
+    client = MlflowClient(tracking_uri())
+    write_json(report.TRAINED_BY, {"run_id": client.create_run(experiment_id(client)).info.run_id})
+    write_json(report.CHAMPION, {"version": None, "digest": None, "looks": []})
+    write_json(report.GATE, {**GATE, "reference": "base"})
+    # As the stage wrote it before questions and answers stood in it.
+    rows = [row for row in night_scores() if row["model"] in ("base", "candidate")]
+    write_rows(report.SCORES, [{key: row[key] for key in ALL_SCORES.names} for row in rows], ALL_SCORES)
+    page = plain(write_page())
+    assert "There is no champion yet: the candidate was compared with its base." in page
+    assert "MLflow has no losses of the run that trained this" in page
+    assert "candidate \N{MINUS SIGN} base +60.0%" in page
+    assert "1 became worse, 7 better, 2 are the same" in page
+    assert "facts / even / q8" in page
+
+
+def test_a_night_of_long_texts_many_slices_steps_and_shards_stays_below_2_mb(checkout: Path) -> None:
+    long = "\N{GRINNING FACE}<" * 2500
+    texts = {"question": long, "expected": long, "answer": long}
+    rows = [
+        score(model, i, i * len(model) % 5 / 4, benchmark=f"b{i % 4}", slice=f"{i % 400} {long}", **texts)
+        for model in ("base", "champion", "candidate", "retrieval")
+        for i in range(800)
+    ]
+    write_scores(checkout / "data", [*rows, *(row for row in night_scores() if row["benchmark"] == "test")])
+    examples = read_rows(report.TRAIN)
+    parents = [{**row, "messages": messages(long, long) * 30} for row in examples[:6]]
+    children = [{**parents[0], "id": f"p{i}", "parent_id": "e1", "style": "reword"} for i in range(9)]
+    write_rows(report.TRAIN, [*parents, *children], AUGMENTED)
+    columns = pq.read_schema(report.REJECTED)
+    again = {**read_rows(report.REJECTED)[0], "messages": messages(long, long) * 30}
+    write_rows(report.REJECTED, [{**again, "reason": f"reason {i}"} for i in range(20)], columns)
+    write_json(report.PLAN, {"learning_rate": [i / 100_000 for i in range(100_000)]})
+    shards = {f"facts/{i:06d}.jsonl": "9" * 64 for i in range(5000)}
+    write_json(checkout / "data" / "raw" / "digests.json", shards)
+    checks = [{"name": "contamination", "verdict": "error", "said": long}]
+    write_json(report.GATE, {**GATE, "verdict": "error", "reason": long, "checks": checks})
+    params = checkout / "params.yaml"
+    params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 1000"))
+    page = write_page()
+    assert 300_000 < len(page.encode()) < 2_000_000
+    assert "… (4,200 more characters)" in page
+    text = plain(page)
+    assert "the largest 20, 80 more are in data/evaluate/scores.parquet" in text
+    assert "4900 earlier ones are not shown" in text
+    assert "planned, each point the mean of 334 steps" in text
+
+
+def test_the_flow_links_to_the_page_even_if_the_gate_could_not_judge(
+    checkout: Path, clean_environment: dict[str, str]
+) -> None:
+    write_json(report.GATE, {**GATE, "verdict": "error", "reason": "3 scores are not numbers"})
+    client = MlflowClient(tracking_uri())
+    run = client.create_run(experiment_id(client)).info.run_id
+    program = f"""
+import json
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.testing.utilities import prefect_test_harness
+from flows.finetune import ship
+
+@flow
+def night() -> None:
+    ship({run!r})
+
+with prefect_test_harness():
+    state = night(return_state=True)
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts()
+    print(json.dumps([state.message, [[one.type, one.key, one.data] for one in found]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**clean_environment, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(checkout / "prefect")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    message, artefacts = json.loads(done.stdout.splitlines()[-1])
+    assert "3 scores are not numbers; nothing is registered" in message
+    shown = {key: (kind, data) for kind, key, data in artefacts}
+    assert shown["report-page"] == ("markdown", f"[the whole report]({PAGE.absolute().as_uri()})")
+    assert shown["report"] == ("markdown", SHORT.read_text(encoding="utf-8"))
+    assert SHORT.read_text(encoding="utf-8").startswith("**error**, against the champion.")
+    assert [file.path for file in client.list_artifacts(run)] == [PAGE.name]
+
+
+def plain(page: str) -> str:
+    """Return the text of a page, in one line."""
+    from html import unescape
+    from re import DOTALL, sub
+
+    without_style = sub(r"<style>.*?</style>", " ", page, flags=DOTALL)
+    return " ".join(unescape(sub(r"<[^>]+>", " ", without_style)).split()).replace(" ,", ",")
