@@ -34,7 +34,8 @@ def erase_known(shard: Path, raw: Path) -> None:
     forgotten = read_forgotten(raw)
     if not forgotten.contents:
         return
-    numbers = {number for number, digest in contents(shard) if digest in forgotten.contents}
+    said = conversations(shard)
+    numbers = {number for number, one in said if content_digest(one) in forgotten.contents}
     if numbers:
         log.warning(
             "%s: %d rows were forgotten before and go again; take them out of the source", shard, len(numbers)
@@ -46,7 +47,8 @@ def forget_rows(shard: Path, numbers: Set[int], raw: Path, forgotten: Forgotten)
     """Take rows out of a shard and write down, before they go, what is needed to know them again."""
     name, digests = shard.relative_to(raw).as_posix(), read_digests(raw)
     forgotten.rows.update(f"{name}:{number}" for number in numbers)
-    forgotten.contents.update(digest for number, digest in contents(shard) if number in numbers)
+    said = conversations(shard)
+    forgotten.contents.update(content_digest(one) for number, one in said if number in numbers)
     forgotten.shards[name] = sorted({*forgotten.shards.get(name, ()), file_digest(shard)})
     write_forgotten(raw, forgotten)
     erase_rows(shard, numbers)
@@ -54,12 +56,12 @@ def forget_rows(shard: Path, numbers: Set[int], raw: Path, forgotten: Forgotten)
     write_json(raw / DIGESTS, digests)
 
 
-def contents(shard: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number, digest) of what the rows of a shard say; one that is no conversation has none."""
+def conversations(shard: Path) -> Iterator[tuple[int, Conversation]]:
+    """Yield (number, conversation) of the rows of a shard that are one."""
     for number, row in read_shard(shard, NO_LIMITS):
         if not isinstance(row, RowError):
             with suppress(RowError, RecursionError):
-                yield number, content_digest(repair(convert(row))[0])
+                yield number, repair(convert(row))[0]
 
 
 def content_digest(conversation: Conversation) -> str:

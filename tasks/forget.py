@@ -1,10 +1,10 @@
 """Take rows out of the raw data, and out of all that was made of them.
 
-What goes for good: the bytes in the shard, the shard as it was in DVC's cache and remotes, every output that
-DVC made of it, memos and checkpoints. The shard keeps its name and its other rows their numbers, so no other
-example becomes a new one. `data/raw/forgotten.json` keeps digests, by which the rows are known when a source
-offers them again. Adapters that trained on the rows stay in the registry, tagged, until better ones replace
-them: nothing takes a row out of weights.
+What goes for good: the bytes in the shard, the shard as it was in DVC's cache and remotes, every output
+that DVC made of it, memos and checkpoints, and the reports in MLflow that show it. The shard keeps its name
+and its other rows their numbers, so no other example becomes a new one. `data/raw/forgotten.json` keeps
+digests, by which the rows are known when a source offers them again. Adapters that trained on the rows stay
+in the registry, tagged, until better ones replace them: nothing takes a row out of weights.
 """
 
 import shutil
@@ -15,23 +15,30 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from tasks.dvc_cache import add, md5, purge
-from tasks.erase import forget_rows
+from tasks.erase import conversations, forget_rows
 from tasks.errors import DataError
 from tasks.files import iterate_rows, read_rows
 from tasks.graph import outputs, read_stages, reads, stage_order
 from tasks.ingest.forgotten import read_forgotten
+from tasks.ingest.turns import Conversation
 from tasks.lineage import open_lineage
 from tasks.registry import FORGOTTEN, registered
+from tasks.report import PAGE
 from tasks.stage import DATA
 from tasks.state import state_dir
+from tasks.tracking import experiment_id
 
 RAW = DATA / "raw"
 EXAMPLES = DATA / "ingest" / "examples.parquet"
 REMOVED = DATA / "dedupe" / "removed.parquet"
+# Characters of a turn that a report surely shows.
+SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,8 @@ def erase(found: Found, client: MlflowClient, name: str) -> None:
     for origin in filter(is_place, found.origins):
         shard, _, number = origin.rpartition(":")
         rows[shard].add(int(number))
+    said = [one for shard in rows for number, one in conversations(RAW / shard) if number in rows[shard]]
+    remove_pages(client, said)
     purge({md5(RAW / shard) for shard in rows})
     forgotten = read_forgotten(RAW)
     forgotten.rows.update(found.origins)
@@ -128,6 +137,21 @@ def erase(found: Found, client: MlflowClient, name: str) -> None:
         client.set_model_version_tag(name, str(version), FORGOTTEN, str(examples))
 
 
+def remove_pages(client: MlflowClient, said: Sequence[Conversation]) -> None:
+    """Remove the reports in MLflow that show one of these conversations, known by its last two turns."""
+    texts = [[str(escape(turn.content[:SHOWN])) for turn in one.turns[-2:]] for one in said]
+    token = None
+    while token != "":
+        runs = client.search_runs([experiment_id(client)], page_token=token)
+        for run in runs:
+            if PAGE.name in (one.path for one in client.list_artifacts(run.info.run_id)):
+                files = get_artifact_repository(run.info.artifact_uri)
+                page = Path(files.download_artifacts(PAGE.name)).read_text(encoding="utf-8")
+                if any(all(text in page for text in turns) for turns in texts):
+                    files.delete_artifacts(PAGE.name)
+        token = runs.token or ""
+
+
 def remove_derivatives() -> None:
     """Remove what this checkout made of the raw data: outputs, memos, checkpoints, rebuilt versions."""
     stages = read_stages()
@@ -135,7 +159,7 @@ def remove_derivatives() -> None:
     for stage in stage_order():
         if any(reads(stages[stage], other) for other in made):
             made.append(stages[stage])
-    gone = [Path(path) for stage in made[1:] for path in outputs(stage)]
+    gone = [PAGE.parent, *(Path(path) for stage in made[1:] for path in outputs(stage))]
     for path in (*gone, *(state_dir() / name for name in ("memo", "checkpoints", "reproduce"))):
         if path.is_dir():
             shutil.rmtree(path)

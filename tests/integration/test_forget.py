@@ -1,5 +1,6 @@
 """A row is forgotten in a real checkout: gone from every file of DVC's, and it does not come in again."""
 
+import html
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from tasks.files import read_rows
 from tests.checkouts import BIN, make_checkout
@@ -82,7 +84,22 @@ def places(folder: Path, text: str) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
+def log_page(checkout: Path, client: MlflowClient, row: dict[str, Any]) -> str:
+    """Log a report that shows a row, as a night before would have."""
+    page = checkout / "report.html"
+    page.write_text("<p>" + "</p><p>".join(html.escape(turn["content"]) for turn in row["messages"]))
+    found = client.get_experiment_by_name("nightshift")
+    location = (checkout / ".nightshift" / "mlflow-artifacts").as_uri()
+    experiment = found.experiment_id if found else client.create_experiment("nightshift", location)
+    run_id: str = client.create_run(experiment).info.run_id
+    client.log_artifact(run_id, str(page))
+    page.unlink()
+    return run_id
+
+
 def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Path) -> None:
+    client = MlflowClient(f"sqlite:///{checkout / '.nightshift' / 'mlflow.db'}")
+    pages = [log_page(checkout, client, ROWS[number]) for number in (0, 1)]
     found = list(places(checkout, SECRET))
     assert "data/raw/mine/000001.jsonl" in found
     assert "data/ingest/examples.parquet" in found
@@ -93,6 +110,7 @@ def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Path) -> No
     output = run(checkout, "nightshift", "forget", before["mine/000001.jsonl:2"], "--yes")
     assert output.splitlines()[:2] == ["mine/000001.jsonl:2", "mine/000001.jsonl:4"]
     assert list(places(checkout, SECRET)) == []
+    assert [len(client.list_artifacts(run_id)) for run_id in pages] == [1, 0]
 
     # The source offers the same file again, and then one that has grown by a line.
     run(checkout, "nightshift", "snapshot")
