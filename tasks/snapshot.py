@@ -21,7 +21,7 @@ import yaml
 from pydantic import field_validator
 
 from tasks import registry
-from tasks.benchmarks import CHOICE_TASK, read_benchmarks
+from tasks.benchmarks import CHOICE_TASK, HELDOUT, read_benchmarks
 from tasks.config import StageParams, load_params
 from tasks.errors import StageError
 from tasks.files import file_digest, jsonl, write_json, write_text
@@ -77,6 +77,8 @@ class SnapshotParams(StageParams):
     @field_validator("benchmarks")
     @classmethod
     def _benchmarks_are_known(cls, values: dict[str, str]) -> dict[str, str]:
+        if HELDOUT in values:
+            raise ValueError(f"{HELDOUT!r} is the name of the held-out examples; use another one")
         for location in values.values():
             name = location.removeprefix("package:")
             if location.startswith("package:") and name not in BENCHMARK_PACKAGES:

@@ -34,8 +34,8 @@ def harness_items(name: str, manager: Any = None) -> Iterator[dict[str, Any]]:
     except (OSError, ValueError) as err:
         reason = str(err).strip().splitlines()[0]
         raise DataError(
-            f"snapshot.benchmarks: lm-eval:{name}: its data cannot be fetched ({reason}); set "
-            "HF_HUB_OFFLINE=0 where the hub can be reached, or name a folder with task.yaml and items.jsonl"
+            f"snapshot.benchmarks: lm-eval:{name}: its data cannot be fetched ({reason}); reach the hub "
+            "(with HF_HUB_OFFLINE unset), or name a folder with task.yaml and items.jsonl"
         ) from err
     for task_name, task in sorted(tasks.items()):
         kind = task.get_config("output_type")

@@ -1,4 +1,4 @@
-"""The stage evaluate on a small random model: every kind of benchmark, the memo, and what a broken model gives."""
+"""The stage evaluate on a small random model: every kind of benchmark, the memo, broken models."""
 
 import json
 import math
@@ -85,7 +85,7 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     return in_tmp
 
 
-def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_only_what_is_new(
+def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     evaluate.main()
@@ -117,21 +117,34 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_only_what_is_n
     assert "step 1/12 " in printed
     assert "step 12/12 " in printed
 
-    before = evaluate.TARGET.read_bytes()
-    (evaluate.BENCHMARKS / "written" / "items.jsonl").write_text(
-        jsonl([{"id": "new", "question": "New?", "references": ["x"]}])
-    )
-    evaluate.main()
-    assert evaluate.TARGET.read_bytes() != before
-    # Three models, one benchmark.
-    assert "step 3/3 " in capfd.readouterr().out
     evaluate.main()
     assert capfd.readouterr().out == ""
 
 
-def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path) -> None:
     params = EvaluateParams(limit=2, batch_size=4, retrieval=None)
-    contender = evaluate.Contender(None, 0, ["facts", "reworded", "changed"])
+    base, candidate = (evaluate.Contender(adapter, 0, list(TASKS)) for adapter in (None, evaluate.CANDIDATE))
+    kept = evaluate.memo_files(base, params)
+    assert evaluate.memo_files(base, params.model_copy(update={"batch_size": 1})) == kept
+    others = [
+        evaluate.memo_files(candidate, params),
+        evaluate.memo_files(evaluate.Contender(None, 2, list(TASKS)), params),
+        evaluate.memo_files(base, params.model_copy(update={"limit": 1})),
+    ]
+    assert len({file for one in (kept, *others) for file in one.values()}) == 16
+    put_benchmarks(evaluate.BENCHMARKS, items=4)
+    shutil.rmtree(evaluate.BENCHMARKS / "written")
+    changed = evaluate.memo_files(evaluate.Contender(None, 0, ["facts"]), params)
+    assert changed["facts"] != kept["facts"]
+
+
+def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    params = EvaluateParams(limit=None, batch_size=4, retrieval=None)
+    # The second benchmark takes long enough to be killed in.
+    put_benchmarks(evaluate.BENCHMARKS, items=500)
+    item = (evaluate.BENCHMARKS / "facts" / "items.jsonl").read_text().splitlines()[0]
+    write_text(evaluate.BENCHMARKS / "facts" / "items.jsonl", item)
+    contender = evaluate.Contender(None, 0, ["facts", "reworded"])
     files = evaluate.memo_files(contender, params)
     job = evaluate.build_job(contender, {name: str(file) for name, file in files.items()}, params)
 
@@ -141,12 +154,14 @@ def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path, capfd: pytest.C
 
     with pytest.raises(KeyboardInterrupt):
         evaluate.run_job("base", job, 1, interrupt)
-    assert files["facts"].is_file()
-    assert not files["changed"].is_file()
-    written = files["facts"].stat().st_mtime_ns
+    assert (files["facts"].is_file(), files["reworded"].is_file()) == (True, False)
+    put_benchmarks(evaluate.BENCHMARKS, items=1)
+    write_text(evaluate.BENCHMARKS / "facts" / "items.jsonl", item)
+    files = evaluate.memo_files(contender, params)
+    capfd.readouterr()
     evaluate.score_missing({"base": contender}, {"base": files}, params)
-    assert all(file.is_file() for file in files.values())
-    assert files["facts"].stat().st_mtime_ns == written
+    steps = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
+    assert steps == ["step 1/1 base: reworded"]
 
 
 def test_choices_that_share_a_prompt_are_as_likely_as_one_by_one(model: Callable[..., Model]) -> None:
@@ -222,7 +237,9 @@ def test_a_baseline_on_an_unknown_benchmark_is_refused_before_anything_runs(fold
 def test_a_task_of_the_harness_becomes_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"q": "Is it cold?", "label": 1}, {"q": "Is it hot?", "label": 0}]
     (tmp_path / "rows.jsonl").write_text(jsonl(rows))
     task = {
@@ -240,7 +257,7 @@ def test_a_task_of_the_harness_becomes_items(tmp_path: Path, monkeypatch: pytest
         yaml.safe_dump({**task, "task": "away", "dataset_path": "nobody/nothing", "dataset_kwargs": {}})
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    assert list(harness_items("weather", manager))[0] == {
+    assert next(harness_items("weather", manager)) == {
         "id": "weather/0",
         "slice": "weather",
         "question": "Question: Is it cold?\nAnswer:",
@@ -249,5 +266,5 @@ def test_a_task_of_the_harness_becomes_items(tmp_path: Path, monkeypatch: pytest
     }
     with pytest.raises(DataError, match="lm-eval has no task 'wether'"):
         list(harness_items("wether", manager))
-    with pytest.raises(DataError, match=r"lm-eval:away: its data cannot be fetched .*set HF_HUB_OFFLINE=0"):
+    with pytest.raises(DataError, match=r"lm-eval:away: its data cannot be fetched .*reach the hub"):
         list(harness_items("away", manager))
