@@ -41,6 +41,14 @@ class ChoiceTask(StageParams):
     doc_to_text: Any
     doc_to_choice: Any
     doc_to_target: Any
+    # lm-eval's default holds acc.
+    metric_list: list[dict[str, Any]] = Field(default=[{"metric": "acc"}])
+
+    @model_validator(mode="after")
+    def _right_and_wrong_are_told(self) -> "ChoiceTask":
+        if "acc" not in (metric.get("metric") for metric in self.metric_list):
+            raise ValueError("metric_list must hold acc, which is what the score is; add it")
+        return self
 
 
 class GenerationTask(StageParams):

@@ -142,22 +142,22 @@ def symbol_items() -> Iterator[Row]:
             }
 
 
-def reworded_items() -> Iterator[Row]:
-    """Yield one item for each other element: its symbol, asked in three ways.
+def reworded_items(seed: int = 0) -> Iterator[Row]:
+    """Yield one item for each other element: its symbol, asked in two ways. Short answers are read fast.
 
     Yields:
         id, question, variants, choices.
     """
-    choices = {item["id"]: item["choices"] for item in element_items()}
-    for name, _ in _symbols()[1::2]:
+    symbols = [symbol for _, symbol in _symbols()]
+    for name, symbol in _symbols()[1::2]:
+        rng = random.Random(f"{seed}/reworded/{name}")
+        options = [symbol, *rng.sample([other for other in symbols if other != symbol], CHOICES - 1)]
+        rng.shuffle(options)
         yield {
             "id": f"reworded/{name}",
             "question": f"Which symbol stands for {name} in the periodic table?",
-            "variants": [
-                f"In the periodic table, what symbol does {name} have?",
-                f"If you look for {name} in the periodic table, which symbol do you find?",
-            ],
-            "choices": choices[f"symbol/{name}"],
+            "variants": [f"If you look for {name} in the periodic table, which symbol do you find?"],
+            "choices": options,
         }
 
 

@@ -48,12 +48,14 @@ def test_all_faults_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:
     task, item = GOOD["generation"]
     put(tmp_path, "facts", CHOICE_TASK, CHOICE, {**CHOICE, "id": "b", "answer": 2}, CHOICE)
     put(tmp_path, "written", {**task, "metric": "bleu"}, item, {**item, "id": "b", "referenzes": ["x"]})
+    put(tmp_path, "normed", {**CHOICE_TASK, "metric_list": [{"metric": "acc_norm"}]}, CHOICE)
     put(tmp_path, "poem", {"kind": "poetry"}, item)
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "items.jsonl").write_text("{}")
     assert faults(tmp_path) == [
         "facts/items.jsonl:2: answer 2 is none of 2 choices; count from 0",
         "facts/items.jsonl:3: id 'a' stands in line 1 too; rename one",
+        "normed/task.yaml: metric_list must hold acc, which is what the score is; add it",
         "poem/task.yaml: kind 'poetry' is unknown; use generation, invariance or direction, or lm-eval",
         "written/task.yaml.metric: Input should be 'exact_match', 'contains', 'token_f1' or 'rouge_l', "
         "got 'bleu'",
