@@ -93,11 +93,16 @@ def main() -> None:
         DataError: A benchmark breaks the format.
     """
     params = load_params(SnapshotParams, "snapshot")
-    for source, location in params.sources.items():
-        write_shards(source, read_offers(location), RAW)
     for name, location in params.benchmarks.items():
         write_benchmark(name, location, BENCHMARKS)
-    read_benchmarks(BENCHMARKS)
+    for benchmark in read_benchmarks(BENCHMARKS):
+        if benchmark.name not in params.benchmarks:
+            folder = BENCHMARKS / benchmark.name
+            log.warning(
+                "%s: not named in snapshot.benchmarks, asked nevertheless; or remove the folder", folder
+            )
+    for source, location in params.sources.items():
+        write_shards(source, read_offers(location), RAW)
     registry.write_champion(CHAMPION)
     for folder in (RAW, BENCHMARKS):
         version(folder)

@@ -123,8 +123,10 @@ def score_missing(
     }
     missing = {name: targets for name, targets in missing.items() if targets}
     total, done = sum(len(targets) for targets in missing.values()), count(1)
-    processors = os.cpu_count() or 1
-    workers = max(1, min(len(missing), processors))
+    if not missing:
+        return
+    at_once = count_at_once(len(missing))
+    threads = max(1, (os.cpu_count() or 1) // at_once)
 
     def show(name: str, line: str) -> None:
         if line.startswith(DONE):
@@ -134,11 +136,18 @@ def score_missing(
 
     def score(name: str) -> None:
         job = build_job(contenders[name], missing[name], params)
-        run_job(name, job, processors // workers, partial(show, name))
+        run_job(name, job, threads, partial(show, name))
 
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
         for _ in pool.map(score, missing):
             pass
+
+
+def count_at_once(models: int) -> int:
+    """Say how many models are scored at once: all, or one where they would share a GPU's memory."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else models
 
 
 def build_job(contender: Contender, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:

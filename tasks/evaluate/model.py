@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -113,10 +114,12 @@ class Model(HFLM):
         # The longest first: what does not fit into memory fails at once.
         groups = sorted(by_prompt.items(), key=lambda group: (-len(group[0]), group[0]))
         answers: dict[int, Answer] = {}
-        for batch in self._batches(groups):
-            numbers = [number for _, members in batch for number in members]
-            rests = [requests[number][2] for number in numbers]
-            answers |= zip(numbers, self._read(batch, rests), strict=True)
+        with tqdm(total=len(requests), desc="log-likelihoods", unit="choice", mininterval=2) as progress:
+            for batch in self._batches(groups):
+                numbers = [number for _, members in batch for number in members]
+                rests = [requests[number][2] for number in numbers]
+                answers |= zip(numbers, self._read(batch, rests), strict=True)
+                progress.update(len(numbers))
         return [answers[number] for number in range(len(requests))]
 
     def _batches(
