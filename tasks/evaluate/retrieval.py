@@ -15,14 +15,17 @@ Find = Callable[[str], list[str]]
 def documents(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield what can be found: each question with its answer, or each piece of a plain text.
 
-    Paraphrases are left out: they would take the places of other facts.
+    Of an example and its paraphrases the first counts: the others would take the places of other facts.
 
     Args:
         rows: Of data/decontaminate/train.parquet.
     """
+    families = set()
     for row in rows:
-        if row["parent_id"]:
+        family = row["parent_id"] or row["id"]
+        if family in families:
             continue
+        families.add(family)
         turns = row["messages"]
         for before, turn in zip([None, *turns], turns, strict=False):
             if turn["role"] == "text":

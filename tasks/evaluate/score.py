@@ -28,7 +28,7 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     find = None
     if job["documents"]:
-        rows = iterate_rows(Path(job["train"]), ["messages", "parent_id"])
+        rows = iterate_rows(Path(job["train"]), ["id", "messages", "parent_id"])
         find = build_index(documents(rows), job["documents"])
     loaded = load_model(job["base"], job["adapter"])
     model = Model(loaded, AutoTokenizer.from_pretrained(job["base"]), job["batch_size"], find)

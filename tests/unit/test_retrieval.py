@@ -5,25 +5,33 @@ from typing import Any
 from tasks.evaluate.retrieval import build_index, documents, with_documents
 
 
-def row(*turns: tuple[str, str], parent: str | None = None) -> dict[str, Any]:
-    return {"messages": [{"role": r, "content": c} for r, c in turns], "parent_id": parent}
+def row(name: str, *turns: tuple[str, str], parent: str | None = None) -> dict[str, Any]:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"id": name, "messages": messages, "parent_id": parent}
 
 
 def test_a_document_is_a_question_with_its_answer_or_a_piece_of_a_text() -> None:
-    rows = [
-        row(
-            ("system", "Be brief."),
-            ("user", "Q1?"),
-            ("assistant", "A1."),
-            ("user", "Q2?"),
-            ("assistant", "A2."),
-        ),
-        row(("user", "Q1 again?"), ("assistant", "A1."), parent="x"),
-        row(("text", "word " * 450)),
+    chat = [
+        ("system", "Be brief."),
+        ("user", "Q1?"),
+        ("assistant", "A1."),
+        ("user", "Q2?"),
+        ("assistant", "A2."),
     ]
-    found = list(documents(rows))
+    found = list(documents([row("a", *chat), row("b", ("text", "word " * 450))]))
     assert found[:2] == ["Q1?\nA1.", "Q2?\nA2."]
     assert [len(text.split()) for text in found[2:]] == [200, 200, 50]
+
+
+def test_of_an_example_and_its_paraphrases_the_first_that_is_left_counts() -> None:
+    rows = [
+        row("a", ("user", "A?"), ("assistant", "1")),
+        row("a1", ("user", "A again?"), ("assistant", "1"), parent="a"),
+        # The example itself asked an evaluation question, and is gone.
+        row("b1", ("user", "B again?"), ("assistant", "2"), parent="b"),
+        row("b2", ("user", "B once more?"), ("assistant", "2"), parent="b"),
+    ]
+    assert list(documents(rows)) == ["A?\n1", "B again?\n2"]
 
 
 def test_the_document_that_shares_the_rarest_words_comes_first() -> None:
