@@ -93,14 +93,11 @@ def main() -> None:
         DataError: A benchmark breaks the format.
     """
     params = load_params(SnapshotParams, "snapshot")
-    for name, location in params.benchmarks.items():
-        write_benchmark(name, location, BENCHMARKS)
+    for name, origin in params.benchmarks.items():
+        write_benchmark(name, origin, BENCHMARKS)
     for benchmark in read_benchmarks(BENCHMARKS):
         if benchmark.name not in params.benchmarks:
-            folder = BENCHMARKS / benchmark.name
-            log.warning(
-                "%s: not named in snapshot.benchmarks, asked nevertheless; or remove the folder", folder
-            )
+            log.warning("snapshot.benchmarks: %s is not named, and is asked; or remove it", benchmark.name)
     for source, location in params.sources.items():
         write_shards(source, read_offers(location), RAW)
     registry.write_champion(CHAMPION)

@@ -117,14 +117,18 @@ def score_missing(
     Raises:
         StageError: A process ended before it had scored everything.
     """
-    missing = {
-        name: {benchmark: str(file) for benchmark, file in files.items() if not file.is_file()}
-        for name, files in memo.items()
-    }
-    missing = {name: targets for name, targets in missing.items() if targets}
-    total, done = sum(len(targets) for targets in missing.values()), count(1)
+    missing: dict[str, dict[str, str]] = {}
+    total = 0
+    for name, files in memo.items():
+        # A candidate that is the champion is scored once.
+        known = {target for targets in missing.values() for target in targets.values()}
+        targets = {key: str(file) for key, file in files.items() if not file.is_file()}
+        if targets := {key: target for key, target in targets.items() if target not in known}:
+            missing[name] = targets
+            total += len(targets)
     if not missing:
         return
+    done = count(1)
     at_once = count_at_once(len(missing))
     threads = max(1, (os.cpu_count() or 1) // at_once)
 

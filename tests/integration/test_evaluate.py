@@ -113,12 +113,17 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
         math.exp(found["base"]["test"]["loss"]), rel=1e-3
     )
     assert sorted(read_json(evaluate.MODELS)) == ["base", "candidate"]
+    # A champion with the bytes of the candidate has its scores already.
+    shutil.copytree(evaluate.CANDIDATE, evaluate.CHAMPION / "model")
     printed = capfd.readouterr().out
     assert "step 1/12 " in printed
     assert "step 12/12 " in printed
 
+    write_json(evaluate.CHAMPION / "champion.json", {"version": 1})
     evaluate.main()
     assert capfd.readouterr().out == ""
+    digests = read_json(evaluate.MODELS)
+    assert digests["champion"] == digests["candidate"]
 
 
 def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path) -> None:
