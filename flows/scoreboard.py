@@ -38,13 +38,16 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
     gate = board["gate"]
     champion = board["version"] if board["promoted"] else board["champion"]
     table = []
+    baseline = board["metrics"].get("retrieval", {})
     for benchmark in sorted(candidate.keys() - {"test"}):
-        ours, theirs = candidate[benchmark], base[benchmark]
+        ours, theirs, found = candidate[benchmark], base[benchmark], baseline.get(benchmark, {})
         table += [
-            (f"{benchmark}: base", f"{theirs['accuracy']:.1%} of {theirs['items']} questions"),
-            (f"{benchmark}: new model", f"{ours['accuracy']:.1%}"),
-            (f"{benchmark}: chance", f"{ours['chance']:.1%}"),
+            (f"{benchmark}: base", f"{share(theirs['accuracy'])} of {theirs['items']} questions"),
+            (f"{benchmark}: new model", share(ours["accuracy"])),
         ]
+        for label, value in (("base with documents", found.get("accuracy")), ("chance", ours["chance"])):
+            if value is not None:
+                table.append((f"{benchmark}: {label}", share(value)))
     if gain := gate.get("gain"):
         table.append(
             (
@@ -54,7 +57,7 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     table += [
-        ("held-out loss", f"{base['test']['loss']:.3f} -> {candidate['test']['loss']:.3f}"),
+        ("held-out loss", f"{figure(base['test']['loss'])} -> {figure(candidate['test']['loss'])}"),
         ("training speed", f"{board['tokens_per_second']:.0f} tokens/s"),
         ("gate", f"{gate['verdict']}: {gate['reason']}"),
         ("registered version", f"{board['version']}"),
@@ -62,3 +65,13 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         *([("waits for a person", board["waits"])] if board["waits"] else []),
     ]
     return table
+
+
+def share(value: float | None) -> str:
+    """Write a share; what no item has a score for is no number."""
+    return "none" if value is None else f"{value:.1%}"
+
+
+def figure(value: float | None) -> str:
+    """Write a loss; see `share`."""
+    return "none" if value is None else f"{value:.3f}"

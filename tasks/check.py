@@ -35,7 +35,7 @@ def check(values: dict[str, Any]) -> None:
         section: problems(schema, section, values.get(section, {})) for section, schema in schemas.items()
     }
     found += [problem for problems_of_section in faulty.values() for problem in problems_of_section]
-    if not any(faulty[section] for section in ("snapshot", "split", "augment")):
+    if not any(faulty[section] for section in ("snapshot", "split", "augment", "evaluate", "gate")):
         found += find_conflicts(values)
     if found:
         raise report(found)
@@ -51,22 +51,29 @@ def section_schemas() -> dict[str, type[StageParams]]:
 
 
 def find_conflicts(values: dict[str, Any]) -> list[str]:
-    """List sources that one section names and another does not know.
+    """List sources and benchmarks that one section names and another does not know.
 
     Example:
-        >>> find_conflicts({"snapshot": {"sources": {"a": "x"}}, "split": {"by_phrasing": []},
-        ...                 "augment": {"sources": ["b"]}})
+        >>> find_conflicts({"snapshot": {"sources": {"a": "x"}, "benchmarks": {"c": "y"}},
+        ...                 "split": {"by_phrasing": []}, "augment": {"sources": ["b"]},
+        ...                 "evaluate": {"retrieval": None},
+        ...                 "gate": {"floors": {"c": 0.1}, "retention": {}, "behaviour": []}})
         ['augment.sources: no source is named b; known keys: a']
     """
-    sources = list(values["snapshot"]["sources"])
+    sources, benchmarks = (list(values["snapshot"][key]) for key in ("sources", "benchmarks"))
+    gate, retrieval = values["gate"], values["evaluate"]["retrieval"] or {"benchmarks": []}
     return [
-        f"{key}: no source is named {name}; {suggestion(name, sources)}"
-        for key, names in (
-            ("split.by_phrasing", values["split"]["by_phrasing"]),
-            ("augment.sources", values["augment"]["sources"]),
+        f"{key}: no {kind} is named {name}; {suggestion(name, known)}"
+        for key, kind, names, known in (
+            ("split.by_phrasing", "source", values["split"]["by_phrasing"], sources),
+            ("augment.sources", "source", values["augment"]["sources"], sources),
+            ("evaluate.retrieval.benchmarks", "benchmark", retrieval["benchmarks"], benchmarks),
+            ("gate.floors", "benchmark", gate["floors"], benchmarks),
+            ("gate.retention", "benchmark", gate["retention"], benchmarks),
+            ("gate.behaviour", "benchmark", gate["behaviour"], benchmarks),
         )
         for name in names
-        if name not in sources
+        if name not in known
     ]
 
 

@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import Field
 
+from tasks.benchmarks import HELDOUT, questions, read_benchmarks
 from tasks.config import StageParams, load_params
-from tasks.errors import DataError
-from tasks.files import iterate_batches, iterate_rows, read_jsonl, write_batches, write_rows
+from tasks.files import iterate_batches, iterate_rows, write_batches, write_rows
 from tasks.schemas import AUGMENTED
 from tasks.stage import DATA, run_main, write_summary
 from tasks.text import Shingles, canonical, shingles
@@ -118,20 +118,18 @@ def main() -> None:
 
 
 def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (benchmark, item id, question) of everything the model is evaluated on.
+    """Yield (benchmark, item id, question) of everything the model is evaluated on, in every wording.
 
     Raises:
-        DataError: A benchmark has no items.
+        DataError: A benchmark breaks the format.
     """
     for row in iterate_rows(test, ["id", "messages"]):
         for question in questions_of(row):
-            yield "test", row["id"], question
-    for file in sorted(benchmarks.glob("*/items.jsonl")):
-        items = read_jsonl(file)
-        if not items:
-            raise DataError(f"{file}: no items; a benchmark needs at least one")
-        for item in items:
-            yield file.parent.name, str(item["id"]), item["question"]
+            yield HELDOUT, row["id"], question
+    for benchmark in read_benchmarks(benchmarks):
+        for item in benchmark.items:
+            for question in questions(item):
+                yield benchmark.name, item["id"], question
 
 
 def questions_of(row: Row) -> list[str]:

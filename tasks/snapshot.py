@@ -19,6 +19,7 @@ import yaml
 from pydantic import field_validator
 
 from tasks import registry
+from tasks.benchmarks import CHOICE_TASK, HELDOUT, read_benchmarks
 from tasks.config import StageParams, load_params
 from tasks.dvc_cache import add
 from tasks.erase import erase_known
@@ -26,6 +27,7 @@ from tasks.files import file_digest, jsonl, write_json, write_text
 from tasks.ingest.forgotten import read_forgotten
 from tasks.ingest.shards import DIGESTS, find_shards, read_digests
 from tasks.sources import Offer
+from tasks.sources.harness import harness_items
 from tasks.sources.locations import Location, read_offers, require_location, require_query
 from tasks.sources.packages import BENCHMARK_PACKAGES
 from tasks.stage import run_main
@@ -41,8 +43,8 @@ class SnapshotParams(StageParams):
 
     Attributes:
         sources: Name of each source -> location; see `tasks.sources.locations`.
-        benchmarks: Name of each benchmark -> `package:<name>`, or a folder with task.yaml and
-            items.jsonl.
+        benchmarks: Name of each benchmark -> `package:<name>`, `lm-eval:<task>`, or a folder with
+            task.yaml and items.jsonl.
     """
 
     sources: dict[str, Location]
@@ -75,6 +77,8 @@ class SnapshotParams(StageParams):
     @field_validator("benchmarks")
     @classmethod
     def _benchmarks_are_known(cls, values: dict[str, str]) -> dict[str, str]:
+        if HELDOUT in values:
+            raise ValueError(f"{HELDOUT!r} is the name of the held-out examples; use another one")
         for location in values.values():
             name = location.removeprefix("package:")
             if location.startswith("package:") and name not in BENCHMARK_PACKAGES:
@@ -83,13 +87,20 @@ class SnapshotParams(StageParams):
 
 
 def main() -> None:
-    """Bring in sources, benchmarks and the champion; version what changed with DVC."""
+    """Bring in sources, benchmarks and the champion; version what changed with DVC.
+
+    Raises:
+        DataError: A benchmark breaks the format.
+    """
     params = load_params(SnapshotParams, "snapshot")
+    for name, origin in params.benchmarks.items():
+        write_benchmark(name, origin, BENCHMARKS)
+    for benchmark in read_benchmarks(BENCHMARKS):
+        if benchmark.name not in params.benchmarks:
+            log.warning("snapshot.benchmarks: %s is not named, and is asked; or remove it", benchmark.name)
     for source, location in params.sources.items():
         for shard in write_shards(source, read_offers(location), RAW):
             erase_known(shard, RAW)
-    for name, location in params.benchmarks.items():
-        write_benchmark(name, location, BENCHMARKS)
     registry.write_champion(CHAMPION)
     for folder in (RAW, BENCHMARKS):
         add(folder)
@@ -153,26 +164,18 @@ def digest_shards(raw: Path) -> dict[str, str]:
 
 
 def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
-    """Write `<name>/items.jsonl` and `<name>/task.yaml` (an lm-eval task) below `benchmarks`."""
+    """Write `<name>/task.yaml` and `<name>/items.jsonl` below `benchmarks`; see `tasks.benchmarks`."""
     target = benchmarks / name
-    if not location.startswith("package:"):
+    kind, _, rest = location.partition(":")
+    if kind == "package":
+        task, read_items = BENCHMARK_PACKAGES[rest]
+        items = read_items()
+    elif kind == "lm-eval":
+        task, items = CHOICE_TASK, harness_items(rest)
+    else:
         shutil.copytree(location, target, dirs_exist_ok=True)
         return
-    items = BENCHMARK_PACKAGES[location.removeprefix("package:")]()
     write_text(target / "items.jsonl", jsonl(items))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(target / "items.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1},
-    }
     write_text(target / "task.yaml", yaml.safe_dump(task, sort_keys=False))
 
 

@@ -20,7 +20,7 @@ def small_params(base: Path) -> dict[str, Any]:
     params["base"] |= {"model": str(base), "dtype": "float32"}
     params["snapshot"]["sources"] = {"elements": "package:mendeleev"}
     params["sft"] |= {"max_steps": 6, "save_steps": 2, "warmup_steps": 1}
-    params["evaluate"] |= {"limit": 60, "batch_size": 60}
+    params["evaluate"] |= {"limit": 60, "batch_size": 60, "retrieval": None}
     params["gate"] |= {"min_items": 20}
     params["split"] |= {"by_phrasing": [], "test_share": 0.3}
     return params

@@ -15,8 +15,6 @@ from tasks.schemas import AUGMENTED, GROUPED, MESSAGES
 from tasks.tracking import experiment_id
 from tests.checkouts import ROOT
 
-TEXTS = [name for name in ("status", "question", "expected", "answer") if name not in ALL_SCORES.names]
-SCORES = pa.schema([*ALL_SCORES, *((name, pa.string()) for name in TEXTS)])
 REJECTED = pa.schema(
     [
         ("parent_id", pa.string()),
@@ -217,4 +215,4 @@ def write_version(client: MlflowClient, name: str, folder: Path, digest: str) ->
 
 def write_scores(data: Path, rows: list[dict[str, Any]]) -> None:
     """Write the table of scores."""
-    write_rows(data / "evaluate" / "scores.parquet", rows, SCORES)
+    write_rows(data / "evaluate" / "scores.parquet", rows, ALL_SCORES)

@@ -1,27 +1,23 @@
-"""Run the stage: score the models that have no scores yet, then put all scores side by side."""
+"""Run the stage: score what has no scores yet, then put all scores side by side."""
 
 import os
-import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tasks import supervise
-from tasks.config import load_params
-from tasks.errors import StageError
+from tasks.benchmarks import HELDOUT, read_benchmarks
+from tasks.config import load_params, suggestion
+from tasks.errors import ConfigError, StageError
 from tasks.evaluate import EvaluateParams
-from tasks.evaluate.scores import ALL_SCORES, metrics
-from tasks.files import (
-    file_digest,
-    read_json,
-    read_rows,
-    replaced,
-    text_digest,
-    tree_digest,
-    write_json,
-    write_rows,
-)
+from tasks.evaluate.scores import ALL_SCORES, DONE, metrics
+from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
 from tasks.stage import DATA, print_line, run_main, write_summary
 from tasks.state import state_dir
 
@@ -29,88 +25,174 @@ BASE = DATA / "base" / "model"
 CANDIDATE = DATA / "sft" / "model"
 CHAMPION = DATA / "champion"
 TEST = DATA / "split" / "test.parquet"
+TRAIN = DATA / "decontaminate" / "train.parquet"
 BENCHMARKS = DATA / "benchmarks"
 TARGET = DATA / "evaluate" / "scores.parquet"
 METRICS = DATA / "evaluate" / "metrics.json"
 MODELS = DATA / "evaluate" / "models.json"
+# What decides about a score besides model and items.
+CODE = [Path(__file__).parent, *(Path(__file__).parents[1] / name for name in ("benchmarks.py", "encode.py"))]
+RETRIEVAL = "retrieval"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A model, and what it is asked.
+
+    Attributes:
+        adapter: Its adapter or weights; None is the base.
+        documents: Documents put before each question; 0 for none.
+        benchmarks: Names of its benchmarks.
+    """
+
+    adapter: Path | None
+    documents: int
+    benchmarks: list[str]
 
 
 def main() -> None:
     """Write the scores of every item under every model, their aggregates, and the models' digests."""
     params = load_params(EvaluateParams, "evaluate")
-    models = find_models()
-    memo = {name: memo_file(adapter, params) for name, adapter in models.items()}
-    missing = {str(memo[name]): models[name] for name in models if not memo[name].is_file()}
-    threads = max(1, (os.cpu_count() or 1) // max(1, len(missing)))
-    with ThreadPoolExecutor(max_workers=max(1, len(missing))) as pool:
-        work = [
-            pool.submit(score, Path(target), adapter, params, threads) for target, adapter in missing.items()
-        ]
-        for one in work:
-            one.result()
-    rows = [{"model": name, **row} for name in models for row in read_rows(memo[name])]
+    contenders = find_contenders(params)
+    memo = {name: memo_files(contender, params) for name, contender in contenders.items()}
+    score_missing(contenders, memo, params)
+    rows = [
+        {"model": name, **row} for name in memo for file in memo[name].values() for row in read_rows(file)
+    ]
     write_rows(TARGET, rows, ALL_SCORES)
     write_json(METRICS, metrics(rows))
-    digests = {name: tree_digest(path) if path else None for name, path in models.items()}
-    write_json(MODELS, digests)
-    write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(models))
+    write_json(MODELS, {name: digest(one) for name, one in contenders.items() if name != RETRIEVAL})
+    write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(contenders))
 
 
-def find_models() -> dict[str, Path | None]:
-    """Name the models to compare and their adapters; the base has none, a champion may not exist."""
-    models: dict[str, Path | None] = {"base": None, "candidate": CANDIDATE}
-    if read_json(CHAMPION / "champion.json")["version"] is not None:
-        models["champion"] = CHAMPION / "model"
-    return models
-
-
-def memo_file(adapter: Path | None, params: EvaluateParams) -> Path:
-    """Name the scores by all that decides them: code, base, adapter, items and how many are asked."""
-    key = text_digest(
-        tree_digest(Path(__file__).parent),
-        file_digest(BASE.with_name("base.json")),
-        tree_digest(adapter) if adapter else "",
-        tree_digest(BENCHMARKS),
-        file_digest(TEST),
-        str(params.limit),
-    )
-    return state_dir() / "memo" / "scores" / f"{key}.parquet"
-
-
-def score(target: Path, adapter: Path | None, params: EvaluateParams, threads: int) -> None:
-    """Score one model in a process of its own.
+def find_contenders(params: EvaluateParams) -> dict[str, Contender]:
+    """Name the models to compare; the base has no adapter, a champion may not exist.
 
     Raises:
-        StageError: It ended without a result.
+        ConfigError: The baseline names a benchmark that is not there.
+        DataError: A benchmark breaks the format.
     """
-    work = target.with_suffix(".work")
-    work.mkdir(parents=True, exist_ok=True)
-    job: dict[str, Any] = {
+    known = [benchmark.name for benchmark in read_benchmarks(BENCHMARKS)]
+    everything = [*known, HELDOUT]
+    found = {"base": Contender(None, 0, everything), "candidate": Contender(CANDIDATE, 0, everything)}
+    if read_json(CHAMPION / "champion.json")["version"] is not None:
+        found["champion"] = Contender(CHAMPION / "model", 0, everything)
+    if params.retrieval:
+        if unknown := sorted(set(params.retrieval.benchmarks) - set(known)):
+            raise ConfigError(
+                f"params.yaml: evaluate.retrieval.benchmarks: no benchmark is named {unknown[0]}; "
+                f"{suggestion(unknown[0], known)}"
+            )
+        found[RETRIEVAL] = Contender(None, params.retrieval.documents, params.retrieval.benchmarks)
+    return found
+
+
+def memo_files(contender: Contender, params: EvaluateParams) -> dict[str, Path]:
+    """Name the scores of each benchmark by all that decides them: code, model, items, how many are asked."""
+    parts = [
+        tree_digest(*CODE),
+        file_digest(BASE.with_name("base.json")),
+        digest(contender) or "",
+        f"{contender.documents} {file_digest(TRAIN)}" if contender.documents else "",
+    ]
+    files = {}
+    for name in contender.benchmarks:
+        items = (
+            [file_digest(TEST)] if name == HELDOUT else [tree_digest(BENCHMARKS / name), str(params.limit)]
+        )
+        files[name] = state_dir() / "memo" / "scores" / f"{text_digest(*parts, *items)}.parquet"
+    return files
+
+
+def digest(contender: Contender) -> str | None:
+    """Return the digest of a model's adapter or weights, None for the base."""
+    return tree_digest(contender.adapter) if contender.adapter else None
+
+
+def score_missing(
+    contenders: dict[str, Contender], memo: dict[str, dict[str, Path]], params: EvaluateParams
+) -> None:
+    """Score what has no scores yet, a process for each model.
+
+    Raises:
+        StageError: A process ended before it had scored everything.
+    """
+    missing: dict[str, dict[str, str]] = {}
+    total = 0
+    for name, files in memo.items():
+        # A candidate that is the champion is scored once.
+        known = {target for targets in missing.values() for target in targets.values()}
+        targets = {key: str(file) for key, file in files.items() if not file.is_file()}
+        if targets := {key: target for key, target in targets.items() if target not in known}:
+            missing[name] = targets
+            total += len(targets)
+    if not missing:
+        return
+    done = count(1)
+    at_once = count_at_once(len(missing))
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+
+    def show(name: str, line: str) -> None:
+        if line.startswith(DONE):
+            print_line(f"step {next(done)}/{total} {name}: {line.removeprefix(DONE)}")
+        else:
+            print_line(f"[{name}] {line}")
+
+    def score(name: str) -> None:
+        job = build_job(contenders[name], missing[name], params)
+        run_job(name, job, threads, partial(show, name))
+
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        for _ in pool.map(score, missing):
+            pass
+
+
+def count_at_once(models: int) -> int:
+    """Say how many models are scored at once: all, or one where they would share a GPU's memory."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else models
+
+
+def build_job(contender: Contender, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:
+    """Say what one process does; the files in `targets` are what it leaves behind."""
+    return {
         "base": str(BASE),
-        "adapter": str(adapter) if adapter else None,
-        "benchmarks": [str(path.parent) for path in sorted(BENCHMARKS.glob("*/task.yaml"))],
+        "adapter": str(contender.adapter) if contender.adapter else None,
+        "train": str(TRAIN),
+        "documents": contender.documents,
+        "benchmarks": str(BENCHMARKS),
         "test": str(TEST),
-        "target": str(work / "scores.parquet"),
+        "targets": targets,
         "limit": params.limit,
         "batch_size": params.batch_size,
     }
-    write_json(work / "job.json", job)
-    name = adapter.parent.name if adapter else "base"
-    code = supervise.run(
-        [sys.executable, "-m", "tasks.evaluate.score", str(work / "job.json")],
-        on_line=lambda line: print_line(f"[{name}] {line}"),
-        env={
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-            "HF_DATASETS_CACHE": str(work / "datasets"),
-            "TOKENIZERS_PARALLELISM": "false",
-        },
-    )
-    if code or not (work / "scores.parquet").is_file():
-        raise StageError(f"evaluate: scoring {name} ended with code {code}; the reason stands above")
-    with replaced(target) as temporary:
-        shutil.copyfile(work / "scores.parquet", temporary)
-    shutil.rmtree(work)
+
+
+def run_job(name: str, job: dict[str, Any], threads: int, on_line: Callable[[str], None]) -> None:
+    """Score one model in a process of its own.
+
+    Raises:
+        StageError: It ended before it had scored everything.
+    """
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as work:
+        file = Path(work) / "job.json"
+        write_json(file, job)
+        code = supervise.run(
+            [sys.executable, "-m", "tasks.evaluate.score", str(file)],
+            on_line=on_line,
+            env={
+                "OMP_NUM_THREADS": str(threads),
+                "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_CACHE": f"{work}/datasets",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+        )
+    if code or not all(Path(target).is_file() for target in job["targets"].values()):
+        raise StageError(
+            f"evaluate: scoring {name} ended with code {code}; the reason stands above. "
+            "What is done is kept: run again"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """The table of scores: one row for each model and item. Needs no torch, so the gate can read it."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
-# score: 1 or 0 for a multiple-choice item; the summed negative log-likelihood in nats, over `tokens`
-# labelled tokens, for a held-out example (benchmark "test").
+from tasks.benchmarks import HELDOUT
+
+# score: 0 to 1 for an item of a benchmark; the summed negative log-likelihood in nats, over `tokens`
+# labelled tokens, for a held-out example (benchmark "test"); null unless the status is ok.
+# status: ok | error (the model gave no number) | skipped (the model could not be asked).
+# choices: answers of which chance takes one, or null.
+# answer: what the model chose or wrote; the reason if there is no score; null for a held-out example.
 SCORES = pa.schema(
     [
         ("benchmark", pa.string()),
@@ -16,39 +22,72 @@ SCORES = pa.schema(
         ("score", pa.float64()),
         ("tokens", pa.int32()),
         ("choices", pa.int32()),
+        ("status", pa.string()),
+        ("question", pa.string()),
+        ("expected", pa.string()),
+        ("answer", pa.string()),
     ]
 )
 ALL_SCORES = pa.schema([("model", pa.string()), *SCORES])
+# How the program that scores a model says that a benchmark is done.
+DONE = "scored "
+Row = dict[str, Any]
 
 
-def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Aggregate: accuracy by benchmark and slice, and the token-weighted held-out loss.
+def metrics(rows: Sequence[Row]) -> dict[str, Any]:
+    """Aggregate what has a score: accuracy by benchmark and slice, and the token-weighted held-out loss.
+
+    Accuracy is the mean score; where the score is no right or wrong (token F1, ROUGE), it is that mean.
 
     Returns:
-        model -> {benchmark: {accuracy, items, chance, slices}, "test": {loss, items, tokens}}.
+        model -> {benchmark: {accuracy, items, errors, skipped, chance, slices}, "test": {loss, perplexity,
+        items, errors, skipped, tokens, sources}}.
     """
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["model"], row["benchmark"]].append(row)
     table: dict[str, Any] = defaultdict(dict)
     for (model, benchmark), group in sorted(groups.items()):
-        table[model][benchmark] = _loss(group) if benchmark == "test" else _accuracy(group)
+        scored = [row for row in group if row["status"] == "ok"]
+        states = [row["status"] for row in group]
+        counts = {"items": len(scored), "errors": states.count("error"), "skipped": states.count("skipped")}
+        described = _heldout(scored) if benchmark == HELDOUT else _accuracy(scored)
+        table[model][benchmark] = described | counts
     return dict(table)
 
 
-def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    slices: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        slices[row["slice"]].append(row["score"])
+def _accuracy(rows: Sequence[Row]) -> Row:
+    slices = {name: _mean([row["score"] for row in group]) for name, group in _by_slice(rows)}
+    by_chance = [1 / row["choices"] for row in rows if row["choices"]]
     return {
-        "accuracy": round(sum(row["score"] for row in rows) / len(rows), 6),
-        "items": len(rows),
-        "chance": round(sum(1 / row["choices"] for row in rows) / len(rows), 6),
-        "slices": {name: round(sum(s) / len(s), 6) for name, s in sorted(slices.items())},
+        "accuracy": _mean([row["score"] for row in rows]),
+        "chance": _mean(by_chance) if len(by_chance) == len(rows) else None,
+        "slices": slices,
     }
 
 
-def _loss(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _heldout(rows: Sequence[Row]) -> Row:
+    return _loss(rows) | {"sources": {name: _loss(group) for name, group in _by_slice(rows)}}
+
+
+def _loss(rows: Sequence[Row]) -> Row:
+    """Loss in nats per token; perplexity is its exponential, and null where that is no finite number."""
     tokens = sum(row["tokens"] for row in rows)
-    loss = sum(row["score"] for row in rows) / tokens
-    return {"loss": round(loss, 6), "items": len(rows), "tokens": tokens}
+    loss = sum(row["score"] for row in rows) / tokens if tokens else None
+    has_perplexity = loss is not None and loss < math.log(1e9)
+    return {
+        "loss": None if loss is None else round(loss, 6),
+        "perplexity": round(math.exp(loss), 4) if has_perplexity and loss is not None else None,
+        "tokens": tokens,
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), 6) if values else None
+
+
+def _by_slice(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    slices: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        slices[row["slice"]].append(row)
+    return sorted(slices.items())

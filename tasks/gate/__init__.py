@@ -8,13 +8,16 @@ none), so every test is paired. Each check reaches a verdict, and the gravest of
 - reject: the candidate is worse, or below a floor;
 - error: scores are missing or not numbers, or the benchmark was trained on. Errors fail closed.
 
+Items that are too long for the model are skipped for both sides. Other models in the table, such as the
+baseline `retrieval`, take no part.
+
 Every look at another candidate since the last promotion makes chance gains likelier, so the k-th look spends
 alpha * 6 / (pi k)^2 of the error probability, which sums to alpha over all looks.
 """
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.config import StageParams
 
@@ -30,7 +33,10 @@ class GateParams(StageParams):
         power: Probability with which they should show it; below, a verdict of hold names the items needed.
         margin: Loss of accuracy, 0 to 1, that counts as none on a benchmark or a slice.
         floors: Lowest accuracy, 0 to 1, of a benchmark, by its name.
-        retention: Benchmarks of what the base could do before; the candidate is compared with the base.
+        retention: Benchmarks of what the base could do before, by name, and the loss of accuracy, 0 to 1,
+            against the base that is accepted.
+        behaviour: Benchmarks that only guard, by name: a gain there counts for nothing, and a loss rejects
+            when it is significant and larger than the margin.
         seed_noise: Standard deviation of the accuracy between trainings that differ in their seed only.
         max_loss_increase: Accepted relative growth of the held-out loss.
         min_items: Fewest paired items of a benchmark for a verdict.
@@ -43,9 +49,16 @@ class GateParams(StageParams):
     power: Annotated[float, Field(gt=0, lt=1)]
     margin: Share
     floors: dict[str, Share]
-    retention: list[str]
+    retention: dict[str, Share]
+    behaviour: list[str]
     seed_noise: Annotated[float, Field(ge=0, le=1)]
     max_loss_increase: Share
     min_items: Annotated[int, Field(strict=True, ge=2)]
     n_resamples: Annotated[int, Field(strict=True, ge=1000)]
     seed: Annotated[int, Field(strict=True, ge=0)]
+
+    @model_validator(mode="after")
+    def _each_benchmark_has_one_use(self) -> "GateParams":
+        if both := sorted(set(self.retention) & set(self.behaviour)):
+            raise ValueError(f"{both[0]} stands under retention and under behaviour; choose one")
+        return self

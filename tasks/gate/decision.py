@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tasks.benchmarks import HELDOUT
 from tasks.gate import GateParams
 from tasks.gate.statistics import (
     Differences,
@@ -23,7 +24,6 @@ from tasks.gate.statistics import (
 Verdict = Literal["promote", "hold", "reject", "error"]
 # From the lightest to the gravest.
 VERDICTS: tuple[Verdict, ...] = ("promote", "hold", "reject", "error")
-HELDOUT = "test"
 Row = dict[str, Any]
 Pairs = list[tuple[Row, Row]]
 
@@ -71,18 +71,22 @@ def decide(
     look = count_look(str(digests["candidate"]), looks)
     pairs = pair(rows, reference)
     asked = [both for both in pairs if both[0]["benchmark"] != HELDOUT]
-    primary = [both for both in asked if both[0]["benchmark"] not in params.retention]
+    learned = [both for both in asked if both[0]["benchmark"] not in params.retention]
+    primary = [both for both in learned if both[0]["benchmark"] not in params.behaviour]
     heldout = [both for both in pairs if both[0]["benchmark"] == HELDOUT]
     losses = token_loss(row for row, _ in heldout), token_loss(row for _, row in heldout)
     found = differences(primary)
     gain = measure_gain(found, look, params)
-    retained = [both for both in pair(rows, "base") if both[0]["benchmark"] in params.retention]
+    retained = pair([row for row in rows if row["benchmark"] in params.retention], "base")
     checks = [
         check_gain(gain, found, params),
         *check_floors(asked, params),
-        *(not_worse(name, reference, group, params) for name, group in by_benchmark(primary)),
-        *(not_worse(name, "base", group, params) for name, group in by_benchmark(retained)),
-        *check_slices(primary, params),
+        *(not_worse(name, reference, group, params.margin, params) for name, group in by_benchmark(primary)),
+        *(
+            not_worse(name, "base", group, params.retention[name], params)
+            for name, group in by_benchmark(retained)
+        ),
+        *check_slices(learned, params),
         check_loss(*losses, params.max_loss_increase),
     ]
     figures = {"gain": gain, "loss": losses[0], "reference_loss": losses[1]}
@@ -111,25 +115,46 @@ def find_faults(
     if overlaps:
         several = f"{len(overlaps)} training rows ask what is evaluated, first: {overlaps[0]}"
         yield Check("contamination", "error", f"{several}; run decontaminate again")
-    sides = {name: {key(row) for row in rows if row["model"] == name} for name in ("candidate", reference)}
-    if alone := len(sides["candidate"] ^ sides[reference]):
-        yield Check("scores", "error", f"{alone} items have a score from one model only; run evaluate again")
-    if bad := sum(not math.isfinite(row["score"]) for row in rows):
-        yield Check("scores", "error", f"{bad} scores are not numbers; the model is broken")
+    keys = {
+        name: {key(row) for row in rows if row["model"] == name and row["status"] != "skipped"}
+        for name in ("candidate", reference, "base")
+    }
+    alone = keys["candidate"] ^ keys[reference]
+    alone |= {one for one in keys["candidate"] ^ keys["base"] if one[0] in params.retention}
+    if alone:
+        yield Check(
+            "scores", "error", f"{len(alone)} items have a score from one model only; run evaluate again"
+        )
+    counted = [
+        row
+        for row in rows
+        if row["model"] in ("candidate", reference)
+        or (row["model"] == "base" and row["benchmark"] in params.retention)
+    ]
+    if bad := [row for row in counted if is_broken(row)]:
+        first = f"{bad[0]['model']}, {'/'.join(key(bad[0]))}: {bad[0]['answer'] or bad[0]['score']}"
+        yield Check(
+            "scores", "error", f"{len(bad)} scores are not numbers, first: {first}; the model is broken"
+        )
     counts: dict[str, int] = defaultdict(int)
-    for benchmark, _ in sides["candidate"]:
+    for benchmark, _ in keys["candidate"]:
         counts[benchmark] += 1
     if not counts.pop(HELDOUT, 0):
         yield Check("scores", "error", "the held-out split is empty; raise split.test_share or add data")
-    if not counts.keys() - set(params.retention):
+    if not counts.keys() - {*params.retention, *params.behaviour}:
         yield Check("scores", "error", "no benchmark has a score; see snapshot.benchmarks")
-    for name in sorted({*params.floors, *params.retention} - counts.keys()):
+    for name in sorted({*params.floors, *params.retention, *params.behaviour} - counts.keys()):
         yield Check(name, "error", "named in gate, but no such benchmark was scored")
     for name, count in sorted(counts.items()):
         if count < params.min_items:
             yield Check(
                 name, "error", f"{count} items, fewer than gate.min_items={params.min_items}; add items"
             )
+
+
+def is_broken(row: Row) -> bool:
+    """Tell whether a model was asked and gave no number."""
+    return row["status"] == "error" or (row["status"] == "ok" and not math.isfinite(row["score"]))
 
 
 def key(row: Row) -> tuple[str, str]:
@@ -139,8 +164,9 @@ def key(row: Row) -> tuple[str, str]:
 
 def pair(rows: Sequence[Row], reference: str) -> Pairs:
     """Pair the candidate's scores with those of another model, by benchmark and item, in a fixed order."""
-    other = {key(row): row for row in rows if row["model"] == reference}
-    ours = sorted((row for row in rows if row["model"] == "candidate"), key=key)
+    scored = [row for row in rows if row["status"] == "ok"]
+    other = {key(row): row for row in scored if row["model"] == reference}
+    ours = sorted((row for row in scored if row["model"] == "candidate"), key=key)
     return [(row, other[key(row)]) for row in ours]
 
 
@@ -224,14 +250,14 @@ def check_floors(pairs: Pairs, params: GateParams) -> Iterator[Check]:
             yield Check(f"{name}, floor", verdict, f"{accuracy:.1%}, at least {floor:.1%}")
 
 
-def not_worse(name: str, reference: str, pairs: Pairs, params: GateParams) -> Check:
-    """Show that the candidate is not worse by more than the margin, for which its whole interval counts."""
+def not_worse(name: str, reference: str, pairs: Pairs, margin: float, params: GateParams) -> Check:
+    """Show that the candidate is not worse by more than a margin, for which its whole interval counts."""
     found = differences(pairs)
     low, high = interval(found, params.alpha, params.n_resamples, params.seed)
-    said = f"{found.mean():+.1%}, interval {low:+.1%} to {high:+.1%}, margin {params.margin:.1%}"
-    if low >= -params.margin:
+    said = f"{found.mean():+.1%}, interval {low:+.1%} to {high:+.1%}, margin {margin:.1%}"
+    if low >= -margin:
         return Check(f"{name}, against {reference}", "promote", f"not worse: {said}")
-    if high < -params.margin:
+    if high < -margin:
         return Check(f"{name}, against {reference}", "reject", f"worse: {said}")
     return Check(f"{name}, against {reference}", "hold", f"cannot tell: {said}")
 

@@ -15,11 +15,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from mlflow import MlflowClient
 
+from tasks.benchmarks import HELDOUT
 from tasks.config import load_params
 from tasks.errors import GateError
 from tasks.files import read_json, read_rows, write_text
 from tasks.gate import GateParams
-from tasks.gate.decision import HELDOUT
+from tasks.gate.decision import is_broken
 from tasks.graph import stage_order
 from tasks.ledger import TRANSFERS
 from tasks.lineage import open_lineage, write_lineage
@@ -43,8 +44,6 @@ TEST = DATA / "split" / "test.parquet"
 PLAN = DATA / "sft" / "plan.json"
 EFFECTIVE = DATA / "sft" / "effective.json"
 TRAINED_BY = DATA / "sft" / "mlflow_run.json"
-# Columns that scores of an earlier version lack.
-NEWER: dict[str, Any] = {"status": "ok", "question": None, "expected": None, "answer": None}
 # Characters of a text that are shown.
 TEXT_LENGTH = 800
 log = logging.getLogger(__name__)
@@ -107,9 +106,9 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
     """Read the scores; one that is no number has no worth, and counts as an error."""
-    rows = [{**NEWER, **row} for row in read_rows(path)]
+    rows = read_rows(path)
     for row in rows:
-        if row["status"] == "ok" and not math.isfinite(row["score"]):
+        if is_broken(row):
             row["status"] = "error"
     return rows
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 from statsmodels.stats.proportion import proportion_confint
 
+from tasks.benchmarks import HELDOUT
 from tasks.files import text_digest
 from tasks.gate import GateParams
-from tasks.gate.decision import HELDOUT
 from tasks.gate.statistics import interval
 
 # The order of the models in a group; others follow.

@@ -1,8 +1,8 @@
 """The data that comes inside installed packages: element facts and everyday dialogs.
 
 `mendeleev` (MIT) holds facts about 118 chemical elements; each becomes a question and an answer for
-training, and a multiple-choice item in another wording for evaluation. `chatterbot-corpus` (BSD)
-holds 2,026 English dialogs, more than half of them repeated.
+training, and an item in another wording for each kind of benchmark. `chatterbot-corpus` (BSD) holds
+2,026 English dialogs, more than half of them repeated.
 """
 
 import importlib.resources
@@ -14,11 +14,14 @@ from typing import Any
 
 import yaml
 
+from tasks.benchmarks import CHOICE_TASK
 from tasks.files import jsonl
 from tasks.sources import Offer
+from tasks.sources.countries import country_items
 
 Row = dict[str, Any]
 CHOICES = 4
+ENGLISH_WORDS = ("am", "as", "at", "be", "he", "i", "in", "no")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,41 @@ def element_items(seed: int = 0) -> Iterator[Row]:
         }
 
 
+def symbol_items() -> Iterator[Row]:
+    """Yield one item for each second element: the model must write its symbol.
+
+    Yields:
+        id, question, references.
+    """
+    for name, symbol in _symbols()[::2]:
+        # `In` and `As` are found in many a wrong answer.
+        if symbol.lower() not in ENGLISH_WORDS:
+            yield {
+                "id": f"written/{name}",
+                "question": f"Which letters abbreviate {name} in the periodic table?",
+                "references": [symbol],
+            }
+
+
+def reworded_items(seed: int = 0) -> Iterator[Row]:
+    """Yield one item for each other element: its symbol, asked in two ways. Short answers are read fast.
+
+    Yields:
+        id, question, variants, choices.
+    """
+    symbols = [symbol for _, symbol in _symbols()]
+    for name, symbol in _symbols()[1::2]:
+        rng = random.Random(f"{seed}/reworded/{name}")
+        options = [symbol, *rng.sample([other for other in symbols if other != symbol], CHOICES - 1)]
+        rng.shuffle(options)
+        yield {
+            "id": f"reworded/{name}",
+            "question": f"Which symbol stands for {name} in the periodic table?",
+            "variants": [f"If you look for {name} in the periodic table, which symbol do you find?"],
+            "choices": options,
+        }
+
+
 def dialogs() -> Iterator[Row]:
     """Yield the English dialogs as `{"messages": [...]}`, in the order of the package's files."""
     folder = importlib.resources.files("chatterbot_corpus") / "data" / "english"
@@ -142,6 +180,11 @@ def _facts() -> Iterator[tuple[Attribute, str, str]]:
             # Thirteen elements have no discoverer: the cell then says "Known to the ancients."
             if not str(value).startswith("Known to"):
                 yield attribute, str(name), _render(value)
+
+
+def _symbols() -> list[tuple[str, str]]:
+    """Return (name, symbol) of every element, in the order of the table."""
+    return [(name, value) for attribute, name, value in _facts() if attribute.column == "symbol"]
 
 
 def _render(value: object) -> str:
@@ -167,6 +210,12 @@ def package_offer(name: str) -> Offer:
     return Offer(".jsonl", [jsonl(PACKAGES[name]()).encode()])
 
 
-# Package -> its training rows, and its evaluation items.
+# Package -> its training rows.
 PACKAGES: dict[str, Callable[[], Iterable[Row]]] = {"mendeleev": elements, "chatterbot-corpus": dialogs}
-BENCHMARK_PACKAGES: dict[str, Callable[[], Iterable[Row]]] = {"mendeleev": element_items}
+# Package, or a part of it -> how it asks (task.yaml), and its evaluation items.
+BENCHMARK_PACKAGES: dict[str, tuple[Row, Callable[[], Iterable[Row]]]] = {
+    "mendeleev": (CHOICE_TASK, element_items),
+    "mendeleev/written": ({"kind": "generation", "metric": "contains", "max_new_tokens": 16}, symbol_items),
+    "mendeleev/reworded": ({"kind": "invariance"}, reworded_items),
+    "countryinfo": (CHOICE_TASK, country_items),
+}

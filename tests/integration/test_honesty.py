@@ -1,6 +1,7 @@
 """The whole stage gate on planted frauds: each gets the verdict that an honest evaluation would."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from tasks.benchmarks import CHOICE_TASK
 from tasks.encode import load_encoder
 from tasks.errors import DataError
 from tasks.evaluate.score import heldout_losses
@@ -35,10 +37,11 @@ def answers(model: str, right: np.ndarray) -> list[dict[str, Any]]:
             "score": float(one),
             "tokens": None,
             "choices": 4,
+            "status": "ok",
         }
         for i, one in enumerate(right)
     ]
-    test = {"benchmark": "test", "slice": "s", "score": 20.0, "tokens": 10, "choices": None}
+    test = {"benchmark": "test", "slice": "s", "score": 20.0, "tokens": 10, "choices": None, "status": "ok"}
     return [*rows, *({"model": model, "item": str(i), **test} for i in range(3))]
 
 
@@ -51,6 +54,7 @@ def chance(share: float, seed: int) -> np.ndarray:
 def judge(in_tmp: Path) -> Judge:
     """Write all that the stage reads, run it, and return its verdict."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["gate"] |= {"retention": {}, "behaviour": []}
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     write_json(gate.CHAMPION, {"version": None, "digest": None, "looks": []})
     write_json(gate.MODELS, {"base": None, "candidate": "c"})
@@ -59,8 +63,10 @@ def judge(in_tmp: Path) -> Judge:
     def run(
         rows: list[dict[str, Any]], asked: str = "What is trained?", items: int = ITEMS
     ) -> dict[str, Any]:
-        questions = [{"id": f"{i:03}", "question": f"What is element {i}?"} for i in range(items)]
+        answer = {"choices": ["a", "b", "c", "d"], "answer": 0}
+        questions = [{"id": f"{i:03}", "question": f"What is element {i}?", **answer} for i in range(items)]
         write_text(gate.BENCHMARKS / "facts" / "items.jsonl", jsonl(questions))
+        write_text(gate.BENCHMARKS / "facts" / "task.yaml", yaml.safe_dump(CHOICE_TASK))
         turns = {"user": asked, "assistant": "An answer."}
         messages = [
             {"role": role, "content": content, "tool_calls": None, "name": None}
@@ -114,12 +120,15 @@ def test_a_model_that_gives_no_numbers_is_an_error(judge: Judge, tiny_base: Path
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    rows = answers("base", chance(0.45, 2))
     losses = list(heldout_losses(model, load_encoder(tiny_base), [conversation(i) for i in range(3)]))
+    rows = answers("base", chance(0.45, 2))
+    for row, one in zip([row for row in rows if row["benchmark"] == "test"], losses, strict=True):
+        row["item"] = one["item"]
     candidate = [row for row in answers("candidate", chance(0.7, 1)) if row["benchmark"] != "test"]
     rows += candidate + [{"model": "candidate", **row} for row in losses]
     verdict = judge(rows)
-    assert (verdict["verdict"], verdict["reason"]) == (
-        "error",
-        "scores: 3 scores are not numbers; the model is broken",
+    assert verdict["verdict"] == "error"
+    assert re.fullmatch(
+        r"scores: 3 scores are not numbers, first: candidate, test/\S+: the loss is nan; the model is broken",
+        verdict["reason"],
     )

@@ -224,9 +224,8 @@ def test_without_a_champion_and_without_losses_the_page_says_so(checkout: Path) 
     write_json(report.TRAINED_BY, {"run_id": client.create_run(experiment_id(client)).info.run_id})
     write_json(report.CHAMPION, {"version": None, "digest": None, "looks": []})
     write_json(report.GATE, {**GATE, "reference": "base"})
-    # As the stage wrote it before questions and answers stood in it.
     rows = [row for row in night_scores() if row["model"] in ("base", "candidate")]
-    write_rows(report.SCORES, [{key: row[key] for key in ALL_SCORES.names} for row in rows], ALL_SCORES)
+    write_rows(report.SCORES, rows, ALL_SCORES)
     page = plain(write_page())
     assert "There is no champion yet: the candidate was compared with its base." in page
     assert "MLflow has no losses of the run that trained this" in page

@@ -13,10 +13,9 @@ ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=10, max_siz
 
 
 def rows(model: str, right: list[bool]) -> list[dict[str, Any]]:
-    test = {"model": model, "benchmark": "test", "item": "t", "slice": "s", "score": 20.0, "tokens": 10}
-    return [test] + [
-        {"model": model, "benchmark": "facts", "item": str(i), "slice": "s", "score": float(ok)}
-        for i, ok in enumerate(right)
+    same = {"model": model, "slice": "s", "status": "ok", "answer": None}
+    return [{"benchmark": "test", "item": "t", "score": 20.0, "tokens": 10, **same}] + [
+        {"benchmark": "facts", "item": str(i), "score": float(ok), **same} for i, ok in enumerate(right)
     ]
 
 

@@ -458,7 +458,7 @@ def test_write_changes_the_values_and_keeps_every_comment(checkout: Path) -> Non
     )
     place = next(i for i, line in enumerate(after) if line.startswith("  # Evaluation sets."))
     assert after[place - 1] == "    chats: data/chats.jsonl"
-    assert after[place + 1] == "  benchmarks:"
+    assert after[place + 2] == "  benchmarks:"
     params = read_params()
     assert params["sft"]["learning_rate"] == 0.0002
     assert params["sft"]["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}

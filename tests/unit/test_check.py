@@ -37,11 +37,15 @@ def test_problems_of_all_sections_are_told_at_once(params: dict[str, Any]) -> No
 def test_values_that_are_right_alone_but_not_together_are_told(params: dict[str, Any]) -> None:
     params["sft"] |= {"max_steps": 3, "warmup_steps": 3}
     params["augment"]["sources"] = ["element"]
+    params["gate"]["floors"] = {"countrys": 0.5}
+    params["evaluate"]["retrieval"]["benchmarks"] = ["elements", "element"]
     with pytest.raises(ConfigError) as caught:
         check(params)
     assert str(caught.value).splitlines()[1:] == [
         "  sft: warmup_steps=3 must be below max_steps=3; lower it",
         "  augment.sources: no source is named element; did you mean elements?",
+        "  evaluate.retrieval.benchmarks: no benchmark is named element; did you mean elements?",
+        "  gate.floors: no benchmark is named countrys; did you mean countries?",
     ]
 
 

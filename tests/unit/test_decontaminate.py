@@ -1,8 +1,14 @@
 """Evaluation questions must not be in train."""
 
+from pathlib import Path
 from typing import Any
 
-from tasks.decontaminate import DecontaminateParams, build_index, find_hit
+import yaml
+
+from tasks.benchmarks import CHOICE_TASK
+from tasks.decontaminate import DecontaminateParams, build_index, evaluation_questions, find_hit
+from tasks.files import jsonl, write_rows, write_text
+from tasks.schemas import GROUPED
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 SHORT = "In which year was gallium found?"
@@ -62,3 +68,35 @@ def test_an_equal_answer_is_no_hit() -> None:
 
 def test_a_very_short_question_inside_a_longer_one_is_no_hit() -> None:
     assert hit("Who found Tin first of all?") is None
+
+
+def test_every_wording_of_every_kind_of_benchmark_is_looked_for(tmp_path: Path) -> None:
+    def put(name: str, task: Any, item: dict[str, Any]) -> None:
+        write_text(tmp_path / "b" / name / "task.yaml", yaml.safe_dump(task))
+        write_text(tmp_path / "b" / name / "items.jsonl", jsonl([{"id": "1", **item}]))
+
+    choices = {"choices": ["x", "y"], "answer": 0}
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Turn?"}]
+    put("changed", {"kind": "direction"}, {"question": "Q?", "changed": "C?", "expect": "lower", **choices})
+    put("facts", CHOICE_TASK, {"question": "F?", **choices})
+    put(
+        "reworded",
+        {"kind": "invariance"},
+        {"question": "R?", "variants": ["V?", "W?"], "choices": ["x", "y"]},
+    )
+    put(
+        "written",
+        {"kind": "generation", "metric": "contains", "max_new_tokens": 1},
+        {"messages": turns, "references": ["x"]},
+    )
+    write_rows(tmp_path / "test.parquet", [], GROUPED)
+    found = list(evaluation_questions(tmp_path / "test.parquet", tmp_path / "b"))
+    assert found == [
+        ("changed", "1", "Q?"),
+        ("changed", "1", "C?"),
+        ("facts", "1", "F?"),
+        ("reworded", "1", "R?"),
+        ("reworded", "1", "V?"),
+        ("reworded", "1", "W?"),
+        ("written", "1", "Turn?"),
+    ]

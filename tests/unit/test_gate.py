@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tasks.gate import GateParams
 from tasks.gate.decision import decide
 from tasks.gate.statistics import interval, items_needed, p_value, power, seed_band
 from tests.gate import PARAMS
@@ -24,13 +25,13 @@ def scores(
             "item": f"{i:03}",
             "slice": str(i * parts // items),
             "score": float(i < right),
+            "status": "ok",
+            "answer": "x",
         }
         for i in range(items)
     ]
-    tests = [
-        {"model": model, "benchmark": "test", "item": str(i), "slice": "s", "score": loss * 10, "tokens": 10}
-        for i in range(5)
-    ]
+    test = {"benchmark": "test", "slice": "s", "tokens": 10, "status": "ok", "answer": None}
+    tests = [{"model": model, "item": str(i), "score": loss * 10, **test} for i in range(5)]
     return rows + tests
 
 
@@ -106,9 +107,82 @@ def test_what_the_base_could_do_must_be_shown_to_be_kept() -> None:
     def kept(right: int) -> str:
         rows = [row for row in scores("candidate", right, 400, benchmark="general") if "tokens" not in row]
         rows += [row for row in scores("base", 200, 400, benchmark="general") if "tokens" not in row]
-        return str(judge(gain + rows, retention=["general"])["verdict"])
+        return str(judge(gain + rows, retention={"general": 0.05})["verdict"])
 
     assert [kept(200), kept(196), kept(182), kept(150)] == ["promote", "promote", "hold", "reject"]
+    # What is accepted is said for each benchmark: 50 of 400 items are lost, and 20 % may be.
+    rows = [row for row in scores("candidate", 150, 400, benchmark="general") if "tokens" not in row]
+    rows += [row for row in scores("base", 200, 400, benchmark="general") if "tokens" not in row]
+    assert judge(gain + rows, retention={"general": 0.2})["verdict"] == "promote"
+
+
+def test_what_the_base_never_answered_cannot_be_shown_to_be_kept() -> None:
+    digests = {"base": None, "candidate": "c", "champion": "d"}
+    rows = scores("candidate", 70) + scores("champion", 40)
+    for model in ("candidate", "champion"):
+        rows += [row for row in scores(model, 90, benchmark="general") if "tokens" not in row]
+    params = PARAMS.model_copy(update={"retention": {"general": 0.1}})
+    decision = decide(rows, digests, [], (), params)
+    assert (decision["verdict"], decision["reason"]) == (
+        "error",
+        "scores: 100 items have a score from one model only; run evaluate again",
+    )
+
+
+def test_a_behaviour_test_only_rejects() -> None:
+    rows = scores("candidate", 70) + scores("base", 40)
+
+    def behaves(ours: int, theirs: int, **changes: Any) -> str:
+        more = scores("candidate", ours, 60, benchmark="reworded") + scores(
+            "base", theirs, 60, benchmark="reworded"
+        )
+        more = [row for row in more if "tokens" not in row]
+        return str(judge(rows + more, behaviour=["reworded"], **changes)["verdict"])
+
+    # Of 60 items five lost prove nothing; twelve do; and a gain there is none.
+    assert [behaves(45, 50), behaves(38, 50), behaves(60, 0)] == ["promote", "reject", "promote"]
+    assert behaves(45, 50, floors={"reworded": 0.8}) == "reject"
+    only = [row for row in rows if row["benchmark"] == "test"]
+    only += scores("candidate", 60, 60, benchmark="reworded") + scores("base", 0, 60, benchmark="reworded")
+    reason = judge([row for row in only if row["item"] != "x"], behaviour=["reworded"])["reason"]
+    assert reason == "scores: no benchmark has a score; see snapshot.benchmarks"
+
+
+def test_a_benchmark_has_one_use() -> None:
+    with pytest.raises(ValueError, match="stands under retention and under behaviour; choose one"):
+        GateParams(**{**PARAMS.model_dump(), "retention": {"a": 0.1}, "behaviour": ["a"]})
+
+
+def test_an_item_to_which_a_model_gave_no_number_is_an_error() -> None:
+    broken = scores("candidate", 70)
+    broken[3] |= {"status": "error", "score": None, "answer": "a log-likelihood is not a number"}
+    decision = judge(broken + scores("base", 40))
+    assert (decision["verdict"], decision["reason"]) == (
+        "error",
+        "scores: 1 scores are not numbers, first: candidate, facts/003: a log-likelihood is not a number; "
+        "the model is broken",
+    )
+
+
+def test_an_item_that_is_too_long_is_left_out_for_both_or_it_is_an_error() -> None:
+    ours, theirs = scores("candidate", 70), scores("base", 40)
+    ours[99] |= {"status": "skipped", "score": None}
+    assert verdict(ours, theirs) == "error"
+    theirs[99] |= {"status": "skipped", "score": None}
+    decision = judge(ours + theirs)
+    assert (decision["verdict"], decision["gain"]["items"]) == ("promote", 99)
+    # Too many of them, and too few are left.
+    for row in (*ours[50:99], *theirs[50:99]):
+        row |= {"status": "skipped", "score": None}
+    assert judge(ours + theirs, min_items=51)["verdict"] == "error"
+
+
+def test_a_model_that_is_not_compared_may_fail() -> None:
+    rows = scores("candidate", 70) + scores("base", 40) + scores("retrieval", 100)
+    for row in rows:
+        if row["model"] == "retrieval":
+            row |= {"status": "error", "score": None}
+    assert judge(rows)["verdict"] == "promote"
 
 
 def test_a_gain_within_the_band_of_seeds_is_held() -> None:

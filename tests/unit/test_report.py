@@ -85,7 +85,7 @@ def test_of_many_slices_the_largest_are_shown_and_the_others_counted() -> None:
 
 
 def test_what_the_base_could_do_is_compared_with_the_base() -> None:
-    params = PARAMS.model_copy(update={"retention": ["facts"]})
+    params = PARAMS.model_copy(update={"retention": {"facts": 0.1}})
     labels = [line.label for line in compare(night_scores(), "champion", params)[0].groups[0].lines]
     assert labels[-1] == "candidate \N{MINUS SIGN} base"
 

@@ -1,10 +1,12 @@
 """Aggregates over items."""
 
+from typing import Any
+
 from tasks.evaluate.scores import metrics
 
 
-def row(model: str, benchmark: str, score: float, **more: object) -> dict[str, object]:
-    kind = {"slice": "s", "tokens": None, "choices": 4, "item": "i"}
+def row(model: str, benchmark: str, score: float | None, **more: object) -> dict[str, Any]:
+    kind = {"slice": "s", "tokens": None, "choices": 4, "item": "i", "status": "ok"}
     return {"model": model, "benchmark": benchmark, "score": score, **kind, **more}
 
 
@@ -15,6 +17,8 @@ def test_accuracy_stands_beside_chance_and_slices() -> None:
             "facts": {
                 "accuracy": 0.5,
                 "items": 2,
+                "errors": 0,
+                "skipped": 0,
                 "chance": 0.375,
                 "slices": {"a": 1.0, "b": 0.0},
             }
@@ -22,6 +26,41 @@ def test_accuracy_stands_beside_chance_and_slices() -> None:
     }
 
 
+def test_an_item_without_a_score_is_counted_and_not_averaged() -> None:
+    rows = [
+        row("m", "facts", 1.0),
+        row("m", "facts", None, status="error"),
+        row("m", "facts", None, status="skipped"),
+    ]
+    found = metrics(rows)["m"]["facts"]
+    assert (found["accuracy"], found["items"], found["errors"], found["skipped"]) == (1.0, 1, 1, 1)
+    assert metrics(rows[1:])["m"]["facts"]["accuracy"] is None
+
+
+def test_an_answer_that_nobody_could_guess_has_no_chance() -> None:
+    assert metrics([row("m", "written", 0.5, choices=None)])["m"]["written"]["chance"] is None
+
+
 def test_the_heldout_loss_is_weighted_by_tokens_not_by_examples() -> None:
-    rows = [row("m", "test", 10.0, tokens=1), row("m", "test", 9.0, tokens=9)]
-    assert metrics(rows)["m"]["test"] == {"loss": 1.9, "items": 2, "tokens": 10}
+    rows = [row("m", "test", 10.0, tokens=1, slice="a"), row("m", "test", 9.0, tokens=9, slice="b")]
+    found = metrics(rows)["m"]["test"]
+    assert (found["loss"], found["tokens"], found["items"]) == (1.9, 10, 2)
+    assert found["perplexity"] == 6.6859
+
+
+def test_each_source_has_its_own_loss_and_perplexity() -> None:
+    rows = [
+        row("m", "test", 0.0, tokens=5, slice="a"),
+        row("m", "test", 9.0, tokens=9, slice="b"),
+        row("m", "test", 900.0, tokens=9, slice="c"),
+    ]
+    assert metrics(rows)["m"]["test"]["sources"] == {
+        "a": {"loss": 0.0, "perplexity": 1.0, "tokens": 5},
+        "b": {"loss": 1.0, "perplexity": 2.7183, "tokens": 9},
+        "c": {"loss": 100.0, "perplexity": None, "tokens": 9},
+    }
+
+
+def test_a_heldout_split_without_a_number_has_no_loss() -> None:
+    found = metrics([row("m", "test", None, tokens=3, status="error")])["m"]["test"]
+    assert (found["loss"], found["perplexity"], found["errors"]) == (None, None, 1)

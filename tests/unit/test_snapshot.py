@@ -124,3 +124,5 @@ def test_a_name_that_is_no_folder_and_an_unknown_benchmark_are_refused() -> None
         SnapshotParams(sources={"../a": "x.jsonl"}, benchmarks={})
     with pytest.raises(ValueError, match="known packages: mendeleev"):
         SnapshotParams(sources={}, benchmarks={"a": "package:chatterbot-corpus"})
+    with pytest.raises(ValueError, match="'test' is the name of the held-out examples"):
+        SnapshotParams(sources={}, benchmarks={"test": "package:mendeleev"})

@@ -1,0 +1,172 @@
+"""Ask a benchmark of each kind, and score the answers: a row for each item."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from tasks.benchmarks import Benchmark
+from tasks.evaluate.model import Model
+from tasks.evaluate.texts import compare
+
+Row = dict[str, Any]
+
+
+def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int | None) -> Iterator[Row]:
+    """Ask the items, spread evenly over the benchmark if there is a limit, and yield their rows."""
+    asked = spread(len(benchmark.items), limit)
+    items = [benchmark.items[i] for i in asked]
+    match benchmark.kind:
+        case "choice":
+            found = choose(model, benchmark, folder, asked)
+        case "generation":
+            found = write(model, benchmark.task, items)
+        case "invariance":
+            found = stay(model, items)
+        case "direction":
+            found = move(model, items)
+    for item, row in zip(items, found, strict=True):
+        yield {
+            "benchmark": benchmark.name,
+            "item": item["id"],
+            "slice": item.get("slice") or benchmark.name,
+            "question": item.get("question") or item["messages"][-1]["content"],
+            **row,
+        }
+
+
+def choose(model: Model, benchmark: Benchmark, folder: Path, asked: list[int]) -> Iterator[Row]:
+    """Multiple choice by log-likelihood, as a task of lm-eval: its `acc`."""
+    task = {
+        **{key: value for key, value in benchmark.task.items() if not key.endswith("_split")},
+        "task": benchmark.name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
+        "test_split": "test",
+    }
+    results = simple_evaluate(
+        model=model,
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        samples={benchmark.name: asked},
+        apply_chat_template=True,
+        bootstrap_iters=0,
+        random_seed=0,
+        numpy_random_seed=0,
+        torch_random_seed=0,
+    )
+    for place, sample in zip(asked, results["samples"][benchmark.name], strict=True):
+        item = benchmark.items[place]
+        choices = item["choices"]
+        # What lm-eval chooses between stands first; other metrics may have added requests.
+        likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]]
+        row = {"choices": len(choices), "expected": choices[item["answer"]]}
+        yield row | (
+            fault(model, likelihoods) or right(float(sample["acc"]), choices[likeliest(likelihoods)])
+        )
+
+
+def write(model: Model, task: Any, items: Sequence[Row]) -> Iterator[Row]:
+    """Greedy generation, compared with the references."""
+    prompts = [
+        model.apply_chat_template(item.get("messages") or [{"role": "user", "content": item["question"]}])
+        for item in items
+    ]
+    for item, answer in zip(items, model.write(prompts, task["max_new_tokens"]), strict=True):
+        row = {"choices": None, "expected": " | ".join(item["references"])}
+        if answer is None:
+            yield row | skipped(model)
+        else:
+            yield row | right(compare(task["metric"], answer, item["references"]), answer)
+
+
+def stay(model: Model, items: Sequence[Row]) -> Iterator[Row]:
+    """Invariance (CheckList, Ribeiro et al. 2020): 1 if one choice is the likeliest in every wording."""
+    wordings = [[item["question"], *item["variants"]] for item in items]
+    answers = iter(
+        model.choice_likelihoods(
+            [(text, item["choices"]) for item, texts in zip(items, wordings, strict=True) for text in texts]
+        )
+    )
+    for item, texts in zip(items, wordings, strict=True):
+        likelihoods = [next(answers) for _ in texts]
+        if found := fault(model, [one for wording in likelihoods for one in wording]):
+            yield {"choices": None, "expected": None, **found}
+            continue
+        first, *others = [item["choices"][likeliest(one)] for one in likelihoods]
+        changed = next((other for other in others if other != first), first)
+        yield {"choices": None, "expected": first, **right(float(changed == first), changed)}
+
+
+def move(model: Model, items: Sequence[Row]) -> Iterator[Row]:
+    """Directional expectation (CheckList): 1 if the probability of the answer moves as it should."""
+    answers = iter(
+        model.choice_likelihoods(
+            [(item[key], item["choices"]) for item in items for key in ("question", "changed")]
+        )
+    )
+    for item in items:
+        before, after = next(answers), next(answers)
+        answer = item["choices"][item["answer"]]
+        row = {"choices": None, "expected": f"{answer}: {item['expect']}"}
+        if found := fault(model, [*before, *after]):
+            yield row | found
+            continue
+        old, new = probability(before, item["answer"]), probability(after, item["answer"])
+        has_moved = new > old if item["expect"] == "higher" else new < old
+        yield row | right(float(has_moved), f"{old:.4f} -> {new:.4f}")
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Choose at most `limit` of `count` positions, evenly apart.
+
+    Example:
+        >>> spread(10, 4)
+        [0, 2, 5, 7]
+    """
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [i * count // limit for i in range(limit)]
+
+
+def likeliest(likelihoods: Sequence[float]) -> int:
+    """Return the place of the highest; of equal ones the first."""
+    return max(range(len(likelihoods)), key=lambda i: likelihoods[i])
+
+
+def probability(likelihoods: Sequence[float], place: int) -> float:
+    """Return the probability of one choice among all.
+
+    Example:
+        >>> round(probability([-1.0, -1.0 - math.log(3)], 0), 6)
+        0.75
+    """
+    highest = max(likelihoods)
+    weights = [math.exp(one - highest) for one in likelihoods]
+    return weights[place] / sum(weights)
+
+
+def right(score: float, answer: str) -> Row:
+    """Return what an answered item adds to its row."""
+    return {"score": score, "status": "ok", "answer": answer, "tokens": None}
+
+
+def fault(model: Model, likelihoods: Sequence[float]) -> Row | None:
+    """Return what an item adds to its row that has no score, or None if all likelihoods are numbers."""
+    if any(math.isnan(one) for one in likelihoods):
+        return broken("a log-likelihood is not a number")
+    return None if all(math.isfinite(one) for one in likelihoods) else skipped(model)
+
+
+def broken(reason: str) -> Row:
+    """Return what an item adds to its row to which the model gave no number."""
+    return {"score": None, "status": "error", "answer": reason, "tokens": None}
+
+
+def skipped(model: Model) -> Row:
+    """Return what an item adds to its row that is too long for the model."""
+    reason = f"longer than the {model.max_length} tokens that the model reads"
+    return {"score": None, "status": "skipped", "answer": reason, "tokens": None}

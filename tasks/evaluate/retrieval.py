@@ -1,0 +1,75 @@
+"""The baseline without training: the training documents that are nearest to a question, by BM25."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tasks.text import canonical
+
+# A longer text is cut into pieces of so many words: about a paragraph or two.
+WORDS_PER_DOCUMENT = 200
+Find = Callable[[str], list[str]]
+
+
+def documents(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield what can be found: each question with its answer, or each piece of a plain text.
+
+    Of an example and its paraphrases the first counts: the others would take the places of other facts.
+
+    Args:
+        rows: Of data/decontaminate/train.parquet.
+    """
+    families = set()
+    for row in rows:
+        family = row["parent_id"] or row["id"]
+        if family in families:
+            continue
+        families.add(family)
+        turns = row["messages"]
+        for before, turn in zip([None, *turns], turns, strict=False):
+            if turn["role"] == "text":
+                words = turn["content"].split()
+                for start in range(0, len(words), WORDS_PER_DOCUMENT):
+                    yield " ".join(words[start : start + WORDS_PER_DOCUMENT])
+            elif turn["role"] == "assistant" and turn["content"] and before:
+                yield f"{before['content']}\n{turn['content']}"
+
+
+def build_index(texts: Iterable[str], count: int) -> Find:
+    """Index documents and return the function that finds those nearest to a question.
+
+    Args:
+        texts: The documents; of equal ones the first counts.
+        count: Documents found for each question, at most.
+
+    Returns:
+        question -> documents, the nearest first; of equally near ones the first to come in is first. A
+        question that shares no word with any document finds none.
+    """
+    import bm25s
+
+    known = list(dict.fromkeys(texts))
+    index = bm25s.BM25()
+    index.index([canonical(text).split() for text in known], show_progress=False)
+
+    def find(question: str) -> list[str]:
+        words = canonical(question).split()
+        if not words:
+            return []
+        scores = index.get_scores(words)
+        nearest = np.argsort(-scores, kind="stable")[:count]
+        return [known[i] for i in nearest if scores[i] > 0]
+
+    return find
+
+
+def with_documents(question: str, found: Iterable[str]) -> str:
+    r"""Put documents before a question.
+
+    Example:
+        >>> with_documents("Who?", ["It was me."])
+        'Answer with the help of these notes.\n\nIt was me.\n\nWho?'
+    """
+    notes = list(found)
+    return "\n\n".join(["Answer with the help of these notes.", *notes, question]) if notes else question

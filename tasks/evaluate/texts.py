@@ -1,0 +1,66 @@
+"""Compare a written answer with those that count as right: 0 to 1, the best of the references."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from tasks.benchmarks import Metric
+
+WORD = re.compile(r"\w+")
+
+
+def compare(metric: Metric, answer: str, references: Sequence[str]) -> float:
+    """Return the score of an answer, 0 to 1.
+
+    Example:
+        >>> compare("exact_match", "The Answer.", ["answer", "reply"])
+        1.0
+        >>> compare("contains", "The symbol for gold is Au.", ["Au"]), compare("contains", "Aurum", ["Au"])
+        (1.0, 0.0)
+        >>> compare("token_f1", "Carl Scheele", ["Carl Wilhelm Scheele"])
+        0.8
+    """
+    return max(METRICS[metric](answer, reference) for reference in references)
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """Tell whether the texts are equal but for case, articles and punctuation."""
+    return float(normalised(answer) == normalised(reference))
+
+
+def contains(answer: str, reference: str) -> float:
+    """Tell whether the reference's words stand in the answer, in a row and with its capitals."""
+    words, wanted = (f" {' '.join(WORD.findall(text))} " for text in (answer, reference))
+    return float(wanted in words)
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of the words (SQuAD, Rajpurkar et al. 2016, arXiv 1606.05250)."""
+    ours, theirs = normalised(answer).split(), normalised(reference).split()
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of stemmed words (Lin 2004), by `rouge_score`."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return float(scorer.score(reference, answer)["rougeL"].fmeasure)
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and double spaces, as in SQuAD's evaluation script."""
+    bare = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+METRICS: dict[Metric, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+}

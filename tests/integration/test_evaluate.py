@@ -1,0 +1,269 @@
+"""The stage evaluate on a small random model: every kind of benchmark, the memo, broken models."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.benchmarks import CHOICE_TASK, read_benchmarks
+from tasks.errors import ConfigError, DataError
+from tasks.evaluate import EvaluateParams
+from tasks.evaluate import __main__ as evaluate
+from tasks.evaluate.kinds import score_benchmark
+from tasks.evaluate.model import Model, load_model
+from tasks.files import jsonl, read_json, read_rows, write_json, write_rows, write_text
+from tasks.schemas import AUGMENTED, GROUPED
+from tasks.sources.harness import harness_items
+from tests.checkouts import ROOT
+from tests.sft import conversation
+
+CHOICES = ["It is made of iron.", "Tin.", "It is gold.", "Nobody knows what it is made of at all."]
+TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "facts": (CHOICE_TASK, {"question": "What is it made of, number {i}?", "choices": CHOICES, "answer": 2}),
+    "written": (
+        {"kind": "generation", "metric": "token_f1", "max_new_tokens": 3},
+        {"question": "Say the number {i}.", "references": ["the number {i}", "{i}"]},
+    ),
+    "reworded": (
+        {"kind": "invariance"},
+        {"question": "What is {i}?", "variants": ["Tell me: what is {i}?", "{i}?"], "choices": CHOICES},
+    ),
+    "changed": (
+        {"kind": "direction"},
+        {
+            "question": "What is {i}?",
+            "changed": "What is {i}? It is gold.",
+            "choices": CHOICES,
+            "answer": 2,
+            "expect": "higher",
+        },
+    ),
+}
+
+
+def put_benchmarks(root: Path, items: int = 3) -> None:
+    for name, (task, item) in TASKS.items():
+        text = json.dumps(item)
+        rows = [{**json.loads(text.replace("{i}", str(i))), "id": f"{name}/{i}"} for i in range(items)]
+        write_text(root / name / "items.jsonl", jsonl(rows))
+        write_text(root / name / "task.yaml", yaml.safe_dump(task))
+
+
+@pytest.fixture
+def model(tiny_base: Path, tokenizer: Any) -> Callable[..., Model]:
+    def load(**options: Any) -> Model:
+        return Model(load_model(str(tiny_base), None), tokenizer, 3, **options)
+
+    return load
+
+
+@pytest.fixture
+def folder(in_tmp: Path, tiny_base: Path) -> Path:
+    """All that the stage reads; the candidate is the base, with another last layer."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["evaluate"] = {
+        "limit": 2,
+        "batch_size": 4,
+        "retrieval": {"documents": 2, "benchmarks": ["facts", "written"]},
+    }
+    (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    shutil.copytree(tiny_base, evaluate.BASE)
+    write_json(evaluate.BASE.with_name("base.json"), {"files": {}})
+    candidate = load_model(str(tiny_base), None)
+    candidate.model.layers[1].mlp.down_proj.weight.data *= 2
+    candidate.save_pretrained(evaluate.CANDIDATE)
+    write_json(evaluate.CHAMPION / "champion.json", {"version": None})
+    write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
+    more = {"parent_id": None, "style": None, "ordinal": None}
+    write_rows(evaluate.TRAIN, [{**conversation(i), **more} for i in range(3, 9)], AUGMENTED)
+    put_benchmarks(evaluate.BENCHMARKS)
+    return in_tmp
+
+
+def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main()
+    rows = read_rows(evaluate.TARGET)
+    counts = {
+        model: sorted(row["benchmark"] for row in rows if row["model"] == model)
+        for model in ("base", "candidate", "retrieval")
+    }
+    everything = sorted([*[name for name in TASKS for _ in range(2)], *["test"] * 3])
+    assert counts == {
+        "base": everything,
+        "candidate": everything,
+        "retrieval": ["facts"] * 2 + ["written"] * 2,
+    }
+    assert {row["status"] for row in rows} == {"ok"}
+    facts = next(row for row in rows if row["benchmark"] == "facts")
+    assert (facts["item"], facts["slice"], facts["choices"]) == ("facts/0", "facts", 4)
+    assert facts["question"] == "What is it made of, number 0?"
+    assert (facts["expected"], facts["answer"] in CHOICES) == ("It is gold.", True)
+    assert facts["score"] == float(facts["answer"] == facts["expected"])
+    assert all(row["answer"] is None for row in rows if row["benchmark"] == "test")
+    found = read_json(evaluate.METRICS)
+    assert found["base"]["test"]["loss"] != found["candidate"]["test"]["loss"]
+    assert found["base"]["test"]["perplexity"] == pytest.approx(
+        math.exp(found["base"]["test"]["loss"]), rel=1e-3
+    )
+    assert sorted(read_json(evaluate.MODELS)) == ["base", "candidate"]
+    # A champion with the bytes of the candidate has its scores already.
+    shutil.copytree(evaluate.CANDIDATE, evaluate.CHAMPION / "model")
+    printed = capfd.readouterr().out
+    assert "step 1/12 " in printed
+    assert "step 12/12 " in printed
+
+    write_json(evaluate.CHAMPION / "champion.json", {"version": 1})
+    evaluate.main()
+    assert capfd.readouterr().out == ""
+    digests = read_json(evaluate.MODELS)
+    assert digests["champion"] == digests["candidate"]
+
+
+def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path) -> None:
+    params = EvaluateParams(limit=2, batch_size=4, retrieval=None)
+    base, candidate = (evaluate.Contender(adapter, 0, list(TASKS)) for adapter in (None, evaluate.CANDIDATE))
+    kept = evaluate.memo_files(base, params)
+    assert evaluate.memo_files(base, params.model_copy(update={"batch_size": 1})) == kept
+    others = [
+        evaluate.memo_files(candidate, params),
+        evaluate.memo_files(evaluate.Contender(None, 2, list(TASKS)), params),
+        evaluate.memo_files(base, params.model_copy(update={"limit": 1})),
+    ]
+    assert len({file for one in (kept, *others) for file in one.values()}) == 16
+    put_benchmarks(evaluate.BENCHMARKS, items=4)
+    shutil.rmtree(evaluate.BENCHMARKS / "written")
+    changed = evaluate.memo_files(evaluate.Contender(None, 0, ["facts"]), params)
+    assert changed["facts"] != kept["facts"]
+
+
+def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path) -> None:
+    params = EvaluateParams(limit=None, batch_size=4, retrieval=None)
+    # The second benchmark takes long enough to be killed in.
+    put_benchmarks(evaluate.BENCHMARKS, items=500)
+    item = (evaluate.BENCHMARKS / "facts" / "items.jsonl").read_text().splitlines()[0]
+    write_text(evaluate.BENCHMARKS / "facts" / "items.jsonl", item)
+    contender = evaluate.Contender(None, 0, ["facts", "reworded"])
+    files = evaluate.memo_files(contender, params)
+    job = evaluate.build_job(contender, {name: str(file) for name, file in files.items()}, params)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("scored facts"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run_job("base", job, 1, interrupt)
+    assert [row["item"] for row in read_rows(files["facts"])] == ["facts/0"]
+    assert not files["reworded"].is_file()
+
+
+def test_choices_that_share_a_prompt_are_as_likely_as_one_by_one(model: Callable[..., Model]) -> None:
+    shared = model()
+    asked = [(f"What is {'very ' * i}it?", CHOICES[: 2 + i % 3]) for i in range(5)]
+    found = shared.choice_likelihoods(asked)
+    shared._keeps_all_keys = lambda: False  # type: ignore[method-assign]
+    expected = shared.choice_likelihoods(asked)
+    assert [len(one) for one in found] == [2, 3, 4, 2, 3]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_a_direction_and_an_invariance_are_those_of_the_likelihoods(
+    model: Callable[..., Model], tmp_path: Path
+) -> None:
+    put_benchmarks(tmp_path)
+    asker = model()
+    rows = {
+        one.name: list(score_benchmark(asker, one, tmp_path / one.name, None))
+        for one in read_benchmarks(tmp_path)
+    }
+    for row, i in zip(rows["changed"], range(3), strict=True):
+        before, after = asker.choice_likelihoods(
+            [(f"What is {i}?", CHOICES), (f"What is {i}? It is gold.", CHOICES)]
+        )
+        odds = [math.exp(one[2]) / sum(math.exp(x) for x in one) for one in (before, after)]
+        assert row["score"] == float(odds[1] > odds[0])
+        assert row["answer"] == f"{odds[0]:.4f} -> {odds[1]:.4f}"
+    for row, i in zip(rows["reworded"], range(3), strict=True):
+        wordings = [f"What is {i}?", f"Tell me: what is {i}?", f"{i}?"]
+        found = asker.choice_likelihoods([(text, CHOICES) for text in wordings])
+        assert row["score"] == float(len({one.index(max(one)) for one in found}) == 1)
+
+
+def test_a_broken_model_gives_errors_and_a_short_one_skips(
+    model: Callable[..., Model], tmp_path: Path
+) -> None:
+    put_benchmarks(tmp_path, 1)
+    broken, short = model(), model()
+    broken.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
+    short._max_length = 20
+    for benchmark in read_benchmarks(tmp_path):
+        (row,) = score_benchmark(short, benchmark, tmp_path / benchmark.name, None)
+        assert (row["status"], row["score"]) == ("skipped", None), benchmark.name
+        assert row["answer"] == "longer than the 20 tokens that the model reads"
+        if benchmark.kind != "generation":
+            (row,) = score_benchmark(broken, benchmark, tmp_path / benchmark.name, None)
+            assert (row["status"], row["score"]) == ("error", None), benchmark.name
+            assert row["answer"] == "a log-likelihood is not a number"
+
+
+def test_documents_stand_before_the_last_question_only(model: Callable[..., Model]) -> None:
+    looks_up = model(find=lambda question: [f"A note on {question}"])
+    turns = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Two?"},
+    ]
+    text = looks_up.apply_chat_template(turns)
+    assert text.count("A note on") == 1
+    assert "Answer with the help of these notes.\n\nA note on Two?\n\nTwo?" in text
+    assert "A note on" not in model().apply_chat_template(turns)
+
+
+def test_a_baseline_on_an_unknown_benchmark_is_refused_before_anything_runs(folder: Path) -> None:
+    retrieval = {"documents": 1, "benchmarks": ["fact"]}
+    params = EvaluateParams(limit=2, batch_size=4, retrieval=retrieval)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no benchmark is named fact; did you mean facts"):
+        evaluate.find_contenders(params)
+
+
+def test_a_task_of_the_harness_becomes_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"q": "Is it cold?", "label": 1}, {"q": "Is it hot?", "label": 0}]
+    (tmp_path / "rows.jsonl").write_text(jsonl(rows))
+    task = {
+        "task": "weather",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{q}}\nAnswer:",
+        "doc_to_choice": ["no", "yes"],
+        "doc_to_target": "label",
+    }
+    (tmp_path / "weather.yaml").write_text(yaml.safe_dump(task))
+    (tmp_path / "away.yaml").write_text(
+        yaml.safe_dump({**task, "task": "away", "dataset_path": "nobody/nothing", "dataset_kwargs": {}})
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    assert next(harness_items("weather", manager)) == {
+        "id": "weather/0",
+        "slice": "weather",
+        "question": "Question: Is it cold?\nAnswer:",
+        "choices": ["no", "yes"],
+        "answer": 1,
+    }
+    with pytest.raises(DataError, match="lm-eval has no task 'wether'"):
+        list(harness_items("wether", manager))
+    with pytest.raises(DataError, match=r"lm-eval:away: its data cannot be fetched .*reach the hub"):
+        list(harness_items("away", manager))

@@ -1,0 +1,37 @@
+"""Written answers against references."""
+
+import pytest
+
+from tasks.evaluate.texts import compare
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "score"),
+    [("the  Gold!", ["gold"], 1.0), ("gold ore", ["gold"], 0.0), ("tin", ["gold", "Tin"], 1.0)],
+)
+def test_an_exact_match_ignores_case_articles_and_punctuation(
+    answer: str, references: list[str], score: float
+) -> None:
+    assert compare("exact_match", answer, references) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [("It is Au.", 1.0), ("(Au)", 1.0), ("Aurum", 0.0), ("It is au.", 0.0), ("", 0.0)],
+)
+def test_contains_wants_whole_words_with_their_capitals(answer: str, score: float) -> None:
+    assert compare("contains", answer, ["Au"]) == score
+
+
+def test_token_f1_counts_each_shared_word_once() -> None:
+    # Two of three words are right, two of two are found: 2 * (2/3 * 1) / (2/3 + 1).
+    assert compare("token_f1", "in London England", ["London, England"]) == pytest.approx(0.8)
+    assert compare("token_f1", "gold gold", ["gold"]) == pytest.approx(2 / 3)
+    assert compare("token_f1", "", ["gold"]) == 0
+    assert compare("token_f1", "...", ["The"]) == 1
+
+
+def test_rouge_l_is_that_of_the_longest_common_subsequence() -> None:
+    # Four of seven words in order, of six wanted: precision 4/7, recall 4/6.
+    score = compare("rouge_l", "the cat was found under the bed", ["the cat sat under a bed"])
+    assert score == pytest.approx(2 * 4 / (7 + 6))
