@@ -43,6 +43,7 @@ def rebuild(console: Console, version: int) -> bool:
     shutil.rmtree(folder, ignore_errors=True)
     with open_lineage(name, version) as lineage:
         make_workspace(folder, str(read_json(lineage / "lineage.json")["code"]))
+        (folder / "data").mkdir()
         for path in KEPT:
             shutil.copyfile(lineage / path.name, folder / path)
         before = outputs(lineage / "dvc.lock")
