@@ -128,7 +128,13 @@ def ask(*models: str) -> list[list[str]]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "MLFLOW_TRACKING_URI": tracking_uri()},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "MLFLOW_TRACKING_URI": tracking_uri(),
+            # Sums, and so the tokens, do not depend on the number of cores; nor do busy cores delay them.
+            "OMP_NUM_THREADS": "1",
+        },
     )
     if done.returncode:
         raise GateError(f"registry: {models[0]} does not load: {done.stderr.strip()[-2000:]}")
