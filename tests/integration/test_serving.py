@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from mlflow.artifacts import download_artifacts
 from mlflow.models import get_model_info
 from mlflow.types.llm import ChatCompletionResponse
-from peft import PeftModel
+from peft.tuners.lora import LoraModel
 
 from tasks import card, register, registry
 from tasks.base import locate
@@ -204,7 +204,7 @@ def test_an_export_in_half_precision_may_differ_by_its_rounding(tmp_path: Path) 
 @pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("fault", ["lost", "weakened"])
 def test_a_wrong_merge_is_refused(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    merge = PeftModel.merge_and_unload
+    merge = LoraModel.merge_and_unload
 
     def wrong(model: Any, **options: Any) -> Any:
         if fault == "lost":
@@ -214,7 +214,7 @@ def test_a_wrong_merge_is_refused(fault: str, tmp_path: Path, monkeypatch: pytes
                 module.scaling = {name: 0.99 * value for name, value in scaling.items()}
         return merge(model, **options)
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", wrong, raising=False)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     with pytest.raises(GateError, match=r"the merge: logits differ by up to .* nothing is written"):
         export(registry.find_model("champion"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -319,6 +319,7 @@ def test_mlflow_serves_a_version_with_the_schema_of_a_chat(mlflow_server: str) -
     assert httpx.post(url, json={"messages": "no list"}, timeout=60).status_code == 400
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("checkout")
 def test_an_openai_client_talks_to_an_export(tmp_path: Path) -> None:
     export(registry.find_model("champion"), tmp_path / "out")
