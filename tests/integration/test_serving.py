@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,10 @@ def test_a_gguf_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("convert_hf_to_gguf.py") is None, reason="llama.cpp is not on PATH")
+@pytest.mark.skipif(
+    not (shutil.which("convert_hf_to_gguf.py") and find_spec("sentencepiece")),
+    reason="llama.cpp is not on PATH, or sentencepiece not installed",
+)
 @pytest.mark.usefixtures("checkout")
 def test_a_gguf_by_llama_cpp_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
     record = export(registry.find_model("champion"), tmp_path / "out", with_gguf=True)
