@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -241,3 +241,40 @@ def print_scoreboard(running: stack.Stack) -> None:
     table.add_row("Prefect", running.prefect_ui)
     table.add_row("MLflow", running.mlflow_url)
     console.print(table)
+
+
+@app.command()
+@told_plainly
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, an alias, a version's number, or an exported folder.")
+    ] = "champion",
+) -> None:
+    """Talk to a version of the model; from a pipe, each line is a question."""
+    from infra import chat as talk
+
+    talk.chat(model)
+
+
+@app.command()
+@told_plainly
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A version's number, an alias, or models:/NAME@ALIAS.")
+    ] = "champion",
+    *,
+    to: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Of the weights; else the base's."),
+    ] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf too, for llama.cpp.")] = False,
+) -> None:
+    """Write a version as whole weights, for vLLM, `transformers serve` or llama.cpp."""
+    from tasks.export import export as write
+    from tasks.registry import find_model
+
+    record = write(find_model(model), to, dtype, with_gguf=gguf)
+    console.print(
+        f"version {record['version']} of {record['model']} is in {to}, checked: {record['differences']}"
+    )

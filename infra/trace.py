@@ -43,7 +43,7 @@ def show_row(console: Console, row: str) -> None:
         aliases = client.get_model_version(name, version.version).aliases
         with open_lineage(name, int(version.version)) as folder:
             for found in find_rows(folder, row):
-                table.add_row(version.version, ", ".join(aliases), found["id"], found["origin"])
+                table.add_row(str(version.version), ", ".join(aliases), found["id"], found["origin"])
     console.print(table if table.rows else f"no version of {name} was trained on {row}")
 
 

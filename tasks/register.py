@@ -1,24 +1,29 @@
 """Register the candidate in MLflow: data/sft and data/gate -> a model version.
 
 Runs after the graph, never inside it. The version holds the adapter and a reference to its base
-with digests, as a pyfunc model from code. Writes `data/register/version.json`.
+with digests, as a pyfunc model from code, its lineage and its model card. Writes
+`data/register/version.json`.
 """
 
 import logging
+import os
 from pathlib import Path
 
 import mlflow
+import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tasks.card import write_card
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, text_digest, tree_digest, write_json
+from tasks.ingest.shards import DIGESTS
 from tasks.lineage import write_lineage
 from tasks.registry import ANSWERS, DIGEST, ask, open_registry, registered
 from tasks.sft.spool import replay
 from tasks.stage import DATA, run_main
 from tasks.state import state_dir
-from tasks.tracking import find_run, git_commit, run_id, tracking_uri
+from tasks.tracking import dataset_input, find_run, git_commit, run_id, tracking_uri
 
 CANDIDATE = DATA / "sft" / "model"
 TRAINED_BY = DATA / "sft" / "mlflow_run.json"
@@ -26,8 +31,16 @@ BASE = DATA / "base" / "model"
 GATE = DATA / "gate" / "gate.json"
 REFERENCE = DATA / "register" / "base_reference.json"
 LINEAGE = DATA / "register" / "lineage"
+CARD = DATA / "register" / "README.md"
 TARGET = DATA / "register" / "version.json"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
+# What DVC has put under version before the graph -> what it is for.
+POINTERS = {DATA / "raw.dvc": "training", DATA / "benchmarks.dvc": "evaluation"}
+# Greedy whatever the request says, so that is all there is to say.
+EXAMPLE = {
+    "messages": [{"role": "user", "content": "What is the chemical symbol of Gold?"}],
+    "max_tokens": 16,
+}
 log = logging.getLogger(__name__)
 
 
@@ -72,6 +85,8 @@ def register(verdict: str) -> int:
         "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
         "nightshift.params_digest": file_digest(Path("params.yaml")),
         "nightshift.git_commit": git_commit(),
+        "nightshift.data_digest": file_digest(DATA / "raw" / DIGESTS),
+        "nightshift.flow_run": os.environ.get("PREFECT__FLOW_RUN_ID", "none"),
     }
     tags[ANSWERS] = require_same_answers(f"models:/{name}/{number}")
     for key, value in tags.items():
@@ -100,10 +115,12 @@ def require_same_answers(model_uri: str) -> str:
 
 
 def log_model(client: MlflowClient, name: str) -> int:
-    """Log the adapter, its base reference and its lineage under the run that trained it, and register it."""
+    """Log adapter, base reference, lineage and card under the run that trained it, and register them."""
     write_json(REFERENCE, read_json(BASE.with_name("base.json")) | {"path": str(BASE.absolute())})
     write_lineage(LINEAGE)
+    write_card(CARD, name)
     run = training_run(client)
+    log_data(client, run)
     state = client.get_run(run).info.status
     with mlflow.start_run(run_id=run):
         info = mlflow.pyfunc.log_model(
@@ -113,13 +130,25 @@ def log_model(client: MlflowClient, name: str) -> int:
                 "model": str(CANDIDATE),
                 "base_reference": str(REFERENCE),
                 "lineage": str(LINEAGE),
+                "card": str(CARD),
             },
+            input_example=EXAMPLE,
             pip_requirements=["torch", "transformers", "peft", "mlflow"],
             registered_model_name=name,
         )
     # Leaving the block ends the run; its owner decides when it ends.
     client.update_run(run, status=state)
     return int(info.registered_model_version)
+
+
+def log_data(client: MlflowClient, run: str) -> None:
+    """Tell the run, which knows its packed rows, which raw data and benchmarks it stands on."""
+    datasets = [
+        dataset_input(out["path"], out["md5"], (pointer.parent / out["path"]).as_posix(), context)
+        for pointer, context in POINTERS.items()
+        for out in yaml.safe_load(pointer.read_text(encoding="utf-8")).get("outs", ())
+    ]
+    client.log_inputs(run, datasets=datasets)
 
 
 def training_run(client: MlflowClient) -> str:

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from tasks.config import StageParams, load_params
 from tasks.errors import GateError
 from tasks.files import tree_digest, write_json
+from tasks.served_model import find_base
 from tasks.tracking import tracking_uri
 
 DIGEST = "nightshift.adapter_digest"
@@ -24,6 +29,7 @@ DIGEST = "nightshift.adapter_digest"
 ANSWERS = "nightshift.answers_digest"
 # How many of the examples that the version was trained on were forgotten since.
 FORGOTTEN = "nightshift.forgotten"
+ADDRESS = re.compile(r"(?:models:/(?P<name>[^/@]+)[/@])?(?P<which>[^/@]+)")
 
 
 class RegistryParams(StageParams):
@@ -92,6 +98,47 @@ def find_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
     return found
 
 
+def find_model(address: str) -> ModelVersion:
+    """Return the version that `7`, `champion`, `models:/NAME/7` or `models:/NAME@champion` names.
+
+    Raises:
+        GateError: There is none, or Nightshift did not register it.
+    """
+    client, name = open_registry()
+    found = ADDRESS.fullmatch(address)
+    if found is None:
+        raise GateError(f"{address}: no version's number, alias, or models:/NAME@ALIAS; correct it")
+    name, which = found["name"] or name, found["which"]
+    if which.isdigit():
+        return find_version(client, name, int(which))
+    version = find_alias(client, name, which)
+    if version is None:
+        raise GateError(f"registry: no version of {name} is its {which}; see `nightshift history`")
+    return find_version(client, name, int(version.version))
+
+
+@contextmanager
+def open_model(version: ModelVersion) -> Iterator[tuple[Path, Path]]:
+    """Fetch a version for a while: the folders of its base and its adapter, both verified.
+
+    Beside the adapter lies `base_reference.json`, which names the base.
+
+    Raises:
+        GateError: One of the two is not what was registered, or the base is not on this machine.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "model"
+        fetch_adapter(version, adapter)
+        reference = adapter.with_name("base_reference.json")
+        uri = f"models:/{version.name}/{version.version}/artifacts/{reference.name}"
+        shutil.copyfile(download_artifacts(uri), reference)
+        try:
+            base = find_base(reference)
+        except (FileNotFoundError, ValueError) as err:
+            raise GateError(str(err)) from err
+        yield base, adapter
+
+
 def fetch_adapter(version: ModelVersion, target: Path) -> None:
     """Bring a version's adapter to `target`, unless it is there already.
 
@@ -128,12 +175,14 @@ def ask(*models: str) -> list[list[str]]:
         capture_output=True,
         text=True,
         check=False,
+        # Without a GPU: another kernel could give another answer than at registration. On one thread: sums,
+        # and so the tokens, do not depend on the number of cores, and busy cores do not delay them.
         env={
             **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "MLFLOW_TRACKING_URI": tracking_uri(),
-            # Sums, and so the tokens, do not depend on the number of cores; nor do busy cores delay them.
-            "OMP_NUM_THREADS": "1",
         },
     )
     if done.returncode:

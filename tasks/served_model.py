@@ -3,7 +3,7 @@
 MLflow's own transformers flavour saves PEFT models that load without an error and answer garbage;
 this one loads the two parts by their own libraries and checks the base against its digests. The
 base is found through `NIGHTSHIFT_BASE`, or where it was at registration. MLflow copies this file
-into the model, so it imports nothing of the project.
+into the model, so it imports nothing of the project; `nightshift chat` and `export` use its functions.
 """
 
 import hashlib
@@ -11,32 +11,34 @@ import json
 import os
 import sys
 import uuid
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from mlflow.pyfunc import ChatModel
 from mlflow.types.llm import ChatCompletionResponse, ChatMessage, ChatParams
 
-MAX_NEW_TOKENS = 64
+# Of an answer, unless the request has max_tokens.
+MAX_NEW_TOKENS = 512
 # What is asked to tell whether two loaded models are one.
 PROBES = ("What is the chemical symbol of Gold?", "Who are you?", "Write one sentence about the sea.")
 PROBE_TOKENS = 16
 
 
+class TooLongError(ValueError):
+    """A conversation is longer than the model can take."""
+
+
 class AdapterChat(ChatModel):
-    """Greedy chat with the adapter on its base."""
+    """Chat with the adapter on its base, always greedy: temperature, top_p, n and stop have no effect."""
 
     def load_context(self, context: Any) -> None:
-        """Find the base, verify it, and put the adapter on it.
-
-        Raises:
-            FileNotFoundError: The base is not where it was; NIGHTSHIFT_BASE can name its new place.
-            ValueError: A file of the base has another digest than at registration.
-        """
-        reference = json.loads(Path(context.artifacts["base_reference"]).read_text("utf-8"))
-        base = Path(os.environ.get("NIGHTSHIFT_BASE") or reference["path"])
-        verify(base, reference["files"])
+        """Find the base, verify it, and put the adapter on it; on a GPU if there is one."""
+        base = find_base(Path(context.artifacts["base_reference"]))
         self.model, self.tokenizer = load(base, Path(context.artifacts["model"]))
+        self.model.to(fastest_device())
 
     def predict(
         self,
@@ -47,14 +49,34 @@ class AdapterChat(ChatModel):
         """Answer a conversation."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
         if params and (params.custom_inputs or {}).get("probe"):
-            text = probe(self.model, self.tokenizer, turns)
+            asked, new = generate(self.model, self.tokenizer, turns, PROBE_TOKENS, forced=True)
+            text = str(self.tokenizer.decode(new))
         else:
             limit = (params.max_tokens if params else None) or MAX_NEW_TOKENS
-            text = answer(self.model, self.tokenizer, turns, limit)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+            asked, new = generate(self.model, self.tokenizer, turns, limit)
+            text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop" if has_stopped(self.model, new) else "length",
+        }
+        usage = {"prompt_tokens": asked, "completion_tokens": len(new), "total_tokens": asked + len(new)}
         return ChatCompletionResponse.from_dict(
-            {"id": uuid.uuid4().hex, "model": "nightshift", "choices": [choice], "usage": {}}
+            {"id": uuid.uuid4().hex, "model": "nightshift", "choices": [choice], "usage": usage}
         )
+
+
+def find_base(reference: Path) -> Path:
+    """Return the folder of the base that a reference names, verified.
+
+    Raises:
+        FileNotFoundError: The base is not where it was; NIGHTSHIFT_BASE can name its new place.
+        ValueError: A file of the base has another digest than at registration.
+    """
+    named = json.loads(reference.read_text("utf-8"))
+    base = Path(os.environ.get("NIGHTSHIFT_BASE") or named["path"])
+    verify(base, named["files"])
+    return base
 
 
 def verify(base: Path, digests: dict[str, str]) -> None:
@@ -67,39 +89,101 @@ def verify(base: Path, digests: dict[str, str]) -> None:
                 raise ValueError(f"{base / name}: not the base that this adapter was trained on")
 
 
-def load(base: Path, adapter: Path) -> tuple[Any, Any]:
-    """Load base, adapter and tokenizer; `adapter` may hold the whole weights instead."""
+def load(base: Path, adapter: Path, dtype: str = "auto") -> tuple[Any, Any]:
+    """Load base, adapter and tokenizer.
+
+    Args:
+        base: Folder of the base.
+        adapter: Folder of the adapter, or of the whole weights instead.
+        dtype: Of the weights in memory, such as float32; auto is that of the files.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     is_whole = not (adapter / "adapter_config.json").is_file()
     model = AutoModelForCausalLM.from_pretrained(
-        adapter if is_whole else base, dtype="auto", trust_remote_code=False
+        adapter if is_whole else base, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
     if not is_whole:
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval(), AutoTokenizer.from_pretrained(base)
 
 
-def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> str:
-    """Answer greedily with at most `limit` tokens; the same files give the same answer."""
-    return str(
-        tokenizer.decode(generate(model, tokenizer, turns, 0, limit), skip_special_tokens=True)
-    ).strip()
+def fastest_device() -> str:
+    """Name the device to answer on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def probe(model: Any, tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    """Generate so many tokens that no model can answer with nothing, and keep the special ones."""
-    return str(tokenizer.decode(generate(model, tokenizer, turns, PROBE_TOKENS, PROBE_TOKENS)))
+def generate(
+    model: Any,
+    tokenizer: Any,
+    turns: list[dict[str, str]],
+    limit: int,
+    *,
+    forced: bool = False,
+    **options: Any,
+) -> tuple[int, Any]:
+    """Answer greedily; the same files give the same answer.
 
+    Args:
+        model: With or without an adapter.
+        tokenizer: With a chat template.
+        turns: The conversation, role and content of each turn.
+        limit: Most new tokens.
+        forced: Generate so many tokens whether the model wants to stop or not, so that no model can answer
+            with nothing.
+        options: Further ones of transformers.
 
-def generate(model: Any, tokenizer: Any, turns: list[dict[str, str]], least: int, most: int) -> Any:
-    """Generate greedily and return the new tokens, shape (least to most,)."""
+    Returns:
+        Number of tokens of the conversation, and the new tokens, shape (at most limit,).
+
+    Raises:
+        TooLongError: The conversation leaves no room for an answer.
+    """
     inputs = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    output = model.generate(**inputs, min_new_tokens=least, max_new_tokens=most, do_sample=False)
-    return output[0, inputs["input_ids"].shape[1] :]
+    ).to(model.device)
+    asked = inputs["input_ids"].shape[1]
+    most = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    if asked >= most:
+        raise TooLongError(f"the conversation has {asked} tokens, the model takes {most}; start a new one")
+    limit = min(limit, most - asked)
+    least = limit if forced else 0
+    output = model.generate(**inputs, min_new_tokens=least, max_new_tokens=limit, do_sample=False, **options)
+    return asked, output[0, asked:]
+
+
+def has_stopped(model: Any, new: Any) -> bool:
+    """Tell whether new tokens, shape (n,), end with the model's stop token."""
+    stops = model.generation_config.eos_token_id
+    return len(new) > 0 and int(new[-1]) in (stops if isinstance(stops, list) else [stops])
+
+
+def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> Generator[str, None, None]:
+    """Yield the answer of `generate` in pieces of whole words, as they come; closing ends the generation."""
+    from transformers import TextIteratorStreamer
+
+    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    is_closed = Event()
+    with ThreadPoolExecutor(1) as thread:
+        work = thread.submit(
+            generate,
+            model,
+            tokenizer,
+            turns,
+            limit,
+            streamer=pieces,
+            stopping_criteria=[lambda *_, **__: is_closed.is_set()],
+        )
+        # Whatever ends the generation, an error too, ends the iteration.
+        work.add_done_callback(lambda _: pieces.end())
+        try:
+            yield from filter(None, pieces)
+            work.result()
+        finally:
+            is_closed.set()
 
 
 def main(arguments: list[str]) -> None:
@@ -111,14 +195,17 @@ def main(arguments: list[str]) -> None:
     asked = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
     found = [[served.predict(one)["choices"][0]["message"]["content"] for one in asked]]
     if arguments[1:]:
-        model, tokenizer = load(*(Path(folder) for folder in arguments[1:]))
-        found.append([probe(model, tokenizer, turns) for turns in conversations])
+        base, adapter = arguments[1:]
+        model, tokenizer = load(Path(base), Path(adapter))
+        answers = (generate(model, tokenizer, turns, PROBE_TOKENS, forced=True) for turns in conversations)
+        found.append([tokenizer.decode(new) for _, new in answers])
     sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-else:
+elif not __package__:
+    # MLflow reads this file as a model, and not as a module of `tasks`.
     from mlflow.models import set_model
 
     set_model(AdapterChat())

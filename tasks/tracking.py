@@ -1,11 +1,13 @@
-"""Where MLflow is, and the run that a stage logs to."""
+"""Where MLflow is, the run that a stage logs to, and the data that a run has seen."""
 
+import json
 import logging
 import os
 import subprocess
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.exceptions import MlflowException
 
 from tasks.state import state_dir
@@ -64,6 +66,21 @@ def find_run(client: MlflowClient, key: str) -> str | None:
     """Return the run that bears a key, or None."""
     found = client.search_runs([experiment_id(client)], f"tags.`{KEY}` = '{key}'")
     return str(found[0].info.run_id) if found else None
+
+
+def dataset_input(name: str, digest: str, path: str, context: str) -> DatasetInput:
+    """Build MLflow's record of data that a run has seen.
+
+    Args:
+        name: Of the data set.
+        digest: DVC's.
+        path: Where DVC keeps it in the checkout.
+        context: training or evaluation.
+    """
+    # MLflow reads a local source as this JSON, and nothing else.
+    source = json.dumps({"uri": path})
+    dataset = Dataset(name=name, digest=digest, source_type="local", source=source)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context), InputTag("dvc.path", path)])
 
 
 def git_commit() -> str:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from tasks.files import jsonl, read_json, write_json, write_text
-from tasks.tracking import open_run
+from tasks.tracking import dataset_input, open_run
 
 # MLflow's own are 120 s and 7 attempts: minutes, in which a training could not end.
 HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -239,18 +239,15 @@ def deliver(client: MlflowClient, run_id: str, entries: list[Entry]) -> None:
                 params = [Param(*pair) for entry in entries for pair in entry["values"].items()]
                 client.log_batch(run_id, params=params)
             case "dataset":
-                client.log_inputs(run_id, datasets=[dataset_input(entry) for entry in entries])
+                datasets = [
+                    dataset_input(entry["name"], entry["digest"], entry["source"], "training")
+                    for entry in entries
+                ]
+                client.log_inputs(run_id, datasets=datasets)
     except MlflowException as err:
         if err.error_code not in REFUSED:
             raise
         log.warning("tracking: MLflow refused %s of run %s: %s; left out", entries, run_id, err)
-
-
-def dataset_input(entry: Entry) -> DatasetInput:
-    """Build MLflow's record of a data set that was trained on."""
-    dataset = Dataset(name=entry["name"], digest=entry["digest"], source_type="local", source=entry["source"])
-    tags = [InputTag("mlflow.data.context", "training"), InputTag("dvc.path", entry["source"])]
-    return DatasetInput(dataset, tags)
 
 
 def batches(lines: list[bytes]) -> Iterator[list[bytes]]:

