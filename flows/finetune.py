@@ -9,6 +9,8 @@ from flows.report import report
 from flows.scoreboard import collect
 from flows.stages import run_program, run_stage
 from flows.tracking import tracked_run
+from tasks.config import read_params
+from tasks.errors import StageError
 from tasks.graph import stage_order
 from tasks.ledger import check_ledger
 
@@ -40,5 +42,16 @@ def ship(run_id: str) -> None:
     try:
         run_program("register", run_id)
         run_program("promote", run_id)
+        ask_judge(run_id)
     finally:
         report(run_id)
+
+
+def ask_judge(run_id: str) -> None:
+    """Let a model compare the written answers, if one is named; it can stop no night, not even by failing."""
+    if read_params()["judge"]["model"] is None:
+        return
+    try:
+        run_program("judge", run_id)
+    except StageError as err:
+        get_run_logger().warning("%s; the night goes on without the judge", err)

@@ -11,7 +11,7 @@ from tasks.graph import read_stages
 from tasks.stage import run_main
 
 # Sections of what runs before and after the graph.
-OUTSIDE_THE_GRAPH = ("snapshot", "registry")
+OUTSIDE_THE_GRAPH = ("snapshot", "judge", "registry")
 
 
 def main() -> None:

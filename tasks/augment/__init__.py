@@ -10,34 +10,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tasks.config import StageParams
+from tasks.replies import Count, EndpointParams
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(strict=True, ge=1)]
 Style = Literal["reword", "question_answer", "reversed", "context_shift"]
-
-
-class EndpointParams(StageParams):
-    """An OpenAI-compatible server, and how hard it may be used.
-
-    Attributes:
-        base_url: Address of the API, with /v1.
-        api_key_env: Environment variable that holds the key; null for a server without one.
-        max_concurrency: Requests under way at the same time.
-        requests_per_minute: Requests started in a minute, at most.
-        tokens_per_minute: Tokens asked for in a minute, at most.
-        timeout_seconds: Longest wait for one answer.
-        max_retries: Further attempts after 429, 5xx, time-outs and lost connections.
-        max_total_tokens: Tokens that one run of the stage may use; then it stops asking.
-    """
-
-    base_url: str
-    api_key_env: str | None
-    max_concurrency: Count
-    requests_per_minute: Count
-    tokens_per_minute: Count
-    timeout_seconds: Annotated[float, Field(gt=0)]
-    max_retries: Annotated[int, Field(strict=True, ge=0, le=10)]
-    max_total_tokens: Count
 
 
 class AugmentParams(StageParams):

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 
 from tasks.augment import AugmentParams, Style
-from tasks.augment.generate import open_memo
 from tasks.augment.meaning import load_embedder
 from tasks.augment.prompts import SPEAKERS
 from tasks.augment.propose import Proposal, Propose, Wanted, by_model, by_rules
@@ -19,6 +18,7 @@ from tasks.augment.quality import CompareMeaning, Messages, Scores, judge
 from tasks.config import load_params
 from tasks.errors import DataError
 from tasks.files import appended_rows, iterate_batches, text_digest, write_rows
+from tasks.replies import open_memo
 from tasks.schemas import AUGMENTED, MESSAGES
 from tasks.stage import DATA, run_main, write_summary
 

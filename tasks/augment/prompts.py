@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.augment import Style
+from tasks.replies import Prompt
 
 VERSION = 1
 INSTRUCTIONS: dict[Style, str] = {
@@ -25,7 +26,6 @@ RULES = (
 SPEAKERS = {"user": "User", "assistant": "Assistant", "text": "Text"}
 FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
 Turns = Sequence[Mapping[str, Any]]
-Prompt = list[dict[str, str]]
 
 
 def build_prompt(turns: Turns, style: Style, versions: int, avoid: Sequence[Sequence[str]]) -> Prompt:

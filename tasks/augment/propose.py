@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tasks.augment import AugmentParams, Style
-from tasks.augment.generate import Failure, Generate, Reply, Request, Result, ask
 from tasks.augment.prompts import VERSION, build_prompt, read_versions
 from tasks.augment.quality import Messages
 from tasks.augment.rules import propose
 from tasks.files import tree_digest
 from tasks.memo import Memo
+from tasks.replies import Failure, Generate, Reply, Request, Result, ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,9 @@ def load_backend(params: AugmentParams, folder: Path, name: str, sampling: dict[
         from tasks.augment.local import load_local
 
         return load_local(folder, name, sampling)
-    from tasks.augment.endpoint import Endpoint
+    from tasks.replies.endpoint import Endpoint
 
-    return Endpoint(str(params.model), sampling, params.endpoint)
+    return Endpoint(str(params.model), sampling, params.endpoint, "augment")
 
 
 def build_request(wanted: Wanted, *, local: bool) -> Request:

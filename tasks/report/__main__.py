@@ -22,6 +22,7 @@ from tasks.files import read_json, read_rows, write_text
 from tasks.gate import GateParams
 from tasks.gate.decision import is_broken
 from tasks.graph import stage_order
+from tasks.judge import VERDICTS
 from tasks.ledger import TRANSFERS
 from tasks.lineage import open_lineage, write_lineage
 from tasks.register import training_run
@@ -37,6 +38,7 @@ SCORES = DATA / "evaluate" / "scores.parquet"
 GATE = DATA / "gate" / "gate.json"
 CHAMPION = DATA / "champion" / "champion.json"
 OUTCOME = DATA / "promote" / "outcome.json"
+JUDGED = DATA / "judge" / "judge.json"
 TRAIN = DATA / "augment" / "train.parquet"
 REJECTED = DATA / "augment" / "rejected.parquet"
 SIMILARITY = DATA / "augment" / "scores.parquet"
@@ -87,6 +89,8 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "gate": gate,
         "outcome": describe_outcome(client, name, gate["candidate"], champion["version"]),
         "champion": champion,
+        "judged": read_judged(gate),
+        "judge_words": VERDICTS,
         "benchmarks": compare(rows, gate["reference"], params),
         "alpha": params.alpha,
         "moves": {"Benchmarks": asked, "Held-out examples": heldout},
@@ -111,6 +115,13 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
         if is_broken(row):
             row["status"] = "error"
     return rows
+
+
+def read_judged(gate: dict[str, Any]) -> dict[str, Any] | None:
+    """Read what a judge said of these two models; of another night's it is nothing."""
+    judged: dict[str, Any] | None = read_json(JUDGED) if JUDGED.is_file() else None
+    same = judged and all(judged[key] == gate[key] for key in ("candidate", "reference"))
+    return judged if same else None
 
 
 def describe_outcome(client: MlflowClient, name: str, candidate: str | None, champion: int | None) -> str:

@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
-from tasks.augment import EndpointParams
-from tasks.augment.endpoint import Endpoint
-from tasks.augment.generate import Failure, Reply, Request, ask
 from tasks.errors import ConfigError, StageError
 from tasks.files import read_json, write_json
 from tasks.memo import Memo
+from tasks.replies import EndpointParams, Failure, Reply, Request, ask
+from tasks.replies.endpoint import Endpoint
 from tests.checkouts import BIN
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8}
@@ -173,7 +172,7 @@ def requests(count: int) -> list[Request]:
 def run(server: Server, base_url: str, count: int, **changes: Any) -> tuple[list[Any], list[int]]:
     """Ask `count` requests; return the results and the numbers that were reported on the way."""
     reported: list[int] = []
-    endpoint = Endpoint(server.model, SAMPLING, params(base_url, **changes))
+    endpoint = Endpoint(server.model, SAMPLING, params(base_url, **changes), "augment")
     return endpoint(requests(count), lambda number, reply: reported.append(number)), reported
 
 
@@ -242,7 +241,9 @@ def test_a_spent_budget_is_a_clean_stop_with_the_rest_counted(server: Server, pr
 
 
 def test_requests_keep_to_the_rate_over_all_calls(server: Server, proxy: str) -> None:
-    endpoint = Endpoint(server.model, SAMPLING, params(proxy, requests_per_minute=60, timeout_seconds=30))
+    endpoint = Endpoint(
+        server.model, SAMPLING, params(proxy, requests_per_minute=60, timeout_seconds=30), "augment"
+    )
     for _ in range(2):
         endpoint(requests(2), lambda number, reply: None)
     # Four requests at one a second: the last starts three seconds after the first.
@@ -261,7 +262,7 @@ def test_the_key_comes_from_the_environment_and_is_required(
 def test_the_death_of_the_server_midway_keeps_what_was_paid_for(brief_base: Path, tmp_path: Path) -> None:
     mortal = Server(brief_base, tmp_path / "log")
     url = f"http://127.0.0.1:{mortal.port}/v1"
-    endpoint = Endpoint(mortal.model, SAMPLING, params(url, max_retries=0, timeout_seconds=30))
+    endpoint = Endpoint(mortal.model, SAMPLING, params(url, max_retries=0, timeout_seconds=30), "augment")
     kept: list[int] = []
 
     def kill_after_three(number: int, reply: Reply) -> None:
@@ -284,7 +285,7 @@ def test_the_death_of_the_server_midway_keeps_what_was_paid_for(brief_base: Path
         again = Server(brief_base, tmp_path / "log")
         try:
             url = f"http://127.0.0.1:{again.port}/v1"
-            revived = Endpoint(again.model, SAMPLING, params(url, timeout_seconds=60))
+            revived = Endpoint(again.model, SAMPLING, params(url, timeout_seconds=60), "augment")
             asked_again: list[Request] = []
 
             def generate_again(asked: Any, on_reply: Any) -> Any:

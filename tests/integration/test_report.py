@@ -219,6 +219,16 @@ def test_a_version_that_waits_says_for_what(checkout: Path) -> None:
     assert expected in plain(write_page())
 
 
+def test_what_a_judge_said_of_these_models_stands_beside_the_scores(checkout: Path) -> None:
+    said = {"model": "judge-1", "reference": "champion", "candidate": GATE["candidate"], "judged": []}
+    write_json(report.JUDGED, {**said, "counts": {"facts": {"better": 7, "undecided": 2}}})
+    assert "benchmark better worse equal undecided unanswered facts 7 0 0 2 0" in plain(write_page())
+    # Another night's judgement is no news of this one.
+    write_json(report.JUDGED, {**said, "candidate": "d" * 64, "counts": {}})
+    assert "judge-1" not in plain(write_page())
+    assert checkout.is_dir()
+
+
 def test_without_a_champion_and_without_losses_the_page_says_so(checkout: Path) -> None:
     client = MlflowClient(tracking_uri())
     write_json(report.TRAINED_BY, {"run_id": client.create_run(experiment_id(client)).info.run_id})

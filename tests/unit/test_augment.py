@@ -9,13 +9,13 @@ import yaml
 
 from tasks.augment import AugmentParams
 from tasks.augment.__main__ import Tally, Work, choose_style, paraphrase, require_acceptance
-from tasks.augment.generate import Failure, OnReply, Reply, Request, Result, ask
 from tasks.augment.prompts import build_prompt, read_versions
 from tasks.augment.propose import Proposal, Wanted, build_request, by_rules
 from tasks.augment.quality import judge
 from tasks.augment.rules import propose
 from tasks.errors import DataError
 from tasks.memo import Memo
+from tasks.replies import Failure, OnReply, Reply, Request, Result, ask
 from tests.checkouts import ROOT
 
 VALUES: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["augment"]

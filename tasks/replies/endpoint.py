@@ -16,9 +16,8 @@ from aiolimiter import AsyncLimiter
 from openai import AsyncOpenAI
 from tqdm import tqdm
 
-from tasks.augment import EndpointParams
-from tasks.augment.generate import Failure, OnReply, Reply, Request, Result
 from tasks.errors import ConfigError, PipelineError, StageError
+from tasks.replies import EndpointParams, Failure, OnReply, Reply, Request, Result
 
 # Requests in a row that fail for good before the server counts as gone.
 BREAKER = 5
@@ -37,13 +36,14 @@ log = logging.getLogger(__name__)
 class Endpoint:
     """A server, its limits, and what has been used of them."""
 
-    def __init__(self, model: str, sampling: Mapping[str, Any], params: EndpointParams) -> None:
+    def __init__(self, model: str, sampling: Mapping[str, Any], params: EndpointParams, section: str) -> None:
         """Prepare to ask.
 
         Args:
             model: Name that the server knows the model by.
             sampling: temperature, top_p and max_new_tokens.
             params: The server and its limits.
+            section: Of params.yaml, in which they stand.
 
         Raises:
             ConfigError: The variable that should hold the key is not set.
@@ -51,10 +51,10 @@ class Endpoint:
         self._key = os.environ.get(params.api_key_env, "") if params.api_key_env else "none"
         if not self._key:
             raise ConfigError(
-                f"params.yaml: augment.endpoint.api_key_env names {params.api_key_env}, which is not set; "
+                f"params.yaml: {section}.endpoint.api_key_env names {params.api_key_env}, which is not set; "
                 "set it in the environment, or null for a server without a key"
             )
-        self._model, self._sampling, self._params = model, sampling, params
+        self._model, self._sampling, self._params, self._section = model, sampling, params, section
         # One event loop for all calls: the limits hold over all of them.
         self._loop = asyncio.new_event_loop()
         weakref.finalize(self, self._loop.close)
@@ -70,7 +70,7 @@ class Endpoint:
         self._retries: Counter[str] = Counter()
 
     def __call__(self, requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
-        """Ask all requests; see `tasks.augment.generate.Generate`.
+        """Ask all requests; see `tasks.replies.Generate`.
 
         Raises:
             StageError: The server is gone.
@@ -93,7 +93,7 @@ class Endpoint:
         client = AsyncOpenAI(
             base_url=params.base_url, api_key=self._key, max_retries=0, timeout=params.timeout_seconds
         )
-        with tqdm(total=len(requests), desc="paraphrase", unit="call", disable=None) as progress:
+        with tqdm(total=len(requests), desc=self._section, unit="call", disable=None) as progress:
 
             async def one(number: int, request: Request) -> Result:
                 async with self._running:
@@ -198,8 +198,8 @@ class Endpoint:
         if err.status_code in (408, 409) or err.status_code >= 500:
             return "server_error"
         raise ConfigError(
-            f"augment.endpoint: {self._params.base_url} answers {err.status_code} for model {self._model!r}; "
-            "check augment.model, augment.endpoint.base_url and the key"
+            f"{self._section}.endpoint: {self._params.base_url} answers {err.status_code} for model "
+            f"{self._model!r}; check {self._section}.model, {self._section}.endpoint.base_url and the key"
         ) from err
 
     def _expected_tokens(self, request: Request) -> int:
@@ -210,8 +210,8 @@ class Endpoint:
     def _server_gone(self, what: str, reason: str) -> StageError:
         """Build the error of a server that does not answer any more."""
         return StageError(
-            f"augment: {self._params.base_url}: {what} ({reason}); see that the server runs. Replies so far "
-            "are kept: the next run goes on from them"
+            f"{self._section}: {self._params.base_url}: {what} ({reason}); see that the server runs. Replies "
+            "so far are kept: the next run goes on from them"
         )
 
 

@@ -1,15 +1,45 @@
-"""The one interface of all backends, and the memo in front of it."""
+"""Replies of language models: the one interface of all backends, and the memo in front of them."""
 
 import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from tasks.augment.prompts import Prompt
+from pydantic import Field
+
+from tasks.config import StageParams
 from tasks.files import text_digest
 from tasks.memo import Memo
 
 log = logging.getLogger(__name__)
+# Turns: role and content of each.
+Prompt = list[dict[str, str]]
+Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+class EndpointParams(StageParams):
+    """An OpenAI-compatible server, and how hard it may be used.
+
+    Attributes:
+        base_url: Address of the API, with /v1.
+        api_key_env: Environment variable that holds the key; null for a server without one.
+        max_concurrency: Requests under way at the same time.
+        requests_per_minute: Requests started in a minute, at most.
+        tokens_per_minute: Tokens asked for in a minute, at most.
+        timeout_seconds: Longest wait for one answer.
+        max_retries: Further attempts after 429, 5xx, time-outs and lost connections.
+        max_total_tokens: Tokens that one run may use; then it stops asking.
+    """
+
+    base_url: str
+    api_key_env: str | None
+    max_concurrency: Count
+    requests_per_minute: Count
+    tokens_per_minute: Count
+    timeout_seconds: Annotated[float, Field(gt=0)]
+    max_retries: Annotated[int, Field(strict=True, ge=0, le=10)]
+    max_total_tokens: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +80,7 @@ Generate = Callable[[Sequence[Request], OnReply], list[Result]]
 
 def open_memo() -> Memo:
     """Open the memo of raw replies. All that a reply depends on stands in the key."""
-    return Memo("paraphrases", {"schema": 1})
+    return Memo("replies", {"schema": 1})
 
 
 def ask(requests: Sequence[Request], model: str, generate: Generate, memo: Memo) -> list[Result]:

@@ -1,0 +1,124 @@
+"""A judge behind a real HTTP server: asked in both orders, kept, and never a reason to stop."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from tasks import judge
+from tasks.errors import StageError
+from tasks.evaluate.scores import ALL_SCORES
+from tasks.files import jsonl, read_json, write_json, write_rows, write_text
+from tests.checkouts import ROOT
+
+# Item -> the candidate's and the base's answer.
+ANSWERS = {
+    "q1": ("a long and right answer", "short"),
+    "q2": ("brief", "a long and right answer"),
+    "q3": ("the same", "the same"),
+    "q4": ("first!", "other!"),
+    "q5": ("silence, please", "quiet"),
+}
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Prefers the longer answer; between equally long ones, whichever stands first."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = body["messages"][-1]["content"]
+        self.asked.append(said)
+        first, second = said.split("\n\nAnswer A:\n")[1].split("\n\nAnswer B:\n")
+        letter = "A" if len(first) >= len(second) else "B"
+        text = "I would rather not." if "silence" in said else f"{letter}."
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": text},
+        }
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Stay quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The judge's address."""
+    Judge.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as found:
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_address[1]}/v1"
+        found.shutdown()
+        thread.join()
+
+
+def make_checkout(base_url: str, **changes: Any) -> None:
+    """Make the current folder a checkout after the gate, with one benchmark of written answers."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["judge"] |= {"model": "judge", **changes}
+    params["judge"]["endpoint"] |= {"base_url": base_url, "max_retries": 0, "timeout_seconds": 5}
+    write_text(Path("params.yaml"), yaml.safe_dump(params))
+    items = [{"id": item, "question": f"{item}?", "references": ["x"]} for item in ANSWERS]
+    task = {"kind": "generation", "metric": "contains", "max_new_tokens": 8}
+    write_text(judge.BENCHMARKS / "written" / "task.yaml", yaml.safe_dump(task))
+    write_text(judge.BENCHMARKS / "written" / "items.jsonl", jsonl(items))
+    write_json(judge.GATE, {"reference": "base", "candidate": "c" * 64})
+    empty = dict.fromkeys(ALL_SCORES.names)
+    rows = [
+        {**empty, "benchmark": "written", "slice": "written", "score": 1.0, "status": "ok"}
+        | {"model": model, "item": item, "question": f"{item}?", "answer": answer}
+        for item, both in ANSWERS.items()
+        for model, answer in zip(("candidate", "base"), both, strict=True)
+    ]
+    write_rows(judge.SCORES, rows, ALL_SCORES)
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_only_what_is_preferred_in_both_orders_counts(server: str) -> None:
+    make_checkout(server)
+    judge.main()
+    found = read_json(judge.TARGET)
+    assert {row["item"]: row["verdict"] for row in found["judged"]} == {
+        "q1": "better",
+        "q2": "worse",
+        "q4": "undecided",
+        "q5": "unanswered",
+    }
+    assert found["counts"] == {"written": {"better": 1, "worse": 1, "undecided": 1, "unanswered": 1}}
+    assert len(Judge.asked) == 8
+    # Asked once: replies are kept.
+    judge.main()
+    assert len(Judge.asked) == 8
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_limit_holds_for_each_benchmark_and_nobody_is_asked_without_a_judge(server: str) -> None:
+    make_checkout(server, limit=1)
+    judge.main()
+    assert [row["item"] for row in read_json(judge.TARGET)["judged"]] == ["q1"]
+    judge.TARGET.unlink()
+    make_checkout(server, model=None)
+    judge.main()
+    assert not judge.TARGET.exists()
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_judge_that_is_gone_is_an_error_that_says_where() -> None:
+    make_checkout("http://127.0.0.1:9/v1")
+    with pytest.raises(StageError, match=r"judge: http://127\.0\.0\.1:9/v1: .*see that the server runs"):
+        judge.main()
