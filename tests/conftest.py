@@ -9,6 +9,10 @@ import pytest
 
 from tests.checkouts import BIN, ROOT
 
+# pytest-xdist gives its workers a terminal's size, and a console that is made under one keeps it.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -52,7 +52,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
     with pytest.MonkeyPatch.context() as patch:
         enter(patch, folder)
         write_text(Path("data/raw.dvc"), f"outs:\n- md5: {'a' * 32}.dir\n  path: raw\n")
-        item = {"slice": "s", "tokens": None, "choices": 4}
+        item = {"slice": "s", "tokens": None, "choices": 4, "status": "ok"}
         rows = [
             {"model": model, "benchmark": "facts", "item": str(i), "score": float(i < right), **item}
             for model, right in (("base", 3), ("candidate", 6))
