@@ -183,7 +183,7 @@ def run_job(name: str, job: dict[str, Any], threads: int, on_line: Callable[[str
             on_line=on_line,
             env={
                 "OMP_NUM_THREADS": str(threads),
-                # Threads that spin while they wait make a model ten times slower on cores that others use too.
+                # Threads that spin while they wait are ten times slower on cores that others use too.
                 "OMP_WAIT_POLICY": "PASSIVE",
                 "HF_HUB_OFFLINE": "1",
                 "HF_DATASETS_CACHE": f"{work}/datasets",
