@@ -293,7 +293,8 @@ from flows.finetune import ship
 def night() -> None:
     ship({run!r})
 
-with prefect_test_harness():
+# A busy machine starts the server in more than the half minute that is usual.
+with prefect_test_harness(server_startup_timeout=120):
     state = night(return_state=True)
     with get_client(sync_client=True) as client:
         found = client.read_artifacts()
