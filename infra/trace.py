@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tasks.files import read_json
-from tasks.lineage import find_rows, open_lineage
+from tasks.lineage import find_rows, open_lineage, row_counts
 from tasks.promotions import Entry, open_record
 from tasks.registry import DIGEST, FORGOTTEN, find_version, open_registry, registered
 
@@ -78,9 +78,7 @@ def stages(lineage: dict[str, Any]) -> Table:
     table = Table("stage", "in", "added", "out", "dropped", title="Rows", box=None)
     for stage, summary in lineage["summaries"].items():
         if "rows_in" in summary:
-            dropped = ", ".join(f"{reason} {count:,}" for reason, count in summary["dropped"].items())
-            counts = (f"{summary[key]:,}" for key in ("rows_in", "added", "rows_out"))
-            table.add_row(stage, *counts, dropped or "none")
+            table.add_row(stage, *row_counts(summary))
     return table
 
 

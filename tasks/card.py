@@ -12,6 +12,7 @@ from tasks.benchmarks import HELDOUT
 from tasks.config import load_params, read_params
 from tasks.files import read_json, read_rows, write_text
 from tasks.gate import GateParams
+from tasks.lineage import row_counts
 from tasks.report.compare import estimate
 from tasks.stage import DATA
 
@@ -139,10 +140,7 @@ def data_cells() -> Iterator[tuple[str, ...]]:
     for stage in ("ingest", "dedupe", "split", "augment", "decontaminate", "pack"):
         path = DATA / stage / "summary.json"
         if path.is_file():
-            summary = read_json(path)
-            dropped = ", ".join(f"{reason} {count:,}" for reason, count in summary["dropped"].items())
-            counts = (f"{summary[key]:,}" for key in ("rows_in", "added", "rows_out"))
-            yield stage, *counts, dropped or "none"
+            yield stage, *row_counts(read_json(path))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -44,11 +44,9 @@ def erase_known(shard: Path, raw: Path) -> None:
 
 
 def forget_rows(shard: Path, numbers: Set[int], raw: Path, forgotten: Forgotten) -> None:
-    """Take rows out of a shard and write down, before they go, what is needed to know them again."""
+    """Take rows out of a shard; `forgotten` knows what they said, and is written before they go."""
     name, digests = shard.relative_to(raw).as_posix(), read_digests(raw)
     forgotten.rows.update(f"{name}:{number}" for number in numbers)
-    said = conversations(shard)
-    forgotten.contents.update(content_digest(one) for number, one in said if number in numbers)
     forgotten.shards[name] = sorted({*forgotten.shards.get(name, ()), file_digest(shard)})
     write_forgotten(raw, forgotten)
     erase_rows(shard, numbers)

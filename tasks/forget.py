@@ -21,7 +21,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from tasks.dvc_cache import add, md5, purge
-from tasks.erase import conversations, forget_rows
+from tasks.erase import content_digest, conversations, forget_rows
 from tasks.errors import DataError
 from tasks.files import iterate_rows, read_rows
 from tasks.graph import outputs, read_stages, reads, stage_order
@@ -129,6 +129,7 @@ def erase(found: Found, client: MlflowClient, name: str) -> None:
     purge({md5(RAW / shard) for shard in rows})
     forgotten = read_forgotten(RAW)
     forgotten.rows.update(found.origins)
+    forgotten.contents.update(map(content_digest, said))
     for shard, numbers in rows.items():
         forget_rows(RAW / shard, numbers, RAW, forgotten)
     add(RAW)

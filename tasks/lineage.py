@@ -71,6 +71,17 @@ def changed_code() -> list[str]:
     return names.stdout.split("\n")[:-1]
 
 
+def row_counts(summary: dict[str, Any]) -> tuple[str, ...]:
+    """Lay out a stage's rows: in, added, out, and why others were dropped.
+
+    Example:
+        >>> row_counts({"rows_in": 4000, "added": 0, "rows_out": 3999, "dropped": {"duplicate": 1}})
+        ('4,000', '0', '3,999', 'duplicate 1')
+    """
+    dropped = ", ".join(f"{reason} {count:,}" for reason, count in summary["dropped"].items())
+    return *(f"{summary[key]:,}" for key in ("rows_in", "added", "rows_out")), dropped or "none"
+
+
 def trained_rows() -> Iterator[tuple[str, str]]:
     """Yield (example, origin) of every span of the packed rows."""
     for row in iterate_rows(DATA / "pack" / "train.parquet", ["example_ids", "origins"]):
