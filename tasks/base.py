@@ -96,14 +96,13 @@ def save(folder: Path, gguf: str | None, dtype: str, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
+    # The tokenizer's file keeps `local_files_only`, whose default is whether HF_HUB_OFFLINE is set.
+    options: dict[str, Any] = {"gguf_file": gguf, "trust_remote_code": False, "local_files_only": True}
     # GGUF weights are dequantised in float32 and rounded once, at the end.
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, **options
+        folder, dtype=torch.float32, use_safetensors=None if gguf else True, **options
     )
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {})
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if not tokenizer.chat_template:
         raise DataError(f"{folder}: the tokenizer has no chat template; use an instruct model")
     if gguf:
