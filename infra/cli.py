@@ -1,6 +1,7 @@
 """The `nightshift` command: thin verbs over the stack, the flow and its files."""
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -172,6 +173,7 @@ def trace(
     """Show where a version came from, or with --row which versions a row went into."""
     from infra import trace as lineage
 
+    hide_downloads()
     if (version is None) == (not row):
         raise ConfigError("nightshift trace takes a version, or --row; give one of the two")
     if version is None:
@@ -200,6 +202,7 @@ def forget(
     from tasks.forget import erase, find
     from tasks.registry import open_registry
 
+    hide_downloads()
     client, name = open_registry()
     found = find(rows, client, name)
     for origin in found.origins:
@@ -210,6 +213,11 @@ def forget(
         typer.confirm("These rows, and all outputs, memos and checkpoints, go for good. Go on?", abort=True)
     erase(found, client, name)
     console.print("gone; `nightshift run` trains without them")
+
+
+def hide_downloads() -> None:
+    """Show no bar for the few small files that MLflow brings in."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 @app.command("import")

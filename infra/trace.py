@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tasks.files import read_json
+from tasks.graph import stage_order
 from tasks.lineage import find_rows, open_lineage, row_counts
 from tasks.promotions import Entry, open_record
 from tasks.registry import DIGEST, FORGOTTEN, find_version, open_registry, registered
@@ -76,9 +77,11 @@ def shards(lineage: dict[str, Any]) -> Table:
 def stages(lineage: dict[str, Any]) -> Table:
     """Lay out how many rows went in and out of each stage, and why others did not."""
     table = Table("stage", "in", "added", "out", "dropped", title="Rows", box=None)
-    for stage, summary in lineage["summaries"].items():
-        if "rows_in" in summary:
-            table.add_row(stage, *row_counts(summary))
+    summaries = lineage["summaries"]
+    # Stages that the graph of today does not have stand last.
+    for stage in dict.fromkeys((*stage_order(), *summaries)):
+        if "rows_in" in summaries.get(stage, {}):
+            table.add_row(stage, *row_counts(summaries[stage]))
     return table
 
 

@@ -32,7 +32,8 @@ def adapter(seed: int) -> Path:
 
 def make_checkout(folder: Path, base: Path) -> None:
     """Make a folder as it is after the gate, with three adapters to be candidates."""
-    shutil.copy(ROOT / "params.yaml", folder)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, folder)
     for name in ("dvc.lock", "data/raw.dvc", "data/benchmarks.dvc"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
@@ -144,7 +145,7 @@ def checkout(in_tmp: Path, two_nights: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name in ("data", "adapters"):
         shutil.copytree(two_nights / name, in_tmp / name)
-    for name in ("params.yaml", "dvc.lock"):
+    for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
         shutil.copy(two_nights / name, in_tmp)
     DATABASE.parent.mkdir()
     shutil.copy(two_nights / DATABASE, DATABASE)
