@@ -148,10 +148,10 @@ def score_missing(
 
 
 def count_at_once(models: int) -> int:
-    """Say how many models are scored at once: all, or one where they would share a GPU's memory."""
+    """Say how many models are scored at once: one for each core, or one if they share a GPU."""
     import torch
 
-    return 1 if torch.cuda.is_available() else models
+    return 1 if torch.cuda.is_available() else min(models, os.cpu_count() or 1)
 
 
 def build_job(contender: Contender, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:
