@@ -14,6 +14,28 @@ FOLDERS = ("tasks", "flows", "infra")
 FILES = ("dvc.yaml", "prefect.yaml", "pyproject.toml", ".dvcignore", ".gitignore")
 
 
+class Checkout:
+    """A folder, and the commands that a user types in it."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+
+    def type(self, *command: str, code: int = 0) -> str:
+        """Run a command to its end, require its exit code, and return what it printed."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+
 def small_params(base: Path) -> dict[str, Any]:
     """The shipped parameters, made small: a few steps of the small model on few rows."""
     params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))

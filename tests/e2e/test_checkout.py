@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,33 +20,15 @@ import pytest
 import yaml
 
 from tasks.files import read_json
-from tests.checkouts import BIN, ROOT, make_checkout
+from tests.checkouts import BIN, ROOT, Checkout, make_checkout
 
 pytestmark = pytest.mark.timeout(600)
 STAGES = ["base", "ingest", "dedupe", "split", "augment", "decontaminate", "pack", "sft", "evaluate", "gate"]
 BAD_LINES = b'{"messages": [\n\xff\xfe\n'
 
 
-class Checkout:
-    """A folder, and the commands that a user types in it."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.folder, self.environment = folder, environment
-
-    def type(self, *command: str, code: int = 0) -> str:
-        """Run a command to its end, require its exit code, and return what it printed."""
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout
-        return done.stdout
+class ServedCheckout(Checkout):
+    """A checkout with a stack of its own."""
 
     def make_run(self) -> str:
         """`make run`, with the environment that is installed already."""
@@ -77,7 +58,7 @@ class Checkout:
 @pytest.fixture(scope="module")
 def checkout(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
-) -> Iterator[Checkout]:
+) -> Iterator[ServedCheckout]:
     """A checkout with a source of the user's own, two lines of which are broken."""
     folder = make_checkout(tmp_path_factory.mktemp("e2e") / "checkout", tiny_base)
     for name in ("Makefile", "constraints.txt"):
@@ -89,11 +70,11 @@ def checkout(
     (folder / "mine").mkdir()
     (folder / "mine" / "chats.jsonl").write_bytes(json.dumps(chat).encode() + b"\n" + BAD_LINES)
     ports = {"NIGHTSHIFT_PREFECT_PORT": free_port(), "NIGHTSHIFT_MLFLOW_PORT": free_port()}
-    made = Checkout(folder, clean_environment | ports)
+    made = ServedCheckout(folder, clean_environment | ports)
     try:
         yield made
     finally:
-        made.type(str(BIN / "nightshift"), "down")
+        made.type("nightshift", "down")
 
 
 def free_port() -> str:
@@ -104,7 +85,7 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: Checkout) -> None:
+def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: ServedCheckout) -> None:
     output = checkout.make_run()
     assert "elements: chance" in output
     assert "25.0%" in output
@@ -115,7 +96,7 @@ def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: Checkout)
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Completed"}
 
 
-def test_the_run_links_to_its_report(checkout: Checkout) -> None:
+def test_the_run_links_to_its_report(checkout: ServedCheckout) -> None:
     body = {"flow_runs": {"id": {"any_": [checkout.last_run()["id"]]}}}
     artefacts = {one["key"]: one["data"] for one in checkout.api("/artifacts/filter", body)}
     link = r"\[the whole report\]\((http://127\.0\.0\.1:\d+)/#/experiments/\d+/runs/(\w+)/artifacts/report\.html\)"
@@ -127,7 +108,7 @@ def test_the_run_links_to_its_report(checkout: Checkout) -> None:
     assert "| held-out loss | candidate |" in artefacts["report"]
 
 
-def test_bad_lines_stand_in_quarantine_with_their_place(checkout: Checkout) -> None:
+def test_bad_lines_stand_in_quarantine_with_their_place(checkout: ServedCheckout) -> None:
     lines = (checkout.folder / "data/ingest/quarantine.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [(row["origin"], row["reason"]) for row in rows] == [
@@ -136,29 +117,29 @@ def test_bad_lines_stand_in_quarantine_with_their_place(checkout: Checkout) -> N
     ]
 
 
-def test_after_the_flow_dvc_repro_has_nothing_to_compute(checkout: Checkout) -> None:
-    output = checkout.type(str(BIN / "dvc"), "repro")
+def test_after_the_flow_dvc_repro_has_nothing_to_compute(checkout: ServedCheckout) -> None:
+    output = checkout.type("dvc", "repro")
     assert "Running stage" not in output
     for stage in STAGES:
         assert f"Stage '{stage}' didn't change, skipping" in output
 
 
-def test_after_dvc_repro_the_flow_has_nothing_to_compute(checkout: Checkout) -> None:
+def test_after_dvc_repro_the_flow_has_nothing_to_compute(checkout: ServedCheckout) -> None:
     # The first candidate counts as a look from now on: the gate reads a longer list.
     checkout.make_run()
     params = checkout.folder / "params.yaml"
     params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 9999"))
-    assert "Running stage 'gate'" in checkout.type(str(BIN / "dvc"), "repro")
+    assert "Running stage 'gate'" in checkout.type("dvc", "repro")
     checkout.make_run()
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Skipped"}
 
 
 def test_a_wrong_override_fails_before_anything_runs_and_names_the_right_key(
-    checkout: Checkout,
+    checkout: ServedCheckout,
 ) -> None:
     before = (checkout.folder / "params.yaml").read_bytes()
     wrong = 'overrides={"sft.max_step": 2}'
-    prefect = [str(BIN / "prefect"), "deployment", "run", "finetune/prod", "--watch"]
+    prefect = ["prefect", "deployment", "run", "finetune/prod", "--watch"]
     checkout.type(*prefect, "--param", wrong, code=1)
     run = checkout.last_run()
     assert "sft.max_step: unknown key; did you mean max_steps?" in run["state"]["message"]
@@ -166,10 +147,10 @@ def test_a_wrong_override_fails_before_anything_runs_and_names_the_right_key(
     assert (checkout.folder / "params.yaml").read_bytes() == before
 
 
-def test_kill_9_of_the_flow_leaves_no_process_and_the_next_run_completes(checkout: Checkout) -> None:
+def test_kill_9_of_the_flow_leaves_no_process_and_the_next_run_completes(checkout: ServedCheckout) -> None:
     before = (checkout.folder / "params.yaml").read_bytes()
     lock = (checkout.folder / "dvc.lock").read_bytes()
-    prefect = [str(BIN / "prefect"), "deployment", "run", "finetune/prod", "--param"]
+    prefect = ["prefect", "deployment", "run", "finetune/prod", "--param"]
     checkout.type(*prefect, 'overrides={"sft.seed": 7}')
     engine = wait_for(lambda: flow_process(checkout.folder, "tasks.sft.worker"))
     os.kill(engine.pid, signal.SIGKILL)
@@ -181,7 +162,7 @@ def test_kill_9_of_the_flow_leaves_no_process_and_the_next_run_completes(checkou
     assert (checkout.folder / "params.yaml").read_bytes() == before
 
 
-def test_mlflow_knows_the_version_and_where_it_came_from(checkout: Checkout) -> None:
+def test_mlflow_knows_the_version_and_where_it_came_from(checkout: ServedCheckout) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{checkout.folder / '.nightshift' / 'mlflow.db'}")
@@ -198,14 +179,14 @@ def test_mlflow_knows_the_version_and_where_it_came_from(checkout: Checkout) -> 
 
 
 @pytest.mark.long
-def test_a_version_is_rebuilt_from_its_lineage_to_the_same_adapter(checkout: Checkout) -> None:
+def test_a_version_is_rebuilt_from_its_lineage_to_the_same_adapter(checkout: ServedCheckout) -> None:
     checkout.make_run()
-    output = checkout.type(str(BIN / "nightshift"), "reproduce", "1")
+    output = checkout.type("nightshift", "reproduce", "1")
     assert "the same, bit for bit" in output
     for stage in STAGES[: STAGES.index("sft") + 1]:
         assert f"Running stage '{stage}'" in output
     assert re.search(r"outputs that differ +none of \d\d", output)
-    trace = checkout.type(str(BIN / "nightshift"), "trace", "1")
+    trace = checkout.type("nightshift", "trace", "1")
     assert "elements/000001.jsonl" in trace
 
 

@@ -2,8 +2,6 @@
 
 import html
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import yaml
 from mlflow import MlflowClient
 
 from tasks.files import read_rows
-from tests.checkouts import BIN, make_checkout
+from tests.checkouts import Checkout, make_checkout
 
 pytestmark = pytest.mark.timeout(300)
 SECRET = "Zephyrine Quillfeather"
@@ -35,41 +33,23 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+def checkout(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
+) -> Checkout:
     """A checkout that knows its examples and their duplicates, with all of it in a remote too."""
     folder = make_checkout(tmp_path_factory.mktemp("forget") / "checkout", tiny_base)
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["snapshot"]["sources"] = {"mine": "mine.jsonl"}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    made = Checkout(folder, clean_environment | {"COLUMNS": "160"})
     for command in (
         ["nightshift", "snapshot"],
         ["dvc", "repro", "--quiet", "dedupe"],
         ["dvc", "push", "--quiet"],
     ):
-        run(folder, *command)
-    return folder
-
-
-def run(folder: Path, *command: str, code: int = 0) -> str:
-    """Type a command in the checkout and return what it printed."""
-    ignored = ("NIGHTSHIFT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID")
-    done = subprocess.run(
-        [str(BIN / command[0]), *command[1:]],
-        cwd=folder,
-        env={key: value for key, value in os.environ.items() if key not in ignored}
-        | {
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "COLUMNS": "160",
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
+        made.type(*command)
+    return made
 
 
 def places(folder: Path, text: str) -> Iterator[str]:
@@ -84,12 +64,12 @@ def places(folder: Path, text: str) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
-def log_page(checkout: Path, client: MlflowClient, row: dict[str, Any]) -> str:
+def log_page(folder: Path, client: MlflowClient, row: dict[str, Any]) -> str:
     """Log a report that shows a row, as a night before would have."""
-    page = checkout / "report.html"
+    page = folder / "report.html"
     page.write_text("<p>" + "</p><p>".join(html.escape(turn["content"]) for turn in row["messages"]))
     found = client.get_experiment_by_name("nightshift")
-    location = (checkout / ".nightshift" / "mlflow-artifacts").as_uri()
+    location = (folder / ".nightshift" / "mlflow-artifacts").as_uri()
     experiment = found.experiment_id if found else client.create_experiment("nightshift", location)
     run_id: str = client.create_run(experiment).info.run_id
     client.log_artifact(run_id, str(page))
@@ -97,32 +77,32 @@ def log_page(checkout: Path, client: MlflowClient, row: dict[str, Any]) -> str:
     return run_id
 
 
-def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Path) -> None:
-    client = MlflowClient(f"sqlite:///{checkout / '.nightshift' / 'mlflow.db'}")
-    pages = [log_page(checkout, client, ROWS[number]) for number in (0, 1)]
-    found = list(places(checkout, SECRET))
+def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Checkout) -> None:
+    client = MlflowClient(f"sqlite:///{checkout.folder / '.nightshift' / 'mlflow.db'}")
+    pages = [log_page(checkout.folder, client, ROWS[number]) for number in (0, 1)]
+    found = list(places(checkout.folder, SECRET))
     assert "data/raw/mine/000001.jsonl" in found
     assert "data/ingest/examples.parquet" in found
     assert any(name.startswith(".dvc/cache") for name in found)
     assert any(name.startswith(".nightshift/remote") for name in found)
-    before = {row["origin"]: row["id"] for row in read_rows(checkout / "data/ingest/examples.parquet")}
+    before = {row["origin"]: row["id"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
     # Named by its id; its near-duplicate would take its place, and goes with it.
-    output = run(checkout, "nightshift", "forget", before["mine/000001.jsonl:2"], "--yes")
+    output = checkout.type("nightshift", "forget", before["mine/000001.jsonl:2"], "--yes")
     assert output.splitlines()[:2] == ["mine/000001.jsonl:2", "mine/000001.jsonl:4"]
-    assert list(places(checkout, SECRET)) == []
+    assert list(places(checkout.folder, SECRET)) == []
     assert [len(client.list_artifacts(run_id)) for run_id in pages] == [1, 0]
 
     # The source offers the same file again, and then one that has grown by a line.
-    run(checkout, "nightshift", "snapshot")
-    assert [path.name for path in (checkout / "data/raw/mine").iterdir()] == ["000001.jsonl"]
-    with (checkout / "mine.jsonl").open("a") as file:
+    checkout.type("nightshift", "snapshot")
+    assert [path.name for path in (checkout.folder / "data/raw/mine").iterdir()] == ["000001.jsonl"]
+    with (checkout.folder / "mine.jsonl").open("a") as file:
         file.write(json.dumps(chat("And who keeps the bees?", "The sisters at the end of the lane.")) + "\n")
-    output = run(checkout, "nightshift", "snapshot")
+    output = checkout.type("nightshift", "snapshot")
     assert "data/raw/mine/000002.jsonl: 2 rows were forgotten before and go again" in output
-    shards = sorted(path.name for path in (checkout / "data/raw/mine").iterdir())
+    shards = sorted(path.name for path in (checkout.folder / "data/raw/mine").iterdir())
     assert shards == ["000001.jsonl", "000002.jsonl"]
-    run(checkout, "dvc", "repro", "--quiet", "ingest")
-    after = {row["origin"]: row["id"] for row in read_rows(checkout / "data/ingest/examples.parquet")}
+    checkout.type("dvc", "repro", "--quiet", "ingest")
+    after = {row["origin"]: row["id"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
     assert {origin: after.get(origin) for origin in before} == {
         "mine/000001.jsonl:1": before["mine/000001.jsonl:1"],
         "mine/000001.jsonl:2": None,
@@ -130,12 +110,12 @@ def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Path) -> No
         "mine/000001.jsonl:4": None,
     }
     assert after["mine/000002.jsonl:5"]
-    assert list(places(checkout, SECRET)) == []
+    assert list(places(checkout.folder, SECRET)) == []
 
 
-def test_a_row_that_is_nowhere_is_an_error_and_a_no_changes_nothing(checkout: Path) -> None:
-    wrong = run(checkout, "nightshift", "forget", "mine/000009.jsonl:1", "--yes", code=2)
+def test_a_row_that_is_nowhere_is_an_error_and_a_no_changes_nothing(checkout: Checkout) -> None:
+    wrong = checkout.type("nightshift", "forget", "mine/000009.jsonl:1", "--yes", code=2)
     assert "mine/000009.jsonl:1: no example has this id, and no row this place" in wrong
-    before = (checkout / "data/raw.dvc").read_bytes()
-    run(checkout, "nightshift", "forget", "mine/000001.jsonl:1", code=1)
-    assert (checkout / "data/raw.dvc").read_bytes() == before
+    before = (checkout.folder / "data/raw.dvc").read_bytes()
+    checkout.type("nightshift", "forget", "mine/000001.jsonl:1", code=1)
+    assert (checkout.folder / "data/raw.dvc").read_bytes() == before
