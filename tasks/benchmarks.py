@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, model_validator
 
-from tasks.config import StageParams, problems
+from tasks.config import Count, StageParams, problems
 from tasks.errors import DataError
 
 # The held-out examples stand in the table of scores under this name.
@@ -56,7 +56,7 @@ class GenerationTask(StageParams):
 
     kind: Literal["generation"]
     metric: Metric
-    max_new_tokens: Annotated[int, Field(strict=True, ge=1)]
+    max_new_tokens: Count
 
 
 class InvarianceTask(StageParams):

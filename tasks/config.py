@@ -6,14 +6,15 @@ invalidate the cache of another stage. Unknown keys are errors, with a suggestio
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.errors import ConfigError
 
 PARAMS = Path("params.yaml")
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 class StageParams(BaseModel):

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from tasks.benchmarks import read_benchmarks
-from tasks.config import StageParams, load_params
+from tasks.config import Count, StageParams, load_params
 from tasks.files import read_json, read_rows, write_json
-from tasks.replies import Count, EndpointParams, Failure, Request, Result, ask, open_memo
+from tasks.replies import EndpointParams, Failure, Request, Result, ask, open_memo
 from tasks.stage import DATA, run_main
 
 SCORES = DATA / "evaluate" / "scores.parquet"

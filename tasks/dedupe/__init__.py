@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from tasks.config import StageParams
+from tasks.config import Count, StageParams
 
 
 class DedupeParams(StageParams):
@@ -26,9 +26,9 @@ class DedupeParams(StageParams):
     """
 
     num_perm: Annotated[int, Field(strict=True, ge=16)]
-    bands: Annotated[int, Field(strict=True, ge=1)]
-    rows_per_band: Annotated[int, Field(strict=True, ge=1)]
-    shingle_size: Annotated[int, Field(strict=True, ge=1)]
+    bands: Count
+    rows_per_band: Count
+    shingle_size: Count
     jaccard_threshold: Annotated[float, Field(gt=0, le=1)]
     seed: Annotated[int, Field(strict=True, ge=0)]
 

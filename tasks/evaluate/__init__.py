@@ -13,9 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tasks.config import StageParams
-
-Count = Annotated[int, Field(strict=True, ge=1)]
+from tasks.config import Count, StageParams
 
 
 class RetrievalParams(StageParams):

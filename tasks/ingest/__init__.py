@@ -9,9 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.config import StageParams
-
-Count = Annotated[int, Field(strict=True, ge=1)]
+from tasks.config import Count, StageParams
 
 
 class IngestParams(StageParams):

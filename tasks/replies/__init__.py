@@ -8,14 +8,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tasks.config import StageParams
+from tasks.config import Count, StageParams
 from tasks.files import text_digest
 from tasks.memo import Memo
 
 log = logging.getLogger(__name__)
 # Turns: role and content of each.
 Prompt = list[dict[str, str]]
-Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 class EndpointParams(StageParams):

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.config import StageParams
+from tasks.config import Count, StageParams
 
-Count = Annotated[int, Field(strict=True, ge=1)]
 Steps = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
