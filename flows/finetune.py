@@ -11,7 +11,7 @@ from flows.stages import run_program, run_stage
 from flows.tracking import tracked_run
 from tasks.config import read_params
 from tasks.errors import StageError
-from tasks.graph import stage_order
+from tasks.graph import changed_stages, find_reruns, stage_order
 from tasks.ledger import check_ledger
 
 
@@ -25,8 +25,9 @@ def finetune(overrides: dict[str, Any] | None = None) -> None:
     """
     with applied(overrides or {}), tracked_run() as run_id:
         run_program("snapshot", run_id)
+        may_run = find_reruns(changed_stages())
         for stage in stage_order():
-            run_stage(stage, run_id)
+            run_stage(stage, run_id, may_run=stage in may_run)
         check_ledger()
         ship(run_id)
         board = collect()

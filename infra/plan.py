@@ -4,10 +4,8 @@ Everything comes from params.yaml, the packed rows and the base's config.json. N
 loaded, so what only they can know is assumed, and said to be.
 """
 
-import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from tasks.config import load_params
 from tasks.encode import count_supervised
 from tasks.errors import ConfigError, DataError
 from tasks.files import iterate_rows, read_json, write_text
-from tasks.graph import read_stages, reads, stage_order
+from tasks.graph import changed_stages, find_reruns
 from tasks.sft import SftParams
 from tasks.sft.backend import processor_has_bf16
 from tasks.sft.memory import Memory, estimate_all, largest_batch, totals
@@ -207,41 +205,3 @@ def print_reruns(console: Console) -> None:
         if not found:
             table.add_row("nothing", "all stages are up to date")
     console.print(table)
-
-
-def changed_stages() -> dict[str, str]:
-    """Return stage -> what has changed in it, as DVC sees it.
-
-    Raises:
-        ConfigError: DVC cannot tell.
-    """
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no reason given"]
-        raise ConfigError(f"dvc status: {said[-1]}")
-    return {name: ", ".join(_changes(entries)) for name, entries in json.loads(done.stdout).items()}
-
-
-def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
-    """Return stage -> reason of all that will run, or may: what reads a stage runs if its output changes."""
-    stages, reasons = read_stages(), dict[str, str]()
-    for name in stage_order():
-        sources = [other for other in reasons if reads(stages[name], stages[other])]
-        if name in changed:
-            reasons[name] = changed[name]
-        elif sources:
-            reasons[name] = f"if {', '.join(sources)} gives something else"
-    return reasons
-
-
-def _changes(entries: Sequence[Any]) -> list[str]:
-    """Flatten DVC's report of one stage: `{"changed deps": {path: how}}` or a plain text."""
-    texts: list[str] = []
-    for entry in entries:
-        if isinstance(entry, str):
-            texts.append(entry)
-            continue
-        for group in entry.values():
-            texts += [f"{path} {how}" if isinstance(how, str) else str(path) for path, how in group.items()]
-    return texts

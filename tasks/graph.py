@@ -1,6 +1,10 @@
-"""Read the graph from dvc.yaml: the stages in an order in which they can run."""
+"""Read the graph from dvc.yaml: the order in which stages can run, and which of them may have to."""
 
 import graphlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -69,3 +73,41 @@ def reads(stage: dict[str, Any], other: dict[str, Any]) -> bool:
     dependencies = [PurePosixPath(path) for path in stage.get("deps", [])]
     written = [PurePosixPath(path) for path in outputs(other)]
     return any(d.is_relative_to(w) or w.is_relative_to(d) for d in dependencies for w in written)
+
+
+def changed_stages() -> dict[str, str]:
+    """Return stage -> what has changed in it, as DVC sees it.
+
+    Raises:
+        ConfigError: DVC cannot tell.
+    """
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        raise ConfigError(f"dvc status: {said[-1]}")
+    return {name: ", ".join(_changes(entries)) for name, entries in json.loads(done.stdout).items()}
+
+
+def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
+    """Return stage -> reason of all that will run, or may: what reads a stage runs if its output changes."""
+    stages, reasons = read_stages(), dict[str, str]()
+    for name in stage_order():
+        sources = [other for other in reasons if reads(stages[name], stages[other])]
+        if name in changed:
+            reasons[name] = changed[name]
+        elif sources:
+            reasons[name] = f"if {', '.join(sources)} gives something else"
+    return reasons
+
+
+def _changes(entries: Sequence[Any]) -> list[str]:
+    """Flatten DVC's report of one stage: `{"changed deps": {path: how}}` or a plain text."""
+    texts: list[str] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            texts.append(entry)
+            continue
+        for group in entry.values():
+            texts += [f"{path} {how}" if isinstance(how, str) else str(path) for path, how in group.items()]
+    return texts

@@ -1,16 +1,16 @@
-"""What `nightshift plan` says that DVC reruns."""
+"""Which stages may run, as DVC tells it."""
 
 from pathlib import Path
 
 import pytest
 
-from infra import plan
+from tasks import graph
 
 
 def test_what_reads_a_stage_that_changed_may_run_too(in_tmp: Path) -> None:
     stages = "{a: {outs: [data/a]}, b: {deps: [data/a], outs: [data/b]}, c: {outs: [c]}}"
     Path("dvc.yaml").write_text(f"stages: {stages}", encoding="utf-8")
-    assert plan.find_reruns({"a": "params.yaml modified"}) == {
+    assert graph.find_reruns({"a": "params.yaml modified"}) == {
         "a": "params.yaml modified",
         "b": "if a gives something else",
     }
@@ -22,5 +22,5 @@ def test_the_report_of_dvc_is_one_line_for_each_stage(monkeypatch: pytest.Monkey
     class Done:
         returncode, stdout, stderr = 0, report, ""
 
-    monkeypatch.setattr(plan.subprocess, "run", lambda *_, **__: Done)
-    assert plan.changed_stages() == {"sft": "params.yaml, changed command"}
+    monkeypatch.setattr(graph.subprocess, "run", lambda *_, **__: Done)
+    assert graph.changed_stages() == {"sft": "params.yaml, changed command"}
