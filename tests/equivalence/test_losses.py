@@ -41,6 +41,7 @@ TWO = {"num_processes": 2, "per_device_train_batch_size": 2}
     ("name", "changes"),
     [
         ("accumulated", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        pytest.param("compiled", {"torch_compile": True}, marks=pytest.mark.long),
         pytest.param("ddp", {"strategy": "ddp", **TWO}, marks=pytest.mark.long),
         pytest.param("zero0", {"strategy": "zero0", **TWO}, marks=pytest.mark.long),
         pytest.param("zero1", {"strategy": "zero1", **TWO}, marks=pytest.mark.long),
