@@ -17,8 +17,8 @@ run: $(VENV)/ready  ## retrain once: servers, data, training, gate, registry, sc
 	@$(BIN)/nightshift run
 
 test: $(VENV)/ready  ## run all tests but the slow ones
-	@# Two files at a time, since tests wait for servers and ranks as long as they compute; the longest first.
-	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	@# Two files at a time: tests wait for servers and ranks as long as they compute.
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 test-long: $(VENV)/ready  ## run the slow tests: every strategy, every way to fail
 	@$(BIN)/python -m pytest -m long
