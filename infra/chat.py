@@ -1,7 +1,6 @@
 """Talk to a version of the model, or to an exported folder, in the terminal."""
 
 import logging
-import os
 import sys
 import unicodedata
 import warnings
@@ -49,7 +48,6 @@ def quieten() -> None:
     """Keep progress bars and notices of the libraries out of the conversation."""
     from transformers.utils.logging import disable_progress_bar
 
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     disable_progress_bar()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -261,6 +261,7 @@ def chat(
     """Talk to a version of the model; from a pipe, each line is a question."""
     from infra import chat as talk
 
+    hide_downloads()
     talk.chat(model)
 
 

@@ -130,7 +130,7 @@ def score_missing(
         return
     done = count(1)
     at_once = count_at_once(len(missing))
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = (os.cpu_count() or 1) // at_once
 
     def show(name: str, line: str) -> None:
         if line.startswith(DONE):
