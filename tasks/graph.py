@@ -85,7 +85,7 @@ def changed_stages() -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no reason given"]
-        raise ConfigError(f"dvc status: {said[-1]}")
+        raise ConfigError(f"dvc status: {said[-1]}; type `dvc status` to see all of it")
     return {name: ", ".join(_changes(entries)) for name, entries in json.loads(done.stdout).items()}
 
 

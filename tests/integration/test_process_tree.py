@@ -80,8 +80,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "tree.py").write_text(TREE)
     (tmp_path / "caller.py").write_text(CALLER)
-    # A shell that runs the tests in the background ignores SIGINT, and so would the tree.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell that runs the tests in the background ignores SIGINT, nohup SIGHUP, and so would the tree.
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    inherited = {signum: signal.signal(signum, handler) for signum, handler in defaults.items()}
     started: list[subprocess.Popen[bytes]] = []
 
     def start_tree(*traits: str, shape: str = "run", grace_seconds: float = 5.0) -> Tree:
@@ -108,7 +109,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     for popen in started:
         popen.kill()
         popen.wait()
-    signal.signal(signal.SIGINT, inherited)
+    for signum, handler in inherited.items():
+        signal.signal(signum, handler)
 
 
 def read_int(path: Path) -> int:
