@@ -284,6 +284,7 @@ def export(
     from tasks.registry import find_model
 
     record = write(find_model(model), to, dtype, with_gguf=gguf)
-    console.print(
-        f"version {record['version']} of {record['model']} is in {to}, checked: {record['differences']}"
-    )
+    console.print(f"version {record['version']} of {record['model']} is in {to}")
+    for what, found in record["differences"].items():
+        said = "logits differ by up to {largest:.2g} of their standard deviation, allowed is {bound:.2g}"
+        console.print(f"{what}: {said.format(**found) if found else 'not checked, see above'}")

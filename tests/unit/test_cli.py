@@ -28,3 +28,17 @@ def test_gate_without_a_verdict_says_how_to_get_one(in_tmp: Path, capfd: pytest.
     assert "data/gate/gate.json: not found; `nightshift run` or `dvc repro gate` writes it" in (
         capfd.readouterr().err + CliRunner().invoke(app, ["gate"]).output
     )
+
+
+def test_export_says_how_far_the_weights_are_from_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"merged": {"largest": 1.04e-05, "bound": 0.001}, "gguf": None}
+    record = {"version": 7, "model": "nightshift", "differences": found}
+    monkeypatch.setattr("tasks.registry.find_model", lambda model: model)
+    monkeypatch.setattr("tasks.export.export", lambda *_, **__: record)
+    done = CliRunner().invoke(app, ["export", "--to", "out"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines() == [
+        "version 7 of nightshift is in out",
+        "merged: logits differ by up to 1e-05 of their standard deviation, allowed is 0.001",
+        "gguf: not checked, see above",
+    ]
