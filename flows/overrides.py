@@ -1,10 +1,14 @@
 """Parameter overrides of one run: checked, written to params.yaml, and taken back afterwards.
 
-A run works in the checkout, so the original file is kept in the state folder while an override is
-in force. If the run is killed, the next run puts it back first.
+A run works in the checkout, one at a time. While overrides are in force, the state folder holds params.yaml
+as it was before and as the run wrote it: at the end, or at the start of the next run if this one is killed,
+the overrides are taken back, and what somebody edited meanwhile is kept.
 """
 
-import shutil
+import fcntl
+import logging
+import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import StringIO
@@ -17,8 +21,11 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from tasks.check import check
 from tasks.config import PARAMS, read_params, report
+from tasks.errors import StageError
 from tasks.files import write_text
 from tasks.state import state_dir
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -31,28 +38,87 @@ def applied(overrides: Mapping[str, Any], path: Path = PARAMS) -> Iterator[None]
 
     Raises:
         ConfigError: The file or an override is wrong; every problem is listed and nothing changes.
+        StageError: Another run is at work in this checkout.
     """
-    original = state_dir() / "params.before-overrides.yaml"
-    if original.is_file():
-        restore(original, path)
-    text = edit(path.read_text(encoding="utf-8"), overrides) if overrides else None
-    check(yaml.safe_load(text) if text else read_params(path))
-    if text is None:
-        yield
-        return
-    original.parent.mkdir(parents=True, exist_ok=True)
-    write_text(original, path.read_text(encoding="utf-8"))
-    write_text(path, text)
-    try:
-        yield
-    finally:
-        restore(original, path)
+    with sole_run():
+        take_back(path)
+        text = edit(path.read_text(encoding="utf-8"), overrides) if overrides else None
+        check(yaml.safe_load(text) if text else read_params(path))
+        if text is None:
+            yield
+            return
+        write_text(before_file(), path.read_text(encoding="utf-8"))
+        write_text(written_file(), text)
+        write_text(path, text)
+        try:
+            yield
+        finally:
+            take_back(path)
 
 
-def restore(original: Path, path: Path) -> None:
-    """Put the file back as it was before the overrides."""
-    shutil.copyfile(original, path)
-    original.unlink()
+@contextmanager
+def sole_run() -> Iterator[None]:
+    """Keep other runs out of the checkout, whose files they would mix with those of this one.
+
+    Raises:
+        StageError: Another run is at work in it.
+    """
+    file = state_dir() / "run.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            lock.seek(0)
+            raise StageError(
+                f"{Path.cwd()}: another run is at work here (pid {lock.read()}); wait for it, or cancel it"
+            ) from err
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def before_file() -> Path:
+    """Return where params.yaml is kept as it was before the overrides."""
+    return state_dir() / "params.before-overrides.yaml"
+
+
+def written_file() -> Path:
+    """Return where params.yaml is kept as the run wrote it."""
+    return state_dir() / "params.with-overrides.yaml"
+
+
+def take_back(path: Path) -> None:
+    """Take the overrides of this or of a killed run out of the file; nothing happens without any."""
+    before, written = before_file(), written_file()
+    if before.is_file() and written.is_file():
+        if path.read_bytes() == written.read_bytes():
+            write_text(path, before.read_text(encoding="utf-8"))
+        elif path.read_bytes() != before.read_bytes():
+            write_text(path, merge(path, written, before))
+            log.warning(
+                "%s was edited during a run with overrides; they are taken back, the edit is kept", path
+            )
+    # In this order: without the second file the first one says nothing.
+    written.unlink(missing_ok=True)
+    before.unlink(missing_ok=True)
+
+
+def merge(edited: Path, written: Path, before: Path) -> str:
+    """Return the edited file without the overrides; a line that both changed stays as it was edited.
+
+    Raises:
+        StageError: Git cannot merge the three.
+    """
+    command = ["git", "merge-file", "--stdout", "--ours", str(edited), str(written), str(before)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise StageError(
+            f"{edited}: was edited during a run with overrides, and cannot be merged: {done.stderr.strip()}; "
+            f"the file without them is {before}: put it right by hand, then delete {written}"
+        )
+    return done.stdout
 
 
 def edit(text: str, overrides: Mapping[str, Any]) -> str:

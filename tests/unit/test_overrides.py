@@ -10,7 +10,7 @@ import pytest
 
 from flows.overrides import applied, edit
 from tasks.config import read_params
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, StageError
 from tests.checkouts import ROOT
 
 
@@ -67,12 +67,74 @@ def test_a_collection_leaves_the_comment_of_the_next_key_in_its_place() -> None:
 def test_what_a_killed_run_left_is_put_right_by_the_next(checkout: Path) -> None:
     params = checkout / "params.yaml"
     before = params.read_text()
+    kill_within_overrides()
+    assert "seed: 9" in params.read_text()
+    with applied({}):
+        assert params.read_text() == before
+
+
+def kill_within_overrides() -> None:
     program = (
         "import os; from flows.overrides import applied; "
         "held = applied({'gate.seed': 9}); held.__enter__(); os.kill(os.getpid(), 9)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=False)
-    assert "seed: 9" in params.read_text()
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+
+
+def halve_learning_rate(text: str) -> str:
+    changed = text.replace("  learning_rate: 1.0e-3", "  learning_rate: 5.0e-4")
+    assert changed != text
+    return changed
+
+
+def test_an_edit_during_a_run_is_kept_and_told(checkout: Path, caplog: pytest.LogCaptureFixture) -> None:
+    params = checkout / "params.yaml"
+    before = params.read_text()
+    with applied({"sft.num_train_epochs": 3, "gate.seed": 9}):
+        params.write_text(halve_learning_rate(params.read_text()))
+    assert params.read_text() == halve_learning_rate(before)
+    assert "params.yaml was edited during a run with overrides" in caplog.text
+
+
+def test_an_edit_of_the_overridden_line_itself_is_kept(checkout: Path) -> None:
+    params = checkout / "params.yaml"
+    with applied({"sft.num_train_epochs": 3, "gate.seed": 9}):
+        params.write_text(params.read_text().replace("num_train_epochs: 3", "num_train_epochs: 5  # mine: ü"))
+    assert read_params()["sft"]["num_train_epochs"] == 5
+    assert read_params()["gate"]["seed"] != 9
+    assert "# mine: ü" in params.read_text()
+
+
+def test_an_edit_back_to_the_original_stays(checkout: Path) -> None:
+    params = checkout / "params.yaml"
+    before = params.read_bytes()
+    with applied({"gate.seed": 9}):
+        params.write_bytes(before)
+    assert params.read_bytes() == before
+
+
+def test_an_edit_after_a_kill_is_kept_by_the_next_run(checkout: Path) -> None:
+    params = checkout / "params.yaml"
+    before = params.read_text()
+    kill_within_overrides()
+    params.write_text(halve_learning_rate(params.read_text()))
     with applied({}):
-        assert params.read_text() == before
+        assert params.read_text() == halve_learning_rate(before)
+
+
+@pytest.mark.parametrize("second", [{"gate.seed": 8}, {}])
+@pytest.mark.parametrize("first", [{"gate.seed": 9}, {}])
+def test_a_second_run_in_the_checkout_is_refused_and_changes_nothing(
+    first: dict[str, object], second: dict[str, object], checkout: Path
+) -> None:
+    params = checkout / "params.yaml"
+    before = params.read_bytes()
+    refused = rf"another run is at work here \(pid {os.getpid()}\)"
+    with applied(first):
+        during = params.read_bytes()
+        with pytest.raises(StageError, match=refused), applied(second):
+            pass
+        assert params.read_bytes() == during
+    assert params.read_bytes() == before
+    with applied(second):
+        pass
