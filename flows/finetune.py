@@ -3,6 +3,7 @@
 from typing import Any
 
 from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
 
 from flows.overrides import applied
 from flows.report import report
@@ -12,6 +13,7 @@ from flows.tracking import tracked_run
 from tasks.config import read_params
 from tasks.errors import StageError
 from tasks.graph import changed_stages, find_reruns, stage_order
+from tasks.leases import lease
 from tasks.ledger import check_ledger
 
 
@@ -23,7 +25,7 @@ def finetune(overrides: dict[str, Any] | None = None) -> None:
         overrides: Parameters for this run only, `section.key` -> value, checked like params.yaml:
             `--param overrides='{"sft.num_train_epochs": 2}'`.
     """
-    with applied(overrides or {}), tracked_run() as run_id:
+    with lease(str(flow_run.id)), applied(overrides or {}), tracked_run() as run_id:
         run_program("snapshot", run_id)
         may_run = find_reruns(changed_stages())
         for stage in stage_order():

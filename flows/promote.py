@@ -1,8 +1,10 @@
 """Move the champion by hand: the approval that a candidate waits for, and the way back."""
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from flows.stages import run_program
+from tasks.leases import lease
 
 
 @flow(name="promote", persist_result=False)
@@ -13,7 +15,8 @@ def promote(version: int, reason: str) -> None:
         version: Of the registered model.
         reason: Why; the record keeps it.
     """
-    run_program("promote", "", (f"--version={version}", f"--reason={reason}"))
+    with lease(str(flow_run.id)):
+        run_program("promote", "", (f"--version={version}", f"--reason={reason}"))
 
 
 @flow(name="rollback", persist_result=False)
@@ -25,4 +28,5 @@ def rollback(reason: str, version: int | None = None) -> None:
         version: Another one to go back to.
     """
     target = () if version is None else (f"--version={version}",)
-    run_program("promote", "", ("--rollback", *target, f"--reason={reason}"))
+    with lease(str(flow_run.id)):
+        run_program("promote", "", ("--rollback", *target, f"--reason={reason}"))

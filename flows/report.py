@@ -1,6 +1,7 @@
 """The report of a run among the artefacts of its flow run: a link to the page, and the short form."""
 
 from mlflow import MlflowClient
+from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.stages import run_program
@@ -15,8 +16,11 @@ def report(run_id: str) -> None:
         run_id: The MLflow run that keeps the page.
     """
     run_program("report", run_id)
-    create_link_artifact(page_url(run_id), "the whole report", key="report-page", description="finetune")
-    create_markdown_artifact(SHORT.read_text(encoding="utf-8"), key="report", description="finetune")
+    try:
+        create_link_artifact(page_url(run_id), "the whole report", key="report-page", description="finetune")
+        create_markdown_artifact(SHORT.read_text(encoding="utf-8"), key="report", description="finetune")
+    except Exception as err:  # noqa: BLE001 - what reports may not end the night
+        get_run_logger().warning("the report is not linked: %s; it is at %s", err, PAGE)
 
 
 def page_url(run_id: str) -> str:

@@ -4,11 +4,15 @@ Stages go through `dvc repro --single-item`, so that the flow and `dvc repro` by
 file and one cache; Prefect's own cache is off.
 """
 
+import contextvars
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, cast
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -30,6 +34,8 @@ RETRIES = 8
 # A training finishes its step and saves when it is asked to end.
 GRACE_SECONDS = 60.0
 BIN = Path(sys.executable).parent
+Step = tuple[float, str]  # percent, figures
+PROGRESS_THREAD = "progress"
 
 
 def may_get_further(_task: object, _run: object, state: State[None]) -> bool:
@@ -86,15 +92,15 @@ def stream(command: list[str], name: str, run_id: str) -> list[str]:
     """
     kept: list[str] = []
     log = get_run_logger()
-    progress = progress_reporter(name)
+    with progress(name) as read_progress:
 
-    def on_line(line: str) -> None:
-        log.info(line)
-        progress(line)
-        if line.startswith(("Running stage", "Stage ", "error:", "ERROR:")):
-            kept.append(line)
+        def on_line(line: str) -> None:
+            log.info(line)
+            read_progress(line)
+            if line.startswith(("Running stage", "Stage ", "error:", "ERROR:")):
+                kept.append(line)
 
-    code = supervise.run(command, on_line=on_line, env=environment(run_id), grace_seconds=GRACE_SECONDS)
+        code = supervise.run(command, on_line=on_line, env=environment(run_id), grace_seconds=GRACE_SECONDS)
     if code:
         reason = next((line for line in kept if line.startswith("error:")), kept[-1:] or "no output")
         error = StageError(f"{name} failed with exit code {code}: {reason}")
@@ -109,19 +115,54 @@ def environment(run_id: str) -> dict[str, str]:
     return {**tools_environment(), "MLFLOW_RUN_ID": run_id}
 
 
-def progress_reporter(name: str) -> Callable[[str], None]:
-    """Return a reader of `step 3/10` lines that keeps a progress artefact in Prefect."""
-    artifact: list[UUID] = []
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[str], None]]:
+    """Keep a progress artefact in Prefect, from `step 3/10` lines, for as long as the block runs.
 
-    def report(line: str) -> None:
-        if not (found := STEP.search(line)):
+    A thread of its own sends the newest figures: a server that is slow or away costs them, and neither stops
+    nor slows what computes.
+
+    Yields:
+        A reader of the output's lines.
+    """
+    steps: SimpleQueue[Step | None] = SimpleQueue()
+
+    def read(line: str) -> None:
+        if found := STEP.search(line):
+            steps.put((100 * int(found[1]) / int(found[2]), line[found.start() :]))
+
+    context = contextvars.copy_context()  # in which Prefect finds the run that the artefact belongs to
+    arguments = (send_progress, name, steps)
+    threading.Thread(target=context.run, args=arguments, name=PROGRESS_THREAD, daemon=True).start()
+    try:
+        yield read
+    finally:
+        steps.put(None)
+
+
+def send_progress(name: str, steps: SimpleQueue[Step | None]) -> None:
+    """Send the newest step to Prefect, again and again until None comes."""
+    artifact: UUID | None = None
+    while step := newest(steps):
+        percent, figures = step
+        try:
+            if artifact is None:
+                created = create_progress_artifact(percent, key=f"{name}-progress", description=figures)
+                artifact = cast("UUID", created)
+            else:
+                update_progress_artifact(artifact, progress=percent, description=figures)
+        except Exception as err:  # noqa: BLE001 - what reports may not end what computes
+            get_run_logger().warning("%s: its progress is not shown: %s", name, err)
             return
-        percent = 100 * int(found[1]) / int(found[2])
-        figures = line[found.start() :]
-        if not artifact:
-            created = create_progress_artifact(percent, key=f"{name}-progress", description=figures)
-            artifact.append(created)  # type: ignore[arg-type]
-        else:
-            update_progress_artifact(artifact[0], progress=percent, description=figures)
 
-    return report
+
+def newest(steps: SimpleQueue[Step | None]) -> Step | None:
+    """Wait for a step, and return the newest; None at the end."""
+    latest = steps.get()
+    while latest and not steps.empty():
+        following = steps.get()
+        if following is None:
+            steps.put(None)
+            break
+        latest = following
+    return latest

@@ -72,6 +72,9 @@ def status() -> None:
     for row in stack.status():
         table.add_row(*(str(cell) for cell in row))
     console.print(table)
+    for service, errors in stack.problems().items():
+        log_file = stack.find_log(service)
+        console.print(f"{service}: {len(errors)} error(s) in {log_file}, the last: {escape(errors[-1])}")
 
 
 @app.command()
@@ -96,7 +99,7 @@ def run(
     """Retrain once and show the scoreboard. A run that is under way is watched instead."""
     check(read_params())
     running = stack.up()
-    watch.run_deployment("finetune/prod", overrides, stack.environment(running))
+    watch.run_deployment("finetune/prod", overrides, running)
     print_scoreboard(running)
 
 
@@ -247,6 +250,7 @@ def print_scoreboard(running: stack.Stack) -> None:
         table.add_row(label, value)
     table.add_row("report", str(PAGE))
     table.add_row("Prefect", running.prefect_ui)
+    table.add_row("Prefect's password", f"in {os.path.relpath(running.auth_file)}")
     table.add_row("MLflow", running.mlflow_url)
     console.print(table)
 

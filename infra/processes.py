@@ -1,8 +1,4 @@
-"""Processes that outlive the command which started them: recorded, found again, and ended.
-
-A record holds the pid and the time of creation, so that a pid which the system gave away since is
-never taken for the process it once named.
-"""
+"""Processes that outlive the command which started them: recorded, and ended."""
 
 import contextlib
 import fcntl
@@ -16,9 +12,12 @@ from typing import Any
 
 import psutil
 
+from tasks.errors import StageError
+from tasks.leases import is_alive
+
 HOST = "127.0.0.1"
 TERM_SECONDS, KILL_SECONDS = 10, 30
-Record = dict[str, Any]  # a service in stack.json: pid, create_time, port (0 for the worker)
+Record = dict[str, Any]  # a service in stack.json: its identity (`tasks.leases`), port (0 for the worker)
 log = logging.getLogger(__name__)
 
 
@@ -36,9 +35,20 @@ def locked(home: Path) -> Iterator[Path]:
 
 
 def read_records(home: Path) -> dict[str, Record]:
-    """Read stack.json: service -> record; empty when nothing was started yet."""
+    """Read stack.json: service -> record; empty when nothing was started yet.
+
+    Raises:
+        StageError: An earlier version of Nightshift wrote it, and one of its processes may still run.
+    """
     path = home / "stack.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    records: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
+    for service, record in records.items():
+        if "boot_id" not in record and psutil.pid_exists(record["pid"]):
+            raise StageError(
+                f"{path}: written by an earlier version: {service} may be pid {record['pid']}; "
+                "end that process and delete the file"
+            )
+    return records
 
 
 def write_records(home: Path, records: dict[str, Record]) -> None:
@@ -46,27 +56,6 @@ def write_records(home: Path, records: dict[str, Record]) -> None:
     fresh = home / "stack.json.new"
     fresh.write_text(json.dumps(records, indent=2))
     fresh.replace(home / "stack.json")
-
-
-def find(record: Record | None) -> psutil.Process | None:
-    """Return the recorded process, or None when it ended, even if its pid was given away since."""
-    if not record:
-        return None
-    try:
-        found = psutil.Process(record["pid"])
-        # Setting the clock moves the creation time that Linux reports.
-        is_same = abs(found.create_time() - record["create_time"]) < 5
-        return found if is_same and lives(found) else None
-    except psutil.NoSuchProcess:
-        return None
-
-
-def lives(process: psutil.Process) -> bool:
-    """Tell whether a process still runs; a zombie does not."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        # In a container whose first process collects no orphans, a zombie stays for ever.
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def port_holder(port: int) -> str | None:
@@ -103,5 +92,5 @@ def end(processes: list[psutil.Process]) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 step(process)
         deadline = time.monotonic() + seconds
-        while any(map(lives, everything)) and time.monotonic() < deadline:
+        while any(map(is_alive, everything)) and time.monotonic() < deadline:
             time.sleep(0.05)

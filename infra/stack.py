@@ -6,36 +6,33 @@ Prefect or MLflow costs seconds: their own command lines and HTTP APIs are used 
 """
 
 import contextlib
-import http.client
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
-from infra import processes
+from infra import prefect_api, processes, runs
 from infra.processes import HOST
+from infra.runs import POOL
+from infra.service_logs import unexplained
 from tasks.errors import ConfigError, StageError
+from tasks.leases import find_process, identify
 from tasks.state import state_dir
 
-POOL = "nightshift"
 SERVICES = ("worker", "mlflow", "prefect")  # in the order of their end
 PORTS = {"prefect": ("NIGHTSHIFT_PREFECT_PORT", 4200), "mlflow": ("NIGHTSHIFT_MLFLOW_PORT", 5000)}
-HEARTBEAT_SECONDS = 30  # Prefect's minimum; the automation crashes a run that misses three
-START_SECONDS, CANCEL_SECONDS, BUSY_SECONDS = 180, 45, 30
-ACTIVE = ("PENDING", "RUNNING", "CANCELLING")
-AUTOMATION = Path(__file__).with_name("automations") / "crash-zombie-flows.yaml"
+HEARTBEAT_SECONDS = 30  # Prefect's minimum; the automation looks after a run that misses three
+START_SECONDS = 180
 PREFECT_TOML = Path("prefect.toml")
 MARK = "# Written by `nightshift up`, removed by `nightshift down`; do not edit.\n"
 # Variables of the user's shell that would lead a service to another database, profile or run.
@@ -43,7 +40,6 @@ FOREIGN = (
     *("PREFECT__", "PREFECT_API_", "PREFECT_PROFILE", "PREFECT_SERVER_", "MLFLOW_BACKEND_"),
     *("MLFLOW_DEFAULT_", "MLFLOW_REGISTRY_", "MLFLOW_RUN_ID", "MLFLOW_SERVER_"),
 )
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past the user's proxy
 log = logging.getLogger(__name__)
 
 
@@ -70,6 +66,20 @@ class Stack:
         """Address of MLflow: pages, API and artifacts."""
         return f"http://{HOST}:{self.mlflow_port}"
 
+    @property
+    def auth_file(self) -> Path:
+        """File with the `user:password` that Prefect's API asks for."""
+        return self.state_dir / "prefect-auth"
+
+    @property
+    def auth_string(self) -> str:
+        """What `auth_file` holds; empty before the first `up`."""
+        return self.auth_file.read_text() if self.auth_file.is_file() else ""
+
+    def prefect(self, method: str, path: str, body: object = None) -> Any:
+        """Call Prefect's API; see `infra.prefect_api.call`."""
+        return prefect_api.call(self.prefect_url, self.auth_string, method, path, body)
+
     def log_file(self, service: str) -> Path:
         """File with a service's output since its last start; `.log.1` holds the start before."""
         return self.state_dir / "logs" / f"{service}.log"
@@ -90,8 +100,6 @@ def environment(stack: Stack) -> dict[str, str]:
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # A run that waits for its deployment's slot asks again after 5 s rather than 30.
-        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
@@ -105,10 +113,24 @@ def environment(stack: Stack) -> dict[str, str]:
         "NIGHTSHIFT_HOME": str(stack.state_dir),
         "NO_PROXY": bypass,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PREFECT_API_AUTH_STRING": stack.auth_string,
         "PREFECT_API_URL": stack.prefect_url,
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_HOME": str(stack.state_dir / "prefect"),
         "no_proxy": bypass,
+    }
+
+
+def server_environment(stack: Stack) -> dict[str, str]:
+    """Return what closes the Prefect server, beside `environment`."""
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": stack.auth_string,
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": stack.prefect_ui,
+        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": str(stack.prefect_port),
+        # In memory, the default, a restart would lose the leases of whatever limit a user sets.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
 
 
@@ -126,27 +148,25 @@ def up() -> Stack:
             raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move it out of the way")
         records = processes.read_records(home)
         stack = Stack(home, *(_choose_port(name, records.get(name)) for name in PORTS))
-        worker = processes.find(records.get("worker"))
-        if worker and _recorded(home) != stack:
-            processes.end([worker])  # it speaks to an address that is no more
-            worker = None
+        worker = _end_lost_worker(stack, find_process(records.get("worker")))
+        _create_auth(stack)
         _start("prefect", stack)
         _create_mlflow_database(stack)
         _start("mlflow", stack)
         _await("prefect", stack)
-        PREFECT_TOML.write_text(prefect_toml(stack), encoding="utf-8")
+        _write_private(PREFECT_TOML, prefect_toml(stack))
+        runs.create_pool(stack)
         if not worker:
-            _crash_runs(stack, "the worker was gone when the stack came up")
+            runs.settle(stack)
         _start("worker", stack)
         _await("worker", stack)
         _call(stack, "prefect", "--no-prompt", "deploy", "--all")
-        _limit_queues(stack)
-        _create_automation(stack)
+        runs.limit_queues(stack)
+        runs.create_automation(stack)
         _await("mlflow", stack)
-        if _prefect(stack, "GET", f"/work_pools/{POOL}")["is_paused"]:
+        if stack.prefect("GET", f"/work_pools/{POOL}")["is_paused"]:
             log.warning("no run starts; to change it: prefect work-pool resume %s", POOL)
-    if os.environ.get("PREFECT_API_URL", stack.prefect_url) != stack.prefect_url:
-        log.warning("PREFECT_API_URL leads prefect elsewhere; unset it to reach the stack")
+    _warn_of_ignored_variables(stack)
     return stack
 
 
@@ -157,14 +177,14 @@ def down() -> list[str]:
         return []
     with processes.locked(state_dir()) as home:
         records = processes.read_records(home)
-        live = {name: found for name in SERVICES if (found := processes.find(records.get(name)))}
+        live = {name: found for name in SERVICES if (found := find_process(records.get(name)))}
         try:
             if "prefect" in live:
-                _end_runs(_recorded(home), live.get("worker"))
+                runs.cancel(_recorded(home), live.get("worker"))
         except StageError as err:
             log.warning("active runs are left to the next `nightshift up`: %s", err)
         processes.end([live[name] for name in live if name == "worker"])
-        processes.end(_run_processes(home))
+        runs.end_run_processes(home)
         processes.end([live[name] for name in live if name != "worker"])
         processes.write_records(home, {})
         if PREFECT_TOML.exists() and _is_own(PREFECT_TOML):
@@ -173,12 +193,22 @@ def down() -> list[str]:
     return list(live)
 
 
+def problems() -> dict[str, list[str]]:
+    """Return service -> the errors in its log that docs/operations.md does not explain."""
+    return {name: found for name in SERVICES if (found := unexplained(find_log(name)))}
+
+
+def find_log(service: str) -> Path:
+    """Return the file with a service's output since its last start."""
+    return _recorded(state_dir()).log_file(service)
+
+
 def status() -> list[tuple[str, int | None, str, bool]]:
     """List (service, pid, url, is healthy) of each service; of an ended one no pid and no url."""
     stack, records = _recorded(state_dir()), processes.read_records(state_dir())
     rows: list[tuple[str, int | None, str, bool]] = []
     for service in reversed(SERVICES):
-        if found := processes.find(records.get(service)):
+        if found := find_process(records.get(service)):
             rows.append((service, found.pid, _url(service, stack), _is_healthy(service, stack)))
         else:
             rows.append((service, None, "", False))
@@ -188,7 +218,7 @@ def status() -> list[tuple[str, int | None, str, bool]]:
 def find_stack() -> Stack | None:
     """Return the stack when both its servers run."""
     records = processes.read_records(state_dir())
-    return _recorded(state_dir()) if all(processes.find(records.get(name)) for name in PORTS) else None
+    return _recorded(state_dir()) if all(find_process(records.get(name)) for name in PORTS) else None
 
 
 def prefect_toml(stack: Stack) -> str:
@@ -201,6 +231,7 @@ def prefect_toml(stack: Stack) -> str:
 profiles_path = {json.dumps(str(home / "profiles.toml"), ensure_ascii=False)}
 [api]
 url = "{stack.prefect_url}"
+auth_string = {json.dumps(stack.auth_string)}
 [flows]
 heartbeat_frequency = {HEARTBEAT_SECONDS}
 [logging]
@@ -225,7 +256,7 @@ def _choose_port(service: str, record: processes.Record | None) -> int:
     named = os.environ.get(variable, "")
     if named and not (named.isdecimal() and 0 < int(named) < 65536):
         raise ConfigError(f"{variable}: must be a port from 1 to 65535, got {named!r}")
-    if record and processes.find(record):
+    if record and find_process(record):
         if named and int(named) != record["port"]:
             log.warning("%s stays on port %d; to move it, take the stack down", service, record["port"])
         return int(record["port"])
@@ -250,20 +281,18 @@ def _url(service: str, stack: Stack) -> str:
 
 
 def _command(service: str, stack: Stack) -> list[str]:
-    """Return the command that runs a service in the foreground."""
-    listen = ["--host", HOST, "--port", str(_port(service, stack))]
+    """Return the module that runs a service in the foreground, and its arguments."""
+    port = ["--port", str(_port(service, stack))]
     return {
-        "prefect": ["prefect", "server", "start", *listen],
+        "prefect": ["infra.prefect_server", *port],
         "mlflow": [
-            *("mlflow", "server", *listen, "--workers", "1", "--uvicorn-opts", "--no-access-log"),
+            *("mlflow", "server", "--host", HOST, *port),
+            *("--workers", "1", "--uvicorn-opts", "--no-access-log"),
             *("--backend-store-uri", f"sqlite:///{stack.state_dir / 'mlflow.db'}"),
             *("--artifacts-destination", str(stack.state_dir / "mlflow-artifacts")),
             *("--allowed-hosts", f"localhost,localhost:*,{HOST},{HOST}:*"),
         ],
-        "worker": [
-            *("prefect", "worker", "start", "--name", POOL),
-            *("--pool", POOL, "--type", "process"),  # it creates the pool when there is none
-        ],
+        "worker": ["infra.outlast", "prefect", "worker", "start", "--name", POOL, "--pool", POOL],
     }[service]
 
 
@@ -275,6 +304,51 @@ def _python(*arguments: str) -> list[str]:
 def _child_environment(stack: Stack) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     return kept | environment(stack)
+
+
+def _warn_of_ignored_variables(stack: Stack) -> None:
+    """Name the variables of the user's shell that the stack does not take over."""
+    ours = environment(stack)
+    ignored = [
+        name
+        for name, value in sorted(os.environ.items())
+        if name.startswith(FOREIGN) and not name.startswith("PREFECT__") and ours.get(name) != value
+    ]
+    if ignored:
+        log.warning("the stack has settings of its own; ignored: %s", ", ".join(ignored))
+
+
+def _create_auth(stack: Stack) -> None:
+    """Make the `user:password` of Prefect's API once."""
+    if not stack.auth_file.is_file():
+        _write_private(stack.auth_file, f"nightshift:{secrets.token_urlsafe(24)}")
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that holds a secret: no other user may read it, not even while it is written."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.touch(mode=0o600, exist_ok=False)
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+
+
+def _end_lost_worker(stack: Stack, worker: psutil.Process | None) -> psutil.Process | None:
+    """End a worker that speaks to an address which is no more; return it if it may stay.
+
+    Raises:
+        ConfigError: A run that lives speaks to that address too.
+    """
+    before = _recorded(stack.state_dir)
+    if not worker or before == stack:
+        return worker
+    if runs.run_processes(stack.state_dir):
+        raise ConfigError(
+            f"a run is under way and reports to {before.prefect_ui} and {before.mlflow_url}, but a port is "
+            "taken by another program; free it, or end the run with `nightshift down`"
+        )
+    processes.end([worker])
+    return None
 
 
 def _call(stack: Stack, *arguments: str) -> None:
@@ -311,16 +385,17 @@ def _create_mlflow_database(stack: Stack) -> None:
 def _start(service: str, stack: Stack) -> None:
     """Start a service as a detached process and record it, unless it runs."""
     records = processes.read_records(stack.state_dir)
-    if processes.find(records.get(service)):
+    if find_process(records.get(service)):
         return
     output = stack.log_file(service)
     output.parent.mkdir(exist_ok=True)
     if output.exists():
         output.replace(output.with_suffix(".log.1"))
+    server = server_environment(stack) if service == "prefect" else {}
     pid = os.posix_spawn(
         sys.executable,
         _python(*_command(service, stack)),
-        _child_environment(stack),
+        _child_environment(stack) | server,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(output), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
@@ -330,8 +405,7 @@ def _start(service: str, stack: Stack) -> None:
         # `make run &` ignores SIGINT; a worker that inherits this does not end by SIGTERM either.
         setsigdef=[signal.SIGINT],
     )
-    created = psutil.Process(pid).create_time()
-    records[service] = {"pid": pid, "create_time": created, "port": _port(service, stack)}
+    records[service] = {**identify(pid), "port": _port(service, stack)}
     processes.write_records(stack.state_dir, records)
 
 
@@ -340,7 +414,7 @@ def _await(service: str, stack: Stack) -> None:
     record, output = processes.read_records(stack.state_dir)[service], stack.log_file(service)
     deadline = time.monotonic() + START_SECONDS
     while True:
-        if not processes.find(record):
+        if not find_process(record):
             text = _tail(output.read_text(errors="replace"))
             raise StageError(f"{service}: ended at its start; the end of {output} says why:\n{text}")
         if _is_healthy(service, stack):
@@ -353,110 +427,14 @@ def _await(service: str, stack: Stack) -> None:
 def _is_healthy(service: str, stack: Stack) -> bool:
     with contextlib.suppress(StageError, OSError):
         if service == "mlflow":
-            request("GET", f"{stack.mlflow_url}/health")
+            prefect_api.request("GET", f"{stack.mlflow_url}/health")
             return True
         if service == "prefect":
-            _prefect(stack, "GET", "/health")
+            stack.prefect("GET", "/ready")
             return True
         # For 90 s the pool shows a killed worker as online; the log is of the present one.
         with stack.log_file(service).open(errors="replace") as output:
             if "started!" in output.read(65536):
-                workers = _prefect(stack, "POST", f"/work_pools/{POOL}/workers/filter", {})
+                workers = stack.prefect("POST", f"/work_pools/{POOL}/workers/filter", {})
                 return any(worker["status"] == "ONLINE" for worker in workers)
     return False
-
-
-def request(method: str, url: str, body: object = None) -> Any:
-    """Send a request and return the JSON of the answer, if it is JSON."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    deadline = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            with DIRECT.open(request, timeout=30) as answer:
-                text = answer.read()
-                return json.loads(text) if "json" in answer.headers.get_content_type() else None
-        except (OSError, http.client.HTTPException) as err:
-            # Prefect answers 503 to what a client should ask again: its database was locked.
-            is_busy = (
-                isinstance(err, urllib.error.HTTPError) and err.code == http.HTTPStatus.SERVICE_UNAVAILABLE
-            )
-            if not is_busy or time.monotonic() > deadline:
-                raise StageError(f"{method} {url}: {err}; the logs in {state_dir()} may say why") from err
-            log.info("%s is busy; asking again", url)
-            time.sleep(1)
-
-
-def _prefect(stack: Stack, method: str, path: str, body: object = None) -> Any:
-    return request(method, f"{stack.prefect_url}{path}", body)
-
-
-def _limit_queues(stack: Stack) -> None:
-    """Let each queue run one at a time, whichever deployment the run comes from."""
-    queues = f"/work_pools/{POOL}/queues"
-    for queue in _prefect(stack, "POST", f"{queues}/filter", {}):
-        _prefect(stack, "PATCH", f"{queues}/{queue['name']}", {"concurrency_limit": 1})
-
-
-def _create_automation(stack: Stack) -> None:
-    """Create the automation once: the user may switch it off, and an update would disarm it."""
-    automation = yaml.safe_load(AUTOMATION.read_text(encoding="utf-8"))
-    same_name = {"automations": {"name": {"any_": [automation["name"]]}}}
-    if not _prefect(stack, "POST", "/automations/filter", same_name):
-        _prefect(stack, "POST", "/automations/", automation)
-
-
-def _active_runs(stack: Stack) -> list[dict[str, Any]]:
-    """List the pool's flow runs that hold a process and a concurrency slot."""
-    active = {"state": {"type": {"any_": ACTIVE}}}
-    body = {"work_pools": {"name": {"any_": [POOL]}}, "flow_runs": active}
-    return list(_prefect(stack, "POST", "/flow_runs/filter", body))
-
-
-def _set_state(stack: Stack, run: dict[str, Any], name: str, message: str) -> None:
-    # Forced, a state ends the run and frees its slot whatever Prefect's rules say.
-    state = {"type": name.upper(), "name": name, "message": message}
-    body = {"state": state, "force": name == "Crashed"}
-    _prefect(stack, "POST", f"/flow_runs/{run['id']}/set_state", body)
-    log.info("flow run %s: %s, %s", run["name"], name.lower(), message)
-
-
-def _crash_runs(stack: Stack, message: str) -> None:
-    """Crash the active runs, and end their processes, which may outlive the worker."""
-    runs = _active_runs(stack)
-    processes.end(_run_processes(stack.state_dir))
-    for run in runs:
-        # A process that is ended reports a crash by itself, but not the reason for it.
-        now = _prefect(stack, "GET", f"/flow_runs/{run['id']}")["state"]["type"]
-        if now in (*ACTIVE, "CRASHED"):
-            _set_state(stack, run, "Crashed", message)
-
-
-def _end_runs(stack: Stack, worker: psutil.Process | None) -> None:
-    """Let the worker cancel its runs, and end it; paused, it starts no queued run meanwhile."""
-    pool = f"/work_pools/{POOL}"
-    if worker:
-        was_paused = _prefect(stack, "GET", pool)["is_paused"]
-        _prefect(stack, "PATCH", pool, {"is_paused": True})
-        try:
-            for run in _active_runs(stack):
-                _set_state(stack, run, "Cancelling", "the stack goes down")
-            deadline = time.monotonic() + CANCEL_SECONDS
-            while _active_runs(stack) and time.monotonic() < deadline:
-                time.sleep(0.5)
-            processes.end([worker])
-        finally:
-            _prefect(stack, "PATCH", pool, {"is_paused": was_paused})
-    _crash_runs(stack, "the stack went down")
-
-
-def _run_processes(home: Path) -> list[psutil.Process]:
-    """Find the processes of this stack's flow runs by what they inherit, orphans included."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            inherited = process.environ()
-            is_run = "PREFECT__FLOW_RUN_ID" in inherited
-            if is_run and inherited.get("NIGHTSHIFT_HOME") == str(home):
-                found.append(process)
-    return found

@@ -4,43 +4,52 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from infra.stack import request
+from infra.stack import environment
 from tasks.errors import StageError
+
+if TYPE_CHECKING:
+    from infra.stack import Stack
 
 POLL_SECONDS = 2.0
 ACTIVE = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")
 
 
-def run_deployment(deployment: str, overrides: str, env: Mapping[str, str]) -> None:
+def run_deployment(deployment: str, overrides: str, stack: "Stack") -> None:
     """Start a run of the deployment, or join the one under way, and follow it to its end.
+
+    A Prefect server that goes away meanwhile does not end the run: it is joined again when it is back.
 
     Args:
         deployment: `flow/deployment`.
         overrides: JSON for the flow's parameter `overrides`, or empty.
-        env: Environment of the local stack.
+        stack: The local stack.
 
     Raises:
-        StageError: The run did not complete, or another one is under way and cannot take overrides.
+        StageError: The run did not start or complete, or another is under way and cannot take overrides.
     """
-    api = env["PREFECT_API_URL"]
-    active = find_active(api, deployment)
+    active = find_active(stack, deployment)
     if active and overrides:
         raise StageError(f"{deployment}: run {active['name']} is under way; wait for it or cancel it")
+    before = {run["id"] for run in list_runs(stack, deployment)} - {active and active["id"]}
     if active:
         command = ["flow-run", "watch", active["id"]]
     else:
         command = ["deployment", "run", deployment, "--watch"]
         command += ["--param", f"overrides={overrides}"] if overrides else []
     ended = threading.Event()
-    ticker = threading.Thread(target=show_steps, args=(api, ended), daemon=True)
-    ticker.start()
-    prefect = str(Path(sys.executable).with_name("prefect"))
+    threading.Thread(target=show_steps, args=(stack, ended), daemon=True).start()
     try:
-        code = subprocess.run([prefect, *command], env={**os.environ, **env}, check=False).returncode
+        while not prefect(stack, *command):
+            run = next((run for run in await_runs(stack, deployment) if run["id"] not in before), None)
+            if run is None:
+                raise StageError(f"{deployment}: no run was started; the reason stands above")
+            if run["state_type"] not in ACTIVE:
+                raise StageError(f"{deployment}: {describe_failure(stack, run)}")
+            command = ["flow-run", "watch", run["id"]]
     except KeyboardInterrupt as err:
         raise StageError(
             f"{deployment}: no longer watched, but the run goes on: `make run` joins it, "
@@ -48,25 +57,42 @@ def run_deployment(deployment: str, overrides: str, env: Mapping[str, str]) -> N
         ) from err
     finally:
         ended.set()
-    if code:
-        raise StageError(f"{deployment}: {read_failure(api, deployment)}")
 
 
-def read_failure(api: str, deployment: str) -> str:
-    """Say why the last run of the deployment did not complete, and where its log is."""
-    run = list_runs(api, deployment, sort="START_TIME_DESC", limit=1)[0]
-    page = f"{api.removesuffix('/api')}/runs/flow-run/{run['id']}"
+def prefect(stack: "Stack", *arguments: str) -> bool:
+    """Run a command of Prefect's own in this terminal, and return whether it succeeded."""
+    command = [str(Path(sys.executable).with_name("prefect")), *arguments]
+    return not subprocess.run(command, env={**os.environ, **environment(stack)}, check=False).returncode
+
+
+def await_runs(stack: "Stack", deployment: str) -> list[dict[str, Any]]:
+    """Return the runs of the deployment, the newest first; wait for a server that is away."""
+    is_told = False
+    while True:
+        try:
+            return list_runs(stack, deployment, sort="EXPECTED_START_TIME_DESC")
+        except StageError:
+            if not is_told:
+                sys.stderr.write(
+                    "Prefect does not answer; the run goes on, `nightshift up` starts it again\n"
+                )
+            is_told = True
+            time.sleep(POLL_SECONDS)
+
+
+def describe_failure(stack: "Stack", run: dict[str, Any]) -> str:
+    """Say why a run did not complete, and where its log is."""
+    page = f"{stack.prefect_ui}/runs/flow-run/{run['id']}"
     return f"run {run['name']} {run['state_name']}: {run['state']['message']}; its log is at {page}"
 
 
-def show_steps(api: str, ended: threading.Event) -> None:
+def show_steps(stack: "Stack", ended: threading.Event) -> None:
     """Print the newest training step whenever it changes, until the run has ended."""
     latest = None
     while not ended.wait(POLL_SECONDS):
         try:
-            line = read_progress(api)
+            line = read_progress(stack)
         except StageError:
-            # The server is gone; what watches the run says so.
             continue
         if latest not in (None, line):
             sys.stdout.write(f"  {line}\n")
@@ -74,26 +100,26 @@ def show_steps(api: str, ended: threading.Event) -> None:
         latest = line
 
 
-def read_progress(api: str) -> str:
+def read_progress(stack: "Stack") -> str:
     """Return the text of the newest progress artefact, or nothing."""
     body = {"artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_DESC", "limit": 1}
-    found = request("POST", f"{api}/artifacts/filter", body)
+    found = stack.prefect("POST", "/artifacts/filter", body)
     return str(found[0]["description"]) if found else ""
 
 
-def find_active(api: str, deployment: str) -> dict[str, Any] | None:
+def find_active(stack: "Stack", deployment: str) -> dict[str, Any] | None:
     """Return the oldest run of the deployment that has begun or waits to, or None.
 
     A run that the schedule has planned for a later night does not count.
     """
     active = {"state": {"type": {"any_": list(ACTIVE)}}}
-    runs = list_runs(api, deployment, sort="EXPECTED_START_TIME_ASC", flow_runs=active)
+    runs = list_runs(stack, deployment, sort="EXPECTED_START_TIME_ASC", flow_runs=active)
     return next((run for run in runs if not run["auto_scheduled"]), None)
 
 
-def list_runs(api: str, deployment: str, **more: Any) -> list[dict[str, Any]]:
+def list_runs(stack: "Stack", deployment: str, **more: Any) -> list[dict[str, Any]]:
     """List the flow runs of `flow/deployment`, sorted and filtered by Prefect."""
     flow, name = deployment.split("/")
     body = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [name]}}, **more}
-    runs: list[dict[str, Any]] = request("POST", f"{api}/flow_runs/filter", body)
+    runs: list[dict[str, Any]] = stack.prefect("POST", "/flow_runs/filter", body)
     return runs

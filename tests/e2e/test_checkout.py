@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import yaml
 
+from infra import prefect_api
 from tasks.files import read_json
 from tests.checkouts import BIN, ROOT, Checkout, make_checkout
 
@@ -36,11 +38,8 @@ class ServedCheckout(Checkout):
 
     def api(self, path: str, body: dict[str, Any]) -> Any:
         """Ask the Prefect server of this checkout."""
-        url = re.search(r'url = "(.+)"', (self.folder / "prefect.toml").read_text())
-        assert url
-        response = httpx.post(f"{url[1]}{path}", json=body, timeout=30)
-        response.raise_for_status()
-        return response.json()
+        found = tomllib.loads((self.folder / "prefect.toml").read_text())["api"]
+        return prefect_api.call(found["url"], found["auth_string"], "POST", path, body)
 
     def last_run(self) -> dict[str, Any]:
         """The flow run that was started last."""
@@ -94,6 +93,7 @@ def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: ServedChe
     assert re.search(r"Prefect +http://127\.0\.0\.1:\d+ *\n", output)
     assert list(checkout.task_states()) != []
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Completed"}
+    assert "error(s) in" not in checkout.type("nightshift", "status")
 
 
 def test_the_run_links_to_its_report(checkout: ServedCheckout) -> None:

@@ -4,6 +4,7 @@ The tests share the stack and run in the order of the file; each leaves it runni
 """
 
 import json
+import platform
 import re
 import signal
 import socket
@@ -18,9 +19,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
-from infra import stack
+from infra import runs, stack
+from tasks import leases
 from tasks.errors import StageError
+from tasks.files import write_json
 
 pytestmark = pytest.mark.timeout(300)
 ROOT = Path(stack.__file__).parents[1]
@@ -44,11 +49,13 @@ deployments:
   - name: prod
     entrypoint: flow.py:tiny
     work_pool: {name: nightshift}
-    concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}
   - name: beside
     entrypoint: flow.py:tiny
     work_pool: {name: nightshift, work_queue_name: other}
-"""
+  - name: local
+    entrypoint: JANITOR:janitor
+    work_pool: {name: nightshift, work_queue_name: janitor}
+""".replace("JANITOR", str(ROOT / "flows" / "janitor.py"))
 # A shell that starts `make run &` ignores SIGINT, and so do the processes below it.
 UP = """
 import logging, signal
@@ -142,8 +149,7 @@ def submit(folder: Path, *arguments: str) -> str:
 
 
 def state_of(running: stack.Stack, run: str) -> tuple[str, str]:
-    answer = httpx.get(f"{running.prefect_url}/flow_runs/{run}", timeout=30, trust_env=False)
-    state: dict[str, Any] = answer.json()["state"]
+    state: dict[str, Any] = running.prefect("GET", f"/flow_runs/{run}")["state"]
     return state["type"], state["message"]
 
 
@@ -152,6 +158,16 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.2)
+
+
+def long_run(running: stack.Stack) -> str:
+    """The run that is under way."""
+    (run,) = [run["id"] for run in runs.active_runs(running) if run["parameters"].get("seconds")]
+    return str(run)
+
+
+def run_processes(running: stack.Stack, run: str) -> list[psutil.Process]:
+    return [process for one, process in runs.run_processes(running.state_dir) if one == run]
 
 
 def start_long_run(folder: Path, running: stack.Stack) -> str:
@@ -164,7 +180,7 @@ def start_long_run(folder: Path, running: stack.Stack) -> str:
 def test_two_ups_at_once_start_one_stack(folder: Path) -> None:
     assert [healthy for *_, healthy in stack.status()] == [True, True, True]
     commands = [" ".join(process.cmdline()) for process in processes(folder)]
-    for service in ("prefect server start", "mlflow server", "prefect worker start"):
+    for service in ("infra.prefect_server", "mlflow server", "prefect worker start"):
         assert len([command for command in commands if service in command]) == 1
 
 
@@ -172,12 +188,27 @@ def test_a_second_up_keeps_the_processes_and_the_automation(running: stack.Stack
     before = pids()
     assert stack.up() == running
     assert pids() == before
-    url = f"{running.prefect_url}/automations/filter"
-    automations = httpx.post(url, json={}, timeout=30, trust_env=False).json()
-    assert [found["name"] for found in automations] == ["crash-zombie-flows"]
+    automations = running.prefect("POST", "/automations/filter", {})
+    assert [found["name"] for found in automations] == ["look-after-silent-runs"]
 
 
-def test_the_servers_listen_on_loopback_only_and_know_their_names(folder: Path) -> None:
+def test_a_schedule_creates_runs_and_the_worker_executes_them(folder: Path, running: stack.Stack) -> None:
+    scheduled = DEPLOYMENTS.replace("- name: beside", "- name: beside\n    schedules: [{interval: 5}]")
+    (folder / "prefect.yaml").write_text(scheduled)
+    stack.up()
+    deployment = running.prefect("GET", "/deployments/name/tiny/beside")["id"]
+
+    def completed() -> bool:
+        runs = running.prefect("POST", "/flow_runs/filter", {"deployments": {"id": {"any_": [deployment]}}})
+        return any(run["auto_scheduled"] and run["state_type"] == "COMPLETED" for run in runs)
+
+    wait_until(completed, seconds=120)
+    running.prefect("DELETE", f"/deployments/{deployment}")
+    (folder / "prefect.yaml").write_text(DEPLOYMENTS)
+    stack.up()
+
+
+def test_the_servers_listen_on_loopback_only(folder: Path) -> None:
     listening = [
         connection.laddr[0]
         for process in processes(folder)
@@ -185,16 +216,84 @@ def test_the_servers_listen_on_loopback_only_and_know_their_names(folder: Path) 
         if connection.status == psutil.CONN_LISTEN
     ]
     assert set(listening) == {"127.0.0.1"}
-    found = stack.find_stack()
-    assert found is not None
-    url = f"{found.mlflow_url}/api/2.0/mlflow/experiments/get?experiment_id=0"
-    for host, code in (
-        ("localhost", 200),
-        (f"localhost:{found.mlflow_port}", 200),
-        ("127.0.0.1", 200),
-        ("elsewhere.example", 403),
-    ):
-        assert httpx.get(url, headers={"Host": host}, trust_env=False).status_code == code
+
+
+# What a page of another site can have a browser send: its own name, or the server's under another name.
+PAGES = [
+    {"Origin": "http://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://localhost:1"},
+    {"Host": "evil.example", "Origin": "http://evil.example"},
+    {"Host": "evil.example"},
+]
+
+
+@pytest.mark.parametrize("headers", PAGES)
+def test_a_page_cannot_speak_to_prefect(headers: dict[str, str], running: stack.Stack) -> None:
+    auth = tuple(running.auth_string.split(":"))
+    with httpx.Client(base_url=running.prefect_url, trust_env=False, headers=headers) as page:
+        for method, path in (
+            ("GET", "/health"),
+            ("GET", "/csrf-token?client=x"),
+            ("POST", "/flow_runs/filter"),
+        ):
+            answer = page.request(method, path, auth=auth, json={} if method == "POST" else None)
+            assert answer.status_code == 403
+            assert "access-control-allow-origin" not in answer.headers
+    with pytest.raises(InvalidStatus, match="HTTP 403"):
+        open_socket(running, headers)
+
+
+def open_socket(running: stack.Stack, headers: dict[str, str]) -> None:
+    """Open Prefect's stream of events, as a page would."""
+    host = {"Host": f"127.0.0.1:{running.prefect_port}"} | headers
+    address = ("127.0.0.1", running.prefect_port)
+    url = f"ws://{host.pop('Host')}/api/events/out"
+    with socket.create_connection(address) as connection:
+        connect(url, sock=connection, additional_headers=host, subprotocols=["prefect"]).close()
+
+
+def test_prefect_answers_nobody_without_the_auth_string(running: stack.Stack) -> None:
+    assert running.auth_file.stat().st_mode & 0o777 == 0o600
+    assert Path("prefect.toml").stat().st_mode & 0o777 == 0o600
+    with httpx.Client(base_url=running.prefect_url, trust_env=False) as page:
+        assert page.get("/csrf-token?client=x").status_code == 401
+        assert page.post("/flow_runs/filter", json={}).status_code == 403  # no token
+        assert page.post("/flow_runs/filter", json={}, auth=("nightshift", "guessed")).status_code == 403
+
+
+@pytest.mark.parametrize("variable", ["command", "env", "working_dir", "stream_output"])
+def test_whoever_starts_a_run_cannot_name_its_command(
+    variable: str, folder: Path, running: stack.Stack
+) -> None:
+    planted = folder / f"planted-{variable}"
+    value = {
+        "command": f"touch {planted}",
+        "env": {"BASH_ENV": str(planted)},
+        "working_dir": str(planted),
+        "stream_output": False,
+    }[variable]
+    deployment = running.prefect("GET", "/deployments/name/tiny/beside")["id"]
+    with pytest.raises(StageError, match="HTTP Error 4"):
+        body = {"job_variables": {variable: value}}
+        running.prefect("POST", f"/deployments/{deployment}/create_flow_run", body)
+    pool = running.prefect("GET", f"/work_pools/{runs.POOL}")["base_job_template"]
+    assert pool["variables"]["properties"] == {}
+    assert "{{" not in json.dumps(pool["job_configuration"])
+
+
+def test_mlflow_knows_its_names_and_takes_nothing_from_a_page(running: stack.Stack) -> None:
+    names = {"localhost": 200, f"localhost:{running.mlflow_port}": 200, "127.0.0.1": 200}
+    for path in ("api", "ajax-api"):
+        url = f"{running.mlflow_url}/{path}/2.0/mlflow/experiments"
+        for host, code in {**names, "elsewhere.example": 403}.items():
+            answer = httpx.get(f"{url}/get?experiment_id=0", headers={"Host": host}, trust_env=False)
+            assert answer.status_code == code
+        page = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
+        answer = httpx.post(f"{url}/create", content='{"name": "planted"}', headers=page, trust_env=False)
+        assert answer.status_code == 403
+        found = httpx.get(f"{url}/search?max_results=10", trust_env=False).json()["experiments"]
+        assert [one["name"] for one in found] == ["Default"]
 
 
 def test_a_plain_prefect_command_reaches_the_stack(folder: Path) -> None:
@@ -219,37 +318,88 @@ def test_a_broken_deployment_is_reported_with_its_reason(folder: Path) -> None:
     stack.up()
 
 
-def test_a_server_that_was_killed_comes_back_under_the_worker(folder: Path, running: stack.Stack) -> None:
+def test_a_run_outlasts_its_server(folder: Path, running: stack.Stack) -> None:
     before = pids()
-    run = start_long_run(folder, running)
+    run = submit(folder, "--param", "seconds=20")
+    wait_until(lambda: state_of(running, run)[0] == "RUNNING")
     kill(before["prefect"])
+    time.sleep(25)  # the flow ends meanwhile, and has nobody to tell
     assert stack.up() == running
     assert pids()["worker"] == before["worker"]
     assert pids()["prefect"] != before["prefect"]
-    assert state_of(running, run)[0] == "RUNNING"
+    wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
+
+
+def test_a_run_whose_server_dies_while_it_begins_completes(folder: Path, running: stack.Stack) -> None:
+    run = submit(folder)
+    wait_until(lambda: state_of(running, run)[0] == "PENDING")
+    kill(pids()["prefect"])
+    time.sleep(10)
+    stack.up()
+    wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
+
+
+def test_the_logs_hold_no_error_that_is_not_explained(running: stack.Stack) -> None:
+    assert stack.problems() == {}
 
 
 def test_a_run_waits_for_those_of_its_own_queue_only(folder: Path, running: stack.Stack) -> None:
-    (active,) = stack._active_runs(running)
+    active = {"id": start_long_run(folder, running)}
     assert prefect(folder, "deployment", "run", "tiny/beside", "--watch").returncode == 0
     assert state_of(running, active["id"])[0] == "RUNNING"
-    queues = httpx.post(
-        f"{running.prefect_url}/work_pools/{stack.POOL}/queues/filter", json={}, trust_env=False
-    )
-    limits = {queue["name"]: queue["concurrency_limit"] for queue in queues.json()}
-    assert limits == {"default": 1, "other": 1}
+    queues = running.prefect("POST", f"/work_pools/{runs.POOL}/queues/filter", {})
+    limits = {queue["name"]: queue["concurrency_limit"] for queue in queues}
+    assert limits == {"default": 1, "other": 1, "janitor": 1}
 
 
-def test_the_runs_of_a_killed_worker_are_crashed_and_free_their_slot(
-    folder: Path, running: stack.Stack
-) -> None:
-    run = stack._active_runs(running)[0]["id"]
+def test_a_run_outlives_its_worker(folder: Path, running: stack.Stack) -> None:
+    run = long_run(running)
+    processes_before = run_processes(running, run)
     kill(pids()["worker"])
     stack.up()
-    assert state_of(running, run) == ("CRASHED", "the worker was gone when the stack came up")
-    names = [process.name() for process in processes(folder)]
-    assert "sleep" not in names
+    assert state_of(running, run)[0] == "RUNNING"
+    assert run_processes(running, run) == processes_before
+
+
+def test_a_run_whose_process_died_with_its_worker_is_crashed_and_frees_its_slot(
+    folder: Path, running: stack.Stack
+) -> None:
+    run = long_run(running)
+    kill(pids()["worker"])
+    for process in run_processes(running, run):
+        kill(process.pid)
+    stack.up()
+    assert state_of(running, run) == ("CRASHED", "its process was gone when the stack came up")
     assert prefect(folder, "deployment", "run", "tiny/prod", "--watch").returncode == 0
+
+
+def test_a_run_that_its_worker_took_but_never_began_is_begun_by_the_next(
+    folder: Path, running: stack.Stack
+) -> None:
+    kill(pids()["worker"])
+    run = submit(folder)
+    running.prefect("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "PENDING"}, "force": True})
+    stack.up()
+    wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
+
+
+def test_the_janitor_crashes_a_run_whose_process_is_dead_and_no_other(
+    folder: Path, running: stack.Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, dead = start_long_run(folder, running), submit(folder)
+    monkeypatch.setenv("NIGHTSHIFT_HOME", str(running.state_dir))
+    (process, *_) = run_processes(running, alive)
+    held = {**leases.identify(process.pid), "host": platform.node()}
+    write_json(leases.lease_file(alive), held)
+    # Its pid was given to another process since.
+    write_json(leases.lease_file(dead), {**held, "start_ticks": held["start_ticks"] - 1})
+    running.prefect("POST", f"/flow_runs/{dead}/set_state", {"state": {"type": "RUNNING"}, "force": True})
+    assert prefect(folder, "deployment", "run", "janitor/local", "--watch").returncode == 0
+    assert state_of(running, alive)[0] == "RUNNING"
+    assert state_of(running, dead) == ("CRASHED", "its process has ended without reporting")
+    assert leases.leased_runs() == [alive]
+    kill(process.pid)
+    wait_until(lambda: state_of(running, alive)[0] == "CRASHED")
 
 
 def test_down_cancels_the_run_and_leaves_no_process(folder: Path, running: stack.Stack) -> None:

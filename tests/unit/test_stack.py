@@ -15,9 +15,9 @@ from threading import Thread
 
 import psutil
 import pytest
-import yaml
 
-from infra import processes, stack
+from infra import prefect_api, processes, runs, stack
+from tasks import leases
 from tasks.errors import ConfigError, StageError
 
 STACK = stack.Stack(Path("/srv/night shift"), 4300, 5100)
@@ -49,9 +49,9 @@ def bystander() -> Iterator[psutil.Process]:
     process.wait()
 
 
-def record(folder: Path, service: str, process: psutil.Process, age: float = 0) -> None:
-    created = process.create_time() - age
-    entry = {"pid": process.pid, "create_time": created, "port": 4300}
+def record(folder: Path, service: str, process: psutil.Process, age: int = 0) -> None:
+    entry = {**leases.identify(process.pid), "port": 4300}
+    entry["start_ticks"] -= age
     (folder / ".nightshift").mkdir()
     (folder / ".nightshift" / "stack.json").write_text(json.dumps({service: entry}))
 
@@ -95,7 +95,7 @@ def test_an_ended_service_gets_the_port_that_it_had(taken_port: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         before = free.getsockname()[1]
-    ended = {"pid": os.getpid(), "create_time": 1.0, "port": before}
+    ended = {**leases.identify(os.getpid()), "start_ticks": 1, "port": before}
     assert stack._choose_port("prefect", ended) == before
     assert stack._choose_port("prefect", ended | {"port": taken_port}) != taken_port
 
@@ -105,7 +105,7 @@ def test_a_running_service_keeps_its_port_whatever_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NIGHTSHIFT_PREFECT_PORT", "4301")
-    running = {"pid": os.getpid(), "create_time": psutil.Process().create_time(), "port": 4300}
+    running = {**leases.identify(os.getpid()), "port": 4300}
     assert stack._choose_port("prefect", running) == 4300
     assert "prefect stays on port 4300" in caplog.text
 
@@ -128,7 +128,7 @@ def test_a_recorded_process_is_ended_with_its_children(folder: Path, monkeypatch
         time.sleep(0.01)
     record(folder, "worker", psutil.Process(parent.pid))
     assert stack.down() == ["worker"]
-    assert [process for process in children if processes.lives(process)] == []
+    assert [process for process in children if leases.is_alive(process)] == []
     assert parent.wait(timeout=5) == -signal.SIGTERM
     assert stack.down() == []
 
@@ -176,13 +176,13 @@ def test_the_environment_leads_to_the_stack_and_stays_quiet(
         "NIGHTSHIFT_HOME": "/srv/night shift",
         "NO_PROXY": "127.0.0.1,localhost",
         "PATH": f"{Path(sys.executable).parent}:/usr/bin",
+        "PREFECT_API_AUTH_STRING": "",
         "PREFECT_API_URL": "http://127.0.0.1:4300/api",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_HOME": "/srv/night shift/prefect",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "no_proxy": "127.0.0.1,localhost",
@@ -227,7 +227,7 @@ def test_prefect_toml_leads_a_plain_prefect_to_the_stack() -> None:
     assert tomllib.loads(stack.prefect_toml(STACK)) == {
         "home": "/srv/night shift/prefect",
         "profiles_path": "/srv/night shift/prefect/profiles.toml",
-        "api": {"url": "http://127.0.0.1:4300/api"},
+        "api": {"url": "http://127.0.0.1:4300/api", "auth_string": ""},
         "flows": {"heartbeat_frequency": 30},
         "logging": {"extra_loggers": "flows,tasks", "to_api": {"when_missing_flow": "ignore"}},
         "server": {"analytics_enabled": False},
@@ -254,10 +254,46 @@ def test_down_leaves_no_trace_in_a_folder_without_a_stack(in_tmp: Path) -> None:
     assert list(in_tmp.iterdir()) == []
 
 
-def test_a_run_is_crashed_after_three_missing_heartbeats() -> None:
-    automation = yaml.safe_load(stack.AUTOMATION.read_text())
-    assert automation["trigger"]["within"] == 90
-    assert stack.HEARTBEAT_SECONDS == 30
+def test_a_file_of_an_earlier_version_is_not_taken_for_nothing(folder: Path) -> None:
+    (folder / ".nightshift").mkdir()
+    entry = {"prefect": {"pid": os.getpid(), "create_time": 1.0, "port": 4300}}
+    (folder / ".nightshift" / "stack.json").write_text(json.dumps(entry))
+    with pytest.raises(StageError, match=rf"written by an earlier version: prefect may be pid {os.getpid()}"):
+        stack.up()
+
+
+def test_a_worker_whose_server_moved_is_ended_only_if_no_run_needs_the_old_address(
+    folder: Path, bystander: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(folder, "prefect", bystander)
+    moved = stack.Stack(folder / ".nightshift", 4301, 0)
+    monkeypatch.setattr(runs, "run_processes", lambda _: [("a run", bystander)])
+    with pytest.raises(ConfigError, match=r"a run is under way and reports to http://127\.0\.0\.1:4300"):
+        stack._end_lost_worker(moved, bystander)
+    assert leases.is_alive(bystander)
+    monkeypatch.setattr(runs, "run_processes", lambda _: [])
+    assert stack._end_lost_worker(moved, bystander) is None
+    assert not leases.is_alive(bystander)
+
+
+def test_variables_that_the_stack_does_not_take_over_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://elsewhere")
+    stack._warn_of_ignored_variables(STACK)
+    assert "the stack has settings of its own; ignored: PREFECT_SERVER_DATABASE_CONNECTION_URL" in caplog.text
+    assert "elsewhere" not in caplog.text
+
+
+def test_the_secret_is_made_once_and_is_the_owners_alone(folder: Path) -> None:
+    here = stack.Stack(folder / ".nightshift", 1, 1)
+    here.state_dir.mkdir()
+    stack._create_auth(here)
+    made = here.auth_string
+    stack._create_auth(here)
+    assert here.auth_string == made
+    assert len(made) == len("nightshift:") + 32
+    assert here.auth_file.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_command_line_does_not_wait_for_heavy_imports() -> None:
@@ -281,9 +317,9 @@ def test_a_busy_server_is_asked_again_and_said_so(
         def log_message(self, *_: object) -> None:
             """Keep the test's output clean."""
 
-    monkeypatch.setattr(stack.time, "sleep", lambda _: None)
+    monkeypatch.setattr(prefect_api.time, "sleep", lambda _: None)
     with HTTPServer(("127.0.0.1", 0), Busy) as server, caplog.at_level("INFO"):
         Thread(target=server.serve_forever, daemon=True).start()
-        assert stack.request("GET", f"http://127.0.0.1:{server.server_port}/x") == {"ok": True}
+        assert prefect_api.request("GET", f"http://127.0.0.1:{server.server_port}/x") == {"ok": True}
         server.shutdown()
     assert caplog.text.count("is busy; asking again") == 2
