@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks import dedupe, increment, scale
 from benchmarks.record import require_bounds, write_records
+from tasks.stage import run_main
 
 PACKAGES = ("daft", "datasketch", "datatrove", "rensa", "pyarrow", "tokenizers", "transformers", "trl")
 log = logging.getLogger(__name__)
@@ -13,7 +14,6 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Measure, write results/data.json, and say what does not hold."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     records = []
     for module in (dedupe, scale, increment):
         with tempfile.TemporaryDirectory() as folder:
@@ -25,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,6 +7,7 @@ themselves (shingles, verification, keep-first) is ours. `python -m benchmarks.d
 prints one measurement.
 """
 
+import argparse
 import json
 import resource
 import subprocess
@@ -28,6 +29,7 @@ from tasks.dedupe.candidates import Text, shared_buckets
 from tasks.dedupe.signatures import sign
 from tasks.files import read_json, write_json
 from tasks.memo import Memo
+from tasks.stage import run_main
 from tasks.text import Shingles, canonical, comparable_shingles, jaccard
 
 PARAMS = DedupeParams(num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1)
@@ -208,10 +210,9 @@ ENGINES: dict[str, Callable[[Sequence[str]], dict[str, float]]] = {
 }
 
 
-def main() -> None:
-    """Run the engine named on the command line on the corpus named there; print seconds and memory."""
-    engine, corpus = sys.argv[1:]
-    documents = read_json(Path(corpus))
+def main(engine: str, corpus: Path) -> None:
+    """Run one engine on a corpus; print seconds and memory."""
+    documents = read_json(corpus)
     ENGINES[engine](documents[:100])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = ENGINES[engine](documents)
@@ -219,5 +220,11 @@ def main() -> None:
     sys.stdout.write(json.dumps({**result, "extra_mib": (after - before) / 1024}) + "\n")
 
 
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("engine", choices=ENGINES, help="what removes the duplicates")
+    parser.add_argument("corpus", type=Path, help="a JSON list of texts")
+
+
 if __name__ == "__main__":
-    main()
+    run_main(main, declare)

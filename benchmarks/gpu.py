@@ -27,6 +27,7 @@ from tasks.files import read_json, write_json, write_rows
 from tasks.pack import ROWS
 from tasks.schemas import GROUPED
 from tasks.sft.backend import ATTENTION
+from tasks.stage import run_main
 
 PACKAGES = ("accelerate", "peft", "torch", "transformers", "trl")
 BATCH, WARM_UP, TIMED = 2, 10, 30
@@ -81,22 +82,23 @@ class Size:
     length: int
 
 
-def main() -> None:
+def main(*, rehearse: bool) -> None:
     """Climb the ladder, write results/gpu.json, and say what does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rehearse", action="store_true", help="a small model, anywhere; writes nothing")
-    rehearses = parser.parse_args().rehearse
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if not rehearses and not torch.cuda.is_available():
+    if not rehearse and not torch.cuda.is_available():
         sys.exit("error: no NVIDIA GPU; --rehearse tries the benchmark on a small model")
-    size = Size(REHEARSAL, 256) if rehearses else Size(LLAMA_8B, 4096)
+    size = Size(REHEARSAL, 256) if rehearse else Size(LLAMA_8B, 4096)
     with tempfile.TemporaryDirectory() as folder:
         records = measure(Path(folder), size)
     for one in records:
         log.info("%s: %.4g %s, bound %s", one["claim"], one["value"], one["unit"], one["bound"])
-    if not rehearses:
+    if not rehearse:
         write_records("gpu", records, PACKAGES)
     require_bounds(records)
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--rehearse", action="store_true", help="a small model, anywhere; writes nothing")
 
 
 def measure(folder: Path, size: Size) -> list[Record]:
@@ -244,4 +246,4 @@ def device() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, declare)

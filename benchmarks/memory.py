@@ -30,6 +30,7 @@ from tasks.sft import SftParams
 from tasks.sft.memory import Batch, estimate, largest_batch
 from tasks.sft.strategy import GIB
 from tasks.sources.packages import elements
+from tasks.stage import run_main
 
 PACKAGES = ("accelerate", "deepspeed", "peft", "torch", "transformers", "trl")
 STEPS = 12
@@ -47,7 +48,6 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Measure, write results/memory.json, and say what does not hold."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with tempfile.TemporaryDirectory() as folder:
         records = measure(Path(folder))
     write_records("memory", records, PACKAGES)
@@ -210,4 +210,4 @@ def high_water(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

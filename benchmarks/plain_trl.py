@@ -3,8 +3,8 @@
 It stands alone: nothing of this project is imported.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from datasets import Dataset
@@ -13,9 +13,9 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 
-def main() -> None:
+def main(settings_file: Path) -> None:
     """Train one epoch; write the losses and the seconds to result.json."""
-    settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
     set_seed(0)
     trainer = SFTTrainer(
         model=settings["model"],
@@ -49,5 +49,13 @@ def main() -> None:
     Path("result.json").write_text(json.dumps(output), encoding="utf-8")
 
 
+def read_arguments() -> Path:
+    """Read the command line: the file of settings."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("settings_file", type=Path, help="model, rows and rates, as JSON")
+    return Path(parser.parse_args().settings_file)
+
+
 if __name__ == "__main__":
-    main()
+    main(read_arguments())

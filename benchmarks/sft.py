@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks import memory, orchestration, throughput
 from benchmarks.record import require_bounds, write_records
+from tasks.stage import run_main
 
 PACKAGES = ("accelerate", "deepspeed", "dvc", "peft", "prefect", "torch", "transformers", "trl")
 log = logging.getLogger(__name__)
@@ -13,7 +14,6 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Measure, write results/sft.json, and say what does not hold."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job, ours, added = orchestration.measure(folder)
@@ -26,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -44,35 +44,33 @@ ANY_CHAMPION = -1
 log = logging.getLogger(__name__)
 
 
-def main() -> None:
-    """Do what the command line asks for; without arguments, what the gate allows."""
-    arguments = read_arguments()
-    if arguments.acknowledge:
-        acknowledge(arguments.reason)
-    elif arguments.rollback:
-        roll_back(arguments.version, arguments.reason)
-    elif arguments.version is not None:
-        move(arguments.version, "promote", arguments.reason)
-    else:
-        follow_gate()
-
-
-def read_arguments() -> argparse.Namespace:
-    """Read the command line.
+def main(version: int | None, reason: str, *, rollback: bool, ends_hold: bool) -> None:
+    """Do what the command line asks for; without arguments, what the gate allows.
 
     Raises:
         ConfigError: A move by hand has no reason.
     """
-    parser = argparse.ArgumentParser(prog="python -m tasks.promote", description=__doc__)
+    is_by_hand = ends_hold or rollback or version is not None
+    if is_by_hand and not reason.strip():
+        raise ConfigError("--reason is empty; say why, the record keeps it")
+    if ends_hold:
+        acknowledge(reason)
+    elif rollback:
+        roll_back(version, reason)
+    elif version is not None:
+        move(version, "promote", reason)
+    else:
+        follow_gate()
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("--version", type=int, help="the version to move to")
     parser.add_argument("--rollback", action="store_true", help="bring back the previous champion")
-    parser.add_argument("--acknowledge", action="store_true", help="allow automatic promotion again")
+    parser.add_argument(
+        "--acknowledge", dest="ends_hold", action="store_true", help="allow automatic promotion again"
+    )
     parser.add_argument("--reason", default="", help="why, in words; the record keeps it")
-    arguments = parser.parse_args()
-    is_by_hand = arguments.acknowledge or arguments.rollback or arguments.version is not None
-    if is_by_hand and not arguments.reason.strip():
-        raise ConfigError("--reason is empty; say why, the record keeps it")
-    return arguments
 
 
 def follow_gate() -> None:
@@ -225,4 +223,4 @@ def require_whole(version: ModelVersion) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, declare)

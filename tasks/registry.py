@@ -158,11 +158,12 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
         )
 
 
-def ask(*models: str) -> list[list[str]]:
+def ask(model_uri: str, *folders: str) -> list[list[str]]:
     """Ask models the probe's questions in a process of its own; greedy, so the answers are always the same.
 
     Args:
-        models: A model's URI; after it, the folders of a base and an adapter may follow.
+        model_uri: Of a registered model.
+        folders: Of a base and an adapter that are asked too.
 
     Returns:
         The answers, special tokens and all, of each model.
@@ -171,7 +172,13 @@ def ask(*models: str) -> list[list[str]]:
         GateError: A model does not load.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.served_model", *models],
+        [
+            sys.executable,
+            "-m",
+            "tasks.served_model",
+            model_uri,
+            *(["--folders", *folders] if folders else []),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -186,7 +193,7 @@ def ask(*models: str) -> list[list[str]]:
         },
     )
     if done.returncode:
-        raise GateError(f"registry: {models[0]} does not load: {done.stderr.strip()[-2000:]}")
+        raise GateError(f"registry: {model_uri} does not load: {done.stderr.strip()[-2000:]}")
     answers: list[list[str]] = json.loads(done.stdout.strip().splitlines()[-1])
     return answers
 

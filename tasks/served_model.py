@@ -6,6 +6,7 @@ base is found through `NIGHTSHIFT_BASE`, or where it was at registration. MLflow
 into the model, so it imports nothing of the project; `nightshift chat` and `export` use its functions.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -186,24 +187,34 @@ def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) 
             is_closed.set()
 
 
-def main(arguments: list[str]) -> None:
-    """Print the probe's answers of `MODEL_URI`, and of `BASE ADAPTER` after it, as JSON on the last line."""
+def main(model_uri: str, folders: list[Path] | None) -> None:
+    """Print the probe's answers of a model, and of a base with an adapter, as JSON on the last line."""
     import mlflow
 
     conversations = [[{"role": "user", "content": question}] for question in PROBES]
-    served = mlflow.pyfunc.load_model(arguments[0])
+    served = mlflow.pyfunc.load_model(model_uri)
     asked = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
     found = [[served.predict(one)["choices"][0]["message"]["content"] for one in asked]]
-    if arguments[1:]:
-        base, adapter = arguments[1:]
-        model, tokenizer = load(Path(base), Path(adapter))
+    if folders:
+        base, adapter = folders
+        model, tokenizer = load(base, adapter)
         answers = (generate(model, tokenizer, turns, PROBE_TOKENS, forced=True) for turns in conversations)
         found.append([tokenizer.decode(new) for _, new in answers])
     sys.stdout.write(json.dumps(found) + "\n")
 
 
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model_uri", help="the model to ask, as MLflow names it")
+    parser.add_argument(
+        "--folders", type=Path, nargs=2, metavar=("BASE", "ADAPTER"), help="of a model to ask too"
+    )
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from tasks.stage import run_main
+
+    run_main(main, declare)
 elif not __package__:
     # MLflow reads this file as a model, and not as a module of `tasks`.
     from mlflow.models import set_model

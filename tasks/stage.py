@@ -1,14 +1,16 @@
-"""What every stage's `main()` shares: the exit protocol and the ledger entry.
+"""What every program's `main()` shares: the command line, the exit protocol and the ledger entry.
 
 Exit codes: 0 success, 1 a bug (traceback); others are errors that the user can act on, one line on stderr
-(`tasks.errors`).
+(`tasks.errors`). 2 is also the code of a command line that the program does not know.
 """
 
+import argparse
 import errno
 import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tasks.errors import PipelineError, StageError
@@ -20,17 +22,43 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 log = logging.getLogger(__name__)
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a stage as a program: configure logging, turn a user's error into one line and its exit code."""
+def run_main(
+    main: Callable[..., None], declare: Callable[[argparse.ArgumentParser], None] | None = None
+) -> None:
+    """Run a program: parse its command line, configure logging, turn a user's error into one line.
+
+    `--help` and an argument that is not declared end the program before `main` starts, with exit code 0 or 2.
+
+    Args:
+        main: Gets each declared argument by its name.
+        declare: Adds the program's arguments to its parser; None if it takes none, as a stage.
+    """
+    parser = build_parser(sys.modules[main.__module__])
+    if declare:
+        declare(parser)
+    arguments = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     try:
-        main()
+        main(**arguments)
     except PipelineError as err:
         sys.exit(_fail(err))
     except OSError as err:
         if err.errno not in NO_ROOM:
             raise
         sys.exit(_fail(StageError(f"{err}; make room there or give the rights to write, then run again")))
+
+
+def build_parser(program: ModuleType) -> argparse.ArgumentParser:
+    """Build the parser of a program without arguments; its help is the docstring of the module."""
+    spec = program.__spec__
+    return argparse.ArgumentParser(
+        # `python -m tasks.dedupe` runs `tasks.dedupe.__main__`.
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
+        description=program.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviation that is accepted today has two meanings after the next argument.
+        allow_abbrev=False,
+    )
 
 
 def write_summary(

@@ -262,10 +262,13 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]
     """Split the supervisor's own options from the command."""
     parser = argparse.ArgumentParser(
         prog="python -m tasks.supervise",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         usage="%(prog)s [--grace SECONDS] [--parent PID] -- COMMAND...",
     )
-    parser.add_argument("--grace", type=float, default=10.0)
-    parser.add_argument("--parent", type=int, default=os.getppid())
+    parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
+    parser.add_argument("--parent", type=int, default=os.getppid(), help="process id; its death ends all")
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:at])
     if not arguments[at + 1 :]:

@@ -1,8 +1,8 @@
 """Score one model: the program that the stage starts for each model that has not answered everything yet."""
 
+import argparse
 import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from tasks.files import iterate_rows, read_json, read_rows, write_rows
 from tasks.stage import print_line, run_main
 
 
-def main() -> None:
-    """Score the model of the job named on the command line; each benchmark is kept as soon as it is done."""
-    job = read_json(Path(sys.argv[-1]))
+def main(job_file: Path) -> None:
+    """Score the model of a job; each benchmark is kept as soon as it is done."""
+    job = read_json(job_file)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     find = None
     if job["documents"]:
@@ -42,6 +42,11 @@ def main() -> None:
             found = score_benchmark(model, benchmarks[name], root / name, job["limit"])
         write_rows(Path(target), found, SCORES)
         print_line(f"{DONE}{name}")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("job_file", type=Path, help="what to score, as tasks.evaluate writes it")
 
 
 @torch.inference_mode()
@@ -89,4 +94,4 @@ def heldout_losses(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, declare)

@@ -3,11 +3,11 @@
 Rank 0 writes effective.json, selftest.json, the adapter, and last of all the success marker.
 """
 
+import argparse
 import gc
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,13 @@ WEIGHT_FILES = (
 log = logging.getLogger(__name__)
 
 
-def main() -> None:
-    """Train the job named on the command line; leave the reason if it fails."""
+def main(job_file: Path) -> None:
+    """Train a job; leave the reason if it fails."""
     # Without its launcher a rank would wait for the others for ever.
     supervise.die_with_parent()
     # What is imported stays: neither a collection on the way nor the one at the end is to look through it.
     gc.freeze()
-    job = read_json(Path(sys.argv[-1]))
+    job = read_json(job_file)
     folder = Path(job["folder"])
     try:
         train(job, folder)
@@ -67,6 +67,11 @@ def main() -> None:
             raise
         write_failure(folder, "out_of_memory", f"out of memory: {text}")
         raise StageError(f"out of memory: {text}") from err
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("job_file", type=Path, help="what to train, as tasks.sft writes it")
 
 
 def train(job: dict[str, Any], folder: Path) -> None:
@@ -306,4 +311,4 @@ def tidy(model: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, declare)
