@@ -26,7 +26,7 @@ def load_presidio(model: str) -> Find:
         from presidio_analyzer.nlp_engine import SpacyNlpEngine
         from presidio_analyzer.predefined_recognizers import SpacyRecognizer
     except ImportError as err:
-        raise ConfigError(f"ingest.pii_model: {err}; run `pip install 'nightshift[presidio]'`") from err
+        raise ConfigError(f"ingest.pii_model: {err}; run `pip install -e '.[presidio]'`") from err
     if not (spacy.util.is_package(model) or Path(model).is_dir()):
         raise ConfigError(f"ingest.pii_model: no spaCy model {model!r}; run `spacy download {model}`")
     # The language is a label that model and recogniser share, nothing more.

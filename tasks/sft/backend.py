@@ -84,7 +84,7 @@ def find_missing(params: SftParams, device: str) -> list[str]:
     found = []
     for what, (is_asked, package, needs_gpu) in needs.items():
         if is_asked and importlib.util.find_spec(package) is None:
-            found.append(f"sft.{what} needs {package}; run `pip install 'nightshift[gpu]'`")
+            found.append(f"sft.{what} needs {package}; run `pip install -e '.[gpu]'`")
         elif is_asked and needs_gpu and device == "cpu":
             found.append(f"sft.{what} needs a GPU; take another value")
     return found

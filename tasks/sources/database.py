@@ -13,6 +13,8 @@ from tasks.errors import ConfigError, DataError
 from tasks.sources import Offer
 
 ROWS_PER_CHUNK = 5_000
+# Module of a driver -> package on PyPI, where the names differ.
+DRIVERS = {"MySQLdb": "mysqlclient", "mysql": "mysql-connector-python"}
 
 
 def query_offer(sql: str, url_env: str) -> Offer:
@@ -44,8 +46,9 @@ def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:
     try:
         engine = create_engine(url)
     except ModuleNotFoundError as err:
+        driver = DRIVERS.get(err.name or "", err.name)
         raise ConfigError(
-            f"snapshot.sources: {url_env} needs the driver {err.name}; run `pip install {err.name}`"
+            f"snapshot.sources: {url_env} needs the driver {err.name}; run `pip install {driver}`"
         ) from err
     # The text of this error and of its causes can hold the URL.
     except (ArgumentError, ValueError):

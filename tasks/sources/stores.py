@@ -41,10 +41,8 @@ def remote_offers(location: str) -> Iterator[Offer]:
     try:
         store, pattern = fsspec.url_to_fs(location)
     except ImportError as err:
-        extra = EXTRAS.get(scheme, scheme)
-        raise ConfigError(
-            f"snapshot.sources: {location}: {err}; run `pip install 'nightshift[{extra}]'`"
-        ) from err
+        extra = EXTRAS[scheme]
+        raise ConfigError(f"snapshot.sources: {location}: {err}; run `pip install -e '.[{extra}]'`") from err
     try:
         names = [name for name in store.glob(pattern) if store.isfile(name)]
     except (OSError, ValueError) as err:

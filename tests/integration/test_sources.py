@@ -77,7 +77,7 @@ def test_a_store_whose_library_is_missing_names_the_extra_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("ConfigError ")
-    assert "pip install 'nightshift[gcs]'" in done.stdout
+    assert "pip install -e '.[gcs]'" in done.stdout
 
 
 def test_any_file_system_of_fsspec_is_read_in_the_same_way() -> None:

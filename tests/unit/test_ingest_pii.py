@@ -118,5 +118,5 @@ def test_a_model_that_is_not_installed_is_named_and_not_downloaded() -> None:
 
 def test_without_presidio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
-    with pytest.raises(ConfigError, match=r"pip install 'nightshift\[presidio\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[presidio\]'"):
         load_presidio("en_core_web_sm")
