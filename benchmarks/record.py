@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tasks.files import write_json
+from tasks.files import write_figures
 
 RESULTS = Path(__file__).parent / "results"
 Record = dict[str, Any]
@@ -48,7 +48,7 @@ def write_records(name: str, records: Sequence[Record], packages: Sequence[str])
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "commit": commit(),
     }
-    write_json(RESULTS / f"{name}.json", [{**one, **about} for one in records])
+    write_figures(RESULTS / f"{name}.json", [{**one, **about} for one in records])
 
 
 def require_bounds(records: Sequence[Record]) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tasks.files import read_json, write_json
+from tasks.files import read_json, write_figures
 from tasks.state import state_dir
 
 DATA = Path("data")
@@ -27,7 +27,7 @@ def collect() -> dict[str, Any]:
         **read_json(DATA / "promote" / "outcome.json"),
         "champion": read_json(DATA / "champion" / "champion.json")["version"],
     }
-    write_json(scoreboard_file(), board)
+    write_figures(scoreboard_file(), board)
     return board
 
 
@@ -52,8 +52,8 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         table.append(
             (
                 f"gain over the {gate['reference']}",
-                f"{gain['mean']:+.1%}, {1 - gain['alpha']:.0%} interval "
-                f"{gain['low']:+.1%} to {gain['high']:+.1%}",
+                f"{share(gain['mean'], '+')}, {1 - gain['alpha']:.0%} interval "
+                f"{share(gain['low'], '+')} to {share(gain['high'], '+')}",
             )
         )
     table += [
@@ -67,9 +67,9 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
     return table
 
 
-def share(value: float | None) -> str:
-    """Write a share; what no item has a score for is no number."""
-    return "none" if value is None else f"{value:.1%}"
+def share(value: float | None, sign: str = "") -> str:
+    """Write a share, with its sign if that is "+"; what could not be computed has no number."""
+    return "none" if value is None else f"{value:{sign}.1%}"
 
 
 def figure(value: float | None) -> str:

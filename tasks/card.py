@@ -102,8 +102,8 @@ def base_name(reference: str) -> str:
 
 
 def heldout(gate: Row) -> str:
-    """Say what the held-out loss is; a gate that had nothing to compare did not measure it."""
-    if "loss" not in gate:
+    """Say what the held-out loss is; a gate that could not compare has no number for it."""
+    if gate.get("loss") is None or gate.get("reference_loss") is None:
         return "The loss on held-out examples was not compared."
     return (
         f"Loss on held-out examples: {gate['loss']:.3f} nats per token; the {gate['reference']} has "

@@ -6,6 +6,7 @@ leaves half a file under its final name.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,9 +41,37 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, keys sorted, so that equal values give equal bytes."""
+    """Write JSON atomically, keys sorted, so that equal values give equal bytes.
+
+    Raises:
+        ValueError: A number is not finite; see `write_figures`.
+    """
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def write_figures(path: Path, value: object) -> None:
+    """Write computed figures as JSON, null for one that is not finite.
+
+    What is only reported must not end a stage; what decides is checked where it decides.
+    """
+    write_json(path, finite(value))
+
+
+def finite(value: object) -> object:
+    """Return a JSON value with None for every number that is not finite.
+
+    Example:
+        >>> finite({"loss": float("nan"), "bands": [0.1, float("inf")]})
+        {'loss': None, 'bands': [0.1, None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return value
 
 
 def read_json(path: Path) -> Any:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from tasks.errors import PipelineError, StageError
-from tasks.files import write_json
+from tasks.files import write_figures
 
 DATA = Path("data")
 # The disk is full, or nobody may write there.
@@ -92,7 +92,7 @@ def write_summary(
             f"+ {reasons} dropped; this is a bug in the stage, report it"
         )
     entry = {"rows_in": rows_in, "added": added, "rows_out": rows_out, "dropped": reasons, **more}
-    write_json(DATA / stage / "summary.json", entry)
+    write_figures(DATA / stage / "summary.json", entry)
     log.info("%s: %d in, %d added, %d out, dropped %s", stage, rows_in, added, rows_out, reasons)
 
 

@@ -17,7 +17,16 @@ from tasks.config import load_params, suggestion
 from tasks.errors import ConfigError, StageError
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate.scores import ALL_SCORES, DONE, metrics
-from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
+from tasks.files import (
+    file_digest,
+    read_json,
+    read_rows,
+    text_digest,
+    tree_digest,
+    write_figures,
+    write_json,
+    write_rows,
+)
 from tasks.stage import DATA, print_line, run_main, write_summary
 from tasks.state import state_dir
 
@@ -60,7 +69,7 @@ def main() -> None:
         {"model": name, **row} for name in memo for file in memo[name].values() for row in read_rows(file)
     ]
     write_rows(TARGET, rows, ALL_SCORES)
-    write_json(METRICS, metrics(rows))
+    write_figures(METRICS, metrics(rows))
     write_json(MODELS, {name: digest(one) for name, one in contenders.items() if name != RETRIEVAL})
     write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(contenders))
 

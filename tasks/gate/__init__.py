@@ -6,7 +6,8 @@ none), so every test is paired. Each check reaches a verdict, and the gravest of
 - promote: nothing speaks against it;
 - hold: the data cannot tell, or the candidate is the champion;
 - reject: the candidate is worse, or below a floor;
-- error: scores are missing or not numbers, or the benchmark was trained on. Errors fail closed.
+- error: scores, or what is computed from them to decide, are missing or not finite numbers, or the benchmark
+  was trained on. Errors fail closed.
 
 Items that are too long for the model are skipped for both sides. Other models in the table, such as the
 baseline `retrieval`, take no part.
@@ -40,11 +41,13 @@ class GateParams(StageParams):
         seed_noise: Standard deviation of the accuracy between trainings that differ in their seed only.
         max_loss_increase: Accepted relative growth of the held-out loss.
         min_items: Fewest paired items of a benchmark for a verdict.
-        n_resamples: Resamples of the bootstrap and of the permutation test.
+        n_resamples: Resamples of each interval and each test of flipped signs; an interval takes more where
+            `alpha` asks for them, a test's p may be far below 1 / n_resamples.
         seed: Seed of the resampling.
     """
 
-    alpha: Annotated[float, Field(gt=0, le=0.5)]
+    # An interval of a smaller one would take more than 200,000 resamples.
+    alpha: Annotated[float, Field(ge=0.0001, le=0.5)]
     detectable_gain: Annotated[float, Field(gt=0, le=1)]
     power: Annotated[float, Field(gt=0, lt=1)]
     margin: Share

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tasks.config import load_params
 from tasks.decontaminate import evaluation_questions, questions_of
-from tasks.files import iterate_rows, read_json, read_rows, write_json
+from tasks.files import iterate_rows, read_json, read_rows, write_figures
 from tasks.gate import GateParams
 from tasks.gate.decision import decide
 from tasks.stage import DATA, run_main, write_summary
@@ -25,7 +25,7 @@ def main() -> None:
     rows = read_rows(SCORES)
     overlaps = find_overlaps(TRAIN, TEST, BENCHMARKS)
     decision = decide(rows, read_json(MODELS), read_json(CHAMPION)["looks"], overlaps, params)
-    write_json(TARGET, decision)
+    write_figures(TARGET, decision)
     write_summary("gate", rows_in=len(rows), rows_out=len(rows), verdict=decision["verdict"])
 
 

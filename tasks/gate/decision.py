@@ -108,6 +108,18 @@ def conclude(checks: Sequence[Check]) -> dict[str, Any]:
     return {"verdict": verdict, "reason": reason, "checks": [asdict(check) for check in checks]}
 
 
+def decided(name: str, verdict: Verdict, said: str, *figures: float) -> Check:
+    """Make a check that rests on figures: one that is not a finite number allows nothing.
+
+    Example:
+        >>> decided("gain", "promote", "better: +nan%", math.nan).verdict
+        'error'
+    """
+    if all(math.isfinite(figure) for figure in figures):
+        return Check(name, verdict, said)
+    return Check(name, "error", f"not a finite number: {said}; look for broken scores in data/evaluate")
+
+
 def find_faults(
     rows: Sequence[Row], reference: str, overlaps: Sequence[str], params: GateParams
 ) -> Iterator[Check]:
@@ -153,8 +165,10 @@ def find_faults(
 
 
 def is_broken(row: Row) -> bool:
-    """Tell whether a model was asked and gave no number."""
-    return row["status"] == "error" or (row["status"] == "ok" and not math.isfinite(row["score"]))
+    """Return whether a model was asked and gave no finite number."""
+    if row["status"] == "ok":
+        return row["score"] is None or not math.isfinite(row["score"])
+    return bool(row["status"] == "error")
 
 
 def key(row: Row) -> tuple[str, str]:
@@ -215,10 +229,11 @@ def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str,
         "alpha": params.alpha,
         "spent": spent,
         "power": power(found, params.detectable_gain, spent),
+        "p_value": p_value(found, params.n_resamples, params.seed, alpha=spent),
     }
-    p = p_value(found, params.n_resamples, params.seed)
-    rounded = {name: round(value, 6) for name, value in values.items()}
-    return rounded | {"p_value": float(f"{p:.3g}"), "look": look, "items": len(found)}
+    # Of significant digits: what the hundredth look may spend has five zeros behind the point.
+    rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+    return rounded | {"look": look, "items": len(found)}
 
 
 def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> Check:
@@ -228,17 +243,18 @@ def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> 
         f"p {gain['p_value']:.2g} of {gain['spent']:.2g} at look {gain['look']}"
     )
     band = seed_band(params.seed_noise, params.alpha)
+    figures = (gain["p_value"], gain["spent"], gain["mean"], band)
     if gain["p_value"] > gain["spent"]:
         able = f"a gain of {params.detectable_gain:.0%} would show with probability {gain['power']:.0%}"
         if gain["power"] < params.power:
             needed = items_needed(found, params.detectable_gain, gain["spent"], params.power)
-            able += f", with {needed:,} items instead of {gain['items']:,} with {params.power:.0%}"
-        return Check("gain", "hold", f"cannot tell: {said}; {able}")
+            able += f", with {needed:,.0f} items instead of {gain['items']:,} with {params.power:.0%}"
+        return decided("gain", "hold", f"cannot tell: {said}; {able}", *figures)
     if gain["mean"] < 0:
-        return Check("gain", "reject", f"worse: {said}")
+        return decided("gain", "reject", f"worse: {said}", *figures)
     if gain["mean"] <= band:
-        return Check("gain", "hold", f"no more than seeds differ ({band:.1%}): {said}")
-    return Check("gain", "promote", f"better: {said}")
+        return decided("gain", "hold", f"no more than seeds differ ({band:.1%}): {said}", *figures)
+    return decided("gain", "promote", f"better: {said}", *figures)
 
 
 def check_floors(pairs: Pairs, params: GateParams) -> Iterator[Check]:
@@ -247,7 +263,7 @@ def check_floors(pairs: Pairs, params: GateParams) -> Iterator[Check]:
         if name in params.floors:
             accuracy, floor = sum(ours["score"] for ours, _ in group) / len(group), params.floors[name]
             verdict: Verdict = "promote" if accuracy >= floor else "reject"
-            yield Check(f"{name}, floor", verdict, f"{accuracy:.1%}, at least {floor:.1%}")
+            yield decided(f"{name}, floor", verdict, f"{accuracy:.1%}, at least {floor:.1%}", accuracy)
 
 
 def not_worse(name: str, reference: str, pairs: Pairs, margin: float, params: GateParams) -> Check:
@@ -255,11 +271,12 @@ def not_worse(name: str, reference: str, pairs: Pairs, margin: float, params: Ga
     found = differences(pairs)
     low, high = interval(found, params.alpha, params.n_resamples, params.seed)
     said = f"{found.mean():+.1%}, interval {low:+.1%} to {high:+.1%}, margin {margin:.1%}"
+    name = f"{name}, against {reference}"
     if low >= -margin:
-        return Check(f"{name}, against {reference}", "promote", f"not worse: {said}")
+        return decided(name, "promote", f"not worse: {said}", low, high)
     if high < -margin:
-        return Check(f"{name}, against {reference}", "reject", f"worse: {said}")
-    return Check(f"{name}, against {reference}", "hold", f"cannot tell: {said}")
+        return decided(name, "reject", f"worse: {said}", low, high)
+    return decided(name, "hold", f"cannot tell: {said}", low, high)
 
 
 def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
@@ -267,17 +284,20 @@ def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
     found = {name: differences(group) for name, group in by_benchmark(pairs, and_slice=True)}
     if len(found) < 2:
         return
-    p_values = [p_value(one, params.n_resamples, params.seed, "less") for one in found.values()]
+    # Holm's correction compares the lowest p with this.
+    alpha = params.alpha / len(found)
+    p_values = [p_value(one, params.n_resamples, params.seed, "less", alpha) for one in found.values()]
     are_worse = holm(p_values, params.alpha)
     worse = [
         f"{name} {one.mean():+.1%} (p {p:.2g})"
         for (name, one), p, is_worse in zip(found.items(), p_values, are_worse, strict=True)
         if is_worse and one.mean() < -params.margin
     ]
+    verdict: Verdict = "reject" if worse else "promote"
+    said = f"none of {len(found)} is worse by more than {params.margin:.1%}"
     if worse:
-        yield Check("slices", "reject", f"worse: {', '.join(worse)}; Holm's correction for {len(found)}")
-    else:
-        yield Check("slices", "promote", f"none of {len(found)} is worse by more than {params.margin:.1%}")
+        said = f"worse: {', '.join(worse)}; Holm's correction for {len(found)}"
+    yield decided("slices", verdict, said, *p_values, *(float(one.mean()) for one in found.values()))
 
 
 def check_loss(ours: float, theirs: float, max_increase: float) -> Check:
@@ -288,10 +308,12 @@ def check_loss(ours: float, theirs: float, max_increase: float) -> Check:
         ('promote', 'reject')
     """
     said = f"{ours:.3f} nats per token, the reference has {theirs:.3f}"
-    return Check("held-out loss", "reject" if ours > theirs * (1 + max_increase) else "promote", said)
+    verdict: Verdict = "reject" if ours > theirs * (1 + max_increase) else "promote"
+    return decided("held-out loss", verdict, said, ours, theirs)
 
 
 def token_loss(rows: Iterable[Row]) -> float:
-    """Token-weighted mean negative log-likelihood, in nats per token."""
+    """Token-weighted mean negative log-likelihood, in nats per token; NaN without a token."""
     kept = list(rows)
-    return round(float(sum(row["score"] for row in kept) / sum(row["tokens"] for row in kept)), 6)
+    tokens = sum(row["tokens"] for row in kept)
+    return round(float(sum(row["score"] for row in kept) / tokens), 6) if tokens else math.nan

@@ -13,7 +13,7 @@ from statsmodels.stats.proportion import proportion_confint
 from tasks.benchmarks import HELDOUT
 from tasks.files import text_digest
 from tasks.gate import GateParams
-from tasks.gate.statistics import interval
+from tasks.gate.statistics import enough_resamples, interval
 
 # The order of the models in a group; others follow.
 MODELS = ("base", "champion", "candidate")
@@ -194,7 +194,7 @@ def _token_mean(values: Values, tokens: NDArray[np.int64], params: GateParams) -
         vectorized=True,
         method="percentile",
         confidence_level=1 - params.alpha,
-        n_resamples=params.n_resamples,
+        n_resamples=enough_resamples(params.n_resamples, params.alpha),
         # Of so many resamples at a time, each of which is as large as the data.
         batch=100,
         rng=np.random.default_rng(params.seed),

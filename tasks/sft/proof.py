@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tasks.errors import StageError
-from tasks.files import write_json
+from tasks.files import write_figures
 from tasks.sft import selftest
 from tasks.sft.model import HALF, weight_dtype
 from tasks.sft.selftest import Row
@@ -37,7 +37,7 @@ class Proof(TrainerCallback):
             # glibc keeps what loading and proving have freed, in pieces that training hardly uses again.
             ctypes.CDLL(None).malloc_trim(0)
         if self.trainer.is_world_process_zero():
-            write_json(Path(self.job["folder"]) / "output" / "selftest.json", proof)
+            write_figures(Path(self.job["folder"]) / "output" / "selftest.json", proof)
 
 
 def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:

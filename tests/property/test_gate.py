@@ -1,11 +1,14 @@
 """Laws of the gate."""
 
+import math
 from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.gate.decision import decide
+from tasks.gate.statistics import interval, items_needed, p_value, power, seed_band, spent_alpha
 from tests.gate import PARAMS as SHIPPED
 
 PARAMS = SHIPPED.model_copy(update={"n_resamples": 1000, "min_items": 10})
@@ -43,3 +46,66 @@ def test_a_model_is_never_promoted_over_itself_or_for_fewer_right_answers(
     assert verdict(ours, ours) == "hold"
     if sum(ours) <= sum(theirs):
         assert verdict(ours, theirs) != "promote"
+
+
+def alternating(items: int, spread: float) -> Any:
+    """Differences with this spread, and no mean if their number is even."""
+    return np.resize([spread, -spread], items)
+
+
+ALPHAS = st.floats(1e-12, 0.5)
+GAINS = st.floats(1e-9, 1.0)
+SPREADS = st.sampled_from([0.0, 5e-324, 1e-9, 0.05, 0.3, 1.0])
+COUNTS = st.one_of(st.integers(1, 5000), st.just(10**5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(COUNTS, SPREADS, GAINS, ALPHAS)
+def test_power_is_a_probability_and_grows_with_items_gain_and_alpha(
+    items: int, spread: float, gain: float, alpha: float
+) -> None:
+    found = alternating(items, spread)
+    here = power(found, gain, alpha)
+    assert 0 <= here <= 1
+    if items > 1:
+        assert here >= alpha * (1 - 1e-9)
+    assert power(found, min(1.0, 2 * gain), alpha) >= here - 1e-12
+    assert power(found, gain, min(0.5, 2 * alpha)) >= here - 1e-12
+    # Of twice as many such items the sample's own spread is a little less, never more.
+    assert power(np.tile(found, 2), gain, alpha) >= here - 1e-12
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1e-3, 1.0), st.floats(1e-12, 0.05), st.floats(0.5, 0.99))
+def test_so_many_items_have_the_power_and_fewer_do_not(gain: float, alpha: float, wanted: float) -> None:
+    found = alternating(1000, 1.0)
+    needed = items_needed(found, gain, alpha, wanted)
+    assert math.isfinite(needed)
+    if 10 < needed < 10**6:
+        spread = found.std(ddof=1)
+
+        def reached(items: int) -> float:
+            one = alternating(items, 1.0)
+            return power(one / one.std(ddof=1) * spread, gain, alpha)
+
+        # The power counts losses that look like gains too: less than a ten-thousandth here.
+        assert reached(int(needed)) >= wanted
+        assert reached(int(needed) - 1) <= wanted + 1e-4
+
+
+SCORES = st.lists(
+    st.one_of(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), st.floats(-1, 1)), min_size=2, max_size=60
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SCORES, st.integers(1, 4000))
+def test_every_figure_of_scores_is_finite(scores: list[float], look: int) -> None:
+    found = np.asarray(scores)
+    spent = spent_alpha(0.05, look)
+    assert 0 <= p_value(found, 1000, 0, alpha=spent) <= 1
+    assert 0 <= p_value(found, 1000, 0, "less", spent) <= 1
+    assert 0 <= power(found, 0.1, spent) <= 1
+    assert math.isfinite(seed_band(0.02, spent))
+    low, high = interval(found, 0.05, 1000, 0)
+    assert -1 <= low <= high <= 1

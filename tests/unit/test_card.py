@@ -47,6 +47,13 @@ def test_the_head_says_what_the_hub_wants_to_know(folder: Path, adapter: str | N
     assert "The loss on held-out examples was not compared." in found.text
 
 
+def test_a_loss_that_could_not_be_computed_is_told_as_not_compared(folder: Path) -> None:
+    compared = {"reference": "base", "loss": None, "reference_loss": 2.1}
+    write_json(card.GATE, {"verdict": "error", "reason": "held-out loss: not a finite number", **compared})
+    card.write_card(folder / "README.md", "facts")
+    assert "The loss on held-out examples was not compared." in (folder / "README.md").read_text()
+
+
 @pytest.mark.usefixtures("folder")
 def test_scores_have_intervals_and_items_without_a_score_do_not_count() -> None:
     rows = [score("base", "facts", float(i < 9), i) for i in range(10)]

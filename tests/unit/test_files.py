@@ -10,10 +10,12 @@ from tasks.files import (
     file_digest,
     iterate_batches,
     iterate_rows,
+    read_json,
     read_rows,
     replaced,
     text_digest,
     tree_digest,
+    write_figures,
     write_json,
     write_rows,
     write_text,
@@ -43,6 +45,16 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
 def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": float("nan")})
+
+
+def test_a_computed_figure_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    figures = {"gain": {"power": float("nan"), "low": 0.1}, "bands": (float("inf"), 1), "verdict": "hold"}
+    write_figures(tmp_path / "x.json", figures)
+    assert read_json(tmp_path / "x.json") == {
+        "gain": {"power": None, "low": 0.1},
+        "bands": [None, 1],
+        "verdict": "hold",
+    }
 
 
 def test_a_tree_digest_sees_names_and_bytes_but_not_the_place(tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
 """Each check of the gate, its verdict, and that errors fail closed."""
 
 import math
+import shutil
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tasks.evaluate.scores import ALL_SCORES
+from tasks.files import read_json, write_json, write_rows
 from tasks.gate import GateParams
+from tasks.gate.__main__ import main
 from tasks.gate.decision import decide
 from tasks.gate.statistics import interval, items_needed, p_value, power, seed_band
+from tasks.schemas import AUGMENTED, GROUPED
+from tests.checkouts import ROOT
 from tests.gate import PARAMS
 
 DIGESTS = {"base": None, "candidate": "c"}
@@ -266,3 +274,230 @@ def test_power_grows_with_the_items_and_falls_with_the_spread() -> None:
     )
     assert power(np.zeros(9), 0.1, 0.05) == 1
     assert seed_band(0.0, 0.05) == 0
+
+
+def test_equal_differences_that_round_differently_have_an_interval() -> None:
+    # Their standard deviation is 1e-17, not 0.
+    assert interval(np.full(7, 0.1), 0.05, 1000, 0) == (0.1, 0.1)
+    found = np.asarray([0.5 - 0.2, 0.7 - 0.4, 0.9 - 0.6] * 3)
+    assert interval(found, 0.05, 1000, 0) == pytest.approx((0.3, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("effect", "items", "alpha", "expected"),
+    # Noncentral t, integrated by hand; the first is in Cohen (1988), table 2.3.5.
+    [
+        (0.5, 34, 0.05, 0.808),
+        (0.2, 100, 0.05, 0.508),
+        (0.333, 60, 0.0304, 0.642),
+        (0.15, 640, 0.0304, 0.948),
+        (0.3, 240, 0.0003, 0.834),
+        (0.4, 50, 0.0001, 0.101),
+        (0.333, 3000, 0.0304, 1.0),
+    ],
+)
+def test_power_is_that_of_the_paired_t_test(effect: float, items: int, alpha: float, expected: float) -> None:
+    found = np.resize([1.0, -1.0], items)
+    found /= found.std(ddof=1)
+    assert power(found, effect, alpha) == pytest.approx(expected, abs=0.005)
+
+
+def test_power_and_items_are_numbers_at_every_edge() -> None:
+    assert power(np.ones(1), 0.1, 0.03) == 0
+    assert power(np.zeros(2), 0.1, 1e-6) == 1
+    assert power(np.asarray([0.0, 1.0]), 0.1, 1e-6) == pytest.approx(1e-6)
+    assert items_needed(np.asarray([1.0, -1.0]), 1e-300, 0.03, 0.8) == math.inf
+    assert seed_band(0.0, 1e-17) == 0
+
+
+@pytest.fixture
+def checkout(in_tmp: Path) -> Path:
+    """What the stage reads, but for the scores."""
+    shutil.copy(ROOT / "params.yaml", in_tmp)
+    data = in_tmp / "data"
+    (data / "benchmarks").mkdir(parents=True)
+    write_json(data / "evaluate" / "models.json", DIGESTS)
+    write_json(data / "champion" / "champion.json", {"looks": []})
+    write_rows(data / "decontaminate" / "train.parquet", [], AUGMENTED)
+    write_rows(data / "split" / "test.parquet", [], GROUPED)
+    return in_tmp
+
+
+def write_scores(candidate: list[dict[str, Any]], base: list[dict[str, Any]]) -> None:
+    # The shipped gate names these two.
+    for model, rows in (("candidate", candidate), ("base", base)):
+        for name in ("countries", "elements_written"):
+            rows += [row for row in scores(model, 50, 120, benchmark=name) if "tokens" not in row]
+    write_rows(Path("data/evaluate/scores.parquet"), candidate + base, ALL_SCORES)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_an_ordinary_gain_ends_with_its_verdict_written() -> None:
+    # Of 1000 items 150 won and 50 lost: an input for which statsmodels' power is NaN at the fifth look.
+    candidate, base = scores("candidate", 550, 1000), scores("base", 450, 1000)
+    for row in candidate[:50]:
+        row["score"] = 0.0
+    for row in candidate[550:600]:
+        row["score"] = 1.0
+    write_json(Path("data/champion/champion.json"), {"looks": ["a", "b", "d", "e"]})
+    write_scores(candidate, base)
+    main()
+    decision = read_json(Path("data/gate/gate.json"))
+    assert (decision["verdict"], decision["gain"]["items"], decision["gain"]["look"]) == ("promote", 1000, 5)
+    assert decision["gain"]["power"] == pytest.approx(0.99997, abs=2e-5)
+    assert read_json(Path("data/gate/summary.json"))["verdict"] == "promote"
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_figure_that_is_only_reported_ends_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.gate.decision.power", lambda *_: math.nan)
+    write_scores(scores("candidate", 70), scores("base", 40))
+    main()
+    decision = read_json(Path("data/gate/gate.json"))
+    assert (decision["verdict"], decision["gain"]["power"]) == ("promote", None)
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize(
+    ("name", "broken", "check"),
+    [
+        ("p_value", math.nan, "gain"),
+        ("spent_alpha", math.nan, "gain"),
+        ("seed_band", math.nan, "gain"),
+        ("interval", (math.nan, math.nan), "facts, against base"),
+        ("interval", (0.1, math.inf), "facts, against base"),
+        ("token_loss", math.nan, "held-out loss"),
+    ],
+)
+def test_a_figure_that_decides_and_is_not_finite_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, check: str
+) -> None:
+    monkeypatch.setattr(f"tasks.gate.decision.{name}", lambda *_, **__: broken)
+    write_scores(scores("candidate", 70, parts=2), scores("base", 40, parts=2))
+    main()
+    decision = read_json(Path("data/gate/gate.json"))
+    assert decision["verdict"] == "error"
+    assert f"{check}: not a finite number: " in decision["reason"]
+
+
+def test_a_slice_whose_p_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **_: Any) -> float:
+        return math.nan if "less" in arguments[1:] else 0.0
+
+    monkeypatch.setattr("tasks.gate.decision.p_value", broken)
+    decision = judge(scores("candidate", 70, parts=2) + scores("base", 40, parts=2))
+    assert decision["reason"].startswith("slices: not a finite number: none of 2 is worse")
+
+
+def test_scores_that_overflow_a_sum_are_an_error() -> None:
+    candidate, base = scores("candidate", 70), scores("base", 40)
+    for row in candidate[:2]:
+        row["score"] = 1e308
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert verdict(candidate, base, floors={"facts": 0.5}) == "error"
+
+
+def test_a_score_that_is_missing_is_an_error() -> None:
+    broken = scores("candidate", 70)
+    broken[3]["score"] = None
+    assert verdict(broken, scores("base", 40)) == "error"
+
+
+def test_heldout_examples_without_a_token_are_an_error() -> None:
+    rows = scores("candidate", 70) + scores("base", 40)
+    for row in rows:
+        if "tokens" in row:
+            row["tokens"] = 0
+    assert judge(rows)["reason"].startswith("held-out loss: not a finite number: nan nats per token")
+
+
+def written(items: int, gain: float) -> list[dict[str, Any]]:
+    """Scores such as token F1: every item has another one, and the candidate's are higher by the gain."""
+    base = scores("base", 0, items)
+    rows = scores("candidate", 0, items)
+    for i, (ours, theirs) in enumerate(zip(rows[:items], base[:items], strict=True)):
+        theirs["score"] = (i * 37 % items) / items
+        # By half of the gain to one and a half times as much.
+        ours["score"] = theirs["score"] + gain * (0.5 + (i * 11 % items) / items)
+    return rows + base
+
+
+@pytest.mark.parametrize("n_resamples", [1000, 10_000])
+@pytest.mark.parametrize("look", [1, 4, 13, 90, 365, 3650])
+def test_scores_between_right_and_wrong_can_promote_at_every_look(look: int, n_resamples: int) -> None:
+    params = PARAMS.model_copy(update={"n_resamples": n_resamples})
+    looks = [str(i) for i in range(look - 1)]
+    decision = decide(written(1000, 0.38), DIGESTS, looks, [], params)
+    assert (decision["verdict"], decision["gain"]["look"]) == ("promote", look)
+
+
+@pytest.mark.parametrize("look", [247, 3650])
+def test_right_and_wrong_answers_can_promote_when_a_look_may_spend_less_than_a_millionth(look: int) -> None:
+    rows = scores("candidate", 99) + scores("base", 40)
+    decision = decide(rows, DIGESTS, [str(i) for i in range(look - 1)], [], PARAMS)
+    assert decision["verdict"] == "promote"
+    assert 0 < decision["gain"]["spent"] < 5e-7
+
+
+@pytest.mark.parametrize("alpha", [0.03, 1e-3, 1e-6])
+def test_the_p_of_flipped_signs_is_right_wherever_it_lies(alpha: float) -> None:
+    # Equal sizes, so what McNemar's exact test says of 40 won and 20 lost, 33 and 27, is right here too.
+    for won, lost, expected in ((40, 20, 0.013489), (33, 27, 0.51888)):
+        found = np.asarray([0.3] * won + [-0.3] * lost)
+        assert p_value(found, 10_000, 0, alpha=alpha) == pytest.approx(expected, rel=0.15)
+    worse = np.asarray([-0.3] * 40 + [0.3] * 20)
+    assert p_value(worse, 10_000, 0, "less", alpha) == pytest.approx(0.013489 / 2, rel=0.15)
+    assert p_value(-worse, 10_000, 0, "less", alpha) == pytest.approx(1, abs=0.02)
+
+
+def test_the_p_of_flipped_signs_has_no_lower_limit() -> None:
+    found = np.full(60, 0.3)
+    # Of 2^60 ways to flip signs two are as far from zero: 1.7e-18.
+    assert p_value(found, 1000, 0, alpha=2e-18) == pytest.approx(1.7e-18, rel=0.15)
+    # Drawn for another level it is too high, which errs on the safe side, but far below one in a thousand.
+    assert 1.7e-18 <= p_value(found, 1000, 0, alpha=1e-4) < 1e-7
+
+
+def test_a_level_is_crossed_by_chance_no_more_often_than_it_says() -> None:
+    chance = np.random.default_rng(0)
+    for alpha, expected in ((0.05, 100), (0.01, 20)):
+        drawn = (chance.choice([-1.0, 1.0], 30) * chance.uniform(0.1, 1, 30) for _ in range(2000))
+        crossed = sum(p_value(found, 1000, seed, alpha=alpha) <= alpha for seed, found in enumerate(drawn))
+        # Three standard deviations of such a count.
+        assert expected - 3 * expected**0.5 < crossed < expected + 3 * expected**0.5
+
+
+def test_one_of_many_slices_is_found_with_the_fewest_resamples() -> None:
+    # Of 60 slices one lost three tenths on each of its 20 items: Holm's correction allows it a p of 0.0008.
+    base, candidate = scores("base", 0, 1200, parts=60), scores("candidate", 0, 1200, parts=60)
+    for i, (ours, theirs) in enumerate(zip(candidate[:1200], base[:1200], strict=True)):
+        theirs["score"], ours["score"] = 0.5, 0.8 + (i % 7) / 100
+    for row in candidate[:20]:
+        row["score"] -= 0.6
+    decision = judge(candidate + base, n_resamples=1000)
+    assert decision["reason"].startswith("slices: worse: facts/0 ")
+
+
+def test_an_interval_of_a_small_alpha_has_resamples_beyond_its_ends() -> None:
+    found = np.random.default_rng(0).normal(0.0, 0.4, 400)
+    low, high = interval(found, 0.0002, 1000, 0)
+    # A normal mean: 3.72 standard errors of 0.02 to each side; a thousand resamples reach about 3.2.
+    assert (low, high) == pytest.approx((found.mean() - 0.074, found.mean() + 0.074), abs=0.004)
+
+
+def test_resampling_takes_the_same_memory_for_any_number_of_items() -> None:
+    found = np.random.default_rng(0).normal(0.01, 0.4, 20_000)
+    for resample in (
+        lambda: p_value(found, 2000, 0, alpha=1e-6),
+        lambda: interval(found[:5000], 0.05, 2000, 0),
+    ):
+        tracemalloc.start()
+        resample()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 60 * 2**20
+
+
+def test_an_alpha_that_no_interval_can_show_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.0001"):
+        GateParams(**{**PARAMS.model_dump(), "alpha": 1e-5})

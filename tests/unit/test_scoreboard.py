@@ -56,3 +56,9 @@ def test_a_verdict_without_a_comparison_has_no_gain_and_keeps_the_champion() -> 
     assert "gain over the base" not in table
     assert table["champion"] == "version 1"
     assert table["gate"] == "hold: same"
+
+
+def test_an_interval_that_could_not_be_computed_is_no_number() -> None:
+    gain = {"mean": 0.15, "low": None, "high": None, "alpha": 0.05}
+    table = dict(rows({**BOARD, "gate": {**BOARD["gate"], "gain": gain}}))
+    assert table["gain over the base"] == "+15.0%, 95% interval none to none"
