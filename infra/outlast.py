@@ -5,6 +5,7 @@ the engine of a flow run and for the worker above it that is the end, whatever h
 Here a request asks again until the server is back; SIGTERM still ends the process.
 """
 
+import argparse
 import asyncio
 import logging
 import runpy
@@ -21,9 +22,19 @@ log = logging.getLogger("prefect.outlast")
 
 def main() -> None:
     """Run the module that the first argument names, with the others as its own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.outlast",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("module", choices=("prefect", "prefect.engine"))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the module")
+    told = parser.parse_args()
     outlast_outages()
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    sys.argv = [told.module, *told.arguments]
+    # Nothing of `tasks` is imported here: a flow run imports its own checkout's.
+    runpy.run_module(told.module, run_name="__main__", alter_sys=True)
 
 
 def outlast_outages() -> None:

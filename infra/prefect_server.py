@@ -4,14 +4,15 @@ Prefect checks neither the Host nor the Origin of a request, so that any web pag
 could speak to it. Here a request must name a loopback host, and a page must be one of the server's own.
 """
 
-import argparse
 import re
+import sys
 from typing import Any
 
 import uvicorn
 from prefect.server.api.server import create_app
 
 from infra.processes import HOST
+from tasks.stage import build_parser
 
 LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 REFUSED = b"Only this machine may ask, and only Prefect's own pages."
@@ -19,7 +20,7 @@ REFUSED = b"Only this machine may ask, and only Prefect's own pages."
 
 def main() -> None:
     """Serve the API, the pages and the services of Prefect until SIGTERM."""
-    parser = argparse.ArgumentParser(prog="python -m infra.prefect_server", description=__doc__)
+    parser = build_parser(sys.modules[__name__])
     parser.add_argument("--port", type=int, required=True)
     port = parser.parse_args().port
     uvicorn.run(closed(create_app(final=True)), host=HOST, port=port, log_level="warning")
