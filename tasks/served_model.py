@@ -21,6 +21,8 @@ from typing import Any
 from mlflow.pyfunc import ChatModel
 from mlflow.types.llm import ChatCompletionResponse, ChatMessage, ChatParams
 
+# No library may fetch code from a hub; see `tasks/__init__.py`, which a served model does not have.
+sys.modules["kernels"] = None  # type: ignore[assignment]
 # Of an answer, unless the request has max_tokens.
 MAX_NEW_TOKENS = 512
 # What is asked to tell whether two loaded models are one.
