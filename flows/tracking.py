@@ -7,6 +7,8 @@ from uuid import UUID
 
 import prefect.runtime.flow_run
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 
@@ -40,11 +42,20 @@ def tracked_run() -> Iterator[str]:
     status = "FAILED"
     try:
         yield run_id
-        if trained_by := read_json(TRAINED_BY)["run_id"]:
-            client.set_tag(run_id, "nightshift.training_run", trained_by)
         status = "FINISHED"
     finally:
+        close(client, run_id, status)
+
+
+def close(client: MlflowClient, run_id: str, status: str) -> None:
+    """Close the run; a server that is away by then does not undo the night."""
+    try:
+        trained_by = read_json(TRAINED_BY)["run_id"] if status == "FINISHED" else None
+        if trained_by:
+            client.set_tag(run_id, "nightshift.training_run", trained_by)
         client.set_terminated(run_id, status)
+    except MlflowException as err:
+        get_run_logger().warning("MLflow: run %s is not closed: %s; the next run closes it", run_id, err)
 
 
 def close_abandoned(client: MlflowClient) -> None:
