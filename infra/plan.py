@@ -4,7 +4,8 @@ Everything comes from params.yaml, the packed rows and the base's config.json. N
 loaded, so what only they can know is assumed, and said to be.
 """
 
-import shutil
+import contextlib
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.scoreboard import scoreboard_file
-from tasks.config import load_params
+from tasks.check import check
+from tasks.config import load_params, read_params
 from tasks.encode import count_supervised
-from tasks.errors import ConfigError, DataError
+from tasks.errors import DataError
 from tasks.files import iterate_rows, read_json, write_text
 from tasks.graph import changed_stages, find_reruns
 from tasks.sft import SftParams
@@ -30,6 +32,8 @@ from tasks.state import state_dir
 
 ROWS = DATA / "pack" / "train.parquet"
 CONFIG = DATA / "base" / "model" / "config.json"
+# What the plan reads, and the stage that makes it.
+READS = {ROWS: "pack", CONFIG: "base"}
 LAST_RUN = DATA / "sft" / "mlflow_run.json"
 # Kind of memory -> heading; a terminal has 80 columns.
 KINDS = {
@@ -42,6 +46,12 @@ KINDS = {
     "total": "total",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
+# A value is a number, or says in brackets why there is none.
+VALUE = r"[0-9.]{1,12}|\[[^]]+\]|N/A"
+DEVICE = re.compile(rf"(?P<name>.+), *(?P<memory>{VALUE}), *(?P<capability>{VALUE})")
+# How long the driver may take to answer; it takes a second or two where no daemon keeps it loaded.
+DRIVER_SECONDS = 20
+REPAIR = "a GPU that is there cannot be used until its driver is repaired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +60,7 @@ class Machine:
 
     Attributes:
         device: cuda or cpu.
-        memory: Bytes of one device, None on the processor.
+        memory: Bytes of one device; None on the processor, or where it is not known.
         has_bf16: The device computes in bf16.
         source: How that is known.
     """
@@ -65,13 +75,22 @@ def show(console: Console) -> None:
     """Print the plan, and write the course of the learning rate as a picture.
 
     Raises:
-        ConfigError: params.yaml is wrong, or nothing fits into the device's memory.
-        DataError: The rows or the base are not there yet.
+        ConfigError: params.yaml is wrong, DVC cannot tell what has changed, or nothing fits into the device's
+            memory.
+        DataError: The rows or the base are missing, or are not those of params.yaml, code and data.
     """
+    check(read_params())
     params = load_params(SftParams, "sft")
-    for path, stage in ((ROWS, "pack"), (CONFIG, "base")):
+    for path, stage in READS.items():
         if not path.is_file():
             raise DataError(f"{path}: not found; run `dvc repro {stage}` first")
+    reruns = find_reruns(changed_stages())
+    if stale := [stage for stage in READS.values() if stage in reruns]:
+        print_reruns(console, reruns)
+        raise DataError(
+            f"data/{' and data/'.join(stale)}: made of other parameters, code or data than these; run "
+            f"`dvc repro {' '.join(stale)}` first"
+        )
     lengths, labelled = read_lengths(ROWS)
     plan = compile_plan(params, lengths, labelled)
     machine = find_machine()
@@ -85,7 +104,7 @@ def show(console: Console) -> None:
     console.print(f"device: {machine.device}, precision {precision} ({machine.source})")
     if params.attn_implementation == "auto":
         console.print("attention: sdpa is assumed; which kernel runs is tried out when the training starts")
-    print_reruns(console)
+    print_reruns(console, reruns)
     name, reason = choose_strategy(params, totals(sizes), machine.memory)
     fits = machine.memory is None or sizes[name].total <= machine.memory
     console.print(
@@ -104,17 +123,79 @@ def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
 
 
 def find_machine() -> Machine:
-    """Ask the driver for its devices; without one, training runs on the processor."""
+    """Ask the driver for its devices; without one, training runs on the CPU."""
+    found = ask_driver()
+    return (
+        Machine("cpu", None, processor_has_bf16(), f"nvidia-smi {found}") if isinstance(found, str) else found
+    )
+
+
+def ask_driver() -> Machine | str:
+    """Return the first device of which nvidia-smi tells, or why there is none."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    answer = ""
-    if shutil.which(query[0]):
-        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    if answer.strip():
-        name, memory, capability = (part.strip() for part in answer.splitlines()[0].split(","))
-        source = f"{name}, as nvidia-smi says; that torch can use it is assumed"
-        return Machine("cuda", int(memory) * 2**20, float(capability) >= 8, source)
-    source = "no device answers nvidia-smi; processor's flags in /proc/cpuinfo"
-    return Machine("cpu", None, processor_has_bf16(), source)
+    try:
+        process = subprocess.Popen(
+            query,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except FileNotFoundError:
+        return "is not installed"
+    except OSError as err:
+        return f"cannot be run: {err.strerror}; {REPAIR}"
+    try:
+        answer, _ = process.communicate(timeout=DRIVER_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        # A hung driver may keep it from dying, so nobody waits for it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        return f"gives no answer within {DRIVER_SECONDS} seconds; {REPAIR}"
+    # Beside its devices it prints warnings, and then its exit code is not 0 either.
+    for line in answer.splitlines():
+        if device := read_device(line):
+            return device
+    said = " ".join(answer.split())[:200] or "nothing"
+    return f"ended with code {process.returncode} and said: {said}; {REPAIR}"
+
+
+def read_device(line: str) -> Machine | None:
+    """Read one line of nvidia-smi's answer; None if it describes no device.
+
+    A device need not tell its memory or its capability: one that shares the machine's memory does not.
+
+    Example:
+        >>> read_device("NVIDIA H100 80GB HBM3, 81559, 9.0").memory
+        85520809984
+        >>> read_device("NVIDIA GB10, [N/A], 12.1").memory, read_device("No devices were found")
+        (None, None)
+    """
+    found = DEVICE.fullmatch(line.strip())
+    if not found:
+        return None
+    name, memory, capability = found["name"], read_number(found["memory"]), read_number(found["capability"])
+    unknown = [
+        told
+        for told, value in (
+            ("its memory is not known, so what fits is not checked", memory),
+            ("its capability is not known, so bf16 is assumed", capability),
+        )
+        if value is None
+    ]
+    source = "; ".join([f"{name}, as nvidia-smi says", *unknown, "that torch can use it is assumed"])
+    has_bf16 = capability is None or capability >= 8
+    return Machine("cuda", None if memory is None else int(memory * 2**20), has_bf16, source)
+
+
+def read_number(text: str) -> float | None:
+    """Read a number above 0; None for anything else, such as [N/A] or [Not Supported]."""
+    try:
+        return float(text) or None
+    except ValueError:
+        return None
 
 
 def choose_precision(requested: str, machine: Machine) -> str:
@@ -192,16 +273,11 @@ def svg(values: Sequence[float], width: int = 640, height: int = 200) -> str:
     )
 
 
-def print_reruns(console: Console) -> None:
+def print_reruns(console: Console, reruns: Mapping[str, str]) -> None:
     """Print what `dvc repro` would run, and why."""
     table = Table(title="dvc repro would run", box=None, show_header=False)
-    try:
-        found = find_reruns(changed_stages())
-    except ConfigError as err:
-        table.add_row("unknown", str(err))
-    else:
-        for stage, reason in found.items():
-            table.add_row(stage, reason)
-        if not found:
-            table.add_row("nothing", "all stages are up to date")
+    for stage, reason in reruns.items():
+        table.add_row(stage, reason)
+    if not reruns:
+        table.add_row("nothing", "all stages are up to date")
     console.print(table)

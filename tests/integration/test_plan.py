@@ -1,13 +1,19 @@
-"""`nightshift plan` on a folder: what it says, and that it needs no torch to say it."""
+"""`nightshift plan` on a folder: what it says and refuses, and that it needs no torch to say it."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
+from tasks.files import read_rows, write_rows
+from tasks.pack import ROWS
 from tests.checkouts import ROOT
-from tests.sft import make_folder, shipped_params
+from tests.sft import make_folder
 
 PROGRAM = """
 import sys
@@ -17,10 +23,39 @@ print("torch" in sys.modules)
 """
 
 
+def write_params(folder: Path, section: str = "sft", **changes: Any) -> None:
+    """Write the shipped parameters, with those of the plan and some changes."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["sft"] |= {"strategy": "auto", "precision": "fp32", "warmup_steps": 0}
+    params[section] |= changes
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def planned(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
+) -> Path:
+    """A DVC checkout in which `pack` and `base` are up to date: the graph's names, without what they read."""
+    folder = make_folder(tmp_path_factory.mktemp("planned"), tiny_base, ((0, 1), (2, 3), (4, 5)))
+    write_params(folder)
+    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = {
+        name: {"cmd": stage["cmd"], "params": stage.get("params", [name])} for name, stage in graph.items()
+    }
+    stages["base"]["outs"] = ["data/base"]
+    stages["pack"] |= {"deps": ["data/base"], "outs": ["data/pack"]}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+    for command in (["init", "-q", "--no-scm"], ["commit", "-f", "base", "pack"]):
+        subprocess.run(["dvc", *command], cwd=folder, env=clean_environment, check=True)
+    return folder
+
+
+@pytest.fixture
+def folder(planned: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(planned, tmp_path / "checkout"))
+
+
 def plan(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    section = {**shipped_params(), "strategy": "auto", "precision": "fp32", "warmup_steps": 0}
-    (folder / "params.yaml").write_text(yaml.safe_dump({"sft": section}), encoding="utf-8")
-    (folder / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
     more = {"PYTHONPATH": str(ROOT), "NIGHTSHIFT_HOME": str(folder / "state"), "COLUMNS": "160"}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -32,10 +67,8 @@ def plan(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProce
     )
 
 
-def test_the_plan_is_printed_without_torch(
-    tmp_path: Path, tiny_base: Path, clean_environment: dict[str, str]
-) -> None:
-    done = plan(make_folder(tmp_path, tiny_base, ((0, 1), (2, 3), (4, 5))), clean_environment)
+def test_the_plan_is_printed_without_torch(folder: Path, clean_environment: dict[str, str]) -> None:
+    done = plan(folder, clean_environment)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     # Two processes, so two steps of two rows; the lengths of the six examples are 9, 31, 14, 40, 22, 27.
@@ -45,15 +78,90 @@ def test_the_plan_is_printed_without_torch(
     for strategy in ("single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"):
         assert f" {strategy} " in said
     assert "micro-batch 1 rows" in said
-    assert "dvc status: ERROR: you are not inside of a DVC repository" in said
+    assert " ingest " in said
     assert said.endswith("False")
-    assert (tmp_path / "state" / "plan.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert (folder / "state" / "plan.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
-def test_rows_that_are_not_there_yet_are_named(
-    tmp_path: Path, tiny_base: Path, clean_environment: dict[str, str]
-) -> None:
-    folder = make_folder(tmp_path, tiny_base)
+def test_rows_that_are_not_there_yet_are_named(folder: Path, clean_environment: dict[str, str]) -> None:
     (folder / "data" / "pack" / "train.parquet").unlink()
     done = plan(folder, clean_environment)
     assert "error: data/pack/train.parquet: not found; run `dvc repro pack` first" in done.stderr
+
+
+def test_other_parameters_than_those_of_the_rows_give_no_plan(
+    folder: Path, clean_environment: dict[str, str]
+) -> None:
+    write_params(folder, "pack", max_length=64)
+    done = plan(folder, clean_environment)
+    said = " ".join(done.stdout.split())
+    assert "dvc repro would run" in said
+    assert " pack params.yaml " in said
+    assert "steps" not in said
+    assert "error: data/pack: made of other parameters, code or data than these; run `dvc repro pack`" in (
+        done.stderr
+    )
+
+
+def test_rows_and_a_base_that_were_changed_by_hand_give_no_plan(
+    folder: Path, clean_environment: dict[str, str]
+) -> None:
+    rows = folder / "data" / "pack" / "train.parquet"
+    write_rows(rows, read_rows(rows)[:2], ROWS)
+    (folder / "data" / "base" / "base.json").write_text("{}")
+    done = plan(folder, clean_environment)
+    assert "error: data/pack and data/base: made of other parameters" in done.stderr
+    assert "steps" not in done.stdout
+
+
+def test_parameters_are_checked_as_a_whole_before_anything_is_shown(
+    folder: Path, clean_environment: dict[str, str]
+) -> None:
+    write_params(folder, "gate", alpha=5.0)
+    done = plan(folder, clean_environment)
+    assert done.stdout == "False\n"
+    assert "error: params.yaml: 1 problem(s)" in done.stderr
+    assert "gate.alpha: Input should be less than or equal to 0.5, got 5.0" in done.stderr
+
+
+def test_a_folder_of_which_dvc_cannot_tell_what_has_changed_gives_no_plan(
+    folder: Path, clean_environment: dict[str, str]
+) -> None:
+    shutil.rmtree(folder / ".dvc")
+    done = plan(folder, clean_environment)
+    assert done.stdout == "False\n"
+    assert "error: dvc status: ERROR: you are not inside of a DVC repository" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (
+            "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18",
+            "device: cpu, precision fp32 (nvidia-smi ended with code 18 and said: Failed to initialize NVML: "
+            "Driver/library version mismatch; a GPU that is there cannot be used until its driver is "
+            "repaired)",
+        ),
+        (
+            "echo 'No devices were found'; exit 6",
+            "device: cpu, precision fp32 (nvidia-smi ended with code 6 and said: No devices were found; ",
+        ),
+        (
+            "echo 'NVIDIA GB10, [N/A], 12.1'",
+            "device: cuda, precision fp32 (NVIDIA GB10, as nvidia-smi says; its memory is not known, so what "
+            "fits is not checked; that torch can use it is assumed)",
+        ),
+    ],
+)
+def test_what_the_driver_says_is_told_in_the_plan(
+    folder: Path, tmp_path: Path, clean_environment: dict[str, str], script: str, said: str
+) -> None:
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    path = f"{fake.parent}{os.pathsep}{clean_environment['PATH']}"
+    done = plan(folder, {**clean_environment, "PATH": path})
+    assert done.returncode == 0, done.stderr
+    assert said in " ".join(done.stdout.split())
+    assert "strategy: " in done.stdout
