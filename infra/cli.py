@@ -22,6 +22,7 @@ from tasks.config import read_params
 from tasks.errors import ConfigError, PipelineError
 from tasks.files import read_json
 from tasks.report import PAGE
+from tasks.stage import OFFLINE
 
 app = typer.Typer(
     help="Retrain a language model every night; ship it only when it is measurably better.",
@@ -263,6 +264,7 @@ def chat(
     ] = "champion",
 ) -> None:
     """Talk to a version of the model; from a pipe, each line is a question."""
+    os.environ.update(OFFLINE)
     from infra import chat as talk
 
     hide_downloads()
@@ -284,6 +286,7 @@ def export(
     gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf too, for llama.cpp.")] = False,
 ) -> None:
     """Write a version as whole weights, for vLLM, `transformers serve` or llama.cpp."""
+    os.environ.update(OFFLINE)
     from tasks.export import export as write
     from tasks.registry import find_model
 

@@ -88,13 +88,12 @@ class Stack:
 def environment(stack: Stack) -> dict[str, str]:
     """Return the variables, to lay over `os.environ`, that lead a process to the stack.
 
-    The user's values of the quiet and offline switches win. The addresses, the heartbeat (the
+    The user's values of the quiet switches win. The addresses, the heartbeat (the
     automation counts on it) and the ban on pickles are the stack's.
     """
     switches = {
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
-        "HF_HUB_OFFLINE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # only MLflow's own judges need it
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks",

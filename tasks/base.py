@@ -8,6 +8,7 @@ adapter can later prove that it stands on the same weights.
 import importlib.util
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from pydantic import field_validator
 from tasks.config import StageParams, load_params
 from tasks.errors import DataError
 from tasks.files import file_digest, write_json
+from tasks.hub import asking_hub
 from tasks.stage import DATA, run_main, write_summary
 
 TARGET = DATA / "base" / "model"
@@ -48,8 +50,7 @@ class BaseParams(StageParams):
 def main() -> None:
     """Load the reference and save it in one canonical form."""
     params = load_params(BaseParams, "base")
-    folder, gguf = locate(params.model)
-    save(folder, gguf, params.dtype, TARGET)
+    save(*load(params.model), params.dtype, TARGET)
     digests = {path.name: file_digest(path) for path in sorted(TARGET.iterdir())}
     write_json(RECORD, {"model": params.model, "dtype": params.dtype, "files": digests})
     write_summary("base", rows_in=0, rows_out=0, files=len(digests))
@@ -59,7 +60,7 @@ def locate(model: str) -> tuple[Path, str | None]:
     """Find the folder of a model reference, and the GGUF file in it if there is one.
 
     Raises:
-        DataError: The package, folder or file does not exist.
+        DataError: The package, folder or file does not exist, or the Hub does not give the model.
     """
     if model.startswith("package:"):
         name = model.removeprefix("package:").replace("-", "_")
@@ -75,44 +76,67 @@ def locate(model: str) -> tuple[Path, str | None]:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        where = snapshot_download(
-            found["id"],
-            revision=found["commit"],
-            allow_patterns=patterns,
-            ignore_patterns=["*.bin"],
+        with asking_hub(f"base.model: {model}"):
+            folder = Path(snapshot_download(found["id"], revision=found["commit"], allow_patterns=patterns))
+    else:
+        folder = Path(model)
+        if not (folder / "config.json").is_file():
+            raise DataError(f"base.model: {model}: no config.json in this folder; correct the path")
+    if not any(folder.glob("*.safetensors")):
+        names = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise DataError(
+            f"base.model: {model}: no safetensors in {folder}, which holds {names}; convert the weights, "
+            "other formats are not read"
         )
-        return Path(where), None
-    if not (Path(model) / "config.json").is_file():
-        raise DataError(f"base.model: {model}: no config.json in this folder; correct the path")
-    return Path(model), None
+    return folder, None
 
 
-def save(folder: Path, gguf: str | None, dtype: str, target: Path) -> None:
-    """Load a causal language model and its tokenizer and save both as safetensors and JSON.
+def load(reference: str) -> tuple[Any, Any]:
+    """Load the causal language model and the tokenizer that a reference names, the weights in float32.
 
     Raises:
-        DataError: The tokenizer has no chat template.
+        DataError: They are not there, cannot be loaded, or the tokenizer has no chat template.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The tokenizer's file keeps `local_files_only`, whose default is whether HF_HUB_OFFLINE is set.
+    folder, gguf = locate(reference)
+    # The Hub was asked by `locate`, or not at all.
     options: dict[str, Any] = {"gguf_file": gguf, "trust_remote_code": False, "local_files_only": True}
-    # GGUF weights are dequantised in float32 and rounded once, at the end.
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=None if gguf else True, **options
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    try:
+        # GGUF weights are dequantised in float32 and rounded once, at the end.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=None if gguf else True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
+        reason = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
+        raise DataError(
+            f"base.model: {reference}: cannot be loaded from {folder} ({reason}); name a causal language "
+            "model that transformers knows, with all of its files"
+        ) from err
     if not tokenizer.chat_template:
-        raise DataError(f"{folder}: the tokenizer has no chat template; use an instruct model")
+        raise DataError(f"base.model: {reference}: the tokenizer has no chat template; use an instruct model")
     if gguf:
         # save_pretrained refuses a model that still calls itself quantised.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
+    return model, tokenizer
+
+
+def save(model: Any, tokenizer: Any, dtype: str, target: Path) -> None:
+    """Save a model and its tokenizer as safetensors and JSON, in place of what is there."""
+    import torch
+
+    # Not into files that are there: the kept base of a champion may share their bytes by hard links.
+    shutil.rmtree(target, ignore_errors=True)
     model.to(getattr(torch, dtype)).save_pretrained(target)
+    # Else its file would keep how it was loaded.
+    tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(target)
     log.info("base: %.1f M parameters", model.num_parameters() / 1e6)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, is_online=True)

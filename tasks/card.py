@@ -5,8 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
 from tasks.base import HUB
 from tasks.benchmarks import HELDOUT
 from tasks.config import load_params, read_params
@@ -31,6 +29,9 @@ def write_card(path: Path, name: str) -> None:
         path: Of the card.
         name: Of the registered model.
     """
+    # Not at the top: whoever imports this module decides later whether the Hub may be asked.
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
     base, gate = read_json(BASE)["model"], read_json(GATE)
     adapter = read_params()["sft"]["adapter"]
     checks = ((check["name"], check["verdict"], check["said"]) for check in gate.get("checks", ()))

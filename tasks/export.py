@@ -25,6 +25,7 @@ from tasks.errors import GateError, StageError
 from tasks.files import read_json, write_json
 from tasks.registry import DIGEST, open_model
 from tasks.served_model import PROBES, generate, load
+from tasks.stage import OFFLINE
 from tasks.state import tools_environment
 
 ANSWER_TOKENS = 32
@@ -74,6 +75,8 @@ def export(
         # A training switches it off.
         model.config.use_cache = True
         model.to(stored).save_pretrained(folder)
+        # Else its file would keep how it was loaded.
+        tokenizer.init_kwargs.pop("local_files_only", None)
         tokenizer.save_pretrained(folder)
         model, tokenizer = load(folder, folder, "float32")
         differences["stored"] = compare(f"{stored} weights", model, tokenizer, answers, bound)
@@ -183,8 +186,7 @@ def write_gguf(converter: list[str], folder: Path, outtype: str) -> None:
         StageError: The converter fails.
     """
     command = [*converter, str(folder), "--outfile", str(folder / "model.gguf"), "--outtype", outtype]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **OFFLINE})
     if done.returncode:
         raise StageError(f"export: {converter[-1]} failed: {done.stderr.strip()[-2000:]}")
 

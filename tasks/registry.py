@@ -22,6 +22,7 @@ from tasks.config import StageParams, load_params
 from tasks.errors import GateError
 from tasks.files import tree_digest, write_json
 from tasks.served_model import find_base
+from tasks.stage import OFFLINE
 from tasks.tracking import tracking_uri
 
 DIGEST = "nightshift.adapter_digest"
@@ -188,7 +189,7 @@ def ask(model_uri: str, *folders: str) -> list[list[str]]:
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
+            **OFFLINE,
             "MLFLOW_TRACKING_URI": tracking_uri(),
         },
     )

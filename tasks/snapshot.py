@@ -180,4 +180,4 @@ def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, is_online=True)

@@ -7,6 +7,7 @@ Exit codes: 0 success, 1 a bug (traceback); others are errors that the user can 
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +20,16 @@ from tasks.files import write_figures
 DATA = Path("data")
 # The disk is full, or nobody may write there.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# What keeps a program, and all that it starts, from the Hugging Face Hub; read when its client is imported.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 log = logging.getLogger(__name__)
 
 
 def run_main(
-    main: Callable[..., None], declare: Callable[[argparse.ArgumentParser], None] | None = None
+    main: Callable[..., None],
+    declare: Callable[[argparse.ArgumentParser], None] | None = None,
+    *,
+    is_online: bool = False,
 ) -> None:
     """Run a program: parse its command line, configure logging, turn a user's error into one line.
 
@@ -32,7 +38,11 @@ def run_main(
     Args:
         main: Gets each declared argument by its name.
         declare: Adds the program's arguments to its parser; None if it takes none, as a stage.
+        is_online: It may ask the Hugging Face Hub, unless the user's HF_HUB_OFFLINE forbids it. No other
+            program may, whoever starts it.
     """
+    if not is_online:
+        os.environ.update(OFFLINE)
     parser = build_parser(sys.modules[main.__module__])
     if declare:
         declare(parser)

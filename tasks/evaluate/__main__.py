@@ -27,7 +27,7 @@ from tasks.files import (
     write_json,
     write_rows,
 )
-from tasks.stage import DATA, print_line, run_main, write_summary
+from tasks.stage import DATA, OFFLINE, print_line, run_main, write_summary
 from tasks.state import state_dir
 
 BASE = DATA / "base" / "model"
@@ -194,7 +194,7 @@ def run_job(name: str, job: dict[str, Any], threads: int, on_line: Callable[[str
                 "OMP_NUM_THREADS": str(threads),
                 # Threads that spin while they wait are ten times slower on cores that others use too.
                 "OMP_WAIT_POLICY": "PASSIVE",
-                "HF_HUB_OFFLINE": "1",
+                **OFFLINE,
                 "HF_DATASETS_CACHE": f"{work}/datasets",
                 "TOKENIZERS_PARALLELISM": "false",
             },

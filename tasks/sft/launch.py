@@ -13,6 +13,7 @@ from tasks.errors import ConfigError, TrainingError
 from tasks.files import write_json
 from tasks.sft import SftParams
 from tasks.sft.terminal import shown_lines
+from tasks.stage import OFFLINE
 from tasks.state import tools_environment
 
 # A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
@@ -126,7 +127,7 @@ def rank_environment(device: str) -> dict[str, str]:
         **tools_environment(),
         # The ranks run the code of this stage, wherever it was started.
         "PYTHONPATH": str(Path(__file__).absolute().parents[2]),
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        **OFFLINE,
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device == "cpu":

@@ -6,6 +6,7 @@ from typing import Any
 
 from tasks.benchmarks import CHOICE_TASK
 from tasks.errors import DataError
+from tasks.hub import hub_errors
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ def harness_items(name: str, manager: Any = None) -> Iterator[dict[str, Any]]:
         tasks = (manager or TaskManager()).load([name])["tasks"]
     except KeyError as err:
         raise DataError(f"snapshot.benchmarks: lm-eval has no task {name!r}; see `lm-eval ls tasks`") from err
-    except (OSError, ValueError) as err:
-        reason = str(err).strip().splitlines()[0]
+    except hub_errors(RuntimeError, ValueError) as err:
+        reason = f"{type(err).__name__}: {err}".partition("\n")[0]
         raise DataError(
             f"snapshot.benchmarks: lm-eval:{name}: its data cannot be fetched ({reason}); reach the hub "
             "(with HF_HUB_OFFLINE unset), or name a folder with task.yaml and items.jsonl"

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tasks.errors import DataError
+from tasks.hub import asking_hub
 from tasks.sources import Offer
 from tasks.sources.stores import read_file
 
@@ -21,25 +22,18 @@ def hub_offers(location: str) -> Iterator[Offer]:
     Raises:
         DataError: The Hub cannot be reached or refuses, or no Parquet file fits.
     """
-    import httpx
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     found = HUB.fullmatch(location)
     if not found:
         raise ValueError(f"{location!r} was not checked by require_location")
     identity, commit = found["id"], found["commit"]
-    try:
+    with asking_hub(f"snapshot.sources: {location}"):
         files = HfApi().list_repo_files(identity, revision=commit, repo_type="dataset")
-        for name in choose_parquet(files, found["glob"] or "*", location):
+    for name in choose_parquet(files, found["glob"] or "*", location):
+        with asking_hub(f"snapshot.sources: {location}"):
             path = hf_hub_download(identity, name, revision=commit, repo_type="dataset")
-            yield Offer(".parquet", read_file(Path(path)))
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as err:
-        message = f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
-        raise DataError(
-            f"snapshot.sources: {location}: {message}; check name, commit and network, and "
-            "HF_TOKEN if the data set is not public"
-        ) from err
+        yield Offer(".parquet", read_file(Path(path)))
 
 
 def choose_parquet(files: list[str], pattern: str, location: str) -> list[str]:

@@ -1,15 +1,11 @@
 """Sources that others serve: an object store, the Hub and a database, each real and on this machine."""
 
 import io
-import json
 import logging
-import os
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,7 @@ from tasks.snapshot import write_shards
 from tasks.sources.locations import SqlQuery, read_offers
 from tasks.sources.stores import remote_offers
 from tests.checkouts import ROOT
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from tests.hub import COMMIT, served
 
 
 def contents(location: Any) -> list[tuple[str, bytes]]:
@@ -104,39 +99,7 @@ HUB_FILES = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's HTTP interface that lists and downloads files of a commit."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        resolve = f"/datasets/owner/name/resolve/{COMMIT}/"
-        if path == f"/api/datasets/owner/name/tree/{COMMIT}":
-            tree = [{"type": "file", "path": p, "size": len(b), "oid": p} for p, b in HUB_FILES.items()]
-            self.answer(200, json.dumps(tree).encode())
-        elif path.removeprefix(resolve) in HUB_FILES:
-            self.answer(200, HUB_FILES[path.removeprefix(resolve)])
-        else:
-            self.answer(404, b"{}")
-
-    def answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        headers = {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, "ETag": f'"{len(body)}"'}
-        if status == 404:
-            headers["X-Error-Code"] = "RepoNotFound"
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Stay silent."""
-
-
-def ask_hub(location: str, folder: Path, port: int) -> subprocess.CompletedProcess[str]:
+def ask_hub(location: str, environment: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
     """Read a location in a process of its own: the client reads its endpoint once, when it is imported."""
     code = (
         "import sys\n"
@@ -144,27 +107,25 @@ def ask_hub(location: str, folder: Path, port: int) -> subprocess.CompletedProce
         f"for offer in read_offers({location!r}):\n"
         "    print(offer.suffix, len(b''.join(offer.chunks)))\n"
     )
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(folder)}
+    command = [sys.executable, "-c", code]
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+        command, cwd=ROOT, capture_output=True, text=True, env={**environment, **more}, check=False
     )
 
 
 def test_the_parquet_files_of_a_commit_come_in_and_no_script_runs(tmp_path: Path) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        found = ask_hub(f"hub:owner/name@{COMMIT}/data/train-*", tmp_path, server.server_port)
-        missing = ask_hub(f"hub:owner/other@{COMMIT}", tmp_path, server.server_port)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with served({"datasets/owner/name": HUB_FILES}) as hub:
+        environment = hub.environment(tmp_path)
+        found = ask_hub(f"hub:owner/name@{COMMIT}/data/train-*", environment)
+        missing = ask_hub(f"hub:owner/other@{COMMIT}", environment)
+        offline = ask_hub(f"hub:owner/name@{COMMIT}", environment, HF_HUB_OFFLINE="1")
+    gone = ask_hub(f"hub:owner/name@{COMMIT}", environment)
     sizes = [len(HUB_FILES[f"data/train-{i}.parquet"]) for i in (0, 1)]
     assert found.stdout.splitlines() == [f".parquet {size}" for size in sizes], found.stderr
     assert f"DataError: snapshot.sources: hub:owner/other@{COMMIT}: RepositoryNotFoundError" in missing.stderr
+    assert "DataError: " in offline.stderr
+    assert "HF_HUB_OFFLINE=1 keeps the Hub out; unset it" in offline.stderr
+    assert f"DataError: snapshot.sources: hub:owner/name@{COMMIT}: ConnectError: " in gone.stderr
     assert not list(tmp_path.rglob("load.py"))
 
 

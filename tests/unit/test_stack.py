@@ -166,7 +166,6 @@ def test_the_environment_leads_to_the_stack_and_stays_quiet(
     assert stack.environment(STACK) == {
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
-        "HF_HUB_OFFLINE": "1",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_REGISTRY_URI": "http://127.0.0.1:5100",
@@ -192,7 +191,7 @@ def test_the_environment_leads_to_the_stack_and_stays_quiet(
 @pytest.mark.parametrize(
     ("name", "users", "effective"),
     [
-        ("HF_HUB_OFFLINE", "0", "0"),
+        ("DO_NOT_TRACK", "0", "0"),
         ("PREFECT_WORKER_QUERY_SECONDS", "7", "7"),
         ("no_proxy", "intranet", "intranet,127.0.0.1,localhost"),
         ("PREFECT_API_URL", "https://elsewhere/api", "http://127.0.0.1:4300/api"),

@@ -1,0 +1,89 @@
+"""A Hugging Face Hub on the loopback interface: what its client asks to list and download files."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """What it holds, and what it was asked.
+
+    Attributes:
+        files: `models/owner/name` or `datasets/owner/name` -> path -> bytes, all at `COMMIT`.
+        refusals: Repository, in the same form -> status and X-Error-Code of every answer.
+        asked: Paths of all requests so far.
+        url: Where it listens.
+    """
+
+    files: Mapping[str, Mapping[str, bytes]]
+    refusals: Mapping[str, tuple[int, str]]
+    asked: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def answer(self, path: str) -> tuple[int, str, bytes]:
+        """Return status, error code and body for a path."""
+        self.asked.append(path)
+        for repository, (status, code) in self.refusals.items():
+            if repository.removeprefix("models/") in path:
+                return status, code, b"{}"
+        for repository, files in self.files.items():
+            if path == f"/api/{repository}/tree/{COMMIT}":
+                tree = [{"type": "file", "path": p, "size": len(b), "oid": p} for p, b in files.items()]
+                return 200, "", json.dumps(tree).encode()
+            name = path.removeprefix(f"/{repository.removeprefix('models/')}/resolve/{COMMIT}/")
+            if name in files:
+                return 200, "", files[name]
+            if path.startswith(f"/api/{repository}/"):
+                return 404, "RevisionNotFound", b"{}"
+        return 404, "RepoNotFound", b"{}"
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """This process's environment, led to this Hub with an empty cache in `home`."""
+        kept = {
+            key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))
+        }
+        return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(home)}
+
+
+@contextmanager
+def served(
+    files: Mapping[str, Mapping[str, bytes]], refusals: Mapping[str, tuple[int, str]] | None = None
+) -> Iterator[Hub]:
+    """Serve a Hub on a free port; it is gone after the block."""
+    hub = Hub(files, refusals or {})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, code, body = hub.answer(self.path.split("?")[0])
+            self.send_response(status)
+            headers = {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, "ETag": f'"{len(body)}"'}
+            for name, value in {**headers, "X-Error-Code": code}.items():
+                if value:
+                    self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815 - http.server's name
+
+        def log_message(self, *_: object) -> None:
+            """Stay silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
