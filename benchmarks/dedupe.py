@@ -32,7 +32,9 @@ from tasks.memo import Memo
 from tasks.stage import run_main
 from tasks.text import Shingles, canonical, comparable_shingles, jaccard
 
-PARAMS = DedupeParams(num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1)
+PARAMS = DedupeParams(
+    num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1, max_drop_rate=1.0
+)
 DOCUMENTS, EDITED = 40_000, 10_000
 REPEATS = 3
 

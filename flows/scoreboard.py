@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.files import read_json, write_figures
+from tasks.graph import stage_order
 from tasks.state import state_dir
 
 DATA = Path("data")
@@ -26,9 +27,20 @@ def collect() -> dict[str, Any]:
         "version": read_json(DATA / "register" / "version.json")["version"],
         **read_json(DATA / "promote" / "outcome.json"),
         "champion": read_json(DATA / "champion" / "champion.json")["version"],
+        "dropped": collect_dropped(),
     }
     write_figures(scoreboard_file(), board)
     return board
+
+
+def collect_dropped() -> dict[str, dict[str, Any]]:
+    """Return stage -> rows in and rows dropped by reason, of the stages that dropped some, in their order."""
+    summaries = {stage: read_json(DATA / stage / "summary.json") for stage in stage_order()}
+    return {
+        stage: {"rows_in": summary["rows_in"], "dropped": summary["dropped"]}
+        for stage, summary in summaries.items()
+        if summary["dropped"]
+    }
 
 
 def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
@@ -64,6 +76,10 @@ def rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         ("champion", f"version {champion}" if champion else "none yet"),
         *([("waits for a person", board["waits"])] if board["waits"] else []),
     ]
+    for stage, found in board["dropped"].items():
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in found["dropped"].items())
+        count = sum(found["dropped"].values())
+        table.append((f"dropped by {stage}", f"{count:,} of {found['rows_in']:,} rows: {reasons}"))
     return table
 
 

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from pydantic import Field
 
 from tasks.benchmarks import HELDOUT, questions, read_benchmarks
 from tasks.config import StageParams, load_params
+from tasks.drops import Drops, Rate, require_drop_rate
 from tasks.files import iterate_batches, iterate_rows, write_batches, write_rows
 from tasks.schemas import AUGMENTED
 from tasks.stage import DATA, run_main, write_summary
@@ -43,6 +45,8 @@ HITS_SCHEMA = pa.schema(
     ]
 )
 SHINGLE_SIZE = 3
+# Of the words that match, in an error.
+SHOWN_CHARACTERS = 80
 Row = dict[str, Any]
 
 
@@ -55,11 +59,13 @@ class DecontaminateParams(StageParams):
         min_question_words: Questions of fewer words are too common to be looked for inside a longer
             text; they match as a whole.
         max_containment: Share, 0 to 1, of a question's word 3-shingles that a train text may contain.
+        max_drop_rate: Rate of rows, 0 to 1, among all and in each source, that may be hits.
     """
 
     ngram_size: Annotated[int, Field(strict=True, ge=5)]
     min_question_words: Annotated[int, Field(strict=True, ge=3)]
     max_containment: Annotated[float, Field(gt=0, le=1)]
+    max_drop_rate: Rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +102,40 @@ def main() -> None:
     params = load_params(DecontaminateParams, "decontaminate")
     index = build_index(evaluation_questions(TEST, BENCHMARKS), params)
     hits: dict[str, Row] = {}
-    rows_in = 0
-    for row in iterate_rows(SOURCE, ["id", "origin", "messages"]):
-        rows_in += 1
+    drops = Drops()
+    for row in iterate_rows(SOURCE, ["id", "origin", "messages", "source"]):
+        drops.read[row["source"]] += 1
         if hit := find_hit(row, index, params):
             hits[row["id"]] = hit
+            drops.add(row["source"], hit["reason"], describe_hit(hit))
+    write_rows(HITS, hits.values(), HITS_SCHEMA)
+    require_drop_rate(
+        drops,
+        params.max_drop_rate,
+        (HITS, "decontaminate.max_drop_rate"),
+        "see there what train and evaluation share, take it out of the rows or of snapshot.benchmarks",
+    )
     clean = (
         batch.filter(pa.array([one not in hits for one in batch["id"].to_pylist()]))
         for batch in iterate_batches(SOURCE)
     )
     write_batches(TARGET, clean, AUGMENTED)
-    write_rows(HITS, hits.values(), HITS_SCHEMA)
     write_summary(
         "decontaminate",
-        rows_in=rows_in,
-        rows_out=rows_in - len(hits),
-        dropped=Counter(hit["reason"] for hit in hits.values()),
+        rows_in=drops.read.total(),
+        rows_out=drops.read.total() - len(hits),
+        dropped=drops.by_reason(),
+        dropped_by_source=drops.by_source(),
         hits_by_benchmark=dict(sorted(Counter(hit["benchmark"] for hit in hits.values()).items())),
         evaluation_questions=len(index.questions),
+    )
+
+
+def describe_hit(hit: Row) -> str:
+    """Describe a hit in one line: the row, the question, and the words that match."""
+    return (
+        f"{hit['origin']}: {hit['reason']} of {hit['benchmark']}/{hit['item']}: "
+        f'"{shorten(hit["match"], SHOWN_CHARACTERS, placeholder=" ...")}"'
     )
 
 

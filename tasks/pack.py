@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from tasks.config import StageParams, load_params
+from tasks.drops import Drops, Rate, require_drop_rate
 from tasks.encode import (
     FAULTS,
     IGNORED,
@@ -60,12 +61,14 @@ class PackParams(StageParams):
         max_length: Tokens in a row.
         over_length: For a longer example: fail, drop it, cut its end off, or split it into spans.
         max_lost_token_share: Share of all tokens, 0 to 1, that may be lost.
+        max_drop_rate: Rate of examples, 0 to 1, among all and in each source, that may be lost as a whole.
     """
 
     packing: bool
     max_length: Annotated[int, Field(strict=True, ge=8)]
     over_length: OverLength
-    max_lost_token_share: Annotated[float, Field(ge=0, le=1)]
+    max_lost_token_share: Rate
+    max_drop_rate: Rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,13 @@ def main() -> None:
     spans, dropped, lost = fit(corpus, params.max_length, params.over_length)
     total = len(corpus.input_ids)
     require_fit(lost, total, params)
+    drops = count_drops(corpus, dropped)
+    require_drop_rate(
+        drops,
+        params.max_drop_rate,
+        (SOURCE, "pack.max_drop_rate"),
+        f"raise pack.max_length={params.max_length}, set pack.over_length: split",
+    )
     sizes = [span.stop - span.start for span in spans]
     rows = pack(sizes, params.max_length) if params.packing else [[i] for i in range(len(sizes))]
     table = build_rows(corpus, spans, rows)
@@ -111,8 +121,9 @@ def main() -> None:
     write_summary(
         "pack",
         rows_in=len(corpus.ids),
-        rows_out=len(corpus.ids) - sum(dropped.values()),
-        dropped=dropped,
+        rows_out=len(corpus.ids) - len(dropped),
+        dropped=drops.by_reason(),
+        dropped_by_source=drops.by_source(),
         spans=len(spans),
         packed_rows=len(rows),
         packed_rows_bound=math.ceil(tokens / params.max_length),
@@ -165,16 +176,16 @@ def join(encoded: Sequence[Encoded], ids: list[str], origins: list[str]) -> Corp
 
 def fit(
     corpus: Corpus, max_length: int, over_length: OverLength
-) -> tuple[list[Span], Counter[str], Counter[str]]:
+) -> tuple[list[Span], dict[int, str], Counter[str]]:
     """Cut the corpus into spans of at most `max_length` tokens, each with a label to learn from.
 
     Nothing precedes the first token of a span that could predict it, so a label there does not count.
 
     Returns:
-        The spans in order; the examples that are left out, by reason; the tokens lost, by reason.
+        The spans in order; the examples that are left out, each with its reason; the tokens lost, by reason.
     """
     spans: list[Span] = []
-    dropped: Counter[str] = Counter()
+    dropped: dict[int, str] = {}
     lost: Counter[str] = Counter()
     supervised = np.concatenate([[0], np.cumsum(corpus.labels != IGNORED)])
     for example, (first, end) in enumerate(pairwise(corpus.offsets.tolist())):
@@ -189,8 +200,17 @@ def fit(
                 length -= stop - start
         lost["over_length"] += length - kept
         if not kept:
-            dropped["over_length" if length else "no_supervised_token"] += 1
+            dropped[example] = "over_length" if length else "no_supervised_token"
     return spans, dropped, lost
+
+
+def count_drops(corpus: Corpus, dropped: Mapping[int, str]) -> Drops:
+    """Count the examples and those that are left out, by source, the first part of an origin."""
+    drops = Drops(Counter(origin.split("/", 1)[0] for origin in corpus.origins))
+    for i, reason in dropped.items():
+        origin, tokens = corpus.origins[i], corpus.offsets[i + 1] - corpus.offsets[i]
+        drops.add(origin.split("/", 1)[0], reason, f"{origin}: {reason}; {tokens} tokens")
+    return drops
 
 
 def cut(length: int, max_length: int, over_length: OverLength) -> list[tuple[int, int]]:

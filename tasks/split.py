@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from tasks.config import StageParams, load_params
+from tasks.errors import DataError
 from tasks.files import iterate_batches, iterate_rows, write_batches, write_rows
 from tasks.schemas import GROUPED
 from tasks.stage import DATA, run_main, write_summary
@@ -65,6 +66,7 @@ def main() -> None:
         by_phrasing = row["source"] in params.by_phrasing
         sides[row["id"]] = "train" if by_phrasing else side(row["group_id"], params)
         counts[sides[row["id"]]] += 1
+    require_sides(counts)
     for name in SIDES:
         write_batches(TARGET / f"{name}.parquet", select(iterate_batches(SOURCE), sides, name), GROUPED)
     bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), sides))
@@ -78,6 +80,24 @@ def main() -> None:
         rows_out_by_side={name: counts[name] for name in SIDES},
         bridges=len(bridges),
     )
+
+
+def require_sides(counts: Mapping[str, int]) -> None:
+    """Fail when nothing is left to train on or to test with; sft checks the validation side if it needs it.
+
+    Args:
+        counts: Side -> examples.
+
+    Raises:
+        DataError: The train or the test side is empty.
+    """
+    total = sum(counts.values())
+    for name, change in (("train", "lower"), ("test", "raise")):
+        if not counts.get(name):
+            raise DataError(
+                f"{TARGET / name}.parquet: 0 of {total} examples; {change} split.test_share, add data, or "
+                "name fewer sources in split.by_phrasing"
+            )
 
 
 def select(

@@ -33,6 +33,7 @@ SUMMARIES: dict[str, dict[str, Any]] = {
         "rows_in": 12,
         "rows_out": 10,
         "dropped": {"malformed_json": 2},
+        "dropped_by_source": {"facts": {"malformed_json": 2}},
         "pii": {"facts": {"email": 1}},
     },
     "dedupe": {"rows_in": 10, "rows_out": 9, "dropped": {"near_duplicate": 1}},

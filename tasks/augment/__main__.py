@@ -16,6 +16,7 @@ from tasks.augment.prompts import SPEAKERS
 from tasks.augment.propose import Proposal, Propose, Wanted, by_model, by_rules
 from tasks.augment.quality import CompareMeaning, Messages, Scores, judge
 from tasks.config import load_params
+from tasks.drops import FEWEST
 from tasks.errors import DataError
 from tasks.files import appended_rows, iterate_batches, text_digest, write_rows
 from tasks.replies import open_memo
@@ -73,6 +74,8 @@ class Tally:
     rejected: Counter[str] = field(default_factory=Counter)
     shortfall: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    accepted_by_source: Counter[str] = field(default_factory=Counter)
+    rejected_by_source: Counter[str] = field(default_factory=Counter)
 
 
 def main() -> None:
@@ -92,7 +95,7 @@ def main() -> None:
         compare = load_embedder(params.embedder) if params.embedder else None
         rows = augment(propose, params, compare, tally, (log_rejected, log_scores))
         write_rows(TARGET, rows, AUGMENTED)
-    require_acceptance(tally.added, tally.rejected.total(), params.min_acceptance_rate)
+    require_acceptance(tally.accepted_by_source, tally.rejected_by_source, params.min_acceptance_rate)
     write_summary(
         "augment",
         rows_in=tally.rows_in,
@@ -153,6 +156,8 @@ def paraphrase(
         tally.surplus += work.surplus
         tally.styles.update(row["style"] for row in work.accepted)
         tally.rejected.update(row["reason"] for row in work.rejected)
+        tally.accepted_by_source[work.example["source"]] += len(work.accepted)
+        tally.rejected_by_source[work.example["source"]] += len(work.rejected)
         if missing := wanted - len(work.accepted):
             tally.shortfall[work.failure or "rejected"] += missing
 
@@ -194,16 +199,28 @@ def choose_style(example_id: str, number: int, params: AugmentParams) -> Style:
     return random.Random(digest).choices(styles, weights)[0]
 
 
-def require_acceptance(accepted: int, rejected: int, limit: float) -> None:
-    """Fail when too few candidates pass.
+def require_acceptance(accepted: Counter[str], rejected: Counter[str], limit: float) -> None:
+    """Fail when too few candidates pass, of all or of a source with enough rejected ones to tell.
+
+    Args:
+        accepted: Source -> accepted candidates.
+        rejected: Source -> rejected candidates.
+        limit: Rate, 0 to 1.
 
     Raises:
         DataError: The acceptance rate is below `limit`.
     """
-    proposed = accepted + rejected
-    if proposed and accepted < limit * proposed:
+    found = [
+        f"{accepted[source]} of {accepted[source] + count} paraphrases of {source}"
+        for source, count in sorted(rejected.items())
+        if count >= FEWEST and accepted[source] < limit * (accepted[source] + count)
+    ]
+    proposed = accepted.total() + rejected.total()
+    if accepted.total() < limit * proposed:
+        found.insert(0, f"{accepted.total()} of {proposed} paraphrases")
+    if found:
         raise DataError(
-            f"{REJECTED}: {accepted} of {proposed} paraphrases passed the quality gate, less than "
+            f"{REJECTED}: {', '.join(found)} passed the quality gate, less than "
             f"augment.min_acceptance_rate={limit}; read the reasons there, or choose other sources"
         )
 

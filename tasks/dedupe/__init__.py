@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from tasks.config import Count, StageParams
+from tasks.drops import Rate
 
 
 class DedupeParams(StageParams):
@@ -23,6 +24,7 @@ class DedupeParams(StageParams):
         shingle_size: Words in a shingle.
         jaccard_threshold: Exact similarity, 0 to 1, from which a text counts as a duplicate.
         seed: Seed of the permutations.
+        max_drop_rate: Rate of rows, 0 to 1, among all and in each source, that may go with their content.
     """
 
     num_perm: Annotated[int, Field(strict=True, ge=16)]
@@ -31,6 +33,7 @@ class DedupeParams(StageParams):
     shingle_size: Count
     jaccard_threshold: Annotated[float, Field(gt=0, le=1)]
     seed: Annotated[int, Field(strict=True, ge=0)]
+    max_drop_rate: Rate
 
     @model_validator(mode="after")
     def _bands_fill_the_signature(self) -> "DedupeParams":

@@ -1,5 +1,7 @@
 """Run the stage: find the duplicates, write what stays, what goes, and what contradicts itself."""
 
+import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +11,9 @@ import pyarrow as pa
 from tasks.config import load_params
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.candidates import Removal, Text, keep_first
+from tasks.dedupe.reasons import HARMLESS, classify_removals
 from tasks.dedupe.signatures import open_memo, sign_known
+from tasks.drops import Drops, require_drop_rate
 from tasks.files import iterate_batches, iterate_rows, text_digest, write_batches, write_rows
 from tasks.memo import Memo
 from tasks.schemas import GROUPED
@@ -38,22 +42,35 @@ CONFLICTS_SCHEMA = pa.schema([("prompt_id", pa.string()), ("id", pa.string()), (
 def main() -> None:
     """Remove duplicates; give every survivor the group id of its content."""
     params = load_params(DedupeParams, "dedupe")
-    ids, texts = [], []
-    for row in iterate_rows(SOURCE, ["id", "messages"]):
+    ids, texts, origins, contents = [], [], [], []
+    for row in iterate_rows(SOURCE, ["id", "messages", "tools", "origin"]):
         ids.append(row["id"])
         texts.append(read_text(row["messages"]))
+        origins.append(row["origin"])
+        contents.append(text_digest(json.dumps(row["messages"]), row["tools"] or ""))
     with open_memo(params) as memo:
         removals = find_duplicates(texts, params, memo)
+    shards = [sys.intern(origin.rpartition(":")[0]) for origin in origins]
+    reasons = classify_removals(removals, contents, shards)
+    write_rows(REMOVED, _removed_rows(ids, removals, reasons), REMOVED_SCHEMA)
+    drops = count_drops(removals, reasons, origins)
+    require_drop_rate(
+        drops,
+        params.max_drop_rate,
+        (REMOVED, "dedupe.max_drop_rate"),
+        "see there which rows are merged, change them or dedupe.jaccard_threshold",
+        harmless=HARMLESS,
+    )
     sources: Counter[str] = Counter()
     write_batches(TARGET, survivors(texts, removals, sources), GROUPED)
-    write_rows(REMOVED, _removed_rows(ids, removals), REMOVED_SCHEMA)
     conflicts = find_conflicts(texts, removals)
     write_rows(CONFLICTS, _conflict_rows(ids, texts, conflicts), CONFLICTS_SCHEMA)
     write_summary(
         "dedupe",
         rows_in=len(ids),
         rows_out=len(ids) - len(removals),
-        dropped=Counter(removal.reason for removal in removals.values()),
+        dropped=drops.by_reason(),
+        dropped_by_source=drops.by_source(),
         rows_out_by_source=dict(sorted(sources.items())),
         label_conflicts=len(conflicts),
         rows_in_label_conflicts=sum(len(members) for members in conflicts),
@@ -128,14 +145,26 @@ def find_conflicts(texts: Sequence[Text], removals: Mapping[int, Removal]) -> li
     return [members for members in by_prompt.values() if len(members) > 1]
 
 
-def _removed_rows(ids: Sequence[str], removals: Mapping[int, Removal]) -> Iterator[dict[str, Any]]:
+def count_drops(removals: Mapping[int, Removal], reasons: Mapping[int, str], origins: Sequence[str]) -> Drops:
+    """Count the rows and the removed ones by source, the first part of an origin."""
+    drops = Drops(Counter(origin.split("/", 1)[0] for origin in origins))
+    for i, reason in reasons.items():
+        twin = f"{reason} of {origins[removals[i].kept]}, Jaccard {removals[i].jaccard:.2f}"
+        drops.add(origins[i].split("/", 1)[0], reason, f"{origins[i]}: {twin}")
+    return drops
+
+
+def _removed_rows(
+    ids: Sequence[str], removals: Mapping[int, Removal], reasons: Mapping[int, str]
+) -> Iterator[dict[str, Any]]:
     """Name each removed example and the one that stays for it."""
-    for i, removal in sorted(removals.items()):
+    for i, reason in reasons.items():
+        removal = removals[i]
         yield {
             "id": ids[i],
             "kept_id": ids[removal.kept],
             "jaccard": removal.jaccard,
-            "reason": removal.reason,
+            "reason": reason,
             "near_ids": [ids[other] for other in removal.near],
         }
 

@@ -5,18 +5,17 @@ shapes. Every row becomes an example or stands in quarantine.jsonl with its orig
 remedy; the two add up to the rows read.
 """
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from tasks.config import Count, StageParams
+from tasks.drops import Rate
 
 
 class IngestParams(StageParams):
     """Limits on sizes, on bad rows, and what happens to personal data.
 
     Attributes:
-        max_quarantined_share: Share of all rows, 0 to 1, above which the stage fails.
+        max_drop_rate: Rate of bad rows, 0 to 1, among all and in each source, above which the stage fails.
         max_row_bytes: Longest row, bytes; a longer one goes to quarantine.
         max_shard_bytes: Largest shard, bytes after decompression; a larger one fails the stage.
         max_compression_ratio: Bytes out for each byte in, above which a shard counts as a bomb.
@@ -25,7 +24,7 @@ class IngestParams(StageParams):
         pii_model: spaCy model, by name or folder, that finds names and places too; None for rules alone.
     """
 
-    max_quarantined_share: Annotated[float, Field(ge=0, le=1)]
+    max_drop_rate: Rate
     max_row_bytes: Count
     max_shard_bytes: Count
     max_compression_ratio: Count

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tasks.config import load_params
+from tasks.drops import Drops, require_drop_rate
 from tasks.encode import Encoder, load_encoder, open_memo
 from tasks.errors import DataError
 from tasks.files import replaced, write_rows
@@ -29,7 +30,6 @@ BASE = DATA / "base" / "model"
 TARGET = DATA / "ingest" / "examples.parquet"
 QUARANTINE = DATA / "ingest" / "quarantine.jsonl"
 PII = DATA / "ingest" / "pii.jsonl"
-SHOWN_FAULTS = 20
 
 
 @dataclass(slots=True)
@@ -37,20 +37,16 @@ class Tally:
     """What is counted on the way.
 
     Attributes:
-        rows_in: Rows read.
-        dropped: Quarantined rows, by reason.
+        drops: Rows read and quarantined.
         repaired: Repaired rows, by repair.
         pii: Places with personal data, by (source, kind).
         tokens: Tokens of each example.
-        first: The first quarantined rows, for the error message.
     """
 
-    rows_in: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    drops: Drops = field(default_factory=Drops)
     repaired: Counter[str] = field(default_factory=Counter)
     pii: Counter[tuple[str, str]] = field(default_factory=Counter)
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
-    first: list[dict[str, str]] = field(default_factory=list)
 
 
 def main() -> None:
@@ -61,12 +57,13 @@ def main() -> None:
     # The quarantine is there to read even when the examples are not.
     with replaced(TARGET) as examples:
         write_outputs(examples, params, encoder, tally)
-        require_share(tally, params.max_quarantined_share)
+        require_rows(tally.drops, params.max_drop_rate)
     write_summary(
         "ingest",
-        rows_in=tally.rows_in,
+        rows_in=tally.drops.read.total(),
         rows_out=len(tally.tokens),
-        dropped=tally.dropped,
+        dropped=tally.drops.by_reason(),
+        dropped_by_source=tally.drops.by_source(),
         repaired=dict(sorted(tally.repaired.items())),
         tokens=describe(tally.tokens),
         pii=by_source(tally.pii),
@@ -103,7 +100,7 @@ def settle(
 ) -> Iterator[Example]:
     """Yield the examples; write the faults to `bad` and the personal data's places to `personal`."""
     for outcome, tokens in measured:
-        tally.rows_in += 1
+        tally.drops.read[outcome.source] += 1
         for place in outcome.places:
             tally.pii[outcome.source, place.kind] += 1
             write_line(personal, {"origin": outcome.origin, **asdict(place)})
@@ -111,8 +108,8 @@ def settle(
             fault = outcome.result
             row = {"origin": outcome.origin, "reason": fault.reason, "remedy": fault.remedy}
             write_line(bad, row)
-            tally.dropped[fault.reason] += 1
-            tally.first += [row] if len(tally.first) < SHOWN_FAULTS else []
+            line = f"{SOURCE}/{outcome.origin}: {fault.reason}; {fault.remedy}"
+            tally.drops.add(outcome.source, fault.reason, line)
             continue
         tally.repaired.update(outcome.repaired)
         tally.tokens.append(tokens)
@@ -137,21 +134,24 @@ def by_source(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return nested
 
 
-def require_share(tally: Tally, limit: float) -> None:
-    """Fail when too many rows are bad, and show the first of them.
+def require_rows(drops: Drops, limit: float) -> None:
+    """Fail when there are no rows, or too many of all or of a source are bad.
+
+    A source may still be empty: an empty file is written down, and is no bad row.
 
     Raises:
-        DataError: There is no row at all, or the quarantined share is above `limit`.
+        DataError: There is no row at all, or the rate of bad rows is above `limit`.
     """
-    bad, total = tally.dropped.total(), tally.rows_in
-    if not total:
+    if drops.read.total() == drops.by_reason()["empty_file"]:
         raise DataError(f"{SOURCE}: no rows; run `nightshift snapshot` or check snapshot.sources")
-    if bad > limit * total:
-        first = "\n  ".join(f"{SOURCE}/{r['origin']}: {r['reason']}; {r['remedy']}" for r in tally.first)
-        raise DataError(
-            f"{QUARANTINE}: {bad} of {total} rows are bad, more than "
-            f"ingest.max_quarantined_share={limit}; mend the rows or raise the limit\n  {first}"
-        )
+    require_drop_rate(
+        drops,
+        limit,
+        (QUARANTINE, "ingest.max_drop_rate"),
+        "mend the rows, take the source out of snapshot.sources",
+        harmless=("empty_file",),
+        fewest=1,
+    )
 
 
 if __name__ == "__main__":

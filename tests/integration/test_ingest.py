@@ -26,6 +26,7 @@ def test_the_demo_gives_its_examples_and_their_length(
         "added": 0,
         "rows_out": 2100,
         "dropped": {"empty_content": 1, "no_final_answer": 43},
+        "dropped_by_source": {"dialogs": {"empty_content": 1, "no_final_answer": 43}},
         "repaired": {},
         "pii": {"dialogs": {"email": 2}},
         "tokens": {"total": 136393, "min": 34, "p50": 50, "p90": 118, "p99": 226, "max": 383},

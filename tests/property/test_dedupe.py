@@ -12,7 +12,9 @@ from tasks.dedupe.candidates import Removal, Text
 from tasks.memo import Memo
 from tasks.text import comparable_shingles, jaccard
 
-PARAMS = DedupeParams(num_perm=32, bands=16, rows_per_band=2, shingle_size=2, jaccard_threshold=0.7, seed=1)
+PARAMS = DedupeParams(
+    num_perm=32, bands=16, rows_per_band=2, shingle_size=2, jaccard_threshold=0.7, seed=1, max_drop_rate=1.0
+)
 TEXTS = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12).map(" ".join), max_size=12)
 
 

@@ -1,5 +1,6 @@
 """Paraphrases: what is asked, what the quality gate lets through, what is counted."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -212,9 +213,15 @@ def test_styles_follow_their_weights_and_stay_with_the_example() -> None:
 
 
 def test_too_few_accepted_paraphrases_fail_the_stage() -> None:
-    require_acceptance(5, 5, 0.5)
+    require_acceptance(Counter(a=5), Counter(a=5), 0.5)
     with pytest.raises(DataError, match="4 of 10 paraphrases passed"):
-        require_acceptance(4, 6, 0.5)
+        require_acceptance(Counter(a=4), Counter(b=6), 0.5)
+
+
+def test_one_source_whose_paraphrases_are_rejected_fails_the_stage() -> None:
+    require_acceptance(Counter(a=90), Counter(b=9), 0.5)
+    with pytest.raises(DataError, match=r"rejected\.parquet: 1 of 11 paraphrases of b passed"):
+        require_acceptance(Counter(a=90, b=1), Counter(b=10), 0.5)
 
 
 @pytest.mark.parametrize(

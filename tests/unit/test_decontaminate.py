@@ -12,7 +12,7 @@ from tasks.schemas import GROUPED
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 SHORT = "In which year was gallium found?"
-PARAMS = DecontaminateParams(ngram_size=13, min_question_words=5, max_containment=0.8)
+PARAMS = DecontaminateParams(ngram_size=13, min_question_words=5, max_containment=0.8, max_drop_rate=1.0)
 ITEMS = [("facts", "q1", "Who found Tin?"), ("facts", "q2", LONG), ("facts", "q3", SHORT)]
 QUESTIONS = build_index(ITEMS, PARAMS)
 

@@ -10,7 +10,9 @@ from tasks.dedupe.__main__ import find_conflicts, find_duplicates, read_text
 from tasks.dedupe.candidates import Removal, Text
 from tasks.dedupe.signatures import open_memo, sign
 
-PARAMS = DedupeParams(num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1)
+PARAMS = DedupeParams(
+    num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1, max_drop_rate=1.0
+)
 WORDS = [f"w{i}" for i in range(60)]
 TEXT = " ".join(WORDS)
 NEAR = " ".join([*WORDS[:59], "other"])

@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tasks.drops import Drops
 from tasks.errors import DataError
-from tasks.ingest.__main__ import Tally, main, require_share
+from tasks.ingest.__main__ import main, require_rows
 from tasks.ingest.shards import find_shards
 from tests.byte_base import make_byte_base
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 PARAMS = {
-    "max_quarantined_share": 1.0,
+    "max_drop_rate": 1.0,
     "max_row_bytes": 1000,
     "max_shard_bytes": 10**9,
     "max_compression_ratio": 200,
@@ -234,18 +236,17 @@ def test_rows_with_personal_data_are_dropped_on_request(run: Run) -> None:
 
 
 def test_too_many_bad_rows_fail_the_stage_and_are_named() -> None:
-    row = {"origin": "a/000001.jsonl:7", "reason": "not_utf8", "remedy": "save the file as UTF-8"}
-    tally = Tally(rows_in=100, first=[row])
-    tally.dropped["not_utf8"] = 1
-    require_share(tally, 0.01)
-    tally.dropped["not_utf8"] = 2
+    drops = Drops(Counter(a=100))
+    drops.add("a", "not_utf8", "data/raw/a/000001.jsonl:7: not_utf8; save the file as UTF-8")
+    require_rows(drops, 0.01)
+    drops.add("a", "not_utf8", "data/raw/a/000001.jsonl:9: not_utf8; save the file as UTF-8")
     with pytest.raises(DataError, match=r"data/raw/a/000001\.jsonl:7: not_utf8; save"):
-        require_share(tally, 0.01)
+        require_rows(drops, 0.01)
 
 
 def test_the_stage_fails_closed_and_keeps_the_quarantine_to_read(run: Run, in_tmp: Path) -> None:
-    with pytest.raises(DataError, match="1 of 2 rows are bad"):
-        run({"a/000001.jsonl": json.dumps(GOOD).encode() + b"\n{\n"}, max_quarantined_share=0.4)
+    with pytest.raises(DataError, match="1 of 2 rows of all sources are dropped"):
+        run({"a/000001.jsonl": json.dumps(GOOD).encode() + b"\n{\n"}, max_drop_rate=0.4)
     assert not (in_tmp / "data/ingest/examples.parquet").exists()
     assert "000001.jsonl:2" in (in_tmp / "data/ingest/quarantine.jsonl").read_text()
 

@@ -24,7 +24,7 @@ def test_rows_keep_the_place_of_every_span() -> None:
     )
     spans, dropped, lost = fit(corpus, 4, "split")
     assert spans == [Span(0, 0, 4), Span(1, 0, 2), Span(2, 0, 3), Span(3, 0, 3)]
-    assert (dropped, +lost) == (Counter(), Counter({"no_supervised_token": 1}))
+    assert (dropped, +lost) == ({}, Counter({"no_supervised_token": 1}))
     table = build_rows(corpus, spans, pack([4, 2, 3, 3], 6))
     assert table.to_pylist() == [
         {
@@ -49,30 +49,32 @@ def test_rows_keep_the_place_of_every_span() -> None:
 @pytest.mark.parametrize(
     ("policy", "spans", "dropped", "lost"),
     [
-        ("drop", [], {"over_length": 1}, {"over_length": 9}),
-        ("error", [], {"over_length": 1}, {"over_length": 9}),
+        ("drop", [], {0: "over_length"}, {"over_length": 9}),
+        ("error", [], {0: "over_length"}, {"over_length": 9}),
         ("truncate", [Span(0, 0, 4)], {}, {"over_length": 5}),
         ("split", [Span(0, 0, 4), Span(0, 4, 8)], {}, {"no_supervised_token": 1}),
     ],
 )
 def test_an_example_that_is_too_long(
-    policy: str, spans: list[Span], dropped: dict[str, int], lost: dict[str, int]
+    policy: str, spans: list[Span], dropped: dict[int, str], lost: dict[str, int]
 ) -> None:
     corpus = join([example(list(range(1, 10)), 2)], ["a"], ["s/000001.jsonl:1"])
     found = fit(corpus, 4, policy)  # type: ignore[arg-type]
-    assert (found[0], +found[1], +found[2]) == (spans, Counter(dropped), Counter(lost))
+    assert (found[0], found[1], +found[2]) == (spans, dropped, Counter(lost))
 
 
 def test_truncation_that_cuts_off_the_answer_drops_the_example() -> None:
     corpus = join([example(list(range(1, 10)), 6)], ["a"], ["s/000001.jsonl:1"])
     spans, dropped, lost = fit(corpus, 4, "truncate")
     assert spans == []
-    assert dropped == {"over_length": 1}
+    assert dropped == {0: "over_length"}
     assert lost == {"over_length": 5, "no_supervised_token": 4}
 
 
 def params(over_length: str) -> PackParams:
-    return PackParams(packing=True, max_length=8, over_length=over_length, max_lost_token_share=0.1)  # type: ignore[arg-type]
+    return PackParams(
+        packing=True, max_length=8, over_length=over_length, max_lost_token_share=0.1, max_drop_rate=1.0
+    )  # type: ignore[arg-type]
 
 
 def test_tokens_are_lost_up_to_a_share_and_no_further() -> None:
@@ -84,7 +86,9 @@ def test_tokens_are_lost_up_to_a_share_and_no_further() -> None:
 
 
 def test_a_corpus_that_is_lost_as_a_whole_is_an_error() -> None:
-    everything = PackParams(packing=True, max_length=8, over_length="drop", max_lost_token_share=1.0)
+    everything = PackParams(
+        packing=True, max_length=8, over_length="drop", max_lost_token_share=1.0, max_drop_rate=1.0
+    )
     with pytest.raises(DataError, match="9 of 9 tokens"):
         require_fit(Counter(over_length=9), 9, everything)
     with pytest.raises(DataError, match="no examples to pack"):

@@ -1,8 +1,13 @@
 """The last page of a run."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from flows.scoreboard import rows
+from flows.scoreboard import DATA, collect_dropped, rows
+from tasks.files import write_json
+from tasks.graph import stage_order
+from tests.checkouts import ROOT
 
 BOARD: dict[str, Any] = {
     "gate": {
@@ -24,6 +29,7 @@ BOARD: dict[str, Any] = {
     "promoted": True,
     "waits": None,
     "champion": 1,
+    "dropped": {"ingest": {"rows_in": 2144, "dropped": {"empty_content": 1, "no_final_answer": 43}}},
 }
 
 
@@ -39,6 +45,7 @@ def test_the_scoreboard_tells_the_gain_with_its_interval_beside_chance() -> None
         ("gate", "promote: better"),
         ("registered version", "2"),
         ("champion", "version 2"),
+        ("dropped by ingest", "44 of 2,144 rows: empty_content 1, no_final_answer 43"),
     ]
 
 
@@ -62,3 +69,17 @@ def test_an_interval_that_could_not_be_computed_is_no_number() -> None:
     gain = {"mean": 0.15, "low": None, "high": None, "alpha": 0.05}
     table = dict(rows({**BOARD, "gate": {**BOARD["gate"], "gain": gain}}))
     assert table["gain over the base"] == "+15.0%, 95% interval none to none"
+
+
+def test_the_scoreboard_counts_what_each_stage_dropped(in_tmp: Path) -> None:
+    shutil.copy(ROOT / "dvc.yaml", in_tmp)
+    for stage in stage_order():
+        write_json(DATA / stage / "summary.json", {"rows_in": 0, "dropped": {}})
+    write_json(DATA / "pack" / "summary.json", {"rows_in": 7, "dropped": {"over_length": 2}})
+    write_json(
+        DATA / "dedupe" / "summary.json", {"rows_in": 9, "dropped": {"repeat": 2, "near_duplicate": 1}}
+    )
+    assert list(collect_dropped().items()) == [
+        ("dedupe", {"rows_in": 9, "dropped": {"near_duplicate": 1, "repeat": 2}}),
+        ("pack", {"rows_in": 7, "dropped": {"over_length": 2}}),
+    ]

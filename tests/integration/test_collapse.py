@@ -1,0 +1,247 @@
+"""No stage of the way of the data empties a data set, or takes a whole source away, and goes on.
+
+The stages run one after another with the shipped limits on rows that are made here.
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.errors import DataError
+from tasks.files import jsonl, read_json, read_rows
+from tests.byte_base import make_byte_base
+from tests.checkouts import ROOT
+
+STAGES = ("ingest", "dedupe", "split", "augment", "decontaminate", "pack")
+WORDS = [f"word{number}" for number in range(4000)]
+Row = dict[str, Any]
+Run = Callable[..., dict[str, Any]]
+
+
+def chat(*contents: str) -> Row:
+    """A conversation: user and assistant in turn."""
+    return {
+        "messages": [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+    }
+
+
+def texts(count: int, size: int = 12, seed: int = 0) -> list[str]:
+    """Random texts, no two of them alike."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=size)) for _ in range(count)]
+
+
+def distinct(count: int, seed: int = 0) -> list[Row]:
+    """Conversations, no two of them alike."""
+    questions, answers = texts(count, seed=seed), texts(count, seed=seed + 1000)
+    return [chat(question, answer) for question, answer in zip(questions, answers, strict=True)]
+
+
+def edited(row: Row) -> Row:
+    """The same conversation with another first word."""
+    first, answer = (turn["content"] for turn in row["messages"])
+    return chat(first, answer + " edited")
+
+
+@pytest.fixture
+def run(in_tmp: Path) -> Run:
+    """Run the stages up to one of them on shards in order of arrival; return its summary."""
+    make_byte_base(in_tmp / "data/base/model")
+    (in_tmp / "data/benchmarks").mkdir(parents=True)
+
+    def run_stages(
+        last: str, shards: Sequence[tuple[str, Sequence[Row]]], changes: dict[str, Row] | None = None
+    ) -> dict[str, Any]:
+        params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        own = {"split": {"by_phrasing": []}, "augment": {"sources": []}, "pack": {"max_length": 4096}}
+        for changed in (own, changes or {}):
+            for section, values in changed.items():
+                params[section] |= values
+        (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        for number, (source, rows) in enumerate(shards, start=1):
+            path = in_tmp / f"data/raw/{source}/{number:06}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(jsonl(rows), encoding="utf-8")
+        for stage in STAGES[: STAGES.index(last) + 1]:
+            name = (
+                f"tasks.{stage}" if stage in ("split", "decontaminate", "pack") else f"tasks.{stage}.__main__"
+            )
+            import_module(name).main()
+        summary: dict[str, Any] = read_json(in_tmp / f"data/{last}/summary.json")
+        return summary
+
+    return run_stages
+
+
+def test_a_source_that_ingest_cannot_read_stops_it(run: Run) -> None:
+    bad = [{"question": text} for text in texts(50)]
+    with pytest.raises(DataError) as caught:
+        run("ingest", [("good", distinct(1000)), ("bad", bad)])
+    first, *shown = str(caught.value).splitlines()
+    assert first == (
+        "data/ingest/quarantine.jsonl: 50 of 50 rows of bad are dropped (unknown_format 50), more "
+        "than ingest.max_drop_rate=0.05; mend the rows, take the source out of snapshot.sources, or raise "
+        "the limit"
+    )
+    assert shown[0].startswith("  data/raw/bad/000002.jsonl:1: unknown_format; use messages, conversations")
+    assert len(shown) == 5
+    assert not Path("data/ingest/examples.parquet").exists()
+
+
+def test_a_source_of_few_rows_cannot_vanish_in_ingest_either(run: Run) -> None:
+    bad = [{"question": text} for text in texts(2)]
+    with pytest.raises(DataError, match=r"2 of 2 rows of bad are dropped \(unknown_format 2\)"):
+        run("ingest", [("good", distinct(1000)), ("bad", bad)])
+
+
+def test_some_bad_rows_of_a_small_source_and_an_empty_file_stop_nothing(run: Run) -> None:
+    small = [*distinct(5, seed=7), *({"question": text} for text in texts(2))]
+    summary = run("ingest", [("good", distinct(1000)), ("small", small), ("later", [])])
+    assert summary["dropped_by_source"] == {"later": {"empty_file": 1}, "small": {"unknown_format": 2}}
+
+
+def test_chats_under_one_long_system_prompt_stop_dedupe(run: Run) -> None:
+    (prompt,) = texts(1, size=450, seed=5)
+    rows = [{"messages": [{"role": "system", "content": prompt}, *row["messages"]]} for row in distinct(1000)]
+    with pytest.raises(DataError) as caught:
+        run("dedupe", [("chats", rows)])
+    first, *shown = str(caught.value).splitlines()
+    assert first == (
+        "data/dedupe/removed.parquet: 998 of 1000 rows of all sources are dropped (near_duplicate 998), more "
+        "than dedupe.max_drop_rate=0.5; see there which rows are merged, change them or "
+        "dedupe.jaccard_threshold, or raise the limit"
+    )
+    assert shown[0].startswith("  chats/000001.jsonl:2: near_duplicate of chats/000001.jsonl:1, Jaccard 0.9")
+    assert not Path("data/dedupe/examples.parquet").exists()
+
+
+def test_rows_that_differ_in_signs_only_stop_dedupe(run: Run) -> None:
+    """The canonical form has words only, so abs(-5) and abs(5) are one text."""
+    rows = [
+        chat(f"What is {sign * 7}{mark}?", "seven") for mark in "!%&/()=+*#;:,.-'<>|~" for sign in ("", "-")
+    ]
+    with pytest.raises(DataError, match=r"39 of 40 rows of all sources are dropped \(exact_duplicate 39\)"):
+        run("dedupe", [("signs", rows)])
+
+
+def test_one_collapsing_source_among_others_stops_dedupe(run: Run) -> None:
+    (context,) = texts(1, size=200, seed=5)
+    rag = [chat(f"{context} {question}", "yes") for question in texts(100, size=4, seed=6)]
+    with pytest.raises(DataError, match=r"99 of 100 rows of rag are dropped \(near_duplicate 99\)"):
+        run("dedupe", [("good", distinct(1000)), ("rag", rag)])
+
+
+@pytest.mark.parametrize("size", [5, 1])
+def test_a_source_that_collapses_a_few_rows_a_night_stops_dedupe(run: Run, size: int) -> None:
+    (context,) = texts(1, size=200, seed=5)
+    rag = [chat(f"{context} {question}", "yes") for question in texts(30, size=4, seed=6)]
+    nights = [("rag", rag[start : start + size]) for start in range(0, 30, size)]
+    with pytest.raises(DataError, match=r"29 of 30 rows of rag are dropped"):
+        run("dedupe", [("good", distinct(1000)), *nights])
+
+
+def test_a_full_export_each_night_stops_nothing(run: Run) -> None:
+    """Nor do the rows that are edited or added between two of them."""
+    nights, rows = [], distinct(300)
+    for night in range(8):
+        nights.append(("chats", list(rows)))
+        rows[night * 30 : night * 30 + 30] = [edited(row) for row in rows[night * 30 : night * 30 + 30]]
+        rows += distinct(10, seed=100 + night)
+    summary = run("dedupe", nights)
+    # 300 rows and 10 a night stay. Of each export but the first, 30 rows are new versions.
+    assert summary["rows_out"] == 300 + 7 * 10
+    assert summary["dropped"] == {"new_version": 7 * 30, "repeat": 2680 - 370 - 210}
+    assert summary["dropped_by_source"] == {"chats": summary["dropped"]}
+
+
+def test_a_source_that_an_earlier_one_contains_stops_nothing(run: Run) -> None:
+    rows = distinct(200)
+    summary = run("dedupe", [("all", rows), ("some", rows[50:100])])
+    assert summary["dropped_by_source"] == {"some": {"repeat": 50}}
+
+
+def test_a_source_that_an_earlier_one_nearly_contains_stops_dedupe(run: Run) -> None:
+    """What stays is the older version of every row: a corrected data set would never be learned."""
+    rows = distinct(200)
+    with pytest.raises(DataError, match=r"50 of 50 rows of fixed are dropped \(near_duplicate 50\)"):
+        run("dedupe", [("all", rows), ("fixed", [edited(row) for row in rows[50:100]])])
+
+
+def test_templated_rows_in_a_full_export_stop_dedupe(run: Run) -> None:
+    (context,) = texts(1, size=200, seed=5)
+    rag = [chat(f"{context} {question}", "yes") for question in texts(400, size=4, seed=6)]
+    rows, nights = distinct(100), []
+    for night in range(4):
+        rows = [*rows, *rag[night * 50 : night * 50 + 50]]
+        nights.append(("chats", rows))
+    with pytest.raises(DataError, match=r"rows of all sources are dropped \(near_duplicate 196\)"):
+        run("dedupe", nights)
+
+
+def test_two_duplicates_of_three_rows_stop_nothing(run: Run) -> None:
+    (row,) = distinct(1)
+    rows = [row, edited(row), edited(edited(row))]
+    summary = run("dedupe", [("tiny", rows)])
+    assert (summary["rows_out"], summary["dropped"]) == (1, {"near_duplicate": 2})
+
+
+def test_chats_that_end_alike_stop_decontaminate(run: Run) -> None:
+    rows = [
+        {"messages": [*row["messages"], *chat("No, that is all for today, thanks!", "Bye!")["messages"]]}
+        for row in distinct(500)
+    ]
+    with pytest.raises(DataError) as caught:
+        run("decontaminate", [("chats", rows)])
+    first, *shown = str(caught.value).splitlines()
+    assert " of all sources are dropped (same_question " in first
+    assert "more than decontaminate.max_drop_rate=0.5; " in first
+    assert shown[0].startswith("  chats/000001.jsonl:")
+    assert ": same_question of test/" in shown[0]
+    assert shown[0].endswith(': "no that is all for today thanks"')
+    assert not Path("data/decontaminate/train.parquet").exists()
+    assert len(read_rows(Path("data/decontaminate/hits.parquet"))) > 400
+
+
+def test_chats_of_one_template_stop_decontaminate(run: Run) -> None:
+    (template,) = texts(1, size=26, seed=5)
+    rows = [chat(f"{template} {text}", "yes") for text in texts(1000, size=40, seed=6)]
+    with pytest.raises(DataError, match=r"rows of all sources are dropped \(shared_ngram "):
+        run("decontaminate", [("chats", rows)])
+
+
+def test_one_source_that_asks_what_is_evaluated_stops_decontaminate(run: Run) -> None:
+    alike = [chat("No, that is all for today, thanks!", text) for text in texts(60, seed=5)]
+    shards = [("good", distinct(1000)), ("alike", alike)]
+    with pytest.raises(DataError, match=r"(\d+) of \1 rows of alike are dropped \(same_question \1\)"):
+        run("decontaminate", shards, {"dedupe": {"max_drop_rate": 1.0}})
+
+
+def test_a_source_whose_rows_are_all_too_long_stops_pack(run: Run) -> None:
+    long = [chat(question, answer) for question, answer in zip(texts(15, 40), texts(15, 40, 9), strict=True)]
+    changes = {"pack": {"max_length": 512, "max_lost_token_share": 0.2}}
+    with pytest.raises(DataError, match=r"(\d+) of \1 rows of long are dropped \(over_length \1\)") as caught:
+        run("pack", [("good", distinct(1000)), ("long", long)], changes)
+    assert "more than pack.max_drop_rate=0.5; raise pack.max_length" in str(caught.value)
+    assert not Path("data/pack/train.parquet").exists()
+
+
+def test_a_split_that_holds_nothing_out_or_trains_nothing_stops(run: Run) -> None:
+    with pytest.raises(DataError, match=r"data/split/test.parquet: 0 of 3 examples; raise split.test_share"):
+        run("split", [("chats", distinct(3))], {"split": {"test_share": 0.0001}})
+    with pytest.raises(DataError, match=r"data/split/train.parquet: 0 of 3 examples; lower split.test_share"):
+        run("split", [("chats", distinct(3))], {"split": {"test_share": 0.9499}})
+    with pytest.raises(DataError, match=r"data/split/test.parquet: 0 of 3 examples"):
+        run("split", [("chats", distinct(3))], {"split": {"by_phrasing": ["chats"]}})
+
+
+def test_ordinary_data_lose_nothing_and_say_so(run: Run) -> None:
+    summary = run("pack", [("a", distinct(200)), ("b", distinct(100, seed=50))])
+    assert summary["dropped"] == summary["dropped_by_source"] == {}
+    kept = json.loads(Path("data/dedupe/summary.json").read_text(encoding="utf-8"))["rows_out_by_source"]
+    assert kept == {"a": 200, "b": 100}
