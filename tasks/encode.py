@@ -16,12 +16,12 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.code_digest import source_digest, versions
 from tasks.errors import DataError
 from tasks.files import file_digest, read_json, text_digest
 from tasks.memo import Memo
 
 IGNORED = -100
-VERSION = 1
 # The date that Llama 3's templates print when they cannot ask for today's: a row has to have the same
 # tokens every night.
 DATE = "26 Jul 2024"
@@ -100,8 +100,10 @@ def load_encoder(folder: Path) -> Encoder:
 
 
 def open_memo(encoder: Encoder) -> Memo:
-    """Open the memo of token ids that this tokenizer and template gave."""
-    return Memo("tokens", {"version": VERSION, "tokenizer": encoder.digest})
+    """Open the memo of token ids that this code, tokenizer and template gave."""
+    engines = versions("jinja2", "numpy", "tokenizers", "transformers")
+    code = source_digest("tasks/encode.py")
+    return Memo("tokens", {"code": code, "engines": engines, "tokenizer": encoder.digest})
 
 
 def encode_known(conversations: Sequence[Conversation], encoder: Encoder, memo: Memo) -> list[Encoded | str]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WORD = re.compile(r"\w+")
-# Version of `canonical`: part of the manifest of what is kept by content.
-NORMALISER = 1
 # A text of fewer words has too few word shingles: one changed word of seven moves the similarity of
 # 3-shingles from 1 to 0.25. It is compared by its character shingles.
 SHORT = 8

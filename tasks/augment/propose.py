@@ -10,6 +10,7 @@ from tasks.augment import AugmentParams, Style
 from tasks.augment.prompts import VERSION, build_prompt, read_versions
 from tasks.augment.quality import Messages
 from tasks.augment.rules import propose
+from tasks.code_digest import MODEL_ENGINES, source_digest, versions
 from tasks.files import tree_digest
 from tasks.memo import Memo
 from tasks.replies import Failure, Generate, Reply, Request, Result, ask
@@ -74,6 +75,9 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
     folder = Path(params.model) if params.model else base
     revision = tree_digest(folder) if local else params.model
     name = json.dumps([params.backend, revision, sampling, params.seed, VERSION], sort_keys=True)
+    # A reply of a server is its own; a local model replies by our code and libraries.
+    code = source_digest("tasks/augment/local.py")
+    makers = [code, *versions(*MODEL_ENGINES)] if local else [params.endpoint.base_url]
     backend: Generate | None = None
 
     def generate(requests: Sequence[Request], on_reply: Callable[[int, Reply], None]) -> list[Result]:
@@ -85,7 +89,7 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
 
     def propose_all(wanted: Sequence[Wanted]) -> list[Proposal]:
         requests = [build_request(one, local=local) for one in wanted]
-        results = ask(requests, name, generate, memo)
+        results = ask(requests, json.dumps([name, *makers]), generate, memo)
         return [_read(one, result) for one, result in zip(wanted, results, strict=True)]
 
     return propose_all

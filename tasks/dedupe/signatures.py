@@ -7,17 +7,17 @@ Sources: Broder (1997) for MinHash; Leskovec et al., Mining of Massive Datasets,
 """
 
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import daft
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tasks.code_digest import source_digest, versions
 from tasks.dedupe import DedupeParams
 from tasks.files import text_digest
 from tasks.memo import Memo
-from tasks.text import CHARACTER_SHINGLE, NORMALISER, SHORT, is_short
+from tasks.text import CHARACTER_SHINGLE, is_short
 
 HASH_FUNCTION = "xxhash3_64"
 # Texts that one task of the engine signs: a fraction of a second of work.
@@ -34,16 +34,12 @@ def open_memo(params: DedupeParams) -> Memo:
     return Memo(
         "signatures",
         {
-            "algorithm": "minhash",
-            "daft": version("daft"),
-            "hash_function": HASH_FUNCTION,
+            "code": source_digest("tasks/dedupe/signatures.py", "tasks/text.py"),
+            "engines": versions("daft", "numpy"),
             "num_perm": params.num_perm,
             "bands": params.bands,
             "shingle_size": params.shingle_size,
-            "character_shingle": CHARACTER_SHINGLE,
-            "short": SHORT,
             "seed": params.seed,
-            "normaliser": NORMALISER,
         },
     )
 

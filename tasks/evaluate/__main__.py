@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks import supervise
 from tasks.benchmarks import HELDOUT, read_benchmarks
+from tasks.code_digest import MODEL_ENGINES, code_digest
 from tasks.config import load_params, suggestion
 from tasks.errors import ConfigError, StageError
 from tasks.evaluate import EvaluateParams
@@ -39,8 +40,7 @@ BENCHMARKS = DATA / "benchmarks"
 TARGET = DATA / "evaluate" / "scores.parquet"
 METRICS = DATA / "evaluate" / "metrics.json"
 MODELS = DATA / "evaluate" / "models.json"
-# What decides about a score besides model and items.
-CODE = [Path(__file__).parent, *(Path(__file__).parents[1] / name for name in ("benchmarks.py", "encode.py"))]
+ENGINES = (*MODEL_ENGINES, "bm25s", "lm-eval", "nltk", "rouge-score")
 RETRIEVAL = "retrieval"
 
 
@@ -97,9 +97,10 @@ def find_contenders(params: EvaluateParams) -> dict[str, Contender]:
 
 
 def memo_files(contender: Contender, params: EvaluateParams) -> dict[str, Path]:
-    """Name the scores of each benchmark by all that decides them: code, model, items, how many are asked."""
+    """Name the scores of each benchmark by all that decides them: code, device, model, items, how many."""
     parts = [
-        tree_digest(*CODE),
+        code_digest("evaluate", ENGINES),
+        device(),
         file_digest(BASE.with_name("base.json")),
         digest(contender) or "",
         f"{contender.documents} {file_digest(TRAIN)}" if contender.documents else "",
@@ -156,11 +157,16 @@ def score_missing(
             pass
 
 
-def count_at_once(models: int) -> int:
-    """Say how many models are scored at once: one for each core, or one if they share a GPU."""
+def device() -> str:
+    """Name what computes the scores: cpu, or the GPU, whose kernels round in another way."""
     import torch
 
-    return 1 if torch.cuda.is_available() else min(models, os.cpu_count() or 1)
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def count_at_once(models: int) -> int:
+    """Say how many models are scored at once: one for each core, or one if they share a GPU."""
+    return min(models, os.cpu_count() or 1) if device() == "cpu" else 1
 
 
 def build_job(contender: Contender, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Run the stage: compile the plan, launch the ranks, accept the result by its marker."""
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
+from tasks.code_digest import MODEL_ENGINES, code_digest
 from tasks.config import load_params
 from tasks.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
 from tasks.errors import DataError, StageError
@@ -31,7 +31,21 @@ BASE = DATA / "base" / "model"
 ROWS = DATA / "pack" / "train.parquet"
 VALIDATION = DATA / "split" / "validation.parquet"
 TARGET = DATA / "sft"
-ENGINES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
+ENGINES = (*MODEL_ENGINES, "deepspeed", "schedulefree", "trl")
+# What shows, tracks or estimates a training. No result depends on it, so another version of it takes up the
+# checkpoints of a training that is under way.
+BESIDE = (
+    # The line of a step and its metrics.
+    "tasks/sft/callbacks.py",
+    # Estimates of memory. They choose the strategy if it is auto, which stands in the key by its name.
+    "tasks/sft/memory.py",
+    "tasks/sft/shape.py",
+    # On the way to MLflow.
+    "tasks/sft/spool.py",
+    "tasks/tracking.py",
+    # The bar in a terminal.
+    "tasks/sft/terminal.py",
+)
 TOKENS = pa.list_(pa.int32())
 EVAL_ROWS = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("seq_lengths", TOKENS)])
 
@@ -100,13 +114,13 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> dict[str, An
 
 
 def training_key(params: SftParams, backend: Backend) -> str:
-    """Digest of all that decides the result: code, rows, base, parameters, engine versions."""
-    code = tree_digest(Path(__file__).parent)
-    versions = [f"{name}={importlib.metadata.version(name)}" for name in ENGINES]
+    """Digest of all that decides the result: code, engines, rows, base, parameters, and backend."""
+    code = code_digest("sft", ENGINES, BESIDE)
     base = file_digest(BASE.with_name("base.json"))
     heldout = file_digest(VALIDATION) if params.eval_steps else ""
-    machine = json.dumps(asdict(backend), sort_keys=True)
-    return text_digest(code, file_digest(ROWS), heldout, base, params.model_dump_json(), machine, *versions)
+    # The reason for a strategy is words and estimates.
+    machine = json.dumps({**asdict(backend), "reason": None}, sort_keys=True)
+    return text_digest(code, file_digest(ROWS), heldout, base, params.model_dump_json(), machine)
 
 
 def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a fact, not a mode

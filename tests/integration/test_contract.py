@@ -5,15 +5,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 from tasks.check import section_schemas
+from tasks.evaluate import __main__ as evaluate
 from tasks.graph import outputs, read_stages, stage_order
+from tasks.sft import __main__ as sft
 from tests.checkouts import BIN, ROOT
 
 STAGES = read_stages(ROOT / "dvc.yaml")
+# Libraries that stages import and that have no part in a result: formats, processes, output.
+DECIDES_NOTHING = {"mlflow", "psutil", "pyarrow", "pydantic", "pyyaml", "rich", "tqdm"}
 NEEDS_NO_TORCH = ("ingest", "dedupe", "split", "augment", "decontaminate", "gate")
 
 
@@ -77,6 +82,43 @@ def test_a_stage_declares_no_code_that_it_does_not_run(stage: str) -> None:
     code = [path for path in STAGES[stage]["deps"] if path.startswith("tasks/")]
     run = closure(stage)
     assert [p for p in code if p not in run and not any(q.startswith(f"{p}/") for q in run)] == []
+
+
+@pytest.mark.parametrize(("stage", "engines"), [("evaluate", evaluate.ENGINES), ("sft", sft.ENGINES)])
+def test_a_library_that_a_stage_imports_is_an_engine(stage: str, engines: tuple[str, ...]) -> None:
+    known = packages_distributions()
+    names = set()
+    for path in closure(stage):
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names.add((node.module or "").partition(".")[0])
+            elif isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+    libraries = {name: {one.lower().replace("_", "-") for one in known.get(name, ())} for name in names}
+    libraries = {name: found for name, found in libraries.items() if found and name != "tasks"}
+    assert len(libraries) > 10
+    accounted = {*engines, *DECIDES_NOTHING}
+    assert [name for name, found in libraries.items() if not found & accounted] == []
+
+
+def test_a_training_takes_no_result_from_code_that_is_not_in_its_key() -> None:
+    """What shows, tracks or estimates is used in these places, none of which trains by it."""
+    beside, taken = set(sft.BESIDE), dict[str, set[str]]()
+    code = closure("sft")
+    assert beside < code
+    for path in code - beside:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for name in (alias.name for alias in node.names):
+                    module = f"{node.module}.{name}".replace(".", "/")
+                    if f"{node.module.replace('.', '/')}.py" in beside or f"{module}.py" in beside:
+                        taken.setdefault(path, set()).add(name)
+    assert taken == {
+        "tasks/sft/__main__.py": {"largest_batch", "spool", "tracking_uri"},
+        "tasks/sft/backend.py": {"Batch", "estimate_all", "totals"},
+        "tasks/sft/launch.py": {"shown_lines"},
+        "tasks/sft/worker.py": {"Progress"},
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,0 +1,245 @@
+"""Scores, trainings and memos are kept by all that decides them: code, versions, inputs; by nothing else."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.augment import AugmentParams
+from tasks.augment.propose import by_model
+from tasks.config import load_params
+from tasks.dedupe import DedupeParams, signatures
+from tasks.encode import load_encoder, open_memo
+from tasks.evaluate import EvaluateParams
+from tasks.evaluate import __main__ as evaluate
+from tasks.files import write_json, write_rows
+from tasks.memo import Memo
+from tasks.replies import Failure
+from tasks.schemas import AUGMENTED, GROUPED
+from tasks.sft import __main__ as sft
+from tasks.sft.backend import Backend
+from tests.checkouts import ROOT
+from tests.integration.test_evaluate import put_benchmarks
+from tests.sft import conversation, make_folder, sft_params
+
+BACKEND = Backend("cpu", "fp32", "sdpa", "single", "one process")
+SCORING = EvaluateParams(limit=2, batch_size=4, retrieval=None)
+# What shows, tracks or estimates a training, and has no part in its result.
+BESIDE_TRAINING = {
+    "tasks/sft/callbacks.py",
+    "tasks/sft/memory.py",
+    "tasks/sft/shape.py",
+    "tasks/sft/spool.py",
+    "tasks/sft/terminal.py",
+    "tasks/tracking.py",
+}
+TRIPLE = '"""'
+# Prints edit -> whether it gives another key; the code that is edited was loaded before.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from tests.integration import test_keys as this
+root, key = Path(sys.argv[1]), getattr(this, sys.argv[2])
+found, before = {}, key()
+for name, files in json.loads(Path(sys.argv[3]).read_text()).items():
+    kept = {file: (root / file).read_text() for file in files}
+    for file, text in files.items():
+        (root / file).write_text(text)
+    found[name] = key() != before
+    for file, text in kept.items():
+        (root / file).write_text(text)
+print(json.dumps(found))
+"""
+
+
+def training_key() -> str:
+    """The key of a training in the current folder."""
+    return sft.training_key(sft_params(eval_steps=1), BACKEND)
+
+
+def score_keys() -> str:
+    """The keys of the scores of base and champion in the current folder."""
+    found = evaluate.find_contenders(SCORING)
+    return json.dumps({name: str(evaluate.memo_files(found[name], SCORING)) for name in sorted(found)})
+
+
+@pytest.fixture
+def folder(in_tmp: Path, tiny_base: Path) -> Path:
+    """All that decides about a training and about scores; with a champion."""
+    make_folder(in_tmp, tiny_base)
+    shutil.copy(ROOT / "params.yaml", in_tmp)
+    write_json(evaluate.CANDIDATE / "adapter_config.json", {})
+    write_json(evaluate.CHAMPION / "model" / "adapter_config.json", {})
+    champion = {"version": 1, "digest": "a" * 64, "looks": []}
+    write_json(evaluate.CHAMPION / "champion.json", champion)
+    write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
+    more = {"parent_id": None, "style": None, "ordinal": None}
+    write_rows(evaluate.TRAIN, [{**conversation(i), **more} for i in range(3)], AUGMENTED)
+    put_benchmarks(evaluate.BENCHMARKS)
+    return in_tmp
+
+
+def edited(folder: Path, key: str, files: list[str]) -> set[str]:
+    """Return the files of which an edit gives another key, or `words`, which edits what is said in all."""
+    for name in ("tasks", "tests", "infra", "flows"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    code = {name: (ROOT / name).read_text(encoding="utf-8") for name in files}
+    edits = {name: {name: f"{text}\nMORE = 1\n"} for name, text in code.items()}
+    edits["words"] = {
+        name: f'"""Another docstring."""\n# And a comment.\n{text.split(TRIPLE, 2)[2]}'
+        for name, text in code.items()
+    }
+    write_json(folder / "edits.json", edits)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), key, "edits.json"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == edits.keys()
+    return {name for name, differs in found.items() if differs}
+
+
+def code_of(*places: str) -> list[str]:
+    """Paths, relative to the root, of the files of code in some places."""
+    files = [
+        file
+        for place in places
+        for file in ([ROOT / place] if place.endswith(".py") else sorted((ROOT / place).glob("*.py")))
+    ]
+    return [file.relative_to(ROOT).as_posix() for file in files]
+
+
+def test_a_training_keeps_its_checkpoints_unless_code_changes_that_decides_it(folder: Path) -> None:
+    files = code_of("tasks/sft", "tasks/encode.py", "tasks/files.py", "tasks/tracking.py", "tasks/text.py")
+    assert len(files) > 25
+    # What a training does not run is no part of it either.
+    decides = set(files) - BESIDE_TRAINING - {"tasks/text.py"}
+    assert edited(folder, "training_key", files) == decides
+
+
+def test_scores_are_kept_unless_code_changes_that_decides_them(folder: Path) -> None:
+    files = code_of(
+        *("tasks/evaluate", "tasks/encode.py", "tasks/benchmarks.py", "tasks/text.py", "tasks/sft/trainer.py")
+    )
+    assert edited(folder, "score_keys", files) == set(files) - {"tasks/sft/trainer.py"}
+
+
+def upgrade(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let a library have another version; one that is missing is installed now."""
+    known = importlib.metadata.version
+
+    def version(asked: str) -> str:
+        return "99.0" if asked == name else known(asked)
+
+    patch.setattr(importlib.metadata, "version", version)
+
+
+TRAINING = ("torch", "tokenizers", "trl", "datasets", "numpy", "deepspeed", "safetensors", "bitsandbytes")
+OPTIONAL = ("flash-attn", "liger-kernel", "xformers")
+SCORES = ("lm-eval", "transformers", "tokenizers", "torch", "peft", "bm25s", "rouge-score", "nltk")
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("key", "deciding", "others"),
+    [
+        (training_key, (*TRAINING, *OPTIONAL), ("lm-eval", "mlflow", "rich", "dvc")),
+        (score_keys, (*SCORES, *OPTIONAL), ("trl", "mlflow", "rich", "dvc")),
+    ],
+)
+def test_another_version_of_a_library_that_decides_is_another_key(
+    key: Callable[[], str], deciding: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    before, differs = key(), set()
+    for name in (*deciding, *others):
+        with pytest.MonkeyPatch.context() as patch:
+            upgrade(patch, name)
+            differs |= {name} if key() != before else set()
+    assert differs == set(deciding)
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_words_for_why_a_strategy_was_chosen_do_not_orphan_a_training() -> None:
+    params = sft_params()
+    known = sft.training_key(params, BACKEND)
+    assert sft.training_key(params, Backend("cpu", "fp32", "sdpa", "single", "1.0 GiB of 2.0 GiB")) == known
+    assert sft.training_key(params, Backend("cpu", "fp32", "eager", "single", "one process")) != known
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_upgrade_gives_champion_and_candidate_new_scores_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.loads(score_keys())
+    upgrade(monkeypatch, "lm-eval")
+    after = json.loads(score_keys())
+    assert sorted(before) == ["base", "candidate", "champion"]
+    assert all(before[name] != after[name] for name in before)
+
+
+def memo_method(memo: Memo) -> dict[str, Any]:
+    """The manifest of a memo."""
+    with memo:
+        (text,) = memo._database.execute("SELECT text FROM manifest").fetchone()
+    method: dict[str, Any] = json.loads(text)
+    return method
+
+
+@pytest.mark.parametrize("name", ["tokenizers", "transformers", "jinja2"])
+def test_token_ids_are_made_again_by_another_tokenizer_library(
+    in_tmp: Path, tiny_base: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(tiny_base)
+    before = memo_method(open_memo(encoder))
+    upgrade(monkeypatch, name)
+    assert memo_method(open_memo(encoder)) != before
+    assert "code" in before
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("name", ["daft", "numpy"])
+def test_signatures_are_made_again_by_another_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = load_params(DedupeParams, "dedupe", ROOT / "params.yaml")
+    before = memo_method(signatures.open_memo(params))
+    upgrade(monkeypatch, name)
+    assert memo_method(signatures.open_memo(params)) != before
+    assert "code" in before
+
+
+def replies_asked(params: AugmentParams, base: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    """Names under which replies are kept, as `tasks.replies.ask` gets them."""
+    asked: list[str] = []
+
+    def ask(requests: Any, model: str, *_: Any) -> list[Failure]:
+        asked.append(model)
+        return []
+
+    patch.setattr("tasks.augment.propose.ask", ask)
+    by_model(params, base, None)([])  # type: ignore[arg-type]
+    return asked
+
+
+def test_replies_are_kept_by_server_model_and_library(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = load_params(AugmentParams, "augment", ROOT / "params.yaml")
+    asked = shipped.model_copy(update={"backend": "openai", "model": "m"})
+    other = asked.endpoint.model_copy(update={"base_url": "http://127.0.0.1:9000/v1"})
+    local = shipped.model_copy(update={"backend": "transformers"})
+    first = replies_asked(asked, tiny_base, monkeypatch)
+    assert replies_asked(asked, tiny_base, monkeypatch) == first
+    assert replies_asked(asked.model_copy(update={"endpoint": other}), tiny_base, monkeypatch) != first
+    first = replies_asked(local, tiny_base, monkeypatch)
+    upgrade(monkeypatch, "transformers")
+    assert replies_asked(local, tiny_base, monkeypatch) != first
