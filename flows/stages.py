@@ -51,13 +51,14 @@ def may_get_further(_task: object, _run: object, state: State[None]) -> bool:
     retries=RETRIES,
     retry_condition_fn=may_get_further,
 )
-def run_stage(stage: str, run_id: str, *, may_run: bool = True) -> State[None]:
+def run_stage(stage: str, run_id: str, *, may_run: bool = True, force: bool = False) -> State[None]:
     """Bring one stage up to date.
 
     Args:
         stage: Name in dvc.yaml.
         run_id: The MLflow run to which a training logs.
         may_run: DVC found a change in it or above it; without one it is not even asked again.
+        force: Run it whatever DVC knows, as what looks outside must.
 
     Returns:
         State `Completed` if it ran, `Cached` if DVC restored it, `Skipped` if nothing changed.
@@ -67,7 +68,8 @@ def run_stage(stage: str, run_id: str, *, may_run: bool = True) -> State[None]:
     """
     if not may_run:
         return Completed(name="Skipped")
-    lines = stream([str(BIN / "dvc"), "repro", "--single-item", stage], stage, run_id)
+    options = ["--single-item", *(["--force"] if force else [])]
+    lines = stream([str(BIN / "dvc"), "repro", *options, stage], stage, run_id)
     if any(line == f"Running stage '{stage}':" for line in lines):
         return Completed()
     cached = any("is cached - skipping run" in line for line in lines)

@@ -23,6 +23,7 @@ from tasks.errors import ConfigError, PipelineError
 from tasks.files import read_json
 from tasks.report import PAGE
 from tasks.stage import OFFLINE
+from tasks.state import tools_environment
 
 app = typer.Typer(
     help="Retrain a language model every night; ship it only when it is measurably better.",
@@ -81,8 +82,10 @@ def status() -> None:
 @app.command()
 @told_plainly
 def snapshot() -> None:
-    """Bring in new data, benchmarks and the champion, as `dvc repro` by hand needs them."""
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "tasks.snapshot"], check=False).returncode)
+    """Bring in new data, benchmarks and the champion now; `dvc repro` alone uses those that are there."""
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", "snapshot"]
+    environment = {**os.environ, **tools_environment()}
+    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
 @app.command()

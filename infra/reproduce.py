@@ -4,32 +4,34 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from tasks import supervise
 from tasks.errors import GateError, StageError
 from tasks.files import read_json, tree_digest
+from tasks.graph import locked_outputs, stage_order
 from tasks.lineage import KEPT, open_lineage
 from tasks.registry import DIGEST, FORGOTTEN, find_version, open_registry
 from tasks.stage import print_line
 from tasks.state import state_dir, tools_environment
 
 MODEL = Path("data/sft/model")
+BROUGHT_IN = ("data/raw", "data/benchmarks")
+# A run id and a speed are in it.
+VARYING = ("data/sft/mlflow_run.json",)
 
 
 def rebuild(console: Console, version: int) -> bool:
     """Run the graph as far as the training in a fresh workspace, and tell whether the adapter is the same.
 
-    Nothing is restored: DVC's run cache is off, and the state of the workspace is its own. Only the raw data
-    and the benchmarks come from DVC's cache, or its remote.
+    Nothing is restored: DVC's run cache is off, and the state of the workspace is its own. Only what the
+    snapshot brought in comes from DVC's cache, or its remote: another snapshot would bring in today's data.
 
     Raises:
-        GateError: There is no such version, some of its rows were forgotten, or its code is not in this
-            repository.
+        GateError: There is no such version, some of its rows were forgotten, its code is not in this
+            repository, or its data has another form.
         StageError: A stage failed, or the data is gone.
     """
     client, name = open_registry()
@@ -42,26 +44,32 @@ def rebuild(console: Console, version: int) -> bool:
     folder = state_dir() / "reproduce" / f"{name}-{version}"
     shutil.rmtree(folder, ignore_errors=True)
     with open_lineage(name, version) as lineage:
-        make_workspace(folder, str(read_json(lineage / "lineage.json")["code"]))
-        (folder / "data").mkdir()
+        commit = str(read_json(lineage / "lineage.json")["code"])
+        before = locked_outputs(lineage / "dvc.lock")
+        if "snapshot" not in before:
+            raise GateError(
+                f"registry: version {version} was registered before the snapshot was a stage; "
+                f"run `git checkout {commit}`, then `nightshift reproduce {version}`"
+            )
+        make_workspace(folder, commit)
         for path in KEPT:
             shutil.copyfile(lineage / path.name, folder / path)
-        before = outputs(lineage / "dvc.lock")
-    cache = str(Path(".dvc/cache").absolute())
-    require(dvc(folder, "config", "--local", "cache.dir", cache), f"{folder} is no DVC repository")
-    data = ("data/raw.dvc", "data/benchmarks.dvc")
-    if dvc(folder, "checkout", "--quiet", *data):
-        require(dvc(folder, "pull", *data), f"{', '.join(data)}: neither in DVC's cache nor in its remote")
-    require(dvc(folder, "repro", "--force", "--no-run-cache", "sft"), f"a stage failed in {folder}")
-    after = outputs(folder / "dvc.lock")
-    different = sorted(path for path, digest in after.items() if path in before and before[path] != digest)
+    fetch_data(folder)
+    stages = stages_to_rebuild(folder)
+    options = ("--force", "--no-run-cache", "--single-item")
+    require(dvc(folder, "repro", *options, *stages), f"a stage failed in {folder}")
+    after = locked_outputs(folder / "dvc.lock")
+    compared = {(stage, path) for stage in stages for path in after[stage] if path not in VARYING}
+    different = sorted(
+        path for stage, path in compared if after[stage][path] != before.get(stage, {}).get(path)
+    )
     adapter = tree_digest(folder / MODEL)
     is_same = bool(adapter == found.tags[DIGEST])
     table = Table(title=f"Version {version} of {name}, rebuilt in {folder}", box=None, show_header=False)
     table.add_row("registered adapter", found.tags[DIGEST])
     table.add_row("rebuilt adapter", adapter)
     table.add_row("verdict", "the same, bit for bit" if is_same else "different")
-    table.add_row("outputs that differ", ", ".join(different) or f"none of {len(after)}")
+    table.add_row("outputs that differ", ", ".join(different) or f"none of {len(compared)}")
     console.print(table)
     return is_same
 
@@ -83,18 +91,23 @@ def make_workspace(folder: Path, commit: str) -> None:
             )
 
 
-def outputs(lock: Path) -> dict[str, str]:
-    """Return path -> digest of all that the stages of a dvc.lock wrote, as far as the training."""
-    stages: dict[str, Any] = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
-    # A run id and a speed stand in it.
-    ignored = "data/sft/mlflow_run.json"
-    outs = (
-        out
-        for name, stage in stages.items()
-        if name not in ("evaluate", "gate")
-        for out in stage.get("outs", ())
-    )
-    return {out["path"]: out["md5"] for out in outs if out["path"] != ignored}
+def fetch_data(folder: Path) -> None:
+    """Bring the data that the workspace's dvc.lock names from DVC's cache, or its remote.
+
+    Raises:
+        StageError: It is in neither.
+    """
+    cache = str(Path(".dvc/cache").absolute())
+    require(dvc(folder, "config", "--local", "cache.dir", cache), f"{folder} is no DVC repository")
+    if dvc(folder, "checkout", "--quiet", *BROUGHT_IN):
+        wanted = ", ".join(BROUGHT_IN)
+        require(dvc(folder, "pull", *BROUGHT_IN), f"{wanted}: neither in DVC's cache nor in its remote")
+
+
+def stages_to_rebuild(folder: Path) -> list[str]:
+    """Return the stages up to the training, in order, without the snapshot."""
+    order = stage_order(folder / "dvc.yaml")
+    return [stage for stage in order[: order.index("sft") + 1] if stage != "snapshot"]
 
 
 def dvc(folder: Path, *arguments: str) -> int:

@@ -1,8 +1,8 @@
 """The work, one module for each stage. Plain Python: nothing here imports Prefect or flows.
 
-Before the graph   snapshot       sources, benchmarks, champion -> data/raw, data/benchmarks, data/champion
-The graph          base           model reference -> safetensors and tokenizer
-(dvc.yaml)         ingest         raw rows -> checked examples, quarantine
+The graph          snapshot       sources, benchmarks, champion -> data/raw, data/benchmarks, data/champion
+(dvc.yaml)         base           model reference -> safetensors and tokenizer
+                   ingest         raw rows -> checked examples, quarantine
                    dedupe         examples -> survivors
                    split          survivors -> train, validation, test
                    augment        train -> train and paraphrases

@@ -10,8 +10,8 @@ from tasks.config import StageParams, problems, read_params, report, suggestion
 from tasks.graph import read_stages
 from tasks.stage import run_main
 
-# Sections of what runs before and after the graph.
-OUTSIDE_THE_GRAPH = ("snapshot", "judge", "registry")
+# Sections of what runs after the graph.
+OUTSIDE_THE_GRAPH = ("judge", "registry")
 
 
 def main() -> None:

@@ -1,36 +1,86 @@
-"""What goes into DVC's cache, and what has to leave it for good."""
+"""What comes back from DVC's cache, and what has to leave it for good."""
 
 import hashlib
 import logging
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tasks.errors import StageError
 from tasks.files import read_json
+from tasks.graph import LOCK, locked_outputs
 
 log = logging.getLogger(__name__)
 
 
-def add(folder: Path) -> None:
-    """Put a folder under DVC's control (`<folder>.dvc`); nothing happens if it did not change.
+def restore(folder: Path) -> None:
+    """Bring back an output of the snapshot that dvc.lock names and that is not there, as in a fresh clone.
+
+    Without it the stage would start over and leave behind what its sources no longer offer.
 
     Raises:
-        StageError: DVC refuses; its message is passed on.
+        StageError: Neither the cache nor a remote has all of it.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "add", "--quiet", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise StageError(f"dvc add {folder} failed: {done.stderr.strip()}; see `dvc doctor`")
+    if folder.exists() or folder.as_posix() not in locked_outputs().get("snapshot", {}):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as incoming:
+        # `dvc pull` would wait for the stage that runs this.
+        command = ["dvc", "get", ".", str(folder), "--out", f"{incoming}/{folder.name}"]
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = "".join(line for line in done.stderr.splitlines() if line.startswith("ERROR: "))
+            raise StageError(
+                f"{folder}: {LOCK} names it, but neither DVC's cache nor its remote has all of it "
+                f"({reason.removeprefix('ERROR: ')}); name the remote that has it in .dvc/config, or remove "
+                f"{LOCK} to start without it"
+            )
+        Path(incoming, folder.name).replace(folder)
+    log.info("%s: brought back as %s names it", folder, LOCK)
+
+
+def record(folder: Path) -> None:
+    """Put a changed output of the snapshot into the cache and dvc.lock.
+
+    `dvc commit` would also record today's parameters and code, with which the stage did not run yet.
+
+    Raises:
+        StageError: DVC is at work in this checkout.
+    """
+    if folder.as_posix() not in locked_outputs().get("snapshot", {}):
+        return
+    with locked_repo() as repo:
+        stage = repo.stage.load_one(name="snapshot")
+        (out,) = (out for out in stage.outs if out.def_path == folder.as_posix())
+        out.save()
+        stage.commit(filter_info=out.fs_path)
+        stage.dump(update_pipeline=False)
+
+
+@contextmanager
+def locked_repo() -> Iterator[Any]:
+    """Yield DVC's repository, which nobody else changes meanwhile.
+
+    Raises:
+        StageError: DVC is at work in this checkout.
+    """
+    from dvc.lock import LockError  # type: ignore[import-untyped]
+    from dvc.repo import Repo  # type: ignore[import-untyped]
+
+    with Repo() as repo:
+        try:
+            with repo.lock:
+                yield repo
+        except LockError as err:
+            raise StageError("DVC is at work in this checkout; wait for the run, or cancel it") from err
 
 
 def purge(shards: Set[str]) -> None:
@@ -42,28 +92,16 @@ def purge(shards: Set[str]) -> None:
     Raises:
         StageError: DVC is at work in this checkout.
     """
-    from dvc.lock import LockError  # type: ignore[import-untyped]
-    from dvc.repo import Repo  # type: ignore[import-untyped]
-
-    with Repo() as repo:
+    with locked_repo() as repo:
         cache = repo.cache.local
-        try:
-            with repo.lock:
-                runs = list(read_runs(Path(repo.stage_cache.cache_dir)))
-                within = {
-                    oid: listing(Path(cache.oid_to_path(oid))) for run in runs for oid in run.deps | run.outs
-                }
-                bad = affected(runs, {oid for oid, files in within.items() if files & shards})
-                kept = set().union(*(within[oid] | {oid} for run in runs for oid in run.outs - bad))
-                gone = shards | set().union(*(within[oid] | {oid} for oid in bad)) - kept
-                for store in (
-                    cache,
-                    *(repo.cloud.get_remote_odb(remote) for remote in repo.config["remote"]),
-                ):
-                    for oid in filter(store.exists, sorted(gone)):
-                        store.delete(oid)
-        except LockError as err:
-            raise StageError("DVC is at work in this checkout; wait for the run, or cancel it") from err
+        runs = list(read_runs(Path(repo.stage_cache.cache_dir)))
+        within = {oid: listing(Path(cache.oid_to_path(oid))) for run in runs for oid in run.deps | run.outs}
+        bad = affected(runs, {oid for oid, files in within.items() if files & shards})
+        kept = set().union(*(within[oid] | {oid} for run in runs for oid in run.outs - bad))
+        gone = shards | set().union(*(within[oid] | {oid} for oid in bad)) - kept
+        for store in (cache, *(repo.cloud.get_remote_odb(remote) for remote in repo.config["remote"])):
+            for oid in filter(store.exists, sorted(gone)):
+                store.delete(oid)
     log.info("%d outputs in DVC's cache were made of these shards, and are gone", len(bad))
 
 

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from tasks.dvc_cache import add, md5, purge
+from tasks.dvc_cache import md5, purge, record
 from tasks.erase import content_digest, conversations, forget_rows
 from tasks.errors import DataError
 from tasks.files import iterate_rows, read_rows
@@ -132,7 +132,7 @@ def erase(found: Found, client: MlflowClient, name: str) -> None:
     forgotten.contents.update(map(content_digest, said))
     for shard, numbers in rows.items():
         forget_rows(RAW / shard, numbers, RAW, forgotten)
-    add(RAW)
+    record(RAW)
     remove_derivatives()
     for version, examples in found.versions.items():
         client.set_model_version_tag(name, str(version), FORGOTTEN, str(examples))

@@ -13,6 +13,7 @@ import yaml
 from tasks.errors import ConfigError
 
 GRAPH = Path("dvc.yaml")
+LOCK = Path("dvc.lock")
 
 
 def read_stages(path: Path = GRAPH) -> dict[str, dict[str, Any]]:
@@ -73,6 +74,15 @@ def reads(stage: dict[str, Any], other: dict[str, Any]) -> bool:
     dependencies = [PurePosixPath(path) for path in stage.get("deps", [])]
     written = [PurePosixPath(path) for path in outputs(other)]
     return any(d.is_relative_to(w) or w.is_relative_to(d) for d in dependencies for w in written)
+
+
+def locked_outputs(path: Path = LOCK) -> dict[str, dict[str, str]]:
+    """Return stage -> output -> MD5, as dvc.lock has them from the last run; nothing without the file."""
+    recorded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    stages = (recorded or {}).get("stages", {})
+    return {
+        name: {out["path"]: out["md5"] for out in stage.get("outs", ())} for name, stage in stages.items()
+    }
 
 
 def changed_stages() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """What a version came from: written into the version when it is registered, read by `nightshift trace`.
 
 `lineage.json` holds code, data down to the shard, base, environment, training run and verdict; `rows.parquet`
-names every example that trained, with the line of the shard it came from. `params.yaml`, `dvc.lock` and the
-pointers of DVC are kept byte by byte.
+names every example that trained, with the line of the shard it came from. `params.yaml` and `dvc.lock`, which
+names the data, are kept byte by byte.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ from tasks.ingest.shards import read_digests
 from tasks.stage import DATA
 from tasks.tracking import git_commit
 
-KEPT = (Path("params.yaml"), Path("dvc.lock"), Path("data/raw.dvc"), Path("data/benchmarks.dvc"))
+KEPT = (Path("params.yaml"), Path("dvc.lock"))
 ENGINES = ("accelerate", "datasets", "deepspeed", "lm-eval", "peft", "torch", "transformers", "trl")
 ROWS = pa.schema([("id", pa.string()), ("origin", pa.string())])
 

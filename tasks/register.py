@@ -10,13 +10,13 @@ import os
 from pathlib import Path
 
 import mlflow
-import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tasks.card import write_card
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, text_digest, tree_digest, write_json
+from tasks.graph import locked_outputs
 from tasks.ingest.shards import DIGESTS
 from tasks.lineage import write_lineage
 from tasks.registry import ANSWERS, DIGEST, ask, open_registry, registered
@@ -34,8 +34,9 @@ LINEAGE = DATA / "register" / "lineage"
 CARD = DATA / "register" / "README.md"
 TARGET = DATA / "register" / "version.json"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
-# What DVC has put under version before the graph -> what it is for.
-POINTERS = {DATA / "raw.dvc": "training", DATA / "benchmarks.dvc": "evaluation"}
+RAW = DATA / "raw"
+# What the snapshot brought in -> what it is for.
+BROUGHT_IN = {RAW: "training", DATA / "benchmarks": "evaluation"}
 # Greedy whatever the request says, so that is all there is to say.
 EXAMPLE = {
     "messages": [{"role": "user", "content": "What is the chemical symbol of Gold?"}],
@@ -85,7 +86,7 @@ def register(verdict: str) -> int:
         "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
         "nightshift.params_digest": file_digest(Path("params.yaml")),
         "nightshift.git_commit": git_commit(),
-        "nightshift.data_digest": file_digest(DATA / "raw" / DIGESTS),
+        "nightshift.data_digest": file_digest(RAW / DIGESTS),
         "nightshift.flow_run": os.environ.get("PREFECT__FLOW_RUN_ID", "none"),
     }
     tags[ANSWERS] = require_same_answers(f"models:/{name}/{number}")
@@ -143,10 +144,10 @@ def log_model(client: MlflowClient, name: str) -> int:
 
 def log_data(client: MlflowClient, run: str) -> None:
     """Tell the run, which knows its packed rows, which raw data and benchmarks it stands on."""
+    outputs = locked_outputs()["snapshot"]
     datasets = [
-        dataset_input(out["path"], out["md5"], (pointer.parent / out["path"]).as_posix(), context)
-        for pointer, context in POINTERS.items()
-        for out in yaml.safe_load(pointer.read_text(encoding="utf-8")).get("outs", ())
+        dataset_input(folder.name, outputs[folder.as_posix()], folder.as_posix(), context)
+        for folder, context in BROUGHT_IN.items()
     ]
     client.log_inputs(run, datasets=datasets)
 

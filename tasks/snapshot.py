@@ -1,9 +1,12 @@
 """Bring the outside in, as files: new data, benchmarks, and the champion's identity.
 
-Runs before the graph, never inside it. Sources (params.yaml) become immutable shards
-`data/raw/<source>/<arrival>.<suffix>`; a shard is written only when its bytes are new, so a night
-without new data changes nothing. Benchmarks become `data/benchmarks/<name>/`; the registry's
-champion becomes `data/champion/`.
+The first stage of the graph. DVC runs it when its parameters change or an output is missing, the flow
+every night. Sources (params.yaml) become immutable shards `data/raw/<source>/<arrival>.<suffix>`; a shard
+is written only when its bytes are new, so a night without new data changes nothing. Benchmarks become
+`data/benchmarks/<name>/`; the registry's champion becomes `data/champion/`.
+
+The outputs persist in dvc.yaml: DVC neither removes them before a run nor puts those of an earlier run in
+their place.
 """
 
 import hashlib
@@ -11,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from pydantic import field_validator
 from tasks import registry
 from tasks.benchmarks import CHOICE_TASK, HELDOUT, read_benchmarks
 from tasks.config import StageParams, load_params
-from tasks.dvc_cache import add
+from tasks.dvc_cache import restore
 from tasks.erase import erase_known
 from tasks.files import file_digest, jsonl, write_json, write_text
 from tasks.ingest.forgotten import read_forgotten
@@ -30,11 +34,11 @@ from tasks.sources import Offer
 from tasks.sources.harness import harness_items
 from tasks.sources.locations import Location, read_offers, require_location, require_query
 from tasks.sources.packages import BENCHMARK_PACKAGES
-from tasks.stage import run_main
+from tasks.stage import DATA, run_main, write_summary
 
-RAW = Path("data/raw")
-BENCHMARKS = Path("data/benchmarks")
-CHAMPION = Path("data/champion")
+RAW = DATA / "raw"
+BENCHMARKS = DATA / "benchmarks"
+CHAMPION = DATA / "champion"
 log = logging.getLogger(__name__)
 
 
@@ -87,23 +91,32 @@ class SnapshotParams(StageParams):
 
 
 def main() -> None:
-    """Bring in sources, benchmarks and the champion; version what changed with DVC.
+    """Bring in sources, benchmarks and the champion.
 
     Raises:
         DataError: A benchmark breaks the format.
+        StageError: dvc.lock names data that is nowhere.
     """
     params = load_params(SnapshotParams, "snapshot")
+    for folder in (RAW, BENCHMARKS):
+        restore(folder)
     for name, origin in params.benchmarks.items():
         write_benchmark(name, origin, BENCHMARKS)
-    for benchmark in read_benchmarks(BENCHMARKS):
+    benchmarks = read_benchmarks(BENCHMARKS)
+    for benchmark in benchmarks:
         if benchmark.name not in params.benchmarks:
             log.warning("snapshot.benchmarks: %s is not named, and is asked; or remove it", benchmark.name)
     for source, location in params.sources.items():
         for shard in write_shards(source, read_offers(location), RAW):
             erase_known(shard, RAW)
     registry.write_champion(CHAMPION)
-    for folder in (RAW, BENCHMARKS):
-        add(folder)
+    write_summary(
+        "snapshot",
+        rows_in=0,
+        rows_out=0,
+        shards=dict(Counter(shard.parent.name for _, shard in find_shards(RAW))),
+        questions={benchmark.name: len(benchmark.items) for benchmark in benchmarks},
+    )
 
 
 def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:

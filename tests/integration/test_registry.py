@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -34,9 +35,9 @@ def make_checkout(folder: Path, base: Path) -> None:
     """Make a folder as it is after the gate, with three adapters to be candidates."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, folder)
-    for name in ("dvc.lock", "data/raw.dvc", "data/benchmarks.dvc"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("{}")
+    digests = {"data/benchmarks": f"{'c' * 32}.dir", "data/raw": f"{'a' * 32}.dir"}
+    outs = [{"path": path, "md5": digest} for path, digest in digests.items()]
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"snapshot": {"outs": outs}}}))
     write_json(
         folder / "data/raw/digests.json", {"facts/000001.jsonl": "a" * 64, "facts/000002.jsonl": "b" * 64}
     )
@@ -311,6 +312,17 @@ def test_forgetting_a_row_names_the_versions_that_were_trained_on_it() -> None:
     client.set_model_version_tag(name, "1", registry.FORGOTTEN, "2")
     with pytest.raises(GateError, match="2 examples of version 1 were forgotten since; its data is gone"):
         rebuild(Console(), 1)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_version_from_before_the_snapshot_was_a_stage_says_where_it_can_be_rebuilt() -> None:
+    client, name = registry.open_registry()
+    lineage = Path("older/artifacts/lineage")
+    write_json(lineage / "lineage.json", {"code": "c0ffee"})
+    (lineage / "dvc.lock").write_text("stages: {ingest: {outs: []}}")
+    client.create_model_version(name, str(Path("older").absolute()), tags={registry.DIGEST: "d"})
+    with pytest.raises(GateError, match="run `git checkout c0ffee`, then `nightshift reproduce 4`"):
+        rebuild(Console(), 4)
 
 
 def test_a_registry_without_a_version_says_so(in_tmp: Path) -> None:

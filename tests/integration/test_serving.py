@@ -51,7 +51,6 @@ def registered(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
     make_checkout(folder, base)
     with pytest.MonkeyPatch.context() as patch:
         enter(patch, folder)
-        write_text(Path("data/raw.dvc"), f"outs:\n- md5: {'a' * 32}.dir\n  path: raw\n")
         item = {"slice": "s", "tokens": None, "choices": 4, "status": "ok"}
         rows = [
             {"model": model, "benchmark": "facts", "item": str(i), "score": float(i < right), **item}
@@ -110,9 +109,12 @@ def test_a_version_has_a_signature_an_example_a_card_and_its_data() -> None:
     assert "| dedupe | 4 | 0 | 3 | duplicate 1 |" in found.text
 
     run = client.get_run(read_json(register.TRAINED_BY)["run_id"])
-    (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.name, data.dataset.digest) == ("raw", f"{'a' * 32}.dir")
-    assert mlflow.data.get_source(data.dataset).uri == "data/raw"
+    datasets = {one.dataset.name: one.dataset for one in run.inputs.dataset_inputs}
+    assert {name: one.digest for name, one in datasets.items()} == {
+        "benchmarks": f"{'c' * 32}.dir",
+        "raw": f"{'a' * 32}.dir",
+    }
+    assert mlflow.data.get_source(datasets["raw"]).uri == "data/raw"
     assert client.get_model_version(name, "1").run_id == run.info.run_id
 
 

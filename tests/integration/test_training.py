@@ -25,8 +25,7 @@ def prepared(
 ) -> Path:
     """A checkout whose data is packed; nothing is trained."""
     folder = make_checkout(tmp_path_factory.mktemp("training") / "checkout", tiny_base)
-    for command in (["python", "-m", "tasks.snapshot"], ["dvc", "repro", "pack", "-q"]):
-        subprocess.run([str(BIN / command[0]), *command[1:]], cwd=folder, env=clean_environment, check=True)
+    subprocess.run([str(BIN / "dvc"), "repro", "pack", "-q"], cwd=folder, env=clean_environment, check=True)
     return folder
 
 

@@ -1,0 +1,141 @@
+"""The stage that looks outside, as users meet it: clones with one remote, sources that come and go.
+
+The tests share two checkouts and run in the order of the file.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.files import read_json, tree_digest
+from tasks.graph import read_stages
+from tests.checkouts import Checkout, make_checkout
+
+pytestmark = pytest.mark.timeout(600)
+GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid")
+UP_TO_DATE = "Data and pipelines are up to date."
+BROUGHT_IN = ("data/raw", "data/benchmarks", "data/champion")
+
+
+def chats(folder: Path, name: str, *questions: str) -> None:
+    """Write a file of conversations that a source offers."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    turns = [[("user", one), ("assistant", f"The answer to {one}")] for one in questions]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in both]} for both in turns]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def set_params(folder: Path, section: str, **changes: Any) -> None:
+    """Change a section of params.yaml."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params[section] |= changes
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def digests(folder: Path) -> list[str]:
+    """What the snapshot brought in, byte by byte."""
+    return [tree_digest(folder / path) for path in BROUGHT_IN]
+
+
+def shards(checkout: Checkout) -> list[str]:
+    """The shards on disk."""
+    raw = checkout.folder / "data/raw"
+    return sorted(path.relative_to(raw).as_posix() for path in raw.glob("*/*"))
+
+
+@pytest.fixture(scope="module")
+def first(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
+) -> Checkout:
+    """A clone in which `dvc repro` was typed, and nothing else; its remote is a folder beside it."""
+    folder = make_checkout(tmp_path_factory.mktemp("snapshot") / "first", tiny_base)
+    made = Checkout(folder, clean_environment)
+    made.type("dvc", "remote", "modify", "local", "url", str(folder.parent / "remote"))
+    made.type(*GIT, "commit", "-qam", "one remote for all")
+    output = made.type("dvc", "repro")
+    for stage in read_stages(folder / "dvc.yaml"):
+        assert f"Running stage '{stage}'" in output
+    return made
+
+
+@pytest.fixture(scope="module")
+def checkout(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
+) -> Checkout:
+    """A checkout with two small sources and one benchmark, in which nothing has run."""
+    folder = make_checkout(tmp_path_factory.mktemp("sources") / "checkout", tiny_base)
+    chats(folder, "mine/a.jsonl", "Which animal barks at night?", "Who lives in the old mill?")
+    chats(folder, "yours/b.jsonl", "Where does the river end?", "How deep is the lake?")
+    set_params(
+        folder,
+        "snapshot",
+        sources={"mine": "mine/*.jsonl", "yours": "yours/*.jsonl"},
+        benchmarks={"countries": "package:countryinfo"},
+    )
+    return Checkout(folder, clean_environment)
+
+
+def test_dvc_repro_alone_leads_from_a_clean_checkout_to_the_verdict(first: Checkout) -> None:
+    assert read_json(first.folder / "data/gate/gate.json")["verdict"] in ("promote", "hold", "reject")
+    assert "Running stage" not in first.type("dvc", "repro")
+    # Forced, as every night, and nothing is new: nothing else has to run.
+    before = digests(first.folder)
+    assert "Running stage 'snapshot'" in first.type("nightshift", "snapshot")
+    assert digests(first.folder) == before
+    assert UP_TO_DATE in first.type("dvc", "status")
+
+
+def test_a_second_clone_pulls_what_the_first_brought_in(first: Checkout) -> None:
+    first.type("dvc", "push")
+    first.type(*GIT, "add", "-A")
+    first.type(*GIT, "commit", "-qm", "a night")
+    second = Checkout(first.folder.with_name("second"), first.environment)
+    subprocess.run(["git", "clone", "-q", str(first.folder), str(second.folder)], check=True)
+    second.type("dvc", "pull")
+    assert digests(second.folder) == digests(first.folder)
+    assert (second.folder / "data/raw/elements/000001.jsonl").is_file()
+    assert UP_TO_DATE in second.type("dvc", "status")
+    assert "Running stage" not in second.type("dvc", "repro")
+
+
+def test_parameters_that_go_back_bring_no_earlier_data_back(checkout: Checkout) -> None:
+    checkout.type("dvc", "repro", "snapshot")
+    set_params(checkout.folder, "snapshot", sources={"mine": "mine/*.jsonl"})
+    checkout.type("dvc", "repro", "snapshot")
+    # The next day one file has replaced another.
+    (checkout.folder / "mine/a.jsonl").unlink()
+    chats(checkout.folder, "mine/d.jsonl", "Who keeps the bees?")
+    checkout.type("nightshift", "snapshot")
+    everything = ["mine/000001.jsonl", "mine/000003.jsonl", "yours/000002.jsonl"]
+    assert shards(checkout) == everything
+    for sources in ({"mine": "mine/*.jsonl", "yours": "yours/*.jsonl"}, {"mine": "mine/*.jsonl"}):
+        set_params(checkout.folder, "snapshot", sources=sources)
+        assert "Running stage 'snapshot'" in checkout.type("dvc", "repro", "snapshot")
+        assert shards(checkout) == everything
+    assert UP_TO_DATE in checkout.type("dvc", "status", "snapshot")
+
+
+def test_a_clone_without_its_data_goes_on_with_them_or_refuses(checkout: Checkout) -> None:
+    raw, benchmarks = (checkout.folder / path for path in ("data/raw", "data/benchmarks"))
+    (benchmarks / "countries").rename(benchmarks / "lands")
+    checkout.type("nightshift", "snapshot")
+    before = tree_digest(raw), tree_digest(benchmarks)
+    checkout.type("rm", "-r", "data")
+    # Only the cache has the shards that came first, and the benchmark that is not named.
+    checkout.type("dvc", "repro", "snapshot")
+    assert (tree_digest(raw), tree_digest(benchmarks)) == before
+    assert shards(checkout) == ["mine/000001.jsonl", "mine/000003.jsonl", "yours/000002.jsonl"]
+
+    lock = (checkout.folder / "dvc.lock").read_bytes()
+    checkout.type("rm", "-r", "data", ".dvc/cache")
+    refused = checkout.type("dvc", "repro", "snapshot", code=255)
+    assert "data/raw: dvc.lock names it, but neither DVC's cache nor its remote has all of it" in refused
+    assert not raw.exists()
+    assert (checkout.folder / "dvc.lock").read_bytes() == lock
+    (checkout.folder / "dvc.lock").unlink()
+    checkout.type("dvc", "repro", "snapshot")
+    assert shards(checkout) == ["mine/000001.jsonl"]
