@@ -24,6 +24,7 @@ from tasks.files import read_json
 from tasks.report import PAGE
 from tasks.stage import OFFLINE
 from tasks.state import tools_environment
+from tasks.unused import unused_by_params
 
 app = typer.Typer(
     help="Retrain a language model every night; ship it only when it is measurably better.",
@@ -77,6 +78,8 @@ def status() -> None:
     for service, errors in stack.problems().items():
         log_file = stack.find_log(service)
         console.print(f"{service}: {len(errors)} error(s) in {log_file}, the last: {escape(errors[-1])}")
+    for line in unused_by_params():
+        console.print(f"not named in params.yaml, not used: {line}")
 
 
 @app.command()

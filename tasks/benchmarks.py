@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from tasks.config import Count, StageParams, problems
 from tasks.errors import DataError
+from tasks.used import read_used
 
 # The held-out examples stand in the table of scores under this name.
 HELDOUT = "test"
@@ -168,15 +169,16 @@ class Benchmark:
 
 
 def read_benchmarks(root: Path) -> list[Benchmark]:
-    """Read all benchmarks below a folder, by name.
+    """Read the benchmarks below a folder that params.yaml names, by name.
 
     Raises:
         DataError: Files break the format; every fault is listed, with file and line.
     """
     faults: list[str] = []
-    found = [read_benchmark(file.parent, faults) for file in sorted(root.glob("*/task.yaml"))]
-    alone = {file.parent for file in root.glob("*/items.jsonl")} - {root / one.name for one in found}
-    faults += [f"{folder}: has no task.yaml; say there how to ask" for folder in sorted(alone)]
+    used = [root / name for name in sorted(read_used(root))]
+    found = [read_benchmark(folder, faults) for folder in used if (folder / "task.yaml").is_file()]
+    alone = [folder for folder in used if not (folder / "task.yaml").is_file()]
+    faults += [f"{folder}: has no task.yaml; say there how to ask" for folder in alone]
     if faults:
         raise DataError("\n  ".join([f"{root}: {len(faults)} problem(s) with the benchmarks", *faults]))
     return found

@@ -26,6 +26,7 @@ from tasks.errors import DataError
 from tasks.files import iterate_rows, read_rows
 from tasks.graph import outputs, read_stages, reads, stage_order
 from tasks.ingest.forgotten import read_forgotten
+from tasks.ingest.shards import find_shards
 from tasks.ingest.turns import Conversation
 from tasks.lineage import open_lineage
 from tasks.registry import FORGOTTEN, registered
@@ -79,6 +80,7 @@ def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Found:
     removed = read_rows(REMOVED) if REMOVED.is_file() else []
     same = duplicates({one for one, _ in pairs}, removed)
     origins |= {origin for one, origin in examples if one in same}
+    origins |= copies(origins)
     counts = {number: sum(origin in origins for _, origin in of) for number, of in trained.items()}
     return Found(sorted(origins), {number: count for number, count in counts.items() if count})
 
@@ -102,6 +104,32 @@ def duplicates(ids: Set[str], removed: Iterable[Mapping[str, Any]]) -> set[str]:
     return kept | {one for one, by in pairs if by in kept}
 
 
+def copies(origins: Set[str]) -> set[str]:
+    """Return the rows of all shards, also of those that are not in use, that say the same as one of these."""
+    said = {content_digest(one) for _, _, one in said_by(origins)}
+    return {
+        f"{shard.relative_to(RAW).as_posix()}:{number}"
+        for _, shard in find_shards(RAW)
+        for number, one in conversations(shard)
+        if content_digest(one) in said
+    }
+
+
+def said_by(origins: Iterable[str]) -> Iterator[tuple[str, int, Conversation]]:
+    """Yield (shard, number, conversation) of the rows at these places that hold one."""
+    for shard, numbers in by_shard(origins).items():
+        yield from ((shard, number, one) for number, one in conversations(RAW / shard) if number in numbers)
+
+
+def by_shard(origins: Iterable[str]) -> dict[str, set[int]]:
+    """Return the name of each shard that is there -> the numbers of its rows among these."""
+    rows: dict[str, set[int]] = defaultdict(set)
+    for origin in filter(is_place, origins):
+        shard, _, number = origin.rpartition(":")
+        rows[shard].add(int(number))
+    return rows
+
+
 def trained_on(name: str, version: ModelVersion) -> list[tuple[str, str]]:
     """Return (example, origin) of all that a version was trained on."""
     with open_lineage(name, int(version.version)) as folder:
@@ -120,11 +148,8 @@ def erase(found: Found, client: MlflowClient, name: str) -> None:
     Raises:
         StageError: DVC is at work in this checkout.
     """
-    rows: dict[str, set[int]] = defaultdict(set)
-    for origin in filter(is_place, found.origins):
-        shard, _, number = origin.rpartition(":")
-        rows[shard].add(int(number))
-    said = [one for shard in rows for number, one in conversations(RAW / shard) if number in rows[shard]]
+    rows = by_shard(found.origins)
+    said = [one for _, _, one in said_by(found.origins)]
     remove_pages(client, said)
     purge({md5(RAW / shard) for shard in rows})
     forgotten = read_forgotten(RAW)

@@ -25,6 +25,7 @@ from tasks.files import iterate_rows, read_json, read_rows, write_json, write_ro
 from tasks.ingest.shards import read_digests
 from tasks.stage import DATA
 from tasks.tracking import git_commit
+from tasks.used import read_used
 
 KEPT = (Path("params.yaml"), Path("dvc.lock"))
 ENGINES = ("accelerate", "datasets", "deepspeed", "lm-eval", "peft", "torch", "transformers", "trl")
@@ -39,9 +40,11 @@ def write_lineage(folder: Path) -> None:
     for path in KEPT:
         shutil.copyfile(path, folder / path.name)
     by_shard = Counter(origin.rpartition(":")[0] for _, origin in rows)
-    digests = read_digests(DATA / "raw")
+    digests, used = read_digests(DATA / "raw"), read_used(DATA / "raw")
     shards = [
-        {"shard": name, "sha256": digests[name], "examples": by_shard[name]} for name in sorted(digests)
+        {"shard": name, "sha256": digests[name], "examples": by_shard[name]}
+        for name in sorted(digests)
+        if name.partition("/")[0] in used
     ]
     summaries = {path.parent.name: read_json(path) for path in sorted(DATA.glob("*/summary.json"))}
     versions = {name: importlib.metadata.version(name) for name in ENGINES}

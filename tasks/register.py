@@ -24,6 +24,7 @@ from tasks.sft.spool import replay
 from tasks.stage import DATA, run_main
 from tasks.state import state_dir
 from tasks.tracking import dataset_input, find_run, git_commit, run_id, tracking_uri
+from tasks.used import USED
 
 CANDIDATE = DATA / "sft" / "model"
 TRAINED_BY = DATA / "sft" / "mlflow_run.json"
@@ -86,7 +87,7 @@ def register(verdict: str) -> int:
         "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
         "nightshift.params_digest": file_digest(Path("params.yaml")),
         "nightshift.git_commit": git_commit(),
-        "nightshift.data_digest": file_digest(RAW / DIGESTS),
+        "nightshift.data_digest": data_digest(),
         "nightshift.flow_run": os.environ.get("PREFECT__FLOW_RUN_ID", "none"),
     }
     tags[ANSWERS] = require_same_answers(f"models:/{name}/{number}")
@@ -94,6 +95,11 @@ def register(verdict: str) -> int:
         client.set_model_version_tag(name, str(number), key, value)
     client.set_registered_model_alias(name, "candidate", str(number))
     return number
+
+
+def data_digest() -> str:
+    """Return the digest of the shards and of the sources in use."""
+    return tree_digest(RAW / DIGESTS, RAW / USED)
 
 
 def require_same_answers(model_uri: str) -> str:

@@ -3,7 +3,8 @@
 The first stage of the graph. DVC runs it when its parameters change or an output is missing, the flow
 every night. Sources (params.yaml) become immutable shards `data/raw/<source>/<arrival>.<suffix>`; a shard
 is written only when its bytes are new, so a night without new data changes nothing. Benchmarks become
-`data/benchmarks/<name>/`; the registry's champion becomes `data/champion/`.
+`data/benchmarks/<name>/`; the registry's champion becomes `data/champion/`. What params.yaml no longer names
+stays, and is not used.
 
 The outputs persist in dvc.yaml: DVC neither removes them before a run nor puts those of an earlier run in
 their place.
@@ -29,12 +30,13 @@ from tasks.dvc_cache import restore
 from tasks.erase import erase_known
 from tasks.files import file_digest, jsonl, write_json, write_text
 from tasks.ingest.forgotten import read_forgotten
-from tasks.ingest.shards import DIGESTS, find_shards, read_digests
+from tasks.ingest.shards import DIGESTS, find_shards, read_digests, used_shards
 from tasks.sources import Offer
 from tasks.sources.harness import harness_items
 from tasks.sources.locations import Location, read_offers, require_location, require_query
 from tasks.sources.packages import BENCHMARK_PACKAGES
 from tasks.stage import DATA, run_main, write_summary
+from tasks.used import write_used
 
 RAW = DATA / "raw"
 BENCHMARKS = DATA / "benchmarks"
@@ -102,19 +104,18 @@ def main() -> None:
         restore(folder)
     for name, origin in params.benchmarks.items():
         write_benchmark(name, origin, BENCHMARKS)
+    write_used(BENCHMARKS, params.benchmarks)
     benchmarks = read_benchmarks(BENCHMARKS)
-    for benchmark in benchmarks:
-        if benchmark.name not in params.benchmarks:
-            log.warning("snapshot.benchmarks: %s is not named, and is asked; or remove it", benchmark.name)
     for source, location in params.sources.items():
         for shard in write_shards(source, read_offers(location), RAW):
             erase_known(shard, RAW)
+    write_used(RAW, params.sources)
     registry.write_champion(CHAMPION)
     write_summary(
         "snapshot",
         rows_in=0,
         rows_out=0,
-        shards=dict(Counter(shard.parent.name for _, shard in find_shards(RAW))),
+        shards=dict(Counter(shard.parent.name for _, shard in used_shards(RAW))),
         questions={benchmark.name: len(benchmark.items) for benchmark in benchmarks},
     )
 

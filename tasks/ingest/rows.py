@@ -16,7 +16,7 @@ from tasks.ingest.forgotten import read_forgotten
 from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
 from tasks.ingest.pii import Find, find_pii
 from tasks.ingest.readers import read_shard
-from tasks.ingest.shards import find_shards, read_digests, require_digest
+from tasks.ingest.shards import read_digests, require_digest, used_shards
 from tasks.ingest.streams import Limits
 from tasks.ingest.strict_json import dumps
 from tasks.ingest.turns import Conversation, Turn
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: Privacy) -> Iterator[Outcome]:
-    """Read, convert and check every row of every shard, ordered by arrival and number.
+    """Read, convert and check every row of every shard in use, ordered by arrival and number.
 
     Args:
         raw: Folder with `<source>/<arrival>.<suffix>`.
@@ -64,7 +64,7 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: 
         DataError: A shard cannot be read to its end.
     """
     digests, forgotten = read_digests(raw), read_forgotten(raw)
-    for arrival, path in find_shards(raw):
+    for arrival, path in used_shards(raw):
         name = path.relative_to(raw).as_posix()
         require_digest(path, digests.get(name))
         for number, row in read_shard(path, limits):

@@ -6,6 +6,7 @@ from pathlib import Path
 from tasks.errors import DataError
 from tasks.files import file_digest, read_json
 from tasks.ingest.formats import READABLE, shard_suffix
+from tasks.used import read_used
 
 # Below data/raw: name of each shard -> SHA-256 of its bytes.
 DIGESTS = "digests.json"
@@ -25,6 +26,16 @@ def find_shards(raw: Path) -> list[tuple[int, Path]]:
             raise DataError(f"{path}: no shard: its name is not a number with {READABLE}; remove it")
         found.append((int(stem), path))
     return sorted(found, key=lambda shard: (shard[0], shard[1].parent.name))
+
+
+def used_shards(raw: Path) -> list[tuple[int, Path]]:
+    """Return (arrival, path) of the shards whose source params.yaml names, in order.
+
+    Raises:
+        DataError: A file is no shard.
+    """
+    used = read_used(raw)
+    return [(arrival, path) for arrival, path in find_shards(raw) if path.parent.name in used]
 
 
 def read_digests(raw: Path) -> dict[str, str]:

@@ -33,6 +33,7 @@ from tasks.report.chart import Chart, draw
 from tasks.report.compare import Moves, compare, find_moves, pair
 from tasks.report.examples import accepted_paraphrases, read_examples, rejected_paraphrases
 from tasks.stage import DATA, run_main
+from tasks.unused import unused_by_snapshot
 
 SCORES = DATA / "evaluate" / "scores.parquet"
 GATE = DATA / "gate" / "gate.json"
@@ -97,6 +98,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "heldout_texts": read_heldout(TEST, heldout),
         "changes": changes,
         "summaries": summaries,
+        "unused": unused_by_snapshot(),
         "funnel": [stage for stage in summaries if stage in {end[0] for way in TRANSFERS for end in way}],
         "accepted": accepted_paraphrases(TRAIN, SIMILARITY),
         "rejected": rejected_paraphrases(TRAIN, REJECTED),

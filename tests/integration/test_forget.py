@@ -36,22 +36,30 @@ ROWS = [
 def checkout(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
 ) -> Checkout:
-    """A checkout that knows its examples and their duplicates, with all of it in a remote too."""
+    """A checkout that knows its examples and their duplicates, with all of it in a remote too.
+
+    A second source, which says the same as a row of the first, is not in use any more, but will be.
+    """
     folder = make_checkout(tmp_path_factory.mktemp("forget") / "checkout", tiny_base)
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["snapshot"]["sources"] = {"mine": "mine.jsonl"}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "other.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
     made = Checkout(folder, clean_environment | {"COLUMNS": "160"})
-    made.type("dvc", "repro", "--quiet", "dedupe")
-    made.type("dvc", "push", "--quiet")
+    mine, both = {"mine": "mine.jsonl"}, {"mine": "mine.jsonl", "other": "other.jsonl"}
+    for sources in (both, mine):
+        params["snapshot"]["sources"] = sources
+        (folder / "params.yaml").write_text(yaml.safe_dump(params))
+        made.type("dvc", "repro", "--quiet", "dedupe")
+        made.type("dvc", "push", "--quiet")
+    params["snapshot"]["sources"] = both
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return made
 
 
 def places(folder: Path, text: str) -> Iterator[str]:
-    """Yield the files of a checkout that hold a text, whatever their format; the user's own file aside."""
+    """Yield the files of a checkout that hold a text, whatever their format; the user's own files aside."""
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.name == "mine.jsonl" or ".git" in path.parts:
+        if not path.is_file() or path.name in ("mine.jsonl", "other.jsonl") or ".git" in path.parts:
             continue
         content = path.read_bytes()
         if content[:4] == b"PAR1":
@@ -84,21 +92,25 @@ def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Checkout) -
     before = {row["origin"]: row["id"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
     # Named by its id; its near-duplicate would take its place, and goes with it.
     output = checkout.type("nightshift", "forget", before["mine/000001.jsonl:2"], "--yes")
-    assert output.splitlines()[:2] == ["mine/000001.jsonl:2", "mine/000001.jsonl:4"]
+    origins = ["mine/000001.jsonl:2", "mine/000001.jsonl:4", "other/000002.jsonl:1"]
+    assert output.splitlines()[:3] == origins
     assert list(places(checkout.folder, SECRET)) == []
-    # DVC knows the shards as they are now.
-    assert "up to date" in checkout.type("dvc", "status", "snapshot")
+    # DVC knows the shards as they are now, and that the snapshot did not run with today's parameters yet.
+    status = checkout.type("dvc", "status", "snapshot")
+    assert "modified:           snapshot" in status
+    assert "data/raw" not in status
     assert [len(client.list_artifacts(run_id)) for run_id in pages] == [1, 0]
 
     # The source offers the same file again, and then one that has grown by a line.
     checkout.type("nightshift", "snapshot")
     assert [path.name for path in (checkout.folder / "data/raw/mine").iterdir()] == ["000001.jsonl"]
+    assert [path.name for path in (checkout.folder / "data/raw/other").iterdir()] == ["000002.jsonl"]
     with (checkout.folder / "mine.jsonl").open("a") as file:
         file.write(json.dumps(chat("And who keeps the bees?", "The sisters at the end of the lane.")) + "\n")
     output = checkout.type("nightshift", "snapshot")
-    assert "data/raw/mine/000002.jsonl: 2 rows were forgotten before and go again" in output
+    assert "data/raw/mine/000003.jsonl: 2 rows were forgotten before and go again" in output
     shards = sorted(path.name for path in (checkout.folder / "data/raw/mine").iterdir())
-    assert shards == ["000001.jsonl", "000002.jsonl"]
+    assert shards == ["000001.jsonl", "000003.jsonl"]
     checkout.type("dvc", "repro", "--quiet", "ingest")
     after = {row["origin"]: row["id"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
     assert {origin: after.get(origin) for origin in before} == {
@@ -107,7 +119,8 @@ def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Checkout) -
         "mine/000001.jsonl:3": before["mine/000001.jsonl:3"],
         "mine/000001.jsonl:4": None,
     }
-    assert after["mine/000002.jsonl:5"]
+    assert after["mine/000003.jsonl:5"]
+    assert "other/000002.jsonl:1" not in after
     assert list(places(checkout.folder, SECRET)) == []
 
 

@@ -19,6 +19,7 @@ from infra.reproduce import rebuild
 from tasks import forget, promote, promotions, register, registry
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, tree_digest, write_json, write_rows
+from tasks.lineage import write_lineage
 from tasks.pack import ROWS
 from tasks.tracking import experiment_id, tracking_uri
 from tests.checkouts import BIN, ROOT
@@ -41,6 +42,7 @@ def make_checkout(folder: Path, base: Path) -> None:
     write_json(
         folder / "data/raw/digests.json", {"facts/000001.jsonl": "a" * 64, "facts/000002.jsonl": "b" * 64}
     )
+    write_json(folder / "data/raw/used.json", ["facts"])
     write_summaries(folder / "data")
     shutil.copytree(base, folder / "data/base/model")
     files = {p.name: file_digest(p) for p in (folder / "data/base/model").iterdir()}
@@ -323,6 +325,16 @@ def test_a_version_from_before_the_snapshot_was_a_stage_says_where_it_can_be_reb
     client.create_model_version(name, str(Path("older").absolute()), tags={registry.DIGEST: "d"})
     with pytest.raises(GateError, match="run `git checkout c0ffee`, then `nightshift reproduce 4`"):
         rebuild(Console(), 4)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_lineage_names_the_shards_in_use_and_tells_other_data_apart() -> None:
+    digest = register.data_digest()
+    write_json(Path("data/raw/used.json"), ["facts", "more"])
+    assert register.data_digest() != digest
+    write_json(Path("data/raw/used.json"), ["more"])
+    write_lineage(Path("written"))
+    assert read_json(Path("written/lineage.json"))["shards"] == []
 
 
 def test_a_registry_without_a_version_says_so(in_tmp: Path) -> None:

@@ -14,7 +14,7 @@ from mlflow.artifacts import download_artifacts
 
 from tasks import registry
 from tasks.evaluate.scores import ALL_SCORES
-from tasks.files import read_json, read_rows, write_json, write_rows
+from tasks.files import read_json, read_rows, write_json, write_rows, write_text
 from tasks.report import PAGE, SHORT
 from tasks.report import __main__ as report
 from tasks.schemas import AUGMENTED
@@ -184,6 +184,14 @@ def test_the_short_form_has_verdict_scores_and_checks() -> None:
         "| gain | promote | better: +30.0% accuracy |",
         r"| slices | promote | none of 2 is worse \| by more than 5.0% |",
     ]
+
+
+def test_data_on_disk_that_was_not_used_is_listed(checkout: Path) -> None:
+    said = "On disk, but not named in params.yaml and so not used: source old: 1 shard, 1.5 kB"
+    assert "not used" not in write_page()
+    write_text(checkout / "data/raw/old/000009.jsonl", "x" * 1500)
+    assert said in plain(write_page())
+    assert SHORT.read_text(encoding="utf-8").splitlines()[-2:] == ["", said]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.files import read_json, tree_digest
+from tasks.files import read_json, read_rows, tree_digest
 from tasks.graph import read_stages
 from tests.checkouts import Checkout, make_checkout
 
@@ -45,6 +45,11 @@ def shards(checkout: Checkout) -> list[str]:
     """The shards on disk."""
     raw = checkout.folder / "data/raw"
     return sorted(path.relative_to(raw).as_posix() for path in raw.glob("*/*"))
+
+
+def trained_sources(checkout: Checkout) -> set[str]:
+    """The sources of the examples that ingest wrote."""
+    return {row["source"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +107,52 @@ def test_a_second_clone_pulls_what_the_first_brought_in(first: Checkout) -> None
     assert "Running stage" not in second.type("dvc", "repro")
 
 
+def test_a_benchmark_that_is_not_named_is_neither_asked_nor_compared_with(first: Checkout) -> None:
+    params = yaml.safe_load((first.folder / "params.yaml").read_text())
+    named, retention = params["snapshot"]["benchmarks"], params["gate"]["retention"]
+    scores = first.folder / "data/evaluate/scores.parquet"
+    assert "countries" in {row["benchmark"] for row in read_rows(scores)}
+    before = tree_digest(first.folder / "data/benchmarks/countries")
+    rest = {name: location for name, location in named.items() if name != "countries"}
+    set_params(first.folder, "snapshot", benchmarks=rest)
+    set_params(first.folder, "gate", retention={})
+    first.type("dvc", "repro")
+    assert {row["benchmark"] for row in read_rows(scores)} == {"elements", "elements_written", "test"}
+    assert "countries" not in (first.folder / "data/gate/gate.json").read_text()
+    assert tree_digest(first.folder / "data/benchmarks/countries") == before
+    set_params(first.folder, "snapshot", benchmarks=named)
+    set_params(first.folder, "gate", retention=retention)
+    output = first.type("dvc", "repro")
+    assert "Stage 'evaluate' is cached - skipping run" in output
+    assert tree_digest(first.folder / "data/benchmarks/countries") == before
+
+
+def test_a_source_that_is_not_named_does_not_train_and_comes_back_as_it_was(checkout: Checkout) -> None:
+    checkout.type("dvc", "repro", "ingest")
+    assert trained_sources(checkout) == {"mine", "yours"}
+    before = tree_digest(checkout.folder / "data/raw"), tree_digest(checkout.folder / "data/ingest")
+    set_params(checkout.folder, "snapshot", sources={"mine": "mine/*.jsonl"})
+    # What it offered is gone meanwhile.
+    chats(checkout.folder, "yours/c.jsonl", "Is the lake salty?")
+    (checkout.folder / "yours/b.jsonl").unlink()
+    checkout.type("dvc", "repro", "ingest")
+    assert trained_sources(checkout) == {"mine"}
+    assert shards(checkout) == ["mine/000001.jsonl", "yours/000002.jsonl"]
+    status = checkout.type("nightshift", "status")
+    assert "not named in params.yaml, not used: source yours: 1 shard, 0.3 kB" in status
+    assert "source mine" not in status
+
+    (checkout.folder / "yours/c.jsonl").unlink()
+    chats(checkout.folder, "yours/b.jsonl", "Where does the river end?", "How deep is the lake?")
+    set_params(checkout.folder, "snapshot", sources={"mine": "mine/*.jsonl", "yours": "yours/*.jsonl"})
+    output = checkout.type("dvc", "repro", "ingest")
+    assert "Stage 'ingest' is cached - skipping run" in output
+    after = tree_digest(checkout.folder / "data/raw"), tree_digest(checkout.folder / "data/ingest")
+    assert after == before
+    assert "not used" not in checkout.type("nightshift", "status")
+
+
 def test_parameters_that_go_back_bring_no_earlier_data_back(checkout: Checkout) -> None:
-    checkout.type("dvc", "repro", "snapshot")
     set_params(checkout.folder, "snapshot", sources={"mine": "mine/*.jsonl"})
     checkout.type("dvc", "repro", "snapshot")
     # The next day one file has replaced another.

@@ -103,3 +103,12 @@ def test_what_is_asked_has_all_wordings_but_no_answers() -> None:
     ]
     assert list(questions({"id": "a", "references": ["x"], "messages": turns})) == ["One?", "Two?"]
     assert list(questions(GOOD["direction"][1])) == ["Q?", "C?"]
+
+
+def test_a_benchmark_that_is_not_in_use_is_not_read_and_one_in_use_must_be_there(tmp_path: Path) -> None:
+    put(tmp_path, "facts", CHOICE_TASK, CHOICE)
+    put(tmp_path, "old", {"kind": "poetry"})
+    (tmp_path / "used.json").write_text('["facts"]')
+    assert [one.name for one in read_benchmarks(tmp_path)] == ["facts"]
+    (tmp_path / "used.json").write_text('["facts", "lost"]')
+    assert faults(tmp_path) == ["lost: has no task.yaml; say there how to ask"]

@@ -290,3 +290,16 @@ def test_parquet_with_nested_turns_becomes_the_same_example_as_json_lines(run: R
     first, second = run(shards)["examples"]
     assert second["origin"] == "a/000002.parquet:1"
     assert first["messages"] == second["messages"]
+
+
+def test_only_the_sources_in_use_are_read_and_arrivals_keep_their_order(in_tmp: Path, run: Run) -> None:
+    shards = {
+        f"{source}/{arrival:06d}.jsonl": chat(("user", f"{source} {arrival}?"), ("assistant", "Yes"))
+        for source, arrival in (("a", 3), ("b", 1), ("c", 2))
+    }
+    (in_tmp / "data/raw").mkdir(parents=True)
+    (in_tmp / "data/raw/used.json").write_text('["a", "c"]')
+    assert [row["origin"] for row in run(shards)["examples"]] == ["c/000002.jsonl:1", "a/000003.jsonl:1"]
+    (in_tmp / "data/raw/used.json").write_text('["a", "b", "c"]')
+    origins = [row["origin"] for row in run({})["examples"]]
+    assert origins == ["b/000001.jsonl:1", "c/000002.jsonl:1", "a/000003.jsonl:1"]
