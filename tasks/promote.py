@@ -11,10 +11,8 @@ any restart.
 import argparse
 import fcntl
 import logging
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 from mlflow.entities.model_registry import ModelVersion
 
@@ -27,10 +25,13 @@ from tasks.registry import (
     DIGEST,
     RegistryParams,
     ask,
-    fetch_adapter,
+    drop_bases,
     find_alias,
     find_version,
+    keep_base,
+    open_model,
     open_registry,
+    read_reference,
 )
 from tasks.stage import DATA, run_main
 from tasks.state import state_dir
@@ -167,6 +168,11 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
             )
         following = find_version(client, name, version)
         require_whole(following)
+        needed = [keep_base(name, read_reference(following))]
+        if current:
+            # One that was made the champion outside may not say what base it stands on.
+            with suppress(GateError):
+                needed.append(keep_base(name, read_reference(current)))
         # Before the alias moves: an entry without its move is found as a move from outside.
         record.append(action, following, current, reason)
         if current:
@@ -175,6 +181,7 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
         moved = find_alias(client, name, "champion")
         if moved is None or int(moved.version) != version:
             raise GateError(f"registry: champion of {name} should be {version}, is {moved}; see MLflow")
+        drop_bases(name, needed)
     log.info("%s: version %d (%s) is the champion of %s", action, version, following.tags[DIGEST][:12], name)
 
 
@@ -207,15 +214,15 @@ def note_outside(record: Record, current: ModelVersion | None) -> Record:
 
 
 def require_whole(version: ModelVersion) -> None:
-    """Check that a version is what was registered: the bytes of its adapter, and three answers.
+    """Check that a version is what was registered: the bytes of its adapter and its base, and three answers.
 
     Raises:
         GateError: It is not.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        fetch_adapter(version, Path(folder) / "model")
     uri = f"models:/{version.name}/{version.version}"
-    if (answers := text_digest(*ask(uri)[0])) != version.tags.get(ANSWERS):
+    with open_model(version) as (base, _):
+        answers = text_digest(*ask(base, uri)[0])
+    if answers != version.tags.get(ANSWERS):
         raise GateError(
             f"registry: {uri} loads, but its answers (digest {answers}) are not those of its registration "
             f"({version.tags.get(ANSWERS)}); the base or the libraries changed: evaluate it again"

@@ -13,6 +13,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tasks.bases import kept_place
 from tasks.card import write_card
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, text_digest, tree_digest, write_json
@@ -30,6 +31,7 @@ CANDIDATE = DATA / "sft" / "model"
 TRAINED_BY = DATA / "sft" / "mlflow_run.json"
 BASE = DATA / "base" / "model"
 GATE = DATA / "gate" / "gate.json"
+BASE_DIGEST = "nightshift.base_digest"
 REFERENCE = DATA / "register" / "base_reference.json"
 LINEAGE = DATA / "register" / "lineage"
 CARD = DATA / "register" / "README.md"
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def register(verdict: str) -> int:
-    """Register the candidate once; the same adapter keeps its version.
+    """Register the candidate once; the same adapter on the same base keeps its version.
 
     Before the alias `candidate` moves, a fresh process loads the version and must give the same
     answers as the files it was made from.
@@ -74,16 +76,16 @@ def register(verdict: str) -> int:
         GateError: The reloaded model answers differently.
     """
     client, name = open_registry()
-    digest = tree_digest(CANDIDATE)
+    digest, base = tree_digest(CANDIDATE), file_digest(BASE.with_name("base.json"))
     for version in registered(client, name):
-        if version.tags[DIGEST] == digest:
+        if (version.tags[DIGEST], version.tags.get(BASE_DIGEST)) == (digest, base):
             log.info("the candidate is version %s already", version.version)
             return int(version.version)
     number = log_model(client, name)
     tags = {
         DIGEST: digest,
         "nightshift.verdict": verdict,
-        "nightshift.base_digest": file_digest(BASE.with_name("base.json")),
+        BASE_DIGEST: base,
         "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
         "nightshift.params_digest": file_digest(Path("params.yaml")),
         "nightshift.git_commit": git_commit(),
@@ -111,7 +113,7 @@ def require_same_answers(model_uri: str) -> str:
     Raises:
         GateError: They differ, or the model does not load.
     """
-    registered, trained = ask(model_uri, str(BASE), str(CANDIDATE))
+    registered, trained = ask(BASE, model_uri, str(BASE), str(CANDIDATE))
     if registered != trained:
         raise GateError(
             f"registry: {model_uri} answers {registered}, but the trained files answer {trained}; "
@@ -123,7 +125,10 @@ def require_same_answers(model_uri: str) -> str:
 
 def log_model(client: MlflowClient, name: str) -> int:
     """Log adapter, base reference, lineage and card under the run that trained it, and register them."""
-    write_json(REFERENCE, read_json(BASE.with_name("base.json")) | {"path": str(BASE.absolute())})
+    base = read_json(BASE.with_name("base.json"))
+    # Where it is now, and where it is kept while the version, or its successor, is the champion.
+    kept = state_dir() / kept_place(name, base["files"])
+    write_json(REFERENCE, base | {"path": str(BASE.absolute()), "kept": str(kept)})
     write_lineage(LINEAGE)
     write_card(CARD, name)
     run = training_run(client)

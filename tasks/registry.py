@@ -1,4 +1,4 @@
-"""Read the MLflow registry: aliases, the champion as files, the candidates since its promotion."""
+"""Read the MLflow registry: aliases, the champion as files, its base, the candidates since its promotion."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,13 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from tasks.bases import is_base, keep, kept_place
 from tasks.config import StageParams, load_params
 from tasks.errors import GateError
-from tasks.files import tree_digest, write_json
+from tasks.files import read_json, tree_digest, write_json
 from tasks.served_model import find_base
-from tasks.stage import OFFLINE
+from tasks.stage import DATA, OFFLINE
+from tasks.state import state_dir
 from tasks.tracking import tracking_uri
 
 DIGEST = "nightshift.adapter_digest"
@@ -30,6 +32,7 @@ DIGEST = "nightshift.adapter_digest"
 ANSWERS = "nightshift.answers_digest"
 # How many of the examples that the version was trained on were forgotten since.
 FORGOTTEN = "nightshift.forgotten"
+BASE = DATA / "base" / "model"
 ADDRESS = re.compile(r"(?:models:/(?P<name>[^/@]+)[/@])?(?P<which>[^/@]+)")
 
 
@@ -47,10 +50,12 @@ class RegistryParams(StageParams):
 
 
 def write_champion(folder: Path) -> None:
-    """Write `champion.json` (version, digest, looks) and the champion's adapter, if there is one.
+    """Write `champion.json` (version, digest, base, looks) and the champion's adapter, if there is one.
 
-    `looks` lists the digests of the candidates that the gate judged since the last promotion. The
-    files stay untouched while the registry does, so an unchanged night recomputes nothing.
+    `base` is what the champion stands on: reference, precision, digests of its files, and where in the state
+    folder it is kept, or null if it is nowhere to be found. `looks` lists the digests of the candidates that
+    the gate judged since the last promotion. The files stay untouched while the registry does, so that an
+    unchanged night recomputes nothing.
 
     Raises:
         GateError: The adapter in the registry is not the one that was promoted.
@@ -58,10 +63,17 @@ def write_champion(folder: Path) -> None:
     client, name = open_registry()
     champion = find_alias(client, name, "champion")
     if champion is None:
-        record: dict[str, Any] = {"version": None, "digest": None}
+        record: dict[str, Any] = {"version": None, "digest": None, "base": None}
         shutil.rmtree(folder / "model", ignore_errors=True)
     else:
-        record = {"version": int(champion.version), "digest": champion.tags[DIGEST]}
+        reference = read_reference(champion)
+        base = {key: reference[key] for key in ("model", "dtype", "files")}
+        record = {
+            "version": int(champion.version),
+            "digest": champion.tags[DIGEST],
+            # Last night's base is still there: this runs before the stage base.
+            "base": {**base, "kept": keep_base(name, reference)},
+        }
         fetch_adapter(champion, folder / "model")
     write_json(folder / "champion.json", {**record, "looks": find_looks(client, name, champion)})
 
@@ -131,13 +143,58 @@ def open_model(version: ModelVersion) -> Iterator[tuple[Path, Path]]:
         adapter = Path(folder) / "model"
         fetch_adapter(version, adapter)
         reference = adapter.with_name("base_reference.json")
-        uri = f"models:/{version.name}/{version.version}/artifacts/{reference.name}"
-        shutil.copyfile(download_artifacts(uri), reference)
+        named = read_reference(version)
+        write_json(reference, named)
         try:
-            base = find_base(reference)
-        except (FileNotFoundError, ValueError) as err:
-            raise GateError(str(err)) from err
+            base = find_base(reference, state_dir() / kept_place(version.name, named["files"]))
+        except FileNotFoundError as err:
+            raise GateError(f"registry: version {version.version} of {version.name}: {err}") from err
         yield base, adapter
+
+
+def read_reference(version: ModelVersion) -> dict[str, Any]:
+    """Read which base a version stands on: its base_reference.json.
+
+    Raises:
+        GateError: The version has none.
+    """
+    uri = f"models:/{version.name}/{version.version}/artifacts/base_reference.json"
+    try:
+        reference: dict[str, Any] = read_json(Path(download_artifacts(uri)))
+    except (MlflowException, OSError) as err:
+        raise GateError(
+            f"registry: version {version.version} of {version.name} does not name its base ({err}); promote "
+            "another version"
+        ) from err
+    return reference
+
+
+def keep_base(name: str, reference: dict[str, Any]) -> str | None:
+    """Keep the base of a version, so that it outlives a change of `base.model`.
+
+    Args:
+        name: Of the registered model.
+        reference: Of `read_reference`.
+
+    Returns:
+        Its place, relative to the state folder; None if the base is at no place that is known.
+    """
+    files, kept = reference["files"], kept_place(name, reference["files"])
+    if is_base(state_dir() / kept, files):
+        return kept
+    places = (BASE, reference["path"], os.environ.get("NIGHTSHIFT_BASE"))
+    found = next((Path(place) for place in places if place and is_base(Path(place), files)), None)
+    if found is None:
+        return None
+    keep(found, files, state_dir() / kept)
+    return kept
+
+
+def drop_bases(name: str, needed: Collection[str | None]) -> None:
+    """Remove the kept bases of a registered model but those at the places that `keep_base` gave."""
+    for folder in (state_dir() / kept_place(name, {})).parent.glob("*"):
+        if folder.relative_to(state_dir()).as_posix() not in needed:
+            shutil.rmtree(folder)
 
 
 def fetch_adapter(version: ModelVersion, target: Path) -> None:
@@ -159,10 +216,11 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
         )
 
 
-def ask(model_uri: str, *folders: str) -> list[list[str]]:
+def ask(base: Path, model_uri: str, *folders: str) -> list[list[str]]:
     """Ask models the probe's questions in a process of its own; greedy, so the answers are always the same.
 
     Args:
+        base: Folder of the base on which the model stands.
         model_uri: Of a registered model.
         folders: Of a base and an adapter that are asked too.
 
@@ -191,6 +249,7 @@ def ask(model_uri: str, *folders: str) -> list[list[str]]:
             "OMP_NUM_THREADS": "1",
             **OFFLINE,
             "MLFLOW_TRACKING_URI": tracking_uri(),
+            "NIGHTSHIFT_BASE": str(base.absolute()),
         },
     )
     if done.returncode:

@@ -2,8 +2,9 @@
 
 MLflow's own transformers flavour saves PEFT models that load without an error and answer garbage;
 this one loads the two parts by their own libraries and checks the base against its digests. The
-base is found through `NIGHTSHIFT_BASE`, or where it was at registration. MLflow copies this file
-into the model, so it imports nothing of the project; `nightshift chat` and `export` use its functions.
+base is found through `NIGHTSHIFT_BASE`, where it was at registration, or where a champion's base is
+kept. MLflow copies this file into the model, so it imports nothing of the project; `nightshift chat`
+and `export` use its functions.
 """
 
 import argparse
@@ -69,27 +70,41 @@ class AdapterChat(ChatModel):
         )
 
 
-def find_base(reference: Path) -> Path:
+def find_base(reference: Path, *places: Path) -> Path:
     """Return the folder of the base that a reference names, verified.
 
+    Args:
+        reference: base_reference.json of a version.
+        places: Where it may be besides the places that the reference names.
+
     Raises:
-        FileNotFoundError: The base is not where it was; NIGHTSHIFT_BASE can name its new place.
-        ValueError: A file of the base has another digest than at registration.
+        FileNotFoundError: The base is at none of them; NIGHTSHIFT_BASE, which counts alone if it is set, can
+            name its place.
     """
     named = json.loads(reference.read_text("utf-8"))
-    base = Path(os.environ.get("NIGHTSHIFT_BASE") or named["path"])
-    verify(base, named["files"])
-    return base
+    if place := os.environ.get("NIGHTSHIFT_BASE"):
+        places = (Path(place),)
+    else:
+        places = (*places, *(Path(named[key]) for key in ("path", "kept") if key in named))
+    faults = []
+    for folder in places:
+        fault = find_fault(folder, named["files"])
+        if fault is None:
+            return folder
+        faults.append(fault)
+    remedy = f"set NIGHTSHIFT_BASE to a folder with the files of the base {named['model']}"
+    raise FileNotFoundError(f"{'; '.join(faults)}; {remedy}")
 
 
-def verify(base: Path, digests: dict[str, str]) -> None:
-    """Check every file of the base against its SHA-256."""
+def find_fault(base: Path, digests: dict[str, str]) -> str | None:
+    """Check every file of the base against its SHA-256; return what is wrong with the first that differs."""
     for name, digest in digests.items():
         if not (base / name).is_file():
-            raise FileNotFoundError(f"{base / name}: not found; set NIGHTSHIFT_BASE to the base model")
+            return f"{base / name}: not found"
         with (base / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise ValueError(f"{base / name}: not the base that this adapter was trained on")
+                return f"{base / name}: not the base that this adapter was trained on"
+    return None
 
 
 def load(base: Path, adapter: Path, dtype: str = "auto") -> tuple[Any, Any]:

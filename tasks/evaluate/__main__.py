@@ -1,5 +1,6 @@
 """Run the stage: score what has no scores yet, then put all scores side by side."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks import supervise
+from tasks.bases import base_digest, is_base
 from tasks.benchmarks import HELDOUT, read_benchmarks
 from tasks.code_digest import MODEL_ENGINES, code_digest
 from tasks.config import load_params, suggestion
-from tasks.errors import ConfigError, StageError
+from tasks.errors import ConfigError, DataError, StageError
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate.scores import ALL_SCORES, DONE, metrics
 from tasks.files import (
@@ -32,6 +34,7 @@ from tasks.stage import DATA, OFFLINE, print_line, run_main, write_summary
 from tasks.state import state_dir
 
 BASE = DATA / "base" / "model"
+RECORD = DATA / "base" / "base.json"
 CANDIDATE = DATA / "sft" / "model"
 CHAMPION = DATA / "champion"
 TEST = DATA / "split" / "test.parquet"
@@ -42,6 +45,7 @@ METRICS = DATA / "evaluate" / "metrics.json"
 MODELS = DATA / "evaluate" / "models.json"
 ENGINES = (*MODEL_ENGINES, "bm25s", "lm-eval", "nltk", "rouge-score")
 RETRIEVAL = "retrieval"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,15 @@ class Contender:
     """A model, and what it is asked.
 
     Attributes:
+        base: Folder of the base that it stands on.
+        base_digest: Of that base.
         adapter: Its adapter or weights; None is the base.
         documents: Documents put before each question; 0 for none.
         benchmarks: Names of its benchmarks.
     """
 
+    base: Path
+    base_digest: str
     adapter: Path | None
     documents: int
     benchmarks: list[str]
@@ -70,30 +78,68 @@ def main() -> None:
     ]
     write_rows(TARGET, rows, ALL_SCORES)
     write_figures(METRICS, metrics(rows))
-    write_json(MODELS, {name: digest(one) for name, one in contenders.items() if name != RETRIEVAL})
+    write_json(MODELS, name_models(contenders))
     write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(contenders))
 
 
 def find_contenders(params: EvaluateParams) -> dict[str, Contender]:
-    """Name the models to compare; the base has no adapter, a champion may not exist.
+    """Name the models to compare; the base has no adapter, a champion may not exist or have lost its base.
 
     Raises:
         ConfigError: The baseline names a benchmark that is not there.
-        DataError: A benchmark breaks the format.
+        DataError: A benchmark breaks the format, or the champion's base is not what was kept.
     """
     known = [benchmark.name for benchmark in read_benchmarks(BENCHMARKS)]
     everything = [*known, HELDOUT]
-    found = {"base": Contender(None, 0, everything), "candidate": Contender(CANDIDATE, 0, everything)}
-    if read_json(CHAMPION / "champion.json")["version"] is not None:
-        found["champion"] = Contender(CHAMPION / "model", 0, everything)
+    ours = (BASE, base_digest(read_json(RECORD)["files"]))
+    found = {
+        "base": Contender(*ours, None, 0, everything),
+        "candidate": Contender(*ours, CANDIDATE, 0, everything),
+    }
+    champion = read_json(CHAMPION / "champion.json")
+    if champion["version"] is not None:
+        theirs = base_digest(champion["base"]["files"])
+        if folder := BASE if theirs == ours[1] else find_kept(champion):
+            found["champion"] = Contender(folder, theirs, CHAMPION / "model", 0, everything)
     if params.retrieval:
         if unknown := sorted(set(params.retrieval.benchmarks) - set(known)):
             raise ConfigError(
                 f"params.yaml: evaluate.retrieval.benchmarks: no benchmark is named {unknown[0]}; "
                 f"{suggestion(unknown[0], known)}"
             )
-        found[RETRIEVAL] = Contender(None, params.retrieval.documents, params.retrieval.benchmarks)
+        found[RETRIEVAL] = Contender(*ours, None, params.retrieval.documents, params.retrieval.benchmarks)
     return found
+
+
+def find_kept(champion: dict[str, Any]) -> Path | None:
+    """Return the champion's own base, which is not that of the candidate; None if snapshot found it nowhere.
+
+    Raises:
+        DataError: What snapshot kept is not there any more.
+    """
+    base = champion["base"]
+    if base["kept"] is None:
+        log.warning("the champion is not scored: its base %s is gone", base["model"])
+        return None
+    folder = state_dir() / str(base["kept"])
+    if is_base(folder, base["files"]):
+        return folder
+    raise DataError(
+        f"{folder}: not the base {base['model']} of the champion, version {champion['version']}, that was "
+        "kept there; run `nightshift snapshot`, which looks for it again"
+    )
+
+
+def name_models(contenders: dict[str, Contender]) -> dict[str, str | None]:
+    """Name each model that the gate knows by its adapter; a champion on another base by that too."""
+    names = {name: digest(one) for name, one in contenders.items() if name != RETRIEVAL}
+    champion = read_json(CHAMPION / "champion.json")
+    if champion["version"] is not None:
+        base = base_digest(champion["base"]["files"])
+        is_same = base == contenders["candidate"].base_digest
+        adapter = tree_digest(CHAMPION / "model")
+        names["champion"] = adapter if is_same else f"{adapter} on the base {base}"
+    return names
 
 
 def memo_files(contender: Contender, params: EvaluateParams) -> dict[str, Path]:
@@ -101,7 +147,7 @@ def memo_files(contender: Contender, params: EvaluateParams) -> dict[str, Path]:
     parts = [
         code_digest("evaluate", ENGINES),
         device(),
-        file_digest(BASE.with_name("base.json")),
+        contender.base_digest,
         digest(contender) or "",
         f"{contender.documents} {file_digest(TRAIN)}" if contender.documents else "",
     ]
@@ -172,7 +218,7 @@ def count_at_once(models: int) -> int:
 def build_job(contender: Contender, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:
     """Say what one process does; the files in `targets` are what it leaves behind."""
     return {
-        "base": str(BASE),
+        "base": str(contender.base),
         "adapter": str(contender.adapter) if contender.adapter else None,
         "train": str(TRAIN),
         "documents": contender.documents,

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 
 from tasks.benchmarks import HELDOUT, read_benchmarks
 from tasks.encode import FAULTS, IGNORED, Encoder, encode_batch, load_encoder
-from tasks.errors import DataError
 from tasks.evaluate.kinds import score_benchmark
 from tasks.evaluate.model import Model, load_model
 from tasks.evaluate.retrieval import build_index, documents
@@ -58,21 +57,18 @@ def heldout_losses(
     The sum and the number of tokens stand apart, so that a mean over any set is token-weighted. One example
     at a time: a batch would hold the logits of all its tokens over the whole vocabulary.
 
-    Raises:
-        DataError: An example cannot be encoded.
+    An example that is too long for the model, or that its template does not render, is skipped. The template
+    of the candidate renders all that ingest has let through; that of a champion on another base may not.
     """
     longest = model.config.max_position_embeddings
     encoded = encode_batch([(example["messages"], example["tools"]) for example in examples], encoder)
     for example, one in zip(examples, encoded, strict=True):
-        if isinstance(one, str):
-            raise DataError(f"test example {example['id']} ({example['origin']}): {one}; {FAULTS[one]}")
-        labels = torch.tensor(one.labels[1:], dtype=torch.long, device=model.device)
         row = {
             "benchmark": HELDOUT,
             "item": example["id"],
             "slice": example["source"],
             "score": None,
-            "tokens": int((labels != IGNORED).sum()),
+            "tokens": None,
             "status": "ok",
             "question": next(
                 (t["content"] for t in example["messages"] if t["role"] in ("user", "text")), None
@@ -80,6 +76,11 @@ def heldout_losses(
             "expected": example["messages"][-1]["content"],
             "answer": None,
         }
+        if isinstance(one, str):
+            yield row | {"status": "skipped", "answer": f"{one}; {FAULTS[one]}"}
+            continue
+        labels = torch.tensor(one.labels[1:], dtype=torch.long, device=model.device)
+        row["tokens"] = int((labels != IGNORED).sum())
         if len(one.input_ids) > longest:
             reason = f"{len(one.input_ids)} tokens, the model reads {longest}"
             yield row | {"status": "skipped", "answer": reason}

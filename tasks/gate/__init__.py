@@ -9,8 +9,9 @@ none), so every test is paired. Each check reaches a verdict, and the gravest of
 - error: scores, or what is computed from them to decide, are missing or not finite numbers, or the benchmark
   was trained on. Errors fail closed.
 
-Items that are too long for the model are skipped for both sides. Other models in the table, such as the
-baseline `retrieval`, take no part.
+Items that one of the two cannot read are skipped for both; those that the reference alone can read hold the
+candidate. Losses are compared on the same texts, whatever the tokenizers. Other models in the table, such as
+the baseline `retrieval`, take no part.
 
 Every look at another candidate since the last promotion makes chance gains likelier, so the k-th look spends
 alpha * 6 / (pi k)^2 of the error probability, which sums to alpha over all looks.

@@ -1,17 +1,21 @@
 """Run the stage: read the scores, look for overlaps with the training data, write the verdict."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from tasks.bases import base_digest
 from tasks.config import load_params
 from tasks.decontaminate import evaluation_questions, questions_of
 from tasks.files import iterate_rows, read_json, read_rows, write_figures
 from tasks.gate import GateParams
-from tasks.gate.decision import decide
+from tasks.gate.decision import Check, conclude, decide
 from tasks.stage import DATA, run_main, write_summary
 from tasks.text import canonical
 
 SCORES = DATA / "evaluate" / "scores.parquet"
 MODELS = DATA / "evaluate" / "models.json"
+BASE = DATA / "base" / "base.json"
 CHAMPION = DATA / "champion" / "champion.json"
 TRAIN = DATA / "decontaminate" / "train.parquet"
 TEST = DATA / "split" / "test.parquet"
@@ -22,11 +26,31 @@ TARGET = DATA / "gate" / "gate.json"
 def main() -> None:
     """Compare and write the verdict with its evidence."""
     params = load_params(GateParams, "gate")
-    rows = read_rows(SCORES)
+    rows, champion = read_rows(SCORES), read_json(CHAMPION)
     overlaps = find_overlaps(TRAIN, TEST, BENCHMARKS)
-    decision = decide(rows, read_json(MODELS), read_json(CHAMPION)["looks"], overlaps, params)
+    models = read_json(MODELS)
+    if lost := find_lost(champion, rows):
+        known = {"reference": "champion", "candidate": models["candidate"]}
+        decision = {**known, **conclude([Check("champion", "error", lost)])}
+    else:
+        is_one_base = champion["version"] is None or champion["base"]["files"] == read_json(BASE)["files"]
+        decision = decide(rows, models, champion["looks"], overlaps, params, is_one_base=is_one_base)
     write_figures(TARGET, decision)
     write_summary("gate", rows_in=len(rows), rows_out=len(rows), verdict=decision["verdict"])
+
+
+def find_lost(champion: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say which base is missing, and the remedy, if the champion could not be scored; else None."""
+    if champion["version"] is None or any(row["model"] == "champion" for row in rows):
+        return None
+    base = champion["base"]
+    name = f"{base['model']} ({base['dtype']}, digest {base_digest(base['files'])})"
+    return (
+        f"version {champion['version']} has no scores, because its base {name} is gone: it is neither in "
+        "data/base/model, nor kept in the state folder, nor where it was at registration; run "
+        "`NIGHTSHIFT_BASE=FOLDER nightshift snapshot` with a folder that holds its files, or `dvc repro "
+        "base` with this base.model and `nightshift snapshot`, then run again; or promote another version"
+    )
 
 
 def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -49,6 +49,8 @@ def decide(
     looks: Sequence[str],
     overlaps: Sequence[str],
     params: GateParams,
+    *,
+    is_one_base: bool = True,
 ) -> dict[str, Any]:
     """Reach a verdict.
 
@@ -58,6 +60,7 @@ def decide(
         looks: Digests of the candidates judged since the last promotion, oldest first.
         overlaps: Training rows that ask an evaluation question.
         params: Thresholds.
+        is_one_base: Candidate and reference stand on the same base, so that they can read the same items.
 
     Returns:
         verdict, reason in words, reference, candidate, all checks, and the figures of the gain and the loss.
@@ -66,7 +69,7 @@ def decide(
     known = {"reference": reference, "candidate": digests.get("candidate")}
     if digests.get("candidate") == digests.get(reference):
         return {**known, **conclude([Check("candidate", "hold", f"the candidate is the {reference}")])}
-    if faults := list(find_faults(rows, reference, overlaps, params)):
+    if faults := list(find_faults(rows, reference, overlaps, params, is_one_base=is_one_base)):
         return {**known, **conclude(faults)}
     look = count_look(str(digests["candidate"]), looks)
     pairs = pair(rows, reference)
@@ -74,7 +77,7 @@ def decide(
     learned = [both for both in asked if both[0]["benchmark"] not in params.retention]
     primary = [both for both in learned if both[0]["benchmark"] not in params.behaviour]
     heldout = [both for both in pairs if both[0]["benchmark"] == HELDOUT]
-    losses = token_loss(row for row, _ in heldout), token_loss(row for _, row in heldout)
+    losses = compare_losses(heldout)
     found = differences(primary)
     gain = measure_gain(found, look, params)
     retained = pair([row for row in rows if row["benchmark"] in params.retention], "base")
@@ -88,6 +91,7 @@ def decide(
         ),
         *check_slices(learned, params),
         check_loss(*losses, params.max_loss_increase),
+        *check_unread(rows, reference),
     ]
     figures = {"gain": gain, "loss": losses[0], "reference_loss": losses[1]}
     return {**known, **conclude(checks), **figures}
@@ -121,15 +125,23 @@ def decided(name: str, verdict: Verdict, said: str, *figures: float) -> Check:
 
 
 def find_faults(
-    rows: Sequence[Row], reference: str, overlaps: Sequence[str], params: GateParams
+    rows: Sequence[Row],
+    reference: str,
+    overlaps: Sequence[str],
+    params: GateParams,
+    *,
+    is_one_base: bool,
 ) -> Iterator[Check]:
     """Yield what makes the scores worthless."""
     if overlaps:
         several = f"{len(overlaps)} training rows ask what is evaluated, first: {overlaps[0]}"
         yield Check("contamination", "error", f"{several}; run decontaminate again")
+    compared = ("candidate", reference)
+    skipped = {key(row) for row in rows if row["model"] in compared and row["status"] == "skipped"}
     keys = {
         name: {key(row) for row in rows if row["model"] == name and row["status"] != "skipped"}
-        for name in ("candidate", reference, "base")
+        - (set() if is_one_base else skipped)
+        for name in (*compared, "base")
     }
     alone = keys["candidate"] ^ keys[reference]
     alone |= {one for one in keys["candidate"] ^ keys["base"] if one[0] in params.retention}
@@ -181,7 +193,8 @@ def pair(rows: Sequence[Row], reference: str) -> Pairs:
     scored = [row for row in rows if row["status"] == "ok"]
     other = {key(row): row for row in scored if row["model"] == reference}
     ours = sorted((row for row in scored if row["model"] == "candidate"), key=key)
-    return [(row, other[key(row)]) for row in ours]
+    # One of the two may have skipped it, if they stand on two bases.
+    return [(row, other[key(row)]) for row in ours if key(row) in other]
 
 
 def by_benchmark(pairs: Pairs, *, and_slice: bool = False) -> list[tuple[str, Pairs]]:
@@ -312,8 +325,30 @@ def check_loss(ours: float, theirs: float, max_increase: float) -> Check:
     return decided("held-out loss", verdict, said, ours, theirs)
 
 
-def token_loss(rows: Iterable[Row]) -> float:
-    """Token-weighted mean negative log-likelihood, in nats per token; NaN without a token."""
-    kept = list(rows)
-    tokens = sum(row["tokens"] for row in kept)
-    return round(float(sum(row["score"] for row in kept) / tokens), 6) if tokens else math.nan
+def compare_losses(pairs: Pairs) -> tuple[float, float]:
+    """Return the losses of candidate and reference on the same texts, in nats per token of the candidate.
+
+    NaN without a token.
+
+    The tokenizer of another base cuts the texts into another number of tokens, so that means over each one's
+    own tokens cannot be compared.
+
+    Example:
+        >>> compare_losses([({"score": 6.0, "tokens": 4}, {"score": 8.0, "tokens": 2})])
+        (1.5, 2.0)
+    """
+    tokens = sum(ours["tokens"] for ours, _ in pairs)
+    if not tokens:
+        return math.nan, math.nan
+    ours, theirs = (sum(both[side]["score"] for both in pairs) / tokens for side in (0, 1))
+    return round(float(ours), 6), round(float(theirs), 6)
+
+
+def check_unread(rows: Sequence[Row], reference: str) -> Iterator[Check]:
+    """Look for items that the reference answered and the candidate, on another base, cannot read."""
+    read = {key(row) for row in rows if row["model"] == reference and row["status"] == "ok"}
+    unread = [row for row in rows if row["model"] == "candidate" and row["status"] == "skipped"]
+    if lost := [row for row in unread if key(row) in read]:
+        first = f"{'/'.join(key(lost[0]))}: {lost[0]['answer']}"
+        said = f"{len(lost)} items that the {reference} answered count for neither, first: {first}"
+        yield Check("unread", "hold", said)

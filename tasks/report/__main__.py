@@ -111,8 +111,15 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """Read the scores; one that is no number has no worth, and counts as an error."""
+    """Read the scores; one that is no number has no worth, and counts as an error.
+
+    All losses are told in tokens of the candidate: those of a champion on another base would not compare.
+    """
     rows = read_rows(path)
+    heldout = [row for row in rows if row["benchmark"] == HELDOUT]
+    tokens = {row["item"]: row["tokens"] for row in heldout if row["model"] == "candidate"}
+    for row in heldout:
+        row["tokens"] = tokens.get(row["item"]) or row["tokens"]
     for row in rows:
         if is_broken(row):
             row["status"] = "error"

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     }
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     shutil.copytree(tiny_base, evaluate.BASE)
-    write_json(evaluate.BASE.with_name("base.json"), {"files": {}})
+    write_json(evaluate.RECORD, {"files": {}})
     candidate = load_model(str(tiny_base), None)
     candidate.model.layers[1].mlp.down_proj.weight.data *= 2
     candidate.save_pretrained(evaluate.CANDIDATE)
@@ -119,27 +120,33 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
     assert "step 1/12 " in printed
     assert "step 12/12 " in printed
 
-    write_json(evaluate.CHAMPION / "champion.json", {"version": 1})
+    write_json(evaluate.CHAMPION / "champion.json", {"version": 1, "base": {"files": {}}})
     evaluate.main()
     assert capfd.readouterr().out == ""
     digests = read_json(evaluate.MODELS)
     assert digests["champion"] == digests["candidate"]
 
 
+def contender(adapter: Path | None, *benchmarks: str) -> evaluate.Contender:
+    """A model on the base of the folder."""
+    return evaluate.Contender(evaluate.BASE, "digest", adapter, 0, list(benchmarks))
+
+
 def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path) -> None:
     params = EvaluateParams(limit=2, batch_size=4, retrieval=None)
-    base, candidate = (evaluate.Contender(adapter, 0, list(TASKS)) for adapter in (None, evaluate.CANDIDATE))
+    base, candidate = (contender(adapter, *TASKS) for adapter in (None, evaluate.CANDIDATE))
     kept = evaluate.memo_files(base, params)
     assert evaluate.memo_files(base, params.model_copy(update={"batch_size": 1})) == kept
     others = [
         evaluate.memo_files(candidate, params),
-        evaluate.memo_files(evaluate.Contender(None, 2, list(TASKS)), params),
+        evaluate.memo_files(replace(base, documents=2), params),
         evaluate.memo_files(base, params.model_copy(update={"limit": 1})),
+        evaluate.memo_files(replace(base, base_digest="another"), params),
     ]
-    assert len({file for one in (kept, *others) for file in one.values()}) == 16
+    assert len({file for one in (kept, *others) for file in one.values()}) == 20
     put_benchmarks(evaluate.BENCHMARKS, items=4)
     shutil.rmtree(evaluate.BENCHMARKS / "written")
-    changed = evaluate.memo_files(evaluate.Contender(None, 0, ["facts"]), params)
+    changed = evaluate.memo_files(contender(None, "facts"), params)
     assert changed["facts"] != kept["facts"]
 
 
@@ -149,9 +156,9 @@ def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path) -> None:
     put_benchmarks(evaluate.BENCHMARKS, items=500)
     item = (evaluate.BENCHMARKS / "facts" / "items.jsonl").read_text().splitlines()[0]
     write_text(evaluate.BENCHMARKS / "facts" / "items.jsonl", item)
-    contender = evaluate.Contender(None, 0, ["facts", "reworded"])
-    files = evaluate.memo_files(contender, params)
-    job = evaluate.build_job(contender, {name: str(file) for name, file in files.items()}, params)
+    one = contender(None, "facts", "reworded")
+    files = evaluate.memo_files(one, params)
+    job = evaluate.build_job(one, {name: str(file) for name, file in files.items()}, params)
 
     def interrupt(line: str) -> None:
         if line.startswith("scored facts"):

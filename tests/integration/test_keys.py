@@ -19,7 +19,7 @@ from tasks.dedupe import DedupeParams, signatures
 from tasks.encode import load_encoder, open_memo
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate import __main__ as evaluate
-from tasks.files import write_json, write_rows
+from tasks.files import read_json, write_json, write_rows
 from tasks.memo import Memo
 from tasks.replies import Failure
 from tasks.schemas import AUGMENTED, GROUPED
@@ -77,7 +77,8 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     shutil.copy(ROOT / "params.yaml", in_tmp)
     write_json(evaluate.CANDIDATE / "adapter_config.json", {})
     write_json(evaluate.CHAMPION / "model" / "adapter_config.json", {})
-    champion = {"version": 1, "digest": "a" * 64, "looks": []}
+    base = {**read_json(evaluate.RECORD), "dtype": "float32", "kept": None}
+    champion = {"version": 1, "digest": "a" * 64, "base": base, "looks": []}
     write_json(evaluate.CHAMPION / "champion.json", champion)
     write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
     more = {"parent_id": None, "style": None, "ordinal": None}

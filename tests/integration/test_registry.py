@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from infra.reproduce import rebuild
 from tasks import forget, promote, promotions, register, registry
+from tasks.bases import is_base, kept_place
 from tasks.errors import GateError
 from tasks.files import file_digest, read_json, tree_digest, write_json, write_rows
 from tasks.lineage import write_lineage
@@ -124,17 +125,20 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
         patch.setenv("PYTHONPATH", str(ROOT))
         for name in ("NIGHTSHIFT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
             patch.delenv(name, raising=False)
-        assert champion() == {"version": None, "digest": None, "looks": []}
+        assert champion() == {"version": None, "digest": None, "base": None, "looks": []}
         first = candidate(1)
         assert night(1) == {"promoted": True, "waits": None}
-        assert champion() == {"version": 1, "digest": first, "looks": []}
+        base = read_json(Path("data/base/base.json"))
+        base["kept"] = kept_place("nightshift", base["files"])
+        assert champion() == {"version": 1, "digest": first, "base": base, "looks": []}
+        assert is_base(Path(".nightshift") / base["kept"], base["files"])
         assert tree_digest(Path("data/champion/model")) == first
         # What the gate holds is registered, and counts as a look from then on.
         assert night(2, "hold") == {"promoted": False, "waits": None}
         second = candidate(2)
-        assert champion() == {"version": 1, "digest": first, "looks": [second]}
+        assert champion() == {"version": 1, "digest": first, "base": base, "looks": [second]}
         promote.move(2, "promote", "by hand")
-        assert champion() == {"version": 2, "digest": second, "looks": []}
+        assert champion() == {"version": 2, "digest": second, "base": base, "looks": []}
         assert night(3, "hold") == {"promoted": False, "waits": None}
         # Registered once: the same adapter keeps its version.
         register.main()

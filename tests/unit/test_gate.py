@@ -137,6 +137,41 @@ def test_what_the_base_never_answered_cannot_be_shown_to_be_kept() -> None:
     )
 
 
+def test_losses_are_compared_on_the_same_texts_whatever_the_tokenizers() -> None:
+    ours, theirs = scores("candidate", 70, loss=2.0), scores("base", 40, loss=2.0)
+    for row in theirs:
+        if "tokens" in row:
+            # The same texts in half as many tokens, and by a fifth less likely: 4.8 nats for each of them.
+            row |= {"tokens": 5, "score": 24.0}
+    decision = judge(ours + theirs)
+    assert (decision["loss"], decision["reference_loss"]) == (2.0, 2.4)
+    assert decision["verdict"] == "promote"
+    for row in theirs:
+        if "tokens" in row:
+            row["score"] = 16.0
+    assert judge(ours + theirs)["reason"].startswith(
+        "held-out loss: 2.000 nats per token, the reference has 1.6"
+    )
+
+
+def test_on_two_bases_an_item_that_one_model_cannot_read_counts_for_neither() -> None:
+    digests = {"base": None, "candidate": "c", "champion": "d on the base b"}
+    ours, theirs = scores("candidate", 70), scores("champion", 40)
+
+    def judged() -> dict[str, Any]:
+        return decide(ours + theirs, digests, [], [], PARAMS, is_one_base=False)
+
+    unread = {"status": "skipped", "score": None, "answer": "longer than the 64 tokens that the model reads"}
+    theirs[99] |= unread
+    assert (judged()["verdict"], judged()["gain"]["items"]) == ("promote", 99)
+    ours[98] |= unread
+    assert (judged()["verdict"], judged()["gain"]["items"]) == ("hold", 98)
+    assert judged()["reason"] == (
+        "unread: 1 items that the champion answered count for neither, first: facts/098: longer than the 64 "
+        "tokens that the model reads"
+    )
+
+
 def test_a_behaviour_test_only_rejects() -> None:
     rows = scores("candidate", 70) + scores("base", 40)
 
