@@ -328,10 +328,8 @@ def check_loss(ours: float, theirs: float, max_increase: float) -> Check:
 def compare_losses(pairs: Pairs) -> tuple[float, float]:
     """Return the losses of candidate and reference on the same texts, in nats per token of the candidate.
 
-    NaN without a token.
-
-    The tokenizer of another base cuts the texts into another number of tokens, so that means over each one's
-    own tokens cannot be compared.
+    NaN without a token. The tokenizer of another base cuts the texts into another number of tokens, so that
+    means over each one's own tokens cannot be compared.
 
     Example:
         >>> compare_losses([({"score": 6.0, "tokens": 4}, {"score": 8.0, "tokens": 2})])

@@ -352,7 +352,7 @@ def checkout(in_tmp: Path) -> Path:
     data = in_tmp / "data"
     (data / "benchmarks").mkdir(parents=True)
     write_json(data / "evaluate" / "models.json", DIGESTS)
-    write_json(data / "champion" / "champion.json", {"looks": []})
+    write_json(data / "champion" / "champion.json", {"version": None, "looks": []})
     write_rows(data / "decontaminate" / "train.parquet", [], AUGMENTED)
     write_rows(data / "split" / "test.parquet", [], GROUPED)
     return in_tmp
@@ -374,7 +374,7 @@ def test_an_ordinary_gain_ends_with_its_verdict_written() -> None:
         row["score"] = 0.0
     for row in candidate[550:600]:
         row["score"] = 1.0
-    write_json(Path("data/champion/champion.json"), {"looks": ["a", "b", "d", "e"]})
+    write_json(Path("data/champion/champion.json"), {"version": None, "looks": ["a", "b", "d", "e"]})
     write_scores(candidate, base)
     main()
     decision = read_json(Path("data/gate/gate.json"))
@@ -401,7 +401,8 @@ def test_a_figure_that_is_only_reported_ends_no_verdict(monkeypatch: pytest.Monk
         ("seed_band", math.nan, "gain"),
         ("interval", (math.nan, math.nan), "facts, against base"),
         ("interval", (0.1, math.inf), "facts, against base"),
-        ("token_loss", math.nan, "held-out loss"),
+        ("compare_losses", (math.nan, 2.0), "held-out loss"),
+        ("compare_losses", (2.0, math.nan), "held-out loss"),
     ],
 )
 def test_a_figure_that_decides_and_is_not_finite_is_an_error(
