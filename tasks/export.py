@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard
 from mlflow.artifacts import download_artifacts
@@ -25,6 +26,7 @@ from tasks.errors import GateError, StageError
 from tasks.files import read_json, write_json
 from tasks.registry import DIGEST, open_model
 from tasks.served_model import PROBES, generate, load
+from tasks.sft.checkpoints import find_broken
 from tasks.stage import OFFLINE
 from tasks.state import tools_environment
 
@@ -67,6 +69,7 @@ def export(
     with made(target) as folder, open_model(version) as (base, adapter):
         stored = getattr(torch, dtype) if dtype else AutoConfig.from_pretrained(base).dtype
         bound = MERGE_BOUND + ROUNDING_BOUND * torch.finfo(stored).eps
+        require_finite(adapter, "the version must not be used")
         model, tokenizer = load(base, adapter, "float32")
         answers = [answer(model, tokenizer, question) for question in PROBES]
         if hasattr(model, "merge_and_unload"):
@@ -78,6 +81,7 @@ def export(
         # Else its file would keep how it was loaded.
         tokenizer.init_kwargs.pop("local_files_only", None)
         tokenizer.save_pretrained(folder)
+        require_finite(folder, "with --dtype float32 no weight is rounded")
         model, tokenizer = load(folder, folder, "float32")
         differences["stored"] = compare(f"{stored} weights", model, tokenizer, answers, bound)
         if converter:
@@ -95,6 +99,16 @@ def export(
         }
         write_json(folder / "export.json", record)
     return record
+
+
+def require_finite(folder: Path, remedy: str) -> None:
+    """Check every weight in a folder's safetensors.
+
+    Raises:
+        GateError: One is NaN or infinite.
+    """
+    if name := find_broken(folder):
+        raise GateError(f"export: {name} is not finite; nothing is written; {remedy}")
 
 
 @contextmanager
@@ -154,14 +168,15 @@ def compare(
         torch.equal(answer(model, tokenizer, question)[0], ids)
         for question, (ids, _) in zip(PROBES, expected, strict=True)
     )
-    # A share that is no number is no small one.
-    if not max(shares) <= bound or same < len(expected):
+    # Python's max loses a NaN that does not come first.
+    largest = float(np.max(shares))
+    if not largest <= bound or same < len(expected):
         raise GateError(
-            f"export: {what}: logits differ by up to {max(shares):.2g} of their standard deviation, allowed "
+            f"export: {what}: logits differ by up to {largest:.2g} of their standard deviation, allowed "
             f"is {bound:.2g}, and {same} of {len(expected)} greedy answers are the same; nothing is written; "
             "with --dtype float32 no weight is rounded"
         )
-    return {"largest": float(f"{max(shares):.3g}"), "bound": float(f"{bound:.3g}")}
+    return {"largest": float(f"{largest:.3g}"), "bound": float(f"{bound:.3g}")}
 
 
 def find_converter() -> list[str]:

@@ -113,11 +113,14 @@ def start_sft(
     before: Callable[[], None] | None = None,
     **changes: Any,
 ) -> subprocess.Popen[str]:
-    """Start the stage; its output is to be read. `before` is called in its process first."""
+    """Start the stage; its output is to be read. `before` is called in its process first.
+
+    An environment with POISON plants a fault in its ranks; see `tests.poisoned`.
+    """
     section = {**shipped_params(), **WHOLE_SET, **changes}
     (folder / "params.yaml").write_text(yaml.safe_dump({"sft": section}), encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-m", "tasks.sft"],
+        [sys.executable, "-m", "tests.poisoned" if "POISON" in environment else "tasks.sft"],
         cwd=folder,
         env={**environment, "PYTHONPATH": str(ROOT), "NIGHTSHIFT_HOME": str(folder / state)},
         stdout=subprocess.PIPE,

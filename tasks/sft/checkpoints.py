@@ -9,8 +9,13 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tasks.errors import StageError
 from tasks.files import file_digest, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 # Where a checkpoint is written before it counts.
@@ -72,12 +77,49 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint that verifies, or None; say which ones do not."""
+    """Return the newest checkpoint that verifies and has finite weights, or None; say which ones do not."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
-        if is_complete(checkpoint):
+        if not is_complete(checkpoint):
+            log.warning("%s is incomplete or damaged; trying the one before", checkpoint)
+        elif name := find_broken(checkpoint):
+            log.warning("%s: %s is not finite; trying the one before", checkpoint, name)
+        else:
             return checkpoint
-        log.warning("%s is incomplete or damaged; trying the one before", checkpoint)
     return None
+
+
+def find_broken(folder: Path) -> str | None:
+    """Return the name of a tensor in a folder's safetensors that is not finite, or None."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+                if not is_finite(weights.get_tensor(name)):
+                    return str(name)
+    return None
+
+
+def require_finite(folder: Path) -> None:
+    """Check the weights in a folder's safetensors, one tensor at a time.
+
+    Raises:
+        StageError: One is NaN or infinite.
+    """
+    if name := find_broken(folder):
+        raise StageError(
+            f"{folder}: {name} is not finite, so this model must not be used; lower sft.learning_rate, or "
+            "take another sft.precision than fp16"
+        )
+
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Return whether all elements are finite; integers and a tensor without elements are."""
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    # NaN wins over every number, and no copy is made.
+    lowest, highest = tensor.aminmax()
+    return bool(lowest.isfinite() and highest.isfinite())
 
 
 def step(checkpoint: Path) -> int:

@@ -1,5 +1,6 @@
 """TRL's trainer, held to the plan: planned learning rates, token-weighted losses, checkpoints that count."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from trl import SFTTrainer
 from tasks.encode import IGNORED
 from tasks.errors import StageError, TrainingError
 from tasks.sft import SftParams, checkpoints
+from tasks.sft.guard import is_any
 from tasks.sft.history import best_step, plateau_scale
 from tasks.sft.plan import name_rows
 
@@ -47,7 +49,8 @@ class Trainer(SFTTrainer):
         # The loss below is divided by the tokens of the whole step.
         self.loss_is_scaled_for_ga = True
         self.lengths = torch.ones(1)
-        self.is_finite = torch.ones(1, device=self.args.device)
+        # Of all steps so far: one loss that is not finite makes the sum so for good.
+        self.total_loss = torch.zeros(1, device=self.args.device)
         self.saved = 0
         if params.neftune_noise_alpha is not None:
             self.model.get_input_embeddings().register_forward_hook(self.add_noise)
@@ -66,12 +69,6 @@ class Trainer(SFTTrainer):
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         super().create_accelerator_and_postprocess()
 
-    def training_step(self, *args: Any, **more: Any) -> torch.Tensor:
-        """Remember, without waiting for the device, whether every loss was finite."""
-        loss: torch.Tensor = super().training_step(*args, **more)
-        self.is_finite *= torch.isfinite(loss)
-        return loss
-
     def compute_loss(
         self,
         model: Any,
@@ -84,6 +81,8 @@ class Trainer(SFTTrainer):
         total, outputs = summed_loss(model, inputs, self.params.label_smoothing_factor)
         # Every rank's gradient is averaged, but num_items_in_batch counts the tokens of all ranks.
         loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        if model.training:
+            self.total_loss += loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def add_noise(self, module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -119,22 +118,52 @@ class Trainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm of a step's gradients, which must be finite before they change a weight."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            self.require_finite(float(norm))
+        return norm
+
+    def require_finite(self, norm: float) -> None:
+        """Check the norm of the gradients of the step in progress; every rank sees the same one.
+
+        DeepSpeed leaves out a step whose norm is not finite, and goes on.
+
+        Raises:
+            TrainingError: It is not finite.
+        """
+        # In fp16 that is how the scaler finds its scale.
+        if math.isfinite(norm) or self.args.fp16:
+            return
+        step = self.state.global_step + 1
+        loss = self.accelerator.reduce(self.total_loss, reduction="sum").item()
+        what = f"gradient norm {norm:.4g} of a finite loss" if math.isfinite(loss) else f"loss {loss:.4g}"
+        raise TrainingError("loss", f"{what} at {name_rows(self.plan, range(step, step + 1))}", [step])
+
     def create_optimizer(self, model: Any = None) -> Any:
         """Build the optimiser; with LoRA+ the matrices B learn faster than A."""
-        if self.params.loraplus_lr_ratio is None or self.optimizer is not None:
-            super().create_optimizer(model)
+        if self.optimizer is not None:
             return self.optimizer
-        from peft.optimizers import create_loraplus_optimizer
+        if self.params.loraplus_lr_ratio is None:
+            super().create_optimizer(model)
+        else:
+            from peft.optimizers import create_loraplus_optimizer
 
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = create_loraplus_optimizer(
-            self.model,
-            kind,
-            loraplus_lr_ratio=self.params.loraplus_lr_ratio,
-            loraplus_weight_decay=self.params.weight_decay,
-            **options,
-        )
-        return self.optimizer
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = create_loraplus_optimizer(
+                self.model,
+                kind,
+                loraplus_lr_ratio=self.params.loraplus_lr_ratio,
+                loraplus_weight_decay=self.params.weight_decay,
+                **options,
+            )
+        plugin = self.accelerator.state.deepspeed_plugin
+        optimizer: Any = self.optimizer
+        if plugin and plugin.zero_stage == 0:
+            # It steps within the backward pass, and tells no norm in full precision.
+            optimizer.register_step_pre_hook(lambda used, *_: self.require_finite(gradient_norm(used)))
+        return optimizer
 
     def create_scheduler(
         self,
@@ -167,11 +196,14 @@ class Trainer(SFTTrainer):
         """Write the checkpoint under another name; it takes its own when all of it is on the disk.
 
         Raises:
-            TrainingError: A loss since the last checkpoint was not finite, so the weights are spoilt.
+            TrainingError: A loss since the last checkpoint was not finite, or what would be saved is not.
         """
         steps, self.saved = range(self.saved + 1, self.state.global_step + 1), self.state.global_step
-        if self.accelerator.reduce(self.is_finite, reduction="sum").item() < self.accelerator.num_processes:
+        if not math.isfinite(self.accelerator.reduce(self.total_loss, reduction="sum").item()):
             raise TrainingError("loss", f"loss was not finite at {name_rows(self.plan, steps)}", steps)
+        if is_any(not has_finite_state(self.optimizer), self.args.device):
+            what = "the optimiser's weights or state became not finite"
+            raise TrainingError("loss", f"{what} at {name_rows(self.plan, steps)}", steps)
         folder = Path(self.args.output_dir)
         if self.accelerator.is_main_process:
             shutil.rmtree(folder / checkpoints.SAVING, ignore_errors=True)
@@ -185,6 +217,7 @@ class Trainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 written = folder / checkpoints.SAVING / f"checkpoint-{self.state.global_step}"
+                checkpoints.require_finite(written)
                 checkpoints.close(written, folder)
                 checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
         self.accelerator.wait_for_everyone()
@@ -232,6 +265,24 @@ def summed_loss(model: Any, inputs: dict[str, Any], label_smoothing: float = 0.0
     outputs = model(**given, use_cache=False, logits_to_keep=keep)
     logits = outputs.logits[0].float()
     return cross_entropy(logits, labels[keep], reduction="sum", label_smoothing=label_smoothing), outputs
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
+    """Return the norm of all gradients that an optimiser is about to use."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]).item()
+
+
+def has_finite_state(optimizer: Any) -> bool:
+    """Return whether this rank's share of what is trained, and of the optimiser's state, is finite.
+
+    The keys of the state are the weights that the optimiser changes: full-precision copies under ZeRO.
+    """
+    state = optimizer.state.items()
+    tensors = [one for weight, values in state for one in (weight, *values.values()) if torch.is_tensor(one)]
+    # A weight that FSDP2 divides knows its share.
+    shares = (one.to_local() if hasattr(one, "to_local") else one for one in tensors)
+    return all(checkpoints.is_finite(one.detach()) for one in shares)
 
 
 def token_lengths(inputs: dict[str, Any]) -> torch.Tensor:

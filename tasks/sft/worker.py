@@ -252,7 +252,7 @@ def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Gua
     """Save the weights and, as the last act, the success marker.
 
     Raises:
-        StageError: The training ended before its plan did.
+        StageError: The training ended before its plan did, or made weights that are not finite.
         TrainingError: It was asked to end.
     """
     params, step = trainer.params, trainer.state.global_step
@@ -278,6 +278,7 @@ def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Gua
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         tidy(output / "model")
+        checkpoints.require_finite(output / "model")
         write_json(
             output / "finished.json",
             {

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tasks.files import read_json, read_rows, tree_digest, write_rows
 from tasks.pack import ROWS
 from tasks.sft import checkpoints
+from tests import poisoned as poison
 from tests import sft
 from tests.sft import history, make_folder, run_sft, start_sft
 
@@ -186,18 +187,134 @@ def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
 
 
 @pytest.mark.long
-def test_a_bad_loss_found_on_saving_names_the_steps_since_the_checkpoint_it_went_on_from(
+def test_a_bad_loss_names_its_step_even_if_nothing_is_logged(
     poisoned: Path, clean_environment: dict[str, str]
 ) -> None:
-    # Nothing is logged before the end, so that the checkpoint of step 4 is the first to be told.
     rare = {**STEPS, "num_train_epochs": 1, "logging_steps": 100, "seed": 1}
     for _ in range(2):
-        done = run_sft(poisoned, clean_environment, "nan-saved", **rare)
+        done = run_sft(poisoned, clean_environment, "nan-unlogged", **rare)
         assert done.returncode == 11, done.stdout
-        attempt = training_folder(poisoned, "nan-saved") / "attempt.json"
+        attempt = training_folder(poisoned, "nan-unlogged") / "attempt.json"
+        assert read_json(attempt)["skipped"] == [3]
+        attempt.unlink()
+    assert "going on from checkpoint-2" in done.stdout
+
+
+@pytest.fixture
+def marked(tmp_path: Path, tiny_base: Path) -> Path:
+    """A folder of which one row has the label by which `tests.poisoned` knows it."""
+    folder = make_folder(tmp_path, tiny_base, PACKED)
+    rows = read_rows(folder / "data/pack/train.parquet")
+    rows[2]["labels"][-1] = poison.LABEL
+    write_rows(folder / "data/pack/train.parquet", rows, ROWS)
+    return folder
+
+
+def run_poisoned(
+    folder: Path, environment: dict[str, str], fault: str, **changes: Any
+) -> subprocess.CompletedProcess[str]:
+    params = {**STEPS, "num_train_epochs": 1, **changes}
+    return run_sft(folder, {**environment, "POISON": fault}, "poisoned", **params)
+
+
+@pytest.mark.parametrize(
+    ("fault", "changes", "step", "rows"),
+    [
+        ("gradient is NaN", {}, 3, "[2]"),
+        ("gradient is NaN", {"seed": 3}, 4, "[2]"),
+        pytest.param("gradient is infinite", {"seed": 3}, 4, "[2]", marks=pytest.mark.long),
+        pytest.param("gradient is NaN", {"logging_steps": 100}, 3, "[2]", marks=pytest.mark.long),
+        pytest.param("gradient is NaN", {"max_grad_norm": 0.0}, 3, "[2]", marks=pytest.mark.long),
+        pytest.param(
+            "gradient is NaN",
+            {"gradient_accumulation_steps": 2, "save_steps": 1},
+            2,
+            "[2, 1]",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_a_gradient_that_is_not_finite_names_its_own_row_and_spoils_nothing(
+    marked: Path, clean_environment: dict[str, str], fault: str, changes: dict[str, Any], step: int, rows: str
+) -> None:
+    done = run_poisoned(marked, clean_environment, fault, **changes)
+    require_named(done, marked, step, rows)
+    again = run_poisoned(marked, clean_environment, fault, **changes)
+    assert again.returncode == 0, again.stdout
+    assert read_json(marked / "data/sft/plan.json")["tokens"][step - 1] == 0
+    assert checkpoints.find_broken(marked / "data/sft/model") is None
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["zero2", *(pytest.param(one, marks=pytest.mark.long) for one in ("ddp", "zero0", "zero3", "fsdp2"))],
+)
+def test_every_strategy_stops_at_a_gradient_of_the_last_step_that_is_not_finite(
+    marked: Path, clean_environment: dict[str, str], strategy: str
+) -> None:
+    changes = {"strategy": strategy, "num_processes": 2, "seed": 3, "save_steps": 1}
+    done = run_poisoned(marked, clean_environment, "gradient is NaN", **changes)
+    require_named(done, marked, 2, "[0, 2]")
+    newest = checkpoints.find_newest(training_folder(marked, "poisoned"))
+    assert newest is not None
+    assert newest.name == "checkpoint-1"
+
+
+def require_named(done: subprocess.CompletedProcess[str], folder: Path, step: int, rows: str) -> None:
+    """Require that a training ended at a gradient, named its own step, and accepted no model."""
+    assert done.returncode == 11, done.stdout
+    assert "gradient norm " in done.stdout
+    assert f"of a finite loss at step {step}, rows {rows} of data/pack/train.parquet" in done.stdout
+    trained = training_folder(folder, "poisoned")
+    assert read_json(trained / "attempt.json")["skipped"] == [step]
+    assert not (trained / "output/finished.json").exists()
+
+
+@pytest.mark.long
+def test_an_infinite_loss_whose_gradient_is_finite_is_found_on_saving(
+    marked: Path, clean_environment: dict[str, str]
+) -> None:
+    # Nothing is logged before the end, so the checkpoint of step 4 is the first to be told.
+    rare = {"logging_steps": 100}
+    for _ in range(2):
+        done = run_poisoned(marked, clean_environment, "loss is infinite", **rare)
+        assert done.returncode == 11, done.stdout
+        assert "loss was not finite at steps 3 to 4, rows [2, 1] of data/pack/train.parquet" in done.stdout
+        attempt = training_folder(marked, "poisoned") / "attempt.json"
         assert read_json(attempt)["skipped"] == [3, 4]
         attempt.unlink()
     assert "going on from checkpoint-2" in done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"strategy": "zero3", "num_processes": 2, "num_train_epochs": 2},
+        {"strategy": "fsdp2", "num_processes": 2, "num_train_epochs": 2},
+    ],
+)
+def test_a_state_of_the_optimiser_that_is_not_finite_is_never_saved(
+    marked: Path, clean_environment: dict[str, str], changes: dict[str, Any]
+) -> None:
+    done = run_poisoned(marked, clean_environment, "state", **changes)
+    assert done.returncode == 11, done.stdout
+    assert "the optimiser's weights or state became not finite at steps 3 to 4" in done.stdout
+    newest = checkpoints.find_newest(training_folder(marked, "poisoned"))
+    assert newest is not None
+    assert newest.name == "checkpoint-2"
+
+
+@pytest.mark.long
+def test_a_trained_model_with_a_weight_that_is_not_finite_is_not_accepted(
+    marked: Path, clean_environment: dict[str, str]
+) -> None:
+    done = run_poisoned(marked, clean_environment, "file")
+    assert done.returncode == 2, done.stdout
+    assert "is not finite, so this model must not be used; lower sft.learning_rate" in done.stdout
+    assert not (training_folder(marked, "poisoned") / "output/finished.json").exists()
+    assert not (marked / "data/sft/model").exists()
 
 
 @pytest.mark.long

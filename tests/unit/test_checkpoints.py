@@ -1,7 +1,13 @@
 """Only a checkpoint that verifies is resumed."""
 
+import logging
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tasks.errors import StageError
 from tasks.sft import checkpoints
 
 
@@ -44,3 +50,32 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         "checkpoint-20",
         "checkpoint-4",
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_found_wherever_it_is(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    whole = {"a": torch.full((3, 4), 60_000.0, dtype=dtype), "none": torch.zeros(0), "ids": torch.arange(3)}
+    save_file(whole, tmp_path / "model-1.safetensors")
+    assert checkpoints.find_broken(tmp_path) is None
+    checkpoints.require_finite(tmp_path)
+    broken = torch.zeros(5, dtype=dtype)
+    broken[2] = value
+    save_file({"a.lora_A.weight": whole["a"], "a.lora_B.weight": broken}, tmp_path / "model-2.safetensors")
+    with pytest.raises(StageError, match=r"a\.lora_B\.weight is not finite, so this model must not be used"):
+        checkpoints.require_finite(tmp_path)
+
+
+def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = make(tmp_path, 1)
+    written = tmp_path / checkpoints.SAVING / "checkpoint-2"
+    written.mkdir(parents=True)
+    save_file({"lora_B": torch.tensor([0.0, float("nan")])}, written / "adapter_model.safetensors")
+    checkpoints.close(written, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.find_newest(tmp_path) == good
+    assert "checkpoint-2: lora_B is not finite; trying the one before" in caplog.text

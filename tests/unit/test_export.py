@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tasks import export
 from tasks.errors import GateError, StageError
@@ -34,6 +36,24 @@ def test_logits_that_are_no_numbers_are_refused(lively: tuple[Any, Any]) -> None
     model.get_output_embeddings().weight.data[0, 0] = math.nan
     with pytest.raises(GateError, match="export: it: logits differ by up to nan"):
         export.compare("it", model, tokenizer, answers, 1e-6)
+
+
+def test_logits_that_are_no_numbers_are_refused_whichever_probe_has_them(lively: tuple[Any, Any]) -> None:
+    model, tokenizer = lively
+    answers = [export.answer(model, tokenizer, question) for question in PROBES]
+    ids, logits = answers[-1]
+    answers[-1] = ids, torch.full_like(logits, math.nan)
+    with pytest.raises(GateError, match="export: it: logits differ by up to nan"):
+        export.compare("it", model, tokenizer, answers, 1e-6)
+
+
+def test_a_weight_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+    save_file({"used": torch.ones(2)}, tmp_path / "a.safetensors")
+    export.require_finite(tmp_path, "the version must not be used")
+    # No probe reads the row of this token, so no answer would tell.
+    save_file({"embed": torch.tensor([1.0, math.inf])}, tmp_path / "b.safetensors")
+    with pytest.raises(GateError, match="export: embed is not finite; nothing is written; the version must"):
+        export.require_finite(tmp_path, "the version must not be used")
 
 
 def test_another_answer_is_refused_however_wide_the_bound(lively: tuple[Any, Any]) -> None:
