@@ -97,14 +97,17 @@ def first_night(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pa
         put_base(tiny_base, "package:first")
         promoted(1)
         night(2)
+        # Versions remember this place, where no copy of the checkout may find its base.
+        shutil.rmtree(evaluate.BASE)
     return folder
 
 
 @pytest.fixture
-def checkout(in_tmp: Path, first_night: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkout(in_tmp: Path, first_night: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the checkout with its state; the artefacts of MLflow stay where they are."""
     enter(monkeypatch, in_tmp)
     shutil.copytree(first_night, in_tmp, dirs_exist_ok=True)
+    put_base(tiny_base, "package:first")
     return in_tmp
 
 
@@ -180,9 +183,6 @@ def test_a_base_that_is_gone_is_an_error_with_its_remedy_until_it_is_found(
 ) -> None:
     shutil.rmtree(KEPT)
     put_base(other_bases[0], "package:second")
-    # Where the version was registered: the checkout of the fixture.
-    reference = registry.read_reference(registry.find_model("champion"))
-    monkeypatch.setattr(registry, "read_reference", lambda _: {**reference, "path": "/nowhere"})
     night(2)
     decision = read_json(gate.TARGET)
     assert decision["verdict"] == "error"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from infra import stack
 from tasks.files import read_json, tree_digest
@@ -170,6 +172,24 @@ def test_every_other_program_is_offline_whoever_starts_it(users: dict[str, str])
         check=True,
     )
     assert json.loads(done.stdout.splitlines()[-1]) == [[], True, True, "1"]
+
+
+def test_a_served_model_asks_no_hub_even_where_nothing_keeps_it_from_it(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """MLflow serves it in a process of its own, whose environment is the user's."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    code = (
+        "from pathlib import Path\n"
+        "from tasks.served_model import generate, load\n"
+        f"model, tokenizer = load(Path({str(tiny_base)!r}), Path({str(tmp_path / 'adapter')!r}))\n"
+        "generate(model, tokenizer, [{'role': 'user', 'content': 'Who?'}], 2)\n"
+    )
+    with served({}) as hub:
+        environment = hub.environment(tmp_path / "cache")
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+        assert hub.asked == []
 
 
 def test_ranks_scorers_and_served_models_start_offline_whatever_the_user_has_set(
