@@ -76,16 +76,8 @@ def create_automation(stack: "Stack") -> None:
             return
         is_enabled = automation["enabled"]
         stack.prefect("DELETE", f"/automations/{automation['id']}")
-    states = (
-        "Completed",
-        "Failed",
-        "Cancelled",
-        "Crashed",
-        "Cancelling",
-        "Paused",
-        "AwaitingRetry",
-        "Suspended",
-    )
+    signs = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed", "Cancelling"]
+    signs += ["Paused", "AwaitingRetry", "Suspended"]
     automation = {
         "name": AUTOMATION,
         "description": "Three heartbeats in a row are missing: the janitor looks whether the process lives.",
@@ -97,7 +89,7 @@ def create_automation(stack: "Stack") -> None:
             "for_each": ["prefect.resource.id"],
             "after": ["prefect.flow-run.heartbeat"],
             # Any other event of the run counts as a sign of life.
-            "expect": [f"prefect.flow-run.{state}" for state in ("heartbeat", *states)],
+            "expect": [f"prefect.flow-run.{sign}" for sign in signs],
             "threshold": 1,
             "within": 90,
         },

@@ -314,7 +314,10 @@ def _warn_of_ignored_variables(stack: Stack) -> None:
         if name.startswith(FOREIGN) and not name.startswith("PREFECT__") and ours.get(name) != value
     ]
     if ignored:
-        log.warning("the stack has settings of its own; ignored: %s", ", ".join(ignored))
+        log.warning(
+            "the stack has settings of its own; ignored: %s; prefect and mlflow typed here follow them",
+            ", ".join(ignored),
+        )
 
 
 def _create_auth(stack: Stack) -> None:
@@ -339,14 +342,14 @@ def _end_lost_worker(stack: Stack, worker: psutil.Process | None) -> psutil.Proc
         ConfigError: A run that lives speaks to that address too.
     """
     before = _recorded(stack.state_dir)
-    if not worker or before == stack:
+    if before == stack:
         return worker
     if runs.run_processes(stack.state_dir):
         raise ConfigError(
             f"a run is under way and reports to {before.prefect_ui} and {before.mlflow_url}, but a port is "
             "taken by another program; free it, or end the run with `nightshift down`"
         )
-    processes.end([worker])
+    processes.end([worker] if worker else [])
     return None
 
 

@@ -267,8 +267,9 @@ def test_a_worker_whose_server_moved_is_ended_only_if_no_run_needs_the_old_addre
     record(folder, "prefect", bystander)
     moved = stack.Stack(folder / ".nightshift", 4301, 0)
     monkeypatch.setattr(runs, "run_processes", lambda _: [("a run", bystander)])
-    with pytest.raises(ConfigError, match=r"a run is under way and reports to http://127\.0\.0\.1:4300"):
-        stack._end_lost_worker(moved, bystander)
+    for worker in (bystander, None):
+        with pytest.raises(ConfigError, match=r"a run is under way and reports to http://127\.0\.0\.1:4300"):
+            stack._end_lost_worker(moved, worker)
     assert leases.is_alive(bystander)
     monkeypatch.setattr(runs, "run_processes", lambda _: [])
     assert stack._end_lost_worker(moved, bystander) is None
