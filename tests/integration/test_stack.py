@@ -203,9 +203,10 @@ def test_a_schedule_creates_runs_and_the_worker_executes_them(folder: Path, runn
         return any(run["auto_scheduled"] and run["state_type"] == "COMPLETED" for run in runs)
 
     wait_until(completed, seconds=120)
-    running.prefect("DELETE", f"/deployments/{deployment}")
+    (schedule,) = running.prefect("GET", f"/deployments/{deployment}/schedules")
+    path = f"/deployments/{deployment}/schedules/{schedule['id']}"
+    running.prefect("PATCH", path, {"active": False})
     (folder / "prefect.yaml").write_text(DEPLOYMENTS)
-    stack.up()
 
 
 def test_the_servers_listen_on_loopback_only(folder: Path) -> None:
