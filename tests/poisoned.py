@@ -4,8 +4,8 @@ Without an argument it is the stage, with one the rank of that job.
 """
 
 import os
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tasks.stage import run_main
@@ -14,8 +14,11 @@ from tasks.stage import run_main
 LABEL = 2500
 
 
-def main() -> None:
-    """Run the stage, whose ranks come back here."""
+def main(job_file: Path | None) -> None:
+    """Run the stage, whose ranks come back here, or be one of them."""
+    if job_file:
+        rank(job_file)
+        return
     from tasks.sft import __main__ as stage
     from tasks.sft import launch
 
@@ -28,12 +31,12 @@ def main() -> None:
     stage.main()
 
 
-def rank() -> None:
+def rank(job_file: Path) -> None:
     """Plant the fault, and train."""
     from tasks.sft import worker
 
     FAULTS[os.environ["POISON"]]()
-    worker.main()
+    worker.main(job_file)
 
 
 def poison_loss(gradient: float | None, loss: float = 0.0) -> None:
@@ -93,4 +96,4 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    run_main(rank if sys.argv[1:] else main)
+    run_main(main, lambda parser: parser.add_argument("job_file", type=Path, nargs="?"))
