@@ -47,8 +47,8 @@ def applied(overrides: Mapping[str, Any], path: Path = PARAMS) -> Iterator[None]
         if text is None:
             yield
             return
-        write_text(before_file(), path.read_text(encoding="utf-8"))
         write_text(written_file(), text)
+        write_text(before_file(), path.read_text(encoding="utf-8"))
         write_text(path, text)
         try:
             yield
@@ -92,17 +92,18 @@ def written_file() -> Path:
 def take_back(path: Path) -> None:
     """Take the overrides of this or of a killed run out of the file; nothing happens without any."""
     before, written = before_file(), written_file()
-    if before.is_file() and written.is_file():
-        if path.read_bytes() == written.read_bytes():
+    if before.is_file():
+        # Version 0.1.0 kept no copy of what they wrote.
+        if not written.is_file() or path.read_bytes() == written.read_bytes():
             write_text(path, before.read_text(encoding="utf-8"))
         elif path.read_bytes() != before.read_bytes():
             write_text(path, merge(path, written, before))
             log.warning(
                 "%s was edited during a run with overrides; they are taken back, the edit is kept", path
             )
-    # In this order: without the second file the first one says nothing.
-    written.unlink(missing_ok=True)
+    # In this order, the reverse of their making: what `written` says without `before` is nothing.
     before.unlink(missing_ok=True)
+    written.unlink(missing_ok=True)
 
 
 def merge(edited: Path, written: Path, before: Path) -> str:

@@ -43,6 +43,17 @@ def distinct(count: int, seed: int = 0) -> list[Row]:
     return [chat(question, answer) for question, answer in zip(questions, answers, strict=True)]
 
 
+def unreadable(count: int) -> list[Row]:
+    """Rows in no known format."""
+    return [{"question": text} for text in texts(count)]
+
+
+def templated(count: int) -> list[Row]:
+    """Short questions, no two of them alike, behind one long context."""
+    (context,) = texts(1, size=200, seed=5)
+    return [chat(f"{context} {question}", "yes") for question in texts(count, size=4, seed=6)]
+
+
 def edited(row: Row) -> Row:
     """The same conversation with another first word."""
     first, answer = (turn["content"] for turn in row["messages"])
@@ -80,9 +91,8 @@ def run(in_tmp: Path) -> Run:
 
 
 def test_a_source_that_ingest_cannot_read_stops_it(run: Run) -> None:
-    bad = [{"question": text} for text in texts(50)]
     with pytest.raises(DataError) as caught:
-        run("ingest", [("good", distinct(1000)), ("bad", bad)])
+        run("ingest", [("good", distinct(1000)), ("bad", unreadable(50))])
     first, *shown = str(caught.value).splitlines()
     assert first == (
         "data/ingest/quarantine.jsonl: 50 of 50 rows of bad are dropped (unknown_format 50), more "
@@ -95,13 +105,12 @@ def test_a_source_that_ingest_cannot_read_stops_it(run: Run) -> None:
 
 
 def test_a_source_of_few_rows_cannot_vanish_in_ingest_either(run: Run) -> None:
-    bad = [{"question": text} for text in texts(2)]
     with pytest.raises(DataError, match=r"2 of 2 rows of bad are dropped \(unknown_format 2\)"):
-        run("ingest", [("good", distinct(1000)), ("bad", bad)])
+        run("ingest", [("good", distinct(1000)), ("bad", unreadable(2))])
 
 
 def test_some_bad_rows_of_a_small_source_and_an_empty_file_stop_nothing(run: Run) -> None:
-    small = [*distinct(5, seed=7), *({"question": text} for text in texts(2))]
+    small = [*distinct(5, seed=7), *unreadable(2)]
     summary = run("ingest", [("good", distinct(1000)), ("small", small), ("later", [])])
     assert summary["dropped_by_source"] == {"later": {"empty_file": 1}, "small": {"unknown_format": 2}}
 
@@ -131,16 +140,13 @@ def test_rows_that_differ_in_signs_only_stop_dedupe(run: Run) -> None:
 
 
 def test_one_collapsing_source_among_others_stops_dedupe(run: Run) -> None:
-    (context,) = texts(1, size=200, seed=5)
-    rag = [chat(f"{context} {question}", "yes") for question in texts(100, size=4, seed=6)]
     with pytest.raises(DataError, match=r"99 of 100 rows of rag are dropped \(near_duplicate 99\)"):
-        run("dedupe", [("good", distinct(1000)), ("rag", rag)])
+        run("dedupe", [("good", distinct(1000)), ("rag", templated(100))])
 
 
 @pytest.mark.parametrize("size", [5, 1])
 def test_a_source_that_collapses_a_few_rows_a_night_stops_dedupe(run: Run, size: int) -> None:
-    (context,) = texts(1, size=200, seed=5)
-    rag = [chat(f"{context} {question}", "yes") for question in texts(30, size=4, seed=6)]
+    rag = templated(30)
     nights = [("rag", rag[start : start + size]) for start in range(0, 30, size)]
     with pytest.raises(DataError, match=r"29 of 30 rows of rag are dropped"):
         run("dedupe", [("good", distinct(1000)), *nights])
@@ -174,8 +180,7 @@ def test_a_source_that_an_earlier_one_nearly_contains_stops_dedupe(run: Run) -> 
 
 
 def test_templated_rows_in_a_full_export_stop_dedupe(run: Run) -> None:
-    (context,) = texts(1, size=200, seed=5)
-    rag = [chat(f"{context} {question}", "yes") for question in texts(400, size=4, seed=6)]
+    rag = templated(400)
     rows, nights = distinct(100), []
     for night in range(4):
         rows = [*rows, *rag[night * 50 : night * 50 + 50]]

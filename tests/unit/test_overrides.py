@@ -122,6 +122,18 @@ def test_an_edit_after_a_kill_is_kept_by_the_next_run(checkout: Path) -> None:
         assert params.read_text() == halve_learning_rate(before)
 
 
+def test_what_a_killed_run_of_an_earlier_version_left_is_put_right(checkout: Path) -> None:
+    params = checkout / "params.yaml"
+    before = params.read_text()
+    kept = checkout / ".nightshift/params.before-overrides.yaml"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(before)
+    params.write_text(before.replace("num_train_epochs: 1", "num_train_epochs: 7"))
+    with applied({}):
+        assert params.read_text() == before
+    assert not kept.exists()
+
+
 @pytest.mark.parametrize("second", [{"gate.seed": 8}, {}])
 @pytest.mark.parametrize("first", [{"gate.seed": 9}, {}])
 def test_a_second_run_in_the_checkout_is_refused_and_changes_nothing(

@@ -42,6 +42,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("run"))
     yield server
     server.release.set()
+    wait_for_sender()
 
 
 def wait_for_sender() -> None:
