@@ -128,22 +128,30 @@ def progress(name: str) -> Iterator[Callable[[str], None]]:
         A reader of the output's lines.
     """
     steps: SimpleQueue[Step | None] = SimpleQueue()
+    ended = threading.Event()
 
     def read(line: str) -> None:
         if found := STEP.search(line):
             steps.put((100 * int(found[1]) / int(found[2]), line[found.start() :]))
 
     context = contextvars.copy_context()  # in which Prefect finds the run that the artefact belongs to
-    arguments = (send_progress, name, steps)
+    arguments = (send_progress, name, steps, ended)
     threading.Thread(target=context.run, args=arguments, name=PROGRESS_THREAD, daemon=True).start()
     try:
         yield read
     finally:
+        ended.set()
         steps.put(None)
 
 
-def send_progress(name: str, steps: SimpleQueue[Step | None]) -> None:
-    """Send the newest step to Prefect, again and again until None comes."""
+def send_progress(name: str, steps: SimpleQueue[Step | None], ended: threading.Event) -> None:
+    """Send the newest step to Prefect, again and again until None comes.
+
+    Args:
+        name: Of the stage.
+        steps: Its progress.
+        ended: The stage has: a failure is nobody's concern, and Prefect's client may be closed.
+    """
     artifact: UUID | None = None
     while step := newest(steps):
         percent, figures = step
@@ -154,7 +162,8 @@ def send_progress(name: str, steps: SimpleQueue[Step | None]) -> None:
             else:
                 update_progress_artifact(artifact, progress=percent, description=figures)
         except Exception as err:  # noqa: BLE001 - what reports may not end what computes
-            get_run_logger().warning("%s: its progress is not shown: %s", name, err)
+            if not ended.is_set():
+                get_run_logger().warning("%s: its progress is not shown: %s", name, err)
             return
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from tasks.errors import StageError
 from tasks.state import state_dir
 
-BUSY_SECONDS = 30
+# Behind an outage a busy machine's server takes its time.
+BUSY_SECONDS = 120
 CLIENT = str(uuid.uuid4())
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past the user's proxy
 log = logging.getLogger(__name__)
@@ -35,14 +36,29 @@ def call(url: str, auth_string: str, method: str, path: str, body: object = None
         StageError: The server does not answer, or refuses.
     """
     headers = {"Authorization": f"Basic {base64.b64encode(auth_string.encode()).decode()}"}
-    if method != "GET":
-        token = request("GET", f"{url}/csrf-token?client={CLIENT}", headers=headers)["token"]
-        headers |= {"Prefect-Csrf-Client": CLIENT, "Prefect-Csrf-Token": token}
-    return request(method, f"{url}{path}", body, headers)
+    if method == "GET":
+        return request(method, f"{url}{path}", body, headers)
+    address = f"{url}/csrf-token?client={CLIENT}"
+    token = request("GET", address, headers=headers, timeout=BUSY_SECONDS)["token"]
+    headers |= {"Prefect-Csrf-Client": CLIENT, "Prefect-Csrf-Token": token}
+    return request(method, f"{url}{path}", body, headers, BUSY_SECONDS)
 
 
-def request(method: str, url: str, body: object = None, headers: Mapping[str, str] | None = None) -> Any:
+def request(
+    method: str,
+    url: str,
+    body: object = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = 30.0,
+) -> Any:
     """Send a request and return the JSON of the answer, if it is JSON.
+
+    Args:
+        method: Of HTTP.
+        url: Address.
+        body: Sent as JSON.
+        headers: More of them.
+        timeout: Seconds in which the server has to answer.
 
     Raises:
         StageError: The server does not answer, or refuses.
@@ -53,7 +69,7 @@ def request(method: str, url: str, body: object = None, headers: Mapping[str, st
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            with DIRECT.open(request, timeout=30) as answer:
+            with DIRECT.open(request, timeout=timeout) as answer:
                 text = answer.read()
                 return json.loads(text) if "json" in answer.headers.get_content_type() else None
         except (OSError, http.client.HTTPException) as err:

@@ -59,7 +59,7 @@ def limit_queues(stack: "Stack") -> None:
 
 
 def create_automation(stack: "Stack") -> None:
-    """Let the janitor look after every run that misses three heartbeats.
+    """Let the janitor look after every run, but its own, that misses three heartbeats.
 
     Created once: the user may switch it off, and an update would disarm it.
     """
@@ -69,10 +69,17 @@ def create_automation(stack: "Stack") -> None:
     if not deployments:
         return
     action = {"type": "run-deployment", "source": "selected", "deployment_id": deployments[0]["id"]}
+    # The heartbeat of a short run can arrive behind its end. A janitor's would wake the next one, for ever.
+    others = {"prefect.resource.role": "flow", "prefect.resource.name": f"!{flow}"}
     is_enabled = True
     known = {"automations": {"name": {"any_": [AUTOMATION, FORMER_AUTOMATION]}}}
     for automation in stack.prefect("POST", "/automations/filter", known):
-        if automation["name"] == AUTOMATION and action.items() <= automation["actions"][0].items():
+        is_same = automation["trigger"]["match_related"] == others
+        if (
+            is_same
+            and automation["name"] == AUTOMATION
+            and action.items() <= automation["actions"][0].items()
+        ):
             return
         is_enabled = automation["enabled"]
         stack.prefect("DELETE", f"/automations/{automation['id']}")
@@ -86,6 +93,7 @@ def create_automation(stack: "Stack") -> None:
             "type": "event",
             "posture": "Proactive",
             "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
+            "match_related": others,
             "for_each": ["prefect.resource.id"],
             "after": ["prefect.flow-run.heartbeat"],
             # Any other event of the run counts as a sign of life.

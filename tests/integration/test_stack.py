@@ -185,11 +185,11 @@ def test_two_ups_at_once_start_one_stack(folder: Path) -> None:
 
 
 def test_a_second_up_keeps_the_processes_and_the_automation(running: stack.Stack) -> None:
-    before = pids()
+    before, automations = pids(), running.prefect("POST", "/automations/filter", {})
     assert stack.up() == running
     assert pids() == before
-    automations = running.prefect("POST", "/automations/filter", {})
     assert [found["name"] for found in automations] == ["look-after-silent-runs"]
+    assert running.prefect("POST", "/automations/filter", {}) == automations
 
 
 def test_a_schedule_creates_runs_and_the_worker_executes_them(folder: Path, running: stack.Stack) -> None:

@@ -70,6 +70,18 @@ def test_a_slow_server_gets_the_newest_step_and_the_last(server: Server) -> None
     assert server.shown == ["sft-progress 25 step 1/4 loss 9", "75 step 3/4 loss 7"]
 
 
+def test_a_server_that_fails_behind_the_end_is_nobodys_concern(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.error = RuntimeError("Cannot send a request, as the client has been closed.")
+    with stages.progress("sft") as read:
+        read("step 1/2")
+        server.asked.wait(timeout=60)
+    server.release.set()
+    wait_for_sender()
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("error", [ConnectionError("away"), ValueError("refused")])
 def test_a_server_that_fails_is_told_once_and_ends_nothing(
     error: Exception, server: Server, caplog: pytest.LogCaptureFixture
@@ -81,6 +93,6 @@ def test_a_server_that_fails_is_told_once_and_ends_nothing(
         for line in ("step 1/2", "step 2/2"):
             read(line)
             lines.append(line)
-    wait_for_sender()
+        wait_for_sender()
     assert lines == ["step 1/2", "step 2/2"]
     assert caplog.text.count(f"sft: its progress is not shown: {error}") == 1
