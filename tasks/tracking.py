@@ -1,16 +1,20 @@
-"""Where MLflow is, the run that a stage logs to, and the data that a run has seen."""
+"""Where MLflow is, the run that a stage logs to, and the data that a run has seen.
+
+MLflow takes two seconds to import, so it is imported where it is asked.
+"""
 
 import json
 import logging
 import os
 import subprocess
 from pathlib import Path
-
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING
 
 from tasks.state import state_dir
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 
 EXPERIMENT = "nightshift"
 # Tag of a run that was announced before MLflow could create it.
@@ -25,8 +29,10 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
 
 
-def experiment_id(client: MlflowClient) -> str:
+def experiment_id(client: "MlflowClient") -> str:
     """Return the project's experiment; create it at first use, whoever else may be doing so."""
+    from mlflow.exceptions import MlflowException
+
     if found := client.get_experiment_by_name(EXPERIMENT):
         return str(found.experiment_id)
     try:
@@ -39,7 +45,7 @@ def experiment_id(client: MlflowClient) -> str:
         raise
 
 
-def run_id(client: MlflowClient) -> str:
+def run_id(client: "MlflowClient") -> str:
     """Return the run that the caller was handed in `MLFLOW_RUN_ID`, or open one of its own."""
     if handed := os.environ.get("MLFLOW_RUN_ID"):
         return handed
@@ -47,7 +53,7 @@ def run_id(client: MlflowClient) -> str:
     return str(run.info.run_id)
 
 
-def open_run(client: MlflowClient, key: str, name: str, start_time: int) -> str:
+def open_run(client: "MlflowClient", key: str, name: str, start_time: int) -> str:
     """Return the run that bears a key, or open it.
 
     Args:
@@ -62,13 +68,13 @@ def open_run(client: MlflowClient, key: str, name: str, start_time: int) -> str:
     return str(run.info.run_id)
 
 
-def find_run(client: MlflowClient, key: str) -> str | None:
+def find_run(client: "MlflowClient", key: str) -> str | None:
     """Return the run that bears a key, or None."""
     found = client.search_runs([experiment_id(client)], f"tags.`{KEY}` = '{key}'")
     return str(found[0].info.run_id) if found else None
 
 
-def dataset_input(name: str, digest: str, path: str, context: str) -> DatasetInput:
+def dataset_input(name: str, digest: str, path: str, context: str) -> "DatasetInput":
     """Build MLflow's record of data that a run has seen.
 
     Args:
@@ -77,6 +83,8 @@ def dataset_input(name: str, digest: str, path: str, context: str) -> DatasetInp
         path: Where DVC keeps it in the checkout.
         context: training or evaluation.
     """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
     # MLflow reads a local source as this JSON, and nothing else.
     source = json.dumps({"uri": path})
     dataset = Dataset(name=name, digest=digest, source_type="local", source=source)

@@ -18,14 +18,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tasks.files import jsonl, read_json, write_json, write_text
 from tasks.tracking import dataset_input, open_run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 # MLflow's own are 120 s and 7 attempts: minutes, in which a training could not end.
 HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -107,7 +106,7 @@ class Spool:
             Whether MLflow has taken everything.
         """
         try:
-            send(self.path, MlflowClient(self.uri))
+            send(self.path, connect(self.uri))
         # Whatever it is: tracking never stops a training.
         except Exception as err:  # noqa: BLE001
             if not was_down:
@@ -160,7 +159,7 @@ def replay(folder: Path, uri: str) -> None:
     deadline = time.monotonic() + REPLAY_SECONDS
     for path in sorted(folder.glob("*.jsonl")):
         try:
-            send(path, MlflowClient(uri), deadline)
+            send(path, connect(uri), deadline)
         # Whatever it is: tracking never stops a training.
         except Exception as err:  # noqa: BLE001
             log.warning("%s", describe_failure(path, err))
@@ -169,7 +168,14 @@ def replay(folder: Path, uri: str) -> None:
                 return
 
 
-def send(path: Path, client: MlflowClient, deadline: float = math.inf) -> None:
+def connect(uri: str) -> "MlflowClient":
+    """Return a client of the tracker; MLflow is imported here, by the thread that sends."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def send(path: Path, client: "MlflowClient", deadline: float = math.inf) -> None:
     """Send what is pending, in order, and note after each request how far MLflow has got.
 
     Args:
@@ -220,12 +226,15 @@ def locked(path: Path) -> Iterator[BinaryIO]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def deliver(client: MlflowClient, run_id: str, entries: list[Entry]) -> None:
+def deliver(client: "MlflowClient", run_id: str, entries: list[Entry]) -> None:
     """Tell a run entries of one kind, in one request; what MLflow refuses is reported and left out.
 
     Raises:
         MlflowException: MLflow does not answer, or does not know the run.
     """
+    from mlflow.entities import Metric, Param
+    from mlflow.exceptions import MlflowException
+
     try:
         match entries[0]["kind"]:
             case "metrics":

@@ -65,7 +65,7 @@ class Tracker:
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     tracker = Tracker()
-    monkeypatch.setattr(spool, "MlflowClient", lambda _uri: tracker)
+    monkeypatch.setattr(spool, "connect", lambda _uri: tracker)
     monkeypatch.setattr(spool, "SEND_SECONDS", 0.0)
     monkeypatch.setattr(spool, "RETRY_SECONDS", 0.05)
     return tracker
