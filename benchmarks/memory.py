@@ -38,7 +38,7 @@ SHORT = {
     "max_steps": STEPS,
     "warmup_steps": 0,
     "lr_scheduler_type": "constant",
-    "attn_implementation": "sdpa",
+    "attn_implementation": "sdpa_per_example",
     "save_steps": STEPS,
 }
 # Seconds between two looks at the ranks; the kernel keeps the peak between them.
@@ -130,7 +130,7 @@ def make_folder(folder: Path, base: Path, params: SftParams, length: int) -> Non
     (folder / "params.yaml").write_text(yaml.safe_dump({"sft": params.model_dump()}), encoding="utf-8")
     tokens = read_tokens(base)
     chance = random.Random(0)
-    size = STEPS * params.num_processes * params.per_device_train_batch_size
+    size = STEPS * params.ranks * params.per_device_train_batch_size
     count = size * params.gradient_accumulation_steps
     # The first row is full; the others lack up to an eighth.
     lengths = [length, *(chance.randint(length * 7 // 8, length) for _ in range(count - 1))]

@@ -49,7 +49,7 @@ def measure(folder: Path) -> tuple[Path, Training, Record]:
         through_flow = timed([sys.executable, "-c", FLOW], job, shell)
         flow_speed = speed(job)
         bare, bare_job = bare_training(job)
-        alone = timed(bare, job, shell | rank_environment("cpu"))
+        alone = timed(bare, job, shell | rank_environment("cpu", []))
     finally:
         subprocess.run([*nightshift, "down"], cwd=job, env=shell, check=True)
     marker = read_json(Path(bare_job["folder"]) / "output" / "finished.json")

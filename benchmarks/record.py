@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -41,14 +42,21 @@ def record(
     }
 
 
-def write_records(name: str, records: Sequence[Record], packages: Sequence[str]) -> None:
-    """Write `results/<name>.json`: the records, the hardware, the versions, the commit."""
-    about = {
+def write_records(
+    name: str, records: Sequence[Record], packages: Sequence[str], folder: Path | None = None
+) -> None:
+    """Write `<name>.json` in a folder, or in results: the records, the hardware, the versions, the commit."""
+    measured = about(packages)
+    write_figures((folder or RESULTS) / f"{name}.json", [{**one, **measured} for one in records])
+
+
+def about(packages: Sequence[str]) -> Record:
+    """Return the hardware, the versions of packages, and the commit."""
+    return {
         "hardware": {"cpu": cpu_model(), "cores": os.cpu_count(), "memory_gib": memory_gib()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "commit": commit(),
     }
-    write_figures(RESULTS / f"{name}.json", [{**one, **about} for one in records])
 
 
 def require_bounds(records: Sequence[Record]) -> None:
@@ -73,9 +81,14 @@ def memory_gib() -> float:
 
 
 def commit() -> str:
-    """Commit of the code that was measured, with `+` if the tree differs from it."""
+    """Commit of the code that was measured, with `+` if the tree differs; unknown where git does not know."""
+    if not shutil.which("git"):
+        return "unknown"
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    if not (head := git("rev-parse", "--short", "HEAD")):
+        return "unknown"
+    return head + ("+" if git("status", "--porcelain", "-uno") else "")

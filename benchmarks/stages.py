@@ -76,7 +76,9 @@ def metric_history(folder: Path, key: str) -> list[Any]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a stage: this checkout's code, the folder's state."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    """Return the environment of a stage: this checkout's code, the folder's state, no service's address."""
+    services = ("MLFLOW_", "PREFECT_", "NIGHTSHIFT_", "DVC_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(services)}
+    code = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     state = str(folder / ".nightshift")
-    return {**kept, "PYTHONPATH": str(ROOT), "NIGHTSHIFT_HOME": state, "HF_HUB_OFFLINE": "1"}
+    return {**kept, "PYTHONPATH": code, "NIGHTSHIFT_HOME": state, "HF_HUB_OFFLINE": "1"}

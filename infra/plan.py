@@ -5,6 +5,7 @@ loaded, so what only they can know is assumed, and said to be.
 """
 
 import contextlib
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from tasks.errors import DataError
 from tasks.files import iterate_rows, read_json, write_text
 from tasks.graph import changed_stages, find_reruns
 from tasks.sft import SftParams
-from tasks.sft.backend import processor_has_bf16
+from tasks.sft.backend import with_processes
+from tasks.sft.machine import VISIBLE, processor_has_bf16
 from tasks.sft.memory import Memory, estimate_all, largest_batch, totals
 from tasks.sft.plan import compile_plan
 from tasks.sft.strategy import GIB, choose_strategy
@@ -48,24 +50,29 @@ KINDS = {
 BLOCKS = "▁▂▃▄▅▆▇█"
 # A value is a number, or says in brackets why there is none.
 VALUE = r"[0-9.]{1,12}|\[[^]]+\]|N/A"
-DEVICE = re.compile(rf"(?P<name>.+), *(?P<memory>{VALUE}), *(?P<capability>{VALUE})")
+DEVICE = re.compile(
+    rf"(?P<name>.+), *(?P<memory>{VALUE}), *(?P<capability>{VALUE}), *(?P<index>\d{{1,4}}), *(?P<uuid>\S+)"
+)
+QUERY = "name,memory.total,compute_cap,index,uuid"
 # How long the driver may take to answer; it takes a second or two where no daemon keeps it loaded.
 DRIVER_SECONDS = 20
 REPAIR = "a GPU that is there cannot be used until its driver is repaired"
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """What can be known of this machine without torch.
+class Devices:
+    """What can be known of this machine's devices without torch.
 
     Attributes:
         device: cuda or cpu.
-        memory: Bytes of one device; None on the processor, or where it is not known.
-        has_bf16: The device computes in bf16.
+        gpus: Visible GPUs.
+        memory: Bytes of the first one; None on the processor, or where it is not known.
+        has_bf16: It computes in bf16.
         source: How that is known.
     """
 
     device: str
+    gpus: int
     memory: int | None
     has_bf16: bool
     source: str
@@ -92,23 +99,25 @@ def show(console: Console) -> None:
             f"`dvc repro {' '.join(stale)}` first"
         )
     lengths, labelled = read_lengths(ROWS)
+    found = find_devices()
+    params = with_processes(params, found.gpus)
     plan = compile_plan(params, lengths, labelled)
-    machine = find_machine()
-    precision = choose_precision(params.precision, machine)
+    precision = choose_precision(params.precision, found)
     size = params.per_device_train_batch_size
     batch = largest_batch(plan["order"], [sum(one) for one in lengths], labelled, size)
-    sizes = estimate_all(read_json(CONFIG), params, precision, batch, machine.device)
+    sizes = estimate_all(read_json(CONFIG), params, precision, batch, found.device)
     print_course(console, params, plan)
     print_memory(console, sizes)
     console.print(f"largest micro-batch: {batch.tokens:,} tokens, {batch.labelled:,} of them with labels")
-    console.print(f"device: {machine.device}, precision {precision} ({machine.source})")
+    console.print(f"device: {found.device}, precision {precision} ({found.source})")
     if params.attn_implementation == "auto":
-        console.print("attention: sdpa is assumed; which kernel runs is tried out when the training starts")
+        kernel = "sdpa" if found.gpus else "sdpa_per_example"
+        console.print(f"attention: {kernel} is assumed; which one runs is tried out when the training starts")
     print_reruns(console, reruns)
-    name, reason = choose_strategy(params, totals(sizes), machine.memory)
-    fits = machine.memory is None or sizes[name].total <= machine.memory
+    name, reason = choose_strategy(params, totals(sizes), found.memory)
+    fits = found.memory is None or sizes[name].total <= found.memory
     console.print(
-        f"strategy: [bold]{name}[/bold] ({reason}), {params.num_processes} processes, micro-batch {size} rows"
+        f"strategy: [bold]{name}[/bold] ({reason}), {params.ranks} processes, micro-batch {size} rows"
         + ("" if fits else "; [bold]it does not fit into the device's memory[/bold]")
     )
 
@@ -122,17 +131,19 @@ def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
     return [lengths for lengths, _ in rows], [labelled for _, labelled in rows]
 
 
-def find_machine() -> Machine:
-    """Ask the driver for its devices; without one, training runs on the CPU."""
+def find_devices() -> Devices:
+    """Ask the driver for its devices; without a visible one, training runs on the CPU."""
     found = ask_driver()
     return (
-        Machine("cpu", None, processor_has_bf16(), f"nvidia-smi {found}") if isinstance(found, str) else found
+        Devices("cpu", 0, None, processor_has_bf16(), f"nvidia-smi {found}")
+        if isinstance(found, str)
+        else found
     )
 
 
-def ask_driver() -> Machine | str:
-    """Return the first device of which nvidia-smi tells, or why there is none."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+def ask_driver() -> Devices | str:
+    """Return the visible devices of which nvidia-smi tells, or why there is none."""
+    query = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.Popen(
             query,
@@ -155,27 +166,49 @@ def ask_driver() -> Machine | str:
             process.wait(timeout=1)
         return f"gives no answer within {DRIVER_SECONDS} seconds; {REPAIR}"
     # Beside its devices it prints warnings, and then its exit code is not 0 either.
-    for line in answer.splitlines():
-        if device := read_device(line):
-            return device
+    lines = [found for line in answer.splitlines() if (found := DEVICE.fullmatch(line.strip()))]
+    if lines:
+        visible = visible_lines(lines, os.environ.get(VISIBLE))
+        return describe(visible) if visible else f"shows no GPU that {VISIBLE}={os.environ[VISIBLE]} names"
     said = " ".join(answer.split())[:200] or "nothing"
     return f"ended with code {process.returncode} and said: {said}; {REPAIR}"
 
 
-def read_device(line: str) -> Machine | None:
-    """Read one line of nvidia-smi's answer; None if it describes no device.
+def visible_lines(lines: Sequence[re.Match[str]], visible: str | None) -> list[re.Match[str]]:
+    """Return the lines of the devices that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order.
+
+    As CUDA does, it takes an abbreviated UUID, and leaves out what stands behind an unknown name. A part of a
+    device (MIG) stands for the device.
+
+    Example:
+        >>> lines = [DEVICE.fullmatch(f"NVIDIA L4, 23034, 8.9, {i}, GPU-{i}f") for i in range(3)]
+        >>> [line["index"] for line in visible_lines(lines, "2,GPU-0,7,1")], len(visible_lines(lines, None))
+        (['2', '0'], 3)
+    """
+    if visible is None:
+        return list(lines)
+    chosen = []
+    for name in visible.replace(" ", "").split(","):
+        by_name = [one for one in lines if name == one["index"] or (name and one["uuid"].startswith(name))]
+        by_part = lines[:1] if name.startswith("MIG-") else []
+        if not (found := [*by_name, *by_part]):
+            break
+        chosen.append(found[0])
+    return chosen
+
+
+def describe(lines: Sequence[re.Match[str]]) -> Devices:
+    """Read the lines of the visible devices, of which the first stands for all.
 
     A device need not tell its memory or its capability: one that shares the machine's memory does not.
 
     Example:
-        >>> read_device("NVIDIA H100 80GB HBM3, 81559, 9.0").memory
+        >>> describe([DEVICE.fullmatch("NVIDIA H100 80GB HBM3, 81559, 9.0, 0, GPU-1")]).memory
         85520809984
-        >>> read_device("NVIDIA GB10, [N/A], 12.1").memory, read_device("No devices were found")
-        (None, None)
+        >>> print(describe([DEVICE.fullmatch("NVIDIA GB10, [N/A], 12.1, 0, GPU-1")]).memory)
+        None
     """
-    found = DEVICE.fullmatch(line.strip())
-    if not found:
-        return None
+    found = lines[0]
     name, memory, capability = found["name"], read_number(found["memory"]), read_number(found["capability"])
     unknown = [
         told
@@ -185,9 +218,11 @@ def read_device(line: str) -> Machine | None:
         )
         if value is None
     ]
+    name = name if len(lines) == 1 else f"{len(lines)} x {name}"
     source = "; ".join([f"{name}, as nvidia-smi says", *unknown, "that torch can use it is assumed"])
     has_bf16 = capability is None or capability >= 8
-    return Machine("cuda", None if memory is None else int(memory * 2**20), has_bf16, source)
+    size = None if memory is None else int(memory * 2**20)
+    return Devices("cuda", len(lines), size, has_bf16, source)
 
 
 def read_number(text: str) -> float | None:
@@ -198,11 +233,11 @@ def read_number(text: str) -> float | None:
         return None
 
 
-def choose_precision(requested: str, machine: Machine) -> str:
-    """Choose as `tasks.sft.backend.choose_precision` does."""
+def choose_precision(requested: str, found: Devices) -> str:
+    """Choose as `tasks.sft.machine.choose_precision` does."""
     if requested != "auto":
         return requested
-    return "bf16" if machine.has_bf16 else "fp32"
+    return "bf16" if found.has_bf16 else "fp32"
 
 
 def print_course(console: Console, params: SftParams, plan: Mapping[str, Any]) -> None:

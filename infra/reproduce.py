@@ -4,11 +4,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from flows.overrides import edit
 from tasks import supervise
+from tasks.config import PARAMS
 from tasks.errors import GateError, StageError
 from tasks.files import read_json, tree_digest
 from tasks.graph import locked_outputs, stage_order
@@ -44,7 +47,8 @@ def rebuild(console: Console, version: int) -> bool:
     folder = state_dir() / "reproduce" / f"{name}-{version}"
     shutil.rmtree(folder, ignore_errors=True)
     with open_lineage(name, version) as lineage:
-        commit = str(read_json(lineage / "lineage.json")["code"])
+        told = read_json(lineage / "lineage.json")
+        commit = str(told["code"])
         before = locked_outputs(lineage / "dvc.lock")
         if "snapshot" not in before:
             raise GateError(
@@ -54,24 +58,47 @@ def rebuild(console: Console, version: int) -> bool:
         make_workspace(folder, commit)
         for path in KEPT:
             shutil.copyfile(lineage / path.name, folder / path)
+    # A version of 0.1.0 does not tell what trained it.
+    trained = told.get("effective", {})
+    pin_processes(folder / PARAMS, trained)
     fetch_data(folder)
     stages = stages_to_rebuild(folder)
     options = ("--force", "--no-run-cache", "--single-item")
     require(dvc(folder, "repro", *options, *stages), f"a stage failed in {folder}")
     after = locked_outputs(folder / "dvc.lock")
-    compared = {(stage, path) for stage in stages for path in after[stage] if path not in VARYING}
-    different = sorted(
-        path for stage, path in compared if after[stage][path] != before.get(stage, {}).get(path)
-    )
+    compared = [(stage, path) for stage in stages for path in after[stage] if path not in VARYING]
+    different = [path for stage, path in compared if after[stage][path] != before.get(stage, {}).get(path)]
     adapter = tree_digest(folder / MODEL)
     is_same = bool(adapter == found.tags[DIGEST])
+    rows = {
+        "registered adapter": found.tags[DIGEST],
+        "rebuilt adapter": adapter,
+        "verdict": "the same, bit for bit" if is_same else "different",
+        "computed otherwise": ", ".join(differences(trained, folder)) or "no",
+        "outputs that differ": ", ".join(sorted(different)) or f"none of {len(compared)}",
+    }
     table = Table(title=f"Version {version} of {name}, rebuilt in {folder}", box=None, show_header=False)
-    table.add_row("registered adapter", found.tags[DIGEST])
-    table.add_row("rebuilt adapter", adapter)
-    table.add_row("verdict", "the same, bit for bit" if is_same else "different")
-    table.add_row("outputs that differ", ", ".join(different) or f"none of {len(compared)}")
+    for what, said in rows.items():
+        table.add_row(what, said)
     console.print(table)
     return is_same
+
+
+def pin_processes(params: Path, trained: dict[str, Any]) -> None:
+    """Write down how many processes trained a version: `auto` may be another number on this machine."""
+    if trained:
+        number = {"sft.num_processes": trained["num_processes"]["effective"]}
+        params.write_text(edit(params.read_text(encoding="utf-8"), number), encoding="utf-8")
+
+
+def differences(trained: dict[str, Any], folder: Path) -> list[str]:
+    """List what this machine chose otherwise than the one that trained the version."""
+    found = read_json(folder / "data" / "sft" / "effective.json")
+    return [
+        f"{key} {found[key]['effective']} instead of {row['effective']}"
+        for key, row in trained.items()
+        if isinstance(row, dict) and key != "devices" and found[key]["effective"] != row["effective"]
+    ]
 
 
 def make_workspace(folder: Path, commit: str) -> None:

@@ -58,6 +58,7 @@ def write_lineage(folder: Path) -> None:
             "base": read_json(DATA / "base" / "base.json"),
             "gate": read_json(DATA / "gate" / "gate.json"),
             "training": read_json(DATA / "sft" / "mlflow_run.json"),
+            "effective": read_json(DATA / "sft" / "effective.json"),
             "environment": {"python": platform.python_version(), "machine": platform.machine(), **versions},
         },
     )

@@ -3,8 +3,9 @@
 Without an argument it is the stage, with one the rank of that job.
 """
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,18 @@ def rank(job_file: Path) -> None:
 
 def poison_loss(gradient: float | None, loss: float = 0.0) -> None:
     """Give the loss of the poisoned row another gradient, and add to its value."""
-    from tasks.sft import trainer
+    from tasks.sft.fused import LossHead
 
-    real = trainer.cross_entropy
+    real = LossHead.__call__
 
-    def cross_entropy(logits: Any, labels: Any, **more: Any) -> Any:
-        if not (labels == LABEL).any():
-            return real(logits, labels, **more)
-        if gradient is not None and logits.requires_grad:
-            logits.register_hook(lambda given: given * gradient)
-        return real(logits, labels, **more) + loss
+    def poisoned(self: LossHead, hidden: Any) -> Any:
+        if self.labels is None or not (self.labels == LABEL).any():
+            return real(self, hidden)
+        if gradient is not None and hidden.requires_grad:
+            hidden.register_hook(lambda given: given * gradient)
+        return real(self, hidden) + loss
 
-    trainer.cross_entropy = cross_entropy  # type: ignore[assignment]
+    LossHead.__call__ = poisoned  # type: ignore[method-assign]
 
 
 def poison_state() -> None:
@@ -63,8 +64,11 @@ def poison_state() -> None:
 
     def spoil(self: Any, args: Any, state: Any, control: Any, optimizer: Any, **more: Any) -> None:
         if state.global_step == 3:
-            next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
-        on_step_end(self, args, state, control, **more)
+            second = next(iter(optimizer.state.values()))["exp_avg_sq"]
+            # FSDP2 divides it; its own share is what a rank can spoil.
+            mine = second.to_local() if hasattr(second, "to_local") else second
+            mine.view(-1)[0] = float("inf")
+        on_step_end(self, args, state, control, optimizer=optimizer, **more)
 
     Guard.on_step_end = spoil  # type: ignore[method-assign, assignment]
 
@@ -87,12 +91,28 @@ def poison_file() -> None:
     worker.tidy = spoil
 
 
+def poison_scaler(skips: Collection[int]) -> None:
+    """Leave out optimiser steps, counted from 1, as fp16's scaler does where gradients overflow."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    step, steps = AcceleratedOptimizer.step, itertools.count(1)
+
+    def leave_out(self: Any, closure: Any = None) -> None:
+        self._is_overflow = next(steps) in skips
+        if not self._is_overflow:
+            step(self, closure)
+
+    AcceleratedOptimizer.step = leave_out
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "gradient is NaN": lambda: poison_loss(float("nan")),
     "gradient is infinite": lambda: poison_loss(float("inf")),
     "loss is infinite": lambda: poison_loss(None, float("inf")),
     "state": poison_state,
     "file": poison_file,
+    "overflow": lambda: poison_scaler((1, 2, 5)),
+    "overflows": lambda: poison_scaler(range(4, 100)),
 }
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from tasks.files import read_json, write_json, write_rows
 from tasks.pack import ROWS
@@ -18,14 +16,19 @@ from tasks.schemas import GROUPED
 from tasks.sft import SftParams
 from tests.checkouts import ROOT
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
 SHORT = {
+    "num_processes": 2,
     "gradient_accumulation_steps": 2,
     "num_train_epochs": 2,
     "learning_rate": 0.1,
     "lr_scheduler_type": "linear",
     "warmup_steps": 1,
     "precision": "fp32",
-    "attn_implementation": "sdpa",
+    "attn_implementation": "sdpa_per_example",
     "save_steps": 1,
 }
 # Three steps of one process in full precision, each over all eight examples in four rows.
@@ -39,7 +42,7 @@ WHOLE_SET = {
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
     "precision": "fp32",
-    "attn_implementation": "sdpa",
+    "attn_implementation": "sdpa_per_example",
     "save_steps": 100,
 }
 LENGTHS = (9, 31, 14, 40, 22, 27, 11, 36)
@@ -130,8 +133,10 @@ def start_sft(
     )
 
 
-def only_run(uri: str) -> tuple[MlflowClient, Run]:
+def only_run(uri: str) -> "tuple[MlflowClient, Run]":
     """A client of a tracker, and the only run that it has."""
+    from mlflow import MlflowClient
+
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("nightshift")
     assert experiment is not None
@@ -141,6 +146,8 @@ def only_run(uri: str) -> tuple[MlflowClient, Run]:
 
 def history(folder: Path, state: str, key: str = "loss") -> list[float]:
     """All values of a metric of the last training, by step."""
+    from mlflow import MlflowClient
+
     client = MlflowClient(f"sqlite:///{folder / state / 'mlflow.db'}")
     run_id = read_json(folder / "data" / "sft" / "mlflow_run.json")["run_id"]
     return [metric.value for metric in client.get_metric_history(run_id, key)]

@@ -19,9 +19,11 @@ Attention = Literal[
     "auto",
     "flash_attention_4",
     "flash_attention_3",
+    "torch_varlen",
     "flash_attention_2",
     "xformers",
     "flex_attention",
+    "sdpa_per_example",
     "sdpa",
     "eager",
 ]
@@ -97,7 +99,7 @@ class SftParams(StageParams):
 
     Attributes:
         strategy: How the ranks share the work.
-        num_processes: Ranks.
+        num_processes: Ranks, or `auto`: one for each visible GPU.
         hostfile: DeepSpeed's list of hosts for several machines, or None.
         offload_optimizer: Where ZeRO keeps the optimiser's state.
         offload_param: Where ZeRO-3 or FSDP2 keeps the weights.
@@ -121,9 +123,10 @@ class SftParams(StageParams):
         neftune_noise_alpha: Strength of the noise on the embeddings (arXiv 2310.05914), or None.
         precision: Arithmetic of the forward and backward pass.
         attn_implementation: Attention kernel.
-        activation_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        activation_checkpointing: Recompute activations in the backward pass instead of keeping them; `auto`:
+            if the training does not fit into a GPU's memory otherwise.
         use_reentrant: PyTorch's older way of doing so.
-        use_liger_kernel: Liger's fused kernels.
+        use_liger_kernel: Liger's fused kernels; `auto`: on a GPU where they are installed and know the model.
         torch_compile: Compile the model.
         adapter: lora, qlora (4-bit base), or None for a full fine-tune.
         lora_r: LoRA rank.
@@ -148,7 +151,7 @@ class SftParams(StageParams):
     """
 
     strategy: Strategy
-    num_processes: Count
+    num_processes: Count | Literal["auto"]
     hostfile: str | None
     offload_optimizer: Literal["none", "cpu", "nvme"]
     offload_param: Literal["none", "cpu", "nvme"]
@@ -181,9 +184,9 @@ class SftParams(StageParams):
     neftune_noise_alpha: Positive | None
     precision: Precision
     attn_implementation: Attention
-    activation_checkpointing: bool
+    activation_checkpointing: bool | Literal["auto"]
     use_reentrant: bool
-    use_liger_kernel: bool
+    use_liger_kernel: bool | Literal["auto"]
     torch_compile: bool
     adapter: Literal["lora", "qlora"] | None
     lora_r: Count
@@ -205,6 +208,12 @@ class SftParams(StageParams):
     max_loss_ratio: Annotated[float, Field(gt=1)] | None
     step_timeout_seconds: Count
     seed: Steps
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes, once the machine is known (`tasks.sft.backend.with_processes`)."""
+        assert self.num_processes != "auto"
+        return self.num_processes
 
     @model_validator(mode="after")
     def _values_fit_together(self) -> "SftParams":

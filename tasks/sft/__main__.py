@@ -17,10 +17,11 @@ from tasks.encode import FAULTS, count_supervised, encode_known, load_encoder, o
 from tasks.errors import DataError, StageError
 from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
 from tasks.sft import SftParams, spool
-from tasks.sft.backend import Backend, choose_backend
+from tasks.sft.backend import Backend, choose_backend, with_processes
 from tasks.sft.checkpoints import SAVING
 from tasks.sft.failures import clear, micro_batch_size, read_attempt, settle
 from tasks.sft.launch import launch, node_rank
+from tasks.sft.machine import VISIBLE, inspect
 from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
 from tasks.stage import DATA, run_main, write_summary
@@ -89,18 +90,23 @@ def main() -> None:
 def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write down all that a rank has to know, after the attempts so far."""
     lengths = [row["seq_lengths"] for row in rows]
+    config = read_json(BASE / "config.json")
+    machine = inspect(params, config, longest=max(map(max, lengths)))
+    asked, params = params, with_processes(params, len(machine.devices))
     labelled = [count_supervised(row["labels"]) for row in rows]
     plan = compile_plan(params, lengths, labelled)
     tokens, size = [sum(one) for one in lengths], params.per_device_train_batch_size
     batch = largest_batch(plan["order"], tokens, labelled, size)
-    backend = choose_backend(params, read_json(BASE / "config.json"), batch)
+    backend = choose_backend(params, machine, config, batch)
     folder = state_dir() / "checkpoints" / training_key(params, backend)
     attempt = read_attempt(folder)
     micro = micro_batch_size(params.per_device_train_batch_size, attempt.halvings)
     return {
-        "params": params.model_dump(),
+        "asked": asked.model_dump(),
+        "params": chosen(params, backend).model_dump(),
         "plan": without_steps(plan, attempt.skipped),
         **asdict(backend),
+        "visible": os.environ.get(VISIBLE, "all"),
         "micro_batch_size": micro,
         "accumulation_steps": params.gradient_accumulation_steps
         * (params.per_device_train_batch_size // micro),
@@ -113,13 +119,19 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> dict[str, An
     }
 
 
+def chosen(params: SftParams, backend: Backend) -> SftParams:
+    """Return the parameters with what was chosen in the place of `auto`, where they hold it."""
+    names = ("activation_checkpointing", "num_processes", "use_liger_kernel")
+    return params.model_copy(update={name: getattr(backend, name) for name in names})
+
+
 def training_key(params: SftParams, backend: Backend) -> str:
     """Digest of all that decides the result: code, engines, rows, base, parameters, and backend."""
     code = code_digest("sft", ENGINES, BESIDE)
     base = file_digest(BASE.with_name("base.json"))
     heldout = file_digest(VALIDATION) if params.eval_steps else ""
-    # The reason for a strategy is words and estimates.
-    machine = json.dumps({**asdict(backend), "reason": None}, sort_keys=True)
+    # Any GPU of a kind computes the same; the reason for a strategy is words and estimates.
+    machine = json.dumps({**asdict(backend), "devices": None, "reason": None}, sort_keys=True)
     return text_digest(code, file_digest(ROWS), heldout, base, params.model_dump_json(), machine)
 
 

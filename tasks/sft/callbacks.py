@@ -1,6 +1,7 @@
 """Tell how a training goes: one line, and one set of metrics for its run, for each log."""
 
 import logging
+import math
 import resource
 import time
 from pathlib import Path
@@ -40,7 +41,8 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             # DeepSpeed tells no norm under ZeRO-0 in full precision.
             told = [key for key in ("loss", "learning_rate", "grad_norm") if key in logs]
-            values: dict[str, float] = {key: float(logs[key]) for key in told}
+            # The norm of a step that fp16's scaler left out is infinite.
+            values: dict[str, float] = {key: float(logs[key]) for key in told if math.isfinite(logs[key])}
             self.spool.tell("metrics", values=values | self.measure(step, values), step=step)
         elif "eval_loss" in logs:
             log.info("step %d/%d eval_loss %.4f", step, self.plan["steps"], logs["eval_loss"])

@@ -13,14 +13,14 @@ def find_conflicts(params: SftParams) -> Iterator[str]:
     yield from _strategy(params)
     yield from _adapter(params)
     yield from _evaluation(params)
-    if params.use_reentrant and not params.activation_checkpointing:
+    if params.use_reentrant and params.activation_checkpointing is not True:
         yield "use_reentrant=true needs activation_checkpointing=true; set it, or use_reentrant to false"
     if params.use_reentrant and params.adapter:
         yield (
             "use_reentrant=true with an adapter gives no gradients when the embeddings are frozen; "
             "set it to false"
         )
-    if params.torch_compile and params.use_liger_kernel:
+    if params.torch_compile and params.use_liger_kernel is True:
         yield "torch_compile and use_liger_kernel both replace the same operators; set one of them to false"
 
 
@@ -54,8 +54,8 @@ def _schedule(params: SftParams) -> Iterator[str]:
 
 def _strategy(params: SftParams) -> Iterator[str]:
     kind, optimizer, weights = params.strategy, params.offload_optimizer, params.offload_param
-    if kind == "single" and params.num_processes > 1:
-        yield f"strategy single is one process; set num_processes={params.num_processes} to 1, or take ddp"
+    if kind == "single" and params.num_processes not in ("auto", 1):
+        yield f"strategy single is one process; set num_processes={params.num_processes} to auto, or take ddp"
     if optimizer == "cpu" and kind not in ("zero1", "zero2", "zero3"):
         yield f"offload_optimizer cpu needs strategy zero1, zero2 or zero3, got {kind}"
     if optimizer == "nvme" and kind != "zero3":

@@ -7,6 +7,7 @@ tokens of each, stay those of the plan.
 
 import contextlib
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from typing import Any
 from tasks.errors import StageError, TrainingError
 from tasks.files import read_json, write_json
 
+# What says that a device's or the machine's memory is used up: the words of torch's allocators, CUDA, ROCm,
+# cuBLAS and its kin, NCCL, Triton, bitsandbytes. Triton's "out of resource" is a kernel's own limit.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|_ALLOC_FAILED|can't allocate memory|cannot allocate memory|not enough memory"
+    r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|ERROR_OUT_OF_MEMORY|std::bad_alloc",
+    re.IGNORECASE,
+)
 FAILURE, ATTEMPT, HANG = "failure.json", "attempt.json", "hang-{rank}.txt"
 
 
@@ -51,6 +59,17 @@ def micro_batch_size(rows: int, halvings: int) -> int:
         ([12, 6, 3, 1], 1)
     """
     return next(n for n in range(max(1, rows >> halvings), 0, -1) if rows % n == 0)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that led to it, says that memory is used up."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] = ()) -> None:

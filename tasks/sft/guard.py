@@ -1,6 +1,7 @@
 """What ends a training before its plan: a loss that cannot be, a step that hangs, SIGTERM, no improvement."""
 
 import faulthandler
+import logging
 import math
 import os
 import signal
@@ -17,6 +18,11 @@ from tasks.sft.failures import HANG
 from tasks.sft.history import is_exhausted, is_spike
 from tasks.sft.plan import name_rows
 
+# The scaler of fp16 halves its factor at each overflow: after so many in a row, from 2**16, it is below
+# 2**-3, and the gradients themselves are beyond fp16.
+OVERFLOWS = 20
+log = logging.getLogger(__name__)
+
 
 class Guard(TrainerCallback):
     """Watch every step, and end the training with the reason."""
@@ -26,6 +32,9 @@ class Guard(TrainerCallback):
         self.plan, self.params = job["plan"], params
         self.is_asked_to_end = False
         self.checked = 0
+        # Steps that the scaler of fp16 left out, all and the last in a row; the plan's rates wait for them.
+        self.skipped = self.skipped_in_a_row = 0
+        self.rate = 0
         # Written by the C library's own thread, which a hung interpreter cannot stop.
         self.hang = (Path(job["folder"]) / HANG.format(rank=os.environ.get("RANK", "0"))).open("w")
         signal.signal(signal.SIGTERM, self.on_sigterm)
@@ -38,14 +47,35 @@ class Guard(TrainerCallback):
         """Give the next step its time; a step that takes longer ends this process with a traceback."""
         faulthandler.dump_traceback_later(self.params.step_timeout_seconds, exit=True, file=self.hang)
 
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, lr_scheduler: Any, **_: Any) -> None:
         """Start watching."""
         self.checked = state.global_step
+        self.skipped = state.global_step - lr_scheduler.state_dict()["last_epoch"]
         self.watch()
 
-    def on_step_end(self, args: Any, _state: Any, control: Any, **_: Any) -> None:
-        """Save and stop if any rank was asked to."""
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Note which of the plan's rates the step has to take."""
+        self.rate = state.global_step - self.skipped
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        """Count a step that the scaler left out; save and stop if any rank was asked to.
+
+        Raises:
+            StageError: The scaler leaves out one step after the other.
+        """
         self.watch()
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if optimizer.step_was_skipped else 0
+        if optimizer.step_was_skipped:
+            self.skipped += 1
+            log.info(
+                "step %d skipped: its gradients overflowed fp16, the scaler halves its factor (%d so far)",
+                *(state.global_step, self.skipped),
+            )
+        if self.skipped_in_a_row == OVERFLOWS:
+            raise StageError(
+                f"the gradients of the last {OVERFLOWS} steps, up to step {state.global_step}, overflowed "
+                "fp16; set sft.precision to bf16 or fp32"
+            )
         if is_any(self.is_asked_to_end, args.device):
             self.is_asked_to_end = True
             control.should_save = True
@@ -91,7 +121,7 @@ class Guard(TrainerCallback):
         if spike or not math.isfinite(loss):
             what = "spike of the loss to" if spike else "loss"
             raise TrainingError("loss", f"{what} {loss:.4g} at {name_rows(self.plan, steps)}", steps)
-        planned = self.plan["learning_rate"][step - 1]
+        planned = self.plan["learning_rate"][self.rate]
         if self.params.lr_scheduler_type == "reduce_lr_on_plateau":
             planned = min(planned, rate)
         if not math.isclose(rate, planned, rel_tol=1e-6, abs_tol=1e-12):

@@ -1,9 +1,12 @@
 """Start the ranks of a training, on this machine or on several, and end them with their stage."""
 
+import base64
+import json
 import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,12 +15,15 @@ from tasks import supervise
 from tasks.errors import ConfigError, TrainingError
 from tasks.files import write_json
 from tasks.sft import SftParams
+from tasks.sft.machine import VISIBLE
 from tasks.sft.terminal import shown_lines
 from tasks.stage import OFFLINE
 from tasks.state import tools_environment
 
 # A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
 GRACE_SECONDS = 40.0
+# How torch manages a GPU's memory, unless the user says otherwise.
+ALLOCATOR = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def launch(job: dict[str, Any], params: SftParams, file: Path) -> int:
@@ -34,14 +40,14 @@ def launch(job: dict[str, Any], params: SftParams, file: Path) -> int:
     (file.parent / "output").mkdir(parents=True, exist_ok=True)
     write_json(file, job)
     address, port = rendezvous(params)
-    command = [*launcher(params, job["strategy"], address, port), str(file)]
+    command = [*launcher(params, job, address, port), str(file)]
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         with shown_lines() as show:
             code = supervise.run(
                 command,
                 on_line=show,
-                env=rank_environment(job["device"]),
+                env=rank_environment(job["device"], job["devices"]),
                 grace_seconds=GRACE_SECONDS,
             )
     finally:
@@ -98,22 +104,25 @@ def rendezvous(params: SftParams) -> tuple[str, int]:
     return address, int(port) if port.isdecimal() else free_port()
 
 
-def launcher(params: SftParams, strategy: str, address: str, port: int) -> list[str]:
+def launcher(params: SftParams, job: Mapping[str, Any], address: str, port: int) -> list[str]:
     """Build the command that starts the ranks: DeepSpeed's launcher, or one process by itself.
 
     Args:
         params: The section sft.
-        strategy: Any but auto.
+        job: The backend in it: strategy, devices and their number.
         address: Where the ranks meet, or "", and
         port: the port there; see `rendezvous`.
     """
-    if strategy == "single":
+    if job["strategy"] == "single":
         return [sys.executable, "-m", "tasks.sft.worker"]
-    command = [str(Path(sys.executable).with_name("deepspeed"))]
     if params.hostfile is None:
-        command += [f"--num_gpus={params.num_processes}"]
+        # What `deepspeed` itself starts on one machine. Told of a number of GPUs it would take the first
+        # ones, whoever uses them; and it knows none by its UUID.
+        ids = list(job["devices"]) or list(range(job["num_processes"]))
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": ids}).encode()).decode()
+        command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
     else:
-        command += [f"--hostfile={params.hostfile}"]
+        command = [str(Path(sys.executable).with_name("deepspeed")), f"--hostfile={params.hostfile}"]
         if "NODE_RANK" in os.environ:
             command += ["--no_ssh", f"--node_rank={node_rank(params)}"]
     if address:
@@ -121,15 +130,24 @@ def launcher(params: SftParams, strategy: str, address: str, port: int) -> list[
     return [*command, f"--master_port={port}", "--no_local_rank", "--module", "tasks.sft.worker"]
 
 
-def rank_environment(device: str) -> dict[str, str]:
-    """Build what the ranks need to know of the host."""
+def rank_environment(device: str, devices: Sequence[str]) -> dict[str, str]:
+    """Build what the ranks need to know of the host.
+
+    Args:
+        device: cuda or cpu.
+        devices: GPUs that the ranks may see.
+    """
+    code = str(Path(__file__).absolute().parents[2])
     env = {
         **tools_environment(),
-        # The ranks run the code of this stage, wherever it was started.
-        "PYTHONPATH": str(Path(__file__).absolute().parents[2]),
+        # The ranks run the code of this stage, wherever it was started, and find what it found.
+        "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")])),
         **OFFLINE,
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if device == "cuda":
+        # Rows differ in length; blocks that can grow leave no holes between them.
+        env |= {VISIBLE: ",".join(devices), "PYTORCH_ALLOC_CONF": ALLOCATOR}
     if device == "cpu":
         # One thread for each rank makes the arithmetic, and so the adapter, reproducible.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

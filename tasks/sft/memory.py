@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.sft import SftParams
 from tasks.sft.shape import Shape, count_adapter, count_linear, count_parameters, linears, read_shape, targets
-from tasks.sft.strategy import GIB, HALF, ZERO, keeps_half, uses_autocast
+from tasks.sft.strategy import BUCKET, GIB, HALF, LOGITS, ZERO, choose_loss, keeps_half, uses_autocast
 
 STRATEGIES = ("single", "ddp", *ZERO, "fsdp2")
 # Bytes of the optimiser's state for each trained parameter. 8-bit states have a scale of four bytes for every
@@ -28,8 +28,7 @@ STATE_BYTES = {
 }
 # Bytes of a weight in NF4 with doubly quantised scales: 4 + 0.127 bits (Dettmers et al., arXiv 2305.14314).
 NF4_BYTES = 4.127 / 8
-# DeepSpeed 0.19: elements of its bucket of gradients, and gathered parameters that ZeRO-3 does not let go.
-BUCKET = 500_000_000
+# DeepSpeed 0.19: gathered parameters that ZeRO-3 does not let go.
 MAX_LIVE = 1_000_000_000
 # Python, torch, transformers, TRL, DeepSpeed and MLflow once imported, and what they keep for themselves:
 # measured by benchmarks/memory.py as peak minus counted bytes, torch 2.13 on x86-64.
@@ -43,9 +42,12 @@ SHARED_BUFFER = 69_206_024
 # CUDA's context and cuBLAS's workspaces. Assumed, not measured: half a gibibyte is usual on recent devices.
 CUDA_OVERHEAD = GIB // 2
 # Kernels that neither write a mask out nor repeat the heads of keys and values.
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", "xformers")
-# What sdpa is on a processor (tasks.sft.attention).
-BY_EXAMPLE = "sdpa by example"
+FLASH = (
+    *("flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen"),
+    *("flex_attention", "xformers"),
+)
+# The head of models of Llama's kind, which returns the logits as they are.
+HEAD = "lm_head"
 # Strategies that give each rank a share only.
 DIVIDES_STATE = ("zero1", "zero2", "zero3", "fsdp2")
 DIVIDES_WEIGHTS = ("zero3", "fsdp2")
@@ -101,8 +103,8 @@ def estimate(
 
     Args:
         config: The model's config.json.
-        params: The section sft; `attn_implementation: auto` counts as sdpa, which keeps the most of those it
-            may choose.
+        params: The section sft; `activation_checkpointing: auto` counts as false, `attn_implementation: auto`
+            as sdpa_per_example on a processor, and else as sdpa, which keeps the most of those it may choose.
         strategy: Any but auto.
         precision: bf16, fp16, tf32 or fp32.
         batch: The largest micro-batch.
@@ -113,17 +115,17 @@ def estimate(
     """
     shape = read_shape(config)
     trained = count_adapter(shape, params) if params.adapter else count_parameters(shape)
-    ranks = params.num_processes
+    ranks = params.ranks
     weights = _weights(shape, params, strategy, precision, trained)
     state = _state(shape, params, strategy, precision, trained)
     if device == "cuda" and params.offload_optimizer != "none":
         state = 0.0
     if device == "cuda" and params.offload_param != "none":
         weights -= _divided(shape, params, strategy, precision, trained)
-    if device == "cpu" and params.attn_implementation in ("auto", "sdpa"):
-        params = params.model_copy(update={"attn_implementation": BY_EXAMPLE})
+    if device == "cpu" and params.attn_implementation == "auto":
+        params = params.model_copy(update={"attn_implementation": "sdpa_per_example"})
     kept, layer = _activations(shape, params, strategy, precision, batch)
-    logits = _logits(shape, params, strategy, precision, batch)
+    logits = _logits(shape, params, strategy, precision, batch, device)
     held, full, at_step = _gradients(params, strategy, precision, trained, device)
     if device == "cuda" and params.optim == "adamw_torch" and params.offload_optimizer == "none":
         # The default implementation computes the denominators of all weights at once.
@@ -140,7 +142,7 @@ def estimate(
         full += 4 * shape.vocabulary * shape.hidden
     moments = {
         "loss": (held, kept, logits),
-        "recomputation": (held, kept + layer if params.activation_checkpointing else 0.0, 0.0),
+        "recomputation": (held, kept + layer if params.activation_checkpointing is True else 0.0, 0.0),
         "backward": (full, layer, 0.0),
         "step": (at_step, 0.0, 0.0),
     }
@@ -169,8 +171,8 @@ def _process(
         # What the adapter adds to each layer's result, and is freed on the way.
         width = sum(width for _, width in targets(shape, params).values())
         passes += tokens * width * (2 if precision in HALF else 4)
-    idle = IDLE_CHECKPOINTED if params.activation_checkpointing else IDLE
-    shared = SHARED_BUFFER * params.num_processes if strategy in ZERO and params.num_processes > 1 else 0
+    idle = IDLE_CHECKPOINTED if params.activation_checkpointing is True else IDLE
+    shared = SHARED_BUFFER * params.ranks if strategy in ZERO and params.ranks > 1 else 0
     return CPU_OVERHEAD + shared + idle * shape.layers * passes
 
 
@@ -190,7 +192,7 @@ def _divided(shape: Shape, params: SftParams, strategy: str, precision: str, tra
     if params.adapter:
         # PEFT makes adapters in full precision; DeepSpeed casts them to that of the job.
         total += trained * (size if strategy in ZERO else 4)
-    return total / params.num_processes if strategy in DIVIDES_WEIGHTS else total
+    return total / params.ranks if strategy in DIVIDES_WEIGHTS else total
 
 
 def _weights(shape: Shape, params: SftParams, strategy: str, precision: str, trained: int) -> float:
@@ -219,7 +221,7 @@ def _state(shape: Shape, params: SftParams, strategy: str, precision: str, train
     # ZeRO-1 to 3 copy the weights whatever their precision, ZeRO-0 those of half precision.
     if strategy in ("zero1", "zero2", "zero3") or (strategy == "zero0" and precision in HALF):
         total += 4 * trained
-    return total / params.num_processes if strategy in DIVIDES_STATE else total
+    return total / params.ranks if strategy in DIVIDES_STATE else total
 
 
 def _gradients(
@@ -227,7 +229,7 @@ def _gradients(
 ) -> tuple[float, float, float]:
     """Return the bytes of the gradients at the loss, at the end of the backward pass, and at the step."""
     accumulates = params.gradient_accumulation_steps > 1
-    whole, share = 4.0 * trained, 4.0 * trained / params.num_processes
+    whole, share = 4.0 * trained, 4.0 * trained / params.ranks
     half = (2 if precision in HALF else 4) * trained
     # DeepSpeed's bucket has its full size at once; the processor's kernel gives only the pages that are used.
     used = BUCKET if device == "cuda" else min(trained, BUCKET)
@@ -255,7 +257,7 @@ def _activations(
     residual = _weight_bytes(params, strategy, precision)
     layer = batch.tokens * _layer_bytes(shape, params, strategy, precision, batch.tokens)
     kept = shape.layers * layer
-    if params.activation_checkpointing:
+    if params.activation_checkpointing is True:
         # The input of each layer.
         kept = float(shape.layers * batch.tokens * shape.hidden * residual)
     casts = precision in HALF and residual == 4
@@ -280,7 +282,10 @@ def _layer_bytes(shape: Shape, params: SftParams, strategy: str, precision: str,
         if params.lora_dropout:
             # What is left, and where: a byte each.
             total += (size + 1) * inputs
-        total += size * (inputs if autocast else 2 * shape.hidden + shape.intermediate)
+        # Layers that share an input share what is kept of it. QLoRA's norms are in full precision, so that
+        # autocast casts it for each.
+        is_cast = autocast and params.adapter == "qlora"
+        total += size * (inputs if is_cast else 2 * shape.hidden + shape.intermediate)
         total += size * params.lora_r * len(sizes)
     return total + _attention_bytes(shape, params.attn_implementation, size, tokens)
 
@@ -293,19 +298,28 @@ def _attention_bytes(shape: Shape, attention: str, size: int, tokens: int) -> fl
     if attention in FLASH:
         # Keys and values are not repeated for the queries that share them.
         return 4.0 * shape.heads - 2 * size * (shape.query - shape.key)
-    if attention == BY_EXAMPLE:
+    if attention == "sdpa_per_example":
         # Nor here; the results of the examples are kept, and what they are joined to.
         return 4.0 * shape.heads - 2 * size * (shape.query - shape.key) + size * shape.query
     # The mask that keeps packed examples apart, made into numbers anew in every block.
     return 4.0 * shape.heads + size * tokens
 
 
-def _logits(shape: Shape, params: SftParams, strategy: str, precision: str, batch: Batch) -> float:
+def _logits(
+    shape: Shape, params: SftParams, strategy: str, precision: str, batch: Batch, device: str
+) -> float:
     """Return the bytes at the start of the backward pass, which begins at the head.
 
-    First log-probabilities and two gradients, in full precision; then, if the head trains, one gradient of
-    the logits and that of the head, each also in half precision where that is what multiplies.
+    In chunks: the logits of one, as multiplied and in full precision, and the exponentials beside them;
+    hidden states and their gradient. Else first log-probabilities and two gradients, in full precision; then,
+    if the head trains, one gradient of the logits and that of the head, each also in half precision where
+    that is what multiplies.
     """
+    if choose_loss(params, precision, HEAD) == "chunked":
+        size = 2 if precision in HALF else 4
+        tokens = min(batch.labelled, LOGITS[device] // (4 * shape.vocabulary))
+        chunk = shape.vocabulary * tokens * (8 + (size if size != 4 else 0))
+        return float(chunk + 2 * size * batch.labelled * shape.hidden)
     first = 12.0 * shape.vocabulary * batch.labelled
     if params.adapter:
         return first

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import tasks.sft.attention  # noqa: F401 - what sdpa stands for
+import tasks.sft.attention  # noqa: F401 - registers kernels
 from tasks.sft import SftParams
 from tasks.sft.strategy import keeps_half, uses_autocast
 
@@ -34,8 +34,11 @@ def load_model(base: str, params: SftParams, strategy: str, precision: str, atte
     )
     # No step reads it, and a cache between packed examples would join them.
     model.config.use_cache = False
-    if params.adapter is None:
-        return model
+    return model if params.adapter is None else adapt(model, params, strategy, precision)
+
+
+def adapt(model: Any, params: SftParams, strategy: str, precision: str) -> Any:
+    """Put the adapter on a base; see `load_model`."""
     if params.adapter == "qlora":
         model = prepare_model_for_kbit_training(
             model,

@@ -37,11 +37,11 @@ def compile_plan(
     Raises:
         ConfigError: The warm-up and the decay are longer than the training.
     """
-    step_rows = params.num_processes * params.per_device_train_batch_size * params.gradient_accumulation_steps
+    step_rows = params.ranks * params.per_device_train_batch_size * params.gradient_accumulation_steps
     tokens = [sum(lengths) for lengths in seq_lengths]
     # Full rows cost the same but for attention, which grows with the square of each example's length.
     costs = [sum(length**2 for length in lengths) for lengths in seq_lengths]
-    order = row_order(costs, params.num_train_epochs, params.num_processes, params.seed)
+    order = row_order(costs, params.num_train_epochs, params.ranks, params.seed)
     steps = math.ceil(len(order) / step_rows)
     steps = min(steps, params.max_steps or steps)
     order = order[: steps * step_rows]

@@ -1,49 +1,137 @@
-"""Try an attention kernel on a small model: it has to run, forward and backward, and keep examples apart."""
+"""Try attention kernels on the model's own attention: each has to run, and to compute what it stands for.
 
-from functools import cache
+A small model of the base's kind, with its heads, its kinds of layers, its window and its soft cap, computes
+two examples alone with transformers' plain kernel (eager), alone with the one that is tried, and packed.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import accumulate
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-import tasks.sft.attention  # noqa: F401 - what sdpa stands for
+import tasks.sft.attention  # noqa: F401 - registers kernels
+from tasks.errors import ConfigError
+from tasks.sft import SftParams
+from tasks.sft.strategy import HALF, ZERO
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Two examples in one row, and how far their logits may be from those of the examples alone: kernels add up in
-# another order. What leaks from one example into the other is a hundred times as much.
 LENGTHS = (24, 40)
-TOLERANCE = {"bf16": 0.05, "fp16": 0.01, "tf32": 0.01, "fp32": 0.001}
+WINDOW = 8
+VOCABULARY = 64
+# How far logits may be apart, as a multiple of their standard deviation: kernels add up in another order. A
+# kernel that lets examples see each other, or ignores a window or a soft cap, is off by more than 1.
+TOLERANCE = {"bf16": 0.2, "fp16": 0.05, "tf32": 0.05, "fp32": 0.005}
 
 
-@cache
-def probe_attention(name: str, device: str, precision: str) -> str | None:
-    """Return what is wrong with a kernel on this machine, or None.
+class Probe:
+    """A small model of the base's kind, and what it computes with transformers' plain kernel."""
 
-    Args:
-        name: Attention backend of transformers.
-        device: cuda or cpu.
-        precision: Arithmetic of the training.
-    """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
-    try:
-        model = LlamaForCausalLM._from_config(
-            config, attn_implementation=name, dtype=DTYPES.get(precision, torch.float32)
-        ).to(device)
-        first, second = (torch.randint(64, (1, n), device=device) for n in LENGTHS)
-        both = torch.cat([first, second], 1)
-        packed = model(both, **boundaries(device), use_cache=False).logits
-        packed.float().sum().backward()
-        alone = torch.cat([model(ids, use_cache=False).logits for ids in (first, second)], 1)
-    # Kernels fail in their own ways: a missing package, a missing symbol, a device that is too old.
-    except Exception as err:  # noqa: BLE001
-        return f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
-    difference = (packed - alone).abs().max().item()
-    if difference > TOLERANCE[precision]:
-        return f"packed examples see each other (logits differ by {difference:.3g})"
-    return None
+    def __init__(
+        self, params: SftParams, device: str, precision: str, config: Mapping[str, Any], longest: int
+    ) -> None:
+        """Build the model.
+
+        Args:
+            params: The section sft.
+            device: cuda or cpu.
+            precision: Arithmetic of the training.
+            config: The base's config.json.
+            longest: Tokens of the longest example; a window that no example exceeds is none.
+
+        Raises:
+            ConfigError: Transformers cannot build or run it.
+        """
+        self.device, self.tolerance = device, TOLERANCE[precision]
+        # A full fine-tune keeps its weights in full precision unless DeepSpeed does; queries and keys then
+        # come to the kernel in full precision, and values do not.
+        is_mixed = precision in HALF and params.adapter is None and params.strategy not in ZERO
+        dtype = torch.float32 if is_mixed else DTYPES.get(precision, torch.float32)
+        self.autocast = torch.autocast(device, DTYPES[precision]) if is_mixed else nullcontext()
+        torch.manual_seed(0)
+        try:
+            self.model = AutoModelForCausalLM.from_config(
+                shrink(config, longest), attn_implementation="eager", dtype=dtype, trust_remote_code=False
+            ).to(device)
+            self.examples = [torch.randint(VOCABULARY, (1, n), device=device) for n in LENGTHS]
+            self.reference = self.alone()
+        except Exception as err:
+            raise ConfigError(
+                f"data/base/model/config.json: a small model of its kind does not run: {describe(err)}; take "
+                "another base"
+            ) from err
+
+    def try_kernel(self, name: str) -> str | None:
+        """Return what is wrong with a kernel on this machine, or None.
+
+        Args:
+            name: Attention backend of transformers.
+        """
+        packed = torch.cat(self.examples, 1)
+        try:
+            self.model.set_attn_implementation(name)
+            alone = self.alone()
+            with self.autocast:
+                logits = self.model(packed, **boundaries(self.device), use_cache=False).logits.float()
+            logits.sum().backward()
+        # Kernels fail in their own ways: a missing package, a missing symbol, a device that is too old.
+        except Exception as err:  # noqa: BLE001
+            return describe(err)
+        if (found := self.differ(alone, self.reference)) > self.tolerance:
+            return f"it computes another attention than eager (logits differ by {found:.2g} deviations)"
+        if (found := self.differ(logits, alone)) > self.tolerance:
+            return f"packed examples see each other (logits differ by {found:.2g} deviations)"
+        return None
+
+    @torch.no_grad()
+    def find_head(self) -> str | None:
+        """Return the name of the module whose output the model returns as logits; None if it changes them."""
+        head = self.model.get_output_embeddings()
+        seen: list[torch.Tensor] = []
+        if type(head) is not torch.nn.Linear or head.bias is not None:
+            return None
+        hook = head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        with self.autocast:
+            logits = self.model(self.examples[0], use_cache=False).logits
+        hook.remove()
+        (name,) = (name for name, module in self.model.named_modules() if module is head)
+        return name.rpartition(".")[2] if len(seen) == 1 and torch.equal(seen[0], logits) else None
+
+    @torch.no_grad()
+    def alone(self) -> torch.Tensor:
+        """Compute the logits of each example alone, shape (1, sum(LENGTHS), vocabulary)."""
+        with self.autocast:
+            return torch.cat([self.model(ids, use_cache=False).logits.float() for ids in self.examples], 1)
+
+    def differ(self, logits: torch.Tensor, others: torch.Tensor) -> float:
+        """Return the largest difference, as a multiple of the logits' standard deviation."""
+        return ((logits - others).abs().max() / self.reference.std()).item()
+
+
+def shrink(config: Mapping[str, Any], longest: int) -> Any:
+    """Return the base's configuration with one layer of each kind, few words, and scores of some size."""
+    values = dict(config)
+    small = AutoConfig.for_model(values.pop("model_type"), **values)
+    kinds = list(dict.fromkeys(getattr(small, "layer_types", None) or ["full_attention"]))
+    small.num_hidden_layers = len(kinds)
+    if getattr(small, "layer_types", None):
+        small.layer_types = kinds
+    small.vocab_size, small.intermediate_size = VOCABULARY, 64
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+    # Scores of a standard deviation of 3, whatever the width.
+    small.initializer_range = (3 / small.hidden_size) ** 0.5
+    if window := getattr(small, "sliding_window", None):
+        small.sliding_window = WINDOW if longest > window else sum(LENGTHS)
+    if getattr(small, "attn_logit_softcapping", None):
+        small.attn_logit_softcapping = 1.0
+    return small
+
+
+def describe(error: Exception) -> str:
+    """Return kind and first line of an error."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def boundaries(device: str) -> dict[str, torch.Tensor | int]:

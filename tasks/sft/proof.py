@@ -64,6 +64,11 @@ def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
     length, vocab_size = row["seq_lengths"][0], trainer.model.config.vocab_size
     isolation = selftest.isolation(lambda inputs: forward(trainer, inputs), batch, length, vocab_size)
     selftest.isolation(lambda inputs: forward_by_positions(trainer, inputs), batch, length, vocab_size)
+    loss = None
+    if trainer.head:
+        with torch.no_grad():
+            values = forward(trainer, batch)[0].item(), training_loss(trainer, batch).item()
+        loss = selftest.same_loss(*values, job["precision"])
     batches = [batch, *(collate(trainer, selftest.take(row, i, i + 1)) for i in (0, 1))]
     if job["strategy"] == "zero3":
         found: dict[str, Any] = {
@@ -76,7 +81,7 @@ def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         found = selftest.gradients(lambda one: backward(trainer, one, job), batches, precision)
     saving = rehearse_saving(trainer, job, batch, folder)
     trainer.model_wrapped.train()
-    return {"isolation": isolation, "gradients": found, "saving": saving}
+    return {"isolation": isolation, "loss": loss, "gradients": found, "saving": saving}
 
 
 def collate(trainer: Trainer, row: Row) -> dict[str, Any]:
@@ -86,16 +91,21 @@ def collate(trainer: Trainer, row: Row) -> dict[str, Any]:
 
 
 def forward(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Compute loss and outputs of the wrapped model as training does."""
+    """Compute loss and logits of the wrapped model, each loss a plain sum so that they add up."""
+    one = torch.ones(1, device=trainer.args.device)
     with trainer.compute_loss_context_manager():
         loss, outputs = trainer.compute_loss(
-            trainer.model_wrapped,
-            dict(batch),
-            return_outputs=True,
-            # One for all batches, so that their losses and gradients add up.
-            num_items_in_batch=torch.ones(1, device=trainer.args.device),
+            trainer.model_wrapped, dict(batch), return_outputs=True, num_items_in_batch=one
         )
     return loss, outputs
+
+
+def training_loss(trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
+    """Compute the loss of the wrapped model by the very function that trains, as a plain sum."""
+    one = torch.ones(1, device=trainer.args.device)
+    with trainer.compute_loss_context_manager():
+        loss: torch.Tensor = trainer.compute_loss(trainer.model_wrapped, dict(batch), num_items_in_batch=one)
+    return loss
 
 
 def forward_by_positions(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
@@ -113,13 +123,13 @@ def backward(trainer: Trainer, batch: dict[str, Any], job: dict[str, Any]) -> li
     parameters = list(trainable(trainer).values())
     if job["strategy"] == "fsdp2":
         # Its weights take part in no graph; hooks bring the gradients to them.
-        torch.autograd.backward(forward(trainer, batch)[0])
+        torch.autograd.backward(training_loss(trainer, batch))
         found = [p.grad.full_tensor() if p.grad is not None else None for p in parameters]  # type: ignore[attr-defined]
         trainer.model_wrapped.zero_grad(set_to_none=True)
         return found
     # On the bare model: the wrappers of DDP and ZeRO count every backward pass as a training step's.
     with trainer.compute_loss_context_manager():
-        loss, _ = summed_loss(trainer.model, dict(batch), trainer.params.label_smoothing_factor)
+        loss, _ = summed_loss(trainer.model, dict(batch), trainer.params.label_smoothing_factor, trainer.head)
     if not (parameters and loss.requires_grad):
         return [None] * len(parameters)
     return list(torch.autograd.grad(loss, parameters, allow_unused=True))

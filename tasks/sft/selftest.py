@@ -104,6 +104,26 @@ def isolation(forward: Forward, batch: dict[str, Any], length: int, vocab_size: 
     return {"max_logit_difference": difference, "proven": True}
 
 
+def same_loss(given: float, found: float, precision: str) -> dict[str, Any]:
+    """Compare the loss that trains with that of all logits.
+
+    Args:
+        given: Of all logits.
+        found: Of the function that trains.
+        precision: Arithmetic of the training.
+
+    Raises:
+        StageError: They differ.
+    """
+    relative = abs(found - given) / max(abs(given), 1e-6)
+    if not relative <= TOLERANCE[precision]:
+        raise StageError(
+            f"self-test: the loss {found:.6g} is not that of the logits, {given:.6g}: the model does more "
+            "with its head than was seen; this is a bug, report it"
+        )
+    return {"relative_difference": float(f"{relative:.2g}"), "proven": True}
+
+
 def gradients(
     backward: Callable[[dict[str, Any]], list[torch.Tensor | None]],
     batches: Sequence[dict[str, Any]],

@@ -12,6 +12,12 @@ from tasks.sft import SftParams
 
 GIB = 2**30
 HALF = ("bf16", "fp16")
+# Elements of DeepSpeed's bucket of gradients, which it allocates at once: a tenth of its default, which is
+# made for models that train whole.
+BUCKET = 50_000_000
+# Bytes of logits in full precision that exist at a time where the loss is computed in chunks: on a GPU a
+# product large enough to use it whole, on a processor one that its caches still serve.
+LOGITS = {"cuda": 2**29, "cpu": 2**26}
 ZERO = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 # Bytes and threads of the asynchronous reads and writes: DeepSpeed's own example for one NVMe disk.
 AIO = {
@@ -38,12 +44,14 @@ def choose_strategy(
     Raises:
         ConfigError: auto, and nothing fits.
     """
+    if params.strategy == "ddp" and params.ranks == 1:
+        return "single", "ddp with one process is single"
     if params.strategy != "auto":
         return params.strategy, "as params.yaml asks"
-    several = params.num_processes > 1
+    several = params.ranks > 1
     if needs is None or capacity is None:
         if several:
-            return "ddp", f"{params.num_processes} processes, each with the whole model"
+            return "ddp", f"{params.ranks} processes, each with the whole model"
         return "single", "one process"
     last = "fsdp2" if params.adapter == "qlora" else "zero3"
     ladder = ("ddp", "zero1", "zero2", last) if several else ("single",)
@@ -71,8 +79,36 @@ def uses_autocast(strategy: str, precision: str) -> bool:
     return precision in HALF and strategy not in ZERO
 
 
+def choose_loss(params: SftParams, precision: str, head: str | None) -> str:
+    """Choose how the loss is computed: in chunks from hidden states, or from all logits at once.
+
+    In chunks it makes its own gradient, so the head must not train; unscaled, as fp16 cannot hold it; and a
+    compiler would not see through it.
+
+    Args:
+        params: The section sft.
+        precision: bf16, fp16, tf32 or fp32.
+        head: Name of the module whose output the model returns as logits, or None if it changes them.
+    """
+    trains = params.adapter is None or head in params.lora_target_modules
+    is_plain = head is not None and not trains and precision != "fp16" and not params.torch_compile
+    return "chunked" if is_plain else "logits"
+
+
+def choose_lora(params: SftParams, strategy: str) -> str | None:
+    """Choose how the adapter's layers compute: each as one function, or as PEFT does; None without one.
+
+    One function reads the weights without the modules' hooks, by which ZeRO-3 and FSDP2 gather them.
+    """
+    if params.adapter is None:
+        return None
+    is_plain = params.adapter == "lora" and not params.lora_dropout and not params.use_dora
+    is_whole = strategy not in ("zero3", "fsdp2") and not params.torch_compile
+    return "fused" if is_plain and is_whole else "peft"
+
+
 def deepspeed_config(
-    params: SftParams, strategy: str, precision: str, micro_batch_size: int
+    params: SftParams, strategy: str, precision: str, micro_batch_size: int, device: str
 ) -> dict[str, Any] | None:
     """Generate DeepSpeed's configuration; None for a strategy without it."""
     if strategy not in ZERO:
@@ -83,7 +119,7 @@ def deepspeed_config(
         "gradient_clipping": params.max_grad_norm,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
-        "zero_optimization": _zero(params, ZERO[strategy]),
+        "zero_optimization": _zero(params, ZERO[strategy], device),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": params.offload_optimizer != "none",
         "wall_clock_breakdown": False,
@@ -105,18 +141,19 @@ def fsdp_config(params: SftParams, strategy: str) -> dict[str, Any] | None:
     }
 
 
-def _zero(params: SftParams, stage: int) -> dict[str, Any]:
+def _zero(params: SftParams, stage: int, device: str) -> dict[str, Any]:
     """Generate the section of ZeRO."""
-    section: dict[str, Any] = {"stage": stage}
+    section: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET}
     if stage == 3:
         # Every rank sees the whole weights when they are saved.
         section |= {"stage3_gather_16bit_weights_on_model_save": True}
-    for key, device in (
+    for key, target in (
         ("offload_optimizer", params.offload_optimizer),
         ("offload_param", params.offload_param),
     ):
-        if device != "none":
-            section[key] = {"device": device, "pin_memory": False}
-            if device == "nvme":
+        if target != "none":
+            # From other memory a GPU copies at half the speed.
+            section[key] = {"device": target, "pin_memory": device == "cuda"}
+            if target == "nvme":
                 section[key]["nvme_path"] = params.nvme_path
     return section

@@ -20,6 +20,8 @@ from trl import SFTTrainer
 from tasks.encode import IGNORED
 from tasks.errors import StageError, TrainingError
 from tasks.sft import SftParams, checkpoints
+from tasks.sft.failures import is_out_of_memory
+from tasks.sft.fused import LossHead
 from tasks.sft.guard import is_any
 from tasks.sft.history import best_step, plateau_scale
 from tasks.sft.plan import name_rows
@@ -34,7 +36,7 @@ class Trainer(SFTTrainer):
     control: Any
 
     def __init__(
-        self, *, params: SftParams, plan: dict[str, Any], filler: dict[str, Any], **more: Any
+        self, *, params: SftParams, plan: dict[str, Any], filler: dict[str, Any], loss: str, **more: Any
     ) -> None:
         """Build the trainer.
 
@@ -42,6 +44,7 @@ class Trainer(SFTTrainer):
             params: The section sft.
             plan: The compiled plan.
             filler: A row without a label, which completes a batch.
+            loss: chunked or logits.
             more: Arguments of SFTTrainer.
         """
         self.params, self.plan, self.filler = params, plan, filler
@@ -52,6 +55,7 @@ class Trainer(SFTTrainer):
         # Of all steps so far: one loss that is not finite makes the sum so for good.
         self.total_loss = torch.zeros(1, device=self.args.device)
         self.saved = 0
+        self.head = LossHead(self.model.get_output_embeddings()) if loss == "chunked" else None
         if params.neftune_noise_alpha is not None:
             self.model.get_input_embeddings().register_forward_hook(self.add_noise)
 
@@ -76,9 +80,14 @@ class Trainer(SFTTrainer):
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - transformers' signature
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Sum of the negative log-likelihoods of a batch, over the labelled tokens of the whole step."""
-        self.lengths = token_lengths(inputs)
-        total, outputs = summed_loss(model, inputs, self.params.label_smoothing_factor)
+        """Sum of the negative log-likelihoods of a batch, over the labelled tokens of the whole step.
+
+        Outputs that are asked for hold logits, from which the loss then comes.
+        """
+        if self.params.neftune_noise_alpha is not None:
+            self.lengths = token_lengths(inputs)
+        head = None if return_outputs else self.head
+        total, outputs = summed_loss(model, inputs, self.params.label_smoothing_factor, head)
         # Every rank's gradient is averaged, but num_items_in_batch counts the tokens of all ranks.
         loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         if model.training:
@@ -109,7 +118,7 @@ class Trainer(SFTTrainer):
         for batch in self.eval_batches:
             inputs = self._prepare_inputs(self.data_collator(batch))
             with self.compute_loss_context_manager():
-                total, _outputs = summed_loss(model, inputs)
+                total, _outputs = summed_loss(model, inputs, head=self.head)
             sums += torch.stack([total.double(), (inputs["labels"] != IGNORED).sum().double()])
         nats, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = {"eval_loss": nats / tokens, "eval_tokens": tokens}
@@ -241,27 +250,39 @@ def writing(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, RuntimeError, SafetensorError) as err:
+        if is_out_of_memory(err):
+            raise
         raise StageError(
             f"{what} cannot be written: {type(err).__name__}: {str(err).partition(chr(10))[0]}; make room or "
             "give the rights, then run again: training goes on from the checkpoint before"
         ) from err
 
 
-def summed_loss(model: Any, inputs: dict[str, Any], label_smoothing: float = 0.0) -> tuple[torch.Tensor, Any]:
+def summed_loss(
+    model: Any, inputs: dict[str, Any], label_smoothing: float = 0.0, head: LossHead | None = None
+) -> tuple[torch.Tensor, Any]:
     """Sum the negative log-likelihoods of a batch of one flattened row, in nats.
 
     Only the positions that have a label are scored: with three quarters of the tokens unsupervised the other
     logits would be a third of the step.
 
+    Args:
+        model: As it trains.
+        inputs: One collated row.
+        label_smoothing: Probability mass given to all other tokens, 0 to 1.
+        head: Computes the loss in the model's head, in chunks; None makes all logits.
+
     Returns:
-        The sum, a scalar, and the outputs of the model.
+        The sum, a scalar, and the outputs of the model; with a head they hold the loss as logits.
     """
     labels = inputs["labels"][0, 1:]
     keep = (labels != IGNORED).nonzero().squeeze(-1)
     given = {key: value for key, value in inputs.items() if key != "labels"}
+    if head:
+        with head.told(labels[keep], label_smoothing):
+            outputs = model(**given, use_cache=False, logits_to_keep=keep)
+        return outputs.logits.sum(), outputs
     outputs = model(**given, use_cache=False, logits_to_keep=keep)
     logits = outputs.logits[0].float()
     return cross_entropy(logits, labels[keep], reduction="sum", label_smoothing=label_smoothing), outputs
@@ -289,8 +310,10 @@ def token_lengths(inputs: dict[str, Any]) -> torch.Tensor:
     """Return the length of the example that each token belongs to, shape (n_tokens,).
 
     Example:
-        >>> token_lengths({"cu_seq_lens_q": torch.tensor([0, 2, 5])}).tolist()
+        >>> row = {"input_ids": torch.ones(1, 5), "cu_seq_lens_q": torch.tensor([0, 2, 5])}
+        >>> token_lengths(row).tolist()
         [2, 2, 3, 3, 3]
     """
     lengths: torch.Tensor = inputs["cu_seq_lens_q"].diff().long()
-    return lengths.repeat_interleave(lengths)
+    # Told the size of the result, a GPU need not be waited for.
+    return lengths.repeat_interleave(lengths, output_size=inputs["input_ids"].shape[1])

@@ -7,11 +7,11 @@ import argparse
 import gc
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
@@ -23,9 +23,11 @@ from tasks.errors import PipelineError, StageError, TrainingError
 from tasks.files import read_json, read_rows, text_digest, tree_digest, write_json
 from tasks.sft import SftParams, checkpoints
 from tasks.sft.callbacks import Progress
-from tasks.sft.failures import write_failure
+from tasks.sft.failures import is_out_of_memory, write_failure
+from tasks.sft.fused import count_lora, fuse_adapter
 from tasks.sft.guard import Guard
 from tasks.sft.history import best_step, is_exhausted
+from tasks.sft.machine import VISIBLE
 from tasks.sft.model import load_model
 from tasks.sft.plan import FILLER
 from tasks.sft.proof import Proof
@@ -59,12 +61,10 @@ def main(job_file: Path) -> None:
     except PipelineError as err:
         write_failure(folder, "error", str(err))
         raise
-    except (MemoryError, RuntimeError) as err:
-        # What the allocators of GPU, Python and torch's processor say.
-        text = str(err).partition("\n")[0]
-        is_memory = isinstance(err, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
-        if not is_memory:
+    except Exception as err:
+        if not is_out_of_memory(err):
             raise
+        text = str(err).partition("\n")[0]
         write_failure(folder, "out_of_memory", f"out of memory: {text}")
         raise StageError(f"out of memory: {text}") from err
 
@@ -106,7 +106,8 @@ def require_one_job(job: dict[str, Any]) -> None:
     Raises:
         StageError: They differ.
     """
-    known = {key: value for key, value in job.items() if key not in ("spool", "tracking_uri")}
+    own = ("devices", "spool", "tracking_uri", "visible")
+    known = {key: value for key, value in job.items() if key not in own}
     digests = gather_object([text_digest(json.dumps(known, sort_keys=True))])
     if len(set(digests)) > 1:
         raise StageError(
@@ -127,11 +128,15 @@ def build_trainer(job: dict[str, Any], params: SftParams, callbacks: list[Traine
     # Before the model: weights are divided among the ranks while they are read if DeepSpeed is known by then.
     args = training_arguments(job, params)
     filler = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    model = load_model(job["base"], params, job["strategy"], job["precision"], job["attention"])
+    if job["lora"] == "fused":
+        fuse_adapter(model)
     return Trainer(
         params=params,
         plan=job["plan"],
         filler=filler,
-        model=load_model(job["base"], params, job["strategy"], job["precision"], job["attention"]),
+        loss=job["loss"],
+        model=model,
         args=args,
         train_dataset=planned_rows(Path(job["rows"]), job["plan"]["order"], filler),
         eval_dataset=planned_rows(Path(job["eval_rows"]), None, filler) if job["eval_rows"] else None,
@@ -163,7 +168,9 @@ def training_arguments(job: dict[str, Any], params: SftParams) -> SFTConfig:
         fp16=precision == "fp16",
         tf32=True if precision == "tf32" else None,
         use_cpu=job["device"] == "cpu",
-        deepspeed=deepspeed_config(params, job["strategy"], precision, job["micro_batch_size"]),
+        deepspeed=deepspeed_config(
+            params, job["strategy"], precision, job["micro_batch_size"], job["device"]
+        ),
         fsdp=fsdp is not None,
         fsdp_config=fsdp,
         ddp_find_unused_parameters=False,
@@ -204,8 +211,9 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         StageError: The two differ, and what was requested is not `auto`.
     """
-    params, args = trainer.params, trainer.args
+    args = trainer.args
     strategy = running_strategy(trainer)
+    devices = os.environ[VISIBLE].split(",") if job["device"] == "cuda" else []
     if strategy != job["strategy"]:
         raise StageError(
             f"strategy {job['strategy']} was chosen, but {strategy} runs; this is a bug, report it"
@@ -218,12 +226,14 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         "optim": args.optim.value,
         # Compared with the model by the proofs, since the trainer switches it on when it begins.
         "activation_checkpointing": args.activation_checkpointing,
+        "use_liger_kernel": args.use_liger_kernel,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
     }
-    table = {key: {"requested": getattr(params, key), "effective": value} for key, value in runs.items()}
-    # Another attempt may take a smaller micro-batch; the rows of a step stay the same.
-    free = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    table = {key: {"requested": job["asked"][key], "effective": value} for key, value in runs.items()}
+    # Another attempt may take a smaller micro-batch; the rows of a step stay the same. The strategy that was
+    # chosen is compared above.
+    free = {"per_device_train_batch_size", "gradient_accumulation_steps", "strategy"}
     different = {
         key: row
         for key, row in table.items()
@@ -234,6 +244,9 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
     return {
         **table,
         "device": {"requested": "auto", "effective": job["device"]},
+        "devices": {"requested": job["visible"], "effective": devices},
+        "loss": {"requested": "auto", "effective": "chunked" if trainer.head else "logits"},
+        "lora": {"requested": "auto", "effective": count_lora(trainer.model)},
         "strategy_reason": job["reason"],
     }
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,19 @@ from tests.checkouts import ROOT
 from tests.integration.test_evaluate import put_benchmarks
 from tests.sft import conversation, make_folder, sft_params
 
-BACKEND = Backend("cpu", "fp32", "sdpa", "single", "one process")
+BACKEND = Backend(
+    device="cpu",
+    devices=(),
+    num_processes=1,
+    precision="fp32",
+    attention="sdpa",
+    strategy="single",
+    reason="one process",
+    loss="chunked",
+    lora="fused",
+    activation_checkpointing=False,
+    use_liger_kernel=False,
+)
 SCORING = EvaluateParams(limit=2, batch_size=4, retrieval=None)
 # What shows, tracks or estimates a training, and has no part in its result.
 BESIDE_TRAINING = {
@@ -44,6 +57,7 @@ TRIPLE = '"""'
 # Prints edit -> whether it gives another key; the code that is edited was loaded before.
 PROGRAM = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from tests.integration import test_keys as this
 root, key = Path(sys.argv[1]), getattr(this, sys.argv[2])
@@ -173,11 +187,12 @@ def test_another_version_of_a_library_that_decides_is_another_key(
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_words_for_why_a_strategy_was_chosen_do_not_orphan_a_training() -> None:
+def test_neither_the_words_for_a_choice_nor_the_gpu_orphan_a_training() -> None:
     params = sft_params()
     known = sft.training_key(params, BACKEND)
-    assert sft.training_key(params, Backend("cpu", "fp32", "sdpa", "single", "1.0 GiB of 2.0 GiB")) == known
-    assert sft.training_key(params, Backend("cpu", "fp32", "eager", "single", "one process")) != known
+    assert sft.training_key(params, replace(BACKEND, devices=("3",), reason="1.0 GiB of 2.0 GiB")) == known
+    assert sft.training_key(params, replace(BACKEND, attention="eager")) != known
+    assert sft.training_key(params, replace(BACKEND, num_processes=2)) != known
 
 
 @pytest.mark.usefixtures("folder")

@@ -147,7 +147,7 @@ def test_a_folder_of_which_dvc_cannot_tell_what_has_changed_gives_no_plan(
             "device: cpu, precision fp32 (nvidia-smi ended with code 6 and said: No devices were found; ",
         ),
         (
-            "echo 'NVIDIA GB10, [N/A], 12.1'",
+            "echo 'NVIDIA GB10, [N/A], 12.1, 0, GPU-1'",
             "device: cuda, precision fp32 (NVIDIA GB10, as nvidia-smi says; its memory is not known, so what "
             "fits is not checked; that torch can use it is assumed)",
         ),

@@ -31,7 +31,7 @@ def test_a_right_model_passes_and_trains(
     build: Callable[..., Trainer], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without such instructions torch computes the same in software; a user is told that this takes too long.
-    monkeypatch.setattr("tasks.sft.backend.processor_has_bf16", lambda: True)
+    monkeypatch.setattr("tasks.sft.machine.processor_has_bf16", lambda: True)
     trainer = build(**changes)
     trainer.train()
     assert trainer.state.global_step == 3

@@ -327,6 +327,35 @@ def test_the_second_bad_loss_fails_for_good(poisoned: Path, clean_environment: d
     assert "rows were left out once already" in last.stdout
 
 
+def test_a_step_that_fp16_skips_is_counted_and_the_rates_wait_for_it(
+    folder: Path, clean_environment: dict[str, str]
+) -> None:
+    poisoned = {**clean_environment, "POISON": "overflow"}
+    changes = {
+        **STEPS,
+        "lr_scheduler_type": "linear",
+        "learning_rate": 1.2e-3,
+        "num_train_epochs": 3,
+        "save_steps": 100,
+    }
+    done = run_sft(folder, poisoned, "overflow", **changes)
+    assert done.returncode == 0, done.stdout
+    assert [line for line in done.stdout.splitlines() if " skipped: " in line][-1].endswith(
+        "step 5 skipped: its gradients overflowed fp16, the scaler halves its factor (3 so far)"
+    )
+    plan = read_json(training_folder(folder, "overflow") / "job.json")["plan"]["learning_rate"]
+    applied = [0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
+    assert history(folder, "overflow", "learning_rate") == pytest.approx([plan[i] for i in applied])
+
+
+def test_fp16_that_skips_every_step_is_given_up(folder: Path, clean_environment: dict[str, str]) -> None:
+    done = run_sft(
+        folder, {**clean_environment, "POISON": "overflows"}, "overflows", **{**STEPS, "num_train_epochs": 9}
+    )
+    assert done.returncode == 2
+    assert "the gradients of the last 20 steps, up to step 23, overflowed fp16; set sft." in done.stdout
+
+
 @pytest.mark.long
 def test_a_step_that_hangs_ends_with_where_it_stood(folder: Path, clean_environment: dict[str, str]) -> None:
     two = {**STEPS, "strategy": "ddp", "num_processes": 2, "step_timeout_seconds": 8}

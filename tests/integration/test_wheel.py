@@ -126,7 +126,7 @@ def test_every_store_names_an_extra_that_exists() -> None:
 
 
 def test_the_extra_gpu_brings_every_package_that_a_training_can_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.sft.backend import find_missing
+    from tasks.sft.machine import find_missing
     from tests.sft import sft_params
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

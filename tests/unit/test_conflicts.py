@@ -31,7 +31,7 @@ from tests.sft import sft_params
             {"optim": "schedule_free_adamw", "load_best_model_at_end": True, "eval_steps": 1},
             "schedule_free_adamw trains, and saves, other weights than it evaluates",
         ),
-        ({"strategy": "single"}, "strategy single is one process; set num_processes=2 to 1"),
+        ({"strategy": "single"}, "strategy single is one process; set num_processes=2 to auto"),
         ({"strategy": "ddp", "offload_optimizer": "cpu"}, "offload_optimizer cpu needs strategy zero1"),
         ({"strategy": "zero3", "offload_param": "nvme"}, "needs nvme_path"),
         ({"strategy": "zero2", "offload_param": "cpu"}, "offload_param cpu needs strategy zero3 or fsdp2"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from infra import plan
-from infra.plan import Machine, find_machine
+from infra.plan import Devices, find_devices
 
 REPAIR = "; a GPU that is there cannot be used until its driver is repaired"
 ASSUMED = "that torch can use it is assumed"
@@ -17,13 +17,14 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The place of nvidia-smi on a path that has nothing else."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(plan, "processor_has_bf16", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path / "nvidia-smi"
 
 
-def answer(driver: Path, script: str) -> Machine:
+def answer(driver: Path, script: str) -> Devices:
     driver.write_text(f"#!/bin/sh\n{script}\n")
     driver.chmod(0o755)
-    return find_machine()
+    return find_devices()
 
 
 @pytest.mark.parametrize(
@@ -49,22 +50,57 @@ def answer(driver: Path, script: str) -> Machine:
         ("NVIDIA L4, [Unknown Error], 8.9", None, "bf16", "NVIDIA L4, as nvidia-smi says; its memory is not"),
         ("NVIDIA L4, 0, 8.9", None, "bf16", "NVIDIA L4, as nvidia-smi says; its memory is not known"),
         ("NVIDIA L4, 1.2.3, 8.9", None, "bf16", "NVIDIA L4, as nvidia-smi says; its memory is not known"),
-        ("a warning\n\nNVIDIA L4, 23034, 8.9\nNVIDIA L4, 23034, 8.9", 23034, "bf16", "NVIDIA L4, as "),
+        ("a warning\n\nNVIDIA L4, 23034, 8.9\nNVIDIA L4, 23034, 8.9", 23034, "bf16", "2 x NVIDIA L4, as "),
     ],
 )
 def test_a_device_is_read_from_its_line(
     driver: Path, lines: str, memory: int | None, bf16: str, source: str
 ) -> None:
-    machine = answer(driver, f"printf '%s\\n' '{lines}'")
+    numbered = [
+        f"{line}, {i}, GPU-{i}" if line.count(", ") > 1 else line for i, line in enumerate(lines.splitlines())
+    ]
+    machine = answer(driver, f"printf '%s\\n' '{chr(10).join(numbered)}'")
     assert (machine.device, machine.has_bf16) == ("cuda", bf16 == "bf16")
     assert machine.memory == (None if memory is None else memory * 2**20)
     assert machine.source.startswith(source)
     assert machine.source.endswith(ASSUMED)
 
 
+@pytest.mark.parametrize(
+    ("visible", "gpus", "memory"),
+    [
+        ("1", 1, 40960),
+        ("GPU-b2", 1, 81559),
+        ("2, 0", 2, 81559),
+        ("0,9,1", 1, 23034),
+        ("MIG-7c", 1, 23034),
+        ("", 0, None),
+        ("-1", 0, None),
+        ("7", 0, None),
+    ],
+)
+def test_devices_that_are_not_visible_do_not_count(
+    driver: Path, monkeypatch: pytest.MonkeyPatch, visible: str, gpus: int, memory: int | None
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    lines = (
+        "NVIDIA L4, 23034, 8.9, 0, GPU-a0f",
+        "NVIDIA A100, 40960, 8.0, 1, GPU-a1f",
+        "NVIDIA H100, 81559, 9.0, 2, GPU-b2f",
+    )
+    found = answer(driver, f"printf '%s\\n' {' '.join(map(repr, lines))}")
+    assert found.gpus == gpus
+    assert found.memory == (None if memory is None else memory * 2**20)
+    if not gpus:
+        assert (found.device, found.source) == (
+            "cpu",
+            f"nvidia-smi shows no GPU that CUDA_VISIBLE_DEVICES={visible} names",
+        )
+
+
 def test_a_device_counts_although_its_warnings_set_the_exit_code(driver: Path) -> None:
     machine = answer(
-        driver, "echo 'NVIDIA L4, 23034, 8.9'; echo 'WARNING: infoROM is corrupted' >&2; exit 14"
+        driver, "echo 'NVIDIA L4, 23034, 8.9, 0, GPU-1'; echo 'WARNING: infoROM is corrupted' >&2; exit 14"
     )
     assert machine.memory == 23034 * 2**20
 
@@ -92,10 +128,13 @@ def test_a_device_counts_although_its_warnings_set_the_exit_code(driver: Path) -
         ("kill -SEGV $$", "nvidia-smi ended with code -11 and said: nothing"),
         ("printf '\\377\\376, \\000'", "nvidia-smi ended with code 0 and said: \ufffd\ufffd, \0"),
         (
-            "echo 'name, memory.total [MiB], compute_cap'",
+            "echo 'name, memory.total [MiB], compute_cap, index, uuid'",
             "nvidia-smi ended with code 0 and said: name, memory",
         ),
-        (f"echo 'NVIDIA L4, {'9' * 400}, 8.9'", "nvidia-smi ended with code 0 and said: NVIDIA L4, 999"),
+        (
+            f"echo 'NVIDIA L4, {'9' * 400}, 8.9, 0, GPU-1'",
+            "nvidia-smi ended with code 0 and said: NVIDIA L4, 999",
+        ),
     ],
 )
 def test_an_answer_without_a_device_is_told_with_its_remedy(driver: Path, script: str, source: str) -> None:
@@ -108,7 +147,7 @@ def test_an_answer_without_a_device_is_told_with_its_remedy(driver: Path, script
 def test_a_driver_that_hangs_is_given_up(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "DRIVER_SECONDS", 0.3)
     # Its child holds the pipe open.
-    machine = answer(driver, "/bin/sleep 5; echo 'NVIDIA L4, 23034, 8.9'")
+    machine = answer(driver, "/bin/sleep 5; echo 'NVIDIA L4, 23034, 8.9, 0, GPU-1'")
     assert (machine.device, machine.source) == (
         "cpu",
         f"nvidia-smi gives no answer within 0.3 seconds{REPAIR}",
@@ -124,9 +163,9 @@ def test_a_driver_that_cannot_even_be_killed_is_given_up(
 
 
 def test_a_machine_without_the_program_or_with_a_broken_one_trains_on_the_cpu(driver: Path) -> None:
-    assert (find_machine().device, find_machine().source) == ("cpu", "nvidia-smi is not installed")
+    assert (find_devices().device, find_devices().source) == ("cpu", "nvidia-smi is not installed")
     driver.write_bytes(b"\x7fELF no program")
     driver.chmod(0o755)
-    assert find_machine().source == f"nvidia-smi cannot be run: Exec format error{REPAIR}"
+    assert find_devices().source == f"nvidia-smi cannot be run: Exec format error{REPAIR}"
     driver.chmod(0o644)
-    assert find_machine().device == "cpu"
+    assert find_devices().device == "cpu"

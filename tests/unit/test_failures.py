@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import StageError, TrainingError
-from tasks.sft.failures import HANG, Attempt, clear, read_attempt, settle, write_failure
+from tasks.sft.failures import HANG, Attempt, clear, is_out_of_memory, read_attempt, settle, write_failure
 
 
 def test_out_of_memory_halves_the_micro_batch_until_one_row_is_left(tmp_path: Path) -> None:
@@ -19,6 +19,45 @@ def test_out_of_memory_halves_the_micro_batch_until_one_row_is_left(tmp_path: Pa
     last = settle(tmp_path, 4, 1)
     assert last.exit_code == 2
     assert "one row does not fit" in str(last)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled cuda error, NCCL version 2.28.9\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+        "Triton Error [CUDA]: out of memory",
+        "HIP out of memory. Tried to allocate 20.00 MiB",
+        "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+        "Error out of memory at line 380 in file /src/csrc/pythonInterface.cpp",
+        "cudaErrorMemoryAllocation",
+        "std::bad_alloc",
+    ],
+)
+def test_memory_that_is_used_up_has_many_names(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    led_to = ValueError("the compiled graph failed")
+    led_to.__cause__ = RuntimeError(text)
+    assert is_out_of_memory(led_to)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("out of resource: shared memory, Required: 232448, Hardware limit: 101376"),
+        RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error"),
+        KeyError("memory"),
+    ],
+)
+def test_no_other_error_is_taken_for_it(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+    assert is_out_of_memory(MemoryError())
 
 
 def test_rows_of_a_bad_loss_are_left_out_once(tmp_path: Path) -> None:

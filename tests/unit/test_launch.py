@@ -1,9 +1,18 @@
 """The ranks' command line, on one machine and on several, and what the environment has to say for that."""
 
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tasks.errors import ConfigError
-from tasks.sft.launch import launcher, node_rank, rendezvous
+from tasks.sft.launch import launcher, node_rank, rank_environment, rendezvous
+from tests.checkouts import ROOT
 from tests.sft import sft_params
 
 SEVERAL = {"strategy": "zero2", "num_processes": 16, "hostfile": "hosts"}
@@ -15,12 +24,24 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def job(devices: Sequence[str] = (), strategy: str = "zero2") -> dict[str, Any]:
+    """What the launcher reads of a job."""
+    return {"strategy": strategy, "devices": devices, "num_processes": len(devices) or 2}
+
+
+def world(command: Sequence[str]) -> Any:
+    """The devices of each machine, as DeepSpeed's launcher gets them."""
+    return json.loads(base64.urlsafe_b64decode(command[4].partition("=")[2]))
+
+
 def test_one_machine_meets_itself_on_the_loopback_interface() -> None:
     params = sft_params(num_processes=2)
     address, port = rendezvous(params)
     assert address == "127.0.0.1"
-    assert launcher(params, "zero2", address, port)[1:] == [
-        "--num_gpus=2",
+    command = launcher(params, job(), address, port)
+    assert world(command) == {"localhost": [0, 1]}
+    assert command[:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    assert command[5:] == [
         "--master_addr=127.0.0.1",
         f"--master_port={port}",
         "--no_local_rank",
@@ -32,14 +53,14 @@ def test_one_machine_meets_itself_on_the_loopback_interface() -> None:
 def test_with_a_hostfile_deepspeed_reaches_the_machines_by_ssh_and_finds_the_address() -> None:
     params = sft_params(**SEVERAL)
     address, port = rendezvous(params)
-    assert launcher(params, "zero2", address, port)[1:3] == ["--hostfile=hosts", f"--master_port={port}"]
+    assert launcher(params, job(), address, port)[1:3] == ["--hostfile=hosts", f"--master_port={port}"]
 
 
 def test_with_a_node_rank_each_machine_starts_its_own_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"NODE_RANK": "3", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     params = sft_params(**SEVERAL)
-    assert launcher(params, "zero2", *rendezvous(params))[1:6] == [
+    assert launcher(params, job(), *rendezvous(params))[1:6] == [
         "--hostfile=hosts",
         "--no_ssh",
         "--node_rank=3",
@@ -57,3 +78,30 @@ def test_what_the_environment_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("NODE_RANK", "second")
     with pytest.raises(ConfigError, match="NODE_RANK=second is no number"):
         node_rank(sft_params(**SEVERAL))
+
+
+@pytest.mark.parametrize("devices", [("3",), ("2", "5"), ("GPU-8932f937", "MIG-41b1")])
+def test_the_ranks_see_the_visible_devices_and_no_others(devices: tuple[str, ...], tmp_path: Path) -> None:
+    """DeepSpeed's own `--num_gpus` would take the first GPUs of the machine, whoever uses them."""
+    command = launcher(sft_params(num_processes=len(devices)), job(devices), "127.0.0.1", 29500)
+    assert world(command) == {"localhost": list(devices)}
+    # In the place of the module, a program that tells what it sees.
+    launch = [*command[: command.index("--module")], "--no_python"]
+    told = 'echo "$CUDA_VISIBLE_DEVICES" > "$0/$RANK"'
+    subprocess.run([*launch, "sh", "-c", told, str(tmp_path)], check=True)
+    seen = [path.read_text().strip() for path in sorted(tmp_path.iterdir())]
+    assert seen == [",".join(devices)] * len(devices)
+
+
+def test_one_process_sees_one_device() -> None:
+    assert launcher(sft_params(), job(("3",), "single"), "", 0)[1:] == ["-m", "tasks.sft.worker"]
+    assert rank_environment("cuda", ["3"])["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_what_the_stage_finds_its_ranks_find_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/opt/mine:/opt/more")
+    own, *others = rank_environment("cpu", [])["PYTHONPATH"].split(":")
+    assert own == str(ROOT)
+    assert others == ["/opt/mine", "/opt/more"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert rank_environment("cpu", [])["PYTHONPATH"] == str(ROOT)

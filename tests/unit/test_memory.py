@@ -1,13 +1,18 @@
 """The estimate of memory: counts that are known from published models, and what each strategy divides."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.errors import ConfigError
-from tasks.sft.memory import Batch, Memory, estimate
+from tasks.sft.fused import fuse_adapter
+from tasks.sft.memory import Batch, Memory, _layer_bytes, estimate
+from tasks.sft.model import adapt
 from tasks.sft.shape import count_adapter, count_parameters, read_shape
-from tasks.sft.strategy import GIB, choose_strategy
+from tasks.sft.strategy import GIB, ZERO, choose_strategy, keeps_half, uses_autocast
 from tests.sft import sft_params
 
 SMOLLM2 = {
@@ -120,3 +125,70 @@ def test_auto_takes_the_simplest_that_fits_and_says_why() -> None:
     with pytest.raises(ConfigError, match=r"strategy=auto: zero3 takes 10.0 GiB of 8.0 GiB; set "):
         choose_strategy(params, needs, 8 * GIB)
     assert choose_strategy(params)[0] == choose_strategy(params, needs, None)[0] == "ddp"
+
+
+SMALL = {
+    **LLAMA3_8B,
+    "hidden_size": 128,
+    "intermediate_size": 448,
+    "num_attention_heads": 8,
+    "vocab_size": 64,
+}
+SMALL["num_key_value_heads"] = 2
+TOKENS = 120
+
+
+def kept_of_a_layer(strategy: str, precision: str, *, fused: bool, **changes: Any) -> int:
+    """Bytes that autograd keeps of one layer, weights aside: what a third one adds to two."""
+    params = sft_params(strategy=strategy, **changes)
+    dtype = torch.bfloat16 if keeps_half(params, strategy, precision) else torch.float32
+    found = []
+    for layers in (2, 3):
+        config = LlamaConfig(**{**SMALL, "num_hidden_layers": layers})
+        model: Any = LlamaForCausalLM._from_config(
+            config, dtype=dtype, attn_implementation="sdpa_per_example"
+        )
+        if params.adapter:
+            model = adapt(model, params, strategy, precision)
+            model = model.to(dtype) if strategy in ZERO else model
+            model.enable_input_require_grads()
+        if fused:
+            fuse_adapter(model)
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        row = {"input_ids": torch.randint(64, (1, TOKENS)), "cu_seq_lens_q": torch.tensor([0, TOKENS])}
+        autocast = uses_autocast(strategy, precision)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(),
+        ):
+            _outputs = model(**row, use_cache=False)
+        # Autocast's copies of weights have no token in their shape.
+        of_tokens = [t for key, t in kept.items() if key not in weights and TOKENS in t.shape]
+        found.append(sum(tensor.untyped_storage().nbytes() for tensor in of_tokens))
+    return found[1] - found[0]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "changes"),
+    [
+        ("ddp", "bf16", {}),
+        ("zero2", "bf16", {}),
+        ("ddp", "fp32", {}),
+        ("ddp", "bf16", {"lora_dropout": 0.1}),
+        ("ddp", "bf16", {"adapter": None}),
+        ("zero2", "bf16", {"adapter": None}),
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_activations_are_what_autograd_keeps(
+    strategy: str, precision: str, changes: dict[str, Any], *, fused: bool
+) -> None:
+    params = sft_params(strategy=strategy, attn_implementation="sdpa_per_example", **changes)
+    counted = TOKENS * _layer_bytes(read_shape(SMALL), params, strategy, precision, TOKENS)
+    assert kept_of_a_layer(strategy, precision, fused=fused, **changes) == pytest.approx(counted, rel=0.05)
