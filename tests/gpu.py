@@ -1,0 +1,365 @@
+"""What only a GPU can tell of the stage sft: `make test-gpu`.
+
+Each check is a training by `python -m tasks.sft` of a small model of random weights, with a time limit of its
+own, several side by side. What is known is written after each check, so a time limit loses nothing; at the
+end the checks are judged: losses against those of another check, kernels by their proofs, memory against the
+plan. The machine needs neither pytest nor MLflow. `--rehearse` runs some of the checks on a processor.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.record import about
+from tasks.errors import StageError
+from tasks.files import read_json, read_rows, write_json, write_rows
+from tasks.pack import ROWS
+from tasks.schemas import GROUPED
+from tasks.sft import SftParams
+from tasks.sft.machine import ATTENTION
+from tasks.sft.memory import GIB, estimate, largest_batch
+from tasks.stage import run_main
+from tests.byte_base import make_byte_base
+from tests.checkouts import ROOT
+from tests.sft import conversation, shipped_params
+
+# Heads of 64, as kernels want them; layers enough to matter, and small enough to load in a second.
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+# Four layers of Llama-3-8B, with its head and vocabulary: where the memory goes in a large model.
+WIDE = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500000.0,
+}
+SECTION = {
+    "strategy": "single",
+    "num_processes": 1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 2,
+    "precision": "bf16",
+    "attn_implementation": "sdpa",
+    "save_steps": 100,
+    "use_liger_kernel": False,
+}
+EXACT = {"precision": "fp32"}
+FULL = {"adapter": None, "learning_rate": 1e-3}
+LARGE = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-4, "attn_implementation": "auto"}
+# A tracker that nobody answers at: the spool keeps what the run was told.
+NO_TRACKER = "http://127.0.0.1:9"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One training, and what is expected of it.
+
+    Attributes:
+        name: Of the check.
+        changes: Of the section sft.
+        like: Check with whose losses these agree, or None.
+        within: How nearly, relative.
+        may_lack: It may be refused for a package that this machine lacks.
+        wide: Of the wide model: its memory is compared with the plan.
+        attempts: Times that it may ask for another attempt.
+        on_cpu: Hide the GPU from it.
+        environment: More of it.
+        lengths: Lengths of the examples of each row, or None for six short ones.
+        seconds: Its time limit.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    like: str | None = None
+    within: float = 1e-3
+    may_lack: bool = False
+    wide: bool = False
+    attempts: int = 0
+    on_cpu: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+    lengths: tuple[int, ...] | None = None
+    seconds: float = 90.0
+
+
+def checks() -> Iterator[Check]:
+    """Yield all checks, the most valuable first."""
+    yield Check("cpu-fp32", EXACT, on_cpu=True)
+    yield Check("single-fp32", EXACT, like="cpu-fp32")
+    yield Check("shipped", {"strategy": "zero2", "num_processes": "auto", "precision": "auto"})
+    for kernel in dict.fromkeys([*ATTENTION["cuda"], "xformers"]):
+        changes = {"attn_implementation": kernel}
+        yield Check(f"bf16-{kernel}", changes, like="bf16-sdpa", within=0.02, may_lack=True)
+        if kernel not in ("sdpa", "eager"):
+            more = {**FULL, **changes}
+            yield Check(f"full-bf16-{kernel}", more, like="full-bf16", within=0.02, may_lack=True)
+    yield Check("full-bf16", FULL)
+    for strategy in ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2"):
+        yield Check(f"{strategy}-fp32", {**EXACT, "strategy": strategy}, like="single-fp32")
+    yield Check("peft-fp32", {**EXACT, "lora_dropout": 1e-9}, like="single-fp32")
+    yield Check("qlora", {"adapter": "qlora"}, may_lack=True)
+    yield Check("qlora-zero2", {"adapter": "qlora", "strategy": "zero2"}, may_lack=True)
+    for optim in ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "lion_32bit"):
+        yield Check(optim, {"optim": optim}, may_lack=True)
+    yield Check("adamw_torch_fused", {**EXACT, "optim": "adamw_torch_fused"}, like="single-fp32")
+    yield Check("fp16", {"precision": "fp16"}, like="bf16-sdpa", within=0.05)
+    yield Check("fp16-zero2", {"precision": "fp16", "strategy": "zero2"}, like="bf16-sdpa", within=0.05)
+    yield Check("tf32", {"precision": "tf32"}, like="single-fp32", within=0.02)
+    yield Check("liger", {"use_liger_kernel": True}, like="bf16-sdpa", within=0.02, may_lack=True)
+    yield Check("checkpointing", {**EXACT, "activation_checkpointing": True}, like="single-fp32")
+    offload = {**EXACT, "strategy": "zero2", "offload_optimizer": "cpu"}
+    yield Check("zero2-offload", offload, like="single-fp32", seconds=150)
+    offload |= {"strategy": "zero3", "offload_param": "cpu"}
+    yield Check("zero3-offload", offload, like="single-fp32", seconds=150)
+    free = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "warmup_steps": 0}
+    yield Check("schedule-free", free, may_lack=True)
+    yield Check("dora", {"use_dora": True})
+    yield Check("neftune", {"neftune_noise_alpha": 5.0})
+    yield Check("evaluation", {"eval_steps": 3, "save_steps": 3, "load_best_model_at_end": True})
+    yield Check("compile", {"torch_compile": True}, like="bf16-sdpa", within=0.02, seconds=150)
+    little = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.01"}
+    many = {"per_device_train_batch_size": 16, "max_steps": 1, "warmup_steps": 0}
+    yield Check("memory-retry", many, attempts=4, environment=little, lengths=(2048,), seconds=200)
+    rows = (1024, 3072)
+    for name, changes in {
+        "wide": {},
+        "wide-checkpointing": {"activation_checkpointing": True},
+        "wide-zero2": {"strategy": "zero2"},
+        "wide-liger": {"use_liger_kernel": True},
+    }.items():
+        may_lack = "liger" in name
+        yield Check(name, {**LARGE, **changes}, wide=True, lengths=rows, may_lack=may_lack, seconds=120)
+
+
+def rehearsal() -> Iterator[Check]:
+    """Yield the checks that a processor can run, one for each way to judge."""
+    yield Check("cpu-fp32", EXACT, on_cpu=True)
+    yield Check("single-fp32", EXACT, like="cpu-fp32", within=1e-6)
+    yield Check("zero2-fp32", {**EXACT, "strategy": "zero2"}, like="single-fp32")
+    yield Check("peft-fp32", {**EXACT, "lora_dropout": 1e-9}, like="single-fp32")
+    yield Check(
+        "fp32-flash_attention_4", {**EXACT, "attn_implementation": "flash_attention_4"}, may_lack=True
+    )
+
+
+def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool) -> None:
+    """Run the checks, write gpu-checks.json, and name what is wrong.
+
+    Raises:
+        StageError: Something is.
+    """
+    if not rehearse and not torch.cuda.is_available():
+        raise StageError("no NVIDIA GPU; --rehearse runs some of the checks on a processor")
+    deadline = time.monotonic() + seconds
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = list(rehearsal() if rehearse else checks())
+    make_base(work / "small", SMALL, device)
+    if any(check.wide for check in wanted):
+        make_base(work / "wide", WIDE, device)
+    results: dict[str, Any] = {}
+    out.mkdir(parents=True, exist_ok=True)
+
+    def run(check: Check) -> None:
+        results[check.name] = train(check, work, deadline)
+        told = results[check.name]
+        said = told.get("error", [f"losses {told['losses']}, {told['gib']:.2f} GiB"])[-1]
+        log.info("%s: codes %s, %s s: %s", check.name, told["codes"], told["seconds"], said)
+        write_json(out / "gpu-checks.json", {**about(("torch", "transformers")), "results": dict(results)})
+
+    small, wide = ([check for check in wanted if check.wide is size] for size in (False, True))
+    # The wide ones alone: each would take the memory that another one measures.
+    for some, together in ((small, at_once), (wide, 1)):
+        with ThreadPoolExecutor(together) as pool:
+            list(pool.map(run, some))
+    found = [f"{check.name}: {fault}" for check in wanted if (fault := judge(check, results))]
+    write_json(
+        out / "gpu-checks.json", {**about(("torch", "transformers")), "results": results, "found": found}
+    )
+    if found:
+        raise StageError("\n  ".join([f"{len(found)} of {len(wanted)} checks", *found]))
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of gpu-checks.json")
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder for the trainings")
+    parser.add_argument(
+        "--seconds", type=float, default=480.0, help="begin and leave no training running later"
+    )
+    parser.add_argument("--at-once", type=int, default=8, help="small trainings side by side")
+    parser.add_argument("--rehearse", action="store_true", help="some of the checks, on a processor")
+
+
+def make_base(folder: Path, shape: dict[str, Any], device: str) -> None:
+    """Write a base of random weights, made on the device, and a tokenizer of bytes."""
+    make_byte_base(folder / "model")
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = LlamaConfig(**shape, bos_token_id=256, eos_token_id=257)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "model")
+    write_json(folder / "base.json", {"model": "random", "files": {}})
+
+
+def train(check: Check, work: Path, deadline: float) -> dict[str, Any]:
+    """Train once, and again while another attempt is asked for; return all that it told."""
+    folder = work / check.name
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "base").symlink_to(work / ("wide" if check.wide else "small"))
+    section = {**shipped_params(), **SECTION, **check.changes}
+    (folder / "params.yaml").write_text(yaml.safe_dump({"sft": section}), encoding="utf-8")
+    words = (WIDE if check.wide else SMALL)["vocab_size"]
+    write_rows(folder / "data" / "pack" / "train.parquet", list(rows(check, words)), ROWS)
+    write_rows(folder / "data" / "split" / "validation.parquet", [conversation(i) for i in range(3)], GROUPED)
+    # Operators that DeepSpeed compiles are the same for all.
+    compiled = os.environ.get("TORCH_EXTENSIONS_DIR") or str(ROOT / ".nightshift" / "torch-extensions")
+    state = {
+        "NIGHTSHIFT_HOME": str(folder / "state"),
+        "MLFLOW_TRACKING_URI": NO_TRACKER,
+        "TORCH_EXTENSIONS_DIR": compiled,
+    }
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if check.on_cpu else {}
+    begin, codes = time.monotonic(), []
+    for _ in range(check.attempts + 1):
+        left = min(check.seconds, deadline - time.monotonic())
+        if left < 1:
+            codes.append("not begun")
+            break
+        codes.append(run_stage(folder, {**state, **hidden, **check.environment}, left))
+        if codes[-1] != 10:
+            break
+    return {"codes": codes, "seconds": round(time.monotonic() - begin, 1), **read_back(folder, check)}
+
+
+def run_stage(folder: Path, more: dict[str, str], seconds: float) -> int | str:
+    """Run the stage in a folder; return its exit code, or `time limit`."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with (folder / "log").open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tasks.sft"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path, **more},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            return "time limit"
+
+
+def rows(check: Check, words: int) -> Iterator[dict[str, Any]]:
+    """Yield rows of random tokens, the second half of each example with labels."""
+    chance = random.Random(0)
+    for number in range(6 if check.wide else 24):
+        lengths = list(check.lengths or (chance.randint(20, 90) for _ in range(6)))
+        ids = chance.choices(range(300, words), k=sum(lengths))
+        labels: list[int] = []
+        for length in lengths:
+            start = len(labels)
+            labels += [-100] * (length // 2) + ids[start + length // 2 : start + length]
+        yield {
+            "input_ids": ids,
+            "labels": labels,
+            "seq_lengths": lengths,
+            "example_ids": [f"{number}/{i}" for i in range(len(lengths))],
+            "origins": ["random"] * len(lengths),
+            "starts": [0] * len(lengths),
+        }
+
+
+def read_back(folder: Path, check: Check) -> dict[str, Any]:
+    """Read what a training left: losses, memory, what ran, and its last words if it failed."""
+    found: dict[str, Any] = {
+        "losses": metric(folder, "loss"),
+        "gib": max(metric(folder, "peak_memory_gib"), default=0),
+    }
+    for name in ("effective", "selftest"):
+        file = next(folder.glob(f"state/checkpoints/*/output/{name}.json"), None)
+        found[name] = read_json(file) if file else None
+    if check.wide and (job := next(folder.glob("state/checkpoints/*/job.json"), None)):
+        found["planned_gib"] = planned(folder, read_json(job))
+    if not (folder / "data" / "sft" / "summary.json").is_file():
+        found["error"] = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+    return found
+
+
+def metric(folder: Path, key: str) -> list[float]:
+    """Return all values of a metric, by step, from the spool."""
+    entries = [json.loads(line) for path in folder.glob("state/tracking/*.jsonl") for line in path.open()]
+    told = [entry for entry in entries if entry.get("kind") == "metrics" and key in entry["values"]]
+    return [entry["values"][key] for entry in sorted(told, key=lambda entry: int(entry["step"]))]
+
+
+def planned(folder: Path, job: dict[str, Any]) -> float:
+    """Return the GiB that the plan foretells, without what the allocator of torch does not see."""
+    params = SftParams.model_validate({**job["params"], "attn_implementation": job["attention"]})
+    packed = read_rows(folder / "data" / "pack" / "train.parquet")
+    tokens = [len(row["input_ids"]) for row in packed]
+    labelled = [sum(label != -100 for label in row["labels"]) for row in packed]
+    batch = largest_batch(job["plan"]["order"], tokens, labelled, job["micro_batch_size"])
+    config = read_json(folder / "data" / "base" / "model" / "config.json")
+    memory = estimate(config, params, job["strategy"], job["precision"], batch, job["device"])
+    return round((memory.total - memory.overhead) / GIB, 3)
+
+
+def judge(check: Check, results: dict[str, Any]) -> str | None:
+    """Return what is wrong with a check, or None."""
+    result = results[check.name]
+    if "error" in result:
+        said = next((line for line in reversed(result["error"]) if line.startswith("error:")), "")
+        if check.may_lack and ("does not work on this machine" in said or " needs " in said):
+            return None
+        return f"codes {result['codes']}: {said or result['error'][-1:]}"
+    if check.attempts and result["codes"][0] != 10:
+        return f"codes {result['codes']}: it never ran out of memory"
+    if "proven" not in result["selftest"]["isolation"] and check.lengths is None:
+        return "isolation is not proven"
+    if check.like:
+        others = results[check.like]["losses"]
+        if not others:
+            return f"{check.like} has no losses to compare"
+        pairs = zip(result["losses"], others, strict=False)
+        worst = max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
+        if len(others) != len(result["losses"]) or worst > check.within:
+            return f"losses are off by {worst:.2g} of those of {check.like}, more than {check.within}"
+    if check.wide and not 0.9 <= result["planned_gib"] / result["gib"] <= 1.1:
+        return f"{result['gib']:.2f} GiB were allocated, {result['planned_gib']:.2f} planned"
+    return None
+
+
+if __name__ == "__main__":
+    run_main(main, declare)
