@@ -198,6 +198,6 @@ def test_ranks_scorers_and_served_models_start_offline_whatever_the_user_has_set
     from tasks.sft.launch import rank_environment
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert rank_environment("cpu")["HF_HUB_OFFLINE"] == "1"
+    assert rank_environment("cpu", [])["HF_HUB_OFFLINE"] == "1"
     for path in ("tasks/evaluate/__main__.py", "tasks/registry.py", "tasks/export.py"):
         assert "**OFFLINE" in (ROOT / path).read_text(encoding="utf-8"), path

@@ -83,6 +83,7 @@ def candidate(seed: int) -> str:
     client = MlflowClient(tracking_uri())
     run = client.create_run(experiment_id(client))
     write_json(Path("data/sft/mlflow_run.json"), {"run_id": run.info.run_id})
+    write_json(Path("data/sft/effective.json"), {"num_processes": {"requested": "auto", "effective": 2}})
     return tree_digest(target)
 
 

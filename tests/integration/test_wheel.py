@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = set(PROJECT["optional-dependencies"])
 # Without `site` no .pth file is read, so the editable installation of the checkout is not found.
 PYTHON = (sys.executable, "-S")
-NEEDS_THE_CHECKOUT = {"infra/install.sh"}
+NEEDS_THE_CHECKOUT = {"infra/install.sh", "infra/gpu_kit/enter.sh", "infra/gpu_kit/fill.sh"}
 
 
 @pytest.fixture(scope="module")
