@@ -93,7 +93,7 @@ def take_back(path: Path) -> None:
     """Take the overrides of this or of a killed run out of the file; nothing happens without any."""
     before, written = before_file(), written_file()
     if before.is_file():
-        # Version 0.1.0 kept no copy of what they wrote.
+        # Version 0.1.0 kept no copy of what it wrote.
         if not written.is_file() or path.read_bytes() == written.read_bytes():
             write_text(path, before.read_text(encoding="utf-8"))
         elif path.read_bytes() != before.read_bytes():

@@ -24,7 +24,7 @@ from tasks.errors import DataError
 from tasks.files import iterate_rows, read_json, write_text
 from tasks.graph import changed_stages, find_reruns
 from tasks.sft import SftParams
-from tasks.sft.backend import with_processes
+from tasks.sft.backend import fits, with_processes
 from tasks.sft.machine import VISIBLE, processor_has_bf16
 from tasks.sft.memory import Memory, estimate_all, largest_batch, totals
 from tasks.sft.plan import compile_plan
@@ -114,11 +114,15 @@ def show(console: Console) -> None:
         kernel = "sdpa" if found.gpus else "sdpa_per_example"
         console.print(f"attention: {kernel} is assumed; which one runs is tried out when the training starts")
     print_reruns(console, reruns)
-    name, reason = choose_strategy(params, totals(sizes), found.memory)
-    fits = found.memory is None or sizes[name].total <= found.memory
+    needs = totals(sizes)
+    name, reason = choose_strategy(params, needs, found.memory)
     console.print(
         f"strategy: [bold]{name}[/bold] ({reason}), {params.ranks} processes, micro-batch {size} rows"
-        + ("" if fits else "; [bold]it does not fit into the device's memory[/bold]")
+        + (
+            ""
+            if fits(name, needs, found.memory)
+            else "; [bold]it does not fit into the device's memory[/bold]"
+        )
     )
 
 

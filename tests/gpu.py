@@ -7,7 +7,6 @@ plan. The machine needs neither pytest nor MLflow. `--rehearse` runs some of the
 """
 
 import argparse
-import json
 import logging
 import os
 import random
@@ -32,6 +31,7 @@ from tasks.schemas import GROUPED
 from tasks.sft import SftParams
 from tasks.sft.machine import ATTENTION
 from tasks.sft.memory import GIB, estimate, largest_batch
+from tasks.sft.spool import read_spool
 from tasks.stage import run_main
 from tests.byte_base import make_byte_base
 from tests.checkouts import ROOT
@@ -184,6 +184,7 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
     if any(check.wide for check in wanted):
         make_base(work / "wide", WIDE, device)
     results: dict[str, Any] = {}
+    measured = about(("torch", "transformers"))
     out.mkdir(parents=True, exist_ok=True)
 
     def run(check: Check) -> None:
@@ -191,7 +192,7 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
         told = results[check.name]
         said = told.get("error", [f"losses {told['losses']}, {told['gib']:.2f} GiB"])[-1]
         log.info("%s: codes %s, %s s: %s", check.name, told["codes"], told["seconds"], said)
-        write_json(out / "gpu-checks.json", {**about(("torch", "transformers")), "results": dict(results)})
+        write_json(out / "gpu-checks.json", {**measured, "results": dict(results)})
 
     small, wide = ([check for check in wanted if check.wide is size] for size in (False, True))
     # The wide ones alone: each would take the memory that another one measures.
@@ -199,9 +200,7 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
         with ThreadPoolExecutor(together) as pool:
             list(pool.map(run, some))
     found = [f"{check.name}: {fault}" for check in wanted if (fault := judge(check, results))]
-    write_json(
-        out / "gpu-checks.json", {**about(("torch", "transformers")), "results": results, "found": found}
-    )
+    write_json(out / "gpu-checks.json", {**measured, "results": results, "found": found})
     if found:
         raise StageError("\n  ".join([f"{len(found)} of {len(wanted)} checks", *found]))
 
@@ -319,8 +318,8 @@ def read_back(folder: Path, check: Check) -> dict[str, Any]:
 
 def metric(folder: Path, key: str) -> list[float]:
     """Return all values of a metric, by step, from the spool."""
-    entries = [json.loads(line) for path in folder.glob("state/tracking/*.jsonl") for line in path.open()]
-    told = [entry for entry in entries if entry.get("kind") == "metrics" and key in entry["values"]]
+    entries = [entry for path in folder.glob("state/tracking/*.jsonl") for entry in read_spool(path)[1:]]
+    told = [entry for entry in entries if entry["kind"] == "metrics" and key in entry["values"]]
     return [entry["values"][key] for entry in sorted(told, key=lambda entry: int(entry["step"]))]
 
 

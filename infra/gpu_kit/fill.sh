@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fill a folder with what a bare GPU machine (Linux, Python 3.12, torch, no network) lacks for `make test-gpu` and
-# `make bench-gpu`: about 28 MiB of wheels, in the versions of constraints.txt. Needs `.venv`, for DeepSpeed's wheel.
+# `make bench-gpu`: about 25 MiB of wheels, in the versions of constraints.txt. Needs `.venv`, for DeepSpeed's wheel.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 KIT=${1:-.kit}
