@@ -27,6 +27,7 @@ from benchmarks.stages import ROOT
 from tasks.encode import IGNORED
 from tasks.errors import StageError
 from tasks.sft import SftParams
+from tasks.sft.float8 import quantize_base
 from tasks.sft.fused import LossHead, fuse_adapter
 from tasks.sft.machine import ATTENTION
 from tasks.sft.model import adapt
@@ -74,6 +75,7 @@ class Rung:
         use_liger_kernel: Liger's norm, rotary embedding and gate.
         activation_checkpointing: As in params.yaml.
         torch_compile: Layer by layer.
+        fp8_base: The frozen weights in float8.
         packed: Examples of unequal length in each row, instead of one.
     """
 
@@ -84,6 +86,7 @@ class Rung:
     use_liger_kernel: bool = False
     activation_checkpointing: bool = False
     torch_compile: bool = False
+    fp8_base: bool = False
     packed: bool = False
 
 
@@ -98,9 +101,11 @@ LADDER = (
     replace(FASTEST, packed=True),
     replace(FASTEST, rows=4, activation_checkpointing=True),
     replace(FASTEST, loss="logits", lora="peft", torch_compile=True),
-    # Liger replaces parts of the model for good, so its rungs are the last.
+    # Liger and float8 replace parts of the model for good, so their rungs are the last.
     replace(FASTEST, use_liger_kernel=True),
     replace(FASTEST, use_liger_kernel=True, packed=True),
+    replace(FASTEST, use_liger_kernel=True, fp8_base=True),
+    replace(FASTEST, use_liger_kernel=True, fp8_base=True, packed=True),
 )
 
 
@@ -149,7 +154,7 @@ class Climber:
         """Make the model, with an adapter that trains."""
         self.size, self.device = size, device
         self.speeds: dict[str, float] = {}
-        self.has_liger = False
+        self.has_liger = self.has_float8 = False
         section = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["sft"]
         params = SftParams(**section | {"strategy": "single", "num_processes": 1, "precision": "bf16"})
         torch.manual_seed(0)
@@ -192,6 +197,9 @@ class Climber:
             off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
             apply_liger_kernel_to_llama(rope=True, rms_norm=True, swiglu=True, model=self.base, **off)
             self.has_liger = True
+        if rung.fp8_base and not self.has_float8:
+            quantize_base(self.model)
+            self.has_float8 = True
         if rung.activation_checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
         if rung.torch_compile:
@@ -199,7 +207,7 @@ class Climber:
                 layer.compile(dynamic=False)
 
     def change_back(self) -> None:
-        """Take all but Liger back, and give the memory back."""
+        """Take all but Liger and float8 back, and give the memory back."""
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 vars(module).pop("forward", None)

@@ -20,15 +20,15 @@ from flows.scoreboard import scoreboard_file
 from tasks.check import check
 from tasks.config import load_params, read_params
 from tasks.encode import count_supervised
-from tasks.errors import DataError
+from tasks.errors import ConfigError, DataError
 from tasks.files import iterate_rows, read_json, write_text
 from tasks.graph import changed_stages, find_reruns
 from tasks.sft import SftParams
-from tasks.sft.backend import fits, with_processes
-from tasks.sft.machine import VISIBLE, processor_has_bf16
-from tasks.sft.memory import Memory, estimate_all, largest_batch, totals
+from tasks.sft.backend import fit, fits, with_processes
+from tasks.sft.machine import VISIBLE, Machine, processor_has_bf16
+from tasks.sft.memory import Batch, Memory, estimate_all, largest_batch, totals
 from tasks.sft.plan import compile_plan
-from tasks.sft.strategy import GIB, choose_strategy
+from tasks.sft.strategy import GIB
 from tasks.stage import DATA
 from tasks.state import state_dir
 
@@ -102,28 +102,11 @@ def show(console: Console) -> None:
     found = find_devices()
     params = with_processes(params, found.gpus)
     plan = compile_plan(params, lengths, labelled)
-    precision = choose_precision(params.precision, found)
     size = params.per_device_train_batch_size
     batch = largest_batch(plan["order"], [sum(one) for one in lengths], labelled, size)
-    sizes = estimate_all(read_json(CONFIG), params, precision, batch, found.device)
     print_course(console, params, plan)
-    print_memory(console, sizes)
-    console.print(f"largest micro-batch: {batch.tokens:,} tokens, {batch.labelled:,} of them with labels")
-    console.print(f"device: {found.device}, precision {precision} ({found.source})")
-    if params.attn_implementation == "auto":
-        kernel = "sdpa" if found.gpus else "sdpa_per_example"
-        console.print(f"attention: {kernel} is assumed; which one runs is tried out when the training starts")
     print_reruns(console, reruns)
-    needs = totals(sizes)
-    name, reason = choose_strategy(params, needs, found.memory)
-    console.print(
-        f"strategy: [bold]{name}[/bold] ({reason}), {params.ranks} processes, micro-batch {size} rows"
-        + (
-            ""
-            if fits(name, needs, found.memory)
-            else "; [bold]it does not fit into the device's memory[/bold]"
-        )
-    )
+    print_choice(console, params, found, batch)
 
 
 def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
@@ -244,6 +227,13 @@ def choose_precision(requested: str, found: Devices) -> str:
     return "bf16" if found.has_bf16 else "fp32"
 
 
+def as_machine(found: Devices, precision: str, params: SftParams) -> Machine:
+    """Return what the choice of a strategy needs to know of the machine; kernels are not tried here."""
+    names = tuple(str(i) for i in range(found.gpus))
+    kernel = params.attn_implementation
+    return Machine(found.device, names, found.memory, precision, kernel, head=None, has_liger=False)
+
+
 def print_course(console: Console, params: SftParams, plan: Mapping[str, Any]) -> None:
     """Print how long the training is, and its learning rate."""
     tokens, rates = sum(plan["tokens"]), plan["learning_rate"]
@@ -258,6 +248,37 @@ def print_course(console: Console, params: SftParams, plan: Mapping[str, Any]) -
     table.add_row("", f"{peak}; {picture}")
     table.add_row("time", expected_time(tokens))
     console.print(table)
+
+
+def print_choice(console: Console, params: SftParams, found: Devices, batch: Batch) -> None:
+    """Print what the training takes of the devices, and the strategy that is taken.
+
+    Raises:
+        ConfigError: Nothing fits into the device's memory.
+    """
+    config, precision = read_json(CONFIG), choose_precision(params.precision, found)
+    try:
+        name, reason, checkpointing = fit(params, as_machine(found, precision, params), config, batch)
+    except ConfigError:
+        # The table shows by how much.
+        print_memory(console, estimate_all(config, params, precision, batch, found.device))
+        raise
+    known = params.model_copy(update={"activation_checkpointing": checkpointing})
+    sizes = estimate_all(config, known, precision, batch, found.device)
+    print_memory(console, sizes)
+    console.print(f"largest micro-batch: {batch.tokens:,} tokens, {batch.labelled:,} of them with labels")
+    console.print(f"device: {found.device}, precision {precision} ({found.source})")
+    if params.attn_implementation == "auto":
+        kernel = "sdpa" if found.gpus else "sdpa_per_example"
+        console.print(f"attention: {kernel} is assumed; which one runs is tried out when the training starts")
+    if checkpointing and params.activation_checkpointing == "auto":
+        console.print("activation checkpointing: on, since it does not fit otherwise")
+    is_fit = fits(name, totals(sizes), found.memory)
+    console.print(
+        f"strategy: [bold]{name}[/bold] ({reason}), {params.ranks} processes, "
+        f"micro-batch {params.per_device_train_batch_size} rows"
+        + ("" if is_fit else "; [bold]it does not fit into the device's memory[/bold]")
+    )
 
 
 def print_memory(console: Console, sizes: Mapping[str, Memory]) -> None:

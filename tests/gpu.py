@@ -129,6 +129,7 @@ def checks() -> Iterator[Check]:
     for optim in ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "lion_32bit"):
         yield Check(optim, {"optim": optim}, may_lack=True)
     yield Check("adamw_torch_fused", {**EXACT, "optim": "adamw_torch_fused"}, like="single-fp32")
+    yield Check("fp8-base", {"fp8_base": True}, like="bf16-sdpa", within=0.05, may_lack=True)
     yield Check("fp16", {"precision": "fp16"}, like="bf16-sdpa", within=0.05)
     yield Check("fp16-zero2", {"precision": "fp16", "strategy": "zero2"}, like="bf16-sdpa", within=0.05)
     yield Check("tf32", {"precision": "tf32"}, like="single-fp32", within=0.02)

@@ -342,7 +342,7 @@ UNMAPPED: dict[str, str] = {
     "adam_epsilon2": _OPTIMIZER,
     "dion_*": _OPTIMIZER,
     "torchdistx_path": _OPTIMIZER,
-    "fp8*": "arithmetic of eight bits is not here; set sft.precision: bf16",
+    "fp8*": "training in float8 is not here; set sft.precision: bf16 and, with LoRA, sft.fp8_base: true",
     "s2_attention": "shifted sparse attention is not here; set sft.attn_implementation: auto",
     "sage_attention": "sage is not here; set sft.attn_implementation: auto",
     "flash_optimum": "BetterTransformer is gone; set sft.attn_implementation: sdpa",

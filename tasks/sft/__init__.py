@@ -129,6 +129,7 @@ class SftParams(StageParams):
         use_liger_kernel: Liger's fused kernels; `auto`: on a GPU where they are installed and know the model.
         torch_compile: Compile the model.
         adapter: lora, qlora (4-bit base), or None for a full fine-tune.
+        fp8_base: Multiply with the base's frozen weights in float8.
         lora_r: LoRA rank.
         lora_alpha: LoRA scale times rank.
         lora_dropout: Dropout before the adapter, 0 to 1.
@@ -189,6 +190,7 @@ class SftParams(StageParams):
     use_liger_kernel: bool | Literal["auto"]
     torch_compile: bool
     adapter: Literal["lora", "qlora"] | None
+    fp8_base: bool
     lora_r: Count
     lora_alpha: Count
     lora_dropout: Share

@@ -90,10 +90,26 @@ def _adapter(params: SftParams) -> Iterator[str]:
         yield "qlora's 4-bit weights cannot be divided by zero3; take zero2, fsdp2 or ddp"
     if params.adapter == "qlora" and params.offload_param != "none":
         yield "qlora's 4-bit weights cannot be offloaded; set offload_param to none"
+    if params.fp8_base:
+        yield from _float8(params)
     if params.lora_target_modules == []:
         yield "lora_target_modules is empty; name modules, or write all-linear"
     if params.loraplus_lr_ratio is not None and params.offload_optimizer != "none":
         yield "loraplus_lr_ratio needs the optimiser on the device; set offload_optimizer to none"
+
+
+def _float8(params: SftParams) -> Iterator[str]:
+    """Yield what does not go with float8: it is one function of a plain layer of LoRA."""
+    fits = {
+        f"adapter {params.adapter}": params.adapter == "lora",
+        f"strategy {params.strategy}": params.strategy not in ("zero3", "fsdp2"),
+        f"precision {params.precision}": params.precision in ("auto", "bf16"),
+        f"lora_dropout {params.lora_dropout}": not params.lora_dropout,
+        "use_dora": not params.use_dora,
+        "torch_compile": not params.torch_compile,
+    }
+    for what in [what for what, is_fit in fits.items() if not is_fit]:
+        yield f"fp8_base does not go with {what}; set it to false, or train plain LoRA in bf16"
 
 
 def _evaluation(params: SftParams) -> Iterator[str]:

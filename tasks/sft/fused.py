@@ -6,13 +6,16 @@ Both stand in the place of a module's `forward`, so hooks of DeepSpeed and FSDP2
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch.nn.functional import linear
 
 from tasks.sft.strategy import LOGITS
+
+if TYPE_CHECKING:
+    from tasks.sft.float8 import Float8Weight
 
 
 class SummedLoss(torch.autograd.Function):
@@ -105,7 +108,7 @@ class LoraLinear(torch.autograd.Function):
     def forward(  # noqa: PLR0913
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: "torch.Tensor | Float8Weight",
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -116,7 +119,7 @@ class LoraLinear(torch.autograd.Function):
         Args:
             ctx: Holds what `backward` needs.
             x: Shape (..., inputs).
-            weight: Shape (outputs, inputs).
+            weight: Shape (outputs, inputs), or that in float8.
             bias: Shape (outputs,), or None.
             a: Shape (rank, inputs).
             b: Shape (outputs, rank).
@@ -124,22 +127,35 @@ class LoraLinear(torch.autograd.Function):
         """
         flat = x.reshape(-1, x.shape[-1])
         low = flat @ a.t()
-        out = linear(flat, weight, bias)
+        out = project(flat, weight, bias)
         out.addmm_(low, b.t(), alpha=scale)
-        ctx.save_for_backward(flat, low, weight, a, b)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.save_for_backward(flat, low, a, b)
+        # Frozen, and alive as long as its layer.
+        ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x, A and B; the frozen weight's is never computed."""
-        flat, low, weight, a, b = ctx.saved_tensors
+        flat, low, a, b = ctx.saved_tensors
         slope = slope.reshape(-1, slope.shape[-1])
         inner = (slope @ b).mul_(ctx.scale)
         given = None
         if ctx.needs_input_grad[0]:
-            given = (slope @ weight).addmm_(inner, a).view(ctx.shape)
+            weight = ctx.weight
+            given = slope @ weight if torch.is_tensor(weight) else weight.pull_back(slope)
+            given = given.addmm_(inner, a).view(ctx.shape)
         return given, None, None, inner.t() @ flat, (slope.t() @ low).mul_(ctx.scale), None
+
+
+def project(
+    x: torch.Tensor, weight: "torch.Tensor | Float8Weight", bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute x W' + b, shape (n, outputs)."""
+    if isinstance(weight, torch.Tensor):
+        return linear(x, weight, bias)
+    out = weight.project(x)
+    return out if bias is None else out.add_(bias)
 
 
 def fuse_adapter(model: torch.nn.Module) -> None:
@@ -151,9 +167,16 @@ def fuse_adapter(model: torch.nn.Module) -> None:
 
 def count_lora(model: torch.nn.Module) -> dict[str, int]:
     """Count the adapter's layers by how they compute."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    fused = sum(isinstance(vars(layer).get("forward"), partial) for layer in layers)
-    return {"fused": fused, "peft": len(layers) - fused}
+    layers = sum(isinstance(module, LoraLayer) for module in model.modules())
+    fused = len(list(fused_layers(model)))
+    return {"fused": fused, "peft": layers - fused}
+
+
+def fused_layers(model: torch.nn.Module) -> Iterator[Any]:
+    """Yield the adapter's layers that compute in one function."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(vars(module).get("forward"), partial):
+            yield module
 
 
 def is_plain(layer: Any) -> bool:
@@ -178,8 +201,9 @@ def forward_plain(layer: Any, x: torch.Tensor, *more: Any, **rest: Any) -> torch
     base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
     kind = compute_type(x, base.weight)
     bias = None if base.bias is None else base.bias.to(kind)
+    weight = getattr(base, "float8", None) or base.weight.to(kind)
     with torch.autocast(x.device.type, enabled=False):
-        given = (x.to(kind), base.weight.to(kind), bias, a.to(kind), b.to(kind), layer.scaling[name])
+        given = (x.to(kind), weight, bias, a.to(kind), b.to(kind), layer.scaling[name])
         out: torch.Tensor = LoraLinear.apply(*given)  # type: ignore[no-untyped-call]
     return out
 

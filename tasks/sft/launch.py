@@ -22,8 +22,9 @@ from tasks.state import tools_environment
 
 # A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
 GRACE_SECONDS = 40.0
-# How torch manages a GPU's memory, unless the user says otherwise.
-ALLOCATOR = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Where a user says how torch manages a GPU's memory, and what is taken if none does.
+ALLOCATOR, OLDER_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+GROWING = "expandable_segments:True"
 
 
 def launch(job: dict[str, Any], params: SftParams, file: Path) -> int:
@@ -147,7 +148,8 @@ def rank_environment(device: str, devices: Sequence[str]) -> dict[str, str]:
     }
     if device == "cuda":
         # Rows differ in length; blocks that can grow leave no holes between them.
-        env |= {VISIBLE: ",".join(devices), "PYTORCH_ALLOC_CONF": ALLOCATOR}
+        memory = os.environ.get(ALLOCATOR) or os.environ.get(OLDER_NAME) or GROWING
+        env |= {VISIBLE: ",".join(devices), ALLOCATOR: memory}
     if device == "cpu":
         # One thread for each rank makes the arithmetic, and so the adapter, reproducible.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

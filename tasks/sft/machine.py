@@ -119,6 +119,8 @@ def look(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
     # Before any kernel runs here, and takes memory itself.
     memory = min((torch.cuda.mem_get_info(i)[0] for i in range(len(devices))), default=None)
     precision = choose_precision(params.precision, device)
+    if params.fp8_base:
+        require_float8(precision, device)
     probe = Probe(params, device, precision, config, longest)
     attention = choose_attention(params.attn_implementation, device, probe)
     has_liger = device == "cuda" and knows_liger(str(config.get("model_type")))
@@ -189,6 +191,32 @@ def choose_precision(requested: str, device: str) -> str:
     if requested == "auto":
         return "bf16" if has_bf16 else "fp32"
     return requested
+
+
+def require_float8(precision: str, device: str) -> None:
+    """Check that this machine multiplies in float8.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    import torch
+
+    from tasks.sft.float8 import Float8Weight
+
+    fault = None
+    if precision != "bf16":
+        fault = f"it trains in {precision}, and only bf16 goes with it"
+    else:
+        one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+        try:
+            Float8Weight(one).project(one)
+        # A device that is too old, or a compiler that is missing.
+        except Exception as err:  # noqa: BLE001
+            fault = f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
+    if fault:
+        raise ConfigError(
+            f"params.yaml: sft.fp8_base=true does not work on this machine: {fault}; set it to false"
+        )
 
 
 def processor_has_bf16() -> bool:

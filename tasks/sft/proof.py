@@ -46,12 +46,17 @@ def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         StageError: One fails; training must not start.
     """
-    # The trainer switches it on in the model only when the training begins.
-    if trainer.model.is_activation_checkpointing != trainer.params.activation_checkpointing:
-        raise StageError(
-            f"self-test: activation_checkpointing={trainer.params.activation_checkpointing} was asked for, "
-            "but the model does otherwise; this is a bug, report it"
-        )
+    # Both are switched on in the model only when the training begins.
+    runs = {
+        "activation_checkpointing": trainer.model.is_activation_checkpointing,
+        "fp8_base": any(hasattr(module, "float8") for module in trainer.model.modules()),
+    }
+    for key, does in runs.items():
+        if does != (asked := getattr(trainer.params, key)):
+            raise StageError(
+                f"self-test: {key}={asked} was asked for, but the model does otherwise; this is a bug, "
+                "report it"
+            )
     folder = Path(job["folder"]) / "rehearsal"
     row = selftest.find_row(trainer.train_dataset)
     if row is None:
@@ -149,7 +154,7 @@ def rehearse_saving(
     that every weight was saved whole is checked always.
     """
     params, model = trainer.params, trainer.model
-    if job["strategy"] == "zero3" or params.adapter == "qlora":
+    if job["strategy"] == "zero3" or params.adapter == "qlora" or params.fp8_base:
         batch = None
     weights = trainable(trainer)
     shaken = [p for name, p in weights.items() if "lora_B" in name and batch]

@@ -53,8 +53,9 @@ def choose_strategy(
         if several:
             return "ddp", f"{params.ranks} processes, each with the whole model"
         return "single", "one process"
-    last = "fsdp2" if params.adapter == "qlora" else "zero3"
-    ladder = ("ddp", "zero1", "zero2", last) if several else ("single",)
+    # Divided weights cannot be in float8.
+    last = () if params.fp8_base else ("fsdp2" if params.adapter == "qlora" else "zero3",)
+    ladder = ("ddp", "zero1", "zero2", *last) if several else ("single",)
     said = {name: f"{needs[name] / GIB:.1f} GiB of {capacity / GIB:.1f} GiB" for name in ladder}
     for before, name in zip(("", *ladder), ladder, strict=False):
         if needs[name] <= capacity:

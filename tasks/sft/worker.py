@@ -131,6 +131,10 @@ def build_trainer(job: dict[str, Any], params: SftParams, callbacks: list[Traine
     model = load_model(job["base"], params, job["strategy"], job["precision"], job["attention"])
     if job["lora"] == "fused":
         fuse_adapter(model)
+    if params.fp8_base:
+        from tasks.sft.float8 import QuantizedBase
+
+        callbacks = [QuantizedBase(), *callbacks]
     return Trainer(
         params=params,
         plan=job["plan"],
@@ -224,8 +228,9 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         "attn_implementation": trainer.model.config._attn_implementation,
         "num_processes": args.world_size,
         "optim": args.optim.value,
-        # Compared with the model by the proofs, since the trainer switches it on when it begins.
+        # Compared with the model by the proofs, since both are switched on when the training begins.
         "activation_checkpointing": args.activation_checkpointing,
+        "fp8_base": trainer.params.fp8_base,
         "use_liger_kernel": args.use_liger_kernel,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

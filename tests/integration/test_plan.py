@@ -133,6 +133,15 @@ def test_a_folder_of_which_dvc_cannot_tell_what_has_changed_gives_no_plan(
     assert "error: dvc status: ERROR: you are not inside of a DVC repository" in done.stderr
 
 
+def with_driver(programs: Path, script: str, environment: dict[str, str]) -> dict[str, str]:
+    """An environment whose nvidia-smi is a script."""
+    fake = programs / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    return {**environment, "PATH": f"{programs}{os.pathsep}{environment['PATH']}"}
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [
@@ -156,12 +165,29 @@ def test_a_folder_of_which_dvc_cannot_tell_what_has_changed_gives_no_plan(
 def test_what_the_driver_says_is_told_in_the_plan(
     folder: Path, tmp_path: Path, clean_environment: dict[str, str], script: str, said: str
 ) -> None:
-    fake = tmp_path / "bin" / "nvidia-smi"
-    fake.parent.mkdir()
-    fake.write_text(f"#!/bin/sh\n{script}\n")
-    fake.chmod(0o755)
-    path = f"{fake.parent}{os.pathsep}{clean_environment['PATH']}"
-    done = plan(folder, {**clean_environment, "PATH": path})
+    done = plan(folder, with_driver(tmp_path / "bin", script, clean_environment))
     assert done.returncode == 0, done.stderr
     assert said in " ".join(done.stdout.split())
     assert "strategy: " in done.stdout
+
+
+def test_what_fits_with_activations_computed_again_only_is_planned_so(
+    folder: Path, tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
+    """It takes 535.29 MiB with kept activations, and 534.82 MiB without."""
+    script = "echo 'NVIDIA L4, 535.05, 8.9, 0, GPU-1'"
+    done = plan(folder, with_driver(tmp_path / "bin", script, clean_environment))
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "activation checkpointing: on, since it does not fit otherwise" in said
+    assert "strategy: single (single: 0.5 GiB of 0.5 GiB" in said
+    assert "does not fit into" not in said
+
+
+def test_what_fits_in_no_way_is_refused_behind_the_table(
+    folder: Path, tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
+    script = "echo 'NVIDIA L4, 534.50, 8.9, 0, GPU-1'"
+    done = plan(folder, with_driver(tmp_path / "bin", script, clean_environment))
+    assert "error: params.yaml: sft.strategy=auto: single takes 0.5 GiB" in done.stderr
+    assert " fsdp2 " in done.stdout

@@ -54,6 +54,29 @@ def test_a_quantised_base_passes_and_trains(build: Callable[..., Trainer]) -> No
     assert proof["saving"] == {"weights": 28}
 
 
+def test_a_base_in_float8_passes_and_trains(
+    build: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.sft.machine.processor_has_bf16", lambda: True)
+    trainer = build(fp8_base=True, precision="bf16")
+    trainer.train()
+    assert sum(hasattr(module, "float8") for module in trainer.model.modules()) == 14
+    first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert last < first
+    proof = read_json(selftest_file(trainer))
+    assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
+    assert 0 < proof["gradients"]["relative_difference"] < 0.1
+    assert proof["saving"] == {"weights": 28}
+
+
+def test_a_base_that_is_not_in_float_8_although_asked_is_caught(
+    build: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.sft.machine.processor_has_bf16", lambda: True)
+    monkeypatch.setattr("tasks.sft.float8.quantize_base", lambda _: 0)
+    refuse(build(fp8_base=True, precision="bf16"), "fp8_base=True was asked for")
+
+
 def test_the_proofs_leave_weights_and_random_numbers_as_they_were(build: Callable[..., Trainer]) -> None:
     digests = []
     for runs_proofs in (True, False):

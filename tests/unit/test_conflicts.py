@@ -37,6 +37,13 @@ from tests.sft import sft_params
         ({"strategy": "zero2", "offload_param": "cpu"}, "offload_param cpu needs strategy zero3 or fsdp2"),
         ({"offload_optimizer": "cpu", "optim": "adafactor"}, "set optim to adamw_torch, got adafactor"),
         ({"adapter": None, "use_dora": True}, "use_dora belongs to an adapter"),
+        ({"fp8_base": True, "adapter": "qlora"}, "fp8_base does not go with adapter qlora"),
+        ({"fp8_base": True, "adapter": None}, "fp8_base does not go with adapter None"),
+        ({"fp8_base": True, "strategy": "fsdp2"}, "fp8_base does not go with strategy fsdp2"),
+        ({"fp8_base": True, "precision": "fp16"}, "fp8_base does not go with precision fp16"),
+        ({"fp8_base": True, "lora_dropout": 0.1}, "fp8_base does not go with lora_dropout 0.1"),
+        ({"fp8_base": True, "use_dora": True}, "fp8_base does not go with use_dora"),
+        ({"fp8_base": True, "torch_compile": True}, "fp8_base does not go with torch_compile"),
         ({"adapter": "qlora", "strategy": "zero3"}, "qlora's 4-bit weights cannot be divided by zero3"),
         (
             {"early_stopping_patience": 2},

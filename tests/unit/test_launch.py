@@ -105,3 +105,14 @@ def test_what_the_stage_finds_its_ranks_find_too(monkeypatch: pytest.MonkeyPatch
     assert others == ["/opt/mine", "/opt/more"]
     monkeypatch.delenv("PYTHONPATH")
     assert rank_environment("cpu", [])["PYTHONPATH"] == str(ROOT)
+
+
+def test_how_a_gpus_memory_is_managed_is_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_environment("cuda", ["0"])["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    # By its older name too, which torch reads only without the newer one.
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert rank_environment("cuda", ["0"])["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:32")
+    assert rank_environment("cuda", ["0"])["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:32"

@@ -1,0 +1,108 @@
+"""Products with frozen weights in float8, at twice the rate of bf16 on an H100.
+
+Every row of every factor has its own scale, which makes its largest value float8's largest. So a token's
+result does not depend on the tokens beside it, and packed examples stay apart.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import ScalingType, scaled_mm
+from transformers import TrainerCallback
+
+from tasks.errors import StageError
+from tasks.sft.fused import fused_layers, project
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+# The kernels take factors whose sides are multiples of this.
+SIDE = 16
+
+
+class Float8Weight:
+    """A frozen weight in float8, once for each direction: in all the bytes that it had in bf16."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Quantise a weight.
+
+        Args:
+            weight: Shape (outputs, inputs), both multiples of 16.
+        """
+        self.rows = quantize(weight)
+        self.columns = quantize(weight.t())
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute x W' in bf16, shape (n, outputs); x has shape (n, inputs)."""
+        return multiply(x, *self.rows)
+
+    def pull_back(self, slope: torch.Tensor) -> torch.Tensor:
+        """Compute g W in bf16, shape (n, inputs); g has shape (n, outputs)."""
+        return multiply(slope, *self.columns)
+
+
+def multiply(x: torch.Tensor, other: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Multiply x of shape (n, k) by the transpose of a quantised factor of shape (m, k)."""
+    rows, own = quantize(x)
+    return scaled_mm(
+        rows,
+        other.t(),
+        own,
+        ScalingType.RowWise,
+        scales.t(),
+        ScalingType.RowWise,
+        output_dtype=torch.bfloat16,
+        # Adds up in fewer bits, which is far less than the rounding of the factors.
+        use_fast_accum=x.is_cuda,
+    )
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of x in float8, shape (n, k), and the scale of each, shape (n, 1) in float32."""
+    # Operator by operator, a GPU would spend on this what the product saves.
+    return _quantize_compiled(x) if x.is_cuda else _quantize(x)
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / LARGEST
+    return (x.float() / scales).to(FLOAT8).contiguous(), scales
+
+
+_quantize_compiled = torch.compile(_quantize, dynamic=True)
+
+
+def quantize_base(model: torch.nn.Module) -> int:
+    """Put the frozen weights of the adapter's fused layers into float8; return how many.
+
+    Raises:
+        StageError: None of them has sides that the kernels take.
+    """
+    changed = 0
+    for layer in fused_layers(model):
+        base: Any = layer.base_layer
+        if any(side % SIDE for side in base.weight.shape):
+            continue
+        base.float8 = Float8Weight(base.weight.detach().to(torch.bfloat16))
+        # For when the adapter is off; no gradient passes here.
+        base.forward = partial(forward_base, base)
+        base.weight.data = base.weight.data.new_empty(0)
+        changed += 1
+    if not changed:
+        raise StageError(
+            f"params.yaml: sft.fp8_base=true, but no layer with an adapter has sides that are multiples of "
+            f"{SIDE}; set it to false"
+        )
+    return changed
+
+
+def forward_base(base: Any, x: torch.Tensor) -> torch.Tensor:
+    """Compute a frozen layer without its adapter, shape (..., outputs)."""
+    return project(x.reshape(-1, x.shape[-1]), base.float8, base.bias).view(*x.shape[:-1], -1)
+
+
+class QuantizedBase(TrainerCallback):
+    """Put the base into float8 once it is loaded and on its device: later, DeepSpeed would cast it back."""
+
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, model: Any, **_: Any) -> None:
+        """Do so."""
+        quantize_base(model)
