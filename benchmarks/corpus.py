@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from tasks.text import Shingles, canonical, jaccard
+from nightshift.data.text import Shingles, canonical, jaccard
 
 # Share of the words that an edit changes; 0 changes case and punctuation only.
 EDITS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.09, 0.15)

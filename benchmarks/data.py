@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks import dedupe, increment, scale
 from benchmarks.record import require_bounds, write_records
-from tasks.stage import run_main
+from nightshift.core.stage import run_main
 
 PACKAGES = ("daft", "datasketch", "datatrove", "rensa", "pyarrow", "tokenizers", "transformers", "trl")
 log = logging.getLogger(__name__)

@@ -23,14 +23,14 @@ import numpy as np
 
 from benchmarks.corpus import real_documents, true_pairs, with_edits
 from benchmarks.record import Record, record
+from nightshift.core.files import read_json, write_json
+from nightshift.core.memo import Memo
+from nightshift.core.stage import run_main
+from nightshift.data.text import Shingles, canonical, comparable_shingles, jaccard
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.__main__ import find_duplicates
 from tasks.dedupe.candidates import Text, shared_buckets
 from tasks.dedupe.signatures import sign
-from tasks.files import read_json, write_json
-from tasks.memo import Memo
-from tasks.stage import run_main
-from tasks.text import Shingles, canonical, comparable_shingles, jaccard
 
 PARAMS = DedupeParams(
     num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1, max_drop_rate=1.0

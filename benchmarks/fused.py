@@ -21,12 +21,12 @@ import yaml
 
 from benchmarks.record import Record, record, require_bounds, write_records
 from benchmarks.stages import ROOT, make_folder
-from tasks.encode import IGNORED
+from nightshift.core.stage import run_main
+from nightshift.data.encode import IGNORED
 from tasks.sft import SftParams
 from tasks.sft.fused import LossHead, fuse_adapter
 from tasks.sft.model import load_model
 from tasks.sft.trainer import summed_loss
-from tasks.stage import run_main
 
 PACKAGES = ("peft", "torch", "transformers")
 LENGTHS = (400, 300, 200, 124)

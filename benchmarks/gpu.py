@@ -24,15 +24,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record import RESULTS, Record, record, require_bounds, write_records
 from benchmarks.stages import ROOT
-from tasks.encode import IGNORED
-from tasks.errors import StageError
+from nightshift.core.errors import StageError
+from nightshift.core.stage import run_main
+from nightshift.data.encode import IGNORED
 from tasks.sft import SftParams
 from tasks.sft.float8 import quantize_base
 from tasks.sft.fused import LossHead, fuse_adapter
 from tasks.sft.machine import ATTENTION
 from tasks.sft.model import adapt
 from tasks.sft.trainer import summed_loss
-from tasks.stage import run_main
 
 PACKAGES = ("accelerate", "peft", "torch", "transformers", "trl")
 # One H100, LoRA on Llama-3-8B, rows of 4096 tokens, two at a time (NeMo Automodel, docs/performance-summary):

@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.record import Record, record
 from benchmarks.stages import STAGES, Cost, environment, make_folder, run_stage, run_stages
-from tasks.files import jsonl, read_json, tree_digest
-from tasks.sources import packages
+from nightshift.core.files import jsonl, read_json, tree_digest
+from tasks.snapshot.sources import packages
 
 PARAPHRASED = 60
 PARAMS: dict[str, dict[str, Any]] = {
@@ -89,8 +89,8 @@ def write_shard(folder: Path, source: str, arrival: int, rows: Sequence[dict[str
     incoming.parent.mkdir(exist_ok=True)
     incoming.write_text(jsonl(rows), encoding="utf-8")
     code = (
-        "import sys; from pathlib import Path; from tasks.snapshot import write_shards; "
-        "from tasks.sources.locations import read_offers; "
+        "import sys; from pathlib import Path; from tasks.snapshot.__main__ import write_shards; "
+        "from tasks.snapshot.sources.locations import read_offers; "
         "write_shards(sys.argv[1], read_offers(sys.argv[2]), Path('data/raw'))"
     )
     command = [sys.executable, "-c", code, source, str(incoming)]

@@ -23,14 +23,15 @@ from tokenizers import Tokenizer
 
 from benchmarks.record import Record, record, require_bounds, write_records
 from benchmarks.stages import ROOT, environment, metric_history, run_stage
-from infra.plan import read_lengths
-from tasks.files import read_json, write_rows
+from infra.cli.plan import read_lengths
+from nightshift.core.files import read_json, write_rows
+from nightshift.core.stage import run_main
 from tasks.pack import ROWS
 from tasks.sft import SftParams
+from tasks.sft.job import read_job
 from tasks.sft.memory import Batch, estimate, largest_batch
 from tasks.sft.strategy import GIB
-from tasks.sources.packages import elements
-from tasks.stage import run_main
+from tasks.snapshot.sources.packages import elements
 
 PACKAGES = ("accelerate", "deepspeed", "peft", "torch", "transformers", "trl")
 STEPS = 12
@@ -112,13 +113,13 @@ def against_peak(name: str, expected: float, peak: float) -> Record:
 def of_job(folder: Path) -> Record:
     """Set the estimate beside the peak of the first rank of a job that has trained, as its run tells it."""
     (file,) = (folder / ".nightshift" / "checkpoints").glob("*/job.json")
-    job = read_json(file)
+    job = read_job(file)
+    backend = job.backend
     lengths, labelled = read_lengths(folder / "data" / "pack" / "train.parquet")
     tokens = [sum(one) for one in lengths]
-    batch = largest_batch(job["plan"]["order"], tokens, labelled, job["micro_batch_size"])
+    batch = largest_batch(job.plan.order, tokens, labelled, job.micro_batch_size)
     config = read_json(folder / "data" / "base" / "model" / "config.json")
-    params = SftParams.model_validate(job["params"])
-    expected = estimate(config, params, job["strategy"], job["precision"], batch, job["device"])
+    expected = estimate(config, job.params, backend.strategy, backend.precision, batch, backend.device)
     peak = max(metric.value for metric in metric_history(folder, "peak_memory_gib"))
     return against_peak("the job itself", expected.total, peak * GIB)
 

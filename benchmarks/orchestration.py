@@ -5,20 +5,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks.record import Record, record
 from benchmarks.stages import ROOT, environment
 from benchmarks.throughput import Training, make_job, speed
-from tasks.files import read_json, tree_digest, write_json
-from tasks.sft import SftParams, spool
+from nightshift.core.files import read_json, tree_digest
+from nightshift.tracking import spool
+from tasks.sft.job import Job, read_job
 from tasks.sft.launch import free_port, launcher, rank_environment
 
 TRAINING_SECONDS = 600.0
 FLOW = """
 import os
-from infra import stack
-os.environ.update(stack.environment(stack.find_stack()))
+from infra.local.settings import environment
+from infra.local.stack import read_stack
+from nightshift.core.state import state_dir
+os.environ.update(environment(read_stack(state_dir())))
 from prefect import flow
 from flows.stages import run_stage
 from flows.tracking import tracked_run
@@ -52,11 +54,11 @@ def measure(folder: Path) -> tuple[Path, Training, Record]:
         alone = timed(bare, job, shell | rank_environment("cpu", []))
     finally:
         subprocess.run([*nightshift, "down"], cwd=job, env=shell, check=True)
-    marker = read_json(Path(bare_job["folder"]) / "output" / "finished.json")
+    marker = read_json(bare_job.folder / "output" / "finished.json")
     if marker["digest"] != tree_digest(job / "data" / "sft" / "model"):
         raise SystemExit("the two trainings differ; they cannot be compared")
     bare_speed = marker["tokens_per_second"]
-    tokens = sum(bare_job["plan"]["tokens"])
+    tokens = sum(bare_job.plan.tokens)
     around = (through_flow - tokens / flow_speed) - (alone - tokens / bare_speed)
     added = (bare_speed / flow_speed - 1) + around / TRAINING_SECONDS
     claim = record(
@@ -71,16 +73,14 @@ def measure(folder: Path) -> tuple[Path, Training, Record]:
     return job, Training(flow_speed, through_flow, 0.0), claim
 
 
-def bare_training(job: Path) -> tuple[list[str], dict[str, Any]]:
+def bare_training(job: Path) -> tuple[list[str], Job]:
     """Build the launcher's command for the job that the flow has trained, from its beginning, elsewhere."""
     (file,) = (job / ".nightshift" / "checkpoints").glob("*/job.json")
-    spec: dict[str, Any] = read_json(file)
     bare = job / "bare"
     (bare / "output").mkdir(parents=True)
-    spec |= {"folder": str(bare), "spool": str(spool.begin(bare, "bare", None))}
-    write_json(bare / "job.json", spec)
-    params = SftParams.model_validate(spec["params"])
-    return [*launcher(params, spec["strategy"], "127.0.0.1", free_port()), str(bare / "job.json")], spec
+    spec = read_job(file).model_copy(update={"folder": bare, "spool": spool.begin(bare, "bare", None)})
+    spec.write(bare / "job.json")
+    return [*launcher(spec, "127.0.0.1", free_port()), str(bare / "job.json")], spec
 
 
 def timed(command: list[str], folder: Path, shell: dict[str, str]) -> float:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tasks.files import write_figures
+from nightshift.core.files import write_figures
 
 RESULTS = Path(__file__).parent / "results"
 Record = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.corpus import chats
 from benchmarks.record import Record, record
 from benchmarks.stages import STAGES, Cost, make_folder, run_stages
-from tasks.files import jsonl, read_json
+from nightshift.core.files import jsonl, read_json
 
 SIZES = (10_000, 100_000, 1_000_000)
 # Cost of a row in the largest corpus against the one before; the rest is the start of six processes.

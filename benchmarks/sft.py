@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks import memory, orchestration, throughput
 from benchmarks.record import require_bounds, write_records
-from tasks.stage import run_main
+from nightshift.core.stage import run_main
 
 PACKAGES = ("accelerate", "deepspeed", "dvc", "peft", "prefect", "torch", "transformers", "trl")
 log = logging.getLogger(__name__)

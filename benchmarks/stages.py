@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tasks.files import read_json
+from nightshift.core.files import read_json
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("ingest", "dedupe", "split", "augment", "decontaminate", "pack")
@@ -34,7 +34,7 @@ def make_folder(folder: Path, changes: dict[str, dict[str, Any]]) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     run_stage("base", folder)
     (folder / "data" / "benchmarks").mkdir(parents=True)
-    code = "from pathlib import Path; from tasks.snapshot import write_benchmark as write; "
+    code = "from pathlib import Path; from tasks.snapshot.__main__ import write_benchmark as write; "
     code += "write('elements', 'package:mendeleev', Path('data/benchmarks'))"
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment(folder), check=True)
 

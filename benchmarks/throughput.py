@@ -22,8 +22,8 @@ import yaml
 from benchmarks.corpus import lognormal_chats
 from benchmarks.record import Record, record
 from benchmarks.stages import ROOT, environment, metric_history, run_stage
-from tasks.files import read_json, read_rows, write_json, write_rows
-from tasks.schemas import AUGMENTED, GROUPED
+from nightshift.core.files import read_json, read_rows, write_json, write_rows
+from nightshift.data.schemas import AUGMENTED, GROUPED
 
 CHATS, LENGTH, BATCH = 400, 1024, 8
 LEARNING_RATE = 1e-4

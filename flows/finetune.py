@@ -5,16 +5,16 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
-from flows.overrides import applied
+from flows.overrides import override_params
 from flows.report import report
-from flows.scoreboard import collect
 from flows.stages import run_program, run_stage
 from flows.tracking import tracked_run
-from tasks.config import read_params
-from tasks.errors import StageError
-from tasks.graph import changed_stages, find_reruns, stage_order
-from tasks.leases import lease
-from tasks.ledger import check_ledger
+from nightshift.core.config import read_params
+from nightshift.core.errors import StageError
+from nightshift.pipeline.graph import changed_stages, find_reruns, stage_order
+from nightshift.pipeline.leases import lease
+from nightshift.pipeline.ledger import check_ledger
+from nightshift.pipeline.scoreboard import collect
 
 
 @flow(name="finetune", persist_result=False)
@@ -25,7 +25,7 @@ def finetune(overrides: dict[str, Any] | None = None) -> None:
         overrides: Parameters for this run only, `section.key` -> value, checked like params.yaml:
             `--param overrides='{"sft.num_train_epochs": 2}'`.
     """
-    with lease(str(flow_run.id)), applied(overrides or {}), tracked_run() as run_id:
+    with lease(str(flow_run.id)), override_params(overrides or {}), tracked_run() as run_id:
         run_stage("snapshot", run_id, force=True)
         may_run = find_reruns(changed_stages())
         for stage in stage_order():

@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-from tasks.leases import lease_file, lease_holder, leased_runs
+from nightshift.pipeline.leases import lease_file, lease_holder, leased_runs
 
 
 @flow(name="janitor", persist_result=False)

@@ -4,7 +4,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.stages import run_program
-from tasks.leases import lease
+from nightshift.pipeline.leases import lease
 
 
 @flow(name="promote", persist_result=False)

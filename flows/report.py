@@ -5,8 +5,8 @@ from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.stages import run_program
-from tasks.report import PAGE, SHORT
-from tasks.tracking import experiment_id, tracking_uri
+from nightshift.core.paths import PAGE, SHORT
+from nightshift.tracking.runs import experiment_id, tracking_uri
 
 
 def report(run_id: str) -> None:

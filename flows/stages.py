@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, cast
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -20,15 +21,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from tasks import supervise
-from tasks.errors import StageError, TrainingError
-from tasks.state import tools_environment
+from nightshift.core.errors import StageError, TrainingError
+from nightshift.core.files import read_json
+from nightshift.core.stage import RESULT
+from nightshift.core.state import tools_environment
+from nightshift.pipeline import supervise
 
 if TYPE_CHECKING:
     from uuid import UUID
 
 STEP = re.compile(r"\bstep (\d+)/(\d+)\b")
-EXITED = re.compile(r"exited with (\d+)$")
 # Each attempt at a training halves the micro-batch, leaves rows out, or goes on; the stage ends the row.
 RETRIES = 8
 # A training finishes its step and saves when it is asked to end.
@@ -61,7 +63,7 @@ def run_stage(stage: str, run_id: str, *, may_run: bool = True, force: bool = Fa
         force: Run it whatever DVC knows, as what looks outside must.
 
     Returns:
-        State `Completed` if it ran, `Cached` if DVC restored it, `Skipped` if nothing changed.
+        State `Completed` if it ran, `Cached` if DVC had its result, `Skipped` if nothing changed above it.
 
     Raises:
         StageError: The stage failed; the message is its own last error.
@@ -69,11 +71,8 @@ def run_stage(stage: str, run_id: str, *, may_run: bool = True, force: bool = Fa
     if not may_run:
         return Completed(name="Skipped")
     options = ["--single-item", *(["--force"] if force else [])]
-    lines = stream([str(BIN / "dvc"), "repro", *options, stage], stage, run_id)
-    if any(line == f"Running stage '{stage}':" for line in lines):
-        return Completed()
-    cached = any("is cached - skipping run" in line for line in lines)
-    return Completed(name="Cached" if cached else "Skipped")
+    did_run = run_command([str(BIN / "dvc"), "repro", *options, stage], stage, run_id)
+    return Completed() if did_run else Completed(name="Cached")
 
 
 @task(task_run_name="{module}", cache_policy=NO_CACHE, persist_result=False)
@@ -83,33 +82,38 @@ def run_program(module: str, run_id: str, arguments: tuple[str, ...] = ()) -> No
     Raises:
         StageError: The program failed; the message is its own last error.
     """
-    stream([sys.executable, "-m", f"tasks.{module}", *arguments], module, run_id)
+    run_command([sys.executable, "-m", f"tasks.{module}", *arguments], module, run_id)
 
 
-def stream(command: list[str], name: str, run_id: str) -> list[str]:
-    """Run a command under the supervisor and pass its output on to the run's log.
+def run_command(command: list[str], name: str, run_id: str) -> bool:
+    """Run a program under the supervisor, by itself or through DVC, and pass its output on to the run's log.
 
     Returns:
-        The output that says what DVC did and what went wrong.
+        Whether the program ran: DVC need not start it.
+
+    Raises:
+        StageError: It failed. The code is the program's own, where it told one: DVC has one for all failures.
     """
-    kept: list[str] = []
-    log = get_run_logger()
-    with progress(name) as read_progress:
+    log, last = get_run_logger(), "no output"
+    with TemporaryDirectory() as folder, progress(name) as read_progress:
+        result_file = Path(folder) / "result.json"
 
         def on_line(line: str) -> None:
+            nonlocal last
             log.info(line)
             read_progress(line)
-            if line.startswith(("Running stage", "Stage ", "error:", "ERROR:")):
-                kept.append(line)
+            last = line
 
-        code = supervise.run(command, on_line=on_line, env=environment(run_id), grace_seconds=GRACE_SECONDS)
+        env = {**environment(run_id), RESULT: str(result_file)}
+        code = supervise.run(command, on_line=on_line, env=env, grace_seconds=GRACE_SECONDS)
+        result: dict[str, Any] | None = read_json(result_file) if result_file.is_file() else None
     if code:
-        reason = next((line for line in kept if line.startswith("error:")), kept[-1:] or "no output")
-        error = StageError(f"{name} failed with exit code {code}: {reason}")
-        # DVC has one exit code for all failures; the stage's own stands in what it says.
-        error.exit_code = next((int(found[1]) for line in kept if (found := EXITED.search(line))), code)
+        # A crash or a kill leaves no result.
+        told: dict[str, Any] = result if result and result["code"] else {"code": code, "error": last}
+        error = StageError(f"{name} failed with exit code {told['code']}: {told['error']}")
+        error.exit_code = told["code"]
         raise error
-    return kept
+    return result is not None
 
 
 def environment(run_id: str) -> dict[str, str]:

@@ -12,10 +12,10 @@ from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 
-from tasks.files import file_digest, read_json
-from tasks.tracking import experiment_id, git_commit, tracking_uri
+from nightshift.core.files import file_digest, read_json
+from nightshift.core.paths import TRAINING_RUN
+from nightshift.tracking.runs import experiment_id, git_commit, tracking_uri
 
-TRAINED_BY = Path("data/sft/mlflow_run.json")
 FLOW_RUN = "nightshift.flow_run"
 
 
@@ -50,7 +50,7 @@ def tracked_run() -> Iterator[str]:
 def close(client: MlflowClient, run_id: str, status: str) -> None:
     """Close the run; a server that is away by then does not undo the night."""
     try:
-        trained_by = read_json(TRAINED_BY)["run_id"] if status == "FINISHED" else None
+        trained_by = read_json(TRAINING_RUN)["run_id"] if status == "FINISHED" else None
         if trained_by:
             client.set_tag(run_id, "nightshift.training_run", trained_by)
         client.set_terminated(run_id, status)

@@ -1,1 +1,1 @@
-"""The local stack and the command line."""
+"""What runs the flows: the command line, the local stack, importers, installation."""

@@ -1,4 +1,4 @@
-"""The work, one module for each stage. Plain Python: nothing here imports Prefect or flows.
+"""The work, one module for each stage. Only commands; nothing here imports Prefect or flows.
 
 The graph          snapshot       sources, benchmarks, champion -> data/raw, data/benchmarks, data/champion
 (dvc.yaml)         base           model reference -> safetensors and tokenizer
@@ -15,11 +15,3 @@ After the graph    register       adapter -> model version
                    promote        model version -> champion
                    report         all of it -> one HTML page
 """
-
-import logging
-import sys
-
-# bitsandbytes, transformers and PEFT fetch code from a hub through the package `kernels`; bitsandbytes does
-# so while it is imported. None makes that import fail, of which bitsandbytes warns at every start.
-sys.modules["kernels"] = None  # type: ignore[assignment]
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -14,14 +14,13 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from tasks.config import StageParams, load_params
-from tasks.errors import DataError
-from tasks.files import file_digest, write_json
-from tasks.hub import asking_hub
-from tasks.stage import DATA, run_main, write_summary
+from nightshift.core.config import StageParams, load_params
+from nightshift.core.errors import DataError
+from nightshift.core.files import file_digest, write_json
+from nightshift.core.paths import BASE, BASE_RECORD
+from nightshift.core.stage import run_main, write_summary
+from nightshift.hub import asking_hub
 
-TARGET = DATA / "base" / "model"
-RECORD = DATA / "base" / "base.json"
 HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
 log = logging.getLogger(__name__)
 
@@ -50,9 +49,9 @@ class BaseParams(StageParams):
 def main() -> None:
     """Load the reference and save it in one canonical form."""
     params = load_params(BaseParams, "base")
-    save(*load(params.model), params.dtype, TARGET)
-    digests = {path.name: file_digest(path) for path in sorted(TARGET.iterdir())}
-    write_json(RECORD, {"model": params.model, "dtype": params.dtype, "files": digests})
+    save(*load(params.model), params.dtype, BASE)
+    digests = {path.name: file_digest(path) for path in sorted(BASE.iterdir())}
+    write_json(BASE_RECORD, {"model": params.model, "dtype": params.dtype, "files": digests})
     write_summary("base", rows_in=0, rows_out=0, files=len(digests))
 
 

@@ -6,12 +6,12 @@ Reports all problems of all sections at once, and the combinations that cannot w
 import importlib
 from typing import Any
 
-from tasks.config import StageParams, problems, read_params, report, suggestion
-from tasks.graph import read_stages
-from tasks.stage import run_main
+from nightshift.core.config import StageParams, config_error, problems, read_params, suggestion
+from nightshift.core.stage import run_main
+from nightshift.pipeline.graph import read_stages
 
-# Sections of what runs after the graph.
-OUTSIDE_THE_GRAPH = ("judge", "registry")
+# Sections of what runs after the graph -> module of the schema.
+OUTSIDE_THE_GRAPH = {"judge": "tasks.judge", "registry": "nightshift.registry.versions"}
 
 
 def main() -> None:
@@ -36,25 +36,26 @@ def check(values: dict[str, Any]) -> None:
     }
     found += [problem for problems_of_section in faulty.values() for problem in problems_of_section]
     if not any(faulty[section] for section in ("snapshot", "split", "augment", "evaluate", "gate")):
-        found += find_conflicts(values)
+        found += find_unknown_names(values)
     if found:
-        raise report(found)
+        raise config_error(found)
 
 
 def section_schemas() -> dict[str, type[StageParams]]:
     """Return section -> schema: the `XxxParams` that the module of the same name declares."""
     schemas = {}
-    for section in (*read_stages(), *OUTSIDE_THE_GRAPH):
-        module = importlib.import_module(f"tasks.{section}")
+    stages = {stage: f"tasks.{stage}" for stage in read_stages()}
+    for section, name in {**stages, **OUTSIDE_THE_GRAPH}.items():
+        module = importlib.import_module(name)
         schemas[section] = getattr(module, f"{section.title()}Params")
     return schemas
 
 
-def find_conflicts(values: dict[str, Any]) -> list[str]:
+def find_unknown_names(values: dict[str, Any]) -> list[str]:
     """List sources and benchmarks that one section names and another does not know.
 
     Example:
-        >>> find_conflicts({"snapshot": {"sources": {"a": "x"}, "benchmarks": {"c": "y"}},
+        >>> find_unknown_names({"snapshot": {"sources": {"a": "x"}, "benchmarks": {"c": "y"}},
         ...                 "split": {"by_phrasing": []}, "augment": {"sources": ["b"]},
         ...                 "evaluate": {"retrieval": None},
         ...                 "gate": {"floors": {"c": 0.1}, "retention": {}, "behaviour": []}})

@@ -13,26 +13,21 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import Field
 
-from tasks.benchmarks import HELDOUT, questions, read_benchmarks
-from tasks.config import StageParams, load_params
-from tasks.drops import Drops, Rate, require_drop_rate
-from tasks.files import iterate_batches, iterate_rows, write_batches, write_rows
-from tasks.schemas import AUGMENTED
-from tasks.stage import DATA, run_main, write_summary
-from tasks.text import Shingles, canonical, shingles
+from nightshift.core.config import StageParams, load_params
+from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
+from nightshift.core.paths import AUGMENTED_TRAIN, BENCHMARKS, CLEAN_TRAIN, HITS, TEST
+from nightshift.core.stage import run_main, write_summary
+from nightshift.data.benchmarks import evaluation_questions, questions_of
+from nightshift.data.drops import Drops, Rate, require_drop_rate
+from nightshift.data.schemas import AUGMENTED
+from nightshift.data.text import Shingles, canonical, shingles
 
-SOURCE = DATA / "augment" / "train.parquet"
-TEST = DATA / "split" / "test.parquet"
-BENCHMARKS = DATA / "benchmarks"
-TARGET = DATA / "decontaminate" / "train.parquet"
-HITS = DATA / "decontaminate" / "hits.parquet"
 HITS_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -103,7 +98,7 @@ def main() -> None:
     index = build_index(evaluation_questions(TEST, BENCHMARKS), params)
     hits: dict[str, Row] = {}
     drops = Drops()
-    for row in iterate_rows(SOURCE, ["id", "origin", "messages", "source"]):
+    for row in iterate_rows(AUGMENTED_TRAIN, ["id", "origin", "messages", "source"]):
         drops.read[row["source"]] += 1
         if hit := find_hit(row, index, params):
             hits[row["id"]] = hit
@@ -117,9 +112,9 @@ def main() -> None:
     )
     clean = (
         batch.filter(pa.array([one not in hits for one in batch["id"].to_pylist()]))
-        for batch in iterate_batches(SOURCE)
+        for batch in iterate_batches(AUGMENTED_TRAIN)
     )
-    write_batches(TARGET, clean, AUGMENTED)
+    write_batches(CLEAN_TRAIN, clean, AUGMENTED)
     write_summary(
         "decontaminate",
         rows_in=drops.read.total(),
@@ -137,26 +132,6 @@ def describe_hit(hit: Row) -> str:
         f"{hit['origin']}: {hit['reason']} of {hit['benchmark']}/{hit['item']}: "
         f'"{shorten(hit["match"], SHOWN_CHARACTERS, placeholder=" ...")}"'
     )
-
-
-def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (benchmark, item id, question) of everything the model is evaluated on, in every wording.
-
-    Raises:
-        DataError: A benchmark breaks the format.
-    """
-    for row in iterate_rows(test, ["id", "messages"]):
-        for question in questions_of(row):
-            yield HELDOUT, row["id"], question
-    for benchmark in read_benchmarks(benchmarks):
-        for item in benchmark.items:
-            for question in questions(item):
-                yield benchmark.name, item["id"], question
-
-
-def questions_of(row: Row) -> list[str]:
-    """Return what a row asks: its user turns, or its plain text."""
-    return [turn["content"] for turn in row["messages"] if turn["role"] in ("user", "text")]
 
 
 def build_index(questions: Iterable[tuple[str, str, str]], params: DecontaminateParams) -> Index:

@@ -20,24 +20,20 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from tasks.dvc_cache import md5, purge, record
-from tasks.erase import content_digest, conversations, forget_rows
-from tasks.errors import DataError
-from tasks.files import iterate_rows, read_rows
-from tasks.graph import outputs, read_stages, reads, stage_order
-from tasks.ingest.forgotten import read_forgotten
-from tasks.ingest.shards import find_shards
-from tasks.ingest.turns import Conversation
-from tasks.lineage import open_lineage
-from tasks.registry import FORGOTTEN, registered
-from tasks.report import PAGE
-from tasks.stage import DATA
-from tasks.state import state_dir
-from tasks.tracking import experiment_id
+from nightshift.core.errors import DataError
+from nightshift.core.files import iterate_rows, read_rows
+from nightshift.core.paths import INGESTED, PAGE, RAW, REMOVED
+from nightshift.core.state import state_dir
+from nightshift.pipeline.dvc_cache import md5, purge, record
+from nightshift.pipeline.graph import outputs, read_stages, reads, stage_order
+from nightshift.raw.erase import content_digest, conversations, forget_rows
+from nightshift.raw.forgotten import read_forgotten
+from nightshift.raw.shards import find_shards
+from nightshift.raw.turns import Conversation
+from nightshift.registry.lineage import open_lineage
+from nightshift.registry.versions import FORGOTTEN, registered
+from nightshift.tracking.runs import experiment_id
 
-RAW = DATA / "raw"
-EXAMPLES = DATA / "ingest" / "examples.parquet"
-REMOVED = DATA / "dedupe" / "removed.parquet"
 # Characters of a turn that a report surely shows.
 SHOWN = 200
 
@@ -67,7 +63,7 @@ def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Found:
         DataError: One of them is nowhere.
     """
     trained = {int(one.version): trained_on(name, one) for one in registered(client, name)}
-    examples = list(iterate_pairs(EXAMPLES)) if EXAMPLES.is_file() else []
+    examples = list(iterate_pairs(INGESTED)) if INGESTED.is_file() else []
     known = {*examples, *chain.from_iterable(trained.values())}
     meant = {one: {pair for pair in known if one in pair} for one in wanted}
     if missing := [one for one, pairs in meant.items() if not pairs and not is_place(one)]:

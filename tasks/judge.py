@@ -12,16 +12,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from tasks.benchmarks import read_benchmarks
-from tasks.config import Count, StageParams, load_params
-from tasks.files import read_json, read_rows, write_json
-from tasks.replies import EndpointParams, Failure, Request, Result, ask, open_memo
-from tasks.stage import DATA, run_main
+from nightshift.core.config import Count, StageParams, load_params
+from nightshift.core.files import read_json, read_rows, write_json
+from nightshift.core.paths import BENCHMARKS, GATE, JUDGED, SCORES
+from nightshift.core.stage import run_main
+from nightshift.data.benchmarks import read_benchmarks
+from nightshift.replies import EndpointParams, Failure, Request, Result, ask, open_memo
 
-SCORES = DATA / "evaluate" / "scores.parquet"
-BENCHMARKS = DATA / "benchmarks"
-GATE = DATA / "gate" / "gate.json"
-TARGET = DATA / "judge" / "judge.json"
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8}
 INSTRUCTION = (
     "You compare two answers to a question. Prefer the one that is right; of two that are, the one that is "
@@ -61,12 +58,12 @@ def main() -> None:
     gate = read_json(GATE)
     written = {one.name for one in read_benchmarks(BENCHMARKS) if one.kind == "generation"}
     pairs = find_pairs(read_rows(SCORES), written, gate["reference"], params.limit)
-    judged = judge(pairs, params)
+    judged = compare_answers(pairs, params)
     counts: dict[str, Counter[str]] = {name: Counter() for name in sorted(written)}
     for row in judged:
         counts[row["benchmark"]][row["verdict"]] += 1
     write_json(
-        TARGET,
+        JUDGED,
         {
             "model": params.model,
             "reference": gate["reference"],
@@ -103,7 +100,7 @@ def find_pairs(
     return found
 
 
-def judge(pairs: Sequence[tuple[Row, Row]], params: JudgeParams) -> list[Row]:
+def compare_answers(pairs: Sequence[tuple[Row, Row]], params: JudgeParams) -> list[Row]:
     """Ask about each pair in both orders.
 
     Returns:
@@ -115,7 +112,7 @@ def judge(pairs: Sequence[tuple[Row, Row]], params: JudgeParams) -> list[Row]:
     """
     if not pairs:
         return []
-    from tasks.replies.endpoint import Endpoint
+    from nightshift.replies.endpoint import Endpoint
 
     backend = Endpoint(str(params.model), SAMPLING, params.endpoint, "judge")
     requests = [

@@ -19,9 +19,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tasks.config import StageParams, load_params
-from tasks.drops import Drops, Rate, require_drop_rate
-from tasks.encode import (
+from nightshift.core.config import StageParams, load_params
+from nightshift.core.errors import DataError
+from nightshift.core.files import iterate_batches, write_table
+from nightshift.core.paths import BASE, CLEAN_TRAIN, PACKED
+from nightshift.core.stage import run_main, write_summary
+from nightshift.data.drops import Drops, Rate, require_drop_rate
+from nightshift.data.encode import (
     FAULTS,
     IGNORED,
     Encoded,
@@ -30,13 +34,7 @@ from tasks.encode import (
     load_encoder,
     open_memo,
 )
-from tasks.errors import DataError
-from tasks.files import iterate_batches, write_table
-from tasks.stage import DATA, run_main, write_summary
 
-BASE = DATA / "base" / "model"
-SOURCE = DATA / "decontaminate" / "train.parquet"
-TARGET = DATA / "pack" / "train.parquet"
 TOKENS = pa.list_(pa.int32())
 # seq_lengths, example_ids, origins (`source/arrival.suffix:line`) and starts (first token of the span in
 # its example, 0 unless it was split) have one entry for each span of the row.
@@ -102,7 +100,9 @@ class Corpus:
 def main() -> None:
     """Encode every example, fit it into spans, pack the spans."""
     params = load_params(PackParams, "pack")
-    corpus = encode_corpus(iterate_batches(SOURCE, ["id", "messages", "tools", "origin"]), load_encoder(BASE))
+    corpus = encode_corpus(
+        iterate_batches(CLEAN_TRAIN, ["id", "messages", "tools", "origin"]), load_encoder(BASE)
+    )
     spans, dropped, lost = fit(corpus, params.max_length, params.over_length)
     total = len(corpus.input_ids)
     require_fit(lost, total, params)
@@ -110,13 +110,13 @@ def main() -> None:
     require_drop_rate(
         drops,
         params.max_drop_rate,
-        (SOURCE, "pack.max_drop_rate"),
+        (CLEAN_TRAIN, "pack.max_drop_rate"),
         f"raise pack.max_length={params.max_length}, set pack.over_length: split",
     )
     sizes = [span.stop - span.start for span in spans]
     rows = pack(sizes, params.max_length) if params.packing else [[i] for i in range(len(sizes))]
     table = build_rows(corpus, spans, rows)
-    write_table(TARGET, table)
+    write_table(PACKED, table)
     tokens = total - sum(lost.values())
     write_summary(
         "pack",
@@ -163,7 +163,7 @@ def join(encoded: Sequence[Encoded], ids: list[str], origins: list[str]) -> Corp
         DataError: There is none.
     """
     if not encoded:
-        raise DataError(f"{SOURCE}: no examples to pack; see the summaries of the stages before")
+        raise DataError(f"{CLEAN_TRAIN}: no examples to pack; see the summaries of the stages before")
     lengths = [len(one.input_ids) for one in encoded]
     return Corpus(
         np.concatenate([one.input_ids for one in encoded]),
@@ -298,12 +298,12 @@ def require_fit(lost: Counter[str], total: int, params: PackParams) -> None:
     """
     if params.over_length == "error" and lost["over_length"]:
         raise DataError(
-            f"{SOURCE}: {lost['over_length']} of {total} tokens are in examples longer than "
+            f"{CLEAN_TRAIN}: {lost['over_length']} of {total} tokens are in examples longer than "
             f"pack.max_length={params.max_length}; raise it, or set pack.over_length"
         )
     if lost.total() == total or lost.total() > params.max_lost_token_share * total:
         raise DataError(
-            f"{SOURCE}: {lost.total()} of {total} tokens would be lost ({dict(lost)}), more than "
+            f"{CLEAN_TRAIN}: {lost.total()} of {total} tokens would be lost ({dict(lost)}), more than "
             f"pack.max_lost_token_share={params.max_lost_token_share}; raise pack.max_length="
             f"{params.max_length}, set pack.over_length: split, or raise the share"
         )
@@ -326,7 +326,7 @@ def _require_encoded(one: Encoded | str, row: dict[str, Any]) -> Encoded:
         DataError: The example has a fault.
     """
     if isinstance(one, str):
-        raise DataError(f"{SOURCE}: example {row['id']} ({row['origin']}): {one}; {FAULTS[one]}")
+        raise DataError(f"{CLEAN_TRAIN}: example {row['id']} ({row['origin']}): {one}; {FAULTS[one]}")
     return one
 
 

@@ -16,11 +16,14 @@ from contextlib import contextmanager, suppress
 
 from mlflow.entities.model_registry import ModelVersion
 
-from tasks.config import load_params
-from tasks.errors import ConfigError, GateError
-from tasks.files import read_json, text_digest, write_json
-from tasks.promotions import HELD, Action, Record, open_record
-from tasks.registry import (
+from nightshift.core.config import load_params
+from nightshift.core.errors import ConfigError, GateError
+from nightshift.core.files import read_json, text_digest, write_json
+from nightshift.core.paths import CHAMPION_RECORD, GATE, OUTCOME, VERSION
+from nightshift.core.stage import run_main
+from nightshift.core.state import state_dir
+from nightshift.registry.record import HELD, Action, Record, open_record
+from nightshift.registry.versions import (
     ANSWERS,
     DIGEST,
     RegistryParams,
@@ -33,13 +36,7 @@ from tasks.registry import (
     open_registry,
     read_reference,
 )
-from tasks.stage import DATA, run_main
-from tasks.state import state_dir
 
-GATE = DATA / "gate" / "gate.json"
-CHAMPION = DATA / "champion" / "champion.json"
-VERSION = DATA / "register" / "version.json"
-OUTCOME = DATA / "promote" / "outcome.json"
 # What a move by hand expects to find.
 ANY_CHAMPION = -1
 log = logging.getLogger(__name__)
@@ -89,7 +86,9 @@ def follow_gate() -> None:
         client.set_registered_model_alias(name, "challenger", str(version))
         log.info("version %d waits for `nightshift promote %d`: %s", version, version, waits)
     elif promoted:
-        move(version, "promote", f"gate: {decision['reason']}", expected=read_json(CHAMPION)["version"])
+        move(
+            version, "promote", f"gate: {decision['reason']}", expected=read_json(CHAMPION_RECORD)["version"]
+        )
     write_json(OUTCOME, {"promoted": promoted, "waits": waits})
 
 
@@ -135,7 +134,7 @@ def roll_back(version: int | None, reason: str) -> None:
 def acknowledge(reason: str) -> None:
     """Let automatic promotion go on after a rollback."""
     client, name = open_registry()
-    with only_one(name):
+    with promotion_lock(name):
         current = find_alias(client, name, "champion")
         open_record(client, name).append("acknowledge", current, current, reason)
 
@@ -154,7 +153,7 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
             not what was registered, or the registry did not take the alias.
     """
     client, name = open_registry()
-    with only_one(name):
+    with promotion_lock(name):
         current = find_alias(client, name, "champion")
         now = int(current.version) if current else None
         record = note_outside(open_record(client, name), current)
@@ -167,7 +166,7 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
                 "somebody moved the alias: run the flow again"
             )
         following = find_version(client, name, version)
-        require_whole(following)
+        verify_version(following)
         needed = [keep_base(name, read_reference(following))]
         if current:
             # One that was made the champion outside may not say what base it stands on.
@@ -186,7 +185,7 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
 
 
 @contextmanager
-def only_one(name: str) -> Iterator[None]:
+def promotion_lock(name: str) -> Iterator[None]:
     """Keep other promoters of this machine out; the deployments run one at a time for those of others.
 
     Raises:
@@ -213,7 +212,7 @@ def note_outside(record: Record, current: ModelVersion | None) -> Record:
     return record
 
 
-def require_whole(version: ModelVersion) -> None:
+def verify_version(version: ModelVersion) -> None:
     """Check that a version is what was registered: the bytes of its adapter and its base, and three answers.
 
     Raises:

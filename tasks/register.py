@@ -11,35 +11,40 @@ from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
-from tasks.bases import kept_place
-from tasks.card import write_card
-from tasks.errors import GateError
-from tasks.files import file_digest, read_json, text_digest, tree_digest, write_json
-from tasks.graph import locked_outputs
-from tasks.ingest.shards import DIGESTS
-from tasks.lineage import write_lineage
-from tasks.registry import ANSWERS, DIGEST, ask, open_registry, registered
-from tasks.sft.spool import replay
-from tasks.stage import DATA, run_main
-from tasks.state import state_dir
-from tasks.tracking import dataset_input, find_run, git_commit, run_id, tracking_uri
-from tasks.used import USED
+from nightshift.core.config import load_params
+from nightshift.core.errors import GateError
+from nightshift.core.files import file_digest, read_json, text_digest, tree_digest, write_json
+from nightshift.core.paths import (
+    BASE,
+    BASE_RECORD,
+    BASE_REFERENCE,
+    BENCHMARKS,
+    CARD,
+    GATE,
+    LINEAGE,
+    MODEL,
+    RAW,
+    TRAINING_RUN,
+    VERSION,
+)
+from nightshift.core.stage import run_main
+from nightshift.core.state import state_dir
+from nightshift.data.used import USED
+from nightshift.pipeline.graph import locked_outputs
+from nightshift.raw.shards import DIGESTS
+from nightshift.registry import served_model
+from nightshift.registry.bases import kept_place
+from nightshift.registry.card import write_card
+from nightshift.registry.lineage import write_lineage
+from nightshift.registry.versions import ANSWERS, DIGEST, ask, open_registry, registered
+from nightshift.tracking.runs import dataset_input, git_commit
+from nightshift.tracking.spool import training_run
+from tasks.gate import GateParams
 
-CANDIDATE = DATA / "sft" / "model"
-TRAINED_BY = DATA / "sft" / "mlflow_run.json"
-BASE = DATA / "base" / "model"
-GATE = DATA / "gate" / "gate.json"
 BASE_DIGEST = "nightshift.base_digest"
-REFERENCE = DATA / "register" / "base_reference.json"
-LINEAGE = DATA / "register" / "lineage"
-CARD = DATA / "register" / "README.md"
-TARGET = DATA / "register" / "version.json"
-SERVED_MODEL = Path(__file__).with_name("served_model.py")
-RAW = DATA / "raw"
 # What the snapshot brought in -> what it is for.
-BROUGHT_IN = {RAW: "training", DATA / "benchmarks": "evaluation"}
+BROUGHT_IN = {RAW: "training", BENCHMARKS: "evaluation"}
 # Greedy whatever the request says, so that is all there is to say.
 EXAMPLE = {
     "messages": [{"role": "user", "content": "What is the chemical symbol of Gold?"}],
@@ -57,7 +62,7 @@ def main() -> None:
     decision = read_json(GATE)
     if decision["verdict"] == "error":
         raise GateError(f"{GATE}: {decision['reason']}; nothing is registered")
-    write_json(TARGET, {"version": register(decision["verdict"])})
+    write_json(VERSION, {"version": register(decision["verdict"])})
 
 
 def register(verdict: str) -> int:
@@ -76,7 +81,7 @@ def register(verdict: str) -> int:
         GateError: The reloaded model answers differently.
     """
     client, name = open_registry()
-    digest, base = tree_digest(CANDIDATE), file_digest(BASE.with_name("base.json"))
+    digest, base = tree_digest(MODEL), file_digest(BASE_RECORD)
     for version in registered(client, name):
         if (version.tags[DIGEST], version.tags.get(BASE_DIGEST)) == (digest, base):
             log.info("the candidate is version %s already", version.version)
@@ -113,7 +118,7 @@ def require_same_answers(model_uri: str) -> str:
     Raises:
         GateError: They differ, or the model does not load.
     """
-    registered, trained = ask(BASE, model_uri, str(BASE), str(CANDIDATE))
+    registered, trained = ask(BASE, model_uri, str(BASE), str(MODEL))
     if registered != trained:
         raise GateError(
             f"registry: {model_uri} answers {registered}, but the trained files answer {trained}; "
@@ -125,22 +130,22 @@ def require_same_answers(model_uri: str) -> str:
 
 def log_model(client: MlflowClient, name: str) -> int:
     """Log adapter, base reference, lineage and card under the run that trained it, and register them."""
-    base = read_json(BASE.with_name("base.json"))
+    base = read_json(BASE_RECORD)
     # Where it is now, and where it is kept while the version, or its successor, is the champion.
     kept = state_dir() / kept_place(name, base["files"])
-    write_json(REFERENCE, base | {"path": str(BASE.absolute()), "kept": str(kept)})
+    write_json(BASE_REFERENCE, base | {"path": str(BASE.absolute()), "kept": str(kept)})
     write_lineage(LINEAGE)
-    write_card(CARD, name)
-    run = training_run(client)
+    write_card(CARD, name, load_params(GateParams, "gate"))
+    run = training_run(client, TRAINING_RUN)
     log_data(client, run)
     state = client.get_run(run).info.status
     with mlflow.start_run(run_id=run):
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(SERVED_MODEL),
+            python_model=served_model.__file__,
             artifacts={
-                "model": str(CANDIDATE),
-                "base_reference": str(REFERENCE),
+                "model": str(MODEL),
+                "base_reference": str(BASE_REFERENCE),
                 "lineage": str(LINEAGE),
                 "card": str(CARD),
             },
@@ -161,21 +166,6 @@ def log_data(client: MlflowClient, run: str) -> None:
         for folder, context in BROUGHT_IN.items()
     ]
     client.log_inputs(run, datasets=datasets)
-
-
-def training_run(client: MlflowClient) -> str:
-    """Return the run that trained the candidate; a new one if this MLflow does not know it.
-
-    A training that MLflow did not answer left its run in the spool: it is opened now, and told everything.
-    """
-    replay(state_dir() / "tracking", tracking_uri())
-    record = read_json(TRAINED_BY)
-    trained_by = record["run_id"] or find_run(client, record["tracking_key"])
-    try:
-        return str(client.get_run(str(trained_by)).info.run_id)
-    except MlflowException:
-        log.warning("MLflow has no run %s: it was trained against another server", trained_by)
-        return run_id(client)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,17 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from tasks.config import StageParams, load_params
-from tasks.errors import DataError
-from tasks.files import iterate_batches, iterate_rows, write_batches, write_rows
-from tasks.schemas import GROUPED
-from tasks.stage import DATA, run_main, write_summary
+from nightshift.core.config import StageParams, load_params
+from nightshift.core.errors import DataError
+from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
+from nightshift.core.paths import BRIDGES, DEDUPED, REMOVED, TEST, TRAIN, VALIDATION
+from nightshift.core.stage import run_main, write_summary
+from nightshift.data.schemas import GROUPED
 
-SOURCE = DATA / "dedupe" / "examples.parquet"
-REMOVED = DATA / "dedupe" / "removed.parquet"
-TARGET = DATA / "split"
-BRIDGES = DATA / "split" / "bridges.parquet"
 BRIDGES_SCHEMA = pa.schema(
     [("id", pa.string()), ("near_ids", pa.list_(pa.string())), ("sides", pa.list_(pa.string()))]
 )
-SIDES = ("train", "validation", "test")
+SIDES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 BUCKETS = 10_000
 log = logging.getLogger(__name__)
 
@@ -62,13 +59,13 @@ def main() -> None:
     params = load_params(SplitParams, "split")
     counts: Counter[str] = Counter()
     sides: dict[str, str] = {}
-    for row in iterate_rows(SOURCE, ["id", "source", "group_id"]):
+    for row in iterate_rows(DEDUPED, ["id", "source", "group_id"]):
         by_phrasing = row["source"] in params.by_phrasing
         sides[row["id"]] = "train" if by_phrasing else side(row["group_id"], params)
         counts[sides[row["id"]]] += 1
     require_sides(counts)
-    for name in SIDES:
-        write_batches(TARGET / f"{name}.parquet", select(iterate_batches(SOURCE), sides, name), GROUPED)
+    for name, target in SIDES.items():
+        write_batches(target, select(iterate_batches(DEDUPED), sides, name), GROUPED)
     bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), sides))
     write_rows(BRIDGES, bridges, BRIDGES_SCHEMA)
     if bridges:
@@ -95,7 +92,7 @@ def require_sides(counts: Mapping[str, int]) -> None:
     for name, change in (("train", "lower"), ("test", "raise")):
         if not counts.get(name):
             raise DataError(
-                f"{TARGET / name}.parquet: 0 of {total} examples; {change} split.test_share, add data, or "
+                f"{SIDES[name]}: 0 of {total} examples; {change} split.test_share, add data, or "
                 "name fewer sources in split.by_phrasing"
             )
 

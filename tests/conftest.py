@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkouts import BIN, ROOT
+from tests.helpers.checkouts import BIN, ROOT
 
 # pytest-xdist gives its workers a terminal's size, and a console that is made under one keeps it.
 for name in ("COLUMNS", "LINES"):
@@ -61,6 +61,7 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
         "TORCH_EXTENSIONS_DIR": str(ROOT / ".nightshift" / "torch-extensions"),
         "HF_HUB_OFFLINE": "1",
         "DVC_NO_ANALYTICS": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     }
 
 

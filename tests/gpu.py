@@ -24,18 +24,18 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record import about
-from tasks.errors import StageError
-from tasks.files import read_json, read_rows, write_json, write_rows
+from nightshift.core.errors import StageError
+from nightshift.core.files import read_json, read_rows, write_json, write_rows
+from nightshift.core.stage import run_main
+from nightshift.data.schemas import GROUPED
+from nightshift.tracking.spool import read_spool
 from tasks.pack import ROWS
-from tasks.schemas import GROUPED
-from tasks.sft import SftParams
+from tasks.sft.job import Job, read_job
 from tasks.sft.machine import ATTENTION
 from tasks.sft.memory import GIB, estimate, largest_batch
-from tasks.sft.spool import read_spool
-from tasks.stage import run_main
-from tests.byte_base import make_byte_base
-from tests.checkouts import ROOT
-from tests.sft import conversation, shipped_params
+from tests.helpers.byte_base import make_byte_base
+from tests.helpers.checkouts import ROOT
+from tests.helpers.sft import conversation, shipped_params
 
 # Heads of 64, as kernels want them; layers enough to matter, and small enough to load in a second.
 SMALL = {
@@ -200,7 +200,7 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
     for some, together in ((small, at_once), (wide, 1)):
         with ThreadPoolExecutor(together) as pool:
             list(pool.map(run, some))
-    found = [f"{check.name}: {fault}" for check in wanted if (fault := judge(check, results))]
+    found = [f"{check.name}: {fault}" for check in wanted if (fault := find_fault(check, results))]
     write_json(out / "gpu-checks.json", {**measured, "results": results, "found": found})
     if found:
         raise StageError("\n  ".join([f"{len(found)} of {len(wanted)} checks", *found]))
@@ -311,7 +311,7 @@ def read_back(folder: Path, check: Check) -> dict[str, Any]:
         file = next(folder.glob(f"state/checkpoints/*/output/{name}.json"), None)
         found[name] = read_json(file) if file else None
     if check.wide and (job := next(folder.glob("state/checkpoints/*/job.json"), None)):
-        found["planned_gib"] = planned(folder, read_json(job))
+        found["planned_gib"] = planned(folder, read_job(job))
     if not (folder / "data" / "sft" / "summary.json").is_file():
         found["error"] = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
     return found
@@ -324,19 +324,20 @@ def metric(folder: Path, key: str) -> list[float]:
     return [entry["values"][key] for entry in sorted(told, key=lambda entry: int(entry["step"]))]
 
 
-def planned(folder: Path, job: dict[str, Any]) -> float:
+def planned(folder: Path, job: Job) -> float:
     """Return the GiB that the plan foretells, without what the allocator of torch does not see."""
-    params = SftParams.model_validate({**job["params"], "attn_implementation": job["attention"]})
+    backend = job.backend
+    params = job.params.model_copy(update={"attn_implementation": backend.attention})
     packed = read_rows(folder / "data" / "pack" / "train.parquet")
     tokens = [len(row["input_ids"]) for row in packed]
     labelled = [sum(label != -100 for label in row["labels"]) for row in packed]
-    batch = largest_batch(job["plan"]["order"], tokens, labelled, job["micro_batch_size"])
+    batch = largest_batch(job.plan.order, tokens, labelled, job.micro_batch_size)
     config = read_json(folder / "data" / "base" / "model" / "config.json")
-    memory = estimate(config, params, job["strategy"], job["precision"], batch, job["device"])
+    memory = estimate(config, params, backend.strategy, backend.precision, batch, backend.device)
     return round((memory.total - memory.overhead) / GIB, 3)
 
 
-def judge(check: Check, results: dict[str, Any]) -> str | None:
+def find_fault(check: Check, results: dict[str, Any]) -> str | None:
     """Return what is wrong with a check, or None."""
     result = results[check.name]
     if "error" in result:

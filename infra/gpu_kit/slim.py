@@ -5,7 +5,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from tasks.stage import run_main
+from nightshift.core.stage import run_main
 
 
 def main(wheel: Path, folder: Path, pattern: str) -> None:

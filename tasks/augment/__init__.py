@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.config import Count, StageParams
-from tasks.replies import EndpointParams
+from nightshift.core.config import Count, StageParams
+from nightshift.replies import EndpointParams
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Style = Literal["reword", "question_answer", "reversed", "context_shift"]

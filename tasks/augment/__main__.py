@@ -10,24 +10,20 @@ from typing import Any
 
 import pyarrow as pa
 
+from nightshift.core.config import load_params
+from nightshift.core.errors import DataError
+from nightshift.core.files import appended_rows, iterate_batches, text_digest, write_rows
+from nightshift.core.paths import AUGMENTED_TRAIN, BASE, REJECTED, SIMILARITY, TRAIN
+from nightshift.core.stage import run_main, write_summary
+from nightshift.data.drops import FEWEST
+from nightshift.data.schemas import AUGMENTED, MESSAGES
+from nightshift.replies import open_memo
 from tasks.augment import AugmentParams, Style
 from tasks.augment.meaning import load_embedder
 from tasks.augment.prompts import SPEAKERS
 from tasks.augment.propose import Proposal, Propose, Wanted, by_model, by_rules
-from tasks.augment.quality import CompareMeaning, Messages, Scores, judge
-from tasks.config import load_params
-from tasks.drops import FEWEST
-from tasks.errors import DataError
-from tasks.files import appended_rows, iterate_batches, text_digest, write_rows
-from tasks.replies import open_memo
-from tasks.schemas import AUGMENTED, MESSAGES
-from tasks.stage import DATA, run_main, write_summary
+from tasks.augment.quality import CompareMeaning, Messages, Scores, check_paraphrase
 
-BASE = DATA / "base" / "model"
-SOURCE = DATA / "split" / "train.parquet"
-TARGET = DATA / "augment" / "train.parquet"
-REJECTED = DATA / "augment" / "rejected.parquet"
-SCORES = DATA / "augment" / "scores.parquet"
 _SCORE_FIELDS = [
     pa.field("length_ratio", pa.float64()),
     pa.field("source_similarity", pa.float64()),
@@ -85,7 +81,7 @@ def main() -> None:
     with (
         ExitStack() as stack,
         appended_rows(REJECTED, REJECTED_SCHEMA) as log_rejected,
-        appended_rows(SCORES, SCORES_SCHEMA) as log_scores,
+        appended_rows(SIMILARITY, SCORES_SCHEMA) as log_scores,
     ):
         propose = (
             by_rules
@@ -94,7 +90,7 @@ def main() -> None:
         )
         compare = load_embedder(params.embedder) if params.embedder else None
         rows = augment(propose, params, compare, tally, (log_rejected, log_scores))
-        write_rows(TARGET, rows, AUGMENTED)
+        write_rows(AUGMENTED_TRAIN, rows, AUGMENTED)
     require_acceptance(tally.accepted_by_source, tally.rejected_by_source, params.min_acceptance_rate)
     write_summary(
         "augment",
@@ -119,7 +115,7 @@ def augment(
     logs: tuple[Callable[[list[Row]], None], Callable[[list[Row]], None]],
 ) -> Iterator[Row]:
     """Yield every original, followed by its paraphrases; log what was rejected, and the scores."""
-    for batch in iterate_batches(SOURCE):
+    for batch in iterate_batches(TRAIN):
         works = [Work(row) for row in batch.to_pylist()]
         asked = [work for work in works if _is_asked(work.example, params, tally)]
         paraphrase(asked, propose, params, compare, tally)
@@ -148,7 +144,7 @@ def paraphrase(
         calls = [(work, call) for work in short for call in _want(work, number, params)]
         proposals = propose([call for _, call in calls])
         for (work, call), proposal in zip(calls, proposals, strict=True):
-            settle(work, call, proposal, params, compare)
+            accept_candidates(work, call, proposal, params, compare)
             tally.tokens += proposal.tokens
     for work in works:
         tally.wanted += wanted
@@ -162,7 +158,7 @@ def paraphrase(
             tally.shortfall[work.failure or "rejected"] += missing
 
 
-def settle(
+def accept_candidates(
     work: Work, call: Wanted, proposal: Proposal, params: AugmentParams, compare: CompareMeaning | None
 ) -> None:
     """Judge the candidates of one call; take what passes, as many as are missing."""
@@ -176,7 +172,9 @@ def settle(
             continue
         messages = _put_back(example["messages"], texts)
         siblings = [_spoken(row["messages"]) for row in work.accepted]
-        reason, scores = judge(call.turns, _spoken(messages), call.style, siblings, params, compare)
+        reason, scores = check_paraphrase(
+            call.turns, _spoken(messages), call.style, siblings, params, compare
+        )
         if reason:
             work.rejected.append(_rejected(example, call.style, reason, messages, scores))
             continue

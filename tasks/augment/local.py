@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.replies import Generate, OnReply, Reply, Request, Result, request_key
+from nightshift.replies import Generate, OnReply, Reply, Request, Result, request_key
 
 
 def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Generate:

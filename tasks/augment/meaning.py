@@ -3,8 +3,8 @@
 import importlib.resources
 from pathlib import Path
 
+from nightshift.core.errors import ConfigError
 from tasks.augment.quality import CompareMeaning
-from tasks.errors import ConfigError
 
 
 def load_embedder(location: str) -> CompareMeaning:

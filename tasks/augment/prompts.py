@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from nightshift.replies import Prompt
 from tasks.augment import Style
-from tasks.replies import Prompt
 
 VERSION = 1
 INSTRUCTIONS: dict[Style, str] = {

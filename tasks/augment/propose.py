@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nightshift.core.code_digest import MODEL_ENGINES, source_digest, versions
+from nightshift.core.files import tree_digest
+from nightshift.core.memo import Memo
+from nightshift.replies import Failure, Generate, Reply, Request, Result, ask
 from tasks.augment import AugmentParams, Style
 from tasks.augment.prompts import VERSION, build_prompt, read_versions
 from tasks.augment.quality import Messages
 from tasks.augment.rules import propose
-from tasks.code_digest import MODEL_ENGINES, source_digest, versions
-from tasks.files import tree_digest
-from tasks.memo import Memo
-from tasks.replies import Failure, Generate, Reply, Request, Result, ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def load_backend(params: AugmentParams, folder: Path, name: str, sampling: dict[
         from tasks.augment.local import load_local
 
         return load_local(folder, name, sampling)
-    from tasks.replies.endpoint import Endpoint
+    from nightshift.replies.endpoint import Endpoint
 
     return Endpoint(str(params.model), sampling, params.endpoint, "augment")
 

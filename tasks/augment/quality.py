@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nightshift.data.text import canonical, comparable_shingles, jaccard
 from tasks.augment import AugmentParams, Style
 from tasks.augment.facts import find_changed_fact, read_facts
 from tasks.augment.language import has_meta_text, language_differs
 from tasks.augment.names import count_negations, names_differ, read_names
-from tasks.text import canonical, comparable_shingles, jaccard
 
 Messages = list[dict[str, Any]]
 # Cosine of the meanings of two texts.
@@ -40,7 +40,7 @@ class Scores:
     meaning_similarity: float | None = None
 
 
-def judge(
+def check_paraphrase(
     source: Messages,
     candidate: Messages,
     style: Style,

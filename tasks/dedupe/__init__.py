@@ -9,8 +9,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from tasks.config import Count, StageParams
-from tasks.drops import Rate
+from nightshift.core.config import Count, StageParams
+from nightshift.data.drops import Rate
 
 
 class DedupeParams(StageParams):

@@ -8,22 +8,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from tasks.config import load_params
+from nightshift.core.config import load_params
+from nightshift.core.files import iterate_batches, iterate_rows, text_digest, write_batches, write_rows
+from nightshift.core.memo import Memo
+from nightshift.core.paths import CONFLICTS, DEDUPED, INGESTED, REMOVED
+from nightshift.core.stage import run_main, write_summary
+from nightshift.data.drops import Drops, require_drop_rate
+from nightshift.data.schemas import GROUPED
+from nightshift.data.text import canonical_messages
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.candidates import Removal, Text, keep_first
 from tasks.dedupe.reasons import HARMLESS, classify_removals
 from tasks.dedupe.signatures import open_memo, sign_known
-from tasks.drops import Drops, require_drop_rate
-from tasks.files import iterate_batches, iterate_rows, text_digest, write_batches, write_rows
-from tasks.memo import Memo
-from tasks.schemas import GROUPED
-from tasks.stage import DATA, run_main, write_summary
-from tasks.text import canonical_messages
-
-SOURCE = DATA / "ingest" / "examples.parquet"
-TARGET = DATA / "dedupe" / "examples.parquet"
-REMOVED = DATA / "dedupe" / "removed.parquet"
-CONFLICTS = DATA / "dedupe" / "conflicts.parquet"
 
 # near_ids: all survivors that are as near to the removed example, the one kept for it first.
 REMOVED_SCHEMA = pa.schema(
@@ -43,7 +39,7 @@ def main() -> None:
     """Remove duplicates; give every survivor the group id of its content."""
     params = load_params(DedupeParams, "dedupe")
     ids, texts, origins, contents = [], [], [], []
-    for row in iterate_rows(SOURCE, ["id", "messages", "tools", "origin"]):
+    for row in iterate_rows(INGESTED, ["id", "messages", "tools", "origin"]):
         ids.append(row["id"])
         texts.append(read_text(row["messages"]))
         origins.append(row["origin"])
@@ -62,8 +58,8 @@ def main() -> None:
         harmless=HARMLESS,
     )
     sources: Counter[str] = Counter()
-    write_batches(TARGET, survivors(texts, removals, sources), GROUPED)
-    conflicts = find_conflicts(texts, removals)
+    write_batches(DEDUPED, survivors(texts, removals, sources), GROUPED)
+    conflicts = find_label_conflicts(texts, removals)
     write_rows(CONFLICTS, _conflict_rows(ids, texts, conflicts), CONFLICTS_SCHEMA)
     write_summary(
         "dedupe",
@@ -122,7 +118,7 @@ def survivors(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the examples that stay, with the id of their group; count them by source."""
     start = 0
-    for batch in iterate_batches(SOURCE):
+    for batch in iterate_batches(INGESTED):
         numbers = range(start, start + batch.num_rows)
         start += batch.num_rows
         kept = batch.filter(pa.array([i not in removals for i in numbers]))
@@ -131,11 +127,11 @@ def survivors(
         yield kept.append_column("group_id", groups)
 
 
-def find_conflicts(texts: Sequence[Text], removals: Mapping[int, Removal]) -> list[list[int]]:
+def find_label_conflicts(texts: Sequence[Text], removals: Mapping[int, Removal]) -> list[list[int]]:
     """List the survivors that give different answers to one prompt, prompt by prompt.
 
     Example:
-        >>> find_conflicts([Text("who", "me"), Text("who", "you"), Text("when", "now")], {})
+        >>> find_label_conflicts([Text("who", "me"), Text("who", "you"), Text("when", "now")], {})
         [[0, 1]]
     """
     by_prompt: dict[str, list[int]] = defaultdict(list)

@@ -9,9 +9,9 @@ from operator import itemgetter
 
 import numpy as np
 
+from nightshift.data.text import Shingles, comparable_shingles, jaccard
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.signatures import Keys
-from tasks.text import Shingles, comparable_shingles, jaccard
 
 # Shingle sets that are kept for the next comparison: about 0.5 GB of 100-word texts.
 CACHED_SETS = 2**16

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.code_digest import source_digest, versions
+from nightshift.core.code_digest import source_digest, versions
+from nightshift.core.files import text_digest
+from nightshift.core.memo import Memo
+from nightshift.data.text import CHARACTER_SHINGLE, is_short
 from tasks.dedupe import DedupeParams
-from tasks.files import text_digest
-from tasks.memo import Memo
-from tasks.text import CHARACTER_SHINGLE, is_short
 
 HASH_FUNCTION = "xxhash3_64"
 # Texts that one task of the engine signs: a fraction of a second of work.
@@ -34,7 +34,7 @@ def open_memo(params: DedupeParams) -> Memo:
     return Memo(
         "signatures",
         {
-            "code": source_digest("tasks/dedupe/signatures.py", "tasks/text.py"),
+            "code": source_digest("tasks/dedupe/signatures.py", "nightshift/data/text.py"),
             "engines": versions("daft", "numpy"),
             "num_perm": params.num_perm,
             "bands": params.bands,

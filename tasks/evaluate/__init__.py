@@ -1,9 +1,9 @@
 """Score base, candidate and champion on the same items: data/sft, data/champion, benchmarks -> data/evaluate.
 
-Benchmarks (`tasks.benchmarks`) are multiple choice, generation, invariance or direction; the held-out split
-gives a token-weighted loss. Scores are kept per item, because the gate pairs them. They are memoised by the
-content of model, benchmark and code: what was scored before is not scored again, and a stage that was killed
-goes on with the benchmarks that are missing.
+Benchmarks (`nightshift.data.benchmarks`) are multiple choice, generation, invariance or direction; the
+held-out split gives a token-weighted loss. Scores are kept per item, because the gate pairs them. They are
+memoised by the content of model, benchmark and code: what was scored before is not scored again, and a stage
+that was killed goes on with the benchmarks that are missing.
 
 Beside them stands a model named `retrieval`: the base with the nearest training documents in its prompt. It
 answers whether fine-tuning was needed, and takes no part in the gate's decision.
@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tasks.config import Count, StageParams
+from nightshift.core.config import Count, StageParams
 
 
 class RetrievalParams(StageParams):

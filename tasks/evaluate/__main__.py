@@ -12,15 +12,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tasks import supervise
-from tasks.bases import base_digest, is_base
-from tasks.benchmarks import HELDOUT, read_benchmarks
-from tasks.code_digest import MODEL_ENGINES, code_digest
-from tasks.config import load_params, suggestion
-from tasks.errors import ConfigError, DataError, StageError
-from tasks.evaluate import EvaluateParams
-from tasks.evaluate.scores import ALL_SCORES, DONE, metrics
-from tasks.files import (
+from nightshift.core.code_digest import MODEL_ENGINES, code_digest
+from nightshift.core.config import load_params, suggestion
+from nightshift.core.errors import ConfigError, DataError, StageError
+from nightshift.core.files import (
     file_digest,
     read_json,
     read_rows,
@@ -30,26 +25,33 @@ from tasks.files import (
     write_json,
     write_rows,
 )
-from tasks.stage import DATA, OFFLINE, print_line, run_main, write_summary
-from tasks.state import state_dir
+from nightshift.core.paths import (
+    BASE,
+    BASE_RECORD,
+    BENCHMARKS,
+    CHAMPION,
+    CLEAN_TRAIN,
+    METRICS,
+    MODEL,
+    MODELS,
+    SCORES,
+    TEST,
+)
+from nightshift.core.stage import OFFLINE, print_line, run_main, write_summary
+from nightshift.core.state import state_dir
+from nightshift.data.benchmarks import HELDOUT, read_benchmarks
+from nightshift.pipeline import supervise
+from nightshift.registry.bases import base_digest, is_base
+from tasks.evaluate import EvaluateParams
+from tasks.evaluate.scores import ALL_SCORES, DONE, metrics
 
-BASE = DATA / "base" / "model"
-RECORD = DATA / "base" / "base.json"
-CANDIDATE = DATA / "sft" / "model"
-CHAMPION = DATA / "champion"
-TEST = DATA / "split" / "test.parquet"
-TRAIN = DATA / "decontaminate" / "train.parquet"
-BENCHMARKS = DATA / "benchmarks"
-TARGET = DATA / "evaluate" / "scores.parquet"
-METRICS = DATA / "evaluate" / "metrics.json"
-MODELS = DATA / "evaluate" / "models.json"
 ENGINES = (*MODEL_ENGINES, "bm25s", "lm-eval", "nltk", "rouge-score")
 RETRIEVAL = "retrieval"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class EvaluatedModel:
     """A model, and what it is asked.
 
     Attributes:
@@ -70,19 +72,19 @@ class Contender:
 def main() -> None:
     """Write the scores of every item under every model, their aggregates, and the models' digests."""
     params = load_params(EvaluateParams, "evaluate")
-    contenders = find_contenders(params)
-    memo = {name: memo_files(contender, params) for name, contender in contenders.items()}
-    score_missing(contenders, memo, params)
+    models = find_models(params)
+    memo = {name: memo_files(model, params) for name, model in models.items()}
+    score_missing(models, memo, params)
     rows = [
         {"model": name, **row} for name in memo for file in memo[name].values() for row in read_rows(file)
     ]
-    write_rows(TARGET, rows, ALL_SCORES)
+    write_rows(SCORES, rows, ALL_SCORES)
     write_figures(METRICS, metrics(rows))
-    write_json(MODELS, name_models(contenders))
-    write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(contenders))
+    write_json(MODELS, name_models(models))
+    write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(models))
 
 
-def find_contenders(params: EvaluateParams) -> dict[str, Contender]:
+def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
     """Name the models to compare; the base has no adapter, a champion may not exist or have lost its base.
 
     Raises:
@@ -91,23 +93,25 @@ def find_contenders(params: EvaluateParams) -> dict[str, Contender]:
     """
     known = [benchmark.name for benchmark in read_benchmarks(BENCHMARKS)]
     everything = [*known, HELDOUT]
-    ours = (BASE, base_digest(read_json(RECORD)["files"]))
+    ours = (BASE, base_digest(read_json(BASE_RECORD)["files"]))
     found = {
-        "base": Contender(*ours, None, 0, everything),
-        "candidate": Contender(*ours, CANDIDATE, 0, everything),
+        "base": EvaluatedModel(*ours, None, 0, everything),
+        "candidate": EvaluatedModel(*ours, MODEL, 0, everything),
     }
     champion = read_json(CHAMPION / "champion.json")
     if champion["version"] is not None:
         theirs = base_digest(champion["base"]["files"])
         if folder := BASE if theirs == ours[1] else find_kept(champion):
-            found["champion"] = Contender(folder, theirs, CHAMPION / "model", 0, everything)
+            found["champion"] = EvaluatedModel(folder, theirs, CHAMPION / "model", 0, everything)
     if params.retrieval:
         if unknown := sorted(set(params.retrieval.benchmarks) - set(known)):
             raise ConfigError(
                 f"params.yaml: evaluate.retrieval.benchmarks: no benchmark is named {unknown[0]}; "
                 f"{suggestion(unknown[0], known)}"
             )
-        found[RETRIEVAL] = Contender(*ours, None, params.retrieval.documents, params.retrieval.benchmarks)
+        found[RETRIEVAL] = EvaluatedModel(
+            *ours, None, params.retrieval.documents, params.retrieval.benchmarks
+        )
     return found
 
 
@@ -130,29 +134,29 @@ def find_kept(champion: dict[str, Any]) -> Path | None:
     )
 
 
-def name_models(contenders: dict[str, Contender]) -> dict[str, str | None]:
+def name_models(models: dict[str, EvaluatedModel]) -> dict[str, str | None]:
     """Name each model that the gate knows by its adapter; a champion on another base by that too."""
-    names = {name: digest(one) for name, one in contenders.items() if name != RETRIEVAL}
+    names = {name: digest(one) for name, one in models.items() if name != RETRIEVAL}
     champion = read_json(CHAMPION / "champion.json")
     if champion["version"] is not None:
         base = base_digest(champion["base"]["files"])
-        is_same = base == contenders["candidate"].base_digest
+        is_same = base == models["candidate"].base_digest
         adapter = tree_digest(CHAMPION / "model")
         names["champion"] = adapter if is_same else f"{adapter} on the base {base}"
     return names
 
 
-def memo_files(contender: Contender, params: EvaluateParams) -> dict[str, Path]:
+def memo_files(model: EvaluatedModel, params: EvaluateParams) -> dict[str, Path]:
     """Name the scores of each benchmark by all that decides them: code, device, model, items, how many."""
     parts = [
         code_digest("evaluate", ENGINES),
         device(),
-        contender.base_digest,
-        digest(contender) or "",
-        f"{contender.documents} {file_digest(TRAIN)}" if contender.documents else "",
+        model.base_digest,
+        digest(model) or "",
+        f"{model.documents} {file_digest(CLEAN_TRAIN)}" if model.documents else "",
     ]
     files = {}
-    for name in contender.benchmarks:
+    for name in model.benchmarks:
         items = (
             [file_digest(TEST)] if name == HELDOUT else [tree_digest(BENCHMARKS / name), str(params.limit)]
         )
@@ -160,13 +164,13 @@ def memo_files(contender: Contender, params: EvaluateParams) -> dict[str, Path]:
     return files
 
 
-def digest(contender: Contender) -> str | None:
+def digest(model: EvaluatedModel) -> str | None:
     """Return the digest of a model's adapter or weights, None for the base."""
-    return tree_digest(contender.adapter) if contender.adapter else None
+    return tree_digest(model.adapter) if model.adapter else None
 
 
 def score_missing(
-    contenders: dict[str, Contender], memo: dict[str, dict[str, Path]], params: EvaluateParams
+    models: dict[str, EvaluatedModel], memo: dict[str, dict[str, Path]], params: EvaluateParams
 ) -> None:
     """Score what has no scores yet, a process for each model.
 
@@ -195,7 +199,7 @@ def score_missing(
             print_line(f"[{name}] {line}")
 
     def score(name: str) -> None:
-        job = build_job(contenders[name], missing[name], params)
+        job = build_job(models[name], missing[name], params)
         run_job(name, job, threads, partial(show, name))
 
     with ThreadPoolExecutor(max_workers=at_once) as pool:
@@ -215,13 +219,13 @@ def count_at_once(models: int) -> int:
     return min(models, os.cpu_count() or 1) if device() == "cpu" else 1
 
 
-def build_job(contender: Contender, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:
+def build_job(model: EvaluatedModel, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:
     """Say what one process does; the files in `targets` are what it leaves behind."""
     return {
-        "base": str(contender.base),
-        "adapter": str(contender.adapter) if contender.adapter else None,
-        "train": str(TRAIN),
-        "documents": contender.documents,
+        "base": str(model.base),
+        "adapter": str(model.adapter) if model.adapter else None,
+        "train": str(CLEAN_TRAIN),
+        "documents": model.documents,
         "benchmarks": str(BENCHMARKS),
         "test": str(TEST),
         "targets": targets,

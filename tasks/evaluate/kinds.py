@@ -8,7 +8,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from tasks.benchmarks import Benchmark
+from nightshift.data.benchmarks import Benchmark
 from tasks.evaluate.model import Model
 from tasks.evaluate.texts import compare
 
@@ -21,13 +21,13 @@ def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int
     items = [benchmark.items[i] for i in asked]
     match benchmark.kind:
         case "choice":
-            found = choose(model, benchmark, folder, asked)
+            found = score_choice(model, benchmark, folder, asked)
         case "generation":
-            found = write(model, benchmark.task, items)
+            found = score_generation(model, benchmark.task, items)
         case "invariance":
-            found = stay(model, items)
+            found = score_invariance(model, items)
         case "direction":
-            found = move(model, items)
+            found = score_direction(model, items)
     for item, row in zip(items, found, strict=True):
         yield {
             "benchmark": benchmark.name,
@@ -38,7 +38,7 @@ def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int
         }
 
 
-def choose(model: Model, benchmark: Benchmark, folder: Path, asked: list[int]) -> Iterator[Row]:
+def score_choice(model: Model, benchmark: Benchmark, folder: Path, asked: list[int]) -> Iterator[Row]:
     """Multiple choice by log-likelihood, as a task of lm-eval: its `acc`."""
     task = {
         **{key: value for key, value in benchmark.task.items() if not key.endswith("_split")},
@@ -65,11 +65,11 @@ def choose(model: Model, benchmark: Benchmark, folder: Path, asked: list[int]) -
         likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]]
         row = {"choices": len(choices), "expected": choices[item["answer"]]}
         yield row | (
-            fault(model, likelihoods) or right(float(sample["acc"]), choices[likeliest(likelihoods)])
+            fault(model, likelihoods) or scored_row(float(sample["acc"]), choices[likeliest(likelihoods)])
         )
 
 
-def write(model: Model, task: Any, items: Sequence[Row]) -> Iterator[Row]:
+def score_generation(model: Model, task: Any, items: Sequence[Row]) -> Iterator[Row]:
     """Greedy generation, compared with the references."""
     prompts = [
         model.apply_chat_template(item.get("messages") or [{"role": "user", "content": item["question"]}])
@@ -78,12 +78,12 @@ def write(model: Model, task: Any, items: Sequence[Row]) -> Iterator[Row]:
     for item, answer in zip(items, model.write(prompts, task["max_new_tokens"]), strict=True):
         row = {"choices": None, "expected": " | ".join(item["references"])}
         if answer is None:
-            yield row | skipped(model)
+            yield row | skipped_row(model)
         else:
-            yield row | right(compare(task["metric"], answer, item["references"]), answer)
+            yield row | scored_row(compare(task["metric"], answer, item["references"]), answer)
 
 
-def stay(model: Model, items: Sequence[Row]) -> Iterator[Row]:
+def score_invariance(model: Model, items: Sequence[Row]) -> Iterator[Row]:
     """Invariance (CheckList, Ribeiro et al. 2020): 1 if one choice is the likeliest in every wording."""
     wordings = [[item["question"], *item["variants"]] for item in items]
     answers = iter(
@@ -98,10 +98,10 @@ def stay(model: Model, items: Sequence[Row]) -> Iterator[Row]:
             continue
         first, *others = [item["choices"][likeliest(one)] for one in likelihoods]
         changed = next((other for other in others if other != first), first)
-        yield {"choices": None, "expected": first, **right(float(changed == first), changed)}
+        yield {"choices": None, "expected": first, **scored_row(float(changed == first), changed)}
 
 
-def move(model: Model, items: Sequence[Row]) -> Iterator[Row]:
+def score_direction(model: Model, items: Sequence[Row]) -> Iterator[Row]:
     """Directional expectation (CheckList): 1 if the probability of the answer moves as it should."""
     answers = iter(
         model.choice_likelihoods(
@@ -117,7 +117,7 @@ def move(model: Model, items: Sequence[Row]) -> Iterator[Row]:
             continue
         old, new = probability(before, item["answer"]), probability(after, item["answer"])
         has_moved = new > old if item["expect"] == "higher" else new < old
-        yield row | right(float(has_moved), f"{old:.4f} -> {new:.4f}")
+        yield row | scored_row(float(has_moved), f"{old:.4f} -> {new:.4f}")
 
 
 def spread(count: int, limit: int | None) -> list[int]:
@@ -149,7 +149,7 @@ def probability(likelihoods: Sequence[float], place: int) -> float:
     return weights[place] / sum(weights)
 
 
-def right(score: float, answer: str) -> Row:
+def scored_row(score: float, answer: str) -> Row:
     """Return what an answered item adds to its row."""
     return {"score": score, "status": "ok", "answer": answer, "tokens": None}
 
@@ -157,16 +157,16 @@ def right(score: float, answer: str) -> Row:
 def fault(model: Model, likelihoods: Sequence[float]) -> Row | None:
     """Return what an item adds to its row that has no score, or None if all likelihoods are numbers."""
     if any(math.isnan(one) for one in likelihoods):
-        return broken("a log-likelihood is not a number")
-    return None if all(math.isfinite(one) for one in likelihoods) else skipped(model)
+        return error_row("a log-likelihood is not a number")
+    return None if all(math.isfinite(one) for one in likelihoods) else skipped_row(model)
 
 
-def broken(reason: str) -> Row:
+def error_row(reason: str) -> Row:
     """Return what an item adds to its row to which the model gave no number."""
     return {"score": None, "status": "error", "answer": reason, "tokens": None}
 
 
-def skipped(model: Model) -> Row:
+def skipped_row(model: Model) -> Row:
     """Return what an item adds to its row that is too long for the model."""
     reason = f"longer than the {model.max_length} tokens that the model reads"
     return {"score": None, "status": "skipped", "answer": reason, "tokens": None}

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.text import canonical
+from nightshift.data.text import canonical
 
 # A longer text is cut into pieces of so many words: about a paragraph or two.
 WORDS_PER_DOCUMENT = 200

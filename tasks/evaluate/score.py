@@ -11,14 +11,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from tasks.benchmarks import HELDOUT, read_benchmarks
-from tasks.encode import FAULTS, IGNORED, Encoder, encode_batch, load_encoder
+from nightshift.core.files import iterate_rows, read_json, read_rows, write_rows
+from nightshift.core.stage import print_line, run_main
+from nightshift.data.benchmarks import HELDOUT, read_benchmarks
+from nightshift.data.encode import FAULTS, IGNORED, Encoder, encode_batch, load_encoder
 from tasks.evaluate.kinds import score_benchmark
 from tasks.evaluate.model import Model, load_model
 from tasks.evaluate.retrieval import build_index, documents
 from tasks.evaluate.scores import DONE, SCORES
-from tasks.files import iterate_rows, read_json, read_rows, write_rows
-from tasks.stage import print_line, run_main
 
 
 def main(job_file: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tasks.benchmarks import HELDOUT
+from nightshift.data.benchmarks import HELDOUT
 
 # score: 0 to 1 for an item of a benchmark; the summed negative log-likelihood in nats, over `tokens`
 # labelled tokens, for a held-out example (benchmark "test"); null unless the status is ok.

@@ -5,7 +5,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from tasks.benchmarks import Metric
+from nightshift.data.benchmarks import Metric
 
 WORD = re.compile(r"\w+")
 

@@ -21,7 +21,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from tasks.config import StageParams
+from nightshift.core.config import StageParams
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

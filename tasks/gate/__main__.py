@@ -4,38 +4,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.bases import base_digest
-from tasks.config import load_params
-from tasks.decontaminate import evaluation_questions, questions_of
-from tasks.files import iterate_rows, read_json, read_rows, write_figures
+from nightshift.core.config import load_params
+from nightshift.core.files import iterate_rows, read_json, read_rows, write_figures
+from nightshift.core.paths import (
+    BASE_RECORD,
+    BENCHMARKS,
+    CHAMPION_RECORD,
+    CLEAN_TRAIN,
+    GATE,
+    MODELS,
+    SCORES,
+    TEST,
+)
+from nightshift.core.stage import run_main, write_summary
+from nightshift.data.benchmarks import evaluation_questions, questions_of
+from nightshift.data.text import canonical
+from nightshift.registry.bases import base_digest
 from tasks.gate import GateParams
 from tasks.gate.decision import Check, conclude, decide
-from tasks.stage import DATA, run_main, write_summary
-from tasks.text import canonical
-
-SCORES = DATA / "evaluate" / "scores.parquet"
-MODELS = DATA / "evaluate" / "models.json"
-BASE = DATA / "base" / "base.json"
-CHAMPION = DATA / "champion" / "champion.json"
-TRAIN = DATA / "decontaminate" / "train.parquet"
-TEST = DATA / "split" / "test.parquet"
-BENCHMARKS = DATA / "benchmarks"
-TARGET = DATA / "gate" / "gate.json"
 
 
 def main() -> None:
     """Compare and write the verdict with its evidence."""
     params = load_params(GateParams, "gate")
-    rows, champion = read_rows(SCORES), read_json(CHAMPION)
-    overlaps = find_overlaps(TRAIN, TEST, BENCHMARKS)
+    rows, champion = read_rows(SCORES), read_json(CHAMPION_RECORD)
+    overlaps = find_overlaps(CLEAN_TRAIN, TEST, BENCHMARKS)
     models = read_json(MODELS)
     if lost := find_lost(champion, rows):
         known = {"reference": "champion", "candidate": models["candidate"]}
         decision = {**known, **conclude([Check("champion", "error", lost)])}
     else:
-        is_one_base = champion["version"] is None or champion["base"]["files"] == read_json(BASE)["files"]
+        is_one_base = (
+            champion["version"] is None or champion["base"]["files"] == read_json(BASE_RECORD)["files"]
+        )
         decision = decide(rows, models, champion["looks"], overlaps, params, is_one_base=is_one_base)
-    write_figures(TARGET, decision)
+    write_figures(GATE, decision)
     write_summary("gate", rows_in=len(rows), rows_out=len(rows), verdict=decision["verdict"])
 
 

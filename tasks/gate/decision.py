@@ -8,18 +8,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tasks.benchmarks import HELDOUT
-from tasks.gate import GateParams
-from tasks.gate.statistics import (
+from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.statistics import (
     Differences,
     holm,
     interval,
+    is_broken,
     items_needed,
     p_value,
     power,
     seed_band,
     spent_alpha,
 )
+from tasks.gate import GateParams
 
 Verdict = Literal["promote", "hold", "reject", "error"]
 # From the lightest to the gravest.
@@ -174,13 +175,6 @@ def find_faults(
             yield Check(
                 name, "error", f"{count} items, fewer than gate.min_items={params.min_items}; add items"
             )
-
-
-def is_broken(row: Row) -> bool:
-    """Return whether a model was asked and gave no finite number."""
-    if row["status"] == "ok":
-        return row["score"] is None or not math.isfinite(row["score"])
-    return bool(row["status"] == "error")
 
 
 def key(row: Row) -> tuple[str, str]:

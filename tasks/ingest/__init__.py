@@ -7,8 +7,8 @@ remedy; the two add up to the rows read.
 
 from typing import Literal
 
-from tasks.config import Count, StageParams
-from tasks.drops import Rate
+from nightshift.core.config import Count, StageParams
+from nightshift.data.drops import Rate
 
 
 class IngestParams(StageParams):

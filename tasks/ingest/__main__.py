@@ -8,28 +8,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from tasks.config import load_params
-from tasks.drops import Drops, require_drop_rate
-from tasks.encode import Encoder, load_encoder, open_memo
-from tasks.errors import DataError
-from tasks.files import replaced, write_rows
+from nightshift.core.config import load_params
+from nightshift.core.errors import DataError
+from nightshift.core.files import atomic_write, write_rows
+from nightshift.core.memo import Memo
+from nightshift.core.paths import BASE, INGESTED, PII, QUARANTINE, RAW
+from nightshift.core.stage import run_main, write_summary
+from nightshift.data.drops import Drops, require_drop_rate
+from nightshift.data.encode import Encoder, load_encoder, open_memo
+from nightshift.data.schemas import EXAMPLES
+from nightshift.raw.checks import compile_special_tokens
+from nightshift.raw.faults import RowError
+from nightshift.raw.pii import find_pii
+from nightshift.raw.streams import Limits
 from tasks.ingest import IngestParams
-from tasks.ingest.checks import compile_special_tokens
-from tasks.ingest.faults import RowError
 from tasks.ingest.lengths import batches, describe, measure, special_tokens
-from tasks.ingest.pii import find_pii
 from tasks.ingest.presidio import load_presidio
 from tasks.ingest.rows import Example, Outcome, Privacy, read_outcomes
-from tasks.ingest.streams import Limits
-from tasks.memo import Memo
-from tasks.schemas import EXAMPLES
-from tasks.stage import DATA, run_main, write_summary
-
-SOURCE = DATA / "raw"
-BASE = DATA / "base" / "model"
-TARGET = DATA / "ingest" / "examples.parquet"
-QUARANTINE = DATA / "ingest" / "quarantine.jsonl"
-PII = DATA / "ingest" / "pii.jsonl"
 
 
 @dataclass(slots=True)
@@ -55,7 +50,7 @@ def main() -> None:
     encoder = load_encoder(BASE)
     tally = Tally()
     # The quarantine is there to read even when the examples are not.
-    with replaced(TARGET) as examples:
+    with atomic_write(INGESTED) as examples:
         write_outputs(examples, params, encoder, tally)
         require_rows(tally.drops, params.max_drop_rate)
     write_summary(
@@ -77,14 +72,14 @@ def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally:
     privacy = Privacy(params.pii, load_presidio(params.pii_model) if params.pii_model else find_pii)
     with (
         open_memo(encoder) as memo,
-        replaced(QUARANTINE) as quarantine,
-        replaced(PII) as pii,
+        atomic_write(QUARANTINE) as quarantine,
+        atomic_write(PII) as pii,
         quarantine.open("w", encoding="utf-8") as bad,
         pii.open("w", encoding="utf-8") as personal,
     ):
-        outcomes = read_outcomes(SOURCE, limits, special, privacy)
+        outcomes = read_outcomes(RAW, limits, special, privacy)
         measured = measure_all(outcomes, encoder, memo, params.max_tokens)
-        write_rows(examples, settle(measured, bad, personal, tally), EXAMPLES)
+        write_rows(examples, separate(measured, bad, personal, tally), EXAMPLES)
 
 
 def measure_all(
@@ -95,7 +90,7 @@ def measure_all(
         yield from measure(batch, encoder, memo, max_tokens)
 
 
-def settle(
+def separate(
     measured: Iterable[tuple[Outcome, int]], bad: TextIO, personal: TextIO, tally: Tally
 ) -> Iterator[Example]:
     """Yield the examples; write the faults to `bad` and the personal data's places to `personal`."""
@@ -108,7 +103,7 @@ def settle(
             fault = outcome.result
             row = {"origin": outcome.origin, "reason": fault.reason, "remedy": fault.remedy}
             write_line(bad, row)
-            line = f"{SOURCE}/{outcome.origin}: {fault.reason}; {fault.remedy}"
+            line = f"{RAW}/{outcome.origin}: {fault.reason}; {fault.remedy}"
             tally.drops.add(outcome.source, fault.reason, line)
             continue
         tally.repaired.update(outcome.repaired)
@@ -143,7 +138,7 @@ def require_rows(drops: Drops, limit: float) -> None:
         DataError: There is no row at all, or the rate of bad rows is above `limit`.
     """
     if drops.read.total() == drops.by_reason()["empty_file"]:
-        raise DataError(f"{SOURCE}: no rows; run `nightshift snapshot` or check snapshot.sources")
+        raise DataError(f"{RAW}: no rows; run `nightshift snapshot` or check snapshot.sources")
     require_drop_rate(
         drops,
         limit,

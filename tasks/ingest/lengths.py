@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasks.encode import Encoded, Encoder, encode_known
-from tasks.ingest.faults import RowError
+from nightshift.core.memo import Memo
+from nightshift.data.encode import Encoded, Encoder, encode_known
+from nightshift.raw.faults import RowError
 from tasks.ingest.rows import Outcome
-from tasks.memo import Memo
 
 # Rows encoded together, and characters from which a batch is full before: 32 MiB of ASCII.
 ROWS_PER_BATCH = 4_000

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks.ingest.pii import Find, find_pii, redact
-from tasks.ingest.strict_json import dumps
-from tasks.ingest.turns import Conversation, Turn
+from nightshift.raw.pii import Find, find_pii, redact
+from nightshift.raw.strict_json import dumps
+from nightshift.raw.turns import Conversation, Turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ Only the model's entities are asked for: Presidio's own rules would look up doma
 
 from pathlib import Path
 
-from tasks.errors import ConfigError
-from tasks.ingest.pii import Find, Finding, find_pii
+from nightshift.core.errors import ConfigError
+from nightshift.raw.pii import Find, Finding, find_pii
 
 KINDS = {"PERSON": "person", "LOCATION": "location"}
 

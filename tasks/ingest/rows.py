@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks.files import text_digest
-from tasks.ingest.checks import check, repair
-from tasks.ingest.convert import convert
-from tasks.ingest.faults import RowError
-from tasks.ingest.forgotten import read_forgotten
+from nightshift.core.files import text_digest
+from nightshift.raw.checks import check, repair
+from nightshift.raw.convert import convert
+from nightshift.raw.faults import RowError
+from nightshift.raw.forgotten import read_forgotten
+from nightshift.raw.pii import Find, find_pii
+from nightshift.raw.readers import read_shard
+from nightshift.raw.shards import read_digests, require_digest, used_shards
+from nightshift.raw.streams import Limits
+from nightshift.raw.strict_json import dumps
+from nightshift.raw.turns import Conversation, Turn
 from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
-from tasks.ingest.pii import Find, find_pii
-from tasks.ingest.readers import read_shard
-from tasks.ingest.shards import read_digests, require_digest, used_shards
-from tasks.ingest.streams import Limits
-from tasks.ingest.strict_json import dumps
-from tasks.ingest.turns import Conversation, Turn
 
 Example = dict[str, Any]
 
@@ -39,7 +39,7 @@ class Outcome:
     Attributes:
         origin: `source/arrival.suffix:number`.
         source: Name of the source.
-        result: The example (see `tasks.schemas.EXAMPLES`), or the fault.
+        result: The example (see `nightshift.data.schemas.EXAMPLES`), or the fault.
         repaired: What was repaired.
         places: Personal data that was found.
     """
@@ -69,10 +69,10 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: 
         require_digest(path, digests.get(name))
         for number, row in read_shard(path, limits):
             if (origin := f"{name}:{number}") not in forgotten.rows:
-                yield judge(row, origin, arrival, special, privacy)
+                yield convert_row(row, origin, arrival, special, privacy)
 
 
-def judge(
+def convert_row(
     row: dict[str, Any] | RowError, origin: str, arrival: int, special: re.Pattern[str], privacy: Privacy
 ) -> Outcome:
     """Convert, repair and check one row; find its personal data before anything is made of it."""
@@ -98,7 +98,7 @@ def judge(
 
 
 def build_example(conversation: Conversation, origin: str, source: str, arrival: int) -> Example:
-    """Build the row of `tasks.schemas.EXAMPLES`."""
+    """Build the row of `nightshift.data.schemas.EXAMPLES`."""
     messages = [_message(turn) for turn in conversation.turns]
     tools = dumps(conversation.tools) if conversation.tools else None
     parts = [json.dumps(messages), *([tools] if tools else [])]

@@ -4,8 +4,3 @@ Runs after the graph, whatever the gate said. `report.html` is logged to MLflow;
 shows `report.md` in Prefect. The page holds texts of the training data and of models: its templates escape
 them, and its policy forbids scripts and requests to the browser.
 """
-
-from tasks.stage import DATA
-
-PAGE = DATA / "report" / "report.html"
-SHORT = DATA / "report" / "report.md"

@@ -15,38 +15,42 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from mlflow import MlflowClient
 
-from tasks.benchmarks import HELDOUT
-from tasks.config import load_params
-from tasks.errors import GateError
-from tasks.files import read_json, read_rows, write_text
+from nightshift.core.config import load_params
+from nightshift.core.errors import GateError
+from nightshift.core.files import read_json, read_rows, write_text
+from nightshift.core.paths import (
+    AUGMENTED_TRAIN,
+    CHAMPION_RECORD,
+    DATA,
+    EFFECTIVE,
+    GATE,
+    JUDGED,
+    OUTCOME,
+    PAGE,
+    PLAN,
+    REJECTED,
+    SCORES,
+    SHORT,
+    SIMILARITY,
+    TEST,
+    TRAINING_RUN,
+)
+from nightshift.core.stage import run_main
+from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.statistics import is_broken
+from nightshift.pipeline.graph import stage_order
+from nightshift.pipeline.ledger import TRANSFERS
+from nightshift.raw.unused import unused_by_snapshot
+from nightshift.registry.lineage import open_lineage, write_lineage
+from nightshift.registry.versions import DIGEST, open_registry, registered
+from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
-from tasks.gate.decision import is_broken
-from tasks.graph import stage_order
 from tasks.judge import VERDICTS
-from tasks.ledger import TRANSFERS
-from tasks.lineage import open_lineage, write_lineage
-from tasks.register import training_run
-from tasks.registry import DIGEST, open_registry, registered
-from tasks.report import PAGE, SHORT
 from tasks.report.changes import find_changes
 from tasks.report.chart import Chart, draw
 from tasks.report.compare import Moves, compare, find_moves, pair
 from tasks.report.examples import accepted_paraphrases, read_examples, rejected_paraphrases
-from tasks.stage import DATA, run_main
-from tasks.unused import unused_by_snapshot
 
-SCORES = DATA / "evaluate" / "scores.parquet"
-GATE = DATA / "gate" / "gate.json"
-CHAMPION = DATA / "champion" / "champion.json"
-OUTCOME = DATA / "promote" / "outcome.json"
-JUDGED = DATA / "judge" / "judge.json"
-TRAIN = DATA / "augment" / "train.parquet"
-REJECTED = DATA / "augment" / "rejected.parquet"
-SIMILARITY = DATA / "augment" / "scores.parquet"
-TEST = DATA / "split" / "test.parquet"
-PLAN = DATA / "sft" / "plan.json"
-EFFECTIVE = DATA / "sft" / "effective.json"
-TRAINED_BY = DATA / "sft" / "mlflow_run.json"
 # Characters of a text that are shown.
 TEXT_LENGTH = 800
 log = logging.getLogger(__name__)
@@ -55,7 +59,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Write page and short form, and log the page."""
     client, name = open_registry()
-    trained_by = training_run(client)
+    trained_by = training_run(client, TRAINING_RUN)
     facts = collect(client, name, trained_by)
     templates = open_templates()
     write_text(PAGE, templates.get_template("page.html.jinja").render(facts))
@@ -74,7 +78,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         trained_by: The run that trained the candidate.
     """
     params = load_params(GateParams, "gate")
-    gate, champion = read_json(GATE), read_json(CHAMPION)
+    gate, champion = read_json(GATE), read_json(CHAMPION_RECORD)
     rows = read_scores(SCORES)
     pairs = pair(rows, gate["reference"])
     asked = find_moves([both for both in pairs if both[0]["benchmark"] != HELDOUT])
@@ -100,10 +104,10 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "summaries": summaries,
         "unused": unused_by_snapshot(),
         "funnel": [stage for stage in summaries if stage in {end[0] for way in TRANSFERS for end in way}],
-        "accepted": accepted_paraphrases(TRAIN, SIMILARITY),
-        "rejected": rejected_paraphrases(TRAIN, REJECTED),
+        "accepted": accepted_paraphrases(AUGMENTED_TRAIN, SIMILARITY),
+        "rejected": rejected_paraphrases(AUGMENTED_TRAIN, REJECTED),
         "effective": read_json(EFFECTIVE),
-        "training": read_json(TRAINED_BY),
+        "training": read_json(TRAINING_RUN),
         "charts": draw_training(client, trained_by),
         "lineage": lineage,
         "trained_by": trained_by,

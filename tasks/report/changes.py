@@ -5,13 +5,13 @@ from typing import Any
 
 import yaml
 
-from tasks.files import iterate_rows, read_json
+from nightshift.core.files import iterate_rows, read_json
 
 Table = list[tuple[str, str, str]]
 
 
 def find_changes(before: Path, after: Path) -> dict[str, Any]:
-    """Compare two lineages (`tasks.lineage`).
+    """Compare two lineages (`nightshift.registry.lineage`).
 
     Args:
         before: Folder of the champion's.

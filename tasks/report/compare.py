@@ -6,22 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import bootstrap
-from statsmodels.stats.proportion import proportion_confint
 
-from tasks.benchmarks import HELDOUT
-from tasks.files import text_digest
+from nightshift.core.files import text_digest
+from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.statistics import estimate, estimate_difference
 from tasks.gate import GateParams
-from tasks.gate.statistics import enough_resamples, interval
 
 # The order of the models in a group; others follow.
 MODELS = ("base", "champion", "candidate")
 # Slices of a benchmark, and items on each side, that the page shows; it says how many there are.
 SLICES, ITEMS = 20, 10
 Row = dict[str, Any]
-Values = NDArray[np.float64]
-Estimate = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,49 +152,6 @@ def pair(rows: Sequence[Row], reference: str) -> list[tuple[Row, Row]]:
         for (model, benchmark, item), row in sorted(scored.items())
         if model == "candidate" and (reference, benchmark, item) in scored
     ]
-
-
-def estimate(rows: Sequence[Row], params: GateParams) -> Estimate:
-    """Return the mean of scores, or the token-weighted loss, with its interval.
-
-    Right and wrong answers give Wilson's interval, other scores the gate's bootstrap of the mean, losses the
-    percentile bootstrap of their sum over the sum of tokens: examples are drawn with their tokens.
-    """
-    scores = np.array([row["score"] for row in rows])
-    if rows[0]["benchmark"] == HELDOUT:
-        return _token_mean(scores, np.array([row["tokens"] for row in rows]), params)
-    if np.isin(scores, (0.0, 1.0)).all():
-        low, high = proportion_confint(int(scores.sum()), len(scores), params.alpha, method="wilson")
-        return float(scores.mean()), float(low), float(high)
-    return float(scores.mean()), *interval(scores, params.alpha, params.n_resamples, params.seed)
-
-
-def estimate_difference(pairs: Sequence[tuple[Row, Row]], params: GateParams) -> Estimate:
-    """Return the mean difference of pairs with its interval; that of scores is the one of the gate."""
-    found = np.array([ours["score"] - theirs["score"] for ours, theirs in pairs])
-    if pairs[0][0]["benchmark"] == HELDOUT:
-        return _token_mean(found, np.array([ours["tokens"] for ours, _ in pairs]), params)
-    return float(found.mean()), *interval(found, params.alpha, params.n_resamples, params.seed)
-
-
-def _token_mean(values: Values, tokens: NDArray[np.int64], params: GateParams) -> Estimate:
-    """Return the sum of values over the sum of tokens, in nats per token, with its interval."""
-    mean = float(values.sum() / tokens.sum())
-    if len(values) == 1:
-        return mean, np.nan, np.nan
-    low, high = bootstrap(
-        (values, tokens),
-        lambda v, t, axis: v.sum(axis) / t.sum(axis),
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        confidence_level=1 - params.alpha,
-        n_resamples=enough_resamples(params.n_resamples, params.alpha),
-        # Of so many resamples at a time, each of which is as large as the data.
-        batch=100,
-        rng=np.random.default_rng(params.seed),
-    ).confidence_interval
-    return mean, float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.files import iterate_rows
+from nightshift.core.files import iterate_rows
 
 # Accepted ones; rejected ones of each reason, and of all.
 ACCEPTED, PER_REASON, REJECTED = 5, 2, 8

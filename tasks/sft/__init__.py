@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.config import Count, StageParams
+from nightshift.core.config import Count, StageParams
 
 Steps = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]

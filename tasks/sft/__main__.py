@@ -11,27 +11,44 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from tasks.code_digest import MODEL_ENGINES, code_digest
-from tasks.config import load_params
-from tasks.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
-from tasks.errors import DataError, StageError
-from tasks.files import file_digest, read_json, read_rows, text_digest, tree_digest, write_json, write_rows
-from tasks.sft import SftParams, spool
+from nightshift.core.code_digest import MODEL_ENGINES, code_digest
+from nightshift.core.config import load_params
+from nightshift.core.errors import DataError, StageError
+from nightshift.core.files import (
+    file_digest,
+    read_json,
+    read_rows,
+    text_digest,
+    tree_digest,
+    write_json,
+    write_rows,
+)
+from nightshift.core.paths import (
+    BASE,
+    BASE_RECORD,
+    EFFECTIVE,
+    MODEL,
+    PACKED,
+    PLAN,
+    SELFTEST,
+    TRAINING_RUN,
+    VALIDATION,
+)
+from nightshift.core.stage import run_main, write_summary
+from nightshift.core.state import state_dir
+from nightshift.data.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
+from nightshift.tracking import spool
+from nightshift.tracking.runs import tracking_uri
+from tasks.sft import SftParams
 from tasks.sft.backend import Backend, choose_backend, with_processes
 from tasks.sft.checkpoints import SAVING
-from tasks.sft.failures import clear, micro_batch_size, read_attempt, settle
+from tasks.sft.failures import clear, micro_batch_size, plan_next_attempt, read_attempt
+from tasks.sft.job import Job, read_job
 from tasks.sft.launch import launch, node_rank
 from tasks.sft.machine import VISIBLE, inspect
 from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
-from tasks.stage import DATA, run_main, write_summary
-from tasks.state import state_dir
-from tasks.tracking import tracking_uri
 
-BASE = DATA / "base" / "model"
-ROWS = DATA / "pack" / "train.parquet"
-VALIDATION = DATA / "split" / "validation.parquet"
-TARGET = DATA / "sft"
 ENGINES = (*MODEL_ENGINES, "deepspeed", "schedulefree", "trl")
 # What shows, tracks or estimates a training. No result depends on it, so another version of it takes up the
 # checkpoints of a training that is under way.
@@ -42,8 +59,8 @@ BESIDE = (
     "tasks/sft/memory.py",
     "tasks/sft/shape.py",
     # On the way to MLflow.
-    "tasks/sft/spool.py",
-    "tasks/tracking.py",
+    "nightshift/tracking/spool.py",
+    "nightshift/tracking/runs.py",
     # The bar in a terminal.
     "tasks/sft/terminal.py",
 )
@@ -54,69 +71,69 @@ EVAL_ROWS = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("seq_lengths"
 def main() -> None:
     """Train, or go on with a training of the same key, and copy out what it made."""
     params = load_params(SftParams, "sft")
-    rows = read_rows(ROWS)
+    rows = read_rows(PACKED)
     job = build_job(params, rows)
-    folder = Path(job["folder"])
+    folder = job.folder
     if node := node_rank(params):
         # One of several machines without ssh: its ranks train; the first one tells, saves and publishes.
-        if code := launch(job, params, folder / f"job-{node}.json"):
+        if code := launch(job, folder / f"job-{node}.json"):
             raise StageError(f"sft: node {node}: the ranks ended with code {code}; the reason stands above")
         return
     is_trained = is_finished(folder)
-    job["spool"] = str(open_spool(folder, is_trained))
+    told = open_spool(folder, is_trained)
+    job = job.model_copy(update={"spool": told})
     # Opens the run of this training, and sends what earlier ones could not.
     spool.limit_requests()
-    spool.replay(state_dir() / "tracking", job["tracking_uri"])
+    spool.replay(state_dir() / "tracking", job.tracking_uri)
     if not is_trained:
-        if params.eval_steps:
+        if job.eval_rows:
             longest = max(sum(row["seq_lengths"]) for row in rows)
-            write_eval_rows(Path(job["eval_rows"]), longest if params.eval_packing else 0)
+            write_eval_rows(job.eval_rows, longest if params.eval_packing else 0)
         clear(folder)
-        code = launch(job, params, folder / "job.json")
+        code = launch(job, folder / "job.json")
         if not is_finished(folder):
-            raise settle(folder, params.per_device_train_batch_size, code)
-    publish(job, folder)
-    plan = job["plan"]
+            raise plan_next_attempt(folder, params.per_device_train_batch_size, code)
+    publish(job, told)
+    plan = job.plan
     write_summary(
         "sft",
         rows_in=len(rows),
         rows_out=len(rows),
-        steps=plan["steps"],
-        tokens=sum(plan["tokens"]),
-        tokens_supervised=sum(plan["supervised_tokens"]),
+        steps=plan.steps,
+        tokens=sum(plan.tokens),
+        tokens_supervised=sum(plan.supervised_tokens),
     )
 
 
-def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
     """Write down all that a rank has to know, after the attempts so far."""
     lengths = [row["seq_lengths"] for row in rows]
     config = read_json(BASE / "config.json")
     machine = inspect(params, config, longest=max(map(max, lengths)))
-    asked, params = params, with_processes(params, len(machine.devices))
+    requested, params = params, with_processes(params, len(machine.devices))
     labelled = [count_supervised(row["labels"]) for row in rows]
     plan = compile_plan(params, lengths, labelled)
     tokens, size = [sum(one) for one in lengths], params.per_device_train_batch_size
-    batch = largest_batch(plan["order"], tokens, labelled, size)
+    batch = largest_batch(plan.order, tokens, labelled, size)
     backend = choose_backend(params, machine, config, batch)
     folder = state_dir() / "checkpoints" / training_key(params, backend)
     attempt = read_attempt(folder)
     micro = micro_batch_size(params.per_device_train_batch_size, attempt.halvings)
-    return {
-        "asked": asked.model_dump(),
-        "params": chosen(params, backend).model_dump(),
-        "plan": without_steps(plan, attempt.skipped),
-        **asdict(backend),
-        "visible": os.environ.get(VISIBLE, "all"),
-        "micro_batch_size": micro,
-        "accumulation_steps": params.gradient_accumulation_steps
-        * (params.per_device_train_batch_size // micro),
-        "folder": str(folder),
-        "base": str(BASE),
-        "rows": str(ROWS),
-        "eval_rows": str(folder / "eval.parquet") if params.eval_steps else None,
-        "data_digest": dvc_digest(ROWS),
-        "tracking_uri": tracking_uri(),
-    }
+    return Job(
+        requested=requested,
+        params=chosen(params, backend),
+        backend=backend,
+        plan=without_steps(plan, attempt.skipped),
+        visible=os.environ.get(VISIBLE, "all"),
+        micro_batch_size=micro,
+        accumulation_steps=params.gradient_accumulation_steps * (params.per_device_train_batch_size // micro),
+        folder=folder,
+        base=BASE,
+        rows=PACKED,
+        eval_rows=folder / "eval.parquet" if params.eval_steps else None,
+        data_digest=dvc_digest(PACKED),
+        tracking_uri=tracking_uri(),
+    )
 
 
 def chosen(params: SftParams, backend: Backend) -> SftParams:
@@ -128,11 +145,11 @@ def chosen(params: SftParams, backend: Backend) -> SftParams:
 def training_key(params: SftParams, backend: Backend) -> str:
     """Digest of all that decides the result: code, engines, rows, base, parameters, and backend."""
     code = code_digest("sft", ENGINES, BESIDE)
-    base = file_digest(BASE.with_name("base.json"))
+    base = file_digest(BASE_RECORD)
     heldout = file_digest(VALIDATION) if params.eval_steps else ""
     # Any GPU of a kind computes the same; the reason for a strategy is words and estimates.
     machine = json.dumps({**asdict(backend), "devices": None, "reason": None}, sort_keys=True)
-    return text_digest(code, file_digest(ROWS), heldout, base, params.model_dump_json(), machine)
+    return text_digest(code, file_digest(PACKED), heldout, base, params.model_dump_json(), machine)
 
 
 def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a fact, not a mode
@@ -143,7 +160,7 @@ def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a fact
         is_trained: Nothing more will be told; the run that trained stays the one.
     """
     file = folder / "job.json"
-    before = Path(read_json(file)["spool"]) if file.is_file() else None
+    before = read_job(file).spool if file.is_file() else None
     if before and is_trained:
         return before
     return spool.begin(state_dir() / "tracking", folder.name, os.environ.get("MLFLOW_RUN_ID") or None, before)
@@ -179,22 +196,21 @@ def is_finished(folder: Path) -> bool:
     return marker.is_file() and bool(read_json(marker)["digest"] == tree_digest(folder / "output" / "model"))
 
 
-def publish(job: dict[str, Any], folder: Path) -> None:
+def publish(job: Job, told: Path) -> None:
     """Copy the result to data/sft; checkpoints are not needed any more."""
-    output = folder / "output"
-    shutil.rmtree(TARGET / "model", ignore_errors=True)
-    shutil.copytree(output / "model", TARGET / "model")
-    for name in ("effective.json", "selftest.json"):
-        shutil.copyfile(output / name, TARGET / name)
-    write_json(TARGET / "plan.json", job["plan"])
+    folder, output = job.folder, job.folder / "output"
+    shutil.rmtree(MODEL, ignore_errors=True)
+    shutil.copytree(output / "model", MODEL)
+    for path in (EFFECTIVE, SELFTEST):
+        shutil.copyfile(output / path.name, path)
+    write_json(PLAN, asdict(job.plan))
     marker = read_json(output / "finished.json")
-    path = Path(job["spool"])
-    spool.finish(path)
-    spool.replay(path.parent, job["tracking_uri"])
+    spool.finish(told)
+    spool.replay(told.parent, job.tracking_uri)
     # Nothing depends on this file, so a run id and a speed may stand in it. Without an id the run is still to
     # be created, and can be found by its key.
-    run = {"run_id": spool.find_run_id(path), "tracking_key": path.stem}
-    write_json(TARGET / "mlflow_run.json", {**run, "tokens_per_second": marker["tokens_per_second"]})
+    run = {"run_id": spool.find_run_id(told), "tracking_key": told.stem}
+    write_json(TRAINING_RUN, {**run, "tokens_per_second": marker["tokens_per_second"]})
     for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
         shutil.rmtree(checkpoint, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tasks.errors import ConfigError
+from nightshift.core.errors import ConfigError
 
 
 def attend_per_example(  # noqa: PLR0913 - transformers' signature

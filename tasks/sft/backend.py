@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ConfigError
+from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
 from tasks.sft.machine import VISIBLE, Machine
 from tasks.sft.memory import Batch, estimate_all, totals

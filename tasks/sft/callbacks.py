@@ -4,13 +4,13 @@ import logging
 import math
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from tasks.sft.spool import Spool
+from nightshift.tracking.spool import Spool
+from tasks.sft.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class Progress(TrainerCallback):
     """Rank 0 tells the terminal and the run; it never waits for MLflow."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.plan = job, job["plan"]
+    def __init__(self, job: Job) -> None:
+        self.job, self.plan = job, job.plan
         self.spool: Spool | None = None
         self.started = (time.monotonic(), 0)
         self.speed = 0.0
@@ -28,10 +28,11 @@ class Progress(TrainerCallback):
         """Start the clock; tell the run what is trained, on which data."""
         self.started = (time.monotonic(), state.global_step)
         if state.is_world_process_zero:
-            self.spool = Spool(Path(self.job["spool"]), self.job["tracking_uri"])
+            assert self.job.spool
+            self.spool = Spool(self.job.spool, self.job.tracking_uri)
             self.spool.tell("params", values=run_params(self.job))
-            rows = self.job["rows"]
-            self.spool.tell("dataset", name="train", digest=self.job["data_digest"], source=rows)
+            source = str(self.job.rows)
+            self.spool.tell("dataset", name="train", digest=self.job.data_digest, source=source)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
         """Report a training step or an evaluation."""
@@ -45,28 +46,28 @@ class Progress(TrainerCallback):
             values: dict[str, float] = {key: float(logs[key]) for key in told if math.isfinite(logs[key])}
             self.spool.tell("metrics", values=values | self.measure(step, values), step=step)
         elif "eval_loss" in logs:
-            log.info("step %d/%d eval_loss %.4f", step, self.plan["steps"], logs["eval_loss"])
+            log.info("step %d/%d eval_loss %.4f", step, self.plan.steps, logs["eval_loss"])
             self.spool.tell("metrics", values={"eval_loss": float(logs["eval_loss"])}, step=step)
 
     def measure(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Write the line of a step, and return the metrics that stand in it besides its values."""
         begin, first = self.started
         seconds = time.monotonic() - begin
-        self.speed = sum(self.plan["tokens"][first:step]) / seconds
-        supervised = sum(self.plan["supervised_tokens"][first:step]) / seconds
-        memory = peak_memory(self.job["device"])
-        left = seconds / (step - first) * (self.plan["steps"] - step)
+        self.speed = sum(self.plan.tokens[first:step]) / seconds
+        supervised = sum(self.plan.supervised_tokens[first:step]) / seconds
+        memory = peak_memory(self.job.backend.device)
+        left = seconds / (step - first) * (self.plan.steps - step)
         norm = f"{values['grad_norm']:.2e}" if "grad_norm" in values else "untold"
         log.info(
             "step %d/%d loss %.4f lr %.2e grad %s %.0f tok/s, %.0f supervised, "
             "%.2f GiB, %.0f s left, ends %s",
-            step, self.plan["steps"], values["loss"], values["learning_rate"], norm,
+            step, self.plan.steps, values["loss"], values["learning_rate"], norm,
             self.speed, supervised, memory, left, clock(time.time() + left),
         )  # fmt: skip
         return {
             "tokens_per_second": self.speed,
             "supervised_tokens_per_second": supervised,
-            "supervised_tokens": float(self.plan["supervised_tokens"][step - 1]),
+            "supervised_tokens": float(self.plan.supervised_tokens[step - 1]),
             "peak_memory_gib": memory,
         }
 
@@ -81,13 +82,13 @@ def clock(moment: float) -> str:
     return time.strftime("%a %H:%M", time.localtime(moment))
 
 
-def run_params(job: dict[str, Any]) -> dict[str, str]:
+def run_params(job: Job) -> dict[str, str]:
     """Return what the run is to show of the job."""
-    values = {f"sft.{key}": str(value) for key, value in job["params"].items()}
+    values = {f"sft.{key}": str(value) for key, value in job.params.model_dump().items()}
     return values | {
-        "device": job["device"],
-        "precision": job["precision"],
-        "steps": str(job["plan"]["steps"]),
+        "device": job.backend.device,
+        "precision": job.backend.precision,
+        "steps": str(job.plan.steps),
     }
 
 

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.errors import StageError
-from tasks.files import file_digest, read_json, write_json
+from nightshift.core.errors import StageError
+from nightshift.core.files import file_digest, read_json, write_json
 
 if TYPE_CHECKING:
     import torch

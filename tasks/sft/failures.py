@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import StageError, TrainingError
-from tasks.files import read_json, write_json
+from nightshift.core.errors import StageError, TrainingError
+from nightshift.core.files import read_json, write_json
 
 # What says that a device's or the machine's memory is used up: the words of torch's allocators, CUDA, ROCm,
 # cuBLAS and its kin, NCCL, Triton, bitsandbytes. Triton's "out of resource" is a kernel's own limit.
@@ -100,7 +100,7 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def settle(folder: Path, rows: int, code: int) -> StageError:
+def plan_next_attempt(folder: Path, rows: int, code: int) -> StageError:
     """Build the error of a failed attempt, and note what the next one has to do.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import ScalingType, scaled_mm
 from transformers import TrainerCallback
 
-from tasks.errors import StageError
+from nightshift.core.errors import StageError
 from tasks.sft.fused import fused_layers, project
 
 FLOAT8 = torch.float8_e4m3fn

@@ -5,17 +5,16 @@ import logging
 import math
 import os
 import signal
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from tasks.errors import StageError, TrainingError
-from tasks.sft import SftParams
+from nightshift.core.errors import StageError, TrainingError
 from tasks.sft.failures import HANG
 from tasks.sft.history import is_exhausted, is_spike
+from tasks.sft.job import Job
 from tasks.sft.plan import name_rows
 
 # The scaler of fp16 halves its factor at each overflow: after so many in a row, from 2**16, it is below
@@ -27,16 +26,16 @@ log = logging.getLogger(__name__)
 class Guard(TrainerCallback):
     """Watch every step, and end the training with the reason."""
 
-    def __init__(self, job: dict[str, Any], params: SftParams) -> None:
+    def __init__(self, job: Job) -> None:
         """Answer SIGTERM from now on by saving after the step in progress."""
-        self.plan, self.params = job["plan"], params
+        self.plan, self.params = job.plan, job.params
         self.is_asked_to_end = False
         self.checked = 0
         # Steps that the scaler of fp16 left out, all and the last in a row; the plan's rates wait for them.
         self.skipped = self.skipped_in_a_row = 0
         self.rate = 0
         # Written by the C library's own thread, which a hung interpreter cannot stop.
-        self.hang = (Path(job["folder"]) / HANG.format(rank=os.environ.get("RANK", "0"))).open("w")
+        self.hang = (job.folder / HANG.format(rank=os.environ.get("RANK", "0"))).open("w")
         signal.signal(signal.SIGTERM, self.on_sigterm)
 
     def on_sigterm(self, _signum: int, _frame: FrameType | None) -> None:
@@ -121,7 +120,7 @@ class Guard(TrainerCallback):
         if spike or not math.isfinite(loss):
             what = "spike of the loss to" if spike else "loss"
             raise TrainingError("loss", f"{what} {loss:.4g} at {name_rows(self.plan, steps)}", steps)
-        planned = self.plan["learning_rate"][self.rate]
+        planned = self.plan.learning_rate[self.rate]
         if self.params.lr_scheduler_type == "reduce_lr_on_plateau":
             planned = min(planned, rate)
         if not math.isclose(rate, planned, rel_tol=1e-6, abs_tol=1e-12):

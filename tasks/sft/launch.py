@@ -6,19 +6,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from tasks import supervise
-from tasks.errors import ConfigError, TrainingError
-from tasks.files import write_json
+from nightshift.core.errors import ConfigError, TrainingError
+from nightshift.core.stage import OFFLINE
+from nightshift.core.state import tools_environment
+from nightshift.pipeline import supervise
 from tasks.sft import SftParams
+from tasks.sft.job import Job
 from tasks.sft.machine import VISIBLE
 from tasks.sft.terminal import shown_lines
-from tasks.stage import OFFLINE
-from tasks.state import tools_environment
 
 # A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
 GRACE_SECONDS = 40.0
@@ -27,28 +26,27 @@ ALLOCATOR, OLDER_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 GROWING = "expandable_segments:True"
 
 
-def launch(job: dict[str, Any], params: SftParams, file: Path) -> int:
+def launch(job: Job, file: Path) -> int:
     """Start the ranks under their launcher and the supervisor, wait, and return the launcher's exit code.
 
     Args:
-        job: What the ranks have to know, and
-        params: the section sft in it.
+        job: What the ranks have to know.
         file: Where the job is written for them.
 
     Raises:
         ConfigError: The environment does not say where the ranks of several machines meet.
     """
     (file.parent / "output").mkdir(parents=True, exist_ok=True)
-    write_json(file, job)
-    address, port = rendezvous(params)
-    command = [*launcher(params, job, address, port), str(file)]
+    job.write(file)
+    address, port = rendezvous(job.params)
+    command = [*launcher(job, address, port), str(file)]
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         with shown_lines() as show:
             code = supervise.run(
                 command,
                 on_line=show,
-                env=rank_environment(job["device"], job["devices"]),
+                env=rank_environment(job.backend.device, job.backend.devices),
                 grace_seconds=GRACE_SECONDS,
             )
     finally:
@@ -105,22 +103,22 @@ def rendezvous(params: SftParams) -> tuple[str, int]:
     return address, int(port) if port.isdecimal() else free_port()
 
 
-def launcher(params: SftParams, job: Mapping[str, Any], address: str, port: int) -> list[str]:
+def launcher(job: Job, address: str, port: int) -> list[str]:
     """Build the command that starts the ranks: DeepSpeed's launcher, or one process by itself.
 
     Args:
-        params: The section sft.
-        job: The backend in it: strategy, devices and their number.
+        job: Its parameters and backend.
         address: Where the ranks meet, or "", and
         port: the port there; see `rendezvous`.
     """
-    if job["strategy"] == "single":
+    params, backend = job.params, job.backend
+    if backend.strategy == "single":
         return [sys.executable, "-m", "tasks.sft.worker"]
     if params.hostfile is None:
         # What `deepspeed` itself starts on one machine. Told of a number of GPUs it would take the first
         # ones, whoever uses them; and it knows none by its UUID.
-        ids = list(job["devices"]) or list(range(job["num_processes"]))
-        world = base64.urlsafe_b64encode(json.dumps({"localhost": ids}).encode()).decode()
+        ids: Sequence[str | int] = backend.devices or range(backend.num_processes)
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": list(ids)}).encode()).decode()
         command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
     else:
         command = [str(Path(sys.executable).with_name("deepspeed")), f"--hostfile={params.hostfile}"]

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import supervise
-from tasks.errors import ConfigError, StageError
-from tasks.files import read_json, write_json
+from nightshift.core.errors import ConfigError, StageError
+from nightshift.core.files import read_json, write_json
+from nightshift.core.stage import run_main
+from nightshift.pipeline import supervise
 from tasks.sft import SftParams
 from tasks.sft.conflicts import EIGHT_BIT
-from tasks.stage import run_main
 
 if TYPE_CHECKING:
     from tasks.sft.probe import Probe

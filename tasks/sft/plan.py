@@ -7,8 +7,9 @@ cannot see other rows, and a run either executes its plan or fails.
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
+from nightshift.core.paths import PACKED
 from tasks.sft import SftParams
 from tasks.sft.schedule import learning_rates
 
@@ -20,19 +21,36 @@ FILLER = -1
 WINDOW = 16
 
 
-def compile_plan(
-    params: SftParams, seq_lengths: Sequence[Sequence[int]], supervised: Sequence[int]
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The exact course of a training.
+
+    Attributes:
+        steps: Optimiser steps.
+        rows_per_step: Rows of all ranks in one step.
+        fillers: Rows of no example among them.
+        order: Numbers of the rows as they train, `FILLER` for none, shape (steps * rows_per_step,).
+        tokens: Tokens of each step, shape (steps,).
+        supervised_tokens: Those of them that have a label, shape (steps,).
+        learning_rate: Learning rate of each step, shape (steps,).
+    """
+
+    steps: int
+    rows_per_step: int
+    fillers: int
+    order: list[int]
+    tokens: list[int]
+    supervised_tokens: list[int]
+    learning_rate: list[float]
+
+
+def compile_plan(params: SftParams, seq_lengths: Sequence[Sequence[int]], supervised: Sequence[int]) -> Plan:
     """Compile the exact course of a training.
 
     Args:
         params: Hyper-parameters.
         seq_lengths: Tokens of each example in each packed row, shape (n_rows, any).
         supervised: Labelled tokens of each packed row, shape (n_rows,).
-
-    Returns:
-        steps; order: row numbers in the order of training, FILLER for none; and for each step
-        its tokens, supervised tokens and learning rate, shape (steps,).
 
     Raises:
         ConfigError: The warm-up and the decay are longer than the training.
@@ -47,15 +65,15 @@ def compile_plan(
     order = order[: steps * step_rows]
     order += [FILLER] * (steps * step_rows - len(order))
     groups = [order[i : i + step_rows] for i in range(0, len(order), step_rows)]
-    return {
-        "steps": steps,
-        "rows_per_step": step_rows,
-        "fillers": order.count(FILLER),
-        "order": order,
-        "tokens": [sum(tokens[i] for i in rows if i != FILLER) for rows in groups],
-        "supervised_tokens": [sum(supervised[i] for i in rows if i != FILLER) for rows in groups],
-        "learning_rate": learning_rates(steps, params),
-    }
+    return Plan(
+        steps=steps,
+        rows_per_step=step_rows,
+        fillers=order.count(FILLER),
+        order=order,
+        tokens=[sum(tokens[i] for i in rows if i != FILLER) for rows in groups],
+        supervised_tokens=[sum(supervised[i] for i in rows if i != FILLER) for rows in groups],
+        learning_rate=learning_rates(steps, params),
+    )
 
 
 def row_order(costs: Sequence[int], epochs: int, processes: int, seed: int) -> list[int]:
@@ -94,33 +112,37 @@ def row_order(costs: Sequence[int], epochs: int, processes: int, seed: int) -> l
     return order
 
 
-def without_steps(plan: dict[str, Any], steps: Sequence[int]) -> dict[str, Any]:
+def without_steps(plan: Plan, steps: Sequence[int]) -> Plan:
     """Return the plan with fillers in the place of the rows of some steps, counted from 1.
 
     Example:
-        >>> counts = {"tokens": [9, 8], "supervised_tokens": [3, 2]}
-        >>> plan = {"rows_per_step": 1, "fillers": 0, "order": [4, 7], **counts}
-        >>> without_steps(plan, [2])["order"], without_steps(plan, [2])["tokens"]
+        >>> plan = Plan(2, 1, 0, order=[4, 7], tokens=[9, 8], supervised_tokens=[3, 2], learning_rate=[1, 1])
+        >>> without_steps(plan, [2]).order, without_steps(plan, [2]).tokens
         ([4, -1], [9, 0])
     """
-    size = plan["rows_per_step"]
-    skipped = {step - 1 for step in steps}
-    order = [FILLER if i // size in skipped else row for i, row in enumerate(plan["order"])]
-    kept = {
-        key: [0 if step in skipped else count for step, count in enumerate(plan[key])]
-        for key in ("tokens", "supervised_tokens")
-    }
-    return {**plan, "order": order, "fillers": order.count(FILLER), **kept}
+    size, skipped = plan.rows_per_step, {step - 1 for step in steps}
+
+    def emptied(counts: list[int]) -> list[int]:
+        return [0 if step in skipped else count for step, count in enumerate(counts)]
+
+    order = [FILLER if i // size in skipped else row for i, row in enumerate(plan.order)]
+    return replace(
+        plan,
+        order=order,
+        fillers=order.count(FILLER),
+        tokens=emptied(plan.tokens),
+        supervised_tokens=emptied(plan.supervised_tokens),
+    )
 
 
-def name_rows(plan: dict[str, Any], steps: range) -> str:
+def name_rows(plan: Plan, steps: range) -> str:
     """Name steps, counted from 1, and their rows for a message.
 
     Example:
-        >>> name_rows({"rows_per_step": 2, "order": [4, 7, 1, 0]}, range(2, 3))
+        >>> name_rows(Plan(2, 2, 0, [4, 7, 1, 0], [9, 8], [3, 2], [1, 1]), range(2, 3))
         'step 2, rows [1, 0] of data/pack/train.parquet'
     """
-    size = plan["rows_per_step"]
-    rows = plan["order"][(steps.start - 1) * size : (steps.stop - 1) * size]
+    size = plan.rows_per_step
+    rows = plan.order[(steps.start - 1) * size : (steps.stop - 1) * size]
     numbers = f"step {steps.start}" if len(steps) == 1 else f"steps {steps.start} to {steps.stop - 1}"
-    return f"{numbers}, rows {rows} of data/pack/train.parquet"
+    return f"{numbers}, rows {rows} of {PACKED}"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tasks.sft.attention  # noqa: F401 - registers kernels
-from tasks.errors import ConfigError
+from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
 from tasks.sft.strategy import HALF, ZERO
 

@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from tasks.errors import StageError
-from tasks.files import write_figures
+from nightshift.core.errors import StageError
+from nightshift.core.files import write_figures
 from tasks.sft import selftest
+from tasks.sft.job import Job
 from tasks.sft.model import HALF, weight_dtype
 from tasks.sft.selftest import Row
 from tasks.sft.strategy import ZERO
@@ -23,7 +24,7 @@ BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 class Proof(TrainerCallback):
     """Refuse to train a model that would learn something else in silence."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
         self.trainer: Trainer | None = None
 
@@ -33,14 +34,14 @@ class Proof(TrainerCallback):
         # The proofs draw random numbers; a resumed training must not see that.
         with torch.random.fork_rng():
             proof = prove(self.trainer, self.job)
-        if self.job["device"] == "cpu":
+        if self.job.backend.device == "cpu":
             # glibc keeps what loading and proving have freed, in pieces that training hardly uses again.
             ctypes.CDLL(None).malloc_trim(0)
         if self.trainer.is_world_process_zero():
-            write_figures(Path(self.job["folder"]) / "output" / "selftest.json", proof)
+            write_figures(self.job.folder / "output" / "selftest.json", proof)
 
 
-def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
+def prove(trainer: Trainer, job: Job) -> dict[str, Any]:
     """Run all proofs, on two examples that share a row.
 
     Raises:
@@ -57,7 +58,7 @@ def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
                 f"self-test: {key}={asked} was asked for, but the model does otherwise; this is a bug, "
                 "report it"
             )
-    folder = Path(job["folder"]) / "rehearsal"
+    folder = job.folder / "rehearsal"
     row = selftest.find_row(trainer.train_dataset)
     if row is None:
         return {
@@ -73,16 +74,16 @@ def prove(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
     if trainer.head:
         with torch.no_grad():
             values = forward(trainer, batch)[0].item(), training_loss(trainer, batch).item()
-        loss = selftest.same_loss(*values, job["precision"])
+        loss = selftest.same_loss(*values, job.backend.precision)
     batches = [batch, *(collate(trainer, selftest.take(row, i, i + 1)) for i in (0, 1))]
-    if job["strategy"] == "zero3":
+    if job.backend.strategy == "zero3":
         found: dict[str, Any] = {
             "weights": len(trainable(trainer)),
             "not_compared": "zero3 divides the weights",
         }
     else:
         # bitsandbytes multiplies four-bit weights in bf16 on a processor, whatever was asked.
-        precision = "bf16" if trainer.params.adapter == "qlora" else job["precision"]
+        precision = "bf16" if trainer.params.adapter == "qlora" else job.backend.precision
         found = selftest.gradients(lambda one: backward(trainer, one, job), batches, precision)
     saving = rehearse_saving(trainer, job, batch, folder)
     trainer.model_wrapped.train()
@@ -123,10 +124,10 @@ def forward_by_positions(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch
         return summed_loss(trainer.model_wrapped, kept)
 
 
-def backward(trainer: Trainer, batch: dict[str, Any], job: dict[str, Any]) -> list[torch.Tensor | None]:
+def backward(trainer: Trainer, batch: dict[str, Any], job: Job) -> list[torch.Tensor | None]:
     """Compute the gradients of the weights that train, and leave none behind."""
     parameters = list(trainable(trainer).values())
-    if job["strategy"] == "fsdp2":
+    if job.backend.strategy == "fsdp2":
         # Its weights take part in no graph; hooks bring the gradients to them.
         torch.autograd.backward(training_loss(trainer, batch))
         found = [p.grad.full_tensor() if p.grad is not None else None for p in parameters]  # type: ignore[attr-defined]
@@ -145,20 +146,18 @@ def trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def rehearse_saving(
-    trainer: Trainer, job: dict[str, Any], batch: dict[str, Any] | None, folder: Path
-) -> dict[str, Any]:
+def rehearse_saving(trainer: Trainer, job: Job, batch: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
     """Save as at the end, and load what was saved.
 
     Where the weights are divided by ZeRO-3, or the live base is quantised, the logits cannot be compared;
     that every weight was saved whole is checked always.
     """
     params, model = trainer.params, trainer.model
-    if job["strategy"] == "zero3" or params.adapter == "qlora" or params.fp8_base:
+    if job.backend.strategy == "zero3" or params.adapter == "qlora" or params.fp8_base:
         batch = None
     weights = trainable(trainer)
-    shaken = [p for name, p in weights.items() if "lora_B" in name and batch]
-    with selftest.shaken(shaken), torch.no_grad():
+    perturbed = [p for name, p in weights.items() if "lora_B" in name and batch]
+    with selftest.perturbed(perturbed), torch.no_grad():
         trainer.save_model(str(folder))
         live = forward(trainer, batch)[1].logits[0].float().cpu() if batch else None
         base = torch.zeros(())
@@ -170,32 +169,33 @@ def rehearse_saving(
         names = get_peft_model_state_dict(model, state_dict=weights) if params.adapter else weights
         result["weights"] = selftest.require_saved(folder, list(names))
         if batch and live is not None:
-            loaded = load_logits(folder, job, trainer, batch)
-            result |= selftest.reloaded(live, base, loaded, job["precision"])
+            loaded = load_logits(folder, job, batch)
+            result |= selftest.reloaded(live, base, loaded, job.backend.precision)
         shutil.rmtree(folder)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
 @torch.no_grad()
-def load_logits(folder: Path, job: dict[str, Any], trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
+def load_logits(folder: Path, job: Job, batch: dict[str, Any]) -> torch.Tensor:
     """Load a saved model from the disk and compute its logits, on the processor, as the live one does.
 
     DeepSpeed computes in half precision throughout; all others keep the adapter in full precision and convert
     as they go.
     """
-    params, half = trainer.params, HALF.get(job["precision"])
+    params, backend = job.params, job.backend
+    half = HALF.get(backend.precision)
     loaded = AutoModelForCausalLM.from_pretrained(
-        job["base"] if params.adapter else folder,
-        dtype=weight_dtype(params, job["strategy"], job["precision"]),
+        job.base if params.adapter else folder,
+        dtype=weight_dtype(params, backend.strategy, backend.precision),
         attn_implementation="sdpa",
         trust_remote_code=False,
     )
     if params.adapter:
         loaded = PeftModel.from_pretrained(loaded, folder)
-    if half and job["strategy"] in ZERO:
+    if half and backend.strategy in ZERO:
         loaded = loaded.to(half)
     inputs = {key: value.cpu() if hasattr(value, "cpu") else value for key, value in batch.items()}
-    with torch.autocast("cpu", half or torch.bfloat16, enabled=bool(half) and job["strategy"] not in ZERO):
+    with torch.autocast("cpu", half or torch.bfloat16, enabled=bool(half) and backend.strategy not in ZERO):
         logits: torch.Tensor = summed_loss(loaded.eval(), inputs)[1].logits
     return logits[0].float()

@@ -10,7 +10,7 @@ ExponentialLR and OneCycleLR (Smith and Topin, arXiv 1708.07120) for the others.
 import math
 from collections.abc import Callable
 
-from tasks.errors import ConfigError
+from nightshift.core.errors import ConfigError
 from tasks.sft import SchedulerKwargs, SftParams
 
 Kwargs = SchedulerKwargs

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from tasks.encode import IGNORED
-from tasks.errors import StageError
+from nightshift.core.errors import StageError
+from nightshift.data.encode import IGNORED
 
 # Loss and outputs of one collated row: the very function that trains.
 Forward = Callable[[dict[str, Any]], tuple[torch.Tensor, Any]]
@@ -28,7 +28,7 @@ SOUGHT = 64
 # or a mean in the place of a sum, give more than a half.
 TOLERANCE = {"fp32": 1e-2, "tf32": 1e-2, "bf16": 0.25, "fp16": 0.1}
 # How far what was loaded may be on the way from the live model, 0, to one without its adapter, 1.
-WAY = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.5, "fp16": 0.5}
+RELOAD_TOLERANCE = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.5, "fp16": 0.5}
 
 
 def find_row(rows: Sequence[Row]) -> Row | None:
@@ -166,7 +166,7 @@ def gradients(
 
 
 @contextmanager
-def shaken(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+def perturbed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Give weights other values for a while: a new adapter does nothing, so its loss would not be seen."""
     kept = [parameter.detach().clone() for parameter in parameters]
     try:
@@ -194,7 +194,7 @@ def reloaded(live: torch.Tensor, base: torch.Tensor, loaded: torch.Tensor, preci
     """
     far = (live - base).norm().item()
     near = (live - loaded).norm().item()
-    if not near <= WAY[precision] * far:
+    if not near <= RELOAD_TOLERANCE[precision] * far:
         raise StageError(
             f"self-test: the saved model gives other logits than the live one (distance {near:.3g}, that of "
             f"a lost adapter {far:.3g}); what would be saved is not what trains"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.errors import ConfigError
+from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
 
 Linears = dict[str, tuple[int, int]]

@@ -7,7 +7,7 @@ configuration of DeepSpeed's can replace them in silence.
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.errors import ConfigError
+from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
 
 GIB = 2**30

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from tasks.stage import print_line
+from nightshift.core.stage import print_line
 
 STEP = re.compile(r"\bstep (\d+)/(\d+) (.*)")
 

@@ -17,14 +17,14 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from trl import SFTTrainer
 
-from tasks.encode import IGNORED
-from tasks.errors import StageError, TrainingError
+from nightshift.core.errors import StageError, TrainingError
+from nightshift.data.encode import IGNORED
 from tasks.sft import SftParams, checkpoints
 from tasks.sft.failures import is_out_of_memory
 from tasks.sft.fused import LossHead
 from tasks.sft.guard import is_any
 from tasks.sft.history import best_step, plateau_scale
-from tasks.sft.plan import name_rows
+from tasks.sft.plan import Plan, name_rows
 
 
 class Trainer(SFTTrainer):
@@ -36,7 +36,7 @@ class Trainer(SFTTrainer):
     control: Any
 
     def __init__(
-        self, *, params: SftParams, plan: dict[str, Any], filler: dict[str, Any], loss: str, **more: Any
+        self, *, params: SftParams, plan: Plan, filler: dict[str, Any], loss: str, **more: Any
     ) -> None:
         """Build the trainer.
 
@@ -187,7 +187,7 @@ class Trainer(SFTTrainer):
 
     def planned_factor(self, step: int) -> float:
         """Return the share of the peak learning rate of one step, from 0."""
-        rates = self.plan["learning_rate"]
+        rates = self.plan.learning_rate
         # One step behind the last is asked for and never used.
         share: float = rates[min(step, len(rates) - 1)] / self.params.learning_rate
         if self.params.lr_scheduler_type != "reduce_lr_on_plateau":

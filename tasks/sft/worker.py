@@ -17,23 +17,24 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig
 
-from tasks import supervise
-from tasks.encode import IGNORED
-from tasks.errors import PipelineError, StageError, TrainingError
-from tasks.files import read_json, read_rows, text_digest, tree_digest, write_json
+from nightshift.core.errors import PipelineError, StageError, TrainingError
+from nightshift.core.files import read_json, read_rows, text_digest, tree_digest, write_json
+from nightshift.core.stage import run_main
+from nightshift.data.encode import IGNORED
+from nightshift.pipeline import supervise
 from tasks.sft import SftParams, checkpoints
 from tasks.sft.callbacks import Progress
 from tasks.sft.failures import is_out_of_memory, write_failure
 from tasks.sft.fused import count_lora, fuse_adapter
 from tasks.sft.guard import Guard
 from tasks.sft.history import best_step, is_exhausted
+from tasks.sft.job import Job, read_job
 from tasks.sft.machine import VISIBLE
 from tasks.sft.model import load_model
 from tasks.sft.plan import FILLER
 from tasks.sft.proof import Proof
 from tasks.sft.strategy import deepspeed_config, fsdp_config
 from tasks.sft.trainer import Trainer, writing
-from tasks.stage import run_main
 
 # Beside the safetensors: what the weights cannot be loaded without.
 WEIGHT_FILES = (
@@ -51,10 +52,10 @@ def main(job_file: Path) -> None:
     supervise.die_with_parent()
     # What is imported stays: neither a collection on the way nor the one at the end is to look through it.
     gc.freeze()
-    job = read_json(job_file)
-    folder = Path(job["folder"])
+    job = read_job(job_file)
+    folder = job.folder
     try:
-        train(job, folder)
+        train(job)
     except TrainingError as err:
         write_failure(folder, err.kind, str(err), err.steps)
         raise
@@ -74,14 +75,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job_file", type=Path, help="what to train, as tasks.sft writes it")
 
 
-def train(job: dict[str, Any], folder: Path) -> None:
+def train(job: Job) -> None:
     """Build, prove, train from the newest checkpoint, save."""
-    params = SftParams.model_validate(job["params"])
+    params, folder = job.params, job.folder
     # The seed comes before the adapter's weights are drawn.
     set_seed(params.seed)
     progress = Progress(job)
-    guard, proof = Guard(job, params), Proof(job)
-    trainer = build_trainer(job, params, [guard, proof, progress])
+    guard, proof = Guard(job), Proof(job)
+    trainer = build_trainer(job, [guard, proof, progress])
     trainer.remove_callback(PrinterCallback)
     require_one_job(job)
     proof.trainer = trainer
@@ -100,15 +101,15 @@ def train(job: dict[str, Any], folder: Path) -> None:
         progress.close()
 
 
-def require_one_job(job: dict[str, Any]) -> None:
+def require_one_job(job: Job) -> None:
     """Compare the jobs of all ranks; each machine may have written its own.
 
     Raises:
         StageError: They differ.
     """
-    own = ("devices", "spool", "tracking_uri", "visible")
-    known = {key: value for key, value in job.items() if key not in own}
-    digests = gather_object([text_digest(json.dumps(known, sort_keys=True))])
+    shared = job.model_dump(mode="json", exclude={"spool", "tracking_uri", "visible"})
+    del shared["backend"]["devices"]
+    digests = gather_object([text_digest(json.dumps(shared, sort_keys=True))])
     if len(set(digests)) > 1:
         raise StageError(
             f"the machines train different jobs ({[digest[:8] for digest in digests]}, by rank); give all "
@@ -122,14 +123,15 @@ def is_stopped(checkpoint: Path, params: SftParams) -> bool:
     return is_exhausted(history, params.early_stopping_patience, params.early_stopping_min_delta)
 
 
-def build_trainer(job: dict[str, Any], params: SftParams, callbacks: list[TrainerCallback]) -> Trainer:
+def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
     """Build the trainer on the packed rows, in the order of the plan."""
-    tokenizer = AutoTokenizer.from_pretrained(job["base"])
+    params, backend = job.params, job.backend
+    tokenizer = AutoTokenizer.from_pretrained(job.base)
     # Before the model: weights are divided among the ranks while they are read if DeepSpeed is known by then.
-    args = training_arguments(job, params)
+    args = training_arguments(job)
     filler = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
-    model = load_model(job["base"], params, job["strategy"], job["precision"], job["attention"])
-    if job["lora"] == "fused":
+    model = load_model(str(job.base), params, backend.strategy, backend.precision, backend.attention)
+    if backend.lora == "fused":
         fuse_adapter(model)
     if params.fp8_base:
         from tasks.sft.float8 import QuantizedBase
@@ -137,27 +139,28 @@ def build_trainer(job: dict[str, Any], params: SftParams, callbacks: list[Traine
         callbacks = [QuantizedBase(), *callbacks]
     return Trainer(
         params=params,
-        plan=job["plan"],
+        plan=job.plan,
         filler=filler,
-        loss=job["loss"],
+        loss=backend.loss,
         model=model,
         args=args,
-        train_dataset=planned_rows(Path(job["rows"]), job["plan"]["order"], filler),
-        eval_dataset=planned_rows(Path(job["eval_rows"]), None, filler) if job["eval_rows"] else None,
+        train_dataset=planned_rows(job.rows, job.plan.order, filler),
+        eval_dataset=planned_rows(job.eval_rows, None, filler) if job.eval_rows else None,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
 
 
-def training_arguments(job: dict[str, Any], params: SftParams) -> SFTConfig:
+def training_arguments(job: Job) -> SFTConfig:
     """Translate our parameters to TRL's; everything it would do in silence is switched off."""
-    precision = job["precision"]
-    fsdp = fsdp_config(params, job["strategy"])
+    params, backend = job.params, job.backend
+    precision = backend.precision
+    fsdp = fsdp_config(params, backend.strategy)
     return SFTConfig(
-        output_dir=job["folder"],
-        max_steps=job["plan"]["steps"],
-        per_device_train_batch_size=job["micro_batch_size"],
-        gradient_accumulation_steps=job["accumulation_steps"],
+        output_dir=str(job.folder),
+        max_steps=job.plan.steps,
+        per_device_train_batch_size=job.micro_batch_size,
+        gradient_accumulation_steps=job.accumulation_steps,
         per_device_eval_batch_size=params.per_device_eval_batch_size,
         learning_rate=params.learning_rate,
         # The rates come from the plan.
@@ -171,10 +174,8 @@ def training_arguments(job: dict[str, Any], params: SftParams) -> SFTConfig:
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         tf32=True if precision == "tf32" else None,
-        use_cpu=job["device"] == "cpu",
-        deepspeed=deepspeed_config(
-            params, job["strategy"], precision, job["micro_batch_size"], job["device"]
-        ),
+        use_cpu=backend.device == "cpu",
+        deepspeed=deepspeed_config(params, backend.strategy, precision, job.micro_batch_size, backend.device),
         fsdp=fsdp is not None,
         fsdp_config=fsdp,
         ddp_find_unused_parameters=False,
@@ -209,22 +210,22 @@ def planned_rows(path: Path, order: list[int] | None, filler: dict[str, Any]) ->
     return Dataset.from_list([{column: row[column] for column in filler} for row in planned])
 
 
-def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
+def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
     """Set what was requested beside what runs.
 
     Raises:
         StageError: The two differ, and what was requested is not `auto`.
     """
     args = trainer.args
-    strategy = running_strategy(trainer)
-    devices = os.environ[VISIBLE].split(",") if job["device"] == "cuda" else []
-    if strategy != job["strategy"]:
+    backend, strategy = job.backend, running_strategy(trainer)
+    devices = os.environ[VISIBLE].split(",") if backend.device == "cuda" else []
+    if strategy != backend.strategy:
         raise StageError(
-            f"strategy {job['strategy']} was chosen, but {strategy} runs; this is a bug, report it"
+            f"strategy {backend.strategy} was chosen, but {strategy} runs; this is a bug, report it"
         )
     runs = {
         "strategy": strategy,
-        "precision": job["precision"],
+        "precision": backend.precision,
         "attn_implementation": trainer.model.config._attn_implementation,
         "num_processes": args.world_size,
         "optim": args.optim.value,
@@ -235,7 +236,9 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
     }
-    table = {key: {"requested": job["asked"][key], "effective": value} for key, value in runs.items()}
+    table = {
+        key: {"requested": getattr(job.requested, key), "effective": value} for key, value in runs.items()
+    }
     # Another attempt may take a smaller micro-batch; the rows of a step stay the same. The strategy that was
     # chosen is compared above.
     free = {"per_device_train_batch_size", "gradient_accumulation_steps", "strategy"}
@@ -248,11 +251,11 @@ def effective(trainer: Trainer, job: dict[str, Any]) -> dict[str, Any]:
         raise StageError(f"requested and effective differ: {different}; this is a bug, report it")
     return {
         **table,
-        "device": {"requested": "auto", "effective": job["device"]},
-        "devices": {"requested": job["visible"], "effective": devices},
+        "device": {"requested": "auto", "effective": backend.device},
+        "devices": {"requested": job.visible, "effective": devices},
         "loss": {"requested": "auto", "effective": "chunked" if trainer.head else "logits"},
         "lora": {"requested": "auto", "effective": count_lora(trainer.model)},
-        "strategy_reason": job["reason"],
+        "strategy_reason": backend.reason,
     }
 
 
@@ -266,7 +269,7 @@ def running_strategy(trainer: Trainer) -> str:
     return "ddp" if accelerator.num_processes > 1 else "single"
 
 
-def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Guard) -> None:
+def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None:
     """Save the weights and, as the last act, the success marker.
 
     Raises:
@@ -276,14 +279,14 @@ def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Gua
     params, step = trainer.params, trainer.state.global_step
     history = trainer.state.log_history
     stopped = is_exhausted(history, params.early_stopping_patience, params.early_stopping_min_delta)
-    if step != job["plan"]["steps"] and not stopped:
+    if step != job.plan.steps and not stopped:
         if guard.is_asked_to_end:
             raise TrainingError("preempted", f"asked to end; saved at step {step}")
-        raise StageError(f"ended at step {step} of {job['plan']['steps']}; run again")
+        raise StageError(f"ended at step {step} of {job.plan.steps}; run again")
     if hasattr(trainer.optimizer, "eval"):
         # A schedule-free optimiser trains on other weights than those to use.
         trainer.optimizer.eval()
-    output = Path(job["folder"]) / "output"
+    output = job.folder / "output"
     if trainer.is_world_process_zero():
         shutil.rmtree(output / "model", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -292,7 +295,7 @@ def finish(trainer: Trainer, job: dict[str, Any], progress: Progress, guard: Gua
         with writing("the trained model"):
             trainer.save_model(str(output / "model"))
     elif trainer.is_world_process_zero():
-        copy_weights(Path(job["folder"]) / f"checkpoint-{best}", output / "model")
+        copy_weights(job.folder / f"checkpoint-{best}", output / "model")
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         tidy(output / "model")

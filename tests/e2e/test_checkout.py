@@ -20,9 +20,9 @@ import psutil
 import pytest
 import yaml
 
-from infra import prefect_api
-from tasks.files import read_json
-from tests.checkouts import BIN, ROOT, Checkout, make_checkout
+from infra.local import prefect_api
+from nightshift.core.files import read_json
+from tests.helpers.checkouts import BIN, ROOT, Checkout, make_checkout
 
 pytestmark = pytest.mark.timeout(600)
 STAGES = ["base", "ingest", "dedupe", "split", "augment", "decontaminate", "pack", "sft", "evaluate", "gate"]

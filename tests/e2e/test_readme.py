@@ -2,7 +2,7 @@
 
 import re
 
-from tests.checkouts import ROOT
+from tests.helpers.checkouts import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.sft.launch import free_port
-from tests.sft import history, make_folder, run_sft, start_sft
+from tests.helpers.sft import history, make_folder, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
 ALONE = tuple((i,) for i in range(8))

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.sft import WHOLE_SET, make_folder, shipped_params
+from nightshift.core.paths import PACKED
+from tests.helpers.sft import WHOLE_SET, make_folder, shipped_params
 
-PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
+ROWS = ((0, 1), (2, 3), (4, 5), (6, 7))
 
 
 @pytest.fixture
@@ -16,23 +17,22 @@ def build(in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Build the trainer, with its proofs, in a folder of its own."""
     from transformers import set_seed
 
-    from tasks.files import read_rows
+    from nightshift.core.files import read_rows
     from tasks.sft import SftParams
-    from tasks.sft.__main__ import ROWS, build_job
+    from tasks.sft.__main__ import build_job
     from tasks.sft.machine import look
     from tasks.sft.proof import Proof
     from tasks.sft.worker import build_trainer
 
-    make_folder(in_tmp, tiny_base, PACKED)
+    make_folder(in_tmp, tiny_base, ROWS)
     monkeypatch.setattr("tasks.sft.__main__.inspect", look)
 
     def build_one(**changes: Any) -> Any:
         params = SftParams(**{**shipped_params(), **WHOLE_SET, **changes})
-        job = build_job(params, read_rows(ROWS))
-        params = SftParams(**job["params"])
+        job = build_job(params, read_rows(PACKED))
         proof = Proof(job)
         set_seed(params.seed)
-        trainer = build_trainer(job, params, [proof])
+        trainer = build_trainer(job, [proof])
         proof.trainer = trainer
         return trainer
 

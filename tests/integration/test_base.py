@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from tasks.files import tree_digest
-from tests.checkouts import ROOT, small_params
+from nightshift.core.files import tree_digest
+from tests.helpers.checkouts import ROOT, small_params
 
 
 def test_its_files_are_the_same_with_and_without_a_hub(tiny_base: Path, tmp_path: Path) -> None:

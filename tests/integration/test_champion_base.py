@@ -9,21 +9,22 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tasks import bases, promote, register, registry
+from nightshift.core.errors import DataError, GateError
+from nightshift.core.files import file_digest, read_json, read_rows, tree_digest, write_json, write_rows
+from nightshift.data.schemas import AUGMENTED, GROUPED
+from nightshift.registry import bases, versions
+from nightshift.registry.served_model import find_base
+from tasks import promote, register
 from tasks.base import save
-from tasks.errors import DataError, GateError
 from tasks.evaluate import __main__ as evaluate
-from tasks.files import file_digest, read_json, read_rows, tree_digest, write_json, write_rows
 from tasks.gate import __main__ as gate
 from tasks.report.__main__ import read_scores
 from tasks.report.compare import compare, find_moves, pair
-from tasks.schemas import AUGMENTED, GROUPED
-from tasks.served_model import find_base
-from tests.checkouts import ROOT
-from tests.gate import PARAMS
+from tests.helpers.checkouts import ROOT
+from tests.helpers.gate import PARAMS
+from tests.helpers.sft import conversation
 from tests.integration.test_evaluate import put_benchmarks
 from tests.integration.test_registry import alias, candidate, make_checkout
-from tests.sft import conversation
 
 KEPT = Path(".nightshift/bases")
 Row = dict[str, Any]
@@ -43,13 +44,13 @@ def put_base(base: Path, name: str) -> dict[str, str]:
     shutil.rmtree(evaluate.BASE, ignore_errors=True)
     shutil.copytree(base, evaluate.BASE)
     files = {path.name: file_digest(path) for path in sorted(evaluate.BASE.iterdir())}
-    write_json(evaluate.RECORD, {"model": name, "dtype": "float32", "files": files})
+    write_json(evaluate.BASE_RECORD, {"model": name, "dtype": "float32", "files": files})
     return files
 
 
 def night(seed: int) -> str:
     """Snapshot, a candidate, its scores and the verdict; return the candidate's digest."""
-    registry.write_champion(evaluate.CHAMPION)
+    versions.write_champion(evaluate.CHAMPION)
     digest = candidate(seed)
     evaluate.main()
     gate.main()
@@ -61,14 +62,14 @@ def promoted(seed: int) -> int:
     candidate(seed)
     write_json(register.GATE, {"verdict": "promote", "reason": "better"})
     register.main()
-    version = int(read_json(register.TARGET)["version"])
+    version = int(read_json(register.VERSION)["version"])
     promote.move(version, "promote", "by hand")
     return version
 
 
 def champion_scores() -> list[tuple[str, str, float | None, str | None]]:
     """What the champion answered, and how well."""
-    rows = [row for row in read_rows(evaluate.TARGET) if row["model"] == "champion"]
+    rows = [row for row in read_rows(evaluate.SCORES) if row["model"] == "champion"]
     return [(row["benchmark"], row["item"], row["score"], row["answer"]) for row in rows]
 
 
@@ -92,7 +93,7 @@ def first_night(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pa
         Path("params.yaml").write_text(yaml.safe_dump(params))
         write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
         more = {"parent_id": None, "style": None, "ordinal": None}
-        write_rows(evaluate.TRAIN, [{**conversation(i), **more} for i in range(3, 9)], AUGMENTED)
+        write_rows(evaluate.CLEAN_TRAIN, [{**conversation(i), **more} for i in range(3, 9)], AUGMENTED)
         put_benchmarks(evaluate.BENCHMARKS)
         put_base(tiny_base, "package:first")
         promoted(1)
@@ -130,18 +131,18 @@ def test_a_champion_is_scored_on_its_own_base_after_a_change_of_the_base(other_b
     )
 
     put_base(other_bases[0], "package:second")
-    contenders = evaluate.find_contenders(evaluate.load_params(evaluate.EvaluateParams, "evaluate"))
-    assert contenders["champion"].base == Path(".nightshift").absolute() / known["kept"]
-    assert contenders["champion"].base_digest == bases.base_digest(known["files"])
-    assert contenders["candidate"].base == contenders["base"].base == evaluate.BASE
-    assert contenders["candidate"].base_digest != contenders["champion"].base_digest
+    models = evaluate.find_models(evaluate.load_params(evaluate.EvaluateParams, "evaluate"))
+    assert models["champion"].base == Path(".nightshift").absolute() / known["kept"]
+    assert models["champion"].base_digest == bases.base_digest(known["files"])
+    assert models["candidate"].base == models["base"].base == evaluate.BASE
+    assert models["candidate"].base_digest != models["champion"].base_digest
     shutil.rmtree(".nightshift/memo")
     night(2)
     assert champion_scores() == before
-    scored = {row["model"] for row in read_rows(evaluate.TARGET)}
+    scored = {row["model"] for row in read_rows(evaluate.SCORES)}
     assert scored == {"base", "candidate", "champion"}
-    assert read_json(gate.TARGET)["reference"] == "champion"
-    assert read_json(gate.TARGET)["verdict"] != "error"
+    assert read_json(gate.GATE)["reference"] == "champion"
+    assert read_json(gate.GATE)["verdict"] != "error"
 
 
 @pytest.mark.usefixtures("checkout")
@@ -149,9 +150,7 @@ def test_scores_of_a_champion_are_kept_by_its_own_base(other_bases: list[Path]) 
     params = evaluate.load_params(evaluate.EvaluateParams, "evaluate")
 
     def keys() -> dict[str, Any]:
-        return {
-            name: evaluate.memo_files(one, params) for name, one in evaluate.find_contenders(params).items()
-        }
+        return {name: evaluate.memo_files(one, params) for name, one in evaluate.find_models(params).items()}
 
     before = keys()
     put_base(other_bases[0], "package:second")
@@ -165,16 +164,16 @@ def test_scores_of_a_champion_are_kept_by_its_own_base(other_bases: list[Path]) 
 def test_the_champions_adapter_on_another_base_is_another_model(other_bases: list[Path]) -> None:
     candidate(1)
     models = evaluate.name_models(
-        evaluate.find_contenders(evaluate.load_params(evaluate.EvaluateParams, "evaluate"))
+        evaluate.find_models(evaluate.load_params(evaluate.EvaluateParams, "evaluate"))
     )
     assert models["candidate"] == models["champion"]
     put_base(other_bases[0], "package:second")
     models = evaluate.name_models(
-        evaluate.find_contenders(evaluate.load_params(evaluate.EvaluateParams, "evaluate"))
+        evaluate.find_models(evaluate.load_params(evaluate.EvaluateParams, "evaluate"))
     )
     assert models["candidate"] != models["champion"]
     register.main()
-    assert read_json(register.TARGET) == {"version": 2}
+    assert read_json(register.VERSION) == {"version": 2}
 
 
 @pytest.mark.usefixtures("checkout")
@@ -184,31 +183,31 @@ def test_a_base_that_is_gone_is_an_error_with_its_remedy_until_it_is_found(
     shutil.rmtree(KEPT)
     put_base(other_bases[0], "package:second")
     night(2)
-    decision = read_json(gate.TARGET)
+    decision = read_json(gate.GATE)
     assert decision["verdict"] == "error"
     assert (
         "champion: version 1 has no scores, because its base package:first (float32, digest"
         in decision["reason"]
     )
     assert "NIGHTSHIFT_BASE=FOLDER nightshift snapshot" in decision["reason"]
-    assert {row["model"] for row in read_rows(evaluate.TARGET)} == {"base", "candidate"}
+    assert {row["model"] for row in read_rows(evaluate.SCORES)} == {"base", "candidate"}
     gone = read_json(evaluate.CHAMPION / "champion.json")
     assert gone["base"]["kept"] is None
 
     with pytest.raises(GateError, match="nothing is registered"):
         register.main()
-    rows = read_scores(evaluate.TARGET)
+    rows = read_scores(evaluate.SCORES)
     assert [one.name for one in compare(rows, "champion", PARAMS)][-1] == "test"
     assert find_moves(pair(rows, "champion")).gains == []
 
     monkeypatch.setenv("NIGHTSHIFT_BASE", str(tiny_base))
-    registry.write_champion(evaluate.CHAMPION)
+    versions.write_champion(evaluate.CHAMPION)
     monkeypatch.delenv("NIGHTSHIFT_BASE")
     found = read_json(evaluate.CHAMPION / "champion.json")
     assert found != gone
     assert tree_files(Path(".nightshift") / found["base"]["kept"]) == tree_files(tiny_base)
     night(2)
-    assert read_json(gate.TARGET)["verdict"] != "error"
+    assert read_json(gate.GATE)["verdict"] != "error"
 
 
 def tree_files(folder: Path) -> dict[str, str]:
@@ -220,13 +219,13 @@ def tree_files(folder: Path) -> dict[str, str]:
 def test_a_kept_base_that_was_damaged_is_never_scored_and_is_looked_for_again(
     other_bases: list[Path],
 ) -> None:
-    registry.write_champion(evaluate.CHAMPION)
+    versions.write_champion(evaluate.CHAMPION)
     kept = Path(".nightshift") / read_json(evaluate.CHAMPION / "champion.json")["base"]["kept"]
     whole = tree_files(kept)
     (kept / "model.safetensors").unlink()
     (kept / "model.safetensors").write_bytes(b"x")
     # The old base is in its place still.
-    registry.write_champion(evaluate.CHAMPION)
+    versions.write_champion(evaluate.CHAMPION)
     assert tree_files(kept) == whole
     put_base(other_bases[0], "package:second")
     (kept / "config.json").unlink()
@@ -244,7 +243,7 @@ def test_a_rollback_goes_back_to_the_older_base_and_only_needed_bases_are_kept(
     assert kept_bases() == {bases.base_digest(first), bases.base_digest(second)}
     promote.roll_back(None, "answers in rhymes")
     assert alias("champion") == 1
-    with registry.open_model(registry.find_model("champion")) as (base, _):
+    with versions.open_model(versions.find_model("champion")) as (base, _):
         assert tree_files(base) == first
     third = put_base(other_bases[1], "package:third")
     assert promoted(3) == 3
@@ -266,7 +265,7 @@ def test_a_served_version_finds_its_kept_base_by_itself(other_bases: list[Path],
     put_base(other_bases[0], "package:second")
     promoted(2)
     put_base(other_bases[1], "package:third")
-    reference = registry.read_reference(registry.find_model("champion"))
+    reference = versions.read_reference(versions.find_model("champion"))
     write_json(tmp_path / "reference.json", reference)
     found = find_base(tmp_path / "reference.json")
     assert found == Path(reference["kept"])

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.errors import DataError
-from tasks.files import jsonl, read_json, read_rows
-from tests.byte_base import make_byte_base
-from tests.checkouts import ROOT
+from nightshift.core.errors import DataError
+from nightshift.core.files import jsonl, read_json, read_rows
+from tests.helpers.byte_base import make_byte_base
+from tests.helpers.checkouts import ROOT
 
 STAGES = ("ingest", "dedupe", "split", "augment", "decontaminate", "pack")
 WORDS = [f"word{number}" for number in range(4000)]

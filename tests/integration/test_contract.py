@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from nightshift.core import paths
+from nightshift.pipeline.graph import outputs, read_stages, stage_order
 from tasks.check import section_schemas
 from tasks.evaluate import __main__ as evaluate
-from tasks.graph import outputs, read_stages, stage_order
 from tasks.sft import __main__ as sft
-from tests.checkouts import BIN, ROOT
+from tests.helpers.checkouts import BIN, ROOT
+from tests.helpers.checkouts import FOLDERS as PACKAGES
 
 STAGES = read_stages(ROOT / "dvc.yaml")
 # Libraries that stages import and that have no part in a result: formats, processes, output.
@@ -39,8 +41,14 @@ def imported(file: Path) -> Iterator[Path]:
         for name in names:
             path = ROOT.joinpath(*name.split("."))
             for found in (path.with_suffix(".py"), path / "__init__.py"):
-                if name.startswith("tasks.") and found.is_file():
+                if name.startswith(("nightshift.", "tasks.")) and found.is_file() and does_something(found):
                     yield found
+
+
+def does_something(file: Path) -> bool:
+    """Whether a file holds more than a docstring."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return any(not isinstance(node, ast.Expr) for node in body)
 
 
 def closure(stage: str) -> set[str]:
@@ -71,15 +79,13 @@ def test_there_are_eleven_stages_and_dvc_sees_the_same_order() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_declares_all_code_that_it_runs(stage: str) -> None:
     declared = set(STAGES[stage]["deps"])
-    missing = {
-        path for path in closure(stage) if path not in declared and path.rsplit("/", 1)[0] not in declared
-    }
+    missing = {path for path in closure(stage) if not declared & {path, *map(str, Path(path).parents)}}
     assert missing == set()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_declares_no_code_that_it_does_not_run(stage: str) -> None:
-    code = [path for path in STAGES[stage]["deps"] if path.startswith("tasks/")]
+    code = [path for path in STAGES[stage]["deps"] if path.startswith(("nightshift/", "tasks/"))]
     run = closure(stage)
     assert [p for p in code if p not in run and not any(q.startswith(f"{p}/") for q in run)] == []
 
@@ -95,7 +101,9 @@ def test_a_library_that_a_stage_imports_is_an_engine(stage: str, engines: tuple[
             elif isinstance(node, ast.Import):
                 names |= {alias.name.partition(".")[0] for alias in node.names}
     libraries = {name: {one.lower().replace("_", "-") for one in known.get(name, ())} for name in names}
-    libraries = {name: found for name, found in libraries.items() if found and name != "tasks"}
+    libraries = {
+        name: found for name, found in libraries.items() if found and name not in ("nightshift", "tasks")
+    }
     assert len(libraries) > 10
     accounted = {*engines, *DECIDES_NOTHING}
     assert [name for name, found in libraries.items() if not found & accounted] == []
@@ -138,26 +146,35 @@ def test_a_stage_is_one_word_everywhere(stage: str, monkeypatch: pytest.MonkeyPa
     assert all(path.startswith(f"data/{stage}/") for path in outputs(STAGES[stage]))
 
 
+def data_paths(file: Path) -> set[str]:
+    """The paths below data/ that a file imports by their names."""
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module == "nightshift.core.paths"
+        for alias in node.names
+    }
+    return {getattr(paths, name).as_posix() for name in names - {"DATA"}}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_data_path_in_the_code_is_declared(stage: str) -> None:
-    """Constants such as `DATA / "split" / "test.parquet"` appear in deps or outs."""
     declared = [*STAGES[stage]["deps"], *outputs(STAGES[stage])]
-    found = 0
-    for file in sources_of(stage):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if not (isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("DATA /")):
-                continue
-            path = "/".join(
-                [
-                    "data",
-                    *ast.literal_eval(f"[{ast.unparse(node.value)[7:].replace(' / ', ', ')}]"),
-                ]
-            )
-            found += 1
-            assert any(path == d or path.startswith(f"{d}/") or d.startswith(f"{path}/") for d in declared), (
-                path
-            )
-    assert found > 0
+    found = set().union(*map(data_paths, sources_of(stage)))
+    assert len(found) > 0
+    for path in found:
+        assert any(path == d or path.startswith(f"{d}/") or d.startswith(f"{path}/") for d in declared), path
+
+
+def test_a_data_path_is_written_down_once() -> None:
+    named = [path.as_posix() for name, path in vars(paths).items() if name.isupper() and name != "DATA"]
+    assert len(named) == len(set(named)) > 30
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            if file.name != "paths.py":
+                text = ast.unparse(ast.parse(file.read_text(encoding="utf-8")))
+                assert "DATA / '" not in text.replace("DATA / stage", ""), file
+                assert "Path('data/" not in text, file
 
 
 def test_no_stage_but_the_snapshot_has_an_output_that_switches_the_run_cache_off() -> None:
@@ -187,14 +204,20 @@ def test_data_stages_flows_and_the_command_line_do_not_load_torch() -> None:
         f"tasks.{name}" for name in (*NEEDS_NO_TORCH, "check", "snapshot", "register", "promote", "report")
     ]
     modules += [f"tasks.{name}.__main__" for name in ("ingest", "dedupe", "augment", "gate", "report")]
-    modules += ["flows.finetune", "flows.promote", "infra.cli"]
+    modules += ["flows.finetune", "flows.promote", "infra.cli.app"]
     loaded = loaded_modules("\n".join(f"import {name}" for name in modules))
     assert "tasks.ingest" in loaded
     assert "torch" not in loaded
 
 
-def test_tasks_never_load_prefect() -> None:
-    names = sorted(path.stem for path in (ROOT / "tasks").glob("*.py"))
-    assert len(names) > 20
-    code = "\n".join(f"import tasks.{name}" for name in names)
-    assert "prefect" not in loaded_modules(code)
+def modules_of(package: str) -> list[str]:
+    """Names of all modules of a package that can be imported without being run."""
+    files = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def test_neither_the_library_nor_a_stage_loads_prefect() -> None:
+    names = [*modules_of("nightshift"), *modules_of("tasks")]
+    assert len(names) > 120
+    assert "prefect" not in loaded_modules("\n".join(f"import {name}" for name in names))

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
-from tasks.errors import ConfigError, StageError
-from tasks.files import read_json, write_json
-from tasks.memo import Memo
-from tasks.replies import EndpointParams, Failure, Reply, Request, ask
-from tasks.replies.endpoint import Endpoint
-from tests.checkouts import BIN
+from nightshift.core.errors import ConfigError, StageError
+from nightshift.core.files import read_json, write_json
+from nightshift.core.memo import Memo
+from nightshift.replies import EndpointParams, Failure, Reply, Request, ask
+from nightshift.replies.endpoint import Endpoint
+from tests.helpers.checkouts import BIN
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8}
 

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.benchmarks import CHOICE_TASK, read_benchmarks
-from tasks.errors import ConfigError, DataError
+from nightshift.core.errors import ConfigError, DataError
+from nightshift.core.files import jsonl, read_json, read_rows, write_json, write_rows, write_text
+from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
+from nightshift.data.schemas import AUGMENTED, GROUPED
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate import __main__ as evaluate
 from tasks.evaluate.kinds import score_benchmark
 from tasks.evaluate.model import Model, load_model
-from tasks.files import jsonl, read_json, read_rows, write_json, write_rows, write_text
-from tasks.schemas import AUGMENTED, GROUPED
-from tasks.sources.harness import harness_items
-from tests.checkouts import ROOT
-from tests.sft import conversation
+from tasks.snapshot.sources.harness import harness_items
+from tests.helpers.checkouts import ROOT
+from tests.helpers.sft import conversation
 
 CHOICES = ["It is made of iron.", "Tin.", "It is gold.", "Nobody knows what it is made of at all."]
 TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -74,14 +74,14 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     }
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     shutil.copytree(tiny_base, evaluate.BASE)
-    write_json(evaluate.RECORD, {"files": {}})
+    write_json(evaluate.BASE_RECORD, {"files": {}})
     candidate = load_model(str(tiny_base), None)
     candidate.model.layers[1].mlp.down_proj.weight.data *= 2
-    candidate.save_pretrained(evaluate.CANDIDATE)
+    candidate.save_pretrained(evaluate.MODEL)
     write_json(evaluate.CHAMPION / "champion.json", {"version": None})
     write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
     more = {"parent_id": None, "style": None, "ordinal": None}
-    write_rows(evaluate.TRAIN, [{**conversation(i), **more} for i in range(3, 9)], AUGMENTED)
+    write_rows(evaluate.CLEAN_TRAIN, [{**conversation(i), **more} for i in range(3, 9)], AUGMENTED)
     put_benchmarks(evaluate.BENCHMARKS)
     return in_tmp
 
@@ -90,7 +90,7 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     evaluate.main()
-    rows = read_rows(evaluate.TARGET)
+    rows = read_rows(evaluate.SCORES)
     counts = {
         model: sorted(row["benchmark"] for row in rows if row["model"] == model)
         for model in ("base", "candidate", "retrieval")
@@ -115,7 +115,7 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
     )
     assert sorted(read_json(evaluate.MODELS)) == ["base", "candidate"]
     # A champion with the bytes of the candidate has its scores already.
-    shutil.copytree(evaluate.CANDIDATE, evaluate.CHAMPION / "model")
+    shutil.copytree(evaluate.MODEL, evaluate.CHAMPION / "model")
     printed = capfd.readouterr().out
     assert "step 1/12 " in printed
     assert "step 12/12 " in printed
@@ -127,14 +127,14 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
     assert digests["champion"] == digests["candidate"]
 
 
-def contender(adapter: Path | None, *benchmarks: str) -> evaluate.Contender:
+def evaluated(adapter: Path | None, *benchmarks: str) -> evaluate.EvaluatedModel:
     """A model on the base of the folder."""
-    return evaluate.Contender(evaluate.BASE, "digest", adapter, 0, list(benchmarks))
+    return evaluate.EvaluatedModel(evaluate.BASE, "digest", adapter, 0, list(benchmarks))
 
 
 def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path) -> None:
     params = EvaluateParams(limit=2, batch_size=4, retrieval=None)
-    base, candidate = (contender(adapter, *TASKS) for adapter in (None, evaluate.CANDIDATE))
+    base, candidate = (evaluated(adapter, *TASKS) for adapter in (None, evaluate.MODEL))
     kept = evaluate.memo_files(base, params)
     assert evaluate.memo_files(base, params.model_copy(update={"batch_size": 1})) == kept
     others = [
@@ -146,7 +146,7 @@ def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path)
     assert len({file for one in (kept, *others) for file in one.values()}) == 20
     put_benchmarks(evaluate.BENCHMARKS, items=4)
     shutil.rmtree(evaluate.BENCHMARKS / "written")
-    changed = evaluate.memo_files(contender(None, "facts"), params)
+    changed = evaluate.memo_files(evaluated(None, "facts"), params)
     assert changed["facts"] != kept["facts"]
 
 
@@ -156,7 +156,7 @@ def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path) -> None:
     put_benchmarks(evaluate.BENCHMARKS, items=500)
     item = (evaluate.BENCHMARKS / "facts" / "items.jsonl").read_text().splitlines()[0]
     write_text(evaluate.BENCHMARKS / "facts" / "items.jsonl", item)
-    one = contender(None, "facts", "reworded")
+    one = evaluated(None, "facts", "reworded")
     files = evaluate.memo_files(one, params)
     job = evaluate.build_job(one, {name: str(file) for name, file in files.items()}, params)
 
@@ -237,7 +237,7 @@ def test_a_baseline_on_an_unknown_benchmark_is_refused_before_anything_runs(fold
     retrieval = {"documents": 1, "benchmarks": ["fact"]}
     params = EvaluateParams(limit=2, batch_size=4, retrieval=retrieval)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no benchmark is named fact; did you mean facts"):
-        evaluate.find_contenders(params)
+        evaluate.find_models(params)
 
 
 def test_a_task_of_the_harness_becomes_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

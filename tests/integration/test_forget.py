@@ -11,8 +11,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tasks.files import read_rows
-from tests.checkouts import Checkout, make_checkout
+from nightshift.core.files import read_rows
+from tests.helpers.checkouts import Checkout, make_checkout
 
 pytestmark = pytest.mark.timeout(300)
 SECRET = "Zephyrine Quillfeather"

@@ -12,16 +12,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from tasks.benchmarks import CHOICE_TASK
-from tasks.encode import load_encoder
-from tasks.errors import DataError
+from nightshift.core.errors import DataError
+from nightshift.core.files import jsonl, read_json, write_json, write_rows, write_text
+from nightshift.data.benchmarks import CHOICE_TASK
+from nightshift.data.encode import load_encoder
+from nightshift.data.schemas import AUGMENTED, GROUPED
 from tasks.evaluate.score import heldout_losses
 from tasks.evaluate.scores import ALL_SCORES
-from tasks.files import jsonl, read_json, write_json, write_rows, write_text
 from tasks.gate import __main__ as gate
-from tasks.schemas import AUGMENTED, GROUPED
-from tests.checkouts import ROOT
-from tests.sft import conversation
+from tests.helpers.checkouts import ROOT
+from tests.helpers.sft import conversation
 
 ITEMS = 200
 Judge = Callable[..., dict[str, Any]]
@@ -56,7 +56,7 @@ def judge(in_tmp: Path) -> Judge:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["gate"] |= {"retention": {}, "behaviour": []}
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    write_json(gate.CHAMPION, {"version": None, "digest": None, "looks": []})
+    write_json(gate.CHAMPION_RECORD, {"version": None, "digest": None, "looks": []})
     write_json(gate.MODELS, {"base": None, "candidate": "c"})
     write_rows(gate.TEST, [conversation(i) for i in range(3)], GROUPED)
 
@@ -74,10 +74,10 @@ def judge(in_tmp: Path) -> Judge:
         ]
         more = {"parent_id": None, "style": None, "ordinal": None}
         row = {**conversation(7), "origin": "facts/000001.jsonl:7", "messages": messages, **more}
-        write_rows(gate.TRAIN, [row], AUGMENTED)
+        write_rows(gate.CLEAN_TRAIN, [row], AUGMENTED)
         write_rows(gate.SCORES, rows, ALL_SCORES)
         gate.main()
-        verdict: dict[str, Any] = read_json(gate.TARGET)
+        verdict: dict[str, Any] = read_json(gate.GATE)
         assert json.loads(Path("data/gate/summary.json").read_text())["verdict"] == verdict["verdict"]
         return verdict
 

@@ -13,10 +13,10 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from infra import stack
-from tasks.files import read_json, tree_digest
-from tests.checkouts import ROOT, small_params
-from tests.hub import COMMIT, served
+from infra.local import settings
+from nightshift.core.files import read_json, tree_digest
+from tests.helpers.checkouts import ROOT, small_params
+from tests.helpers.hub import COMMIT, served
 
 MODEL = f"hub:owner/name@{COMMIT}"
 REFUSALS = {
@@ -37,7 +37,7 @@ def run_base(folder: Path, model: str, environment: dict[str, str]) -> subproces
     """Run the stage base as the worker of the local stack does."""
     folder.mkdir(exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(small_params(Path(model))))
-    of_stack = stack.environment(stack.Stack(folder / "state", 1, 1))
+    of_stack = settings.environment(settings.Stack(folder / "state", 1, 1))
     return subprocess.run(
         [sys.executable, "-m", "tasks.base"],
         cwd=folder,
@@ -129,7 +129,7 @@ def require_one_error(done: subprocess.CompletedProcess[str], message: str) -> N
 
 
 def programs() -> dict[str, bool]:
-    """Return path -> whether it may be online, of all programs below tasks/ that end with `run_main`."""
+    """Return path -> whether it may be online, of all programs of the stages that end with `run_main`."""
     found = {}
     for path in sorted((ROOT / "tasks").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -143,7 +143,10 @@ def programs() -> dict[str, bool]:
 def test_base_and_snapshot_alone_may_be_online() -> None:
     found = programs()
     assert len(found) > 15
-    assert [path for path, is_online in found.items() if is_online] == ["tasks/base.py", "tasks/snapshot.py"]
+    assert [path for path, is_online in found.items() if is_online] == [
+        "tasks/base.py",
+        "tasks/snapshot/__main__.py",
+    ]
 
 
 @pytest.mark.parametrize("users", [{}, {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}])
@@ -153,7 +156,7 @@ def test_every_other_program_is_offline_whoever_starts_it(users: dict[str, str])
         [
             *(f"import {name}" for name in names),
             "import json, os, subprocess, sys",
-            "from tasks.stage import run_main",
+            "from nightshift.core.stage import run_main",
             "early = [name for name in ('huggingface_hub', 'datasets') if name in sys.modules]",
             "def main():",
             "    import datasets.config, huggingface_hub",
@@ -182,7 +185,7 @@ def test_a_served_model_asks_no_hub_even_where_nothing_keeps_it_from_it(
     model.save_pretrained(tmp_path / "adapter")
     code = (
         "from pathlib import Path\n"
-        "from tasks.served_model import generate, load\n"
+        "from nightshift.registry.served_model import generate, load\n"
         f"model, tokenizer = load(Path({str(tiny_base)!r}), Path({str(tmp_path / 'adapter')!r}))\n"
         "generate(model, tokenizer, [{'role': 'user', 'content': 'Who?'}], 2)\n"
     )
@@ -199,5 +202,5 @@ def test_ranks_scorers_and_served_models_start_offline_whatever_the_user_has_set
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert rank_environment("cpu", [])["HF_HUB_OFFLINE"] == "1"
-    for path in ("tasks/evaluate/__main__.py", "tasks/registry.py", "tasks/export.py"):
+    for path in ("tasks/evaluate/__main__.py", "nightshift/registry/versions.py", "infra/cli/export.py"):
         assert "**OFFLINE" in (ROOT / path).read_text(encoding="utf-8"), path

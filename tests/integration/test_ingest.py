@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from tasks.ingest.__main__ import main
-from tasks.snapshot import write_shards
-from tasks.sources.locations import read_offers
-from tests.checkouts import ROOT
+from tasks.snapshot.__main__ import write_shards
+from tasks.snapshot.sources.locations import read_offers
+from tests.helpers.checkouts import ROOT
 
 
 def test_the_demo_gives_its_examples_and_their_length(

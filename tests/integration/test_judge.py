@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
+from nightshift.core.errors import StageError
+from nightshift.core.files import jsonl, read_json, write_json, write_rows, write_text
 from tasks import judge
-from tasks.errors import StageError
 from tasks.evaluate.scores import ALL_SCORES
-from tasks.files import jsonl, read_json, write_json, write_rows, write_text
-from tests.checkouts import ROOT
+from tests.helpers.checkouts import ROOT
 
 # Item -> the candidate's and the base's answer.
 ANSWERS = {
@@ -92,7 +92,7 @@ def make_checkout(base_url: str, **changes: Any) -> None:
 def test_only_what_is_preferred_in_both_orders_counts(server: str) -> None:
     make_checkout(server)
     judge.main()
-    found = read_json(judge.TARGET)
+    found = read_json(judge.JUDGED)
     assert {row["item"]: row["verdict"] for row in found["judged"]} == {
         "q1": "better",
         "q2": "worse",
@@ -110,11 +110,11 @@ def test_only_what_is_preferred_in_both_orders_counts(server: str) -> None:
 def test_a_limit_holds_for_each_benchmark_and_nobody_is_asked_without_a_judge(server: str) -> None:
     make_checkout(server, limit=1)
     judge.main()
-    assert [row["item"] for row in read_json(judge.TARGET)["judged"]] == ["q1"]
-    judge.TARGET.unlink()
+    assert [row["item"] for row in read_json(judge.JUDGED)["judged"]] == ["q1"]
+    judge.JUDGED.unlink()
     make_checkout(server, model=None)
     judge.main()
-    assert not judge.TARGET.exists()
+    assert not judge.JUDGED.exists()
 
 
 @pytest.mark.usefixtures("in_tmp")

@@ -13,45 +13,31 @@ from typing import Any
 
 import pytest
 
+from nightshift.core.config import load_params
+from nightshift.core.files import read_json, write_json, write_rows
+from nightshift.core.memo import Memo
+from nightshift.data.encode import load_encoder, open_memo
+from nightshift.data.schemas import AUGMENTED, GROUPED
+from nightshift.replies import Failure
 from tasks.augment import AugmentParams
 from tasks.augment.propose import by_model
-from tasks.config import load_params
 from tasks.dedupe import DedupeParams, signatures
-from tasks.encode import load_encoder, open_memo
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate import __main__ as evaluate
-from tasks.files import read_json, write_json, write_rows
-from tasks.memo import Memo
-from tasks.replies import Failure
-from tasks.schemas import AUGMENTED, GROUPED
 from tasks.sft import __main__ as sft
-from tasks.sft.backend import Backend
-from tests.checkouts import ROOT
+from tests.helpers.checkouts import ROOT
+from tests.helpers.sft import BACKEND, conversation, make_folder, sft_params
 from tests.integration.test_evaluate import put_benchmarks
-from tests.sft import conversation, make_folder, sft_params
 
-BACKEND = Backend(
-    device="cpu",
-    devices=(),
-    num_processes=1,
-    precision="fp32",
-    attention="sdpa",
-    strategy="single",
-    reason="one process",
-    loss="chunked",
-    lora="fused",
-    activation_checkpointing=False,
-    use_liger_kernel=False,
-)
 SCORING = EvaluateParams(limit=2, batch_size=4, retrieval=None)
 # What shows, tracks or estimates a training, and has no part in its result.
 BESIDE_TRAINING = {
     "tasks/sft/callbacks.py",
     "tasks/sft/memory.py",
     "tasks/sft/shape.py",
-    "tasks/sft/spool.py",
+    "nightshift/tracking/spool.py",
     "tasks/sft/terminal.py",
-    "tasks/tracking.py",
+    "nightshift/tracking/runs.py",
 }
 TRIPLE = '"""'
 # Prints edit -> whether it gives another key; the code that is edited was loaded before.
@@ -80,7 +66,7 @@ def training_key() -> str:
 
 def score_keys() -> str:
     """The keys of the scores of base and champion in the current folder."""
-    found = evaluate.find_contenders(SCORING)
+    found = evaluate.find_models(SCORING)
     return json.dumps({name: str(evaluate.memo_files(found[name], SCORING)) for name in sorted(found)})
 
 
@@ -89,21 +75,21 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     """All that decides about a training and about scores; with a champion."""
     make_folder(in_tmp, tiny_base)
     shutil.copy(ROOT / "params.yaml", in_tmp)
-    write_json(evaluate.CANDIDATE / "adapter_config.json", {})
+    write_json(evaluate.MODEL / "adapter_config.json", {})
     write_json(evaluate.CHAMPION / "model" / "adapter_config.json", {})
-    base = {**read_json(evaluate.RECORD), "dtype": "float32", "kept": None}
+    base = {**read_json(evaluate.BASE_RECORD), "dtype": "float32", "kept": None}
     champion = {"version": 1, "digest": "a" * 64, "base": base, "looks": []}
     write_json(evaluate.CHAMPION / "champion.json", champion)
     write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
     more = {"parent_id": None, "style": None, "ordinal": None}
-    write_rows(evaluate.TRAIN, [{**conversation(i), **more} for i in range(3)], AUGMENTED)
+    write_rows(evaluate.CLEAN_TRAIN, [{**conversation(i), **more} for i in range(3)], AUGMENTED)
     put_benchmarks(evaluate.BENCHMARKS)
     return in_tmp
 
 
 def edited(folder: Path, key: str, files: list[str]) -> set[str]:
     """Return the files of which an edit gives another key, or `words`, which edits what is said in all."""
-    for name in ("tasks", "tests", "infra", "flows"):
+    for name in ("nightshift", "tasks", "tests", "infra", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
     code = {name: (ROOT / name).read_text(encoding="utf-8") for name in files}
@@ -138,16 +124,20 @@ def code_of(*places: str) -> list[str]:
 
 
 def test_a_training_keeps_its_checkpoints_unless_code_changes_that_decides_it(folder: Path) -> None:
-    files = code_of("tasks/sft", "tasks/encode.py", "tasks/files.py", "tasks/tracking.py", "tasks/text.py")
+    files = code_of(
+        *("tasks/sft", "nightshift/data/encode.py", "nightshift/core/files.py", "nightshift/tracking"),
+        "nightshift/data/text.py",
+    )
     assert len(files) > 25
     # What a training does not run is no part of it either.
-    decides = set(files) - BESIDE_TRAINING - {"tasks/text.py"}
+    decides = set(files) - BESIDE_TRAINING - {"nightshift/data/text.py"}
     assert edited(folder, "training_key", files) == decides
 
 
 def test_scores_are_kept_unless_code_changes_that_decides_them(folder: Path) -> None:
     files = code_of(
-        *("tasks/evaluate", "tasks/encode.py", "tasks/benchmarks.py", "tasks/text.py", "tasks/sft/trainer.py")
+        *("tasks/evaluate", "nightshift/data/encode.py", "nightshift/data/benchmarks.py"),
+        *("nightshift/data/text.py", "tasks/sft/trainer.py"),
     )
     assert edited(folder, "score_keys", files) == set(files) - {"tasks/sft/trainer.py"}
 
@@ -234,7 +224,7 @@ def test_signatures_are_made_again_by_another_engine(name: str, monkeypatch: pyt
 
 
 def replies_asked(params: AugmentParams, base: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    """Names under which replies are kept, as `tasks.replies.ask` gets them."""
+    """Names under which replies are kept, as `nightshift.replies.ask` gets them."""
     asked: list[str] = []
 
     def ask(requests: Any, model: str, *_: Any) -> list[Failure]:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkouts import ROOT
+from tests.helpers.checkouts import ROOT
 
 # bitsandbytes calls it on CPUs with bf16 instructions, transformers where a package for attention is missing.
 PLANTED = "def get_kernel(*_, **__):\n    raise SystemExit('fetched code from a hub')\n"
 
 
-@pytest.mark.parametrize("module", ["tasks", "tasks.served_model"])
+@pytest.mark.parametrize("module", ["nightshift", "nightshift.registry.served_model"])
 def test_the_package_that_fetches_kernels_is_out_of_reach(module: str, tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text(PLANTED)
     code = (

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from nightshift.core.errors import ConfigError
+from nightshift.replies import Reply, Request
 from tasks.augment.local import load_local
 from tasks.augment.meaning import load_embedder
-from tasks.errors import ConfigError
-from tasks.replies import Reply, Request
 
 SAMPLING = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 12}
 

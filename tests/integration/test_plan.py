@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.files import read_rows, write_rows
+from nightshift.core.files import read_rows, write_rows
 from tasks.pack import ROWS
-from tests.checkouts import ROOT
-from tests.sft import make_folder
+from tests.helpers.checkouts import ROOT
+from tests.helpers.sft import make_folder
 
 PROGRAM = """
 import sys
-from infra.cli import app
+from infra.cli.app import app
 app(["plan"], standalone_mode=False)
 print("torch" in sys.modules)
 """

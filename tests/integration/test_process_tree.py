@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks import supervise
+from nightshift.pipeline import supervise
+from tests.helpers.checkouts import ROOT
 
 pytestmark = pytest.mark.timeout(60)
-ROOT = Path(supervise.__file__).parents[1]
 
 # Traits: setsid (ranks leave the session), bare (and lose their environment), deaf (nobody obeys
 # SIGTERM), leave (the launcher ends when told, its ranks stay), tied (ranks call die_with_parent).
@@ -37,7 +37,7 @@ if role == "launcher":
             env={} if "bare" in traits else None,
         )
 elif "tied" in traits:
-    from tasks.supervise import die_with_parent
+    from nightshift.pipeline.supervise import die_with_parent
     die_with_parent()
 Path(folder, f"{role}.new").write_text(str(os.getpid()))
 Path(folder, f"{role}.new").rename(Path(folder, f"{role}.pid"))
@@ -54,7 +54,7 @@ else:
 CALLER = """
 import signal, sys
 from pathlib import Path
-from tasks import supervise
+from nightshift.pipeline import supervise
 
 supervise.KILL_SECONDS = 0.5
 folder, grace_seconds, *command = sys.argv[1:]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkouts import ROOT
+from tests.helpers.checkouts import ROOT
 
 # Reads {module: [command lines]} on stdin, writes {module: [[exit code, stdout, stderr, files], ...]}.
 RUNNER = '''
@@ -50,7 +50,7 @@ found = {module: [run(module, line) for line in lines] for module, lines in prog
 json.dump(found, open("found.json", "w"))
 '''
 UNKNOWN = (["--max-steps", "3"], ["--max-steps=3"], ["--hel"], ["surplus"] * 9)
-FOLDERS = ("tasks", "flows", "infra", "benchmarks")
+FOLDERS = ("nightshift", "tasks", "flows", "infra", "benchmarks")
 
 
 def is_program(file: Path) -> bool:
@@ -85,7 +85,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str,
 
 def test_the_programs_are_found() -> None:
     assert len(PROGRAMS) >= 25
-    assert {"tasks.sft.__main__", "tasks.judge", "tasks.supervise", "benchmarks.gpu"} <= set(PROGRAMS)
+    some = {"tasks.sft.__main__", "tasks.judge", "nightshift.pipeline.supervise", "benchmarks.gpu"}
+    assert some <= set(PROGRAMS)
 
 
 @pytest.mark.parametrize("module", PROGRAMS)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.files import file_digest, iterate_rows, write_rows
-from tasks.schemas import EXAMPLES
-from tests.checkouts import ROOT
+from nightshift.core.files import file_digest, iterate_rows, write_rows
+from nightshift.data.schemas import EXAMPLES
+from tests.helpers.checkouts import ROOT
 
 OUTPUTS = ("examples.parquet", "removed.parquet", "conflicts.parquet")
 

@@ -15,15 +15,17 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from infra.reproduce import rebuild
-from tasks import forget, promote, promotions, register, registry
-from tasks.bases import is_base, kept_place
-from tasks.errors import GateError
-from tasks.files import file_digest, read_json, tree_digest, write_json, write_rows
-from tasks.lineage import write_lineage
+from infra.cli.reproduce import rebuild
+from nightshift.core.errors import GateError
+from nightshift.core.files import file_digest, read_json, tree_digest, write_json, write_rows
+from nightshift.registry import versions
+from nightshift.registry.bases import is_base, kept_place
+from nightshift.registry.lineage import write_lineage
+from nightshift.registry.record import PREFIX, Record, open_record, tag
+from nightshift.tracking.runs import experiment_id, tracking_uri
+from tasks import forget, promote, register
 from tasks.pack import ROWS
-from tasks.tracking import experiment_id, tracking_uri
-from tests.checkouts import BIN, ROOT
+from tests.helpers.checkouts import BIN, ROOT
 
 DATABASE = Path(".nightshift/mlflow.db")
 
@@ -100,20 +102,20 @@ def night(seed: int, verdict: str = "promote") -> dict[str, Any]:
 
 def champion() -> dict[str, object]:
     """The champion as the next night sees it."""
-    registry.write_champion(Path("data/champion"))
+    versions.write_champion(Path("data/champion"))
     found: dict[str, object] = read_json(Path("data/champion/champion.json"))
     return found
 
 
 def alias(name: str) -> int | None:
     """The version that an alias names."""
-    found = registry.find_alias(*registry.open_registry(), name)
+    found = versions.find_alias(*versions.open_registry(), name)
     return int(found.version) if found else None
 
 
-def record() -> promotions.Record:
+def record() -> Record:
     """The record of promotions, verified."""
-    return promotions.open_record(*registry.open_registry())
+    return open_record(*versions.open_registry())
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
         assert night(3, "hold") == {"promoted": False, "waits": None}
         # Registered once: the same adapter keeps its version.
         register.main()
-        assert read_json(register.TARGET) == {"version": 3}
+        assert read_json(register.VERSION) == {"version": 3}
     return folder
 
 
@@ -194,10 +196,10 @@ def test_a_rollback_restores_the_same_adapter_and_holds_automatic_promotion() ->
 
 @pytest.mark.usefixtures("checkout")
 def test_an_edited_a_missing_and_an_added_entry_of_the_record_are_found() -> None:
-    client, name = registry.open_registry()
+    client, name = versions.open_registry()
     promote.acknowledge("a third entry")
     tags = dict(client.get_registered_model(name).tags)
-    lines = {key: text for key, text in tags.items() if key.startswith(promotions.PREFIX)}
+    lines = {key: text for key, text in tags.items() if key.startswith(PREFIX)}
     assert len(lines) == 3
     for key, text in lines.items():
         client.set_registered_model_tag(name, key, text.replace('"reason": "', '"reason": "not '))
@@ -207,7 +209,7 @@ def test_an_edited_a_missing_and_an_added_entry_of_the_record_are_found() -> Non
         with pytest.raises(GateError, match="the record of nightshift is broken"):
             record()
         client.set_registered_model_tag(name, key, text)
-    client.set_registered_model_tag(name, promotions.tag(4), text)
+    client.set_registered_model_tag(name, tag(4), text)
     with pytest.raises(GateError, match=r"broken before nightshift\.promotion\.00004"):
         record()
     assert alias("champion") == 2
@@ -215,7 +217,7 @@ def test_an_edited_a_missing_and_an_added_entry_of_the_record_are_found() -> Non
 
 @pytest.mark.usefixtures("checkout")
 def test_a_move_from_outside_is_written_down() -> None:
-    client, name = registry.open_registry()
+    client, name = versions.open_registry()
     client.set_registered_model_alias(name, "champion", "1")
     promote.move(2, "promote", "back to the right one")
     found = record().entries[-2:]
@@ -225,8 +227,8 @@ def test_a_move_from_outside_is_written_down() -> None:
 
 @pytest.mark.usefixtures("checkout")
 def test_of_two_promoters_at_once_one_wins_and_the_other_says_so() -> None:
-    _, name = registry.open_registry()
-    with promote.only_one(name), pytest.raises(GateError, match="is being moved by another process"):
+    _, name = versions.open_registry()
+    with promote.promotion_lock(name), pytest.raises(GateError, match="is being moved by another process"):
         promote.move(1, "rollback", "too late")
     assert alias("champion") == 2
 
@@ -247,11 +249,11 @@ def test_what_a_person_decides_waits_as_an_alias(checkout: Path) -> None:
 
 @pytest.mark.usefixtures("checkout")
 def test_a_version_that_is_not_what_was_registered_never_becomes_champion() -> None:
-    client, name = registry.open_registry()
-    client.set_model_version_tag(name, "1", registry.ANSWERS, "0" * 16)
+    client, name = versions.open_registry()
+    client.set_model_version_tag(name, "1", versions.ANSWERS, "0" * 16)
     with pytest.raises(GateError, match="are not those of its registration"):
         promote.move(1, "rollback", "a version that changed")
-    client.set_model_version_tag(name, "1", registry.DIGEST, "0" * 16)
+    client.set_model_version_tag(name, "1", versions.DIGEST, "0" * 16)
     with pytest.raises(GateError, match="version 1 of nightshift holds an adapter with digest"):
         promote.move(1, "rollback", "an adapter that changed")
     with pytest.raises(GateError, match="nightshift has no version 9"):
@@ -312,22 +314,22 @@ def test_a_version_leads_to_its_data_and_a_row_to_its_versions() -> None:
 
 @pytest.mark.usefixtures("checkout")
 def test_forgetting_a_row_names_the_versions_that_were_trained_on_it() -> None:
-    client, name = registry.open_registry()
+    client, name = versions.open_registry()
     assert forget.find(["e2"], client, name) == forget.Found(["facts/000002.jsonl:1"], {1: 1, 2: 1, 3: 1})
     # A paraphrase comes from the row of its parent.
     assert forget.find(["p1"], client, name) == forget.Found(["facts/000001.jsonl:7"], {1: 2, 2: 2, 3: 2})
-    client.set_model_version_tag(name, "1", registry.FORGOTTEN, "2")
+    client.set_model_version_tag(name, "1", versions.FORGOTTEN, "2")
     with pytest.raises(GateError, match="2 examples of version 1 were forgotten since; its data is gone"):
         rebuild(Console(), 1)
 
 
 @pytest.mark.usefixtures("checkout")
 def test_a_version_from_before_the_snapshot_was_a_stage_says_where_it_can_be_rebuilt() -> None:
-    client, name = registry.open_registry()
+    client, name = versions.open_registry()
     lineage = Path("older/artifacts/lineage")
     write_json(lineage / "lineage.json", {"code": "c0ffee"})
     (lineage / "dvc.lock").write_text("stages: {ingest: {outs: []}}")
-    client.create_model_version(name, str(Path("older").absolute()), tags={registry.DIGEST: "d"})
+    client.create_model_version(name, str(Path("older").absolute()), tags={versions.DIGEST: "d"})
     with pytest.raises(GateError, match="run `git checkout c0ffee`, then `nightshift reproduce 4`"):
         rebuild(Console(), 4)
 

@@ -12,16 +12,16 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
-from tasks import registry
+from nightshift.core.files import read_json, read_rows, write_json, write_rows, write_text
+from nightshift.core.paths import PAGE, SHORT
+from nightshift.data.schemas import AUGMENTED
+from nightshift.registry import versions
+from nightshift.tracking.runs import experiment_id, tracking_uri
 from tasks.evaluate.scores import ALL_SCORES
-from tasks.files import read_json, read_rows, write_json, write_rows, write_text
-from tasks.report import PAGE, SHORT
 from tasks.report import __main__ as report
-from tasks.schemas import AUGMENTED
-from tasks.tracking import experiment_id, tracking_uri
-from tests.browser import Visit, find_browser, open_browser
-from tests.checkouts import ROOT
-from tests.report import GATE, HOSTILE, make_night, messages, night_scores, score, write_scores
+from tests.helpers.browser import Visit, find_browser, open_browser
+from tests.helpers.checkouts import ROOT
+from tests.helpers.report import GATE, HOSTILE, make_night, messages, night_scores, score, write_scores
 
 DATABASE = Path(".nightshift/mlflow.db")
 # Returns the texts whose contrast with what is behind them is below WCAG's 4.5.
@@ -82,7 +82,7 @@ def test_the_page_is_kept_by_the_run_that_asked_for_it(monkeypatch: pytest.Monke
     page = write_page()
     kept = download_artifacts(run_id=flow, artifact_path=PAGE.name, tracking_uri=tracking_uri())
     assert Path(kept).read_text(encoding="utf-8") == page
-    trained_by = read_json(report.TRAINED_BY)["run_id"]
+    trained_by = read_json(report.TRAINING_RUN)["run_id"]
     assert client.list_artifacts(trained_by) == []
     monkeypatch.delenv("MLFLOW_RUN_ID")
     report.main()
@@ -216,7 +216,7 @@ def test_what_was_not_promoted_is_reported_too(checkout: Path, verdict: str, hea
 
 
 def test_a_version_that_waits_says_for_what(checkout: Path) -> None:
-    client, name = registry.open_registry()
+    client, name = versions.open_registry()
     client.set_registered_model_alias(name, "champion", "1")
     client.set_registered_model_alias(name, "challenger", "2")
     write_json(report.OUTCOME, {"promoted": False, "waits": "registry.approval is manual"})
@@ -239,8 +239,8 @@ def test_what_a_judge_said_of_these_models_stands_beside_the_scores(checkout: Pa
 
 def test_without_a_champion_and_without_losses_the_page_says_so(checkout: Path) -> None:
     client = MlflowClient(tracking_uri())
-    write_json(report.TRAINED_BY, {"run_id": client.create_run(experiment_id(client)).info.run_id})
-    write_json(report.CHAMPION, {"version": None, "digest": None, "looks": []})
+    write_json(report.TRAINING_RUN, {"run_id": client.create_run(experiment_id(client)).info.run_id})
+    write_json(report.CHAMPION_RECORD, {"version": None, "digest": None, "looks": []})
     write_json(report.GATE, {**GATE, "reference": "base"})
     rows = [row for row in night_scores() if row["model"] in ("base", "candidate")]
     write_rows(report.SCORES, rows, ALL_SCORES)
@@ -261,10 +261,10 @@ def test_a_night_of_long_texts_many_slices_steps_and_shards_stays_below_2_mb(che
         for i in range(800)
     ]
     write_scores(checkout / "data", [*rows, *(row for row in night_scores() if row["benchmark"] == "test")])
-    examples = read_rows(report.TRAIN)
+    examples = read_rows(report.AUGMENTED_TRAIN)
     parents = [{**row, "messages": messages(long, long) * 30} for row in examples[:6]]
     children = [{**parents[0], "id": f"p{i}", "parent_id": "e1", "style": "reword"} for i in range(9)]
-    write_rows(report.TRAIN, [*parents, *children], AUGMENTED)
+    write_rows(report.AUGMENTED_TRAIN, [*parents, *children], AUGMENTED)
     columns = pq.read_schema(report.REJECTED)
     again = {**read_rows(report.REJECTED)[0], "messages": messages(long, long) * 30}
     write_rows(report.REJECTED, [{**again, "reason": f"reason {i}"} for i in range(20)], columns)

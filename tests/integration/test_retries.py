@@ -1,26 +1,38 @@
 """The flow tries a training again for as long as another attempt may get further, and nothing else."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
-from tests.checkouts import ROOT
+from tests.helpers.checkouts import ROOT
 
-# Ends with the codes of its file, one after the other.
+# Ends as its file says, one attempt after the other.
 STAGE = """
-import sys
+import os
 from pathlib import Path
+from nightshift.core.errors import ConfigError, TrainingError
+from nightshift.core.stage import run_main
 
-name = sys.argv[1]
-codes = Path(f"{name}.codes").read_text().split()
-attempts = Path(f"{name}.attempts")
-number = len(attempts.read_text()) if attempts.exists() else 0
-attempts.write_text("x" * (number + 1))
-if codes[number] != "0":
-    print(f"error: {name}: attempt {number + 1}")
-sys.exit(int(codes[number]))
+def main(name: str) -> None:
+    ends = Path(f"{name}.ends").read_text().split()
+    attempts = Path(f"{name}.attempts")
+    number = len(attempts.read_text()) if attempts.exists() else 0
+    attempts.write_text("x" * (number + 1))
+    print("the last line of the output")
+    match ends[number]:
+        case "right":
+            return
+        case "wrong":
+            raise ConfigError(f"{name}: attempt {number + 1}")
+        case "killed":
+            os.kill(os.getpid(), 9)
+        case kind:
+            raise TrainingError(kind, f"{name}: attempt {number + 1}")
+
+run_main(main, lambda parser: parser.add_argument("name"))
 """
 FLOW = """
 from prefect import flow
@@ -30,8 +42,9 @@ from flows.stages import run_stage
 
 @flow
 def train() -> None:
-    for stage in ("recovers", "misconfigured"):
-        run_stage(stage, "")
+    run_stage("recovers", "")
+    states = [run_stage(stage, "", return_state=True) for stage in ("recovers", "misconfigured", "killed")]
+    print([(state.name, state.message) for state in states])
 
 with prefect_test_harness():
     train()
@@ -41,12 +54,15 @@ with prefect_test_harness():
 def test_each_kind_of_a_training_error_is_tried_again_and_a_wrong_configuration_is_not(
     tmp_path: Path, clean_environment: dict[str, str]
 ) -> None:
-    # Out of memory, a bad loss, a hang, preempted; then it gets through.
-    codes = {"recovers": "10 11 12 75 0", "misconfigured": "2 0"}
-    for name, value in codes.items():
-        (tmp_path / f"{name}.codes").write_text(value)
+    ends = {
+        "recovers": "out_of_memory loss hang preempted right",
+        "misconfigured": "wrong right",
+        "killed": "killed right",
+    }
+    for name, value in ends.items():
+        (tmp_path / f"{name}.ends").write_text(value)
     (tmp_path / "stage.py").write_text(STAGE)
-    stages = {name: {"cmd": f"python stage.py {name}"} for name in codes}
+    stages = {name: {"cmd": f"python stage.py {name}"} for name in ends}
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
         subprocess.run(command, cwd=tmp_path, env=clean_environment, check=True)
@@ -59,7 +75,12 @@ def test_each_kind_of_a_training_error_is_tried_again_and_a_wrong_configuration_
         text=True,
         check=False,
     )
-    assert done.returncode == 1, done.stdout
-    attempts = {name: len((tmp_path / f"{name}.attempts").read_text()) for name in codes}
-    assert attempts == {"recovers": 5, "misconfigured": 1}
-    assert "misconfigured failed with exit code 255: error: misconfigured: attempt 1" in done.stdout
+    assert done.returncode == 0, done.stdout
+    attempts = {name: len((tmp_path / f"{name}.attempts").read_text()) for name in ends}
+    assert attempts == {"recovers": 5, "misconfigured": 1, "killed": 1}
+    recovered, misconfigured, killed = ast.literal_eval(done.stdout.splitlines()[-1])
+    # The second time, DVC has its result.
+    assert recovered[0] == "Cached"
+    assert misconfigured[0] == killed[0] == "Failed"
+    assert "misconfigured failed with exit code 2: misconfigured: attempt 1" in misconfigured[1]
+    assert "killed failed with exit code 255: ERROR: failed to reproduce 'killed'" in killed[1]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.errors import StageError
-from tasks.files import read_json
+from nightshift.core.errors import StageError
+from nightshift.core.files import read_json
 from tasks.sft.proof import Proof
 from tasks.sft.trainer import Trainer
 

@@ -19,14 +19,15 @@ from mlflow.models import get_model_info
 from mlflow.types.llm import ChatCompletionResponse
 from peft.tuners.lora import LoraModel
 
-from tasks import card, register, registry
+from infra.cli.export import export
+from nightshift.core.errors import GateError
+from nightshift.core.files import read_json, tree_digest, write_json, write_rows, write_text
+from nightshift.registry import card, versions
+from nightshift.registry.served_model import generate, load
+from tasks import register
 from tasks.base import locate
-from tasks.errors import GateError
 from tasks.evaluate.scores import ALL_SCORES
-from tasks.export import export
-from tasks.files import read_json, tree_digest, write_json, write_rows, write_text
-from tasks.served_model import generate, load
-from tests.checkouts import BIN, ROOT
+from tests.helpers.checkouts import BIN, ROOT
 from tests.integration.test_endpoint import Server, free_port
 from tests.integration.test_registry import adapter, candidate, make_checkout
 
@@ -82,19 +83,19 @@ def register_champion(seed: int) -> None:
     candidate(seed)
     write_json(register.GATE, GATE)
     register.main()
-    client, name = registry.open_registry()
-    client.set_registered_model_alias(name, "champion", str(read_json(register.TARGET)["version"]))
+    client, name = versions.open_registry()
+    client.set_registered_model_alias(name, "champion", str(read_json(register.VERSION)["version"]))
 
 
 def expected(limit: int) -> str:
     """What the files that were trained answer."""
-    model, tokenizer = load(register.BASE, register.CANDIDATE)
+    model, tokenizer = load(register.BASE, register.MODEL)
     return str(tokenizer.decode(generate(model, tokenizer, ASKED, limit)[1], skip_special_tokens=True))
 
 
 @pytest.mark.usefixtures("checkout")
 def test_a_version_has_a_signature_an_example_a_card_and_its_data() -> None:
-    client, name = registry.open_registry()
+    client, name = versions.open_registry()
     model = get_model_info(URI)
     assert "messages" in model.signature.inputs.input_names()
     assert "choices" in model.signature.outputs.input_names()
@@ -108,7 +109,7 @@ def test_a_version_has_a_signature_an_example_a_card_and_its_data() -> None:
     assert "## Verdict of the gate: promote" in found.text
     assert "| dedupe | 4 | 0 | 3 | duplicate 1 |" in found.text
 
-    run = client.get_run(read_json(register.TRAINED_BY)["run_id"])
+    run = client.get_run(read_json(register.TRAINING_RUN)["run_id"])
     datasets = {one.dataset.name: one.dataset for one in run.inputs.dataset_inputs}
     assert {name: one.digest for name, one in datasets.items()} == {
         "benchmarks": f"{'c' * 32}.dir",
@@ -139,7 +140,7 @@ def test_chat_answers_a_pipe_as_the_trained_files_do() -> None:
 @pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("address", ["1", "champion", "models:/nightshift/1", URI])
 def test_a_version_has_four_addresses(address: str) -> None:
-    assert registry.find_model(address).version in (1, "1")
+    assert versions.find_model(address).version in (1, "1")
 
 
 @pytest.mark.usefixtures("checkout")
@@ -154,26 +155,26 @@ def test_a_version_has_four_addresses(address: str) -> None:
 )
 def test_an_address_of_nothing_is_an_error(address: str, problem: str) -> None:
     with pytest.raises(GateError, match=problem):
-        registry.find_model(address)
+        versions.find_model(address)
 
 
 @pytest.mark.usefixtures("checkout")
 def test_a_version_does_not_open_on_another_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = registry.find_model("champion")
+    version = versions.find_model("champion")
     monkeypatch.setenv("NIGHTSHIFT_BASE", str(tmp_path))
-    with pytest.raises(GateError, match="not found; set NIGHTSHIFT_BASE"), registry.open_model(version):
+    with pytest.raises(GateError, match="not found; set NIGHTSHIFT_BASE"), versions.open_model(version):
         pass
     for path in register.BASE.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(GateError, match="not the base that this adapter"), registry.open_model(version):
+    with pytest.raises(GateError, match="not the base that this adapter"), versions.open_model(version):
         pass
 
 
 @pytest.mark.usefixtures("checkout")
 def test_an_export_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    record = export(registry.find_model("champion"), target)
+    record = export(versions.find_model("champion"), target)
     assert record == read_json(target / "export.json")
     assert record | {"differences": None} == {
         "model": "nightshift",
@@ -193,12 +194,12 @@ def test_an_export_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
     _, new = generate(model, tokenizer, ASKED, 16)
     assert tokenizer.decode(new, skip_special_tokens=True) == expected(16)
     with pytest.raises(GateError, match="is there already"):
-        export(registry.find_model("champion"), target)
+        export(versions.find_model("champion"), target)
 
 
 @pytest.mark.usefixtures("checkout")
 def test_an_export_in_half_precision_may_differ_by_its_rounding(tmp_path: Path) -> None:
-    record = export(registry.find_model("1"), tmp_path / "out", "float16")
+    record = export(versions.find_model("1"), tmp_path / "out", "float16")
     found = record["differences"]["stored"]
     assert record["dtype"] == read_json(tmp_path / "out" / "config.json")["dtype"] == "float16"
     assert record["differences"]["merged"]["largest"] < found["largest"] < found["bound"]
@@ -219,7 +220,7 @@ def test_a_wrong_merge_is_refused(fault: str, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     with pytest.raises(GateError, match=r"the merge: logits differ by up to .* nothing is written"):
-        export(registry.find_model("champion"), tmp_path / "out")
+        export(versions.find_model("champion"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -233,7 +234,7 @@ def test_a_gguf_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.
     converter.chmod(0o755)
     monkeypatch.setenv("PATH", str(converter.parent), prepend=os.pathsep)
     with pytest.raises(GateError, match=r"export: model\.gguf: logits differ"):
-        export(registry.find_model("champion"), tmp_path / "out", with_gguf=True)
+        export(versions.find_model("champion"), tmp_path / "out", with_gguf=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -244,7 +245,7 @@ def test_a_gguf_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.
 )
 @pytest.mark.usefixtures("checkout")
 def test_a_gguf_by_llama_cpp_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
-    record = export(registry.find_model("champion"), tmp_path / "out", with_gguf=True)
+    record = export(versions.find_model("champion"), tmp_path / "out", with_gguf=True)
     assert record["differences"]["gguf"]["largest"] < 1e-3
     assert (tmp_path / "out" / "model.gguf").stat().st_size > 1_000_000
 
@@ -259,11 +260,11 @@ def test_a_full_fine_tune_is_exported_in_the_type_of_its_base(
     write_text(tmp_path / "params.yaml", params.replace("adapter: lora", "adapter: null"))
     shutil.copy(checkout / "dvc.lock", tmp_path)
     monkeypatch.chdir(tmp_path)
-    model, _ = load(register.BASE, register.CANDIDATE)
+    model, _ = load(register.BASE, register.MODEL)
     shutil.rmtree(adapter(2))
     model.merge_and_unload().save_pretrained(adapter(2))
     register_champion(2)
-    record = export(registry.find_model("champion"), tmp_path / "out")
+    record = export(versions.find_model("champion"), tmp_path / "out")
     assert record["differences"]["merged"]["largest"] == record["differences"]["stored"]["largest"] == 0.0
     whole, tokenizer = load(tmp_path / "out", tmp_path / "out")
     _, new = generate(whole, tokenizer, ASKED, 16)
@@ -328,7 +329,7 @@ def test_mlflow_serves_a_version_with_the_schema_of_a_chat(mlflow_server: str) -
 @pytest.mark.long
 @pytest.mark.usefixtures("checkout")
 def test_an_openai_client_talks_to_an_export(tmp_path: Path) -> None:
-    export(registry.find_model("champion"), tmp_path / "out")
+    export(versions.find_model("champion"), tmp_path / "out")
     server = Server(tmp_path / "out", tmp_path / "server.log")
     try:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")

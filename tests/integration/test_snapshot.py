@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.files import read_json, read_rows, tree_digest
-from tasks.graph import read_stages
-from tests.checkouts import Checkout, make_checkout
+from nightshift.core.files import read_json, read_rows, tree_digest
+from nightshift.pipeline.graph import read_stages
+from tests.helpers.checkouts import Checkout, make_checkout
 
 pytestmark = pytest.mark.timeout(600)
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid")

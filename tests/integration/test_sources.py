@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.errors import ConfigError, DataError
-from tasks.snapshot import write_shards
-from tasks.sources.locations import SqlQuery, read_offers
-from tasks.sources.stores import remote_offers
-from tests.checkouts import ROOT
-from tests.hub import COMMIT, served
+from nightshift.core.errors import ConfigError, DataError
+from tasks.snapshot.__main__ import write_shards
+from tasks.snapshot.sources.locations import SqlQuery, read_offers
+from tasks.snapshot.sources.stores import remote_offers
+from tests.helpers.checkouts import ROOT
+from tests.helpers.hub import COMMIT, served
 
 
 def contents(location: Any) -> list[tuple[str, bytes]]:
@@ -66,7 +66,7 @@ def test_a_bucket_that_is_not_there_is_an_error_with_the_location(bucket: Any) -
 def test_a_store_whose_library_is_missing_names_the_extra_to_install() -> None:
     code = (
         "import sys; sys.modules['gcsfs'] = None\n"
-        "from tasks.sources.locations import read_offers\n"
+        "from tasks.snapshot.sources.locations import read_offers\n"
         "try: list(read_offers('gs://bucket/a.jsonl'))\n"
         "except Exception as err: print(type(err).__name__, err)\n"
     )
@@ -103,7 +103,7 @@ def ask_hub(location: str, environment: dict[str, str], **more: str) -> subproce
     """Read a location in a process of its own: the client reads its endpoint once, when it is imported."""
     code = (
         "import sys\n"
-        "from tasks.sources.locations import read_offers\n"
+        "from tasks.snapshot.sources.locations import read_offers\n"
         f"for offer in read_offers({location!r}):\n"
         "    print(offer.suffix, len(b''.join(offer.chunks)))\n"
     )

@@ -22,13 +22,14 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from infra import runs, stack
-from tasks import leases
-from tasks.errors import StageError
-from tasks.files import write_json
+from infra.local import runs, stack
+from infra.local.settings import Stack
+from nightshift.core.errors import StageError
+from nightshift.core.files import write_json
+from nightshift.pipeline import leases
+from tests.helpers.checkouts import ROOT
 
 pytestmark = pytest.mark.timeout(300)
-ROOT = Path(stack.__file__).parents[1]
 PREFECT = Path(sys.executable).with_name("prefect")
 # A second process in a session of its own, as ranks are started by a launcher.
 FLOW = """
@@ -42,9 +43,6 @@ def tiny(seconds: float = 0) -> None:
     time.sleep(seconds)
 """
 DEPLOYMENTS = """
-pull:
-  - prefect.deployments.steps.set_working_directory:
-      directory: "{{ $NIGHTSHIFT_CHECKOUT }}"
 deployments:
   - name: prod
     entrypoint: flow.py:tiny
@@ -59,7 +57,7 @@ deployments:
 # A shell that starts `make run &` ignores SIGINT, and so do the processes below it.
 UP = """
 import logging, signal
-from infra import stack
+from infra.local import stack
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 logging.basicConfig(level=logging.INFO)
 stack.up()
@@ -91,12 +89,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def running(folder: Path) -> stack.Stack:
+def running(folder: Path) -> Stack:
     """The stack of `folder`."""
     assert Path.cwd() == folder
-    found = stack.find_stack()
-    assert found is not None
-    return found
+    return stack.read_stack(folder / ".nightshift")
 
 
 def free_ports(count: int) -> list[int]:
@@ -148,7 +144,7 @@ def submit(folder: Path, *arguments: str) -> str:
     return found[1]
 
 
-def state_of(running: stack.Stack, run: str) -> tuple[str, str]:
+def state_of(running: Stack, run: str) -> tuple[str, str]:
     state: dict[str, Any] = running.prefect("GET", f"/flow_runs/{run}")["state"]
     return state["type"], state["message"]
 
@@ -160,17 +156,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def long_run(running: stack.Stack) -> str:
+def long_run(running: Stack) -> str:
     """The run that is under way."""
     (run,) = [run["id"] for run in runs.active_runs(running) if run["parameters"].get("seconds")]
     return str(run)
 
 
-def run_processes(running: stack.Stack, run: str) -> list[psutil.Process]:
+def run_processes(running: Stack, run: str) -> list[psutil.Process]:
     return [process for one, process in runs.run_processes(running.state_dir) if one == run]
 
 
-def start_long_run(folder: Path, running: stack.Stack) -> str:
+def start_long_run(folder: Path, running: Stack) -> str:
     run = submit(folder, "--param", "seconds=600")
     wait_until(lambda: state_of(running, run)[0] == "RUNNING")
     wait_until(lambda: "sleep" in [process.name() for process in processes(folder)])
@@ -180,11 +176,11 @@ def start_long_run(folder: Path, running: stack.Stack) -> str:
 def test_two_ups_at_once_start_one_stack(folder: Path) -> None:
     assert [healthy for *_, healthy in stack.status()] == [True, True, True]
     commands = [" ".join(process.cmdline()) for process in processes(folder)]
-    for service in ("infra.prefect_server", "mlflow server", "prefect worker start"):
+    for service in ("infra.local.prefect_server", "mlflow server", "prefect worker start"):
         assert len([command for command in commands if service in command]) == 1
 
 
-def test_a_second_up_keeps_the_processes_and_the_automation(running: stack.Stack) -> None:
+def test_a_second_up_keeps_the_processes_and_the_automation(running: Stack) -> None:
     before, automations = pids(), running.prefect("POST", "/automations/filter", {})
     assert stack.up() == running
     assert pids() == before
@@ -192,7 +188,7 @@ def test_a_second_up_keeps_the_processes_and_the_automation(running: stack.Stack
     assert running.prefect("POST", "/automations/filter", {}) == automations
 
 
-def test_a_schedule_creates_runs_and_the_worker_executes_them(folder: Path, running: stack.Stack) -> None:
+def test_a_schedule_creates_runs_and_the_worker_executes_them(folder: Path, running: Stack) -> None:
     scheduled = DEPLOYMENTS.replace("- name: beside", "- name: beside\n    schedules: [{interval: 5}]")
     (folder / "prefect.yaml").write_text(scheduled)
     stack.up()
@@ -230,7 +226,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("headers", PAGES)
-def test_a_page_cannot_speak_to_prefect(headers: dict[str, str], running: stack.Stack) -> None:
+def test_a_page_cannot_speak_to_prefect(headers: dict[str, str], running: Stack) -> None:
     auth = tuple(running.auth_string.split(":"))
     with httpx.Client(base_url=running.prefect_url, trust_env=False, headers=headers) as page:
         for method, path in (
@@ -245,7 +241,7 @@ def test_a_page_cannot_speak_to_prefect(headers: dict[str, str], running: stack.
         open_socket(running, headers)
 
 
-def open_socket(running: stack.Stack, headers: dict[str, str]) -> None:
+def open_socket(running: Stack, headers: dict[str, str]) -> None:
     """Open Prefect's stream of events, as a page would."""
     host = {"Host": f"127.0.0.1:{running.prefect_port}"} | headers
     address = ("127.0.0.1", running.prefect_port)
@@ -254,7 +250,7 @@ def open_socket(running: stack.Stack, headers: dict[str, str]) -> None:
         connect(url, sock=connection, additional_headers=host, subprotocols=["prefect"]).close()
 
 
-def test_prefect_answers_nobody_without_the_auth_string(running: stack.Stack) -> None:
+def test_prefect_answers_nobody_without_the_auth_string(running: Stack) -> None:
     assert running.auth_file.stat().st_mode & 0o777 == 0o600
     assert Path("prefect.toml").stat().st_mode & 0o777 == 0o600
     with httpx.Client(base_url=running.prefect_url, trust_env=False) as page:
@@ -264,9 +260,7 @@ def test_prefect_answers_nobody_without_the_auth_string(running: stack.Stack) ->
 
 
 @pytest.mark.parametrize("variable", ["command", "env", "working_dir", "stream_output"])
-def test_whoever_starts_a_run_cannot_name_its_command(
-    variable: str, folder: Path, running: stack.Stack
-) -> None:
+def test_whoever_starts_a_run_cannot_name_its_command(variable: str, folder: Path, running: Stack) -> None:
     planted = folder / f"planted-{variable}"
     value = {
         "command": f"touch {planted}",
@@ -283,7 +277,7 @@ def test_whoever_starts_a_run_cannot_name_its_command(
     assert "{{" not in json.dumps(pool["job_configuration"])
 
 
-def test_mlflow_knows_its_names_and_takes_nothing_from_a_page(running: stack.Stack) -> None:
+def test_mlflow_knows_its_names_and_takes_nothing_from_a_page(running: Stack) -> None:
     names = {"localhost": 200, f"localhost:{running.mlflow_port}": 200, "127.0.0.1": 200}
     for path in ("api", "ajax-api"):
         url = f"{running.mlflow_url}/{path}/2.0/mlflow/experiments"
@@ -319,7 +313,7 @@ def test_a_broken_deployment_is_reported_with_its_reason(folder: Path) -> None:
     stack.up()
 
 
-def test_a_run_outlasts_its_server(folder: Path, running: stack.Stack) -> None:
+def test_a_run_outlasts_its_server(folder: Path, running: Stack) -> None:
     before = pids()
     run = submit(folder, "--param", "seconds=20")
     wait_until(lambda: state_of(running, run)[0] == "RUNNING")
@@ -331,7 +325,7 @@ def test_a_run_outlasts_its_server(folder: Path, running: stack.Stack) -> None:
     wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
 
 
-def test_a_run_whose_server_dies_while_it_begins_completes(folder: Path, running: stack.Stack) -> None:
+def test_a_run_whose_server_dies_while_it_begins_completes(folder: Path, running: Stack) -> None:
     run = submit(folder)
     wait_until(lambda: state_of(running, run)[0] == "PENDING")
     kill(pids()["prefect"])
@@ -340,11 +334,11 @@ def test_a_run_whose_server_dies_while_it_begins_completes(folder: Path, running
     wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
 
 
-def test_the_logs_hold_no_error_that_is_not_explained(running: stack.Stack) -> None:
+def test_the_logs_hold_no_error_that_is_not_explained(running: Stack) -> None:
     assert stack.problems() == {}
 
 
-def test_a_run_waits_for_those_of_its_own_queue_only(folder: Path, running: stack.Stack) -> None:
+def test_a_run_waits_for_those_of_its_own_queue_only(folder: Path, running: Stack) -> None:
     active = {"id": start_long_run(folder, running)}
     assert prefect(folder, "deployment", "run", "tiny/beside", "--watch").returncode == 0
     assert state_of(running, active["id"])[0] == "RUNNING"
@@ -353,7 +347,7 @@ def test_a_run_waits_for_those_of_its_own_queue_only(folder: Path, running: stac
     assert limits == {"default": 1, "other": 1, "janitor": 1}
 
 
-def test_a_run_outlives_its_worker(folder: Path, running: stack.Stack) -> None:
+def test_a_run_outlives_its_worker(folder: Path, running: Stack) -> None:
     run = long_run(running)
     processes_before = run_processes(running, run)
     kill(pids()["worker"])
@@ -363,7 +357,7 @@ def test_a_run_outlives_its_worker(folder: Path, running: stack.Stack) -> None:
 
 
 def test_a_run_whose_process_died_with_its_worker_is_crashed_and_frees_its_slot(
-    folder: Path, running: stack.Stack
+    folder: Path, running: Stack
 ) -> None:
     run = long_run(running)
     kill(pids()["worker"])
@@ -375,7 +369,7 @@ def test_a_run_whose_process_died_with_its_worker_is_crashed_and_frees_its_slot(
 
 
 def test_a_run_that_its_worker_took_but_never_began_is_begun_by_the_next(
-    folder: Path, running: stack.Stack
+    folder: Path, running: Stack
 ) -> None:
     kill(pids()["worker"])
     run = submit(folder)
@@ -385,7 +379,7 @@ def test_a_run_that_its_worker_took_but_never_began_is_begun_by_the_next(
 
 
 def test_the_janitor_crashes_a_run_whose_process_is_dead_and_no_other(
-    folder: Path, running: stack.Stack, monkeypatch: pytest.MonkeyPatch
+    folder: Path, running: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive, dead = start_long_run(folder, running), submit(folder)
     monkeypatch.setenv("NIGHTSHIFT_HOME", str(running.state_dir))
@@ -403,7 +397,7 @@ def test_the_janitor_crashes_a_run_whose_process_is_dead_and_no_other(
     wait_until(lambda: state_of(running, alive)[0] == "CRASHED")
 
 
-def test_down_cancels_the_run_and_leaves_no_process(folder: Path, running: stack.Stack) -> None:
+def test_down_cancels_the_run_and_leaves_no_process(folder: Path, running: Stack) -> None:
     active = start_long_run(folder, running)
     queued = submit(folder)
     assert stack.down() == ["worker", "mlflow", "prefect"]

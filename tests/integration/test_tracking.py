@@ -15,10 +15,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tasks.files import read_json
-from tasks.sft import spool
+from nightshift.core.files import read_json
+from nightshift.tracking import spool
 from tasks.sft.launch import free_port
-from tests.sft import make_folder, only_run, run_sft, start_sft
+from tests.helpers.sft import make_folder, only_run, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
 METRICS = {

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.files import file_digest, read_json, tree_digest
-from tests.checkouts import BIN, make_checkout
-from tests.sft import only_run
+from nightshift.core.files import file_digest, read_json, tree_digest
+from tests.helpers.checkouts import BIN, make_checkout
+from tests.helpers.sft import only_run
 
 MODEL = Path("data/sft/model")
 

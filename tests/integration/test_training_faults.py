@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tasks.files import read_json, read_rows, tree_digest, write_rows
+from nightshift.core.files import read_json, read_rows, tree_digest, write_rows
 from tasks.pack import ROWS
 from tasks.sft import checkpoints
-from tests import poisoned as poison
-from tests import sft
-from tests.sft import history, make_folder, run_sft, start_sft
+from tests.helpers import poisoned as poison
+from tests.helpers import sft
+from tests.helpers.sft import history, make_folder, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
 # One row a step, a checkpoint each second one.
@@ -202,7 +202,7 @@ def test_a_bad_loss_names_its_step_even_if_nothing_is_logged(
 
 @pytest.fixture
 def marked(tmp_path: Path, tiny_base: Path) -> Path:
-    """A folder of which one row has the label by which `tests.poisoned` knows it."""
+    """A folder of which one row has the label by which `tests.helpers.poisoned` knows it."""
     folder = make_folder(tmp_path, tiny_base, PACKED)
     rows = read_rows(folder / "data/pack/train.parquet")
     rows[2]["labels"][-1] = poison.LABEL

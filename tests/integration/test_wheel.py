@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkouts import FOLDERS, ROOT
+from tests.helpers.checkouts import FOLDERS, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = set(PROJECT["optional-dependencies"])
@@ -56,7 +56,7 @@ def run_installed(installed: Path, folder: Path, code: str) -> str:
 
 
 def project_files() -> set[str]:
-    """All files of the three packages, relative to the root."""
+    """All files of the packages, relative to the root."""
     files = (path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file())
     return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
 
@@ -79,7 +79,7 @@ def test_every_module_of_the_wheel_is_imported_from_the_wheel(installed: Path, t
 
 def test_the_wheel_finds_its_data_and_its_command(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from infra.cli import app\n"
+        "from infra.cli.app import app\n"
         "from tasks.report.__main__ import open_templates\n"
         "print(len([open_templates().get_template(f'page.{kind}.jinja') for kind in ('html', 'md')]))\n"
         "app(['--help'])\n"
@@ -119,7 +119,7 @@ def test_no_text_installs_a_stranger_or_an_extra_that_does_not_exist() -> None:
 
 
 def test_every_store_names_an_extra_that_exists() -> None:
-    from tasks.sources.stores import EXTRAS as STORES
+    from tasks.snapshot.sources.stores import EXTRAS as STORES
 
     assert STORES == {"s3": "s3", "gs": "gcs"}
     assert set(STORES.values()) <= EXTRAS
@@ -127,7 +127,7 @@ def test_every_store_names_an_extra_that_exists() -> None:
 
 def test_the_extra_gpu_brings_every_package_that_a_training_can_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks.sft.machine import find_missing
-    from tests.sft import sft_params
+    from tests.helpers.sft import sft_params
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     params = [
@@ -157,8 +157,8 @@ def test_the_extra_gpu_brings_every_package_that_a_training_can_lack(monkeypatch
     ],
 )
 def test_a_missing_driver_is_named_as_pypi_names_it(url: str, package: str) -> None:
-    from tasks.errors import ConfigError
-    from tasks.sources.database import read_query
+    from nightshift.core.errors import ConfigError
+    from tasks.snapshot.sources.database import read_query
 
     with pytest.raises(ConfigError, match=f"run `pip install {package}`$"):
         next(read_query("SELECT 1", url, "URL"))
@@ -166,4 +166,4 @@ def test_a_missing_driver_is_named_as_pypi_names_it(url: str, package: str) -> N
 
 def test_no_text_installs_a_package_that_is_not_known_to_exist() -> None:
     found = {(name, one) for name, text in project_texts().items() for one in OTHER_PACKAGE.findall(text)}
-    assert found == {("docs/serving.md", "sentencepiece"), ("tasks/sources/database.py", "{driver}")}
+    assert found == {("docs/serving.md", "sentencepiece"), ("tasks/snapshot/sources/database.py", "{driver}")}

@@ -24,7 +24,8 @@ def test_a_schedule_free_optimiser_saves_the_weights_to_use_not_those_that_train
     trainer.train()
     trained = adapter_b(trainer)
     folder = Path(trainer.args.output_dir)
-    job, progress, guard = {"plan": {"steps": 3}, "folder": str(folder)}, SimpleNamespace(speed=1.0), None
+    job = SimpleNamespace(plan=SimpleNamespace(steps=3), folder=folder)
+    progress, guard = SimpleNamespace(speed=1.0), None
     finish(trainer, job, progress, guard)  # type: ignore[arg-type]
     weights = load_file(folder / "output" / "model" / "adapter_model.safetensors")
     saved = torch.cat([weights[name].flatten() for name in sorted(weights) if "lora_B" in name])

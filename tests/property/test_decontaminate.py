@@ -5,8 +5,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nightshift.data.text import shingles
 from tasks.decontaminate import DecontaminateParams, build_index, find_hit
-from tasks.text import shingles
 
 PARAMS = DecontaminateParams(ngram_size=6, min_question_words=3, max_containment=0.7, max_drop_rate=1.0)
 TEXTS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=12).map(" ".join)

@@ -6,11 +6,11 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nightshift.core.memo import Memo
+from nightshift.data.text import comparable_shingles, jaccard
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.__main__ import find_duplicates
 from tasks.dedupe.candidates import Removal, Text
-from tasks.memo import Memo
-from tasks.text import comparable_shingles, jaccard
 
 PARAMS = DedupeParams(
     num_perm=32, bands=16, rows_per_band=2, shingle_size=2, jaccard_threshold=0.7, seed=1, max_drop_rate=1.0

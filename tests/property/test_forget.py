@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.dvc_cache import Run, affected
-from tasks.erase import NO_LIMITS, erase_rows
-from tasks.ingest.faults import RowError
-from tasks.ingest.readers import read_shard
+from nightshift.pipeline.dvc_cache import Run, affected
+from nightshift.raw.erase import NO_LIMITS, erase_rows
+from nightshift.raw.faults import RowError
+from nightshift.raw.readers import read_shard
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), min_size=1, max_size=8)
 FORMATS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.zst", ".json.zst", ".parquet")

@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nightshift.data.statistics import interval, items_needed, p_value, power, seed_band, spent_alpha
 from tasks.gate.decision import decide
-from tasks.gate.statistics import interval, items_needed, p_value, power, seed_band, spent_alpha
-from tests.gate import PARAMS as SHIPPED
+from tests.helpers.gate import PARAMS as SHIPPED
 
 PARAMS = SHIPPED.model_copy(update={"n_resamples": 1000, "min_items": 10})
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=10, max_size=40)

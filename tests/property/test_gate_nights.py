@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tasks.gate.statistics import p_value, power, spent_alpha
+from nightshift.data.statistics import p_value, power, spent_alpha
 
 ITEMS, ALPHA = 180, 0.05
 

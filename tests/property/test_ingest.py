@@ -10,17 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.encode import Encoder, load_encoder
-from tasks.ingest.arrays import split_array
-from tasks.ingest.checks import CONTROL, compile_special_tokens
-from tasks.ingest.checksums import IBAN_LENGTHS, card_length, iban_length, is_luhn
-from tasks.ingest.faults import RowError
+from nightshift.core.memo import Memo
+from nightshift.data.encode import Encoder, load_encoder
+from nightshift.raw.arrays import split_array
+from nightshift.raw.checks import CONTROL, compile_special_tokens
+from nightshift.raw.checksums import IBAN_LENGTHS, card_length, iban_length, is_luhn
+from nightshift.raw.faults import RowError
+from nightshift.raw.pii import find_pii, redact
+from nightshift.raw.streams import Limits
 from tasks.ingest.lengths import measure
-from tasks.ingest.pii import find_pii, redact
 from tasks.ingest.rows import Privacy, read_outcomes
-from tasks.ingest.streams import Limits
-from tasks.memo import Memo
-from tests.byte_base import make_byte_base
+from tests.helpers.byte_base import make_byte_base
 
 LIMITS = Limits(row_bytes=2000, shard_bytes=10**9, ratio=200)
 MARKUP = compile_special_tokens([])

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.encode import Encoded
+from nightshift.data.encode import Encoded
 from tasks.pack import OverLength, build_rows, fit, join, pack
 
 EXAMPLES = st.lists(

@@ -1,0 +1,305 @@
+"""The `nightshift` command: thin verbs over the stack, the flow and its files."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from infra.cli import plan as planned
+from infra.cli import watch
+from infra.importers import axolotl
+from infra.local import stack
+from infra.local.settings import Stack
+from nightshift.core.config import read_params
+from nightshift.core.errors import ConfigError, PipelineError
+from nightshift.core.files import read_json
+from nightshift.core.paths import GATE, PAGE
+from nightshift.core.stage import OFFLINE
+from nightshift.core.state import tools_environment
+from nightshift.pipeline.scoreboard import format_rows, scoreboard_file
+from nightshift.raw.unused import unused_by_params
+from tasks.check import check
+
+app = typer.Typer(
+    help="Retrain a language model every night; ship it only when it is measurably better.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+console = Console()
+VERDICT_CODES = {"promote": 0, "hold": 3, "reject": 4, "error": 5}
+
+
+def report_errors(verb: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error that the user can act on into one line and exit code 2."""
+
+    @wraps(verb)
+    def told(*args: Any, **kwargs: Any) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        try:
+            verb(*args, **kwargs)
+        except PipelineError as err:
+            sys.stderr.write(f"error: {err}\n")
+            raise typer.Exit(2) from err
+
+    return told
+
+
+@app.command()
+@report_errors
+def up() -> None:
+    """Start Prefect, MLflow and a worker on this machine, and deploy the flows."""
+    stack.up()
+    status()
+
+
+@app.command()
+@report_errors
+def down() -> None:
+    """Stop what `up` started; databases and checkpoints stay."""
+    stopped = stack.down()
+    console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+@app.command()
+@report_errors
+def status() -> None:
+    """Show the services, where they are and whether they answer."""
+    table = Table("service", "pid", "address", "healthy", box=None)
+    for row in stack.status():
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
+    for service, errors in stack.problems().items():
+        log_file = stack.find_log(service)
+        console.print(f"{service}: {len(errors)} error(s) in {log_file}, the last: {escape(errors[-1])}")
+    for line in unused_by_params():
+        console.print(f"not named in params.yaml, not used: {line}")
+
+
+@app.command()
+@report_errors
+def snapshot() -> None:
+    """Bring in new data, benchmarks and the champion now; `dvc repro` alone uses those that are there."""
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", "snapshot"]
+    environment = {**os.environ, **tools_environment()}
+    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+
+
+@app.command()
+@report_errors
+def plan() -> None:
+    """Show what a training would do, need and take, before it starts; no GPU and no weights needed."""
+    planned.show(console)
+
+
+@app.command()
+@report_errors
+def run(
+    overrides: str = typer.Option("", help='JSON, such as {"sft.num_train_epochs": 2}'),
+) -> None:
+    """Retrain once and show the scoreboard. A run that is under way is watched instead."""
+    check(read_params())
+    running = stack.up()
+    watch.run_deployment("finetune/prod", overrides, running)
+    print_scoreboard(running)
+
+
+@app.command()
+@report_errors
+def gate() -> None:
+    """Show the last verdict, check by check; the exit code tells it: 0 promote, 3 hold, 4 reject, 5 error."""
+    from infra.cli.trace import checks
+
+    if not GATE.is_file():
+        raise ConfigError(f"{GATE}: not found; `nightshift run` or `dvc repro gate` writes it")
+    decision = read_json(GATE)
+    console.print(checks(decision))
+    raise typer.Exit(VERDICT_CODES[decision["verdict"]])
+
+
+@app.command()
+@report_errors
+def promote(
+    version: Annotated[int, typer.Argument(help="The version to make the champion.")],
+    reason: Annotated[str, typer.Option(help="Why; the record keeps it.")],
+) -> None:
+    """Make a version the champion, such as one that waits for a person."""
+    move_champion(f"--version={version}", f"--reason={reason}")
+
+
+@app.command()
+@report_errors
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; the record keeps it.")],
+    to: Annotated[str, typer.Option(help="`previous`, or the number of a version.")] = "previous",
+) -> None:
+    """Bring back the previous champion, and hold automatic promotion."""
+    target = () if to == "previous" else (f"--version={to}",)
+    move_champion("--rollback", *target, f"--reason={reason}")
+
+
+@app.command()
+@report_errors
+def acknowledge(reason: Annotated[str, typer.Option(help="Why; the record keeps it.")]) -> None:
+    """Let automatic promotion go on after a rollback."""
+    move_champion("--acknowledge", f"--reason={reason}")
+
+
+def move_champion(*arguments: str) -> None:
+    """Run the promoter against the local stack's MLflow, or the one that the environment names."""
+    command = [sys.executable, "-m", "tasks.promote", *arguments]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+@report_errors
+def history() -> None:
+    """Show who was champion when and why, after checking that nobody changed the record."""
+    from nightshift.registry.record import HELD, open_record
+    from nightshift.registry.versions import open_registry
+
+    record = open_record(*open_registry())
+    table = Table("when", "what", "champion", "before", "why", "by", box=None)
+    for entry in record.entries:
+        moved = (str(entry.champion or "none"), str(entry.before or "none"))
+        table.add_row(entry.moment, entry.action, *moved, escape(entry.reason), entry.by)
+    console.print(table)
+    if record.is_held:
+        console.print(HELD)
+
+
+@app.command()
+@report_errors
+def trace(
+    version: Annotated[int | None, typer.Argument(help="A version of the model.")] = None,
+    row: Annotated[str, typer.Option(help="An example's id, or its place: source/shard:line.")] = "",
+) -> None:
+    """Show where a version came from, or with --row which versions a row went into."""
+    from infra.cli import trace as lineage
+
+    hide_downloads()
+    if (version is None) == (not row):
+        raise ConfigError("nightshift trace takes a version, or --row; give one of the two")
+    if version is None:
+        lineage.show_row(console, row)
+    else:
+        lineage.show(console, version)
+
+
+@app.command()
+@report_errors
+def reproduce(version: Annotated[int, typer.Argument(help="A version of the model.")]) -> None:
+    """Rebuild a version from its data, code and parameters, in a folder of its own, and compare digests."""
+    from infra.cli.reproduce import rebuild
+
+    raise typer.Exit(0 if rebuild(console, version) else 1)
+
+
+@app.command()
+@report_errors
+def forget(
+    rows: Annotated[list[str], typer.Argument(help="Ids of examples, or their places: source/shard:line.")],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
+) -> None:
+    """Take rows, and what is nearly the same, out of the raw data and all that was made of them."""
+    from nightshift.registry.versions import open_registry
+    from tasks.forget import erase, find
+
+    hide_downloads()
+    client, name = open_registry()
+    found = find(rows, client, name)
+    for origin in found.origins:
+        console.print(escape(origin))
+    trained = ", ".join(f"{version} ({count:,})" for version, count in found.versions.items())
+    console.print(f"versions of {name} to train again (examples from these rows): {trained or 'none'}")
+    if not yes:
+        typer.confirm("These rows, and all outputs, memos and checkpoints, go for good. Go on?", abort=True)
+    erase(found, client, name)
+    console.print("gone; `nightshift run` trains without them")
+
+
+def hide_downloads() -> None:
+    """Show no bar for the few small files that MLflow brings in."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+@app.command("import")
+@report_errors
+def import_config(
+    config: Annotated[Path, typer.Argument(help="An Axolotl configuration, such as axolotl.yml.")],
+    *,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write params.yaml; else only show the result.")
+    ] = False,
+) -> None:
+    """Turn an Axolotl configuration into params.yaml."""
+    found, text = axolotl.convert(config)
+    console.print(axolotl.tables(found, axolotl.read_config(config), read_params()))
+    if write:
+        axolotl.write(text)
+        console.print("params.yaml is written; `git diff params.yaml` shows what changed")
+    else:
+        axolotl.require_right(text)
+        console.print("nothing is written; --write does it")
+
+
+def print_scoreboard(running: Stack) -> None:
+    """Print the last run's outcome and where to read more."""
+    table = Table(title="Nightshift", box=None, show_header=False)
+    for label, value in format_rows(read_json(scoreboard_file())):
+        table.add_row(label, value)
+    table.add_row("report", str(PAGE))
+    table.add_row("Prefect", running.prefect_ui)
+    table.add_row("Prefect's password", f"in {os.path.relpath(running.auth_file)}")
+    table.add_row("MLflow", running.mlflow_url)
+    console.print(table)
+
+
+@app.command()
+@report_errors
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, an alias, a version's number, or an exported folder.")
+    ] = "champion",
+) -> None:
+    """Talk to a version of the model; from a pipe, each line is a question."""
+    os.environ.update(OFFLINE)
+    from infra.cli import chat as talk
+
+    hide_downloads()
+    talk.chat(model)
+
+
+@app.command()
+@report_errors
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A version's number, an alias, or models:/NAME@ALIAS.")
+    ] = "champion",
+    *,
+    to: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Of the weights; else the base's."),
+    ] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf too, for llama.cpp.")] = False,
+) -> None:
+    """Write a version as whole weights, for vLLM, `transformers serve` or llama.cpp."""
+    os.environ.update(OFFLINE)
+    from infra.cli.export import export as write
+    from nightshift.registry.versions import find_model
+
+    record = write(find_model(model), to, dtype, with_gguf=gguf)
+    console.print(f"version {record['version']} of {record['model']} is in {to}")
+    for what, found in record["differences"].items():
+        said = "logits differ by up to {largest:.2g} of their standard deviation, allowed is {bound:.2g}"
+        console.print(f"{what}: {said.format(**found) if found else 'not checked, see above'}")

@@ -1,0 +1,229 @@
+"""Export a version as whole weights, which every server loads: the adapter merged into its base, and checked.
+
+The folder holds safetensors, the tokenizer with its chat template, the generation config, the model card and
+`export.json`: what was exported, and how far its logits are from those of the adapter on its base.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard
+from mlflow.artifacts import download_artifacts
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nightshift.core.errors import GateError, StageError
+from nightshift.core.files import read_json, write_json
+from nightshift.core.stage import OFFLINE
+from nightshift.core.state import tools_environment
+from nightshift.registry.served_model import PROBES, generate, load
+from nightshift.registry.versions import DIGEST, open_model
+from tasks.sft.checkpoints import find_broken
+
+ANSWER_TOKENS = 32
+# How far logits may be apart, as a share of their standard deviation. On thirty layers in float32 the merge
+# differs from the adapter by 2e-5, and an adapter that is scaled by 1 % too little by 3e-2. Storing the
+# merged weights in a type with a certain eps adds 4 eps (bfloat16) to 9 eps (float16), and 20 eps with an
+# adapter of random weights; computing in bfloat16 adds 24 eps by itself.
+MERGE_BOUND, ROUNDING_BOUND = 1e-3, 32
+# In llama.cpp, and as packages of it call it.
+CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
+GGUF_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+log = logging.getLogger(__name__)
+
+
+def export(
+    version: ModelVersion, target: Path, dtype: str | None = None, *, with_gguf: bool = False
+) -> dict[str, Any]:
+    """Write a version to a folder, which appears when all of it is there and checked.
+
+    What is checked is computed in float32, so that nothing differs but the weights: first the merge, then the
+    files as they are stored.
+
+    Args:
+        version: Of the registered model.
+        target: The folder; it must not be there yet.
+        dtype: Of the stored weights, such as float32; None for that of the base.
+        with_gguf: Write model.gguf too.
+
+    Returns:
+        What stands in export.json.
+
+    Raises:
+        GateError: The folder is there already, or the result does not answer as the version does.
+        StageError: There is no converter to GGUF, or it fails.
+    """
+    if target.exists():
+        raise GateError(f"{target}: is there already; remove it or name another folder")
+    converter = find_converter() if with_gguf else None
+    with atomic_directory(target) as folder, open_model(version) as (base, adapter):
+        stored = getattr(torch, dtype) if dtype else AutoConfig.from_pretrained(base).dtype
+        bound = MERGE_BOUND + ROUNDING_BOUND * torch.finfo(stored).eps
+        require_finite(adapter, "the version must not be used")
+        model, tokenizer = load(base, adapter, "float32")
+        answers = [answer(model, tokenizer, question) for question in PROBES]
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload(safe_merge=True)
+        differences: dict[str, Any] = {"merged": compare("the merge", model, tokenizer, answers, MERGE_BOUND)}
+        # A training switches it off.
+        model.config.use_cache = True
+        model.to(stored).save_pretrained(folder)
+        # Else its file would keep how it was loaded.
+        tokenizer.init_kwargs.pop("local_files_only", None)
+        tokenizer.save_pretrained(folder)
+        require_finite(folder, "with --dtype float32 no weight is rounded")
+        model, tokenizer = load(folder, folder, "float32")
+        differences["stored"] = compare(f"{stored} weights", model, tokenizer, answers, bound)
+        if converter:
+            write_gguf(converter, folder, GGUF_TYPES[stored])
+            model = load_gguf(folder)
+            differences["gguf"] = compare("model.gguf", model, tokenizer, answers, bound) if model else None
+        write_card(version, folder)
+        record = {
+            "model": version.name,
+            "version": int(version.version),
+            "adapter_digest": version.tags[DIGEST],
+            "base": read_json(adapter.with_name("base_reference.json"))["model"],
+            "dtype": str(stored).removeprefix("torch."),
+            "differences": differences,
+        }
+        write_json(folder / "export.json", record)
+    return record
+
+
+def require_finite(folder: Path, remedy: str) -> None:
+    """Check every weight in a folder's safetensors.
+
+    Raises:
+        GateError: One is NaN or infinite.
+    """
+    if name := find_broken(folder):
+        raise GateError(f"export: {name} is not finite; nothing is written; {remedy}")
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block succeeds."""
+    folder = target.absolute().with_name(f".{target.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, question: str) -> tuple[Any, Any]:
+    """Answer a question greedily.
+
+    Returns:
+        Ids of the conversation with its answer, shape (1, n_tokens), and the logits of all of them, shape
+        (n_tokens, n_vocabulary), float32.
+    """
+    turns = [{"role": "user", "content": question}]
+    asked = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    _, new = generate(model, tokenizer, turns, ANSWER_TOKENS)
+    ids = torch.cat([asked[0], new])[None]
+    return ids, model(input_ids=ids).logits[0]
+
+
+@torch.no_grad()
+def compare(
+    what: str, model: Any, tokenizer: Any, expected: Sequence[tuple[Any, Any]], bound: float
+) -> dict[str, float]:
+    """Compare a model's answers to the probes, and its logits on the expected ones.
+
+    Args:
+        what: Is compared, in words.
+        model: In float32.
+        tokenizer: With the chat template.
+        expected: Of `answer`, for each probe.
+        bound: Largest difference of two logits, as a share of the standard deviation of the expected ones.
+
+    Returns:
+        The largest difference and its bound, as such shares.
+
+    Raises:
+        GateError: A difference is larger, or a greedy answer is another one.
+    """
+    shares = [
+        float((model(input_ids=ids).logits[0] - logits).abs().max() / logits.std())
+        for ids, logits in expected
+    ]
+    same = sum(
+        torch.equal(answer(model, tokenizer, question)[0], ids)
+        for question, (ids, _) in zip(PROBES, expected, strict=True)
+    )
+    # Python's max loses a NaN that does not come first.
+    largest = float(np.max(shares))
+    if not largest <= bound or same < len(expected):
+        raise GateError(
+            f"export: {what}: logits differ by up to {largest:.2g} of their standard deviation, allowed "
+            f"is {bound:.2g}, and {same} of {len(expected)} greedy answers are the same; nothing is written; "
+            "with --dtype float32 no weight is rounded"
+        )
+    return {"largest": float(f"{largest:.3g}"), "bound": float(f"{bound:.3g}")}
+
+
+def find_converter() -> list[str]:
+    """Return the command of llama.cpp's converter.
+
+    Raises:
+        StageError: It is not on the path.
+    """
+    for name in CONVERTERS:
+        if found := shutil.which(name, path=tools_environment()["PATH"]):
+            return [sys.executable, found] if name.endswith(".py") else [found]
+    raise StageError(
+        f"export: none of {', '.join(CONVERTERS)} is on PATH; clone https://github.com/ggml-org/llama.cpp, "
+        "put its folder on PATH and install `sentencepiece` beside Nightshift, or leave --gguf out"
+    )
+
+
+def write_gguf(converter: list[str], folder: Path, outtype: str) -> None:
+    """Convert the exported weights to `model.gguf` in the same folder.
+
+    Raises:
+        StageError: The converter fails.
+    """
+    command = [*converter, str(folder), "--outfile", str(folder / "model.gguf"), "--outtype", outtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **OFFLINE})
+    if done.returncode:
+        raise StageError(f"export: {converter[-1]} failed: {done.stderr.strip()[-2000:]}")
+
+
+def load_gguf(folder: Path) -> Any | None:
+    """Load `model.gguf` in float32, or nothing if transformers cannot read this architecture from GGUF."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file="model.gguf", dtype=torch.float32, trust_remote_code=False
+        ).eval()
+    except ValueError as err:
+        log.warning("export: model.gguf is not checked: %s", err)
+        return None
+
+
+def write_card(version: ModelVersion, folder: Path) -> None:
+    """Copy the version's model card, and say in its head that these are whole weights."""
+    uri = f"models:/{version.name}/{version.version}/artifacts/README.md"
+    try:
+        card = ModelCard.load(download_artifacts(uri))
+    except (MlflowException, OSError) as err:
+        log.warning("export: version %s has no model card: %s", version.version, err)
+        return
+    card.data.library_name = "transformers"
+    card.save(folder / "README.md")

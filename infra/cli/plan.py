@@ -1,0 +1,340 @@
+"""What a training will do, before it does it: steps, learning rate, memory, time, and what DVC reruns.
+
+Everything comes from params.yaml, the packed rows and the base's config.json. No weight and no torch is
+loaded, so what only they can know is assumed, and said to be.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nightshift.core.config import load_params, read_params
+from nightshift.core.errors import ConfigError, DataError
+from nightshift.core.files import iterate_rows, read_json, write_text
+from nightshift.core.paths import BASE, PACKED, TRAINING_RUN
+from nightshift.core.state import state_dir
+from nightshift.data.encode import count_supervised
+from nightshift.pipeline.graph import changed_stages, find_reruns
+from nightshift.pipeline.scoreboard import scoreboard_file
+from tasks.check import check
+from tasks.sft import SftParams
+from tasks.sft.backend import fit, fits, with_processes
+from tasks.sft.machine import VISIBLE, Machine, processor_has_bf16
+from tasks.sft.memory import Batch, Memory, estimate_all, largest_batch, totals
+from tasks.sft.plan import Plan, compile_plan
+from tasks.sft.strategy import GIB
+
+CONFIG = BASE / "config.json"
+# What the plan reads, and the stage that makes it.
+READS = {PACKED: "pack", CONFIG: "base"}
+# Kind of memory -> heading; a terminal has 80 columns.
+KINDS = {
+    "overhead": "process",
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "activations": "activ",
+    "logits": "logits",
+    "total": "total",
+}
+BLOCKS = "▁▂▃▄▅▆▇█"
+# A value is a number, or says in brackets why there is none.
+VALUE = r"[0-9.]{1,12}|\[[^]]+\]|N/A"
+DEVICE = re.compile(
+    rf"(?P<name>.+), *(?P<memory>{VALUE}), *(?P<capability>{VALUE}), *(?P<index>\d{{1,4}}), *(?P<uuid>\S+)"
+)
+QUERY = "name,memory.total,compute_cap,index,uuid"
+# How long the driver may take to answer; it takes a second or two where no daemon keeps it loaded.
+DRIVER_SECONDS = 20
+REPAIR = "a GPU that is there cannot be used until its driver is repaired"
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """What can be known of this machine's devices without torch.
+
+    Attributes:
+        device: cuda or cpu.
+        gpus: Visible GPUs.
+        memory: Bytes of the first one; None on the processor, or where it is not known.
+        has_bf16: It computes in bf16.
+        source: How that is known.
+    """
+
+    device: str
+    gpus: int
+    memory: int | None
+    has_bf16: bool
+    source: str
+
+
+def show(console: Console) -> None:
+    """Print the plan, and write the course of the learning rate as a picture.
+
+    Raises:
+        ConfigError: params.yaml is wrong, DVC cannot tell what has changed, or nothing fits into the device's
+            memory.
+        DataError: The rows or the base are missing, or are not those of params.yaml, code and data.
+    """
+    check(read_params())
+    params = load_params(SftParams, "sft")
+    for path, stage in READS.items():
+        if not path.is_file():
+            raise DataError(f"{path}: not found; run `dvc repro {stage}` first")
+    reruns = find_reruns(changed_stages())
+    if stale := [stage for stage in READS.values() if stage in reruns]:
+        print_reruns(console, reruns)
+        raise DataError(
+            f"data/{' and data/'.join(stale)}: made of other parameters, code or data than these; run "
+            f"`dvc repro {' '.join(stale)}` first"
+        )
+    lengths, labelled = read_lengths(PACKED)
+    found = find_devices()
+    params = with_processes(params, found.gpus)
+    plan = compile_plan(params, lengths, labelled)
+    size = params.per_device_train_batch_size
+    batch = largest_batch(plan.order, [sum(one) for one in lengths], labelled, size)
+    print_course(console, params, plan)
+    print_reruns(console, reruns)
+    print_choice(console, params, found, batch)
+
+
+def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
+    """Read the lengths of the examples of each row, and the number of its labelled tokens."""
+    rows = [
+        (row["seq_lengths"], count_supervised(row["labels"]))
+        for row in iterate_rows(path, ["seq_lengths", "labels"])
+    ]
+    return [lengths for lengths, _ in rows], [labelled for _, labelled in rows]
+
+
+def find_devices() -> Devices:
+    """Ask the driver for its devices; without a visible one, training runs on the CPU."""
+    found = ask_driver()
+    return (
+        Devices("cpu", 0, None, processor_has_bf16(), f"nvidia-smi {found}")
+        if isinstance(found, str)
+        else found
+    )
+
+
+def ask_driver() -> Devices | str:
+    """Return the visible devices of which nvidia-smi tells, or why there is none."""
+    query = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        process = subprocess.Popen(
+            query,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except FileNotFoundError:
+        return "is not installed"
+    except OSError as err:
+        return f"cannot be run: {err.strerror}; {REPAIR}"
+    try:
+        answer, _ = process.communicate(timeout=DRIVER_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        # A hung driver may keep it from dying, so nobody waits for it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        return f"gives no answer within {DRIVER_SECONDS} seconds; {REPAIR}"
+    # Beside its devices it prints warnings, and then its exit code is not 0 either.
+    lines = [found for line in answer.splitlines() if (found := DEVICE.fullmatch(line.strip()))]
+    if lines:
+        visible = visible_lines(lines, os.environ.get(VISIBLE))
+        return describe(visible) if visible else f"shows no GPU that {VISIBLE}={os.environ[VISIBLE]} names"
+    said = " ".join(answer.split())[:200] or "nothing"
+    return f"ended with code {process.returncode} and said: {said}; {REPAIR}"
+
+
+def visible_lines(lines: Sequence[re.Match[str]], visible: str | None) -> list[re.Match[str]]:
+    """Return the lines of the devices that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order.
+
+    As CUDA does, it takes an abbreviated UUID, and leaves out what stands behind an unknown name. A part of a
+    device (MIG) stands for the device.
+
+    Example:
+        >>> lines = [DEVICE.fullmatch(f"NVIDIA L4, 23034, 8.9, {i}, GPU-{i}f") for i in range(3)]
+        >>> [line["index"] for line in visible_lines(lines, "2,GPU-0,7,1")], len(visible_lines(lines, None))
+        (['2', '0'], 3)
+    """
+    if visible is None:
+        return list(lines)
+    chosen = []
+    for name in visible.replace(" ", "").split(","):
+        by_name = [one for one in lines if name == one["index"] or (name and one["uuid"].startswith(name))]
+        by_part = lines[:1] if name.startswith("MIG-") else []
+        if not (found := [*by_name, *by_part]):
+            break
+        chosen.append(found[0])
+    return chosen
+
+
+def describe(lines: Sequence[re.Match[str]]) -> Devices:
+    """Read the lines of the visible devices, of which the first stands for all.
+
+    A device need not tell its memory or its capability: one that shares the machine's memory does not.
+
+    Example:
+        >>> describe([DEVICE.fullmatch("NVIDIA H100 80GB HBM3, 81559, 9.0, 0, GPU-1")]).memory
+        85520809984
+        >>> print(describe([DEVICE.fullmatch("NVIDIA GB10, [N/A], 12.1, 0, GPU-1")]).memory)
+        None
+    """
+    found = lines[0]
+    name, memory, capability = found["name"], read_number(found["memory"]), read_number(found["capability"])
+    unknown = [
+        told
+        for told, value in (
+            ("its memory is not known, so what fits is not checked", memory),
+            ("its capability is not known, so bf16 is assumed", capability),
+        )
+        if value is None
+    ]
+    name = name if len(lines) == 1 else f"{len(lines)} x {name}"
+    source = "; ".join([f"{name}, as nvidia-smi says", *unknown, "that torch can use it is assumed"])
+    has_bf16 = capability is None or capability >= 8
+    size = None if memory is None else int(memory * 2**20)
+    return Devices("cuda", len(lines), size, has_bf16, source)
+
+
+def read_number(text: str) -> float | None:
+    """Read a number above 0; None for anything else, such as [N/A] or [Not Supported]."""
+    try:
+        return float(text) or None
+    except ValueError:
+        return None
+
+
+def choose_precision(requested: str, found: Devices) -> str:
+    """Choose as `tasks.sft.machine.choose_precision` does."""
+    if requested != "auto":
+        return requested
+    return "bf16" if found.has_bf16 else "fp32"
+
+
+def as_machine(found: Devices, precision: str, params: SftParams) -> Machine:
+    """Return what the choice of a strategy needs to know of the machine; kernels are not tried here."""
+    names = tuple(str(i) for i in range(found.gpus))
+    kernel = params.attn_implementation
+    return Machine(found.device, names, found.memory, precision, kernel, head=None, has_liger=False)
+
+
+def print_course(console: Console, params: SftParams, plan: Plan) -> None:
+    """Print how long the training is, and its learning rate."""
+    tokens, rates = sum(plan.tokens), plan.learning_rate
+    picture = state_dir() / "plan.svg"
+    write_text(picture, svg(rates))
+    table = Table(title="Training", box=None, show_header=False)
+    table.add_row("steps", f"{plan.steps:,} of {plan.rows_per_step} rows")
+    table.add_row("tokens", f"{tokens:,}")
+    table.add_row("supervised tokens", f"{sum(plan.supervised_tokens):,}")
+    peak = f"peak {max(rates):.2e}, last {rates[-1]:.2e}, {params.lr_scheduler_type}"
+    table.add_row("learning rate", f"{sparkline(rates)}")
+    table.add_row("", f"{peak}; {picture}")
+    table.add_row("time", expected_time(tokens))
+    console.print(table)
+
+
+def print_choice(console: Console, params: SftParams, found: Devices, batch: Batch) -> None:
+    """Print what the training takes of the devices, and the strategy that is taken.
+
+    Raises:
+        ConfigError: Nothing fits into the device's memory.
+    """
+    config, precision = read_json(CONFIG), choose_precision(params.precision, found)
+    try:
+        name, reason, checkpointing = fit(params, as_machine(found, precision, params), config, batch)
+    except ConfigError:
+        # The table shows by how much.
+        print_memory(console, estimate_all(config, params, precision, batch, found.device))
+        raise
+    known = params.model_copy(update={"activation_checkpointing": checkpointing})
+    sizes = estimate_all(config, known, precision, batch, found.device)
+    print_memory(console, sizes)
+    console.print(f"largest micro-batch: {batch.tokens:,} tokens, {batch.labelled:,} of them with labels")
+    console.print(f"device: {found.device}, precision {precision} ({found.source})")
+    if params.attn_implementation == "auto":
+        kernel = "sdpa" if found.gpus else "sdpa_per_example"
+        console.print(f"attention: {kernel} is assumed; which one runs is tried out when the training starts")
+    if checkpointing and params.activation_checkpointing == "auto":
+        console.print("activation checkpointing: on, since it does not fit otherwise")
+    is_fit = fits(name, totals(sizes), found.memory)
+    console.print(
+        f"strategy: [bold]{name}[/bold] ({reason}), {params.ranks} processes, "
+        f"micro-batch {params.per_device_train_batch_size} rows"
+        + ("" if is_fit else "; [bold]it does not fit into the device's memory[/bold]")
+    )
+
+
+def print_memory(console: Console, sizes: Mapping[str, Memory]) -> None:
+    """Print what each strategy takes, by kind."""
+    table = Table(title="Memory of one device at its peak, in GiB", box=None)
+    table.add_column("strategy")
+    for heading in KINDS.values():
+        table.add_column(heading, justify="right")
+    table.add_column("peak at")
+    for name, memory in sizes.items():
+        table.add_row(name, *(f"{getattr(memory, kind) / GIB:.2f}" for kind in KINDS), memory.moment)
+    console.print(table)
+
+
+def expected_time(tokens: int) -> str:
+    """Say how long the training takes at the speed of the last one."""
+    for path in (TRAINING_RUN, scoreboard_file()):
+        if path.is_file() and (speed := read_json(path).get("tokens_per_second")):
+            minutes = tokens / speed / 60
+            return f"{minutes:,.1f} minutes at the {speed:,.0f} tokens/s of the last training ({path.name})"
+    return "unknown: no training has been measured here"
+
+
+def sparkline(values: Sequence[float], width: int = 50) -> str:
+    """Draw values as blocks, the highest full.
+
+    Example:
+        >>> sparkline([0.0, 0.5, 1.0])
+        '▁▅█'
+    """
+    step = max(1, len(values) / width)
+    chosen = [values[int(i * step)] for i in range(min(width, len(values)))]
+    top = max(chosen) or 1.0
+    return "".join(BLOCKS[round(value / top * (len(BLOCKS) - 1))] for value in chosen)
+
+
+def svg(values: Sequence[float], width: int = 640, height: int = 200) -> str:
+    """Draw values against their number as a line, with the highest value and the last number as labels."""
+    top, last = max(values) or 1.0, max(1, len(values) - 1)
+    points = " ".join(
+        f"{50 + i / last * (width - 70):.1f},{height - 30 - value / top * (height - 60):.1f}"
+        for i, value in enumerate(values)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="11"><rect width="{width}" height="{height}" fill="white"/>'
+        f'<path d="M50 30V{height - 30}H{width - 20}" fill="none" stroke="gray"/>'
+        f'<polyline points="{points}" fill="none" stroke="steelblue" stroke-width="2"/>'
+        f'<text x="4" y="34">{top:.1e}</text><text x="4" y="{height - 26}">0</text>'
+        f'<text x="50" y="{height - 12}">step 1</text>'
+        f'<text x="{width - 20}" y="{height - 12}" text-anchor="end">step {len(values)}</text></svg>\n'
+    )
+
+
+def print_reruns(console: Console, reruns: Mapping[str, str]) -> None:
+    """Print what `dvc repro` would run, and why."""
+    table = Table(title="dvc repro would run", box=None, show_header=False)
+    for stage, reason in reruns.items():
+        table.add_row(stage, reason)
+    if not reruns:
+        table.add_row("nothing", "all stages are up to date")
+    console.print(table)

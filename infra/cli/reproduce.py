@@ -1,0 +1,159 @@
+"""Rebuild a version of the model from what its lineage names, and compare what came out."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nightshift.core.config import PARAMS
+from nightshift.core.errors import GateError, StageError
+from nightshift.core.files import read_json, tree_digest
+from nightshift.core.paths import MODEL
+from nightshift.core.stage import print_line
+from nightshift.core.state import state_dir, tools_environment
+from nightshift.pipeline import supervise
+from nightshift.pipeline.graph import locked_outputs, stage_order
+from nightshift.pipeline.params_yaml import edit
+from nightshift.registry.lineage import KEPT, open_lineage
+from nightshift.registry.versions import DIGEST, FORGOTTEN, find_version, open_registry
+
+BROUGHT_IN = ("data/raw", "data/benchmarks")
+# A run id and a speed are in it.
+VARYING = ("data/sft/mlflow_run.json",)
+
+
+def rebuild(console: Console, version: int) -> bool:
+    """Run the graph as far as the training in a fresh workspace, and tell whether the adapter is the same.
+
+    Nothing is restored: DVC's run cache is off, and the state of the workspace is its own. Only what the
+    snapshot brought in comes from DVC's cache, or its remote: another snapshot would bring in today's data.
+
+    Raises:
+        GateError: There is no such version, some of its rows were forgotten, its code is not in this
+            repository, or its data has another form.
+        StageError: A stage failed, or the data is gone.
+    """
+    client, name = open_registry()
+    found = find_version(client, name, version)
+    if FORGOTTEN in found.tags:
+        raise GateError(
+            f"registry: {found.tags[FORGOTTEN]} examples of version {version} were forgotten since; "
+            "its data is gone for good: train a new version"
+        )
+    folder = state_dir() / "reproduce" / f"{name}-{version}"
+    shutil.rmtree(folder, ignore_errors=True)
+    with open_lineage(name, version) as lineage:
+        told = read_json(lineage / "lineage.json")
+        commit = str(told["code"])
+        before = locked_outputs(lineage / "dvc.lock")
+        if "snapshot" not in before:
+            raise GateError(
+                f"registry: version {version} was registered before the snapshot was a stage; "
+                f"run `git checkout {commit}`, then `nightshift reproduce {version}`"
+            )
+        make_workspace(folder, commit)
+        for path in KEPT:
+            shutil.copyfile(lineage / path.name, folder / path)
+    # A version of 0.1.0 does not tell what trained it.
+    trained = told.get("effective", {})
+    pin_processes(folder / PARAMS, trained)
+    fetch_data(folder)
+    stages = stages_to_rebuild(folder)
+    options = ("--force", "--no-run-cache", "--single-item")
+    require(dvc(folder, "repro", *options, *stages), f"a stage failed in {folder}")
+    after = locked_outputs(folder / "dvc.lock")
+    compared = [(stage, path) for stage in stages for path in after[stage] if path not in VARYING]
+    different = [path for stage, path in compared if after[stage][path] != before.get(stage, {}).get(path)]
+    adapter = tree_digest(folder / MODEL)
+    is_same = bool(adapter == found.tags[DIGEST])
+    rows = {
+        "registered adapter": found.tags[DIGEST],
+        "rebuilt adapter": adapter,
+        "verdict": "the same, bit for bit" if is_same else "different",
+        "computed otherwise": ", ".join(differences(trained, folder)) or "no",
+        "outputs that differ": ", ".join(sorted(different)) or f"none of {len(compared)}",
+    }
+    table = Table(title=f"Version {version} of {name}, rebuilt in {folder}", box=None, show_header=False)
+    for what, said in rows.items():
+        table.add_row(what, said)
+    console.print(table)
+    return is_same
+
+
+def pin_processes(params: Path, trained: dict[str, Any]) -> None:
+    """Write down how many processes trained a version: `auto` may be another number on this machine."""
+    if trained:
+        number = {"sft.num_processes": trained["num_processes"]["effective"]}
+        params.write_text(edit(params.read_text(encoding="utf-8"), number), encoding="utf-8")
+
+
+def differences(trained: dict[str, Any], folder: Path) -> list[str]:
+    """List what this machine chose otherwise than the one that trained the version."""
+    found = read_json(folder / "data" / "sft" / "effective.json")
+    return [
+        f"{key} {found[key]['effective']} instead of {row['effective']}"
+        for key, row in trained.items()
+        if isinstance(row, dict) and key != "devices" and found[key]["effective"] != row["effective"]
+    ]
+
+
+def make_workspace(folder: Path, commit: str) -> None:
+    """Clone this repository at a commit.
+
+    Raises:
+        GateError: The commit is not there.
+    """
+    for command in (
+        ["clone", "--quiet", "--no-checkout", ".", str(folder)],
+        ["-C", str(folder), "checkout", "-q", commit],
+    ):
+        done = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise GateError(
+                f"git {command[0]}: {done.stderr.strip()}; the version was trained on commit {commit}"
+            )
+
+
+def fetch_data(folder: Path) -> None:
+    """Bring the data that the workspace's dvc.lock names from DVC's cache, or its remote.
+
+    Raises:
+        StageError: It is in neither.
+    """
+    cache = str(Path(".dvc/cache").absolute())
+    require(dvc(folder, "config", "--local", "cache.dir", cache), f"{folder} is no DVC repository")
+    if dvc(folder, "checkout", "--quiet", *BROUGHT_IN):
+        wanted = ", ".join(BROUGHT_IN)
+        require(dvc(folder, "pull", *BROUGHT_IN), f"{wanted}: neither in DVC's cache nor in its remote")
+
+
+def stages_to_rebuild(folder: Path) -> list[str]:
+    """Return the stages up to the training, in order, without the snapshot."""
+    order = stage_order(folder / "dvc.yaml")
+    return [stage for stage in order[: order.index("sft") + 1] if stage != "snapshot"]
+
+
+def dvc(folder: Path, *arguments: str) -> int:
+    """Run DVC in a workspace whose state is its own, and return its exit code."""
+    environment = {
+        "NIGHTSHIFT_HOME": str(folder / ".nightshift"),
+        "MLFLOW_TRACKING_URI": "",
+        "MLFLOW_RUN_ID": "",
+        **tools_environment(),
+    }
+    command = [sys.executable, "-m", "dvc", "--cd", str(folder), *arguments]
+    return supervise.run(command, on_line=print_line, env=environment, grace_seconds=60.0)
+
+
+def require(code: int, problem: str) -> None:
+    """Check the exit code of a command.
+
+    Raises:
+        StageError: It failed.
+    """
+    if code:
+        raise StageError(f"{problem} (exit code {code}); the reason stands above")

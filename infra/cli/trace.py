@@ -1,0 +1,103 @@
+"""Where a version came from, and which versions a row went into."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlflow.entities.model_registry import ModelVersion
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from nightshift.core.files import read_json
+from nightshift.pipeline.graph import stage_order
+from nightshift.registry.lineage import find_rows, open_lineage, row_counts
+from nightshift.registry.record import Entry, open_record
+from nightshift.registry.versions import DIGEST, FORGOTTEN, find_version, open_registry, registered
+
+
+def show(console: Console, version: int) -> None:
+    """Print code, data, parameters, base, environment, training, verdict and promotions of a version.
+
+    Raises:
+        GateError: There is no such version, or it has no lineage.
+    """
+    client, name = open_registry()
+    found = find_version(client, name, version)
+    with open_lineage(name, version) as folder:
+        lineage = read_json(folder / "lineage.json")
+        params = (folder / "params.yaml").read_text(encoding="utf-8")
+    moves = [entry for entry in open_record(client, name).entries if entry.champion == version]
+    verdict = checks(lineage["gate"])
+    tables = (about(found, lineage), shards(lineage), stages(lineage), verdict, promotions(moves))
+    for table in tables:
+        console.print(table)
+    console.print(Panel(Text(params), title="params.yaml"))
+
+
+def show_row(console: Console, row: str) -> None:
+    """Print the versions that were trained on a row, named by its id or its origin (`source/shard:line`)."""
+    client, name = open_registry()
+    table = Table("version", "aliases", "as", "from", title=f"Trained on {row}", box=None)
+    for version in registered(client, name):
+        aliases = client.get_model_version(name, version.version).aliases
+        with open_lineage(name, int(version.version)) as folder:
+            for found in find_rows(folder, row):
+                table.add_row(str(version.version), ", ".join(aliases), found["id"], found["origin"])
+    console.print(table if table.rows else f"no version of {name} was trained on {row}")
+
+
+def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
+    """Lay out what the version is made of."""
+    base = lineage["base"]
+    environment = ", ".join(f"{name} {number}" for name, number in lineage["environment"].items())
+    table = Table(title=f"Version {version.version} of {version.name}", box=None, show_header=False)
+    table.add_row("adapter", version.tags[DIGEST])
+    table.add_row("aliases", ", ".join(version.aliases) or "none")
+    if FORGOTTEN in version.tags:
+        table.add_row("forgotten since", f"{version.tags[FORGOTTEN]} of its examples; train it again")
+    table.add_row("code", lineage["code"])
+    if lineage["changed"]:
+        table.add_row("but changed", ", ".join(lineage["changed"]))
+    table.add_row("base", f"{base['model']}, {len(base['files'])} files")
+    table.add_row("trained by", f"run {lineage['training']['run_id']}")
+    table.add_row("environment", environment)
+    return table
+
+
+def shards(lineage: dict[str, Any]) -> Table:
+    """Lay out the shards that were there, and how many examples of each trained."""
+    table = Table("shard", "SHA-256", "examples trained", title="Data", box=None)
+    for shard in lineage["shards"]:
+        table.add_row(shard["shard"], shard["sha256"][:16], f"{shard['examples']:,}")
+    return table
+
+
+def stages(lineage: dict[str, Any]) -> Table:
+    """Lay out how many rows went in and out of each stage, and why others did not."""
+    table = Table("stage", "in", "added", "out", "dropped", title="Rows", box=None)
+    summaries = lineage["summaries"]
+    # Stages that the graph of today does not have stand last.
+    for stage in dict.fromkeys((*stage_order(), *summaries)):
+        if "rows_in" in summaries.get(stage, {}):
+            table.add_row(stage, *row_counts(summaries[stage]))
+    return table
+
+
+def checks(gate: dict[str, Any]) -> Table:
+    """Lay out what the gate said."""
+    table = Table("check", "verdict", "why", title=f"Gate: {gate['verdict']}", box=None)
+    for check in gate.get("checks", ()):
+        table.add_row(check["name"], check["verdict"], escape(check["said"]))
+    return table
+
+
+def promotions(entries: Sequence[Entry]) -> Table:
+    """Lay out when the version became champion, and why."""
+    table = Table("when", "what", "why", "by", title="Champion", box=None)
+    for entry in entries:
+        table.add_row(entry.moment, entry.action, escape(entry.reason), entry.by)
+    if not entries:
+        table.add_row("never", "", "", "")
+    return table

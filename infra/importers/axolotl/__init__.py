@@ -1,0 +1,244 @@
+"""Turn an Axolotl file into params.yaml: `nightshift import axolotl.yml`.
+
+Every key of the file gets a finding: what it sets, why it is not needed, or why it cannot be mapped and what
+to do. A key that the file does not name has Axolotl's default where that changes what is learned: without
+it, a full fine-tune would become the LoRA that params.yaml names. Nothing is written unless the whole result
+is right.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from infra.importers.axolotl import data, groups, keys
+from infra.importers.axolotl.findings import (
+    Config,
+    Finding,
+    Findings,
+    contradiction,
+    default,
+    not_needed,
+    read,
+    unmapped,
+)
+from infra.importers.axolotl.memory import MEMORY_KEYS, memory
+from infra.importers.axolotl.schedule import SCHEDULE_KEYS, schedule
+from nightshift.core.config import PARAMS, config_error, read_params, suggestion
+from nightshift.core.errors import ConfigError
+from nightshift.core.files import write_text
+from nightshift.pipeline.params_yaml import edit
+from tasks.check import check
+
+# Keys that decide together -> who decides.
+GROUPS: dict[tuple[str, ...], Callable[[Config], Findings]] = {
+    data.MODEL_KEYS: data.model,
+    data.DATA_KEYS: data.data,
+    data.TEXT_KEYS: data.text,
+    groups.BATCH_KEYS: groups.batches,
+    groups.NOISE_KEYS: groups.noise,
+    SCHEDULE_KEYS: schedule,
+    groups.PRECISION_KEYS: groups.precision,
+    groups.ATTENTION_KEYS: groups.attention,
+    groups.CHECKPOINTING_KEYS: groups.checkpointing,
+    groups.ADAPTER_KEYS: groups.adapter,
+    groups.PLUGIN_KEYS: groups.plugins,
+    groups.EVALUATION_KEYS: groups.evaluation,
+}
+HEADINGS = {
+    "mapped": ("Mapped", "Axolotl", "params.yaml", "note"),
+    "not_needed": ("Not needed here", "Axolotl", "why"),
+    "unmapped": ("Could not be mapped", "Axolotl", "why, and what to do"),
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read an Axolotl file.
+
+    Raises:
+        ConfigError: It is missing, is not YAML, or is not a mapping.
+    """
+    values = read_params(path)
+    return {str(key): value for key, value in values.items()}
+
+
+def translate(config: Config, folder: Path) -> list[Finding]:
+    """Find out what becomes of every key.
+
+    Args:
+        config: The Axolotl file.
+        folder: Where it is.
+
+    Example:
+        >>> found = translate({"learning_rate": "1e-4", "sequence_length": 8, "output_dir": "out"}, Path())
+        >>> [(one.key, one.value) for one in found if one.key == "learning_rate"]
+        [('learning_rate', 0.0001)]
+        >>> [(one.kind, one.note) for one in found if one.key == "sequence_length"]
+        [('unmapped', 'unknown to Axolotl; did you mean sequence_len?')]
+    """
+    empty = [key for key, value in config.items() if value is None or value in ("", [], {})]
+    given = {key: value for key, value in config.items() if key not in empty}
+    deciders: list[Callable[[Config], Findings]] = [*GROUPS.values(), partial(memory, folder=folder)]
+    found = [finding for decide in deciders for finding in decide(given)]
+    found += _direct(given)
+    decided = {key for group in (*GROUPS, MEMORY_KEYS) for key in group} | keys.DIRECT.keys()
+    found += [_alone(key, given[key]) for key in given if key not in decided]
+    unknown = [
+        key for key in empty if key not in decided and _lookup(key, keys.NOT_NEEDED | keys.UNMAPPED) is None
+    ]
+    found += [_alone(key, None) for key in unknown]
+    found += _clashes(found)
+    found += _forgotten(given, found)
+    if unset := [key for key in empty if key not in unknown]:
+        found.append(not_needed(", ".join(unset), "empty: Axolotl's default holds"))
+    return found
+
+
+def _clashes(found: Sequence[Finding]) -> list[Finding]:
+    """Find two keys of the file that set one of ours to two values."""
+    given = [one for one in found if one.kind == "mapped" and not one.is_default]
+    first: dict[str, Finding] = {}
+    for one in given:
+        first.setdefault(one.target, one)
+    return [
+        contradiction(
+            first[one.target].key,
+            one.key,
+            f"{one.target} would be {show(first[one.target].value)} and {show(one.value)}; take one out",
+        )
+        for one in given
+        if first[one.target].value != one.value
+    ]
+
+
+def _forgotten(given: Config, found: Sequence[Finding]) -> list[Finding]:
+    """Tell of keys that nobody spoke of, because their value has an unexpected form."""
+    told = {word for one in found if not one.is_default for word in re.split(r" and |, |[.\[]", one.key)}
+    return [
+        unmapped(key, f"{show(given[key])} is not understood; correct it") for key in given if key not in told
+    ]
+
+
+def values_of(found: Sequence[Finding]) -> dict[str, Any]:
+    """Return `section.key` -> value of all that is mapped; what the file names beats a default."""
+    ordered = sorted((one for one in found if one.kind == "mapped"), key=lambda one: not one.is_default)
+    return {one.target: one.value for one in ordered}
+
+
+def convert(path: Path, params: Path = PARAMS) -> tuple[list[Finding], str]:
+    """Translate a file, and return the findings and the text that params.yaml would have.
+
+    Raises:
+        ConfigError: A file cannot be read, or the Axolotl file contradicts itself; all is told at once.
+    """
+    found = translate(read_config(path), path.parent)
+    if wrong := [f"{one.key}: {one.note}" for one in found if one.kind == "contradiction"]:
+        raise config_error(wrong, path)
+    read_params(params)
+    return found, edit(params.read_text(encoding="utf-8"), values_of(found))
+
+
+def require_right(text: str) -> None:
+    """Check the whole of a new params.yaml.
+
+    Raises:
+        ConfigError: Something is wrong; every problem is listed.
+    """
+    try:
+        check(yaml.safe_load(text))
+    except ConfigError as err:
+        raise ConfigError(
+            f"{err}\nparams.yaml would be so; nothing is written. Correct the Axolotl file, or the other "
+            "keys of params.yaml, and import again"
+        ) from err
+
+
+def write(text: str, params: Path = PARAMS) -> None:
+    """Write a new params.yaml, if the whole of it is right.
+
+    Raises:
+        ConfigError: Something is wrong; every problem is listed and nothing is written.
+    """
+    require_right(text)
+    write_text(params, text)
+
+
+def tables(found: Sequence[Finding], config: Config, present: dict[str, Any]) -> Group:
+    """Show the findings in three tables.
+
+    Args:
+        found: The findings; a default that params.yaml has already is not shown.
+        config: The Axolotl file.
+        present: The parameters as they are.
+    """
+    shown: list[Table | Text] = []
+    for kind, (title, *columns) in HEADINGS.items():
+        table = Table(title=title, title_justify="left", box=None)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for one in (one for one in found if one.kind == kind):
+            section, _, key = one.target.partition(".")
+            now = present.get(section, {}).get(key) if one.target else None
+            if one.is_default and now == one.value:
+                continue
+            key_text = f"({one.key})" if one.is_default else _said(one.key, config)
+            cells = (
+                [key_text, f"{one.target} = {show(one.value)}", one.note]
+                if one.target
+                else [key_text, one.note]
+            )
+            table.add_row(*map(Text, cells))
+        if table.row_count:
+            shown += [table, Text()]
+    processes = present.get("sft", {}).get("num_processes")
+    stays = Text(f"sft.num_processes = {processes} stays: Axolotl takes it from its launcher")
+    return Group(*shown, stays)
+
+
+def show(value: Any) -> str:
+    """Write a value as YAML does, on one line.
+
+    Example:
+        >>> show(None), show(True), show(0.0002), show({"min_lr_rate": 0.1})
+        ('null', 'true', '0.0002', '{min_lr_rate: 0.1}')
+    """
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=4096, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
+def _said(key: str, config: Config) -> str:
+    """Return the key with its value, if that is short."""
+    value = config.get(key)
+    return key if value is None or isinstance(value, dict | list) else f"{key}: {show(value)}"
+
+
+def _direct(given: Config) -> Findings:
+    for key, (target, converter) in keys.DIRECT.items():
+        if key in given:
+            yield read(key, target, given[key], converter, keys.NOTES.get(str(given[key]), ""))
+        elif key in keys.DEFAULTS:
+            yield default(key, target, keys.DEFAULTS[key])
+
+
+def _alone(key: str, value: Any) -> Finding:
+    """Judge a key that no group and no converter reads."""
+    if (why := _lookup(key, keys.NOT_NEEDED)) is not None:
+        return not_needed(key, why)
+    if (why := _lookup(key, keys.UNMAPPED)) is not None:
+        is_off = value is False or value == 0
+        return not_needed(key, "off, as it is here") if is_off else unmapped(key, why)
+    known = [*(name for group in (*GROUPS, MEMORY_KEYS) for name in group), *keys.DIRECT, *keys.NOT_NEEDED]
+    near = suggestion(key, [name for name in [*known, *keys.UNMAPPED] if not name.endswith("*")])
+    return unmapped(key, f"unknown to Axolotl; {near if near.startswith('did') else 'take it out'}")
+
+
+def _lookup(key: str, table: dict[str, str]) -> str | None:
+    """Return the entry of a key, or of the pattern that it fits."""
+    return table.get(key) or next((why for name, why in table.items() if fnmatchcase(key, name)), None)

@@ -1,0 +1,364 @@
+"""Keys of the training that decide something together, each group in one function."""
+
+import re
+from typing import Any, get_args
+
+from infra.importers.axolotl.findings import (
+    AFTER_PACKING,
+    Config,
+    Findings,
+    above_zero,
+    contradiction,
+    default,
+    mapped,
+    not_needed,
+    number,
+    read,
+    steps,
+    switch,
+    unmapped,
+    whole,
+)
+from infra.importers.axolotl.keys import ADAPTER, DEFAULTS, UNMAPPED
+from nightshift.core.config import suggestion
+from tasks.sft import Attention
+
+BATCH_KEYS = ("gradient_accumulation_steps", "batch_size")
+NOISE_KEYS = ("neftune_noise_alpha", "noisy_embedding_alpha")
+HALF = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "float32": "fp32"}
+PRECISION_KEYS = (*HALF, "tf32")
+# Flags that Axolotl has deprecated, and what they mean.
+ATTENTION_FLAGS = {
+    "flash_attention": "flash_attention_2",
+    "xformers_attention": "xformers",
+    "sdp_attention": "sdpa",
+    "flex_attention": "flex_attention",
+    "eager_attention": "eager",
+}
+ATTENTION_KEYS = (*ATTENTION_FLAGS, "attn_implementation")
+KERNELS: tuple[str, ...] = get_args(Attention)
+CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs")
+ADAPTER_KEYS = ("adapter", "load_in_4bit", "lora_target_modules", "lora_target_linear", *ADAPTER)
+EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+# Those that Liger puts in place when transformers asks it to.
+LIGER_FLAGS = (
+    *("liger_rope", "liger_rms_norm", "liger_layer_norm", "liger_glu_activation", "liger_swiglu"),
+    *("liger_cross_entropy", "liger_fused_linear_cross_entropy"),
+)
+PLUGIN_KEYS = ("plugins", *LIGER_FLAGS)
+EVALUATION_KEYS = (
+    *("eval_steps", "evals_per_epoch", "eval_strategy", "evaluation_strategy", "save_steps"),
+    *(
+        "saves_per_epoch",
+        "save_strategy",
+        "metric_for_best_model",
+        "greater_is_better",
+        "torch_compile_backend",
+    ),
+)
+
+
+def batches(config: Config) -> Findings:
+    """Rows of an optimiser step: the old `batch_size` is micro-batch times accumulation."""
+    key, target = "gradient_accumulation_steps", "sft.gradient_accumulation_steps"
+    rows, micro = config.get("batch_size"), config.get("micro_batch_size", 1)
+    if key in config:
+        yield read(key, target, config[key], whole)
+    elif rows is None:
+        yield default(key, target, 1)
+    if rows is None:
+        return
+    try:
+        is_multiple = whole(rows) % whole(micro) == 0
+    except (ValueError, ZeroDivisionError):
+        is_multiple = False
+    if not is_multiple:
+        yield unmapped("batch_size", f"{rows} is no multiple of micro_batch_size={micro}; set {target}")
+    elif key not in config:
+        yield mapped("batch_size", target, whole(rows) // whole(micro), "batch_size / micro_batch_size")
+    elif whole(rows) == whole(micro) * number(config[key]):
+        yield not_needed("batch_size", f"micro_batch_size x {key}")
+    else:
+        yield contradiction("batch_size", key, f"{rows} is not {micro} x {config[key]}; take batch_size out")
+
+
+def noise(config: Config) -> Findings:
+    """NEFTune, under its new and its old name."""
+    new, old = NOISE_KEYS
+    target = "sft.neftune_noise_alpha"
+    if new in config and old in config and config[new] != config[old]:
+        yield contradiction(new, old, f"{config[new]} and {config[old]}; take {old} out")
+    elif new in config:
+        yield read(new, target, config[new], above_zero)
+        if old in config:
+            yield not_needed(old, f"says the same as {new}")
+    elif old in config:
+        yield read(old, target, config[old], above_zero, f"deprecated name of {new}")
+    else:
+        yield default(new, target, None)
+
+
+def precision(config: Config) -> Findings:
+    """Arithmetic: one of five, where Axolotl has six switches."""
+    target = "sft.precision"
+    on = [key for key in HALF if config.get(key) in (True, "auto", "full")]
+    odd = [key for key in HALF if key not in on and config.get(key, False) is not False]
+    yield from (unmapped(key, f"{config[key]} is unknown; set sft.precision") for key in odd)
+    for key in on[1:]:
+        if HALF[key] != HALF[on[0]]:
+            yield contradiction(on[0], key, "choose one arithmetic")
+            return
+    for key in HALF:
+        if key in config and key not in odd and key not in on[:1]:
+            yield not_needed(key, "off" if key not in on else f"says the same as {on[0]}")
+    chosen = on[0] if on else ""
+    notes = {
+        "bfloat16": "in mixed precision: weights that train without ZeRO stay in float32",
+        "float16": "in mixed precision: weights that train without ZeRO stay in float32",
+        "fp16": "a graphics processor with bf16 does not need it; Axolotl's own default is auto",
+    }
+    if chosen == "bf16" and config["bf16"] == "auto":
+        yield mapped("bf16", target, "auto", "without bf16 it is fp32, where Axolotl takes fp16")
+    elif chosen:
+        yield mapped(chosen, target, HALF[chosen], notes.get(chosen, ""))
+    elif "bf16" not in config:
+        yield default("bf16", target, "auto")
+    elif config.get("tf32"):
+        yield mapped("tf32", target, "tf32")
+        return
+    else:
+        yield mapped("bf16", target, "fp32", "no half precision is on")
+    if "tf32" in config:
+        why = "sft.precision names one arithmetic; products that stay in float32 are exact"
+        yield not_needed("tf32", why if config["tf32"] else "off")
+
+
+def attention(config: Config) -> Findings:
+    """Attention kernel: one name, or one of five deprecated flags."""
+    target, name = "sft.attn_implementation", config.get("attn_implementation")
+    on = [key for key in ATTENTION_FLAGS if config.get(key)]
+    yield from (not_needed(key, "off") for key in ATTENTION_FLAGS if key in config and key not in on)
+    if len(on) > 1:
+        yield contradiction(on[0], on[1], "choose one kernel, as attn_implementation")
+    elif on and name not in (None, ATTENTION_FLAGS[on[0]]):
+        yield contradiction(on[0], "attn_implementation", f"{name} is another kernel; take {on[0]} out")
+    elif name in KERNELS:
+        yield mapped("attn_implementation", target, name)
+        yield from (not_needed(key, "deprecated; attn_implementation says the same") for key in on)
+    elif name is not None:
+        remedy = suggestion(str(name), list(KERNELS))
+        yield unmapped("attn_implementation", f"{name} is not here, nor are kernels of the Hub; {remedy}")
+    elif on:
+        note = f"deprecated; today attn_implementation: {ATTENTION_FLAGS[on[0]]}"
+        yield mapped(on[0], target, ATTENTION_FLAGS[on[0]], note)
+    else:
+        yield default("attn_implementation", target, "auto", "the first kernel that runs")
+
+
+def checkpointing(config: Config) -> Findings:
+    """Activations computed again in the backward pass."""
+    new, old = config.get("activation_checkpointing"), config.get("gradient_checkpointing")
+    key = "gradient_checkpointing" if old is not None else "activation_checkpointing"
+    value = old if old is not None else new
+    target = "sft.activation_checkpointing"
+    if old is not None and new is not None and bool(old) != bool(new):
+        yield contradiction("gradient_checkpointing", "activation_checkpointing", f"{old} and {new}")
+        return
+    if old is not None and new is not None:
+        yield not_needed("activation_checkpointing", "says the same as gradient_checkpointing")
+    if value in ("offload", "offload_disk", "unsloth"):
+        yield mapped(key, target, value=True, note="recomputed; see below")
+        yield unmapped(
+            key, f"{value}: activations are computed again, not offloaded; lower the batch if needed"
+        )
+    elif value is None:
+        yield default("gradient_checkpointing", target, value=False)
+    else:
+        yield read(key, target, value, switch)
+    yield from _reentrant(config, is_on=bool(value))
+
+
+def _reentrant(config: Config, *, is_on: bool) -> Findings:
+    options = config.get("gradient_checkpointing_kwargs")
+    options = options if isinstance(options, dict) else {}
+    key, target = "gradient_checkpointing_kwargs.use_reentrant", "sft.use_reentrant"
+    asked = options.get("use_reentrant")
+    if asked is None or not is_on:
+        yield default(key, target, value=False, note="the same gradients, by PyTorch's newer way")
+        if asked is not None:
+            yield not_needed(key, "gradient_checkpointing is off")
+    elif asked and config.get("adapter"):
+        yield mapped(
+            key, target, value=False, note="the same gradients; with an adapter the older way may give none"
+        )
+    else:
+        yield read(key, target, asked, switch)
+    for name in (name for name in options if name != "use_reentrant"):
+        yield unmapped(f"gradient_checkpointing_kwargs.{name}", "PyTorch's default holds; take it out")
+
+
+def adapter(config: Config) -> Findings:
+    """LoRA, QLoRA, or all weights; and the numbers of the adapter."""
+    kind, four_bits = config.get("adapter"), config.get("load_in_4bit")
+    if kind not in (None, "lora", "qlora"):
+        yield unmapped("adapter", f"{kind} is not here; set sft.adapter to lora, qlora or null")
+    elif kind == "qlora" and four_bits is False:
+        yield contradiction(
+            "adapter", "load_in_4bit", "qlora needs a base of four bits; choose lora, or true"
+        )
+    elif kind is None and four_bits:
+        yield contradiction(
+            "load_in_4bit", "adapter", "a base of four bits trains with an adapter only; add it"
+        )
+    elif kind is None:
+        yield default("adapter", "sft.adapter", None, "none is named: all weights train")
+    elif four_bits:
+        yield mapped("adapter", "sft.adapter", "qlora", "load_in_4bit is on" if kind == "lora" else "")
+    else:
+        yield mapped("adapter", "sft.adapter", kind)
+    if four_bits is not None and not (kind is None and four_bits) and not (kind == "qlora" and not four_bits):
+        yield not_needed("load_in_4bit", "sft.adapter tells it: qlora has a base of four bits")
+    yield from _adapter_numbers(config)
+    yield from _modules(config)
+
+
+def _adapter_numbers(config: Config) -> Findings:
+    for key, (target, convert) in ADAPTER.items():
+        if config.get("adapter") is None:
+            if key in config:
+                yield not_needed(key, "read with an adapter only")
+            if isinstance(DEFAULTS.get(key, ""), bool | None):
+                yield default(key, target, DEFAULTS[key], "belongs to an adapter")
+        elif key in config:
+            yield read(key, target, config[key], convert)
+        elif key in DEFAULTS:
+            yield default(key, target, DEFAULTS[key])
+
+
+def _modules(config: Config) -> Findings:
+    key, target = "lora_target_modules", "sft.lora_target_modules"
+    names, is_linear = config.get(key), config.get("lora_target_linear")
+    if config.get("adapter") is None:
+        yield from (
+            not_needed(k, "read with an adapter only") for k in (key, "lora_target_linear") if k in config
+        )
+        return
+    if is_linear:
+        yield mapped("lora_target_linear", target, "all-linear")
+    elif is_linear is not None:
+        yield not_needed("lora_target_linear", "off")
+    if is_linear and names:
+        extra = [name for name in names if EMBEDDINGS.search(name)] if isinstance(names, list) else [names]
+        if extra:
+            yield unmapped(key, f"{', '.join(map(str, extra))}: not linear layers of a block; take them out")
+        else:
+            yield not_needed(key, "all-linear holds them")
+    elif names == "all-linear" or (isinstance(names, list) and names):
+        yield mapped(key, target, names)
+    elif names:
+        yield unmapped(key, f"{names!r} is a pattern; name the modules, or write all-linear, in {target}")
+    elif not is_linear:
+        yield unmapped(key, f"not named, so PEFT chooses by the kind of model; name them in {target}")
+
+
+def plugins(config: Config) -> Findings:
+    """Liger's kernels; other plug-ins have no counterpart."""
+    names = config.get("plugins") or []
+    names = names if isinstance(names, list) else [names]
+    is_liger = any("liger" in str(name).lower() for name in names)
+    if is_liger:
+        yield mapped("plugins", "sft.use_liger_kernel", value=True, note=LIGER)
+    else:
+        yield default("plugins", "sft.use_liger_kernel", value=False)
+    for name in (str(name) for name in names if "liger" not in str(name).lower()):
+        why = "Axolotl's plug-ins do not run here"
+        remedy = "set sft.use_liger_kernel" if "cut_cross_entropy" in name else "take it out"
+        yield unmapped("plugins", f"{name}: {why}; {remedy}")
+    for key in (key for key in LIGER_FLAGS if key in config):
+        if not is_liger:
+            yield not_needed(key, "Axolotl reads it with its Liger plug-in only")
+        elif config[key] or key == "liger_cross_entropy":
+            yield not_needed(key, "sft.use_liger_kernel puts all kernels of the model in place")
+        else:
+            yield unmapped(key, "Liger's kernels come together; set sft.use_liger_kernel: false to have none")
+
+
+def evaluation(config: Config) -> Findings:
+    """When the model is evaluated and saved."""
+    for key, other, target in (
+        ("eval_steps", "evals_per_epoch", "sft.eval_steps"),
+        ("save_steps", "saves_per_epoch", "sft.save_steps"),
+    ):
+        if config.get(key) and config.get(other):
+            yield contradiction(key, other, f"{config[key]} and {config[other]}; take one out")
+        elif key in config:
+            yield read(key, target, config[key], above_zero_steps if key == "eval_steps" else steps)
+            if other in config:
+                yield not_needed(other, f"{key} tells it")
+        elif config.get(other) == 0 and key == "eval_steps":
+            yield mapped(other, target, None, "no evaluation in training")
+        elif other in config:
+            yield unmapped(other, UNMAPPED[other])
+    for key in ("eval_strategy", "evaluation_strategy"):
+        yield from _strategy(config, key, "eval_steps")
+    yield from _strategy(config, "save_strategy", "save_steps")
+    yield from _best(config)
+
+
+def above_zero_steps(value: Any) -> int | None:
+    """Read a number of steps of which 0 means never.
+
+    Raises:
+        ValueError: It is a share of all steps, or no number.
+    """
+    return steps(value) or None
+
+
+def _strategy(config: Config, key: str, number_key: str) -> Findings:
+    value = config.get(key)
+    if value is None:
+        return
+    # YAML reads a bare `no` as false.
+    is_off = value in (False, "no")
+    if is_off and config.get(number_key):
+        yield contradiction(key, number_key, f"{key} is no, but {number_key} is {config[number_key]}")
+    elif is_off and number_key == "eval_steps":
+        yield mapped(key, "sft.eval_steps", None, "no evaluation in training")
+    elif value == "steps":
+        yield not_needed(key, f"{number_key} tells it")
+    elif is_off:
+        yield unmapped(key, "checkpoints are always written, for a killed training; raise sft.save_steps")
+    elif value == "best":
+        yield unmapped(
+            key, "set sft.load_best_model_at_end; the best checkpoint is kept beside the last ones"
+        )
+    else:
+        yield unmapped(key, f"{value}: set sft.{number_key}; {AFTER_PACKING}")
+
+
+def _best(config: Config) -> Findings:
+    metric, greater = config.get("metric_for_best_model"), config.get("greater_is_better")
+    if metric is not None:
+        known = metric in ("loss", "eval_loss")
+        why = (
+            "the validation loss, counted by token, decides"
+            if known
+            else f"{metric} is not followed; the loss is"
+        )
+        yield (not_needed if known else unmapped)(
+            "metric_for_best_model", why + ("" if known else "; take it out")
+        )
+    if greater is not None:
+        why = "a lower loss is better"
+        yield (
+            unmapped("greater_is_better", f"{why}; take it out")
+            if greater
+            else not_needed("greater_is_better", why)
+        )
+    backend = config.get("torch_compile_backend")
+    if backend is not None:
+        known = backend == "inductor"
+        yield (not_needed if known else unmapped)(
+            "torch_compile_backend", "inductor is used; take another out"
+        )

@@ -1,0 +1,176 @@
+"""Learning rate over time: Axolotl's names and numbers, and ours.
+
+What transformers and Axolotl compute for a name decides, not the name: their `constant` has no warm-up, their
+`one_cycle` takes its warm-up as the share in which the rate rises.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from infra.importers.axolotl.findings import (
+    Config,
+    Findings,
+    contradiction,
+    default,
+    mapped,
+    not_needed,
+    number,
+    read,
+    unmapped,
+    whole,
+)
+from tasks.sft import SCHEDULE_KWARGS
+
+SCHEDULE_KEYS = (
+    *("lr_scheduler", "lr_scheduler_kwargs", "cosine_min_lr_ratio", "lr_div_factor"),
+    *("warmup_steps", "warmup_ratio"),
+)
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "cosine_with_restarts": "cosine_with_restarts",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "inverse_sqrt": "inverse_sqrt",
+    "reduce_lr_on_plateau": "reduce_lr_on_plateau",
+    "warmup_stable_decay": "warmup_stable_decay",
+    "one_cycle": "one_cycle",
+}
+NEAREST = {
+    "rex": "cosine",
+    "polynomial": "linear (its power is 1)",
+    "cosine_warmup_with_min_lr": "cosine with lr_scheduler_kwargs.min_lr_rate",
+    "greedy": "reduce_lr_on_plateau",
+    "log_sweep": "exponential",
+}
+# Schedules of transformers that ignore a warm-up.
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
+# Numbers that transformers or PyTorch set, and that differ from ours.
+PRESET: dict[str, dict[str, Any]] = {
+    "cosine_with_restarts": {"num_cycles": 1},
+    "reduce_lr_on_plateau": {"patience": 10},
+    "one_cycle": {"pct_start": 0.03},
+}
+COUNTS = ("num_cycles", "timescale", "num_decay_steps", "patience", "step_size")
+RENAMED = {"min_lr_ratio": "min_lr_rate"}
+# Keys of their own -> the schedule that Axolotl reads them for, and the number that they are.
+OF_THEIR_OWN = {
+    "cosine_min_lr_ratio": ("cosine", "min_lr_rate"),
+    "lr_div_factor": ("one_cycle", "div_factor"),
+}
+# Values that are so here as well.
+SAME = {
+    "anneal_strategy": "cos",
+    "decay_type": "cosine",
+    "warmup_type": "linear",
+    "mode": "min",
+    "threshold_mode": "rel",
+    "cooldown": 0,
+}
+
+
+def schedule(config: Config) -> Findings:
+    """Shape of the rate, its numbers and its warm-up."""
+    name = str(config.get("lr_scheduler", "cosine"))
+    if name not in SCHEDULES:
+        nearest = NEAREST.get(name, "one of " + ", ".join(SCHEDULE_KWARGS))
+        yield unmapped("lr_scheduler", f"{name} is not here; set sft.lr_scheduler_type to {nearest}")
+        keys = ("lr_scheduler_kwargs", "cosine_min_lr_ratio", "lr_div_factor")
+        yield from (
+            unmapped(key, f"belongs to {name}; set sft.lr_scheduler_kwargs") for key in keys if key in config
+        )
+    elif "lr_scheduler" in config:
+        yield mapped("lr_scheduler", "sft.lr_scheduler_type", SCHEDULES[name])
+        yield from _numbers(config, name)
+    else:
+        yield default("lr_scheduler", "sft.lr_scheduler_type", "cosine")
+        yield from _numbers(config, name)
+    yield from _warmup(config, name)
+
+
+def _numbers(config: Config, name: str) -> Findings:
+    """Collect lr_scheduler_kwargs, the older keys of their own, and the presets."""
+    values: dict[str, Any] = {}
+    sources = []
+    for key, field, value in _given_numbers(config, name):
+        owner, _ = OF_THEIR_OWN.get(key, (SCHEDULES[name], ""))
+        found = _number(field, value, config, name)
+        if owner != SCHEDULES[name]:
+            yield not_needed(key, f"Axolotl reads it for {owner} only")
+        elif found is None:
+            yield not_needed(key, "so it is here")
+        elif isinstance(found, str):
+            yield unmapped(key, found)
+        else:
+            values |= found
+            sources.append(key)
+    values = PRESET.get(name, {}) | values
+    if sources:
+        yield mapped(" and ".join(sources), "sft.lr_scheduler_kwargs", values)
+    else:
+        yield default(
+            "lr_scheduler_kwargs", "sft.lr_scheduler_kwargs", values, f"what Axolotl takes for {name}"
+        )
+
+
+def _given_numbers(config: Config, name: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield key, name of the number, and value."""
+    # A share that lr_scheduler_kwargs names goes before this one.
+    if name == "one_cycle" and config.get("warmup_ratio"):
+        yield "warmup_ratio", "pct_start", config["warmup_ratio"]
+    given = config.get("lr_scheduler_kwargs", {})
+    for key, value in given.items() if isinstance(given, dict) else [("?", given)]:
+        yield f"lr_scheduler_kwargs.{key}", key, value
+    for key, (_, field) in OF_THEIR_OWN.items():
+        if key in config:
+            yield key, field, config[key]
+
+
+def _number(key: str, value: Any, config: Config, name: str) -> dict[str, Any] | str | None:
+    """Return the number under our name, None if it is so here, or why it cannot be mapped."""
+    kind, field = SCHEDULES[name], RENAMED.get(key, key)
+    if SAME.get(key) == value or (name == "cosine_with_min_lr" and key == "num_cycles" and value == 0.5):
+        return None
+    try:
+        if key == "num_stable_steps":
+            return None
+        if key == "min_lr" and "min_lr_rate" in SCHEDULE_KWARGS[kind] and "learning_rate" in config:
+            return {"min_lr_rate": number(value) / number(config["learning_rate"])}
+        if field in SCHEDULE_KWARGS[kind]:
+            return {field: whole(value) if field in COUNTS else number(value)}
+    except (ValueError, ZeroDivisionError) as err:
+        return str(err)
+    return f"{kind} takes {', '.join(SCHEDULE_KWARGS[kind]) or 'no numbers'}; take it out"
+
+
+def _warmup(config: Config, name: str) -> Findings:
+    count, share = config.get("warmup_steps"), config.get("warmup_ratio")
+    keys = [key for key in ("warmup_steps", "warmup_ratio") if key in config]
+    if count and share:
+        yield contradiction("warmup_steps", "warmup_ratio", f"{count} and {share}; take one out")
+        return
+    if name in WITHOUT_WARMUP or name == "one_cycle":
+        yield default("warmup_steps", "sft.warmup_steps", 0, f"{name} has none")
+        yield default("warmup_ratio", "sft.warmup_ratio", 0.0, f"{name} has none")
+    if name == "one_cycle" and count:
+        yield unmapped("warmup_steps", "one_cycle takes a share: set sft.lr_scheduler_kwargs.pct_start")
+    if name in WITHOUT_WARMUP or name == "one_cycle":
+        ignored = [key for key in keys if name != "one_cycle" or not config[key]]
+        yield from (not_needed(key, f"{name} takes none there") for key in ignored)
+    elif keys:
+        yield from _given_warmup(config, keys)
+    else:
+        yield default("warmup_steps", "sft.warmup_steps", 0)
+        yield default("warmup_ratio", "sft.warmup_ratio", 0.03, "Axolotl's default, there at most 100 steps")
+
+
+def _given_warmup(config: Config, keys: list[str]) -> Findings:
+    for key, target, convert, zero in (
+        ("warmup_steps", "sft.warmup_steps", whole, 0),
+        ("warmup_ratio", "sft.warmup_ratio", number, 0.0),
+    ):
+        if key in keys:
+            yield read(key, target, config[key], convert)
+        else:
+            yield default(key, target, zero, "the other of the two is given")

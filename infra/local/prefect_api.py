@@ -1,0 +1,83 @@
+"""Ask a Prefect server over HTTP. Prefect's own client takes seconds to import."""
+
+import base64
+import http
+import http.client
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from nightshift.core.errors import StageError
+from nightshift.core.state import state_dir
+
+# Behind an outage a busy machine's server takes its time.
+BUSY_SECONDS = 120
+CLIENT = str(uuid.uuid4())
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past the user's proxy
+log = logging.getLogger(__name__)
+
+
+def call(url: str, auth_string: str, method: str, path: str, body: object = None) -> Any:
+    """Call Prefect's API and return the JSON of its answer, if it is JSON.
+
+    Args:
+        url: Of the API.
+        auth_string: `user:password`.
+        method: Of HTTP. All but GET take a token that the server hands to this process.
+        path: Below the URL.
+        body: Sent as JSON.
+
+    Raises:
+        StageError: The server does not answer, or refuses.
+    """
+    headers = {"Authorization": f"Basic {base64.b64encode(auth_string.encode()).decode()}"}
+    if method == "GET":
+        return request(method, f"{url}{path}", body, headers)
+    address = f"{url}/csrf-token?client={CLIENT}"
+    token = request("GET", address, headers=headers, timeout=BUSY_SECONDS)["token"]
+    headers |= {"Prefect-Csrf-Client": CLIENT, "Prefect-Csrf-Token": token}
+    return request(method, f"{url}{path}", body, headers, BUSY_SECONDS)
+
+
+def request(
+    method: str,
+    url: str,
+    body: object = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = 30.0,
+) -> Any:
+    """Send a request and return the JSON of the answer, if it is JSON.
+
+    Args:
+        method: Of HTTP.
+        url: Address.
+        body: Sent as JSON.
+        headers: More of them.
+        timeout: Seconds in which the server has to answer.
+
+    Raises:
+        StageError: The server does not answer, or refuses.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, data, headers, method=method)
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            with DIRECT.open(request, timeout=timeout) as answer:
+                text = answer.read()
+                return json.loads(text) if "json" in answer.headers.get_content_type() else None
+        except (OSError, http.client.HTTPException) as err:
+            # Prefect answers 503 to what a client should ask again: its database was locked.
+            is_busy = (
+                isinstance(err, urllib.error.HTTPError) and err.code == http.HTTPStatus.SERVICE_UNAVAILABLE
+            )
+            if not is_busy or time.monotonic() > deadline:
+                raise StageError(f"{method} {url}: {err}; the logs in {state_dir()} may say why") from err
+            log.info("%s is busy; asking again", url)
+            time.sleep(1)

@@ -1,0 +1,71 @@
+"""The Prefect server of the local stack: Prefect's own, closed to whatever is not addressed to it.
+
+Prefect checks neither the Host nor the Origin of a request, so that any web page in a browser on this machine
+could speak to it. Here a request must name a loopback host, and a page must be one of the server's own.
+"""
+
+import re
+import sys
+from typing import Any
+
+import uvicorn
+from prefect.server.api.server import create_app
+
+from infra.local.processes import HOST
+from nightshift.core.stage import build_parser
+
+LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
+REFUSED = b"Only this machine may ask, and only Prefect's own pages."
+
+
+def main() -> None:
+    """Serve the API, the pages and the services of Prefect until SIGTERM."""
+    parser = build_parser(sys.modules[__name__])
+    parser.add_argument("--port", type=int, required=True)
+    port = parser.parse_args().port
+    uvicorn.run(closed(create_app(final=True)), host=HOST, port=port, log_level="warning")
+
+
+def closed(app: Any) -> Any:
+    """Return the ASGI application behind a check of Host and Origin, for HTTP and websockets."""
+
+    async def check(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket") and not is_own(scope["headers"]):
+            await refuse(scope["type"], send)
+        else:
+            await app(scope, receive, send)
+
+    return check
+
+
+def is_own(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Return whether a request names a loopback host, and comes from no page but this host's own.
+
+    Example:
+        >>> is_own([(b"host", b"127.0.0.1:4200")])
+        True
+        >>> is_own([(b"host", b"localhost:4200"), (b"origin", b"http://localhost:4200")])
+        True
+        >>> is_own([(b"host", b"localhost:4200"), (b"origin", b"http://localhost:3000")])
+        False
+        >>> is_own([(b"host", b"evil.example:4200")])
+        False
+    """
+    named = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
+    is_loopback = len(named) == 1 and LOOPBACK.fullmatch(named[0]) is not None
+    return is_loopback and all(origin == f"http://{named[0]}" for origin in origins)
+
+
+async def refuse(kind: str, send: Any) -> None:
+    """Answer 403, or close a websocket before it opens."""
+    if kind == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    headers = [(b"content-type", b"text/plain")]
+    await send({"type": "http.response.start", "status": 403, "headers": headers})
+    await send({"type": "http.response.body", "body": REFUSED})
+
+
+if __name__ == "__main__":
+    main()

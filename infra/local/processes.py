@@ -1,0 +1,96 @@
+"""Processes that outlive the command which started them: recorded, and ended."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nightshift.core.errors import StageError
+from nightshift.pipeline.leases import is_alive
+
+HOST = "127.0.0.1"
+TERM_SECONDS, KILL_SECONDS = 10, 30
+Record = dict[str, Any]  # a service in stack.json: its identity, port (0 for the worker)
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(home: Path) -> Iterator[Path]:
+    """Hold the lock of the state folder: one `up` or `down` at a time."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "stack.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another up or down is at work in %s; waiting for it", home)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield home
+
+
+def read_records(home: Path) -> dict[str, Record]:
+    """Read stack.json: service -> record; empty when nothing was started yet.
+
+    Raises:
+        StageError: An earlier version of Nightshift wrote it, and one of its processes may still run.
+    """
+    path = home / "stack.json"
+    records: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
+    for service, record in records.items():
+        if "boot_id" not in record and psutil.pid_exists(record["pid"]):
+            raise StageError(
+                f"{path}: written by an earlier version: {service} may be pid {record['pid']}; "
+                "end that process and delete the file"
+            )
+    return records
+
+
+def write_records(home: Path, records: dict[str, Record]) -> None:
+    """Write stack.json, all of it or nothing."""
+    fresh = home / "stack.json.new"
+    fresh.write_text(json.dumps(records, indent=2))
+    fresh.replace(home / "stack.json")
+
+
+def port_holder(port: int) -> str | None:
+    """Say why a port cannot be had: by whom it is held, if that can be seen; None when it can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as err:
+            reason = str(err.strerror)
+        else:
+            return None
+    with contextlib.suppress(psutil.Error):  # some systems show the sockets to root only
+        for found in psutil.net_connections("tcp"):
+            listens = found.status == psutil.CONN_LISTEN and found.laddr[1:2] == (port,)
+            if listens and found.pid:
+                return f"pid {found.pid} ({psutil.Process(found.pid).name()})"
+    return reason
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """End processes: TERM, time for them to end their children, TERM to those, at last KILL."""
+    below: set[psutil.Process] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below.update(process.children(recursive=True))
+    everything = {*processes, *below}
+    for targets, step, seconds in (
+        (processes, psutil.Process.terminate, TERM_SECONDS),
+        (below.difference(processes), psutil.Process.terminate, KILL_SECONDS),
+        (everything, psutil.Process.kill, 5),
+    ):
+        for process in targets:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                step(process)
+        deadline = time.monotonic() + seconds
+        while any(map(is_alive, everything)) and time.monotonic() < deadline:
+            time.sleep(0.05)

@@ -1,0 +1,183 @@
+"""What the local stack sets up in its Prefect server, and what becomes of flow runs when parts of it end."""
+
+import contextlib
+import datetime
+import logging
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from infra.local import processes
+from nightshift.pipeline.leases import lease_file, lease_holder
+
+if TYPE_CHECKING:
+    from infra.local.settings import Stack
+
+POOL = "nightshift"
+CANCEL_SECONDS = 45
+ACTIVE = ("PENDING", "RUNNING", "CANCELLING")
+AUTOMATION = "look-after-silent-runs"
+FORMER_AUTOMATION = "crash-zombie-flows"  # it crashed runs by their heartbeats alone
+JANITOR = ("janitor", "local")  # flow and deployment
+log = logging.getLogger(__name__)
+
+
+def create_pool(stack: "Stack") -> None:
+    """Create the work pool, or renew its template: no job takes a command, a folder or an environment.
+
+    Whoever may start a run could otherwise have the worker execute anything.
+    """
+    command = [sys.executable, "-P", "-m", "infra.local.outlast", "prefect.engine"]
+    template = {
+        "variables": {"type": "object", "properties": {}, "additionalProperties": False},
+        "job_configuration": {
+            "command": shlex.join(command),
+            "env": {},
+            "labels": {},
+            "name": None,
+            "stream_output": True,
+            "working_dir": None,
+        },
+    }
+    if stack.prefect("POST", "/work_pools/filter", {"work_pools": {"name": {"any_": [POOL]}}}):
+        stack.prefect("PATCH", f"/work_pools/{POOL}", {"base_job_template": template})
+    else:
+        stack.prefect(
+            "POST", "/work_pools/", {"name": POOL, "type": "process", "base_job_template": template}
+        )
+
+
+def limit_queues(stack: "Stack") -> None:
+    """Let each queue run one at a time, whichever deployment the run comes from."""
+    queues = f"/work_pools/{POOL}/queues"
+    for queue in stack.prefect("POST", f"{queues}/filter", {}):
+        stack.prefect("PATCH", f"{queues}/{queue['name']}", {"concurrency_limit": 1})
+
+
+def create_automation(stack: "Stack") -> None:
+    """Let the janitor look after every run, but its own, that misses three heartbeats.
+
+    Created once: the user may switch it off, and an update would disarm it.
+    """
+    flow, name = JANITOR
+    body = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [name]}}}
+    deployments = stack.prefect("POST", "/deployments/filter", body)
+    if not deployments:
+        return
+    action = {"type": "run-deployment", "source": "selected", "deployment_id": deployments[0]["id"]}
+    # The heartbeat of a short run can arrive behind its end. A janitor's would wake the next one, for ever.
+    others = {"prefect.resource.role": "flow", "prefect.resource.name": f"!{flow}"}
+    is_enabled = True
+    known = {"automations": {"name": {"any_": [AUTOMATION, FORMER_AUTOMATION]}}}
+    for automation in stack.prefect("POST", "/automations/filter", known):
+        is_same = automation["trigger"]["match_related"] == others
+        if (
+            is_same
+            and automation["name"] == AUTOMATION
+            and action.items() <= automation["actions"][0].items()
+        ):
+            return
+        is_enabled = automation["enabled"]
+        stack.prefect("DELETE", f"/automations/{automation['id']}")
+    signs = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed", "Cancelling"]
+    signs += ["Paused", "AwaitingRetry", "Suspended"]
+    automation = {
+        "name": AUTOMATION,
+        "description": "Three heartbeats in a row are missing: the janitor looks whether the process lives.",
+        "enabled": is_enabled,
+        "trigger": {
+            "type": "event",
+            "posture": "Proactive",
+            "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
+            "match_related": others,
+            "for_each": ["prefect.resource.id"],
+            "after": ["prefect.flow-run.heartbeat"],
+            # Any other event of the run counts as a sign of life.
+            "expect": [f"prefect.flow-run.{sign}" for sign in signs],
+            "threshold": 1,
+            "within": 90,
+        },
+        "actions": [action],
+    }
+    stack.prefect("POST", "/automations/", automation)
+
+
+def active_runs(stack: "Stack") -> list[dict[str, Any]]:
+    """List the pool's flow runs that hold a process and a place in their queue."""
+    active = {"state": {"type": {"any_": ACTIVE}}}
+    body = {"work_pools": {"name": {"any_": [POOL]}}, "flow_runs": active}
+    return list(stack.prefect("POST", "/flow_runs/filter", body))
+
+
+def run_processes(home: Path) -> list[tuple[str, psutil.Process]]:
+    """List (flow run, process) of this stack, found by what they inherit, orphans included."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            inherited = process.environ()
+            run = inherited.get("PREFECT__FLOW_RUN_ID")
+            if run and inherited.get("NIGHTSHIFT_HOME") == str(home):
+                found.append((run, process))
+    return found
+
+
+def end_run_processes(home: Path) -> None:
+    """End the processes of all flow runs of this stack."""
+    processes.end([process for _, process in run_processes(home)])
+
+
+def recover_runs(stack: "Stack") -> None:
+    """Settle the active runs when their worker is gone: what lives is left alone.
+
+    A run whose process is dead has crashed; one that never got a process waits for the next worker.
+    """
+    begun = {run for run, _ in run_processes(stack.state_dir)}
+    for run in active_runs(stack):
+        holder = lease_holder(run["id"])
+        if holder in ("alive", "elsewhere") or (holder is None and run["id"] in begun):
+            log.info("flow run %s goes on without the worker that started it", run["name"])
+        elif holder is None and run["state"]["type"] == "PENDING":
+            set_state(stack, run, "Scheduled", "the worker was gone before it began")
+        else:
+            set_state(stack, run, "Crashed", "its process was gone when the stack came up")
+            lease_file(run["id"]).unlink(missing_ok=True)
+
+
+def set_state(stack: "Stack", run: dict[str, Any], name: str, message: str) -> None:
+    """Set the state of a run whatever Prefect's rules say, but let it decide what Cancelling leads to."""
+    state: dict[str, Any] = {"type": name.upper(), "name": name, "message": message}
+    if name == "Scheduled":
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        state["state_details"] = {"scheduled_time": now}
+    body = {"state": state, "force": name != "Cancelling"}
+    stack.prefect("POST", f"/flow_runs/{run['id']}/set_state", body)
+    log.info("flow run %s: %s, %s", run["name"], name.lower(), message)
+
+
+def cancel(stack: "Stack", worker: psutil.Process | None) -> None:
+    """Let the worker cancel its runs, and end it; paused, it starts no queued run meanwhile."""
+    pool = f"/work_pools/{POOL}"
+    if worker:
+        was_paused = stack.prefect("GET", pool)["is_paused"]
+        stack.prefect("PATCH", pool, {"is_paused": True})
+        try:
+            for run in active_runs(stack):
+                set_state(stack, run, "Cancelling", "the stack goes down")
+            deadline = time.monotonic() + CANCEL_SECONDS
+            while active_runs(stack) and time.monotonic() < deadline:
+                time.sleep(0.5)
+            processes.end([worker])
+        finally:
+            stack.prefect("PATCH", pool, {"is_paused": was_paused})
+    left = active_runs(stack)
+    end_run_processes(stack.state_dir)
+    for run in left:
+        # A process that is ended reports a crash by itself, but not the reason for it.
+        now = stack.prefect("GET", f"/flow_runs/{run['id']}")["state"]["type"]
+        if now in (*ACTIVE, "CRASHED"):
+            set_state(stack, run, "Crashed", "the stack went down")
+            lease_file(run["id"]).unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""The three services as detached processes: how each is started, and when it is healthy."""
+
+import contextlib
+import datetime
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from infra.local import prefect_api, processes
+from infra.local.processes import HOST
+from infra.local.runs import POOL
+from infra.local.settings import Stack, server_environment, service_environment
+from nightshift.core.errors import StageError
+from nightshift.pipeline.leases import find_process, identify
+
+SERVICES = ("worker", "mlflow", "prefect")  # in the order of their end
+START_SECONDS = 180
+log = logging.getLogger(__name__)
+
+
+def start(service: str, stack: Stack) -> None:
+    """Start a service as a detached process and record it, unless it runs."""
+    records = processes.read_records(stack.state_dir)
+    if find_process(records.get(service)):
+        return
+    output = stack.log_file(service)
+    output.parent.mkdir(exist_ok=True)
+    if output.exists():
+        output.replace(output.with_suffix(".log.1"))
+    server = server_environment(stack) if service == "prefect" else {}
+    pid = os.posix_spawn(
+        sys.executable,
+        _python(*_command(service, stack)),
+        service_environment(stack) | server,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(output), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+        # `make run &` ignores SIGINT; a worker that inherits this does not end by SIGTERM either.
+        setsigdef=[signal.SIGINT],
+    )
+    records[service] = {**identify(pid), "port": port_of(service, stack)}
+    processes.write_records(stack.state_dir, records)
+
+
+def wait_until_healthy(service: str, stack: Stack) -> None:
+    """Wait until a service is healthy."""
+    record, output = processes.read_records(stack.state_dir)[service], stack.log_file(service)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        if not find_process(record):
+            text = _tail(output.read_text(errors="replace"))
+            raise StageError(f"{service}: ended at its start; the end of {output} says why:\n{text}")
+        if is_healthy(service, stack):
+            return log.info("%s: %s, pid %d", service, url_of(service, stack), record["pid"])
+        if time.monotonic() > deadline:
+            raise StageError(f"{service}: not healthy after {START_SECONDS} s; read {output}")
+        time.sleep(0.2)
+
+
+def is_healthy(service: str, stack: Stack) -> bool:
+    """Return whether a service answers."""
+    with contextlib.suppress(StageError, OSError):
+        if service == "mlflow":
+            prefect_api.request("GET", f"{stack.mlflow_url}/health")
+            return True
+        if service == "prefect":
+            stack.prefect("GET", "/ready")
+            return True
+        return is_online(stack)
+    return False
+
+
+def is_online(stack: Stack) -> bool:
+    """Return whether the worker that runs now is online; for 90 s Prefect says so of a killed one too."""
+    process = find_process(processes.read_records(stack.state_dir).get("worker"))
+    if process is None:
+        return False
+    return any(
+        worker["status"] == "ONLINE"
+        and datetime.datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() > process.create_time()
+        for worker in stack.prefect("POST", f"/work_pools/{POOL}/workers/filter", {})
+    )
+
+
+def url_of(service: str, stack: Stack) -> str:
+    """Return the address of a service's pages; the worker has none but Prefect's."""
+    return stack.mlflow_url if service == "mlflow" else stack.prefect_ui
+
+
+def port_of(service: str, stack: Stack) -> int:
+    """Return the port of a service, 0 for the worker."""
+    return {"prefect": stack.prefect_port, "mlflow": stack.mlflow_port, "worker": 0}[service]
+
+
+def _command(service: str, stack: Stack) -> list[str]:
+    """Return the module that runs a service in the foreground, and its arguments."""
+    port = ["--port", str(port_of(service, stack))]
+    return {
+        "prefect": ["infra.local.prefect_server", *port],
+        "mlflow": [
+            *("mlflow", "server", "--host", HOST, *port),
+            *("--workers", "1", "--uvicorn-opts", "--no-access-log"),
+            *("--backend-store-uri", f"sqlite:///{stack.state_dir / 'mlflow.db'}"),
+            *("--artifacts-destination", str(stack.state_dir / "mlflow-artifacts")),
+            *("--allowed-hosts", f"localhost,localhost:*,{HOST},{HOST}:*"),
+        ],
+        "worker": ["infra.local.outlast", "prefect", "worker", "start", "--name", POOL, "--pool", POOL],
+    }[service]
+
+
+def _python(*arguments: str) -> list[str]:
+    """Name a module to this interpreter; -P keeps the current folder off its import path."""
+    return [sys.executable, "-P", "-m", *arguments]
+
+
+def call(stack: Stack, *arguments: str) -> None:
+    """Run a command to its end."""
+    done = subprocess.run(
+        _python(*arguments),
+        env=service_environment(stack) | {"COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        failure = f"{' '.join(arguments)}: exit code {done.returncode}"
+        raise StageError(f"{failure}; correct what its last lines say:\n{_tail(done.stdout)}")
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-15:])
+
+
+def create_mlflow_database(stack: Stack) -> None:
+    """Create the tables under another name: a half-made database is never taken for a whole."""
+    database = stack.state_dir / "mlflow.db"
+    if not database.exists():
+        fresh = database.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        call(stack, "mlflow", "db", "upgrade", f"sqlite:///{fresh}")
+        if not database.exists():  # a stage run by hand may have been faster
+            fresh.replace(database)

@@ -1,0 +1,189 @@
+"""The local stack: a Prefect server, an MLflow server and one Prefect worker.
+
+`up` reads `prefect.yaml` of the current directory, writes `prefect.toml` beside it, and keeps all
+else in the state folder. The three are detached processes that outlive the command. Importing
+Prefect or MLflow costs seconds: their own command lines and HTTP APIs are used instead.
+"""
+
+import logging
+import os
+import secrets
+import socket
+from pathlib import Path
+
+import psutil
+
+from infra.local import processes, runs, services
+from infra.local.processes import HOST
+from infra.local.runs import POOL
+from infra.local.service_logs import unexplained
+from infra.local.services import SERVICES
+from infra.local.settings import FOREIGN, MARK, Stack, environment, prefect_toml
+from nightshift.core.errors import ConfigError, StageError
+from nightshift.core.state import state_dir
+from nightshift.pipeline.leases import find_process
+
+PORTS = {"prefect": ("NIGHTSHIFT_PREFECT_PORT", 4200), "mlflow": ("NIGHTSHIFT_MLFLOW_PORT", 5000)}
+PREFECT_TOML = Path("prefect.toml")
+log = logging.getLogger(__name__)
+
+
+def up() -> Stack:
+    """Start what does not run, deploy `prefect.yaml`, and return the stack.
+
+    Raises:
+        ConfigError: No `prefect.yaml`, a `prefect.toml` of the user's own, or a taken named port.
+        StageError: A service or the deployment failed; the message ends with its last lines.
+    """
+    if not Path("prefect.yaml").is_file():
+        raise ConfigError(f"{Path.cwd()}: no prefect.yaml; run from the folder that holds it")
+    with processes.locked(state_dir()) as home:
+        if PREFECT_TOML.exists() and not _is_own(PREFECT_TOML):
+            raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move it out of the way")
+        records = processes.read_records(home)
+        stack = Stack(home, *(_choose_port(name, records.get(name)) for name in PORTS))
+        worker = _end_lost_worker(stack, find_process(records.get("worker")))
+        _create_auth(stack)
+        services.start("prefect", stack)
+        services.create_mlflow_database(stack)
+        services.start("mlflow", stack)
+        services.wait_until_healthy("prefect", stack)
+        _write_private(PREFECT_TOML, prefect_toml(stack))
+        runs.create_pool(stack)
+        if not worker:
+            runs.recover_runs(stack)
+        services.start("worker", stack)
+        services.wait_until_healthy("worker", stack)
+        services.call(stack, "prefect", "--no-prompt", "deploy", "--all")
+        runs.limit_queues(stack)
+        runs.create_automation(stack)
+        services.wait_until_healthy("mlflow", stack)
+        if stack.prefect("GET", f"/work_pools/{POOL}")["is_paused"]:
+            log.warning("no run starts; to change it: prefect work-pool resume %s", POOL)
+    _warn_of_ignored_variables(stack)
+    return stack
+
+
+def down() -> list[str]:
+    """End the active runs, the worker and the servers; return the names of what was ended."""
+    if not state_dir().is_dir():
+        log.info("nothing was running")
+        return []
+    with processes.locked(state_dir()) as home:
+        records = processes.read_records(home)
+        live = {name: found for name in SERVICES if (found := find_process(records.get(name)))}
+        try:
+            if "prefect" in live:
+                runs.cancel(read_stack(home), live.get("worker"))
+        except StageError as err:
+            log.warning("active runs are left to the next `nightshift up`: %s", err)
+        processes.end([live[name] for name in live if name == "worker"])
+        runs.end_run_processes(home)
+        processes.end([live[name] for name in live if name != "worker"])
+        processes.write_records(home, {})
+        if PREFECT_TOML.exists() and _is_own(PREFECT_TOML):
+            PREFECT_TOML.unlink()
+    log.info("ended: %s", ", ".join(live) or "nothing was running")
+    return list(live)
+
+
+def problems() -> dict[str, list[str]]:
+    """Return service -> the errors in its log that docs/operations.md does not explain."""
+    return {name: found for name in SERVICES if (found := unexplained(find_log(name)))}
+
+
+def find_log(service: str) -> Path:
+    """Return the file with a service's output since its last start."""
+    return read_stack(state_dir()).log_file(service)
+
+
+def status() -> list[tuple[str, int | None, str, bool]]:
+    """List (service, pid, url, is healthy) of each service; of an ended one no pid and no url."""
+    stack, records = read_stack(state_dir()), processes.read_records(state_dir())
+    rows: list[tuple[str, int | None, str, bool]] = []
+    for service in reversed(SERVICES):
+        if found := find_process(records.get(service)):
+            url, is_healthy = services.url_of(service, stack), services.is_healthy(service, stack)
+            rows.append((service, found.pid, url, is_healthy))
+        else:
+            rows.append((service, None, "", False))
+    return rows
+
+
+def _is_own(path: Path) -> bool:
+    return path.read_text(encoding="utf-8").startswith(MARK)
+
+
+def read_stack(home: Path) -> Stack:
+    """Return the stack of a state folder, with the ports that its servers had last; 0 before the first."""
+    return Stack(home, *(int(processes.read_records(home).get(name, {}).get("port", 0)) for name in PORTS))
+
+
+def _choose_port(service: str, record: processes.Record | None) -> int:
+    """Return the port where the service runs, else where it ran, else the named or default one."""
+    variable, default = PORTS[service]
+    named = os.environ.get(variable, "")
+    if named and not (named.isdecimal() and 0 < int(named) < 65536):
+        raise ConfigError(f"{variable}: must be a port from 1 to 65535, got {named!r}")
+    if record and find_process(record):
+        if named and int(named) != record["port"]:
+            log.warning("%s stays on port %d; to move it, take the stack down", service, record["port"])
+        return int(record["port"])
+    wanted = int(named or (record or {}).get("port") or default)
+    if not (holder := processes.port_holder(wanted)):
+        return wanted
+    if named:
+        raise ConfigError(f"{variable}: port {wanted} is taken: {holder}; end that or name another")
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = int(free.getsockname()[1])
+    log.info("%s: port %d is taken: %s; using %d", service, wanted, holder, port)
+    return port
+
+
+def _warn_of_ignored_variables(stack: Stack) -> None:
+    """Name the variables of the user's shell that the stack does not take over."""
+    ours = environment(stack)
+    ignored = [
+        name
+        for name, value in sorted(os.environ.items())
+        if name.startswith(FOREIGN) and not name.startswith("PREFECT__") and ours.get(name) != value
+    ]
+    if ignored:
+        log.warning(
+            "the stack has settings of its own; ignored: %s; prefect and mlflow typed here follow them",
+            ", ".join(ignored),
+        )
+
+
+def _create_auth(stack: Stack) -> None:
+    """Make the `user:password` of Prefect's API once."""
+    if not stack.auth_file.is_file():
+        _write_private(stack.auth_file, f"nightshift:{secrets.token_urlsafe(24)}")
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that holds a secret: no other user may read it, not even while it is written."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.touch(mode=0o600, exist_ok=False)
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+
+
+def _end_lost_worker(stack: Stack, worker: psutil.Process | None) -> psutil.Process | None:
+    """End a worker that speaks to an address which is no more; return it if it may stay.
+
+    Raises:
+        ConfigError: A run that lives speaks to that address too.
+    """
+    before = read_stack(stack.state_dir)
+    if before == stack:
+        return worker
+    if runs.run_processes(stack.state_dir):
+        raise ConfigError(
+            f"a run is under way and reports to {before.prefect_ui} and {before.mlflow_url}, but a port is "
+            "taken by another program; free it, or end the run with `nightshift down`"
+        )
+    processes.end([worker] if worker else [])
+    return None

@@ -1,0 +1,72 @@
+"""The code and the libraries that decide a result, as a part of every key under which one is kept.
+
+Comments, docstrings and layout decide nothing, so an edit of them changes no digest.
+"""
+
+import ast
+import importlib.metadata
+import sys
+from collections.abc import Collection, Iterable
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from nightshift.core.files import text_digest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("nightshift/", "tasks/")
+# Libraries that take part whenever a model computes; the last ones only where they are installed.
+MODEL_ENGINES = (
+    *("accelerate", "datasets", "jinja2", "numpy", "peft", "safetensors", "tokenizers"),
+    *("torch", "transformers"),
+    *("bitsandbytes", "flash-attn", "flash-attn-3", "flash-attn-4", "kernels", "liger-kernel"),
+    *("triton", "xformers"),
+)
+
+
+def code_digest(stage: str, engines: Iterable[str], without: Collection[str] = ()) -> str:
+    """Digest the code of a stage, as dvc.yaml lists it, and the versions of its engines.
+
+    Args:
+        stage: Name in dvc.yaml.
+        engines: Libraries whose versions can change the result; see `versions`.
+        without: Files of the stage's code that have no part in the result, relative to the project's folder.
+    """
+    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    code = [ROOT / path for path in graph["stages"][stage]["deps"] if path.startswith(PACKAGES)]
+    files = [file for path in code for file in ([path] if path.is_file() else path.rglob("*.py"))]
+    names = {file.relative_to(ROOT).as_posix() for file in files}
+    return text_digest(source_digest(*names.difference(without)), *versions(*engines))
+
+
+def source_digest(*names: str) -> str:
+    """Digest what Python files do: their names, relative to the project's folder, and their syntax trees."""
+    code = {name: syntax((ROOT / name).read_text(encoding="utf-8")) for name in sorted(names)}
+    return text_digest(*(text for pair in code.items() for text in pair))
+
+
+@cache
+def syntax(code: str) -> str:
+    r"""Write code as a syntax tree, in which neither comments nor docstrings occur.
+
+    Example:
+        >>> syntax('def f():\n    "Say."\n    return 1  # why') == syntax("def f(): return 1")
+        True
+    """
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+    return ast.dump(tree)
+
+
+def versions(*names: str) -> list[str]:
+    """Return `name=version` of distributions, `name=none` for those that are not installed, and of Python."""
+    found = [f"python={sys.version_info.major}.{sys.version_info.minor}"]
+    for name in sorted(names):
+        try:
+            found.append(f"{name}={importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name}=none")
+    return found

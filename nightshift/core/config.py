@@ -1,0 +1,102 @@
+"""Typed parameters: params.yaml is the only source, one section per stage.
+
+Each stage declares its own `XxxParams` beside its code, so that a change of one schema does not
+invalidate the cache of another stage. Unknown keys are errors, with a suggestion.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nightshift.core.errors import ConfigError
+
+PARAMS = Path("params.yaml")
+Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+class StageParams(BaseModel):
+    """Base of every parameter section: no unknown key, no NaN, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+P = TypeVar("P", bound=StageParams)
+
+
+def read_params(path: Path = PARAMS) -> dict[str, Any]:
+    """Read the whole parameter file.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise ConfigError(f"{path}: not found; run from the folder that holds it") from err
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{path}: not valid YAML: {err}; correct the line it names") from err
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must map sections to values, got {type(values).__name__}")
+    return values
+
+
+def problems(model: type[StageParams], section: str, values: object) -> list[str]:
+    """List everything that is wrong with one section, each with key, value and remedy.
+
+    Example:
+        >>> class PackParams(StageParams):
+        ...     max_length: int
+        >>> problems(PackParams, "pack", {"max_lenght": 8})
+        ['pack.max_lenght: unknown key; did you mean max_length?', 'pack.max_length: missing; add it']
+    """
+    try:
+        model.model_validate(values)
+    except ValidationError as err:
+        return sorted(_describe(model, section, error) for error in err.errors())
+    return []
+
+
+def load_params(model: type[P], section: str, path: Path = PARAMS) -> P:
+    """Read and validate one section.
+
+    Raises:
+        ConfigError: The section is missing or wrong; every problem is listed.
+    """
+    values = read_params(path).get(section, {})
+    if found := problems(model, section, values):
+        raise config_error(found, path)
+    return model.model_validate(values)
+
+
+def config_error(found: list[str], path: Path = PARAMS) -> ConfigError:
+    """Build the one error that carries all problems."""
+    return ConfigError("\n  ".join([f"{path}: {len(found)} problem(s)", *found]))
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """Return the closest known word as a remedy.
+
+    Example:
+        >>> suggestion("lerning_rate", ["learning_rate", "seed"])
+        'did you mean learning_rate?'
+        >>> suggestion("zzz", ["learning_rate", "seed"])
+        'known keys: learning_rate, seed'
+    """
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _describe(model: type[StageParams], section: str, error: Any) -> str:
+    """Turn one pydantic error into `section.key: problem, value; remedy`."""
+    key = ".".join([section, *(str(part) for part in error["loc"])])
+    match error["type"]:
+        case "extra_forbidden" if len(error["loc"]) == 1:
+            return f"{key}: unknown key; {suggestion(str(error['loc'][-1]), list(model.model_fields))}"
+        case "missing":
+            return f"{key}: missing; add it"
+        case "value_error":
+            return f"{key}: {error['ctx']['error']}"
+    return f"{key}: {error['msg']}, got {error['input']!r}"

@@ -1,0 +1,176 @@
+"""Files that stages exchange: atomic writes, Parquet rows, content digests.
+
+Every write goes to a temporary name first and is renamed when complete, so a killed stage never
+leaves half a file under its final name.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS_PER_BATCH = 10_000
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that takes the place of `path` when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text (UTF-8) atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically, keys sorted, so that equal values give equal bytes.
+
+    Raises:
+        ValueError: A number is not finite; see `write_figures`.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_figures(path: Path, value: object) -> None:
+    """Write computed figures as JSON, null for one that is not finite.
+
+    What is only reported must not end a stage; what decides is checked where it decides.
+    """
+    write_json(path, finite(value))
+
+
+def finite(value: object) -> object:
+    """Return a JSON value with None for every number that is not finite.
+
+    Example:
+        >>> finite({"loss": float("nan"), "bands": [0.1, float("inf")]})
+        {'loss': None, 'bands': [0.1, None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    r"""Render rows as JSON Lines, keys sorted.
+
+    Example:
+        >>> jsonl([{"b": 1, "a": "é"}])
+        '{"a": "é", "b": 1}\n'
+    """
+    return "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows as Parquet, atomically and batch by batch. The bytes depend on rows and schema only."""
+    remaining = iter(rows)
+    batches = iter(lambda: list(islice(remaining, ROWS_PER_BATCH)), [])
+    write_batches(path, (pa.RecordBatch.from_pylist(batch, schema=schema) for batch in batches), schema)
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Write record batches as Parquet, atomically, as they come; the non-empty ones are the row groups."""
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for batch in batches:
+            if batch.num_rows:
+                writer.write_batch(batch.cast(schema))
+
+
+@contextmanager
+def appended_rows(path: Path, schema: pa.Schema) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """Yield a function that appends rows to a Parquet file, which takes its name when the block succeeds."""
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+
+        def append(rows: Sequence[Mapping[str, Any]]) -> None:
+            if rows:
+                writer.write_batch(pa.RecordBatch.from_pylist(list(rows), schema=schema))
+
+        yield append
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as Parquet, atomically."""
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_BATCH)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read all rows of a Parquet file."""
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, of which a batch at a time is in memory."""
+    for batch in iterate_batches(path, columns):
+        yield from batch.to_pylist()
+
+
+def iterate_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of a Parquet file."""
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns)
+
+
+def text_digest(*parts: str, size: int = 8) -> str:
+    """Digest of a sequence of strings, unambiguous about where one ends: `size` bytes, in hex.
+
+    Example:
+        >>> text_digest("ab", "c") == text_digest("a", "bc")
+        False
+    """
+    state = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        data = part.encode()
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_digest(*roots: Path) -> str:
+    """SHA-256 over the relative names and bytes of all files below the roots, in hex.
+
+    A root that is a file counts by its own name. Caches of Python (`__pycache__`) do not count.
+    """
+    state = hashlib.sha256()
+    for root in roots:
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        for path in files:
+            if "__pycache__" in path.parts:
+                continue
+            name = path.relative_to(root.parent).as_posix()
+            state.update(f"{name}\0{file_digest(path)}\n".encode())
+    return state.hexdigest()

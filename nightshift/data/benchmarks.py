@@ -1,0 +1,268 @@
+"""Benchmarks as files: `data/benchmarks/<name>/` holds task.yaml (how to ask) and items.jsonl (what to ask).
+
+task.yaml is a multiple-choice task of lm-eval, or one of ours, told by `kind`. Needs no torch: what is asked
+has to be known long before a model answers it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, model_validator
+
+from nightshift.core.config import Count, StageParams, problems
+from nightshift.core.errors import DataError
+from nightshift.core.files import iterate_rows
+from nightshift.data.used import read_used
+
+# The held-out examples stand in the table of scores under this name.
+HELDOUT = "test"
+# A multiple-choice task of lm-eval whose items are as `ChoiceItem` says.
+CHOICE_TASK = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 1},
+}
+Text = Annotated[str, Field(min_length=1)]
+Kind = Literal["choice", "generation", "invariance", "direction"]
+Metric = Literal["exact_match", "contains", "token_f1", "rouge_l"]
+
+
+class ChoiceTask(StageParams):
+    """lm-eval's own format; its other keys are lm-eval's to check. Data files are always items.jsonl."""
+
+    model_config = ConfigDict(extra="allow")
+    output_type: Literal["multiple_choice"]
+    doc_to_text: Any
+    doc_to_choice: Any
+    doc_to_target: Any
+    # lm-eval's default holds acc.
+    metric_list: list[dict[str, Any]] = Field(default=[{"metric": "acc"}])
+
+    @model_validator(mode="after")
+    def _right_and_wrong_are_told(self) -> "ChoiceTask":
+        if "acc" not in (metric.get("metric") for metric in self.metric_list):
+            raise ValueError("metric_list must hold acc, which is what the score is; add it")
+        return self
+
+
+class GenerationTask(StageParams):
+    """The model writes an answer of at most `max_new_tokens`; `metric` compares it with the references."""
+
+    kind: Literal["generation"]
+    metric: Metric
+    max_new_tokens: Count
+
+
+class InvarianceTask(StageParams):
+    """The likeliest choice must be the same for a question and for its other wordings."""
+
+    kind: Literal["invariance"]
+
+
+class DirectionTask(StageParams):
+    """The probability of the answer must move as expected when the question is changed."""
+
+    kind: Literal["direction"]
+
+
+class Item(StageParams):
+    """What every item has.
+
+    Attributes:
+        id: Its name, once in a benchmark.
+        slice: Part of the benchmark that is reported and guarded by itself; none: the whole.
+    """
+
+    id: Text
+    slice: Text | None = None
+
+
+class ChoiceItem(Item):
+    """A question and its answers, `answer` being the index of the right one; other keys are the task's."""
+
+    model_config = ConfigDict(extra="allow")
+    question: Text
+    choices: Annotated[list[Text], Field(min_length=2)]
+    answer: Annotated[int, Field(strict=True, ge=0)]
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> "ChoiceItem":
+        require_choice(self.answer, self.choices)
+        return self
+
+
+class Turn(StageParams):
+    """One turn of a conversation that ends with the question."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class GenerationItem(Item):
+    """A question, or turns that end with one, and answers that count as right."""
+
+    question: Text | None = None
+    messages: Annotated[list[Turn], Field(min_length=1)] | None = None
+    references: Annotated[list[Text], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> "GenerationItem":
+        if (self.question is None) == (self.messages is None):
+            raise ValueError("needs either question or messages; give one of them")
+        if self.messages and self.messages[-1].role != "user":
+            raise ValueError("messages must end with the user's turn; leave the answer to references")
+        return self
+
+
+class InvarianceItem(Item):
+    """A question, other wordings of it, and the answers to choose from."""
+
+    question: Text
+    variants: Annotated[list[Text], Field(min_length=1)]
+    choices: Annotated[list[Text], Field(min_length=2)]
+
+
+class DirectionItem(Item):
+    """A question, a change of it, and what the change does to the probability of `choices[answer]`."""
+
+    question: Text
+    changed: Text
+    choices: Annotated[list[Text], Field(min_length=2)]
+    answer: Annotated[int, Field(strict=True, ge=0)]
+    expect: Literal["higher", "lower"]
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> "DirectionItem":
+        require_choice(self.answer, self.choices)
+        return self
+
+
+KINDS: dict[Kind, tuple[type[StageParams], type[Item]]] = {
+    "choice": (ChoiceTask, ChoiceItem),
+    "generation": (GenerationTask, GenerationItem),
+    "invariance": (InvarianceTask, InvarianceItem),
+    "direction": (DirectionTask, DirectionItem),
+}
+
+
+def require_choice(answer: int, choices: list[str]) -> None:
+    """Raise ValueError if the answer is none of the choices."""
+    if answer >= len(choices):
+        raise ValueError(f"answer {answer} is none of {len(choices)} choices; count from 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A benchmark whose files were checked."""
+
+    name: str
+    kind: Kind
+    task: Mapping[str, Any]
+    items: list[dict[str, Any]]
+
+
+def read_benchmarks(root: Path) -> list[Benchmark]:
+    """Read the benchmarks below a folder that params.yaml names, by name.
+
+    Raises:
+        DataError: Files break the format; every fault is listed, with file and line.
+    """
+    faults: list[str] = []
+    used = [root / name for name in sorted(read_used(root))]
+    found = [read_benchmark(folder, faults) for folder in used if (folder / "task.yaml").is_file()]
+    alone = [folder for folder in used if not (folder / "task.yaml").is_file()]
+    faults += [f"{folder}: has no task.yaml; say there how to ask" for folder in alone]
+    if faults:
+        raise DataError("\n  ".join([f"{root}: {len(faults)} problem(s) with the benchmarks", *faults]))
+    return found
+
+
+def read_benchmark(folder: Path, faults: list[str]) -> Benchmark:
+    """Read one benchmark; what is wrong with it is added to `faults`."""
+    file = folder / "task.yaml"
+    try:
+        task = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as err:
+        faults.append(f"{file}: not valid YAML: {err}; correct the line it names")
+        task = {}
+    task = task if isinstance(task, dict) else {}
+    kind = task.get("kind", "choice")
+    if kind not in KINDS:
+        faults.append(
+            f"{file}: kind {kind!r} is unknown; use generation, invariance or direction, or lm-eval"
+        )
+        return Benchmark(folder.name, "choice", {}, [])
+    task_schema, item_schema = KINDS[kind]
+    faults += problems(task_schema, str(file), task)
+    if folder.name == HELDOUT:
+        faults.append(f"{folder}: the name is that of the held-out examples; use another one")
+    return Benchmark(folder.name, kind, task, read_items(folder / "items.jsonl", item_schema, faults))
+
+
+def read_items(file: Path, schema: type[Item], faults: list[str]) -> list[dict[str, Any]]:
+    """Read the items of a benchmark; what is wrong with them is added to `faults`."""
+    if not file.is_file():
+        faults.append(f"{file}: not found; a benchmark needs its items")
+        return []
+    items: list[dict[str, Any]] = []
+    seen: dict[Any, int] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as err:
+            faults.append(f"{where}: not valid JSON: {err.msg}; one object in each line")
+            continue
+        found = problems(schema, where, item)
+        faults += found
+        if found:
+            continue
+        if item["id"] in seen:
+            faults.append(f"{where}: id {item['id']!r} stands in line {seen[item['id']]} too; rename one")
+        seen.setdefault(item["id"], number)
+        items.append(item)
+    if not seen and not any(fault.startswith(f"{file}:") for fault in faults):
+        faults.append(f"{file}: no items; a benchmark needs at least one")
+    return items
+
+
+def questions(item: Mapping[str, Any]) -> Iterator[str]:
+    """Yield all that an item asks, in every wording.
+
+    Example:
+        >>> list(questions({"question": "Who?", "variants": ["What person?"], "choices": ["I", "you"]}))
+        ['Who?', 'What person?']
+    """
+    yield from (item[key] for key in ("question", "changed") if item.get(key))
+    yield from item.get("variants", ())
+    yield from (turn["content"] for turn in item.get("messages") or () if turn["role"] == "user")
+
+
+def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (benchmark, item id, question) of everything the model is evaluated on, in every wording.
+
+    Raises:
+        DataError: A benchmark breaks the format.
+    """
+    for row in iterate_rows(test, ["id", "messages"]):
+        for question in questions_of(row):
+            yield HELDOUT, row["id"], question
+    for benchmark in read_benchmarks(benchmarks):
+        for item in benchmark.items:
+            for question in questions(item):
+                yield benchmark.name, item["id"], question
+
+
+def questions_of(row: Mapping[str, Any]) -> list[str]:
+    """Return what a row asks: its user turns, or its plain text."""
+    return [turn["content"] for turn in row["messages"] if turn["role"] in ("user", "text")]

@@ -1,0 +1,96 @@
+"""The rows that a stage drops, by source and reason, and the rate above which it stops."""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from nightshift.core.errors import DataError
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+# Fewer dropped rows are no rate: two duplicates among three rows are no reason to stop a night.
+FEWEST = 10
+# Dropped rows of a source that an error shows.
+SHOWN = 5
+
+
+@dataclass(slots=True)
+class Drops:
+    """Counts of what was read and dropped.
+
+    Attributes:
+        read: Rows that were read, by source.
+        dropped: Rows that were dropped, by source and reason.
+        examples: The first dropped rows of each source, in words.
+    """
+
+    read: Counter[str] = field(default_factory=Counter)
+    dropped: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    examples: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, source: str, reason: str, example: str) -> None:
+        """Count a dropped row, and keep it as an example if it is one of the first."""
+        self.dropped[source][reason] += 1
+        if len(self.examples[source]) < SHOWN:
+            self.examples[source].append(example)
+
+    def by_reason(self) -> Counter[str]:
+        """Return reason -> rows, over all sources."""
+        return sum(self.dropped.values(), Counter())
+
+    def by_source(self) -> dict[str, dict[str, int]]:
+        """Return source -> reason -> rows, sorted."""
+        return {source: dict(sorted(self.dropped[source].items())) for source in sorted(self.dropped)}
+
+
+def require_drop_rate(
+    drops: Drops,
+    limit: float,
+    where: tuple[Path, str],
+    remedy: str,
+    *,
+    harmless: Collection[str] = (),
+    fewest: int = FEWEST,
+) -> None:
+    """Fail when a stage drops too many of all rows, or of the rows of a source.
+
+    Fewer than `FEWEST` dropped rows of a source are accepted, unless they are all it has.
+
+    Args:
+        drops: What was read and dropped.
+        limit: Rate, 0 to 1; 1 accepts everything.
+        where: The file that names the dropped rows, and the parameter that holds the limit.
+        remedy: What to do, beside raising the limit.
+        harmless: Reasons whose rows are not counted at all: nothing is lost with them.
+        fewest: As `FEWEST`, for all sources together.
+
+    Raises:
+        DataError: The rate is above the limit; each source is named, with some of its rows.
+    """
+    excesses = dict(find_excesses(drops, limit, harmless, fewest))
+    if not excesses:
+        return
+    sources = sorted(drops.examples) if "all sources" in excesses else list(excesses)
+    shown = [example for source in sources for example in drops.examples[source]]
+    file, key = where
+    first = f"{file}: {'; '.join(excesses.values())}, more than {key}={limit}; {remedy}, or raise the limit"
+    raise DataError("\n  ".join([first, *shown]))
+
+
+def find_excesses(
+    drops: Drops, limit: float, harmless: Collection[str], fewest: int
+) -> Iterator[tuple[str, str]]:
+    """Yield what loses too much, all sources or one of several, with its numbers in words."""
+    sources = sorted(drops.read)
+    single = [(source, [source], FEWEST) for source in sources if len(sources) > 1]
+    for name, members, least in (("all sources", sources, fewest), *single):
+        dropped = sum((drops.dropped.get(source, Counter()) for source in members), Counter[str]())
+        lost = {reason: count for reason, count in sorted(dropped.items()) if reason not in harmless}
+        count = sum(lost.values())
+        rows = sum(drops.read[source] for source in members) - dropped.total() + count
+        if count > limit * rows and (count >= least or count == rows):
+            reasons = ", ".join(f"{reason} {number}" for reason, number in lost.items())
+            yield name, f"{count} of {rows} rows of {name} are dropped ({reasons})"

@@ -1,0 +1,260 @@
+"""Token ids and labels of a conversation, from the base's own chat template and tokenizer.
+
+Only the assistant's turns, each with its stop token, carry a label; a plain text carries one at every
+token. Needs no torch: the template is rendered by transformers, the tokens come from `tokenizers`.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from nightshift.core.code_digest import source_digest, versions
+from nightshift.core.errors import DataError
+from nightshift.core.files import file_digest, read_json, text_digest
+from nightshift.core.memo import Memo
+
+IGNORED = -100
+# The date that Llama 3's templates print when they cannot ask for today's: a row has to have the same
+# tokens every night.
+DATE = "26 Jul 2024"
+# Why a conversation cannot be encoded -> what to do about it.
+FAULTS = {
+    "template_fails": "mend the turns as the base's chat template asks",
+    "template_drops_turn": "the base's chat template leaves out part of it; use another template",
+    "template_changes_turns": "the base's chat template does not add turn by turn; use another template",
+    "no_supervised_token": "give the assistant's turn some text",
+}
+Message = Mapping[str, Any]
+Conversation = tuple[Sequence[Message], str | None]
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One conversation: token ids and labels, shape (n_tokens,), int32; no label is -100."""
+
+    input_ids: Ids
+    labels: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A tokenizer with its chat template.
+
+    Attributes:
+        tokenizer: `tokenizers.Tokenizer`.
+        template: Jinja source of the chat template.
+        special_tokens: bos_token, eos_token and so on, as the template names them.
+        stop_id: Id of the end-of-sequence token, which ends a plain text.
+        digest: Of all that a token id depends on.
+    """
+
+    tokenizer: Any
+    template: str
+    special_tokens: dict[str, str]
+    stop_id: int
+    digest: str
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """Load tokenizer.json and the chat template of a model folder.
+
+    Raises:
+        DataError: A file is missing, there is no chat template or no end-of-sequence token, or the template
+            insists on today's date.
+    """
+    from tokenizers import Tokenizer
+
+    files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: not found; run `dvc repro base`")
+    config = read_json(files[1])
+    own = folder / "chat_template.jinja"
+    template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+    special = {key: _content(value) for key, value in config.items() if key.endswith("_token") and value}
+    tokenizer = Tokenizer.from_file(str(files[0]))
+    stop_id = tokenizer.token_to_id(special.get("eos_token", ""))
+    if not isinstance(template, str) or stop_id is None:
+        raise DataError(f"{folder}: needs a chat template and an eos_token; use an instruction-tuned base")
+    if "strftime_now" in template and "date_string" not in template:
+        raise DataError(
+            f"{folder}: the chat template prints today's date, so a row would have other tokens every night; "
+            "write a fixed date into a copy of the template"
+        )
+    return Encoder(
+        tokenizer,
+        template,
+        special,
+        stop_id=stop_id,
+        digest=text_digest(file_digest(files[0]), template, json.dumps(special, sort_keys=True), size=16),
+    )
+
+
+def open_memo(encoder: Encoder) -> Memo:
+    """Open the memo of token ids that this code, tokenizer and template gave."""
+    engines = versions("jinja2", "numpy", "tokenizers", "transformers")
+    code = source_digest("nightshift/data/encode.py")
+    return Memo("tokens", {"code": code, "engines": engines, "tokenizer": encoder.digest})
+
+
+def encode_known(conversations: Sequence[Conversation], encoder: Encoder, memo: Memo) -> list[Encoded | str]:
+    """Encode conversations, each of them once in the life of the memo.
+
+    Returns:
+        For each conversation, in order: its tokens, or the fault that forbids it (see `FAULTS`).
+    """
+    keys = [_key(*conversation) for conversation in conversations]
+    known: dict[str, Encoded | str] = {
+        key: _from_bytes(value) for key, value in memo.read(list(dict.fromkeys(keys))).items()
+    }
+    new = {key: one for key, one in zip(keys, conversations, strict=True) if key not in known}
+    encoded = dict(zip(new, encode_batch(list(new.values()), encoder), strict=True))
+    memo.write((key, _to_bytes(one)) for key, one in encoded.items() if isinstance(one, Encoded))
+    known |= encoded
+    return [known[key] for key in keys]
+
+
+def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> list[Encoded | str]:
+    """Render, tokenise on all cores, and label.
+
+    Args:
+        conversations: (messages, tools as JSON or None); see `nightshift.data.schemas`.
+        encoder: The base's tokenizer and template.
+
+    Returns:
+        For each conversation, in order: its tokens, or the fault that forbids it (see `FAULTS`).
+    """
+    rendered = [render(messages, tools, encoder) for messages, tools in conversations]
+    texts = [one[0] for one in rendered if not isinstance(one, str)]
+    tokens = iter(encoder.tokenizer.encode_batch(texts, add_special_tokens=False))
+    return [
+        one
+        if isinstance(one, str)
+        else _label(next(tokens), one[1], encoder.stop_id if messages[0]["role"] == "text" else None)
+        for one, (messages, _) in zip(rendered, conversations, strict=True)
+    ]
+
+
+def render(
+    messages: Sequence[Message], tools: str | None, encoder: Encoder
+) -> tuple[str, list[tuple[int, int]]] | str:
+    """Render a conversation and locate what the assistant says in it.
+
+    Returns:
+        The text and, for each assistant turn, first and last + 1 character of its content and stop
+        token; or a fault.
+    """
+    if messages[0]["role"] == "text":
+        return messages[0]["content"], [(0, len(messages[0]["content"]))]
+    turns = [_turn(message) for message in messages]
+    functions = json.loads(tools) if tools else None
+    try:
+        text = _apply(turns, functions, encoder)
+        prefixes = [
+            (_apply(turns[:i], functions, encoder, prompt=True), _apply(turns[: i + 1], functions, encoder))
+            for i, turn in enumerate(turns)
+            if turn["role"] == "assistant"
+        ]
+    except (jinja2.TemplateError, TypeError, ValueError) as err:
+        logging.getLogger(__name__).debug("template: %s", err)
+        return "template_fails"
+    if not all(part in text for turn in turns for part in _parts(turn)):
+        return "template_drops_turn"
+    if not all(text.startswith(after) and after.startswith(before) for before, after in prefixes):
+        return "template_changes_turns"
+    # What follows the stop token (a line break in ChatML) is not the model's to say.
+    return text, [(len(before), len(after.rstrip())) for before, after in prefixes]
+
+
+def count_supervised(labels: Sequence[int] | Ids) -> int:
+    """Count the tokens that carry a label.
+
+    Example:
+        >>> count_supervised([-100, 5, 6])
+        2
+    """
+    return int(np.count_nonzero(np.asarray(labels) != IGNORED))
+
+
+def _apply(
+    turns: list[dict[str, Any]],
+    functions: list[Any] | None,
+    encoder: Encoder,
+    *,
+    prompt: bool = False,
+) -> str:
+    """Render turns as `apply_chat_template` of transformers does."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (text,), _ = render_jinja_template(
+        [turns],
+        tools=functions,
+        chat_template=encoder.template,
+        add_generation_prompt=prompt,
+        date_string=DATE,
+        **encoder.special_tokens,
+    )
+    return str(text)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """Return a turn as templates expect it: without empty fields, calls in OpenAI's shape."""
+    turn = {key: value for key, value in message.items() if value is not None}
+    if calls := turn.get("tool_calls"):
+        turn["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(calls)]
+    return turn
+
+
+def _parts(turn: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the rendered text must contain of a turn."""
+    yield turn["content"].strip()
+    yield from (call["function"]["name"] for call in turn.get("tool_calls", ()))
+
+
+def _label(tokens: Any, spans: list[tuple[int, int]], stop_id: int | None) -> Encoded | str:
+    """Label the tokens that lie in a span; end with the stop token if there is one."""
+    ids = np.array(tokens.ids, dtype=np.int32)
+    offsets = np.array(tokens.offsets, dtype=np.int64).reshape(-1, 2)
+    inside = np.zeros(len(ids), dtype=bool)
+    for start, end in spans:
+        inside |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
+    if not inside.any():
+        return "no_supervised_token"
+    labels = np.where(inside, ids, np.int32(IGNORED))
+    if stop_id is not None:
+        ids, labels = np.append(ids, np.int32(stop_id)), np.append(labels, np.int32(stop_id))
+    return Encoded(ids, labels)
+
+
+def _key(messages: Sequence[Message], tools: str | None) -> str:
+    """Key of a conversation in the memo: all that its tokens depend on besides the tokenizer."""
+    values = chain.from_iterable(
+        (m["role"], m["content"], m.get("tool_calls") or "", m.get("name") or "") for m in messages
+    )
+    return text_digest(tools or "", *values, size=16)
+
+
+def _to_bytes(encoded: Encoded) -> bytes:
+    inside: NDArray[np.bool_] = encoded.labels != IGNORED
+    return encoded.input_ids.tobytes() + inside.tobytes()
+
+
+def _from_bytes(value: bytes) -> Encoded:
+    count = len(value) // 5
+    ids = np.frombuffer(value, dtype=np.int32, count=count)
+    inside = np.frombuffer(value, dtype=bool, offset=4 * count)
+    return Encoded(ids, np.where(inside, ids, np.int32(IGNORED)))
+
+
+def _content(value: object) -> str:
+    """Special tokens stand in the file as text or as {"content": text}."""
+    return str(value["content"]) if isinstance(value, dict) else str(value)

@@ -1,0 +1,148 @@
+"""What comes back from DVC's cache, and what has to leave it for good."""
+
+import hashlib
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nightshift.core.errors import StageError
+from nightshift.core.files import read_json
+from nightshift.pipeline.graph import LOCK, locked_outputs
+
+log = logging.getLogger(__name__)
+
+
+def restore(folder: Path) -> None:
+    """Bring back an output of the snapshot that dvc.lock names and that is not there, as in a fresh clone.
+
+    Without it the stage would start over and leave behind what its sources no longer offer.
+
+    Raises:
+        StageError: Neither the cache nor a remote has all of it.
+    """
+    if folder.exists() or folder.as_posix() not in locked_outputs().get("snapshot", {}):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as incoming:
+        # `dvc pull` would wait for the stage that runs this.
+        command = ["dvc", "get", ".", str(folder), "--out", f"{incoming}/{folder.name}"]
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = "".join(line for line in done.stderr.splitlines() if line.startswith("ERROR: "))
+            raise StageError(
+                f"{folder}: {LOCK} names it, but neither DVC's cache nor its remote has all of it "
+                f"({reason.removeprefix('ERROR: ')}); name the remote that has it in .dvc/config, or remove "
+                f"{LOCK} to start without it"
+            )
+        Path(incoming, folder.name).replace(folder)
+    log.info("%s: brought back as %s names it", folder, LOCK)
+
+
+def record(folder: Path) -> None:
+    """Put a changed output of the snapshot into the cache and dvc.lock.
+
+    `dvc commit` would also record today's parameters and code, with which the stage did not run yet.
+
+    Raises:
+        StageError: DVC is at work in this checkout.
+    """
+    if folder.as_posix() not in locked_outputs().get("snapshot", {}):
+        return
+    with locked_repo() as repo:
+        stage = repo.stage.load_one(name="snapshot")
+        (out,) = (out for out in stage.outs if out.def_path == folder.as_posix())
+        out.save()
+        stage.commit(filter_info=out.fs_path)
+        stage.dump(update_pipeline=False)
+
+
+@contextmanager
+def locked_repo() -> Iterator[Any]:
+    """Yield DVC's repository, which nobody else changes meanwhile.
+
+    Raises:
+        StageError: DVC is at work in this checkout.
+    """
+    from dvc.lock import LockError  # type: ignore[import-untyped]
+    from dvc.repo import Repo  # type: ignore[import-untyped]
+
+    with Repo() as repo:
+        try:
+            with repo.lock:
+                yield repo
+        except LockError as err:
+            raise StageError("DVC is at work in this checkout; wait for the run, or cancel it") from err
+
+
+def purge(shards: Set[str]) -> None:
+    """Remove shards, and every output that DVC made of them, from its cache and its remotes.
+
+    Args:
+        shards: MD5 of each, in hex: the name that DVC knows it by.
+
+    Raises:
+        StageError: DVC is at work in this checkout.
+    """
+    with locked_repo() as repo:
+        cache = repo.cache.local
+        runs = list(read_runs(Path(repo.stage_cache.cache_dir)))
+        within = {oid: listing(Path(cache.oid_to_path(oid))) for run in runs for oid in run.deps | run.outs}
+        bad = affected(runs, {oid for oid, files in within.items() if files & shards})
+        kept = set().union(*(within[oid] | {oid} for run in runs for oid in run.outs - bad))
+        gone = shards | set().union(*(within[oid] | {oid} for oid in bad)) - kept
+        for store in (cache, *(repo.cloud.get_remote_odb(remote) for remote in repo.config["remote"])):
+            for oid in filter(store.exists, sorted(gone)):
+                store.delete(oid)
+    log.info("%d outputs in DVC's cache were made of these shards, and are gone", len(bad))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of a stage read and wrote: DVC's digests of the paths."""
+
+    deps: frozenset[str]
+    outs: frozenset[str]
+
+
+def read_runs(folder: Path) -> Iterator[Run]:
+    """Yield all runs that DVC remembers."""
+    for path in folder.glob("*/*/*"):
+        run = yaml.safe_load(path.read_text(encoding="utf-8"))
+        deps, outs = ({one["md5"] for one in run.get(key, ())} for key in ("deps", "outs"))
+        yield Run(frozenset(deps), frozenset(outs))
+
+
+def affected(runs: Sequence[Run], start: Set[str]) -> set[str]:
+    """Return all outputs that were made of something, directly or not.
+
+    Example:
+        >>> runs = [Run(frozenset("a"), frozenset("b")), Run(frozenset("bx"), frozenset("c"))]
+        >>> sorted(affected(runs, {"a"})), sorted(affected(runs, {"x"}))
+        (['b', 'c'], ['c'])
+    """
+    found: set[str] = set()
+    while new := {out for run in runs if run.deps & (found | start) for out in run.outs} - found:
+        found |= new
+    return found
+
+
+def listing(path: Path) -> set[str]:
+    """Return the digests of the files in a folder that DVC keeps; none for a file, or what is not there."""
+    if path.suffix != ".dir" or not path.is_file():
+        return set()
+    return {entry["md5"] for entry in read_json(path)}
+
+
+def md5(path: Path) -> str:
+    """MD5 of a file's bytes, in hex, as DVC names them."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()

@@ -1,0 +1,123 @@
+"""Read the graph from dvc.yaml: the order in which stages can run, and which of them may have to."""
+
+import graphlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from nightshift.core.errors import ConfigError
+
+GRAPH = Path("dvc.yaml")
+LOCK = Path("dvc.lock")
+
+
+def read_stages(path: Path = GRAPH) -> dict[str, dict[str, Any]]:
+    """Return name -> definition of every stage.
+
+    Raises:
+        ConfigError: The file is missing or defines no stage.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: not found; run from the folder that holds it")
+    stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages")
+    if not stages:
+        raise ConfigError(f"{path}: defines no stage; restore it from git")
+    return dict(stages)
+
+
+def stage_order(path: Path = GRAPH) -> list[str]:
+    """Return the stages so that each comes after those whose outputs it reads.
+
+    Ties are broken by the order of the file, so the result is always the same.
+
+    Raises:
+        ConfigError: Stages depend on each other in a circle.
+    """
+    stages = read_stages(path)
+    needs = {name: {o for o in stages if reads(stages[name], stages[o])} for name in stages}
+    sorter = graphlib.TopologicalSorter(needs)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as err:
+        raise ConfigError(f"{path}: stages depend on each other: {err.args[1]}; cut one") from err
+    order: list[str] = []
+    ready: set[str] = set()
+    while sorter.is_active():
+        ready |= set(sorter.get_ready())
+        first = next(name for name in stages if name in ready)
+        ready.remove(first)
+        order.append(first)
+        sorter.done(first)
+    return order
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    """Return the paths that a stage writes."""
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def reads(stage: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether a stage depends on an output of another, or on a file in or above it.
+
+    Example:
+        >>> reads({"deps": ["data/a/x.json"]}, {"outs": ["data/a"]})
+        True
+        >>> reads({"deps": ["data/ab"]}, {"outs": ["data/a"]})
+        False
+    """
+    dependencies = [PurePosixPath(path) for path in stage.get("deps", [])]
+    written = [PurePosixPath(path) for path in outputs(other)]
+    return any(d.is_relative_to(w) or w.is_relative_to(d) for d in dependencies for w in written)
+
+
+def locked_outputs(path: Path = LOCK) -> dict[str, dict[str, str]]:
+    """Return stage -> output -> MD5, as dvc.lock has them from the last run; nothing without the file."""
+    recorded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    stages = (recorded or {}).get("stages", {})
+    return {
+        name: {out["path"]: out["md5"] for out in stage.get("outs", ())} for name, stage in stages.items()
+    }
+
+
+def changed_stages() -> dict[str, str]:
+    """Return stage -> what has changed in it, as DVC sees it.
+
+    Raises:
+        ConfigError: DVC cannot tell.
+    """
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        raise ConfigError(f"dvc status: {said[-1]}; type `dvc status` to see all of it")
+    return {name: ", ".join(_changes(entries)) for name, entries in json.loads(done.stdout).items()}
+
+
+def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
+    """Return stage -> reason of all that will run, or may: what reads a stage runs if its output changes."""
+    stages, reasons = read_stages(), dict[str, str]()
+    for name in stage_order():
+        sources = [other for other in reasons if reads(stages[name], stages[other])]
+        if name in changed:
+            reasons[name] = changed[name]
+        elif sources:
+            reasons[name] = f"if {', '.join(sources)} gives something else"
+    return reasons
+
+
+def _changes(entries: Sequence[Any]) -> list[str]:
+    """Flatten DVC's report of one stage: `{"changed deps": {path: how}}` or a plain text."""
+    texts: list[str] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            texts.append(entry)
+            continue
+        for group in entry.values():
+            texts += [f"{path} {how}" if isinstance(how, str) else str(path) for path, how in group.items()]
+    return texts

@@ -1,0 +1,92 @@
+"""What a run is worth, for the terminal: a JSON file of the last run."""
+
+from pathlib import Path
+from typing import Any
+
+from nightshift.core.files import read_json, write_figures
+from nightshift.core.paths import CHAMPION_RECORD, DATA, GATE, METRICS, OUTCOME, TRAINING_RUN, VERSION
+from nightshift.core.state import state_dir
+from nightshift.pipeline.graph import stage_order
+
+
+def scoreboard_file() -> Path:
+    """Return where the last run's scoreboard lies."""
+    return state_dir() / "scoreboard.json"
+
+
+def collect() -> dict[str, Any]:
+    """Gather the outcome of the run from the files that its stages wrote."""
+    gate = read_json(GATE)
+    trained = read_json(TRAINING_RUN)
+    board = {
+        "gate": gate,
+        "metrics": read_json(METRICS),
+        "tokens_per_second": trained["tokens_per_second"],
+        "training_run": trained["run_id"],
+        "version": read_json(VERSION)["version"],
+        **read_json(OUTCOME),
+        "champion": read_json(CHAMPION_RECORD)["version"],
+        "dropped": collect_dropped(),
+    }
+    write_figures(scoreboard_file(), board)
+    return board
+
+
+def collect_dropped() -> dict[str, dict[str, Any]]:
+    """Return stage -> rows in and rows dropped by reason, of the stages that dropped some, in their order."""
+    summaries = {stage: read_json(DATA / stage / "summary.json") for stage in stage_order()}
+    return {
+        stage: {"rows_in": summary["rows_in"], "dropped": summary["dropped"]}
+        for stage, summary in summaries.items()
+        if summary["dropped"]
+    }
+
+
+def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lay the scoreboard out as (label, value) rows."""
+    candidate = board["metrics"]["candidate"]
+    base = board["metrics"]["base"]
+    gate = board["gate"]
+    champion = board["version"] if board["promoted"] else board["champion"]
+    table = []
+    baseline = board["metrics"].get("retrieval", {})
+    for benchmark in sorted(candidate.keys() - {"test"}):
+        ours, theirs, found = candidate[benchmark], base[benchmark], baseline.get(benchmark, {})
+        table += [
+            (f"{benchmark}: base", f"{format_percent(theirs['accuracy'])} of {theirs['items']} questions"),
+            (f"{benchmark}: new model", format_percent(ours["accuracy"])),
+        ]
+        for label, value in (("base with documents", found.get("accuracy")), ("chance", ours["chance"])):
+            if value is not None:
+                table.append((f"{benchmark}: {label}", format_percent(value)))
+    if gain := gate.get("gain"):
+        table.append(
+            (
+                f"gain over the {gate['reference']}",
+                f"{format_percent(gain['mean'], '+')}, {1 - gain['alpha']:.0%} interval "
+                f"{format_percent(gain['low'], '+')} to {format_percent(gain['high'], '+')}",
+            )
+        )
+    table += [
+        ("held-out loss", f"{format_loss(base['test']['loss'])} -> {format_loss(candidate['test']['loss'])}"),
+        ("training speed", f"{board['tokens_per_second']:.0f} tokens/s"),
+        ("gate", f"{gate['verdict']}: {gate['reason']}"),
+        ("registered version", f"{board['version']}"),
+        ("champion", f"version {champion}" if champion else "none yet"),
+        *([("waits for a person", board["waits"])] if board["waits"] else []),
+    ]
+    for stage, found in board["dropped"].items():
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in found["dropped"].items())
+        count = sum(found["dropped"].values())
+        table.append((f"dropped by {stage}", f"{count:,} of {found['rows_in']:,} rows: {reasons}"))
+    return table
+
+
+def format_percent(value: float | None, sign: str = "") -> str:
+    """Write a share, with its sign if that is "+"; what could not be computed has no number."""
+    return "none" if value is None else f"{value:{sign}.1%}"
+
+
+def format_loss(value: float | None) -> str:
+    """Write a loss; see `format_percent`."""
+    return "none" if value is None else f"{value:.3f}"

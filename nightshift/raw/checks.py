@@ -1,0 +1,113 @@
+"""What a conversation must keep to: whole text, no markup of its own, roles in order."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import ftfy
+
+from nightshift.raw.faults import ROLES, RowError
+from nightshift.raw.strict_json import dumps
+from nightshift.raw.tool_calls import pair_answers
+from nightshift.raw.turns import Conversation
+
+# Markup that chat templates write between turns (<|im_start|>, [INST], <s>). Inside a text it would let
+# the text forge a turn.
+CHAT_MARKUP = r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>"
+# C0 but tab and line feed, DEL, C1; half of a surrogate pair; the signs that reorder text on the screen
+# only (CVE-2021-42574); what a decoder writes for bytes that it could not read.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffd]")
+
+# Role -> roles that may follow it.
+FOLLOWERS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+
+
+def compile_special_tokens(tokens: Collection[str]) -> re.Pattern[str]:
+    """Compile the markup that no text may hold: that of all usual templates, and the base's own tokens.
+
+    Example:
+        >>> bool(compile_special_tokens(["<filename>"]).search("open <filename>"))
+        True
+    """
+    # The longest first: a token may begin with another.
+    own = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join([CHAT_MARKUP, *map(re.escape, own)]))
+
+
+def repair(conversation: Conversation) -> tuple[Conversation, set[str]]:
+    """Undo a wrong decoding (mojibake) and Windows line ends; strip the turns of a chat.
+
+    Only a text that is not plain ASCII can be mojibake. A plain text keeps its outer whitespace.
+
+    Returns:
+        The conversation, and what was repaired: `mojibake`, `line_ends`.
+
+    Example:
+        >>> from nightshift.raw.turns import Turn
+        >>> conversation, repaired = repair(Conversation([Turn("user", "Caf\u00c3\u00a9")]))
+        >>> conversation.turns[0].content, repaired
+        ('Café', {'mojibake'})
+    """
+    turns, repaired = [], set()
+    for turn in conversation.turns:
+        text = turn.content if turn.role == "text" else turn.content.strip()
+        if "\r\n" in text:
+            text = text.replace("\r\n", "\n")
+            repaired.add("line_ends")
+        if not text.isascii() and (decoded := ftfy.fix_encoding(text)) != text:
+            text = decoded
+            repaired.add("mojibake")
+        turns.append(turn if text == turn.content else replace(turn, content=text))
+    return replace(conversation, turns=turns), repaired
+
+
+def check(conversation: Conversation, special: re.Pattern[str]) -> Conversation:
+    """Check roles, contents and order, and pair the answers of tools with their calls.
+
+    Raises:
+        RowError: The first fault that was found.
+    """
+    turns = conversation.turns
+    for number, turn in enumerate(turns, start=1):
+        if turn.role not in ROLES and (turn.role != "text" or len(turns) > 1):
+            raise RowError("unknown_role", f"turn {number}")
+        if turn.calls and turn.role != "assistant":
+            raise RowError("malformed_tool_call", f"turn {number} is no assistant's")
+        if not (turn.calls or turn.content.strip()):
+            raise RowError("empty_content", f"turn {number}")
+        _check_text(turn.content, special, number)
+        for call in turn.calls:
+            _check_text(dumps([call.name, call.arguments]), special, number)
+        if turn.name:
+            _check_text(turn.name, special, number)
+    if conversation.tools:
+        _check_text(dumps(conversation.tools), special, 0)
+    if turns[0].role == "text":
+        return conversation
+    _check_order([turn.role for turn in turns])
+    return replace(conversation, turns=pair_answers(turns))
+
+
+def _check_text(text: str, special: re.Pattern[str], number: int) -> None:
+    """Check one text of a turn; turn 0 stands for the row's `tools`."""
+    where = f"turn {number}" if number else "tools"
+    if found := CONTROL.search(text):
+        raise RowError("control_character", f"U+{ord(found[0]):04X}, {where}")
+    if special.search(text):
+        raise RowError("special_token", where)
+
+
+def _check_order(roles: Sequence[str]) -> None:
+    """Check: an optional system turn, then user and assistant in turn; an assistant's turn last.
+
+    Tools stand between two turns of the assistant: user, assistant, tool, tool, assistant, user. Whether
+    they are called is for `pair_answers` to say.
+    """
+    turns = roles[1:] if roles[0] == "system" else roles
+    before = "assistant"
+    for number, role in enumerate(turns, start=1 + len(roles) - len(turns)):
+        if role not in FOLLOWERS[before]:
+            raise RowError("wrong_order", f"turn {number}")
+        before = role
+    if not turns or turns[-1] != "assistant":
+        raise RowError("no_final_answer")

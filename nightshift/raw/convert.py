@@ -1,0 +1,158 @@
+"""Rows of the usual shapes into turns: the shape is told from the keys of each row.
+
+| shape | keys |
+|---|---|
+| messages (OpenAI) | `messages`: role, content, tool_calls, tool_call_id; `tools` |
+| ShareGPT | `conversations`: from, value; `system`, `tools` |
+| Alpaca | `instruction`, `output`; `input`, `system`, `history` |
+| prompt-completion (TRL) | `prompt`, `completion`: text or messages; `tools` |
+| plain text | `text` |
+
+The first shape whose keys are all there counts; other keys of the row are not read.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from nightshift.raw.faults import RowError
+from nightshift.raw.pii import redact
+from nightshift.raw.strict_json import loads
+from nightshift.raw.tool_calls import parse_calls, parse_sharegpt_calls, parse_tools
+from nightshift.raw.turns import Conversation, Turn
+
+Row = dict[str, Any]
+# ShareGPT has no standard: names that FastChat, Axolotl and LLaMA-Factory read.
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+
+
+def convert(row: Row) -> Conversation:
+    """Read a row of any known shape.
+
+    Raises:
+        RowError: No shape fits, or a part of the row has the wrong type.
+
+    Example:
+        >>> [turn.role for turn in convert({"instruction": "Add", "input": "1, 2", "output": "3"}).turns]
+        ['user', 'assistant']
+    """
+    for keys, read in SHAPES:
+        if all(row.get(key) is not None for key in keys):
+            turns = read(row)
+            return Conversation(_with_system(row, turns), parse_tools(row.get("tools")))
+    seen = sorted(redact(key)[:40] for key in row)[:12]
+    raise RowError("unknown_format", ", ".join(seen) or "none")
+
+
+def read_turns(value: object) -> list[Turn]:
+    """Read a list of turns, of messages or of ShareGPT; CSV holds the list as JSON.
+
+    Raises:
+        RowError: It is no list of turns.
+    """
+    if isinstance(value, str):
+        try:
+            value = loads(value)
+        except ValueError as err:
+            raise RowError("no_messages", "not valid JSON") from err
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        raise RowError("no_messages")
+    return [_sharegpt_turn(turn) if turn.get("from") is not None else _message_turn(turn) for turn in value]
+
+
+def _message_turn(message: Row) -> Turn:
+    """Read a turn with role and content, as OpenAI writes it."""
+    role, call_id = message.get("role"), _word(message.get("tool_call_id"))
+    if not isinstance(role, str):
+        raise RowError("no_messages", "a turn has no role")
+    calls = parse_calls(message.get("tool_calls")) if message.get("tool_calls") else ()
+    # OpenAI also lets a user have a name; no chat template renders it.
+    name = _word(message.get("name")) if role == "tool" else None
+    return Turn(role, _text(message.get("content")), calls, name, call_id)
+
+
+def _sharegpt_turn(turn: Row) -> Turn:
+    """Read a turn with from and value."""
+    word, value = turn["from"], turn.get("value")
+    role = SHAREGPT_ROLES.get(word) if isinstance(word, str) else None
+    if role is None:
+        raise RowError("unknown_role", f"from is none of {', '.join(SHAREGPT_ROLES)}")
+    if word == "function_call":
+        return Turn(role, "", parse_sharegpt_calls(value))
+    return Turn(role, _text(value), name=_word(turn.get("name")))
+
+
+def _alpaca(row: Row) -> list[Turn]:
+    """Read an instruction with its input as one question; earlier rounds come from `history`."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(r, list) and len(r) == 2 for r in history):
+        raise RowError("no_messages", "history is a list of [question, answer]")
+    turns = [
+        Turn(role, _text(text))
+        for round_ in history
+        for role, text in zip(("user", "assistant"), round_, strict=True)
+    ]
+    parts = [_text(row["instruction"]).strip(), _text(row.get("input")).strip()]
+    question = "\n\n".join(part for part in parts if part)
+    return [*turns, Turn("user", question), Turn("assistant", _text(row["output"]))]
+
+
+def _prompt_completion(row: Row) -> list[Turn]:
+    """Read prompt and completion, each a text or a list of messages."""
+    return [*_part(row["prompt"], "user"), *_part(row["completion"], "assistant")]
+
+
+def _part(value: object, role: str) -> list[Turn]:
+    """Read a text as one turn, a list as messages."""
+    return [Turn(role, value)] if isinstance(value, str) else read_turns(value)
+
+
+def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """Put the system prompt that stands beside the turns before them."""
+    system = row.get("system")
+    if not system or turns[0].role in ("system", "text"):
+        return turns
+    return [Turn("system", _text(system)), *turns]
+
+
+def _text(value: object) -> str:
+    """Return a content as text: a string, or OpenAI's list of text parts; none is empty.
+
+    Raises:
+        RowError: It holds something else.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if not isinstance(value, list):
+        raise RowError("not_text", type(value).__name__)
+    texts = [part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(texts) < len(value):
+        raise RowError("not_text", "a part is no text")
+    return "".join(texts)
+
+
+def _word(value: object) -> str | None:
+    """Return a name or id; anything but a filled string counts as none."""
+    return value if isinstance(value, str) and value else None
+
+
+SHAPES: tuple[tuple[tuple[str, ...], Callable[[Row], list[Turn]]], ...] = (
+    (("messages",), lambda row: read_turns(row["messages"])),
+    (("conversations",), lambda row: read_turns(row["conversations"])),
+    (("instruction", "output"), _alpaca),
+    (("prompt", "completion"), _prompt_completion),
+    (("text",), lambda row: [Turn("text", _text(row["text"]))]),
+)

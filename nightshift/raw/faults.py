@@ -1,0 +1,57 @@
+"""Why a row cannot be used: the reasons, and what to do about each."""
+
+from nightshift.data.encode import FAULTS
+
+ROLES = ("system", "user", "assistant", "tool")
+REMEDIES = {
+    "empty_file": "fill the file or take it out of snapshot.sources",
+    "not_utf8": "save the file as UTF-8",
+    "malformed_json": "write one JSON object per line, or one JSON array of objects",
+    "malformed_csv": "quote a field that holds a comma, a quote or a line break",
+    "wrong_columns": "give the row as many fields as the header",
+    "lone_surrogate": r"write the character as UTF-8, or as a whole pair of \ud... escapes",
+    "too_deep": "nest fewer lists and objects",
+    "too_large": "split the row, or raise ingest.max_row_bytes",
+    "not_an_object": 'write an object such as {"messages": [...]}',
+    "unknown_format": (
+        "use messages, conversations, instruction and output, prompt and completion, or text; keys seen"
+    ),
+    "no_messages": "give the turns as a list of objects with role and content",
+    "not_text": "give each content as text; images and audio are not read",
+    "unknown_role": f"use one of {', '.join(ROLES)}",
+    "empty_content": "fill the text or remove the turn",
+    "malformed_tool_call": "give each call a name and arguments that are a JSON object; tools as a list",
+    "unpaired_tool_answer": "let a tool turn follow the assistant turn that calls it, with the call's id",
+    "unanswered_tool_call": "add one tool turn for each call before the conversation goes on",
+    "control_character": "remove the character",
+    "special_token": "remove the chat markup from the text",
+    "wrong_order": "system first, then user and assistant in turn",
+    "no_final_answer": "end with an assistant turn",
+    "pii": "remove the personal data, or set ingest.pii to redact",
+    **FAULTS,
+    "too_many_tokens": "shorten the example, or raise ingest.max_tokens",
+}
+
+
+class RowError(Exception):
+    """One row cannot be used; it goes to quarantine, the others go on.
+
+    Attributes:
+        reason: A key of `REMEDIES`.
+        detail: What was found, without any of the row's text.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+    @property
+    def remedy(self) -> str:
+        """What to do, with the detail.
+
+        Example:
+            >>> RowError("empty_content", "turn 2").remedy
+            'fill the text or remove the turn (turn 2)'
+        """
+        return f"{REMEDIES[self.reason]} ({self.detail})" if self.detail else REMEDIES[self.reason]

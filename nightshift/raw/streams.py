@@ -1,0 +1,114 @@
+"""Bytes and lines of a shard, decompressed within limits: a small file cannot fill memory or disk."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from nightshift.core.errors import DataError
+
+BOM = b"\xef\xbb\xbf"
+# Small files may have any ratio: 64 MiB harm nobody.
+RATIO_FREE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes that a shard must keep to.
+
+    Attributes:
+        row_bytes: Longest row.
+        shard_bytes: Largest shard, after decompression.
+        ratio: Bytes out for each byte in, beyond the first 64 MiB.
+    """
+
+    row_bytes: int
+    shard_bytes: int
+    ratio: int
+
+
+class LimitedStream(io.RawIOBase):
+    """The decompressed bytes of a shard, as long as they keep to the limits."""
+
+    def __init__(self, path: Path, codec: str | None, limits: Limits) -> None:
+        """Open a shard.
+
+        Args:
+            path: The shard.
+            codec: gzip, zstd, or None if it is not compressed.
+            limits: The limits.
+        """
+        self._path = path
+        self._source: Any = pa.input_stream(str(path), compression=codec)
+        self._limits = limits
+        self._count = 0
+
+    def readable(self) -> bool:
+        """Say that the stream can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer and return the number of bytes.
+
+        Raises:
+            DataError: The compressed data is damaged or cut off, or expands beyond the limits.
+        """
+        try:
+            count = int(self._source.readinto(buffer))
+        except OSError as err:
+            raise damaged(self._path, err) from err
+        self._count += count
+        require_size(self._path, self._count, self._limits)
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+def require_size(path: Path, size: int, limits: Limits) -> None:
+    """Check the decompressed size of a shard, known or read so far, in bytes.
+
+    Raises:
+        DataError: It is above a limit.
+    """
+    on_disk = path.stat().st_size
+    if size > limits.shard_bytes or size > max(RATIO_FREE_BYTES, limits.ratio * on_disk):
+        raise DataError(
+            f"{path}: {on_disk} bytes expand to {size} or more; if the file is honest raise "
+            f"ingest.max_shard_bytes={limits.shard_bytes} or ingest.max_compression_ratio={limits.ratio}, "
+            "else remove the shard"
+        )
+
+
+def damaged(path: Path, err: object) -> DataError:
+    """Build the error for a shard whose rest cannot be read."""
+    return DataError(
+        f"{path}: damaged or cut off: {err}; remove this shard and run `nightshift snapshot` "
+        "when the source file is whole"
+    )
+
+
+def open_bytes(path: Path, codec: str | None, limits: Limits) -> io.BufferedReader:
+    """Open a shard for reading, decompressed and limited."""
+    return io.BufferedReader(LimitedStream(path, codec, limits), 1 << 18)
+
+
+def read_line(file: io.BufferedReader, limit: int) -> bytes | None:
+    """Read one line with its line break: b"" at the end of the file, None for a line above the limit."""
+    line = file.readline(limit + 1)
+    if len(line) <= limit or line.endswith(b"\n"):
+        return line
+    while (rest := file.readline(limit)) and not rest.endswith(b"\n"):
+        pass
+    return None
+
+
+def skip_bom(file: io.BufferedReader) -> None:
+    """Skip the byte order mark that some editors write before UTF-8."""
+    if file.peek(len(BOM)).startswith(BOM):
+        file.read(len(BOM))

@@ -1,0 +1,136 @@
+"""Tool calls: read in OpenAI's and ShareGPT's writing, each answer paired with its call."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from nightshift.raw.faults import RowError
+from nightshift.raw.strict_json import dumps, loads
+from nightshift.raw.turns import Call, Turn
+
+# Levels of lists and objects. JSON Schemas of real functions have 10 to 20; templates recurse.
+MAX_DEPTH = 64
+
+
+def parse_calls(value: object) -> tuple[Call, ...]:
+    """Read the `tool_calls` of an assistant's turn.
+
+    Raises:
+        RowError: A call has no name, or its arguments are no JSON object.
+
+    Example:
+        >>> function = {"name": "add", "arguments": '{"a": 1}'}
+        >>> parse_calls([{"id": "c1", "type": "function", "function": function}])
+        (Call(name='add', arguments={'a': 1}, id='c1'),)
+    """
+    calls = from_json(value)
+    if not isinstance(calls, list):
+        raise RowError("malformed_tool_call", "tool_calls is no list")
+    return tuple(_call(call) for call in calls)
+
+
+def parse_sharegpt_calls(value: object) -> tuple[Call, ...]:
+    """Read the value of a `function_call` turn: one call or a list of calls, as JSON.
+
+    Raises:
+        RowError: See `parse_calls`.
+    """
+    calls = from_json(value)
+    return parse_calls(calls if isinstance(calls, list) else [calls])
+
+
+def parse_tools(value: object) -> list[dict[str, Any]]:
+    """Return the functions that the assistant may call; a string holds the list as JSON.
+
+    Raises:
+        RowError: They are no list of objects.
+    """
+    tools = from_json(value) if value else []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("malformed_tool_call", "tools is no list of objects")
+    _require_json(tools)
+    return tools
+
+
+def from_json(value: object) -> Any:
+    """Parse JSON if the value is a string; other values are returned as they are.
+
+    Raises:
+        RowError: The string is not valid JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return loads(value)
+    except ValueError as err:
+        raise RowError("malformed_tool_call", "not valid JSON") from err
+
+
+def pair_answers(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns with each tool turn named after its function, in the order of the calls.
+
+    An answer belongs to the call with its id; without an id, to the first open call of its name; without
+    a name, to the first open call. A conversation may end with calls.
+
+    Raises:
+        RowError: An answer belongs to no call, or a call has no answer before the conversation goes on.
+    """
+    paired: list[Turn] = []
+    while len(paired) < len(turns):
+        start = len(paired)
+        calls = paired[-1].calls if paired else ()
+        end = next((i for i in range(start, len(turns)) if turns[i].role != "tool"), len(turns))
+        if calls or end > start:
+            paired += _pair(calls, turns[start:end], start + 1)
+        paired += turns[end : end + 1]
+    return paired
+
+
+def _pair(calls: Sequence[Call], answers: Sequence[Turn], first: int) -> list[Turn]:
+    """Return the answers in the order of the calls, named; `first` is the number of the first answer."""
+    found: dict[int, Turn] = {}
+    for number, answer in enumerate(answers, start=first):
+        free = [j for j, call in enumerate(calls) if j not in found and _fits(call, answer)]
+        if not free:
+            raise RowError("unpaired_tool_answer", f"turn {number}")
+        found[free[0]] = replace(answer, name=calls[free[0]].name)
+    if len(found) < len(calls):
+        raise RowError("unanswered_tool_call", f"turn {first - 1}")
+    return [found[j] for j in range(len(calls))]
+
+
+def _fits(call: Call, answer: Turn) -> bool:
+    """Say whether an answer may belong to a call."""
+    if answer.call_id is not None and call.id is not None:
+        return answer.call_id == call.id
+    return answer.name in (None, call.name)
+
+
+def _call(value: object) -> Call:
+    """Read one call, with or without the wrapper `function`."""
+    call = from_json(value)
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError("malformed_tool_call", "a call has no name")
+    arguments = from_json(function.get("arguments") or {})
+    if not isinstance(arguments, dict):
+        raise RowError("malformed_tool_call", "arguments are no JSON object")
+    _require_json(arguments)
+    call_id = call.get("id")
+    return Call(function["name"], arguments, call_id if isinstance(call_id, str) and call_id else None)
+
+
+def _require_json(value: object) -> None:
+    """Refuse what JSON cannot write (Parquet also has times, bytes and NaN), or a template not render."""
+    if _depth(value) > MAX_DEPTH:
+        raise RowError("too_deep", f"more than {MAX_DEPTH} levels in a call or in tools")
+    try:
+        dumps(value)
+    except (TypeError, ValueError) as err:
+        raise RowError("malformed_tool_call", "a value is no JSON") from err
+
+
+def _depth(value: object) -> int:
+    """Count the levels of lists and objects."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)

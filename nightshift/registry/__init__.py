@@ -1,0 +1,1 @@
+"""MLflow's registry: versions, the record of promotions, and what a version came from."""

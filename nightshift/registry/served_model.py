@@ -1,0 +1,239 @@
+"""The model as MLflow serves it: a pyfunc chat model from code, adapter on a referenced base.
+
+MLflow's own transformers flavour saves PEFT models that load without an error and answer garbage;
+this one loads the two parts by their own libraries and checks the base against its digests. The
+base is found through `NIGHTSHIFT_BASE`, where it was at registration, or where a champion's base is
+kept. MLflow copies this file into the model, so it imports nothing of the project; `nightshift chat`
+and `export` use its functions.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import uuid
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from mlflow.pyfunc import ChatModel
+from mlflow.types.llm import ChatCompletionResponse, ChatMessage, ChatParams
+
+# No library may fetch code from a hub; see `tasks/__init__.py`, which a served model does not have.
+sys.modules["kernels"] = None  # type: ignore[assignment]
+# Of an answer, unless the request has max_tokens.
+MAX_NEW_TOKENS = 512
+# What is asked to tell whether two loaded models are one.
+PROBES = ("What is the chemical symbol of Gold?", "Who are you?", "Write one sentence about the sea.")
+PROBE_TOKENS = 16
+
+
+class TooLongError(ValueError):
+    """A conversation is longer than the model can take."""
+
+
+class AdapterChat(ChatModel):
+    """Chat with the adapter on its base, always greedy: temperature, top_p, n and stop have no effect."""
+
+    def load_context(self, context: Any) -> None:
+        """Find the base, verify it, and put the adapter on it; on a GPU if there is one."""
+        base = find_base(Path(context.artifacts["base_reference"]))
+        self.model, self.tokenizer = load(base, Path(context.artifacts["model"]))
+        self.model.to(fastest_device())
+
+    def predict(
+        self,
+        context: Any,  # noqa: ARG002 - MLflow's signature
+        messages: list[ChatMessage],
+        params: ChatParams | None = None,
+    ) -> ChatCompletionResponse:
+        """Answer a conversation."""
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        if params and (params.custom_inputs or {}).get("probe"):
+            asked, new = generate(self.model, self.tokenizer, turns, PROBE_TOKENS, forced=True)
+            text = str(self.tokenizer.decode(new))
+        else:
+            limit = (params.max_tokens if params else None) or MAX_NEW_TOKENS
+            asked, new = generate(self.model, self.tokenizer, turns, limit)
+            text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop" if has_stopped(self.model, new) else "length",
+        }
+        usage = {"prompt_tokens": asked, "completion_tokens": len(new), "total_tokens": asked + len(new)}
+        return ChatCompletionResponse.from_dict(
+            {"id": uuid.uuid4().hex, "model": "nightshift", "choices": [choice], "usage": usage}
+        )
+
+
+def find_base(reference: Path, *places: Path) -> Path:
+    """Return the folder of the base that a reference names, verified.
+
+    Args:
+        reference: base_reference.json of a version.
+        places: Where it may be besides the places that the reference names.
+
+    Raises:
+        FileNotFoundError: The base is at none of them; NIGHTSHIFT_BASE, which counts alone if it is set, can
+            name its place.
+    """
+    named = json.loads(reference.read_text("utf-8"))
+    if place := os.environ.get("NIGHTSHIFT_BASE"):
+        places = (Path(place),)
+    else:
+        places = (*places, *(Path(named[key]) for key in ("path", "kept") if key in named))
+    faults = []
+    for folder in places:
+        fault = find_fault(folder, named["files"])
+        if fault is None:
+            return folder
+        faults.append(fault)
+    remedy = f"set NIGHTSHIFT_BASE to a folder with the files of the base {named['model']}"
+    raise FileNotFoundError(f"{'; '.join(faults)}; {remedy}")
+
+
+def find_fault(base: Path, digests: dict[str, str]) -> str | None:
+    """Check every file of the base against its SHA-256; return what is wrong with the first that differs."""
+    for name, digest in digests.items():
+        if not (base / name).is_file():
+            return f"{base / name}: not found"
+        with (base / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return f"{base / name}: not the base that this adapter was trained on"
+    return None
+
+
+def load(base: Path, adapter: Path, dtype: str = "auto") -> tuple[Any, Any]:
+    """Load base, adapter and tokenizer.
+
+    Args:
+        base: Folder of the base.
+        adapter: Folder of the adapter, or of the whole weights instead.
+        dtype: Of the weights in memory, such as float32; auto is that of the files.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    is_whole = not (adapter / "adapter_config.json").is_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        adapter if is_whole else base, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
+    if not is_whole:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval(), AutoTokenizer.from_pretrained(base)
+
+
+def fastest_device() -> str:
+    """Name the device to answer on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    turns: list[dict[str, str]],
+    limit: int,
+    *,
+    forced: bool = False,
+    **options: Any,
+) -> tuple[int, Any]:
+    """Answer greedily; the same files give the same answer.
+
+    Args:
+        model: With or without an adapter.
+        tokenizer: With a chat template.
+        turns: The conversation, role and content of each turn.
+        limit: Most new tokens.
+        forced: Generate so many tokens whether the model wants to stop or not, so that no model can answer
+            with nothing.
+        options: Further ones of transformers.
+
+    Returns:
+        Number of tokens of the conversation, and the new tokens, shape (at most limit,).
+
+    Raises:
+        TooLongError: The conversation leaves no room for an answer.
+    """
+    inputs = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    asked = inputs["input_ids"].shape[1]
+    most = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    if asked >= most:
+        raise TooLongError(f"the conversation has {asked} tokens, the model takes {most}; start a new one")
+    limit = min(limit, most - asked)
+    least = limit if forced else 0
+    output = model.generate(**inputs, min_new_tokens=least, max_new_tokens=limit, do_sample=False, **options)
+    return asked, output[0, asked:]
+
+
+def has_stopped(model: Any, new: Any) -> bool:
+    """Tell whether new tokens, shape (n,), end with the model's stop token."""
+    stops = model.generation_config.eos_token_id
+    return len(new) > 0 and int(new[-1]) in (stops if isinstance(stops, list) else [stops])
+
+
+def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> Generator[str, None, None]:
+    """Yield the answer of `generate` in pieces of whole words, as they come; closing ends the generation."""
+    from transformers import TextIteratorStreamer
+
+    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    is_closed = Event()
+    with ThreadPoolExecutor(1) as thread:
+        work = thread.submit(
+            generate,
+            model,
+            tokenizer,
+            turns,
+            limit,
+            streamer=pieces,
+            stopping_criteria=[lambda *_, **__: is_closed.is_set()],
+        )
+        # Whatever ends the generation, an error too, ends the iteration.
+        work.add_done_callback(lambda _: pieces.end())
+        try:
+            yield from filter(None, pieces)
+            work.result()
+        finally:
+            is_closed.set()
+
+
+def main(model_uri: str, folders: list[Path] | None) -> None:
+    """Print the probe's answers of a model, and of a base with an adapter, as JSON on the last line."""
+    import mlflow
+
+    conversations = [[{"role": "user", "content": question}] for question in PROBES]
+    served = mlflow.pyfunc.load_model(model_uri)
+    asked = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
+    found = [[served.predict(one)["choices"][0]["message"]["content"] for one in asked]]
+    if folders:
+        base, adapter = folders
+        model, tokenizer = load(base, adapter)
+        answers = (generate(model, tokenizer, turns, PROBE_TOKENS, forced=True) for turns in conversations)
+        found.append([tokenizer.decode(new) for _, new in answers])
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model_uri", help="the model to ask, as MLflow names it")
+    parser.add_argument(
+        "--folders", type=Path, nargs=2, metavar=("BASE", "ADAPTER"), help="of a model to ask too"
+    )
+
+
+if __name__ == "__main__":
+    from nightshift.core.stage import run_main
+
+    run_main(main, declare)
+elif not __package__:
+    # MLflow reads this file as a model, and not as a module of `tasks`.
+    from mlflow.models import set_model
+
+    set_model(AdapterChat())

@@ -1,0 +1,245 @@
+"""The backend `openai`: any compatible server (vLLM, `transformers serve`, Ollama), asynchronously."""
+
+import asyncio
+import logging
+import os
+import random
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import openai
+from aiolimiter import AsyncLimiter
+from openai import AsyncOpenAI
+from tqdm import tqdm
+
+from nightshift.core.errors import ConfigError, PipelineError, StageError
+from nightshift.replies import EndpointParams, Failure, OnReply, Reply, Request, Result
+
+# Requests in a row that fail for good before the server counts as gone.
+BREAKER = 5
+# Waits between attempts, in seconds: doubled each time, at most this.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+LONGEST_RETRY_AFTER = 300.0
+# A request that the server refuses for its content; others may pass.
+REFUSED = (400, 413, 422)
+# Tokens of a prompt, from its characters: a high estimate for English, for rate and budget.
+CHARACTERS_PER_TOKEN = 3
+# What a chat template adds: markup, and often a system turn of its own.
+TEMPLATE_TOKENS = 64
+log = logging.getLogger(__name__)
+
+
+class Endpoint:
+    """A server, its limits, and what has been used of them."""
+
+    def __init__(self, model: str, sampling: Mapping[str, Any], params: EndpointParams, section: str) -> None:
+        """Prepare to ask.
+
+        Args:
+            model: Name that the server knows the model by.
+            sampling: temperature, top_p and max_new_tokens.
+            params: The server and its limits.
+            section: Of params.yaml, in which they stand.
+
+        Raises:
+            ConfigError: The variable that should hold the key is not set.
+        """
+        self._key = os.environ.get(params.api_key_env, "") if params.api_key_env else "none"
+        if not self._key:
+            raise ConfigError(
+                f"params.yaml: {section}.endpoint.api_key_env names {params.api_key_env}, which is not set; "
+                "set it in the environment, or null for a server without a key"
+            )
+        self._model, self._sampling, self._params, self._section = model, sampling, params, section
+        # One event loop for all calls: the limits hold over all of them.
+        self._loop = asyncio.new_event_loop()
+        weakref.finalize(self, self._loop.close)
+        self._running = asyncio.Semaphore(params.max_concurrency)
+        # Evenly spaced, without a burst at the start.
+        self._calls = AsyncLimiter(1, 60 / params.requests_per_minute)
+        self._rate = AsyncLimiter(params.tokens_per_minute, 60)
+        self._resume_at = 0.0
+        self._tokens = 0
+        self._reserved = 0
+        self._failed_in_a_row = 0
+        self._error: PipelineError | None = None
+        self._retries: Counter[str] = Counter()
+
+    def __call__(self, requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
+        """Ask all requests; see `nightshift.replies.Generate`.
+
+        Raises:
+            StageError: The server is gone.
+            ConfigError: The server refuses the key or the model.
+        """
+        results = self._loop.run_until_complete(self._ask_all(requests, on_reply))
+        if self._retries:
+            log.warning("%s: asked again: %s", self._params.base_url, dict(self._retries))
+            self._retries.clear()
+        if self._error:
+            raise self._error
+        reasons = [result.reason for result in results if isinstance(result, Failure)]
+        if len(reasons) == len(results) and set(reasons) - {"budget_spent"}:
+            raise self._server_gone(f"none of {len(results)} requests was answered", reasons[-1])
+        return results
+
+    async def _ask_all(self, requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
+        """Ask all at once, within the limits. After an error nothing new is asked; what runs is paid for."""
+        params = self._params
+        client = AsyncOpenAI(
+            base_url=params.base_url, api_key=self._key, max_retries=0, timeout=params.timeout_seconds
+        )
+        with tqdm(total=len(requests), desc=self._section, unit="call", disable=None) as progress:
+
+            async def one(number: int, request: Request) -> Result:
+                async with self._running:
+                    result = await self._ask_within_budget(client, request)
+                if isinstance(result, Reply):
+                    on_reply(number, result)
+                progress.update()
+                return result
+
+            async with client:
+                return await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
+
+    async def _ask_within_budget(self, client: AsyncOpenAI, request: Request) -> Result:
+        """Ask if the tokens that the call may take are left, and count those that it took."""
+        expected = self._expected_tokens(request)
+        if self._error:
+            return Failure("stopped")
+        if self._tokens + self._reserved + expected > self._params.max_total_tokens:
+            return Failure("budget_spent")
+        self._reserved += expected
+        try:
+            result = await self._ask(client, request)
+        except PipelineError as err:
+            self._error = self._error or err
+            return Failure("stopped")
+        finally:
+            self._reserved -= expected
+        if isinstance(result, Reply):
+            # A server that does not say what it used is taken at the estimate.
+            self._tokens += result.tokens or expected
+            self._failed_in_a_row = 0
+        else:
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= BREAKER:
+                self._error = self._error or self._server_gone(
+                    f"{BREAKER} requests in a row failed", result.reason
+                )
+        return result
+
+    async def _ask(self, client: AsyncOpenAI, request: Request) -> Result:
+        """Ask once, and again after what may pass: 429, 5xx, time-outs, lost connections.
+
+        Raises:
+            ConfigError: The server refuses the key or the model; asking again would not help.
+        """
+        reason = ""
+        for attempt in range(self._params.max_retries + 1):
+            await self._wait_for_turn(request)
+            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
+            try:
+                answer = await client.chat.completions.create(
+                    model=self._model,
+                    messages=request.prompt,  # type: ignore[arg-type]
+                    temperature=self._sampling["temperature"],
+                    top_p=self._sampling["top_p"],
+                    max_tokens=self._sampling["max_new_tokens"],
+                )
+                result = _read(answer)
+                if isinstance(result, Reply) or result.reason == "truncated":
+                    return result
+                reason = result.reason
+            except openai.APITimeoutError:
+                reason = "timeout"
+            except openai.APIConnectionError:
+                reason = "connection_lost"
+            except openai.APIStatusError as err:
+                if err.status_code in REFUSED:
+                    return Failure("refused")
+                reason = self._status_reason(err)
+                wait = self._hold_back(err, wait)
+            except (openai.APIError, ValueError):
+                reason = "malformed_response"
+            self._retries[reason] += 1
+            if attempt < self._params.max_retries:
+                await asyncio.sleep(wait)
+        return Failure(reason)
+
+    async def _wait_for_turn(self, request: Request) -> None:
+        """Wait until the server wants to be asked again, and until the rates allow it."""
+        loop = asyncio.get_running_loop()
+        while (wait := self._resume_at - loop.time()) > 0:
+            await asyncio.sleep(wait)
+        await self._calls.acquire()
+        await self._rate.acquire(min(self._expected_tokens(request), self._params.tokens_per_minute))
+
+    def _hold_back(self, err: openai.APIStatusError, wait: float) -> float:
+        """Return the wait that a server asks for, if it does; all other calls wait for it too."""
+        asked = retry_after(err.response.headers)
+        if asked is None:
+            return wait
+        self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + asked)
+        return asked
+
+    def _status_reason(self, err: openai.APIStatusError) -> str:
+        """Name a status that may pass.
+
+        Raises:
+            ConfigError: It will not pass.
+        """
+        if err.status_code == 429:
+            return "rate_limited"
+        if err.status_code in (408, 409) or err.status_code >= 500:
+            return "server_error"
+        raise ConfigError(
+            f"{self._section}.endpoint: {self._params.base_url} answers {err.status_code} for model "
+            f"{self._model!r}; check {self._section}.model, {self._section}.endpoint.base_url and the key"
+        ) from err
+
+    def _expected_tokens(self, request: Request) -> int:
+        """Estimate the tokens of a call: those of the prompt, and the longest answer."""
+        characters = sum(len(message["content"]) for message in request.prompt)
+        return int(characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS + self._sampling["max_new_tokens"])
+
+    def _server_gone(self, what: str, reason: str) -> StageError:
+        """Build the error of a server that does not answer any more."""
+        return StageError(
+            f"{self._section}: {self._params.base_url}: {what} ({reason}); see that the server runs. Replies "
+            "so far are kept: the next run goes on from them"
+        )
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a server asks to wait, as a number or a date, at most five minutes, or None.
+
+    Example:
+        >>> retry_after({"retry-after": "2.5"}), retry_after({}), retry_after({"retry-after": "soon"})
+        (2.5, None, None)
+        >>> retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})
+        0.0
+    """
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except ValueError:
+            return None
+    return min(LONGEST_RETRY_AFTER, max(0.0, seconds))
+
+
+def _read(answer: Any) -> Result:
+    """Read the text and the tokens of an answer; one that is empty or was cut off is none."""
+    choices = getattr(answer, "choices", None) or []
+    if any(choice.finish_reason == "length" for choice in choices):
+        return Failure("truncated")
+    texts = tuple(choice.message.content for choice in choices if choice.message and choice.message.content)
+    used = getattr(answer, "usage", None)
+    return Reply(texts, int(used.total_tokens) if used else 0) if texts else Failure("empty_response")

@@ -1,0 +1,1 @@
+"""MLflow's runs: which one a stage tells, and what it is told."""

@@ -1,0 +1,97 @@
+"""Where MLflow is, the run that a stage logs to, and the data that a run has seen.
+
+MLflow takes two seconds to import, so it is imported where it is asked.
+"""
+
+import json
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nightshift.core.state import state_dir
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
+
+EXPERIMENT = "nightshift"
+# Tag of a run that was announced before MLflow could create it.
+KEY = "nightshift.tracking_key"
+log = logging.getLogger(__name__)
+
+
+def tracking_uri() -> str:
+    """Return `MLFLOW_TRACKING_URI`, or the local database that the local stack serves as well."""
+    home = state_dir()
+    home.mkdir(parents=True, exist_ok=True)
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+
+
+def experiment_id(client: "MlflowClient") -> str:
+    """Return the project's experiment; create it at first use, whoever else may be doing so."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return str(found.experiment_id)
+    try:
+        # An explicit location: on a database the default would be ./mlruns of the caller.
+        location = (state_dir() / "mlflow-artifacts").as_uri()
+        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    except MlflowException:
+        if found := client.get_experiment_by_name(EXPERIMENT):
+            return str(found.experiment_id)
+        raise
+
+
+def run_id(client: "MlflowClient") -> str:
+    """Return the run that the caller was handed in `MLFLOW_RUN_ID`, or open one of its own."""
+    if handed := os.environ.get("MLFLOW_RUN_ID"):
+        return handed
+    run = client.create_run(experiment_id(client), run_name=f"by-hand-{Path.cwd().name}")
+    return str(run.info.run_id)
+
+
+def open_run(client: "MlflowClient", key: str, name: str, start_time: int) -> str:
+    """Return the run that bears a key, or open it.
+
+    Args:
+        client: Of the tracker.
+        key: Tag of the run, by which another attempt finds it.
+        name: Of the run.
+        start_time: In milliseconds since 1970.
+    """
+    if found := find_run(client, key):
+        return found
+    run = client.create_run(experiment_id(client), run_name=name, start_time=start_time, tags={KEY: key})
+    return str(run.info.run_id)
+
+
+def find_run(client: "MlflowClient", key: str) -> str | None:
+    """Return the run that bears a key, or None."""
+    found = client.search_runs([experiment_id(client)], f"tags.`{KEY}` = '{key}'")
+    return str(found[0].info.run_id) if found else None
+
+
+def dataset_input(name: str, digest: str, path: str, context: str) -> "DatasetInput":
+    """Build MLflow's record of data that a run has seen.
+
+    Args:
+        name: Of the data set.
+        digest: DVC's.
+        path: Where DVC keeps it in the checkout.
+        context: training or evaluation.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    # MLflow reads a local source as this JSON, and nothing else.
+    source = json.dumps({"uri": path})
+    dataset = Dataset(name=name, digest=digest, source_type="local", source=source)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context), InputTag("dvc.path", path)])
+
+
+def git_commit() -> str:
+    """Return the commit of the checkout, or `none` outside git."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "none"

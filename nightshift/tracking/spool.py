@@ -1,0 +1,362 @@
+"""What a run is told, on its way to MLflow: first to the disk, from there on by a thread of its own.
+
+A spool is a file of JSON lines, `tracking/<training>-<run>.jsonl` in the state folder. Its first line names
+the run, or the run to be created; the others are what the run is told, in order. The file beside it, `.json`,
+says how far MLflow has got. It is written after MLflow took the entries, so after a kill in between they are
+sent again: MLflow's databases keep a metric of equal name, step, time and value once.
+"""
+
+import fcntl
+import itertools
+import json
+import logging
+import math
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from nightshift.core.files import jsonl, read_json, write_json, write_text
+from nightshift.core.state import state_dir
+from nightshift.tracking.runs import dataset_input, find_run, open_run, run_id, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# MLflow's own are 120 s and 7 attempts: minutes, in which a training could not end.
+HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+# A request for each second, however quick the steps are; a tracker that is down is asked more rarely.
+SEND_SECONDS, RETRY_SECONDS = 1.0, 10.0
+# What the end of a rank, and start and end of the stage, may cost.
+FLUSH_SECONDS, REPLAY_SECONDS = 5.0, 30.0
+# MLflow takes 1000 metrics in a request; an entry has up to eight.
+ENTRIES_PER_REQUEST = 100
+# Another attempt would get the same answer.
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+log = logging.getLogger(__name__)
+Entry = dict[str, Any]
+
+
+class Spool:
+    """The end of a spool that a training writes to: `tell` returns at once, whatever MLflow does."""
+
+    def __init__(self, path: Path, uri: str) -> None:
+        """Go on with the spool of an earlier attempt, and start sending."""
+        self.path, self.uri = path, uri
+        self.told = {name for entry in read_spool(path)[1:] for name in names(entry)}
+        self.is_written = True
+        self.pending, self.closing = threading.Event(), threading.Event()
+        limit_requests()
+        self.thread = threading.Thread(target=self.send_all, name="tracking", daemon=True)
+        self.thread.start()
+
+    def tell(self, kind: str, **entry: Any) -> None:
+        """Append an entry; what the run was told already, before a resume, is left out.
+
+        Args:
+            kind: metrics (values, step; the time is added), params (values), dataset (name, digest, source).
+            entry: What belongs to the kind.
+        """
+        if kind == "metrics":
+            step = entry["step"]
+            values = {key: value for key, value in entry["values"].items() if (key, step) not in self.told}
+            entry |= {"values": values, "time": now()}
+        new = names({"kind": kind, **entry}) - self.told
+        if not new:
+            return
+        try:
+            append(self.path, {"kind": kind, **entry})
+        except OSError as err:
+            if self.is_written:
+                log.warning("tracking: cannot write: %s; make room, until then MLflow misses values", err)
+            self.is_written = False
+        else:
+            self.told |= new
+            self.pending.set()
+
+    def close(self) -> None:
+        """Give MLflow a last chance, for `FLUSH_SECONDS` at most; what is pending stays in the spool."""
+        self.closing.set()
+        self.pending.set()
+        self.thread.join(FLUSH_SECONDS)
+
+    def send_all(self) -> None:
+        """Send what is pending until the spool is closed."""
+        is_down = False
+        while True:
+            self.pending.clear()
+            is_last = self.closing.is_set()
+            is_down = not self.has_sent(was_down=is_down)
+            if is_last:
+                return
+            self.closing.wait(RETRY_SECONDS if is_down else SEND_SECONDS)
+            if not is_down:
+                self.pending.wait()
+
+    def has_sent(self, *, was_down: bool) -> bool:
+        """Send what is pending; say once that MLflow is down, and once that it is back.
+
+        Args:
+            was_down: The attempt before failed.
+
+        Returns:
+            Whether MLflow has taken everything.
+        """
+        try:
+            send(self.path, connect(self.uri))
+        # Whatever it is: tracking never stops a training.
+        except Exception as err:  # noqa: BLE001
+            if not was_down:
+                log.warning("%s", describe_failure(self.path, err))
+            return False
+        if was_down:
+            log.info("tracking: MLflow is back, and has all that was kept for it")
+        return True
+
+
+def begin(folder: Path, training: str, run_id: str | None, before: Path | None = None) -> Path:
+    """Return the spool of a training: the one of the attempt before, or a new one for another run.
+
+    A new run of a training that goes on is told what the run before was told, so that its curves are whole.
+
+    Args:
+        folder: Of all spools.
+        training: Key of the training.
+        run_id: The run to tell; None for a run to be created, when MLflow answers.
+        before: Spool of the attempt before, which may be gone.
+    """
+    entries: list[Entry] = []
+    if before and before.is_file():
+        header, *entries = read_spool(before)
+        if header["run_id"] == run_id:
+            return before
+        finish(before, "FAILED")
+    name = run_id or f"by-hand-{secrets.token_hex(4)}"
+    path = folder / f"{training}-{name}.jsonl"
+    if not path.is_file():
+        position_file(path).unlink(missing_ok=True)
+        header = {"run_id": run_id, "name": name, "key": path.stem, "time": now()}
+        write_text(path, jsonl([header, *(entry for entry in entries if entry["kind"] != "end")]))
+    return path
+
+
+def finish(path: Path, status: str = "FINISHED") -> None:
+    """Append that the run has ended, if the spool is still there.
+
+    Args:
+        path: The spool; it is removed once MLflow was told everything.
+        status: Of the run in MLflow, if it is ours; who handed a run in decides on its status.
+    """
+    if path.is_file() and read_spool(path)[-1].get("kind") != "end":
+        append(path, {"kind": "end", "status": status, "time": now()})
+
+
+def replay(folder: Path, uri: str) -> None:
+    """Send what is pending in all spools, for `REPLAY_SECONDS` at most; warn of what is left."""
+    deadline = time.monotonic() + REPLAY_SECONDS
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            send(path, connect(uri), deadline)
+        # Whatever it is: tracking never stops a training.
+        except Exception as err:  # noqa: BLE001
+            log.warning("%s", describe_failure(path, err))
+            # A run may be unknown to this server, which knows the next one; a server that is down knows none.
+            if getattr(err, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                return
+
+
+def connect(uri: str) -> "MlflowClient":
+    """Return a client of the tracker; MLflow is imported here, by the thread that sends."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def send(path: Path, client: "MlflowClient", deadline: float = math.inf) -> None:
+    """Send what is pending, in order, and note after each request how far MLflow has got.
+
+    Args:
+        path: The spool; it is removed when it ends and all of it was sent.
+        client: Of the tracker.
+        deadline: On the monotonic clock, in seconds; no request starts later.
+
+    Raises:
+        MlflowException: MLflow does not answer, or does not know the run.
+        TimeoutError: The deadline has passed.
+    """
+    with locked(path) as file:
+        first = file.readline()
+        header, position = json.loads(first), read_position(path)
+        run_id = position["run_id"] or header["run_id"]
+        if run_id is None:
+            run_id = open_run(client, header["key"], header["name"], header["time"])
+        sent = max(position["sent"], len(first))
+        if position["run_id"] is None:
+            write_json(position_file(path), {"run_id": run_id, "sent": sent})
+        file.seek(sent)
+        lines = [line for line in file if line.endswith(b"\n")]
+        # On the disk before it is sent: no loss of power leaves a position behind the end.
+        os.fsync(file.fileno())
+        for batch in batches(lines):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it took longer than {REPLAY_SECONDS:.0f} s")
+            entries = [json.loads(line) for line in batch]
+            if entries[0]["kind"] == "end":
+                if header["run_id"] is None:
+                    client.set_terminated(run_id, entries[0]["status"], entries[0]["time"])
+                path.unlink(missing_ok=True)
+                return
+            deliver(client, run_id, entries)
+            sent += sum(map(len, batch))
+            write_json(position_file(path), {"run_id": run_id, "sent": sent})
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """Open a spool for sending, which one process does at a time."""
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield file
+        finally:
+            # Closing is not enough: a process forked meanwhile holds the file open too.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def deliver(client: "MlflowClient", run_id: str, entries: list[Entry]) -> None:
+    """Tell a run entries of one kind, in one request; what MLflow refuses is reported and left out.
+
+    Raises:
+        MlflowException: MLflow does not answer, or does not know the run.
+    """
+    from mlflow.entities import Metric, Param
+    from mlflow.exceptions import MlflowException
+
+    try:
+        match entries[0]["kind"]:
+            case "metrics":
+                metrics = [
+                    Metric(key, value, entry["time"], entry["step"])
+                    for entry in entries
+                    for key, value in entry["values"].items()
+                ]
+                client.log_batch(run_id, metrics=metrics)
+            case "params":
+                params = [Param(*pair) for entry in entries for pair in entry["values"].items()]
+                client.log_batch(run_id, params=params)
+            case "dataset":
+                datasets = [
+                    dataset_input(entry["name"], entry["digest"], entry["source"], "training")
+                    for entry in entries
+                ]
+                client.log_inputs(run_id, datasets=datasets)
+    except MlflowException as err:
+        if err.error_code not in REFUSED:
+            raise
+        log.warning("tracking: MLflow refused %s of run %s: %s; left out", entries, run_id, err)
+
+
+def batches(lines: list[bytes]) -> Iterator[list[bytes]]:
+    """Divide lines into runs of one kind that fit into a request."""
+    for _, run in itertools.groupby(lines, key=lambda line: json.loads(line)["kind"]):
+        same = list(run)
+        for i in range(0, len(same), ENTRIES_PER_REQUEST):
+            yield same[i : i + ENTRIES_PER_REQUEST]
+
+
+def append(path: Path, entry: Entry) -> None:
+    """Append an entry, behind the last complete one: half of a line is what a crash or a full disk leaves.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+        file.write(jsonl([entry]).encode())
+
+
+def read_spool(path: Path) -> list[Entry]:
+    """Read the header and all complete entries."""
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def names(entry: Entry) -> set[tuple[str, int]]:
+    """Name what a run is told by an entry, and is told once.
+
+    Example:
+        >>> sorted(names({"kind": "metrics", "values": {"loss": 2.0, "grad_norm": 1.0}, "step": 3}))
+        [('grad_norm', 3), ('loss', 3)]
+        >>> names({"kind": "params", "values": {"sft.lora_r": "16"}})
+        {('params', 0)}
+    """
+    if entry["kind"] == "metrics":
+        return {(key, entry["step"]) for key in entry["values"]}
+    return {(entry["kind"], 0)}
+
+
+def position_file(path: Path) -> Path:
+    """Return where it stands which run a spool belongs to, and how many bytes of it MLflow has."""
+    return path.with_suffix(".json")
+
+
+def read_position(path: Path) -> Entry:
+    """Read how far MLflow has got; a spool that it was never told of starts with nothing."""
+    file = position_file(path)
+    position: Entry = read_json(file) if file.is_file() else {"run_id": None, "sent": 0}
+    return position
+
+
+def find_run_id(path: Path) -> str | None:
+    """Return the run that a spool belongs to; None while MLflow could not create it."""
+    header = read_spool(path)[0] if path.is_file() else {"run_id": None}
+    found: str | None = read_position(path)["run_id"] or header["run_id"]
+    return found
+
+
+def describe_failure(path: Path, err: BaseException) -> str:
+    """Say what MLflow did not take, why, and what becomes of it."""
+    reason = f"{type(err).__name__}: {err}".partition("\n")[0][:300]
+    return (
+        f"tracking: MLflow did not take all of {path}: {reason}; training goes on, and the next `python -m "
+        "tasks.sft` sends what is kept there at the latest; see `nightshift status` and MLFLOW_TRACKING_URI"
+    )
+
+
+def limit_requests() -> None:
+    """Keep this process from waiting minutes for MLflow, unless the environment says otherwise."""
+    for variable, value in HTTP.items():
+        os.environ.setdefault(variable, value)
+
+
+def now() -> int:
+    """Return MLflow's clock: milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def training_run(client: "MlflowClient", record_file: Path) -> str:
+    """Return the run that trained the candidate; a new one if this MLflow does not know it.
+
+    A training that MLflow did not answer left its run in the spool: it is opened now, and told everything.
+
+    Args:
+        client: Of the tracker.
+        record_file: mlflow_run.json of the stage sft.
+    """
+    from mlflow.exceptions import MlflowException
+
+    replay(state_dir() / "tracking", tracking_uri())
+    record = read_json(record_file)
+    trained_by = record["run_id"] or find_run(client, record["tracking_key"])
+    try:
+        return str(client.get_run(str(trained_by)).info.run_id)
+    except MlflowException:
+        log.warning("MLflow has no run %s: it was trained against another server", trained_by)
+        return run_id(client)

@@ -1,0 +1,135 @@
+"""Run the stage: write new shards, benchmarks and the champion."""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from nightshift.core.config import load_params
+from nightshift.core.files import file_digest, jsonl, write_json, write_text
+from nightshift.core.paths import BENCHMARKS, CHAMPION, RAW
+from nightshift.core.stage import run_main, write_summary
+from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
+from nightshift.data.used import write_used
+from nightshift.pipeline.dvc_cache import restore
+from nightshift.raw.erase import erase_known
+from nightshift.raw.forgotten import read_forgotten
+from nightshift.raw.shards import DIGESTS, find_shards, read_digests, used_shards
+from nightshift.registry import versions
+from tasks.snapshot import SnapshotParams
+from tasks.snapshot.sources import Offer
+from tasks.snapshot.sources.harness import harness_items
+from tasks.snapshot.sources.locations import read_offers
+from tasks.snapshot.sources.packages import BENCHMARK_PACKAGES
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Bring in sources, benchmarks and the champion.
+
+    Raises:
+        DataError: A benchmark breaks the format.
+        StageError: dvc.lock names data that is nowhere.
+    """
+    params = load_params(SnapshotParams, "snapshot")
+    for folder in (RAW, BENCHMARKS):
+        restore(folder)
+    for name, origin in params.benchmarks.items():
+        write_benchmark(name, origin, BENCHMARKS)
+    write_used(BENCHMARKS, params.benchmarks)
+    benchmarks = read_benchmarks(BENCHMARKS)
+    for source, location in params.sources.items():
+        for shard in write_shards(source, read_offers(location), RAW):
+            erase_known(shard, RAW)
+    write_used(RAW, params.sources)
+    versions.write_champion(CHAMPION)
+    write_summary(
+        "snapshot",
+        rows_in=0,
+        rows_out=0,
+        shards=dict(Counter(shard.parent.name for _, shard in used_shards(RAW))),
+        questions={benchmark.name: len(benchmark.items) for benchmark in benchmarks},
+    )
+
+
+def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
+    """Write the offered files whose bytes are new, numbered by arrival.
+
+    The arrival number is common to all sources and only grows, so that data which came first stays
+    first: deduplication keeps the first of two equal rows.
+
+    Returns:
+        The new shards, `raw/<source>/<arrival>.<suffix>`.
+    """
+    digests = digest_shards(raw)
+    known = {digest for name, digest in digests.items() if name.startswith(f"{source}/")}
+    for name, before in read_forgotten(raw).shards.items():
+        known.update(before if name.startswith(f"{source}/") else ())
+    arrival = max((arrival for arrival, _ in find_shards(raw)), default=0)
+    new = []
+    temporary = raw / source / ".incoming"
+    for offer in offers:
+        try:
+            digest = receive(offer, temporary)
+            if digest in known:
+                continue
+            known.add(digest)
+            arrival += 1
+            new.append(raw / source / f"{arrival:06d}{offer.suffix}")
+            temporary.replace(new[-1])
+        finally:
+            temporary.unlink(missing_ok=True)
+        digests[new[-1].relative_to(raw).as_posix()] = digest
+    write_json(raw / DIGESTS, digests)
+    log.info("%s: %d new shard(s)", source, len(new))
+    return new
+
+
+def receive(offer: Offer, target: Path) -> str:
+    """Write the bytes of an offer to a file and return their SHA-256, in hex."""
+    state = hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        for chunk in offer.chunks:
+            state.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return state.hexdigest()
+
+
+def digest_shards(raw: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of all shards that are there; one that is not listed yet is read.
+
+    Raises:
+        DataError: A file is no shard.
+    """
+    listed = read_digests(raw)
+    names = [shard.relative_to(raw).as_posix() for _, shard in find_shards(raw)]
+    return {name: listed.get(name) or file_digest(raw / name) for name in names}
+
+
+def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
+    """Write `<name>/task.yaml` and `<name>/items.jsonl` below `benchmarks` (`nightshift.data.benchmarks`)."""
+    target = benchmarks / name
+    kind, _, rest = location.partition(":")
+    if kind == "package":
+        task, read_items = BENCHMARK_PACKAGES[rest]
+        items = read_items()
+    elif kind == "lm-eval":
+        task, items = CHOICE_TASK, harness_items(rest)
+    else:
+        shutil.copytree(location, target, dirs_exist_ok=True)
+        return
+    write_text(target / "items.jsonl", jsonl(items))
+    write_text(target / "task.yaml", yaml.safe_dump(task, sort_keys=False))
+
+
+if __name__ == "__main__":
+    run_main(main, is_online=True)

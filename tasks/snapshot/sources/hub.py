@@ -1,0 +1,55 @@
+"""Data sets of the Hugging Face Hub: the Parquet files of one commit. No script of a repository runs."""
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from nightshift.core.errors import DataError
+from nightshift.hub import asking_hub
+from tasks.snapshot.sources import Offer
+from tasks.snapshot.sources.stores import read_file
+
+HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})(?:/(?P<glob>\S+))?")
+
+
+def hub_offers(location: str) -> Iterator[Offer]:
+    """Download the Parquet files of a data set, in the order of their paths.
+
+    Args:
+        location: `hub:<owner>/<name>@<commit>`, with `/<glob>` to take only some of the files.
+
+    Raises:
+        DataError: The Hub cannot be reached or refuses, or no Parquet file fits.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    found = HUB.fullmatch(location)
+    if not found:
+        raise ValueError(f"{location!r} was not checked by require_location")
+    identity, commit = found["id"], found["commit"]
+    with asking_hub(f"snapshot.sources: {location}"):
+        files = HfApi().list_repo_files(identity, revision=commit, repo_type="dataset")
+    for name in choose_parquet(files, found["glob"] or "*", location):
+        with asking_hub(f"snapshot.sources: {location}"):
+            path = hf_hub_download(identity, name, revision=commit, repo_type="dataset")
+        yield Offer(".parquet", read_file(Path(path)))
+
+
+def choose_parquet(files: list[str], pattern: str, location: str) -> list[str]:
+    """Return the Parquet files that fit a pattern, sorted.
+
+    Raises:
+        DataError: None fits.
+
+    Example:
+        >>> choose_parquet(["README.md", "load.py", "data/train-0.parquet"], "data/train-*", "hub:a/b@c")
+        ['data/train-0.parquet']
+    """
+    chosen = sorted(name for name in files if name.endswith(".parquet") and fnmatchcase(name, pattern))
+    if not chosen:
+        raise DataError(
+            f"snapshot.sources: {location}: no Parquet file fits {pattern}; take a commit of the data set's "
+            "branch refs/convert/parquet"
+        )
+    return chosen

@@ -1,0 +1,90 @@
+"""How a location in params.yaml is written, and who reads it.
+
+| location | meaning |
+|---|---|
+| `package:<name>` | data inside an installed package |
+| `s3://bucket/key`, `gs://bucket/key` | object store; the key may be a glob |
+| `hub:<owner>/<name>@<commit>[/<glob>]` | Parquet files of a Hub data set at a commit |
+| `{sql: SELECT ..., url_env: NAME}` | rows of a query; the environment variable holds the database's URL |
+| anything else | path or glob of local files |
+"""
+
+import re
+from collections.abc import Iterator
+
+from nightshift.core.config import StageParams
+from tasks.snapshot.sources import Offer
+from tasks.snapshot.sources.database import query_offer
+from tasks.snapshot.sources.hub import HUB, hub_offers
+from tasks.snapshot.sources.packages import PACKAGES, package_offer
+from tasks.snapshot.sources.stores import EXTRAS, local_offers, remote_offers
+
+ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+class SqlQuery(StageParams):
+    """Rows of a database.
+
+    Attributes:
+        sql: One SELECT with ORDER BY: equal rows must come in equal order.
+        url_env: Environment variable that holds the database's URL for SQLAlchemy.
+    """
+
+    sql: str
+    url_env: str
+
+
+Location = str | SqlQuery
+
+
+def require_location(location: str) -> None:
+    """Check how a location is written. Its text is told back only when no password can stand in it.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    if location.startswith("package:") and location.removeprefix("package:") not in PACKAGES:
+        raise ValueError(f"{location!r} is unknown; known packages: {', '.join(PACKAGES)}")
+    if location.startswith("hub:") and not HUB.fullmatch(location):
+        raise ValueError(
+            f"{location!r} must be hub:<owner>/<name>@<40 hex digits of a commit>, then /<glob> if wanted; "
+            "a branch may move"
+        )
+    scheme, found, rest = location.partition("://")
+    if found and scheme not in EXTRAS:
+        raise ValueError(f"scheme {scheme!r} is not read; use s3:// or gs://, a path, or {{sql, url_env}}")
+    if found and "@" in rest.split("/", 1)[0]:
+        raise ValueError(f"{scheme}:// location holds credentials; give them in the environment")
+
+
+def require_query(query: object) -> None:
+    """Check a query as it stands in params.yaml; no value is told back, it could hold a password.
+
+    Raises:
+        ValueError: A key is missing, unknown or wrong.
+    """
+    if not isinstance(query, dict) or query.keys() != {"sql", "url_env"}:
+        raise ValueError("a query has the keys sql and url_env, no others")
+    if not isinstance(query["url_env"], str) or not ENVIRONMENT_NAME.fullmatch(query["url_env"]):
+        raise ValueError("url_env is the name of an environment variable (A-Z, 0-9, _), not the URL")
+    if not isinstance(query["sql"], str) or not re.search(r"\border\s+by\b", query["sql"], re.IGNORECASE):
+        raise ValueError("sql needs ORDER BY: the same rows in another order would be a new shard each night")
+
+
+def read_offers(location: Location) -> Iterator[Offer]:
+    """Yield what a location offers now.
+
+    Raises:
+        DataError: It offers nothing, or nothing that ingest can read.
+        ConfigError: A library or a variable of the environment is missing.
+    """
+    if isinstance(location, SqlQuery):
+        yield query_offer(location.sql, location.url_env)
+    elif location.startswith("package:"):
+        yield package_offer(location.removeprefix("package:"))
+    elif location.startswith("hub:"):
+        yield from hub_offers(location)
+    elif "://" in location:
+        yield from remote_offers(location)
+    else:
+        yield from local_offers(location)

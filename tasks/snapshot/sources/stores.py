@@ -1,0 +1,95 @@
+"""Files: local ones, and those of object stores through fsspec."""
+
+import glob
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nightshift.core.errors import ConfigError, DataError
+from nightshift.raw.formats import READABLE, shard_suffix
+from tasks.snapshot.sources import Offer
+
+CHUNK = 4 * 2**20
+# Scheme -> extra of this project that installs its file system.
+EXTRAS = {"s3": "s3", "gs": "gcs"}
+
+
+def local_offers(location: str) -> Iterator[Offer]:
+    """Yield the files of a path or glob, in the order of their names.
+
+    Raises:
+        DataError: No file, or a file that ingest cannot read.
+    """
+    found = (Path(p) for p in glob.glob(location, recursive=True))  # noqa: PTH207 - absolute globs
+    files = [path.as_posix() for path in found if path.is_file()]
+    for name, suffix in require_readable(files, location):
+        yield Offer(suffix, read_file(Path(name)))
+
+
+def remote_offers(location: str) -> Iterator[Offer]:
+    """Yield the objects of a URL or of a glob in it, in the order of their names.
+
+    Credentials, region and endpoint come from the environment, as the store's own tools read them.
+
+    Raises:
+        ConfigError: The store's library is not installed.
+        DataError: The store refuses, there is no object, or one that ingest cannot read.
+    """
+    import fsspec
+
+    scheme = location.partition("://")[0]
+    try:
+        store, pattern = fsspec.url_to_fs(location)
+    except ImportError as err:
+        extra = EXTRAS[scheme]
+        raise ConfigError(f"snapshot.sources: {location}: {err}; run `pip install -e '.[{extra}]'`") from err
+    try:
+        names = [name for name in store.glob(pattern) if store.isfile(name)]
+    except (OSError, ValueError) as err:
+        raise refused(location, err) from err
+    for name, suffix in require_readable(names, location):
+        yield Offer(suffix, read_object(store, name))
+
+
+def require_readable(names: Iterable[str], location: str) -> list[tuple[str, str]]:
+    """Return (name, suffix) of the files, sorted.
+
+    Raises:
+        DataError: There is none, or ingest cannot read one of them.
+    """
+    found = [(name, shard_suffix(name)) for name in sorted(names)]
+    if not found:
+        raise DataError(f"snapshot.sources: {location} matches no file; correct the path or glob")
+    for name, suffix in found:
+        if suffix is None:
+            raise DataError(f"snapshot.sources: {name}: format unknown; use {READABLE}, or a narrower glob")
+    return [(name, suffix) for name, suffix in found if suffix]
+
+
+def read_file(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a local file."""
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def read_object(store: Any, name: str) -> Iterator[bytes]:
+    """Yield the bytes of an object of a store.
+
+    Raises:
+        DataError: The store refuses.
+    """
+    try:
+        with store.open(name, "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except (OSError, ValueError) as err:
+        raise refused(name, err) from err
+
+
+def refused(location: str, err: Exception) -> DataError:
+    """Build the error for what a store does not give."""
+    return DataError(
+        f"snapshot.sources: {location}: {type(err).__name__}: {err}; check the location, and the credentials "
+        "in the environment"
+    )

@@ -1,0 +1,65 @@
+"""Checkouts of the project for tests that run stages: real code, small model, few rows."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+FOLDERS = ("nightshift", "tasks", "flows", "infra")
+FILES = ("dvc.yaml", "prefect.yaml", "pyproject.toml", ".dvcignore", ".gitignore")
+
+
+class Checkout:
+    """A folder, and the commands that a user types in it."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+
+    def type(self, *command: str, code: int = 0) -> str:
+        """Run a command to its end, require its exit code, and return what it printed."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+
+def small_params(base: Path) -> dict[str, Any]:
+    """The shipped parameters, made small: a few steps of the small model on few rows."""
+    params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["base"] |= {"model": str(base), "dtype": "float32"}
+    params["snapshot"]["sources"] = {"elements": "package:mendeleev"}
+    params["sft"] |= {"max_steps": 6, "save_steps": 2, "warmup_steps": 1}
+    params["evaluate"] |= {"limit": 60, "batch_size": 60, "retrieval": None}
+    params["gate"] |= {"min_items": 20}
+    params["split"] |= {"by_phrasing": [], "test_share": 0.3}
+    return params
+
+
+def make_checkout(folder: Path, base: Path) -> Path:
+    """Make a git and DVC checkout with the project's code and small parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(yaml.safe_dump(small_params(base)), encoding="utf-8")
+    (folder / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "checkout"]):
+        subprocess.run([*git, *command], cwd=folder, check=True)
+    return folder

@@ -1,0 +1,119 @@
+"""The stage sft with a fault in its ranks, named by POISON: a broken kernel, a hard row, a bad chip.
+
+Without an argument it is the stage, with one the rank of that job.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from nightshift.core.stage import run_main
+
+# A label of the row that is poisoned.
+LABEL = 2500
+
+
+def main(job_file: Path | None) -> None:
+    """Run the stage, whose ranks come back here, or be one of them."""
+    if job_file:
+        rank(job_file)
+        return
+    from tasks.sft import __main__ as stage
+    from tasks.sft import launch
+
+    launcher = launch.launcher
+
+    def poisoned(*arguments: Any) -> list[str]:
+        return [part.replace("tasks.sft.worker", "tests.helpers.poisoned") for part in launcher(*arguments)]
+
+    launch.launcher = poisoned
+    stage.main()
+
+
+def rank(job_file: Path) -> None:
+    """Plant the fault, and train."""
+    from tasks.sft import worker
+
+    FAULTS[os.environ["POISON"]]()
+    worker.main(job_file)
+
+
+def poison_loss(gradient: float | None, loss: float = 0.0) -> None:
+    """Give the loss of the poisoned row another gradient, and add to its value."""
+    from tasks.sft.fused import LossHead
+
+    real = LossHead.__call__
+
+    def poisoned(self: LossHead, hidden: Any) -> Any:
+        if self.labels is None or not (self.labels == LABEL).any():
+            return real(self, hidden)
+        if gradient is not None and hidden.requires_grad:
+            hidden.register_hook(lambda given: given * gradient)
+        return real(self, hidden) + loss
+
+    LossHead.__call__ = poisoned  # type: ignore[method-assign]
+
+
+def poison_state() -> None:
+    """Spoil the optimiser's state in memory after the third step."""
+    from tasks.sft.guard import Guard
+
+    on_step_end = Guard.on_step_end
+
+    def spoil(self: Any, args: Any, state: Any, control: Any, optimizer: Any, **more: Any) -> None:
+        if state.global_step == 3:
+            second = next(iter(optimizer.state.values()))["exp_avg_sq"]
+            # FSDP2 divides it; its own share is what a rank can spoil.
+            mine = second.to_local() if hasattr(second, "to_local") else second
+            mine.view(-1)[0] = float("inf")
+        on_step_end(self, args, state, control, optimizer=optimizer, **more)
+
+    Guard.on_step_end = spoil  # type: ignore[method-assign, assignment]
+
+
+def poison_file() -> None:
+    """Spoil a weight while the trained model is written."""
+    from safetensors.torch import load_file, save_file
+
+    from tasks.sft import worker
+
+    tidy = worker.tidy
+
+    def spoil(model: Any) -> None:
+        tidy(model)
+        for path in model.glob("*.safetensors"):
+            weights = load_file(path)
+            weights[min(weights)].view(-1)[-1] = float("-inf")
+            save_file(weights, path)
+
+    worker.tidy = spoil
+
+
+def poison_scaler(skips: Collection[int]) -> None:
+    """Leave out optimiser steps, counted from 1, as fp16's scaler does where gradients overflow."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    step, steps = AcceleratedOptimizer.step, itertools.count(1)
+
+    def leave_out(self: Any, closure: Any = None) -> None:
+        self._is_overflow = next(steps) in skips
+        if not self._is_overflow:
+            step(self, closure)
+
+    AcceleratedOptimizer.step = leave_out
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "gradient is NaN": lambda: poison_loss(float("nan")),
+    "gradient is infinite": lambda: poison_loss(float("inf")),
+    "loss is infinite": lambda: poison_loss(None, float("inf")),
+    "state": poison_state,
+    "file": poison_file,
+    "overflow": lambda: poison_scaler((1, 2, 5)),
+    "overflows": lambda: poison_scaler(range(4, 100)),
+}
+
+if __name__ == "__main__":
+    run_main(main, lambda parser: parser.add_argument("job_file", type=Path, nargs="?"))

@@ -1,0 +1,75 @@
+"""What may import what: the library nothing above it, the stages no orchestration, the flows no torch.
+
+nightshift <- tasks <- flows, infra. A stage takes no code of another one: what two of them need is a part of
+the library.
+"""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.helpers.checkouts import FOLDERS, ROOT
+
+# What a package may import of the others.
+MAY_IMPORT = {
+    "nightshift": set[str](),
+    "tasks": {"nightshift"},
+    "flows": {"nightshift", "tasks"},
+    "infra": {"nightshift", "tasks"},
+}
+# Within the library, from the bottom up: each may import those before it.
+LIBRARY = ("core", "hub", "data", "raw", "replies", "tracking", "pipeline", "registry")
+# Libraries that a package never imports.
+NEVER = {
+    "nightshift": {"prefect", "deepspeed", "trl"},
+    "tasks": {"prefect"},
+    "flows": {"torch", "transformers", "trl", "peft", "deepspeed"},
+}
+# Where a command reads the parameters of a stage beside its own.
+SHARED_PARAMETERS = {("register", "gate"), ("report", "gate"), ("report", "judge")}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield the modules that a file imports, at any level of its code."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def imported_by(package: str) -> dict[str, set[str]]:
+    """Return part of a package -> modules that it imports."""
+    found = defaultdict(set)
+    for file in (ROOT / package).rglob("*.py"):
+        part = file.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        found[part] |= set(imports(file))
+    return found
+
+
+def test_a_package_imports_none_above_it() -> None:
+    for package in FOLDERS:
+        for part, modules in imported_by(package).items():
+            tops = {module.partition(".")[0] for module in modules}
+            others = tops.intersection(FOLDERS) - {package}
+            assert others <= MAY_IMPORT[package], f"{package}/{part} imports {others}"
+            assert not tops & NEVER.get(package, set()), f"{package}/{part}"
+
+
+def test_the_library_goes_one_way() -> None:
+    found = imported_by("nightshift")
+    assert set(found) == {*LIBRARY, "__init__"}
+    for part in LIBRARY:
+        used = {module.split(".")[1] for module in found[part] if module.startswith("nightshift.")}
+        before = set(LIBRARY[: LIBRARY.index(part) + 1])
+        assert used <= before, f"nightshift/{part} imports {used - before}"
+
+
+def test_a_stage_takes_no_code_of_another() -> None:
+    taken = set()
+    for part, modules in imported_by("tasks").items():
+        others = {module.split(".")[1] for module in modules if module.startswith("tasks.")} - {part}
+        taken |= {(part, other) for other in others}
+    assert taken == SHARED_PARAMETERS

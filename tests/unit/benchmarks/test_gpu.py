@@ -1,0 +1,87 @@
+"""The checks and measurements for a GPU are right before there is one; `make rehearse-gpu` runs some."""
+
+import zipfile
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from benchmarks.gpu import LADDER
+from infra.gpu_kit.slim import main as slim
+from tasks.sft import Attention, SftParams
+from tests.gpu import SECTION, Check, checks, find_fault, rehearsal
+from tests.helpers.sft import shipped_params
+
+ALL = [*checks()]
+
+
+@pytest.mark.parametrize("check", ALL, ids=[check.name for check in ALL])
+def test_a_checks_parameters_are_right(check: Check) -> None:
+    SftParams(**{**shipped_params(), **SECTION, **check.changes})
+
+
+def test_checks_have_names_of_their_own_and_compare_with_one_another() -> None:
+    for some in (ALL, [*rehearsal()]):
+        names = [check.name for check in some]
+        assert len(set(names)) == len(names)
+        assert {check.like for check in some if check.like} <= set(names)
+    tried = {check.changes.get("attn_implementation") for check in ALL}
+    assert set(get_args(Attention)) - {"auto", "sdpa_per_example"} <= tried
+    assert {rung.attention for rung in LADDER} - {"fastest"} <= set(get_args(Attention))
+
+
+def result(*losses: float, **more: Any) -> dict[str, Any]:
+    return {
+        "codes": [0],
+        "losses": list(losses),
+        "gib": 1.0,
+        "selftest": {"isolation": {"proven": True}},
+        **more,
+    }
+
+
+def verdict(found: dict[str, Any], **more: Any) -> str | None:
+    others = {"other": result(2.0, 1.0), "mine": found}
+    return find_fault(Check("mine", {}, **more), others)
+
+
+def test_losses_are_held_against_those_of_another_check() -> None:
+    assert verdict(result(2.0, 1.0005), like="other") is None
+    assert (
+        verdict(result(2.0, 1.1), like="other") == "losses are off by 0.1 of those of other, more than 0.001"
+    )
+    assert "losses are off" in str(verdict(result(2.0), like="other"))
+
+
+def test_a_package_may_lack_and_nothing_else_may_fail() -> None:
+    lacks = result(codes=[2], error=["error: sft.attn_implementation=x does not work on this machine: y"])
+    assert verdict(lacks, may_lack=True) is None
+    assert "does not work on this machine" in str(verdict(lacks))
+    crashed = result(codes=[1], error=["Traceback", "RuntimeError: CUDA error"])
+    assert verdict(crashed, may_lack=True) == "codes [1]: ['RuntimeError: CUDA error']"
+
+
+def test_proof_attempts_and_memory_are_judged() -> None:
+    unproven = result(2.0, selftest={"isolation": {}})
+    assert verdict(unproven) == "isolation is not proven"
+    assert verdict(result(1.0), attempts=4) == "codes [0]: it never ran out of memory"
+    assert verdict(result(1.0, codes=[10, 0]), attempts=4) is None
+    assert verdict(result(1.0, planned_gib=1.05), wide=True) is None
+    assert verdict(result(1.0, planned_gib=1.2), wide=True) == "1.00 GiB were allocated, 1.20 planned"
+
+
+def test_a_wheel_is_repacked_without_what_is_not_needed(tmp_path: Path) -> None:
+    wheel = tmp_path / "some-1.0-py3-none-any.whl"
+    record = "some/__init__.py,sha256=a,1\nsome/_C.so,sha256=b,9\nsome-1.0.dist-info/RECORD,,\n"
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name, text in {
+            "some/__init__.py": "1",
+            "some/_C.so": "9",
+            "some-1.0.dist-info/RECORD": record,
+        }.items():
+            file.writestr(name, text)
+    (tmp_path / "slim").mkdir()
+    slim(wheel, tmp_path / "slim", r"_C\.so")
+    with zipfile.ZipFile(tmp_path / "slim" / wheel.name) as file:
+        assert file.namelist() == ["some/__init__.py", "some-1.0.dist-info/RECORD"]
+        assert b"_C.so" not in file.read("some-1.0.dist-info/RECORD")

@@ -1,0 +1,68 @@
+"""A conversation in the terminal, with a small random model."""
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from infra.cli import chat
+from nightshift.registry.served_model import generate
+
+Talk = Callable[[str], str]
+
+
+@pytest.fixture
+def talk(
+    lively: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Talk:
+    """Say something on stdin and return what comes on stdout."""
+    monkeypatch.setattr(chat, "MAX_NEW_TOKENS", 8)
+
+    def said(text: str) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        chat.converse(*lively)
+        return capsys.readouterr().out
+
+    return said
+
+
+def answer(lively: tuple[Any, Any], *texts: str) -> str:
+    """The answer to a conversation, which begins and ends with the user."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    model, tokenizer = lively
+    return str(tokenizer.decode(generate(model, tokenizer, turns, 8)[1], skip_special_tokens=True))
+
+
+def test_a_question_is_answered_with_all_before_it_in_mind(talk: Talk, lively: tuple[Any, Any]) -> None:
+    first = answer(lively, "One?")
+    second = answer(lively, "One?", first.strip(), "Two?")
+    assert talk("One?\n\n  Two? \n/exit\nThree?\n") == f"{first}\n{second}\n"
+    assert second != answer(lively, "Two?")
+
+
+def test_an_interrupted_answer_stays_said_and_the_chat_goes_on(
+    talk: Talk, lively: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = chat.stream
+
+    def interrupted(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> Iterator[str]:
+        if len(turns) > 1:
+            yield from stream(model, tokenizer, turns, limit)
+        else:
+            yield "It is "
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "stream", interrupted)
+    assert talk("One?\nTwo?\n") == f"It is \n{answer(lively, 'One?', 'It is', 'Two?')}\n"
+
+
+def test_a_conversation_that_is_too_long_starts_anew(talk: Talk, lively: tuple[Any, Any]) -> None:
+    assert talk(f"{'word ' * 2100}\nTwo?\n") == f"\n{answer(lively, 'Two?')}\n"
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    assert chat.printable("\x1b]0;title\x07a\u009bb\r\n\tc\N{ZERO WIDTH JOINER}") == (
+        "]0;titleab\n\tc\N{ZERO WIDTH JOINER}"
+    )

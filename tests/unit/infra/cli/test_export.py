@@ -1,0 +1,83 @@
+"""What an export refuses, and what it leaves behind."""
+
+import math
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from infra.cli import export
+from nightshift.core.errors import GateError, StageError
+from nightshift.registry.served_model import PROBES
+
+FAILING = "#!/bin/sh\necho unknown architecture >&2\nexit 3\n"
+
+
+def test_a_folder_appears_only_when_all_of_it_is_there(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with pytest.raises(RuntimeError), export.atomic_directory(target) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(target.parent.iterdir()) == []
+    with export.atomic_directory(target) as folder:
+        (folder / "whole").write_text("x")
+        assert not target.exists()
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    assert [path.name for path in target.iterdir()] == ["whole"]
+
+
+def test_logits_that_are_no_numbers_are_refused(lively: tuple[Any, Any]) -> None:
+    model, tokenizer = deepcopy(lively)
+    answers = [export.answer(model, tokenizer, question) for question in PROBES]
+    assert export.compare("itself", model, tokenizer, answers, 1e-6) == {"largest": 0.0, "bound": 1e-6}
+    model.get_output_embeddings().weight.data[0, 0] = math.nan
+    with pytest.raises(GateError, match="export: it: logits differ by up to nan"):
+        export.compare("it", model, tokenizer, answers, 1e-6)
+
+
+def test_logits_that_are_no_numbers_are_refused_whichever_probe_has_them(lively: tuple[Any, Any]) -> None:
+    model, tokenizer = lively
+    answers = [export.answer(model, tokenizer, question) for question in PROBES]
+    ids, logits = answers[-1]
+    answers[-1] = ids, torch.full_like(logits, math.nan)
+    with pytest.raises(GateError, match="export: it: logits differ by up to nan"):
+        export.compare("it", model, tokenizer, answers, 1e-6)
+
+
+def test_a_weight_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+    save_file({"used": torch.ones(2)}, tmp_path / "a.safetensors")
+    export.require_finite(tmp_path, "the version must not be used")
+    # No probe reads the row of this token, so no answer would tell.
+    save_file({"embed": torch.tensor([1.0, math.inf])}, tmp_path / "b.safetensors")
+    with pytest.raises(GateError, match="export: embed is not finite; nothing is written; the version must"):
+        export.require_finite(tmp_path, "the version must not be used")
+
+
+def test_another_answer_is_refused_however_wide_the_bound(lively: tuple[Any, Any]) -> None:
+    model, tokenizer = deepcopy(lively)
+    answers = [export.answer(model, tokenizer, question) for question in PROBES]
+    model.model.layers[1].mlp.down_proj.weight.data.neg_()
+    with pytest.raises(GateError, match="and 0 of 3 greedy answers are the same"):
+        export.compare("it", model, tokenizer, answers, math.inf)
+
+
+def test_without_a_converter_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "tools_environment", lambda: {"PATH": ""})
+    with pytest.raises(StageError, match=r"convert_hf_to_gguf\.py, convert-hf-to-gguf is on PATH; clone"):
+        export.find_converter()
+
+
+def test_a_converter_that_fails_is_an_error_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "convert-hf-to-gguf"
+    script.write_text(FAILING)
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    command: list[Any] = export.find_converter()
+    assert command == [str(script)]
+    with pytest.raises(StageError, match="convert-hf-to-gguf failed: unknown architecture"):
+        export.write_gguf(command, tmp_path, "f32")

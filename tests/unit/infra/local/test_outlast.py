@@ -1,0 +1,93 @@
+"""A Prefect client of a run waits for its server instead of ending the run."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import httpx
+import pytest
+from prefect.client.base import PrefectHttpxAsyncClient, PrefectHttpxSyncClient
+
+from infra.local import outlast
+
+OUTAGE_SECONDS = 1.0
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Answers everything."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that comes up a second after the test has begun."""
+    with HTTPServer(("127.0.0.1", 0), Answer) as probe:
+        port = probe.server_port
+    servers: list[HTTPServer] = []
+
+    def serve() -> None:
+        time.sleep(OUTAGE_SECONDS)
+        servers.append(HTTPServer(("127.0.0.1", port), Answer))
+        servers[0].serve_forever(poll_interval=0.05)
+
+    monkeypatch.setattr(outlast, "RETRY_SECONDS", 0.1)
+    for client in (PrefectHttpxSyncClient, PrefectHttpxAsyncClient):
+        monkeypatch.setattr(client, "send", client.send)  # put back after the test
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{port}"
+    while not servers:
+        time.sleep(0.05)
+    servers[0].shutdown()
+    servers[0].server_close()
+    thread.join()
+
+
+def test_without_it_a_client_gives_up_at_once(url: str) -> None:
+    with (
+        pytest.raises(httpx.ConnectError),
+        PrefectHttpxSyncClient(base_url=url, enable_csrf_support=False) as client,
+    ):
+        client.get("/")
+
+
+def test_a_client_waits_for_its_server_and_says_so_once(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    outlast.outlast_outages()
+    with (
+        caplog.at_level("INFO", logger="prefect.outlast"),
+        PrefectHttpxSyncClient(base_url=url, enable_csrf_support=False) as client,
+    ):
+        assert client.get("/").status_code == 200
+        assert client.get("/").status_code == 200
+    told = [
+        record.getMessage().split(" (")[0] for record in caplog.records if record.name == "prefect.outlast"
+    ]
+    assert told == ["the Prefect server is away", "the Prefect server is back"]
+
+
+def test_an_asynchronous_client_waits_too(url: str) -> None:
+    outlast.outlast_outages()
+
+    async def ask() -> int:
+        async with PrefectHttpxAsyncClient(base_url=url, enable_csrf_support=False) as client:
+            return (await client.get("/")).status_code
+
+    assert asyncio.run(ask()) == 200
+
+
+def test_an_answer_that_refuses_is_no_outage(url: str) -> None:
+    time.sleep(OUTAGE_SECONDS + 0.5)
+    outlast.outlast_outages()
+    with (
+        PrefectHttpxSyncClient(base_url=url, enable_csrf_support=False) as client,
+        pytest.raises(httpx.HTTPStatusError, match="501"),
+    ):
+        client.post("/")

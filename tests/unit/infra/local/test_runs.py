@@ -1,0 +1,70 @@
+"""The automation that wakes the janitor, judged by Prefect's own code."""
+
+from typing import Any
+
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import RelatedResource, Resource
+
+from infra.local.runs import create_automation
+
+JANITOR = {"id": "a-deployment"}
+
+
+class Server:
+    """Prefect's API as far as automations go."""
+
+    def __init__(self) -> None:
+        self.automations: list[dict[str, Any]] = []
+        self.created = 0
+
+    def prefect(self, method: str, path: str, body: Any = None) -> Any:
+        match method, path:
+            case "POST", "/deployments/filter":
+                return [JANITOR]
+            case "POST", "/automations/filter":
+                return list(self.automations)
+            case "POST", "/automations/":
+                self.created += 1
+                self.automations.append({**body, "id": str(self.created)})
+            case "DELETE", _:
+                self.automations = [one for one in self.automations if one["id"] != path.split("/")[-1]]
+        return None
+
+
+def watches(trigger: dict[str, Any], flow: str) -> bool:
+    """Whether a trigger looks at the events of a flow's runs."""
+    run = Resource({"prefect.resource.id": "prefect.flow-run.1"})
+    related = [
+        {
+            "prefect.resource.id": "prefect.flow.1",
+            "prefect.resource.role": "flow",
+            "prefect.resource.name": flow,
+        },
+        {"prefect.resource.id": "prefect.deployment.1", "prefect.resource.role": "deployment"},
+    ]
+    return EventTrigger(**trigger).covers_resources(run, [RelatedResource(one) for one in related])
+
+
+def test_the_janitor_looks_after_every_run_but_its_own() -> None:
+    """Its last heartbeat comes behind its end, so it would wake itself for ever."""
+    server = Server()
+    create_automation(server)  # type: ignore[arg-type]
+    (automation,) = server.automations
+    assert [watches(automation["trigger"], flow) for flow in ("finetune", "another", "janitor")] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_the_automation_is_created_once_and_replaced_if_it_wakes_itself() -> None:
+    server = Server()
+    for _ in range(2):
+        create_automation(server)  # type: ignore[arg-type]
+    assert server.created == 1
+    server.automations[0] |= {"enabled": False}
+    server.automations[0]["trigger"] |= {"match_related": {}}
+    create_automation(server)  # type: ignore[arg-type]
+    (automation,) = server.automations
+    assert (server.created, automation["enabled"]) == (2, False)
+    assert not watches(automation["trigger"], "janitor")

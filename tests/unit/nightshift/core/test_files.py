@@ -1,0 +1,92 @@
+"""Files that stages exchange."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from nightshift.core.files import (
+    appended_rows,
+    atomic_write,
+    file_digest,
+    iterate_batches,
+    iterate_rows,
+    read_json,
+    read_rows,
+    text_digest,
+    tree_digest,
+    write_figures,
+    write_json,
+    write_rows,
+    write_text,
+)
+
+SCHEMA = pa.schema([("a", pa.int32()), ("b", pa.string())])
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
+    rows = [{"a": 1, "b": "é"}, {"a": None, "b": ""}]
+    for name in ("one", "two"):
+        write_rows(tmp_path / name, rows, SCHEMA)
+    assert file_digest(tmp_path / "one") == file_digest(tmp_path / "two")
+    assert read_rows(tmp_path / "one") == rows
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+
+
+def test_a_computed_figure_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    figures = {"gain": {"power": float("nan"), "low": 0.1}, "bands": (float("inf"), 1), "verdict": "hold"}
+    write_figures(tmp_path / "x.json", figures)
+    assert read_json(tmp_path / "x.json") == {
+        "gain": {"power": None, "low": 0.1},
+        "bands": [None, 1],
+        "verdict": "hold",
+    }
+
+
+def test_a_tree_digest_sees_names_and_bytes_but_not_the_place(tmp_path: Path) -> None:
+    for place in ("p", "q"):
+        write_text(tmp_path / place / "model" / "a.txt", "1")
+    assert tree_digest(tmp_path / "p" / "model") == tree_digest(tmp_path / "q" / "model")
+    before = tree_digest(tmp_path / "p" / "model")
+    (tmp_path / "p" / "model" / "a.txt").rename(tmp_path / "p" / "model" / "b.txt")
+    assert tree_digest(tmp_path / "p" / "model") != before
+
+
+def test_a_text_digest_is_stable() -> None:
+    assert text_digest("a", "b") == "cfb9cbd0aeeea44e"
+    assert text_digest("a", "b") != text_digest("b", "a")
+
+
+def test_rows_come_back_batch_by_batch_in_order(tmp_path: Path) -> None:
+    schema = pa.schema([("number", pa.int64())])
+    write_rows(tmp_path / "rows.parquet", ({"number": i} for i in range(25_000)), schema)
+    assert [batch.num_rows for batch in iterate_batches(tmp_path / "rows.parquet")] == [10_000, 10_000, 5000]
+    assert [row["number"] for row in iterate_rows(tmp_path / "rows.parquet")] == list(range(25_000))
+
+
+def test_appended_rows_take_their_name_only_when_all_are_there(tmp_path: Path) -> None:
+    schema = pa.schema([("number", pa.int64())])
+    target = tmp_path / "rows.parquet"
+    with pytest.raises(ZeroDivisionError), appended_rows(target, schema) as append:
+        append([{"number": 1}])
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with appended_rows(target, schema) as append:
+        append([{"number": 1}])
+        append([])
+        append([{"number": 2}])
+    assert [row["number"] for row in iterate_rows(target)] == [1, 2]

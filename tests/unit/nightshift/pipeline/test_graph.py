@@ -1,0 +1,44 @@
+"""The graph as dvc.yaml tells it."""
+
+from pathlib import Path
+
+import pytest
+
+from nightshift.core.errors import ConfigError
+from nightshift.pipeline.graph import stage_order
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "dvc.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_stages_come_after_what_they_read(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        stages:
+          last: {cmd: x, deps: [data/b/rows.json]}
+          middle: {cmd: x, deps: [data/a], outs: [data/b]}
+          first: {cmd: x, metrics: [{data/a/x.json: {cache: false}}]}
+        """,
+    )
+    assert stage_order(path) == ["first", "middle", "last"]
+
+
+def test_independent_stages_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "stages: {b: {cmd: x}, a: {cmd: x}, c: {cmd: x}}")
+    assert stage_order(path) == ["b", "a", "c"]
+
+
+def test_a_circle_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "stages: {a: {deps: [y], outs: [x]}, b: {deps: [x], outs: [y]}}")
+    with pytest.raises(ConfigError, match="depend on each other"):
+        stage_order(path)
+
+
+@pytest.mark.parametrize("text", ["", "stages: {}"])
+def test_no_stage_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="defines no stage"):
+        stage_order(write(tmp_path, text))

@@ -1,0 +1,26 @@
+"""Which stages may run, as DVC tells it."""
+
+from pathlib import Path
+
+import pytest
+
+from nightshift.pipeline import graph
+
+
+def test_what_reads_a_stage_that_changed_may_run_too(in_tmp: Path) -> None:
+    stages = "{a: {outs: [data/a]}, b: {deps: [data/a], outs: [data/b]}, c: {outs: [c]}}"
+    Path("dvc.yaml").write_text(f"stages: {stages}", encoding="utf-8")
+    assert graph.find_reruns({"a": "params.yaml modified"}) == {
+        "a": "params.yaml modified",
+        "b": "if a gives something else",
+    }
+
+
+def test_the_report_of_dvc_is_one_line_for_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = '{"sft": [{"changed deps": {"params.yaml": {"sft.seed": "modified"}}}, "changed command"]}'
+
+    class Done:
+        returncode, stdout, stderr = 0, report, ""
+
+    monkeypatch.setattr(graph.subprocess, "run", lambda *_, **__: Done)
+    assert graph.changed_stages() == {"sft": "params.yaml, changed command"}

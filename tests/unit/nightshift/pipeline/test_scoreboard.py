@@ -1,0 +1,86 @@
+"""The last page of a run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nightshift.core.files import write_json
+from nightshift.core.paths import DATA
+from nightshift.pipeline.graph import stage_order
+from nightshift.pipeline.scoreboard import collect_dropped, format_rows
+from tests.helpers.checkouts import ROOT
+
+BOARD: dict[str, Any] = {
+    "gate": {
+        "verdict": "promote",
+        "reason": "better",
+        "reference": "base",
+        "gain": {"mean": 0.15, "low": 0.0889, "high": 0.2167, "alpha": 0.05},
+    },
+    "metrics": {
+        "base": {"facts": {"accuracy": 0.4833, "items": 180}, "test": {"loss": 2.987}},
+        "candidate": {
+            "facts": {"accuracy": 0.6333, "items": 180, "chance": 0.25},
+            "test": {"loss": 2.2686},
+        },
+        "retrieval": {"facts": {"accuracy": 0.8}},
+    },
+    "tokens_per_second": 349.6,
+    "version": 2,
+    "promoted": True,
+    "waits": None,
+    "champion": 1,
+    "dropped": {"ingest": {"rows_in": 2144, "dropped": {"empty_content": 1, "no_final_answer": 43}}},
+}
+
+
+def test_the_scoreboard_tells_the_gain_with_its_interval_beside_chance() -> None:
+    assert format_rows(BOARD) == [
+        ("facts: base", "48.3% of 180 questions"),
+        ("facts: new model", "63.3%"),
+        ("facts: base with documents", "80.0%"),
+        ("facts: chance", "25.0%"),
+        ("gain over the base", "+15.0%, 95% interval +8.9% to +21.7%"),
+        ("held-out loss", "2.987 -> 2.269"),
+        ("training speed", "350 tokens/s"),
+        ("gate", "promote: better"),
+        ("registered version", "2"),
+        ("champion", "version 2"),
+        ("dropped by ingest", "44 of 2,144 rows: empty_content 1, no_final_answer 43"),
+    ]
+
+
+def test_what_has_no_score_is_no_number() -> None:
+    broken = {"facts": {"accuracy": None, "items": 0, "chance": None}, "test": {"loss": None}}
+    table = dict(format_rows({**BOARD, "metrics": {"base": BOARD["metrics"]["base"], "candidate": broken}}))
+    assert (table["facts: new model"], table["held-out loss"]) == ("none", "2.987 -> none")
+    assert "facts: chance" not in table
+
+
+def test_a_verdict_without_a_comparison_has_no_gain_and_keeps_the_champion() -> None:
+    board = {**BOARD, "promoted": False, "gate": {"verdict": "hold", "reason": "same"}, "waits": "manual"}
+    table = dict(format_rows(board))
+    assert table["waits for a person"] == "manual"
+    assert "gain over the base" not in table
+    assert table["champion"] == "version 1"
+    assert table["gate"] == "hold: same"
+
+
+def test_an_interval_that_could_not_be_computed_is_no_number() -> None:
+    gain = {"mean": 0.15, "low": None, "high": None, "alpha": 0.05}
+    table = dict(format_rows({**BOARD, "gate": {**BOARD["gate"], "gain": gain}}))
+    assert table["gain over the base"] == "+15.0%, 95% interval none to none"
+
+
+def test_the_scoreboard_counts_what_each_stage_dropped(in_tmp: Path) -> None:
+    shutil.copy(ROOT / "dvc.yaml", in_tmp)
+    for stage in stage_order():
+        write_json(DATA / stage / "summary.json", {"rows_in": 0, "dropped": {}})
+    write_json(DATA / "pack" / "summary.json", {"rows_in": 7, "dropped": {"over_length": 2}})
+    write_json(
+        DATA / "dedupe" / "summary.json", {"rows_in": 9, "dropped": {"repeat": 2, "near_duplicate": 1}}
+    )
+    assert list(collect_dropped().items()) == [
+        ("dedupe", {"rows_in": 9, "dropped": {"near_duplicate": 1, "repeat": 2}}),
+        ("pack", {"rows_in": 7, "dropped": {"over_length": 2}}),
+    ]

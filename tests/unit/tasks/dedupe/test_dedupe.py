@@ -1,0 +1,116 @@
+"""Duplicates: what goes, what stays, and why."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tasks.dedupe import DedupeParams
+from tasks.dedupe.__main__ import find_duplicates, find_label_conflicts, read_text
+from tasks.dedupe.candidates import Removal, Text
+from tasks.dedupe.signatures import open_memo, sign
+
+PARAMS = DedupeParams(
+    num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1, max_drop_rate=1.0
+)
+WORDS = [f"w{i}" for i in range(60)]
+TEXT = " ".join(WORDS)
+NEAR = " ".join([*WORDS[:59], "other"])
+FAR = " ".join(f"v{i}" for i in range(60))
+
+
+@pytest.fixture(autouse=True)
+def _own_state(in_tmp: Path) -> None:
+    """Each test has a memo of its own."""
+
+
+def duplicates(texts: Sequence[str | Text], params: DedupeParams = PARAMS) -> dict[int, Removal]:
+    with open_memo(params) as memo:
+        return find_duplicates([Text("", t) if isinstance(t, str) else t for t in texts], params, memo)
+
+
+def test_the_first_of_equal_texts_stays() -> None:
+    assert duplicates([TEXT, FAR, TEXT]) == {2: Removal(0, 1.0, "exact_duplicate", (0,))}
+
+
+def test_a_near_duplicate_goes_with_its_exact_similarity() -> None:
+    # 57 of 58 shingles are shared: 57 / 59.
+    assert duplicates([TEXT, NEAR]) == {1: Removal(0, 57 / 59, "near_duplicate", (0,))}
+
+
+def test_a_copy_of_a_removed_text_goes_for_the_same_reason() -> None:
+    removal = Removal(0, 57 / 59, "near_duplicate", (0,))
+    assert duplicates([TEXT, NEAR, NEAR]) == {1: removal, 2: removal}
+
+
+def test_a_text_that_only_resembles_a_removed_one_stays() -> None:
+    # B is near A, and C is near B but not near A: keep-first compares with survivors only.
+    a = WORDS
+    b = [*WORDS[:54], *(f"b{i}" for i in range(6))]
+    c = [*WORDS[:48], *(f"c{i}" for i in range(6)), *(f"b{i}" for i in range(6))]
+    removed = duplicates([" ".join(t) for t in (a, b, c)])
+    assert removed == {1: Removal(0, 52 / 64, "near_duplicate", (0,))}
+
+
+def test_a_text_near_two_survivors_names_both() -> None:
+    # The bridge shares 7/8 of its shingles with each, which share 6/8 with each other.
+    left, right = ["l"] * 4 + WORDS, WORDS + ["r"] * 4
+    params = PARAMS.model_copy(update={"jaccard_threshold": 0.93})
+    removed = duplicates([" ".join(left), " ".join(right), TEXT], params)
+    assert {i: removal.near for i, removal in removed.items()} == {2: (0, 1)}
+
+
+def test_short_texts_are_compared_by_their_characters() -> None:
+    # 65 characters have 61 5-grams, of which 5 hold the letter that goes. By words, 3 of 5 shingles differ.
+    british = "internationally recognised colours of photographic silver halides"
+    removed = duplicates([british, british.replace("ou", "o")])
+    assert {i: removal.jaccard for i, removal in removed.items()} == {1: 56 / 65}
+
+
+def test_the_same_prompt_with_another_answer_is_a_conflict_and_stays() -> None:
+    texts = [
+        Text(f"user {TEXT}", "assistant yes"),
+        Text(f"user {TEXT}", "assistant no"),
+        Text(f"user {NEAR}", "assistant yes"),
+    ]
+    removed = duplicates(texts)
+    assert {i: removal.kept for i, removal in removed.items()} == {2: 0}
+    assert find_label_conflicts(texts, removed) == [[0, 1]]
+
+
+def test_no_text_is_no_duplicate() -> None:
+    assert duplicates([]) == {}
+
+
+def test_a_second_run_signs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = duplicates([TEXT, FAR, NEAR])
+    signed: list[str] = []
+
+    def sign_and_note(texts: Sequence[str], params: DedupeParams) -> object:
+        signed.extend(texts)
+        return sign(texts, params)
+
+    monkeypatch.setattr("tasks.dedupe.signatures.sign", sign_and_note)
+    assert duplicates([TEXT, FAR, NEAR]) == expected
+    assert signed == []
+    assert list(duplicates([TEXT, "one new text", FAR])) == []
+    assert signed == ["one new text"]
+
+
+def test_another_seed_signs_everything_again_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    duplicates([TEXT, NEAR])
+    assert list(duplicates([TEXT, NEAR], PARAMS.model_copy(update={"seed": 2}))) == [1]
+    assert "seed was 1, is 2" in caplog.text
+
+
+def test_the_last_answer_stands_apart_from_the_prompt() -> None:
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Who?"),
+        ("assistant", "Me."),
+        ("user", "When?"),
+        ("assistant", "Now."),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert read_text(messages) == Text("system be brief user who assistant me user when", "assistant now")
+    assert read_text([{"role": "text", "content": "A text."}]) == Text("", "text a text")

@@ -1,0 +1,539 @@
+"""Each check of the gate, its verdict, and that errors fail closed."""
+
+import math
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nightshift.core.files import read_json, write_json, write_rows
+from nightshift.data.schemas import AUGMENTED, GROUPED
+from nightshift.data.statistics import interval, items_needed, p_value, power, seed_band
+from tasks.evaluate.scores import ALL_SCORES
+from tasks.gate import GateParams
+from tasks.gate.__main__ import main
+from tasks.gate.decision import decide
+from tests.helpers.checkouts import ROOT
+from tests.helpers.gate import PARAMS
+
+DIGESTS = {"base": None, "candidate": "c"}
+
+
+def scores(
+    model: str, right: int, items: int = 100, loss: float = 2.0, benchmark: str = "facts", parts: int = 1
+) -> list[dict[str, Any]]:
+    """The first items are right; slices are stretches of equal length."""
+    rows = [
+        {
+            "model": model,
+            "benchmark": benchmark,
+            "item": f"{i:03}",
+            "slice": str(i * parts // items),
+            "score": float(i < right),
+            "status": "ok",
+            "answer": "x",
+        }
+        for i in range(items)
+    ]
+    test = {"benchmark": "test", "slice": "s", "tokens": 10, "status": "ok", "answer": None}
+    tests = [{"model": model, "item": str(i), "score": loss * 10, **test} for i in range(5)]
+    return rows + tests
+
+
+def judge(rows: list[dict[str, Any]], overlaps: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
+    return decide(rows, DIGESTS, [], overlaps, PARAMS.model_copy(update=changes))
+
+
+def verdict(candidate: list[dict[str, Any]], base: list[dict[str, Any]], **changes: Any) -> str:
+    return str(judge(candidate + base, **changes)["verdict"])
+
+
+def test_a_clear_gain_is_promoted_with_its_evidence() -> None:
+    decision = judge(scores("candidate", 70) + scores("base", 40))
+    assert (decision["verdict"], decision["reference"]) == ("promote", "base")
+    gain = decision["gain"]
+    assert (gain["mean"], gain["items"], gain["look"]) == (0.3, 100, 1)
+    assert 0.2 < gain["low"] < 0.3 < gain["high"] < 0.4
+    assert decision["reason"] == (
+        "gain: better: +30.0% accuracy, interval +22.0% to +39.0%, p 1.9e-09 of 0.03 at look 1"
+    )
+    assert [check["name"] for check in decision["checks"]] == ["gain", "facts, against base", "held-out loss"]
+
+
+def test_a_small_difference_is_held_and_a_clear_loss_rejected() -> None:
+    assert verdict(scores("candidate", 42), scores("base", 40)) == "hold"
+    assert verdict(scores("candidate", 40), scores("base", 40)) == "hold"
+    assert verdict(scores("candidate", 40), scores("base", 70)) == "reject"
+
+
+def test_cannot_tell_says_how_many_items_could() -> None:
+    # Five of 60 items won, two lost: a spread of 0.34, so a gain of 0.05 would rarely show.
+    base = scores("base", 20, 60)
+    candidate = scores("candidate", 25, 60)
+    candidate[0]["score"] = candidate[1]["score"] = 0.0
+    reason = judge(candidate + base, detectable_gain=0.05)["reason"]
+    assert "gain: cannot tell: +5.0% accuracy" in reason
+    assert "a gain of 5% would show with probability 15%, with 423 items instead of 60 with 80%" in reason
+
+
+def test_a_gain_does_not_buy_a_worse_heldout_loss() -> None:
+    assert verdict(scores("candidate", 70, loss=2.11), scores("base", 40)) == "reject"
+    assert verdict(scores("candidate", 70, loss=2.09), scores("base", 40)) == "promote"
+
+
+def test_a_floor_holds_whatever_the_gain() -> None:
+    rows = scores("candidate", 70) + scores("base", 40)
+    assert judge(rows, floors={"facts": 0.7})["verdict"] == "promote"
+    decision = judge(rows, floors={"facts": 0.71})
+    assert (decision["verdict"], decision["reason"]) == ("reject", "facts, floor: 70.0%, at least 71.0%")
+
+
+def test_a_slice_that_became_worse_rejects_a_gain() -> None:
+    # Of five slices with 40 items each one is lost, from 40 to 20 right answers; all others are won.
+    candidate = scores("candidate", 200, 200, parts=5)
+    for row in candidate[:20]:
+        row["score"] = 0.0
+    decision = judge(candidate + scores("base", 40, 200, parts=5))
+    assert decision["verdict"] == "reject"
+    assert decision["reason"] == "slices: worse: facts/0 -50.0% (p 9.5e-07); Holm's correction for 5"
+
+
+def test_a_slice_that_is_worse_by_chance_does_not() -> None:
+    candidate = scores("candidate", 200, 200, parts=5)
+    for row in candidate[:4]:
+        row["score"] = 0.0
+    # Four of 40 lost alone have p = 0.06, which Holm makes 0.31.
+    assert verdict(candidate, scores("base", 40, 200, parts=5)) == "promote"
+
+
+def test_what_the_base_could_do_must_be_shown_to_be_kept() -> None:
+    gain = scores("candidate", 70) + scores("base", 40)
+
+    def kept(right: int) -> str:
+        rows = [row for row in scores("candidate", right, 400, benchmark="general") if "tokens" not in row]
+        rows += [row for row in scores("base", 200, 400, benchmark="general") if "tokens" not in row]
+        return str(judge(gain + rows, retention={"general": 0.05})["verdict"])
+
+    assert [kept(200), kept(196), kept(182), kept(150)] == ["promote", "promote", "hold", "reject"]
+    # What is accepted is said for each benchmark: 50 of 400 items are lost, and 20 % may be.
+    rows = [row for row in scores("candidate", 150, 400, benchmark="general") if "tokens" not in row]
+    rows += [row for row in scores("base", 200, 400, benchmark="general") if "tokens" not in row]
+    assert judge(gain + rows, retention={"general": 0.2})["verdict"] == "promote"
+
+
+def test_what_the_base_never_answered_cannot_be_shown_to_be_kept() -> None:
+    digests = {"base": None, "candidate": "c", "champion": "d"}
+    rows = scores("candidate", 70) + scores("champion", 40)
+    for model in ("candidate", "champion"):
+        rows += [row for row in scores(model, 90, benchmark="general") if "tokens" not in row]
+    params = PARAMS.model_copy(update={"retention": {"general": 0.1}})
+    decision = decide(rows, digests, [], (), params)
+    assert (decision["verdict"], decision["reason"]) == (
+        "error",
+        "scores: 100 items have a score from one model only; run evaluate again",
+    )
+
+
+def test_losses_are_compared_on_the_same_texts_whatever_the_tokenizers() -> None:
+    ours, theirs = scores("candidate", 70, loss=2.0), scores("base", 40, loss=2.0)
+    for row in theirs:
+        if "tokens" in row:
+            # The same texts in half as many tokens, and by a fifth less likely: 4.8 nats for each of them.
+            row |= {"tokens": 5, "score": 24.0}
+    decision = judge(ours + theirs)
+    assert (decision["loss"], decision["reference_loss"]) == (2.0, 2.4)
+    assert decision["verdict"] == "promote"
+    for row in theirs:
+        if "tokens" in row:
+            row["score"] = 16.0
+    assert judge(ours + theirs)["reason"].startswith(
+        "held-out loss: 2.000 nats per token, the reference has 1.6"
+    )
+
+
+def test_on_two_bases_an_item_that_one_model_cannot_read_counts_for_neither() -> None:
+    digests = {"base": None, "candidate": "c", "champion": "d on the base b"}
+    ours, theirs = scores("candidate", 70), scores("champion", 40)
+
+    def judged() -> dict[str, Any]:
+        return decide(ours + theirs, digests, [], [], PARAMS, is_one_base=False)
+
+    unread = {"status": "skipped", "score": None, "answer": "longer than the 64 tokens that the model reads"}
+    theirs[99] |= unread
+    assert (judged()["verdict"], judged()["gain"]["items"]) == ("promote", 99)
+    ours[98] |= unread
+    assert (judged()["verdict"], judged()["gain"]["items"]) == ("hold", 98)
+    assert judged()["reason"] == (
+        "unread: 1 items that the champion answered count for neither, first: facts/098: longer than the 64 "
+        "tokens that the model reads"
+    )
+
+
+def test_a_behaviour_test_only_rejects() -> None:
+    rows = scores("candidate", 70) + scores("base", 40)
+
+    def behaves(ours: int, theirs: int, **changes: Any) -> str:
+        more = scores("candidate", ours, 60, benchmark="reworded") + scores(
+            "base", theirs, 60, benchmark="reworded"
+        )
+        more = [row for row in more if "tokens" not in row]
+        return str(judge(rows + more, behaviour=["reworded"], **changes)["verdict"])
+
+    # Of 60 items five lost prove nothing; twelve do; and a gain there is none.
+    assert [behaves(45, 50), behaves(38, 50), behaves(60, 0)] == ["promote", "reject", "promote"]
+    assert behaves(45, 50, floors={"reworded": 0.8}) == "reject"
+    only = [row for row in rows if row["benchmark"] == "test"]
+    only += scores("candidate", 60, 60, benchmark="reworded") + scores("base", 0, 60, benchmark="reworded")
+    reason = judge([row for row in only if row["item"] != "x"], behaviour=["reworded"])["reason"]
+    assert reason == "scores: no benchmark has a score; see snapshot.benchmarks"
+
+
+def test_a_benchmark_has_one_use() -> None:
+    with pytest.raises(ValueError, match="stands under retention and under behaviour; choose one"):
+        GateParams(**{**PARAMS.model_dump(), "retention": {"a": 0.1}, "behaviour": ["a"]})
+
+
+def test_an_item_to_which_a_model_gave_no_number_is_an_error() -> None:
+    broken = scores("candidate", 70)
+    broken[3] |= {"status": "error", "score": None, "answer": "a log-likelihood is not a number"}
+    decision = judge(broken + scores("base", 40))
+    assert (decision["verdict"], decision["reason"]) == (
+        "error",
+        "scores: 1 scores are not numbers, first: candidate, facts/003: a log-likelihood is not a number; "
+        "the model is broken",
+    )
+
+
+def test_an_item_that_is_too_long_is_left_out_for_both_or_it_is_an_error() -> None:
+    ours, theirs = scores("candidate", 70), scores("base", 40)
+    ours[99] |= {"status": "skipped", "score": None}
+    assert verdict(ours, theirs) == "error"
+    theirs[99] |= {"status": "skipped", "score": None}
+    decision = judge(ours + theirs)
+    assert (decision["verdict"], decision["gain"]["items"]) == ("promote", 99)
+    # Too many of them, and too few are left.
+    for row in (*ours[50:99], *theirs[50:99]):
+        row |= {"status": "skipped", "score": None}
+    assert judge(ours + theirs, min_items=51)["verdict"] == "error"
+
+
+def test_a_model_that_is_not_compared_may_fail() -> None:
+    rows = scores("candidate", 70) + scores("base", 40) + scores("retrieval", 100)
+    for row in rows:
+        if row["model"] == "retrieval":
+            row |= {"status": "error", "score": None}
+    assert judge(rows)["verdict"] == "promote"
+
+
+def test_a_gain_within_the_band_of_seeds_is_held() -> None:
+    rows = scores("candidate", 52) + scores("base", 40)
+    assert judge(rows)["verdict"] == "promote"
+    decision = judge(rows, seed_noise=0.05)
+    assert (decision["verdict"], decision["reason"][:40]) == (
+        "hold",
+        "gain: no more than seeds differ (13.9%):",
+    )
+
+
+def test_a_score_that_is_no_number_is_an_error() -> None:
+    broken = scores("candidate", 70)
+    broken[3]["score"] = math.nan
+    assert verdict(broken, scores("base", 40)) == "error"
+
+
+def test_an_item_that_one_model_did_not_answer_is_an_error() -> None:
+    assert verdict(scores("candidate", 70)[1:], scores("base", 40)) == "error"
+
+
+def test_a_training_row_that_asks_an_evaluation_question_is_an_error() -> None:
+    rows = scores("candidate", 70) + scores("base", 40)
+    decision = judge(rows, overlaps=("elements/000001.jsonl:3 asks facts/7",))
+    assert decision["verdict"] == "error"
+    assert decision["reason"] == (
+        "contamination: 1 training rows ask what is evaluated, first: elements/000001.jsonl:3 asks facts/7; "
+        "run decontaminate again"
+    )
+
+
+def test_all_that_makes_scores_worthless_is_told_at_once() -> None:
+    reasons = judge(scores("candidate", 30, 49) + scores("base", 0, 49), floors={"other": 0.5})["reason"]
+    assert reasons == (
+        "other: named in gate, but no such benchmark was scored; "
+        "facts: 49 items, fewer than gate.min_items=50; add items"
+    )
+    assert judge([])["reason"].startswith("scores: the held-out split is empty; raise split.test_share")
+    only_test = [row for row in scores("candidate", 70) + scores("base", 40) if "tokens" in row]
+    assert judge(only_test)["reason"] == "scores: no benchmark has a score; see snapshot.benchmarks"
+
+
+def test_the_champion_is_the_reference_and_never_its_own_successor() -> None:
+    digests = {"base": None, "candidate": "c", "champion": "c"}
+    decision = decide([], digests, [], [], PARAMS)
+    assert (decision["verdict"], decision["reason"]) == ("hold", "candidate: the candidate is the champion")
+
+
+def test_later_looks_need_a_clearer_gain() -> None:
+    rows = scores("candidate", 55) + scores("base", 40)
+    spent = [decide(rows, DIGESTS, ["a"] * k, [], PARAMS)["gain"]["spent"] for k in range(3)]
+    assert spent == pytest.approx([0.030396, 0.007599, 0.003377], abs=1e-6)
+    # Fifteen items won and none lost: p = 0.00006, which the 23rd look may no longer spend.
+    looks = [str(k) for k in range(22)]
+    assert decide(rows, DIGESTS, looks[:21], [], PARAMS)["verdict"] == "promote"
+    assert decide(rows, DIGESTS, looks, [], PARAMS)["verdict"] == "hold"
+
+
+def test_a_candidate_that_was_judged_before_keeps_its_look() -> None:
+    rows = scores("candidate", 55) + scores("base", 40)
+    assert decide(rows, DIGESTS, ["c", "d"], [], PARAMS)["gain"]["look"] == 1
+
+
+def test_other_scores_than_right_and_wrong_are_tested_by_flipped_signs() -> None:
+    # Eight equal gains: of 2^8 ways to flip signs, two are as far from zero.
+    assert p_value(np.full(8, 0.3), 2000, 0) == pytest.approx(2 / 2**8)
+    assert p_value(np.asarray([0.3, -0.3]), 2000, 0) == 1
+    low, high = interval(np.asarray([0.1, 0.3, 0.2, 0.4] * 10), 0.05, 2000, 0)
+    assert low < 0.25 < high
+
+
+def test_power_grows_with_the_items_and_falls_with_the_spread() -> None:
+    found = np.asarray([1.0, -1.0, 0.0, 0.0] * 25)
+    # Published: n = 34 for an effect of 0.5, alpha 0.05, power 0.8 (Cohen 1988, table 2.4.1, paired).
+    assert items_needed(found / found.std(ddof=1), 0.5, 0.05, 0.8) == 34
+    assert (
+        power(found, 0.1, 0.05)
+        < power(np.tile(found, 4), 0.1, 0.05)
+        < power(np.tile(found, 4) / 2, 0.1, 0.05)
+    )
+    assert power(np.zeros(9), 0.1, 0.05) == 1
+    assert seed_band(0.0, 0.05) == 0
+
+
+def test_equal_differences_that_round_differently_have_an_interval() -> None:
+    # Their standard deviation is 1e-17, not 0.
+    assert interval(np.full(7, 0.1), 0.05, 1000, 0) == (0.1, 0.1)
+    found = np.asarray([0.5 - 0.2, 0.7 - 0.4, 0.9 - 0.6] * 3)
+    assert interval(found, 0.05, 1000, 0) == pytest.approx((0.3, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("effect", "items", "alpha", "expected"),
+    # Noncentral t, integrated by hand; the first is in Cohen (1988), table 2.3.5.
+    [
+        (0.5, 34, 0.05, 0.808),
+        (0.2, 100, 0.05, 0.508),
+        (0.333, 60, 0.0304, 0.642),
+        (0.15, 640, 0.0304, 0.948),
+        (0.3, 240, 0.0003, 0.834),
+        (0.4, 50, 0.0001, 0.101),
+        (0.333, 3000, 0.0304, 1.0),
+    ],
+)
+def test_power_is_that_of_the_paired_t_test(effect: float, items: int, alpha: float, expected: float) -> None:
+    found = np.resize([1.0, -1.0], items)
+    found /= found.std(ddof=1)
+    assert power(found, effect, alpha) == pytest.approx(expected, abs=0.005)
+
+
+def test_power_and_items_are_numbers_at_every_edge() -> None:
+    assert power(np.ones(1), 0.1, 0.03) == 0
+    assert power(np.zeros(2), 0.1, 1e-6) == 1
+    assert power(np.asarray([0.0, 1.0]), 0.1, 1e-6) == pytest.approx(1e-6)
+    assert items_needed(np.asarray([1.0, -1.0]), 1e-300, 0.03, 0.8) == math.inf
+    assert seed_band(0.0, 1e-17) == 0
+
+
+@pytest.fixture
+def checkout(in_tmp: Path) -> Path:
+    """What the stage reads, but for the scores."""
+    shutil.copy(ROOT / "params.yaml", in_tmp)
+    data = in_tmp / "data"
+    (data / "benchmarks").mkdir(parents=True)
+    write_json(data / "evaluate" / "models.json", DIGESTS)
+    write_json(data / "champion" / "champion.json", {"version": None, "looks": []})
+    write_rows(data / "decontaminate" / "train.parquet", [], AUGMENTED)
+    write_rows(data / "split" / "test.parquet", [], GROUPED)
+    return in_tmp
+
+
+def write_scores(candidate: list[dict[str, Any]], base: list[dict[str, Any]]) -> None:
+    # The shipped gate names these two.
+    for model, rows in (("candidate", candidate), ("base", base)):
+        for name in ("countries", "elements_written"):
+            rows += [row for row in scores(model, 50, 120, benchmark=name) if "tokens" not in row]
+    write_rows(Path("data/evaluate/scores.parquet"), candidate + base, ALL_SCORES)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_an_ordinary_gain_ends_with_its_verdict_written() -> None:
+    # Of 1000 items 150 won and 50 lost: an input for which statsmodels' power is NaN at the fifth look.
+    candidate, base = scores("candidate", 550, 1000), scores("base", 450, 1000)
+    for row in candidate[:50]:
+        row["score"] = 0.0
+    for row in candidate[550:600]:
+        row["score"] = 1.0
+    write_json(Path("data/champion/champion.json"), {"version": None, "looks": ["a", "b", "d", "e"]})
+    write_scores(candidate, base)
+    main()
+    decision = read_json(Path("data/gate/gate.json"))
+    assert (decision["verdict"], decision["gain"]["items"], decision["gain"]["look"]) == ("promote", 1000, 5)
+    assert decision["gain"]["power"] == pytest.approx(0.99997, abs=2e-5)
+    assert read_json(Path("data/gate/summary.json"))["verdict"] == "promote"
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_figure_that_is_only_reported_ends_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.gate.decision.power", lambda *_: math.nan)
+    write_scores(scores("candidate", 70), scores("base", 40))
+    main()
+    decision = read_json(Path("data/gate/gate.json"))
+    assert (decision["verdict"], decision["gain"]["power"]) == ("promote", None)
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize(
+    ("name", "broken", "check"),
+    [
+        ("p_value", math.nan, "gain"),
+        ("spent_alpha", math.nan, "gain"),
+        ("seed_band", math.nan, "gain"),
+        ("interval", (math.nan, math.nan), "facts, against base"),
+        ("interval", (0.1, math.inf), "facts, against base"),
+        ("compare_losses", (math.nan, 2.0), "held-out loss"),
+        ("compare_losses", (2.0, math.nan), "held-out loss"),
+    ],
+)
+def test_a_figure_that_decides_and_is_not_finite_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, check: str
+) -> None:
+    monkeypatch.setattr(f"tasks.gate.decision.{name}", lambda *_, **__: broken)
+    write_scores(scores("candidate", 70, parts=2), scores("base", 40, parts=2))
+    main()
+    decision = read_json(Path("data/gate/gate.json"))
+    assert decision["verdict"] == "error"
+    assert f"{check}: not a finite number: " in decision["reason"]
+
+
+def test_a_slice_whose_p_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **_: Any) -> float:
+        return math.nan if "less" in arguments[1:] else 0.0
+
+    monkeypatch.setattr("tasks.gate.decision.p_value", broken)
+    decision = judge(scores("candidate", 70, parts=2) + scores("base", 40, parts=2))
+    assert decision["reason"].startswith("slices: not a finite number: none of 2 is worse")
+
+
+def test_scores_that_overflow_a_sum_are_an_error() -> None:
+    candidate, base = scores("candidate", 70), scores("base", 40)
+    for row in candidate[:2]:
+        row["score"] = 1e308
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert verdict(candidate, base, floors={"facts": 0.5}) == "error"
+
+
+def test_a_score_that_is_missing_is_an_error() -> None:
+    broken = scores("candidate", 70)
+    broken[3]["score"] = None
+    assert verdict(broken, scores("base", 40)) == "error"
+
+
+def test_heldout_examples_without_a_token_are_an_error() -> None:
+    rows = scores("candidate", 70) + scores("base", 40)
+    for row in rows:
+        if "tokens" in row:
+            row["tokens"] = 0
+    assert judge(rows)["reason"].startswith("held-out loss: not a finite number: nan nats per token")
+
+
+def written(items: int, gain: float) -> list[dict[str, Any]]:
+    """Scores such as token F1: every item has another one, and the candidate's are higher by the gain."""
+    base = scores("base", 0, items)
+    rows = scores("candidate", 0, items)
+    for i, (ours, theirs) in enumerate(zip(rows[:items], base[:items], strict=True)):
+        theirs["score"] = (i * 37 % items) / items
+        # By half of the gain to one and a half times as much.
+        ours["score"] = theirs["score"] + gain * (0.5 + (i * 11 % items) / items)
+    return rows + base
+
+
+@pytest.mark.parametrize("n_resamples", [1000, 10_000])
+@pytest.mark.parametrize("look", [1, 4, 13, 90, 365, 3650])
+def test_scores_between_right_and_wrong_can_promote_at_every_look(look: int, n_resamples: int) -> None:
+    params = PARAMS.model_copy(update={"n_resamples": n_resamples})
+    looks = [str(i) for i in range(look - 1)]
+    decision = decide(written(1000, 0.38), DIGESTS, looks, [], params)
+    assert (decision["verdict"], decision["gain"]["look"]) == ("promote", look)
+
+
+@pytest.mark.parametrize("look", [247, 3650])
+def test_right_and_wrong_answers_can_promote_when_a_look_may_spend_less_than_a_millionth(look: int) -> None:
+    rows = scores("candidate", 99) + scores("base", 40)
+    decision = decide(rows, DIGESTS, [str(i) for i in range(look - 1)], [], PARAMS)
+    assert decision["verdict"] == "promote"
+    assert 0 < decision["gain"]["spent"] < 5e-7
+
+
+@pytest.mark.parametrize("alpha", [0.03, 1e-3, 1e-6])
+def test_the_p_of_flipped_signs_is_right_wherever_it_lies(alpha: float) -> None:
+    # Equal sizes, so what McNemar's exact test says of 40 won and 20 lost, 33 and 27, is right here too.
+    for won, lost, expected in ((40, 20, 0.013489), (33, 27, 0.51888)):
+        found = np.asarray([0.3] * won + [-0.3] * lost)
+        assert p_value(found, 10_000, 0, alpha=alpha) == pytest.approx(expected, rel=0.15)
+    worse = np.asarray([-0.3] * 40 + [0.3] * 20)
+    assert p_value(worse, 10_000, 0, "less", alpha) == pytest.approx(0.013489 / 2, rel=0.15)
+    assert p_value(-worse, 10_000, 0, "less", alpha) == pytest.approx(1, abs=0.02)
+
+
+def test_the_p_of_flipped_signs_has_no_lower_limit() -> None:
+    found = np.full(60, 0.3)
+    # Of 2^60 ways to flip signs two are as far from zero: 1.7e-18.
+    assert p_value(found, 1000, 0, alpha=2e-18) == pytest.approx(1.7e-18, rel=0.15)
+    # Drawn for another level it is too high, which errs on the safe side, but far below one in a thousand.
+    assert 1.7e-18 <= p_value(found, 1000, 0, alpha=1e-4) < 1e-7
+
+
+def test_a_level_is_crossed_by_chance_no_more_often_than_it_says() -> None:
+    chance = np.random.default_rng(0)
+    for alpha, expected in ((0.05, 100), (0.01, 20)):
+        drawn = (chance.choice([-1.0, 1.0], 30) * chance.uniform(0.1, 1, 30) for _ in range(2000))
+        crossed = sum(p_value(found, 1000, seed, alpha=alpha) <= alpha for seed, found in enumerate(drawn))
+        # Three standard deviations of such a count.
+        assert expected - 3 * expected**0.5 < crossed < expected + 3 * expected**0.5
+
+
+def test_one_of_many_slices_is_found_with_the_fewest_resamples() -> None:
+    # Of 60 slices one lost three tenths on each of its 20 items: Holm's correction allows it a p of 0.0008.
+    base, candidate = scores("base", 0, 1200, parts=60), scores("candidate", 0, 1200, parts=60)
+    for i, (ours, theirs) in enumerate(zip(candidate[:1200], base[:1200], strict=True)):
+        theirs["score"], ours["score"] = 0.5, 0.8 + (i % 7) / 100
+    for row in candidate[:20]:
+        row["score"] -= 0.6
+    decision = judge(candidate + base, n_resamples=1000)
+    assert decision["reason"].startswith("slices: worse: facts/0 ")
+
+
+def test_an_interval_of_a_small_alpha_has_resamples_beyond_its_ends() -> None:
+    found = np.random.default_rng(0).normal(0.0, 0.4, 400)
+    low, high = interval(found, 0.0002, 1000, 0)
+    # A normal mean: 3.72 standard errors of 0.02 to each side; a thousand resamples reach about 3.2.
+    assert (low, high) == pytest.approx((found.mean() - 0.074, found.mean() + 0.074), abs=0.004)
+
+
+def test_resampling_takes_the_same_memory_for_any_number_of_items() -> None:
+    found = np.random.default_rng(0).normal(0.01, 0.4, 20_000)
+    for resample in (
+        lambda: p_value(found, 2000, 0, alpha=1e-6),
+        lambda: interval(found[:5000], 0.05, 2000, 0),
+    ):
+        tracemalloc.start()
+        resample()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 60 * 2**20
+
+
+def test_an_alpha_that_no_interval_can_show_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.0001"):
+        GateParams(**{**PARAMS.model_dump(), "alpha": 1e-5})

@@ -1,0 +1,305 @@
+"""Each row becomes an example or stands in quarantine, with its place and reason."""
+
+import datetime
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from nightshift.core.errors import DataError
+from nightshift.data.drops import Drops
+from nightshift.raw.shards import find_shards
+from tasks.ingest.__main__ import main, require_rows
+from tests.helpers.byte_base import make_byte_base
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+PARAMS = {
+    "max_drop_rate": 1.0,
+    "max_row_bytes": 1000,
+    "max_shard_bytes": 10**9,
+    "max_compression_ratio": 200,
+    "max_tokens": None,
+    "pii": "report",
+    "pii_model": None,
+}
+Run = Callable[..., dict[str, Any]]
+
+
+def chat(*turns: tuple[str, object]) -> bytes:
+    return json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}).encode()
+
+
+@pytest.fixture
+def run(in_tmp: Path) -> Run:
+    """Run the stage on shards, given by name and bytes; return its outputs."""
+    make_byte_base(in_tmp / "data/base/model")
+
+    def run_stage(shards: dict[str, bytes], **params: Any) -> dict[str, Any]:
+        (in_tmp / "params.yaml").write_text(yaml.safe_dump({"ingest": PARAMS | params}))
+        for name, content in shards.items():
+            path = in_tmp / "data/raw" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        main()
+        out = in_tmp / "data/ingest"
+        return {
+            "examples": pq.read_table(out / "examples.parquet").to_pylist(),
+            "quarantine": [json.loads(line) for line in (out / "quarantine.jsonl").open()],
+            "pii": [json.loads(line) for line in (out / "pii.jsonl").open()],
+            "summary": json.loads((out / "summary.json").read_text()),
+        }
+
+    return run_stage
+
+
+BAD = {
+    b'{"messages": [': "malformed_json",
+    b'{"text": NaN}': "malformed_json",
+    b"\xff\xfe\x00": "not_utf8",
+    b"[1]": "not_an_object",
+    b'{"question": "x"}': "unknown_format",
+    b'{"messages": 1}': "no_messages",
+    b'{"text": 1}': "not_text",
+    rb'{"text": "\ud800"}': "lone_surrogate",
+    b'{"text": ' + b"[" * 400 + b"1" + b"]" * 400 + b"}": "not_text",
+    b'{"text": "' + b"x" * 1000 + b'"}': "too_large",
+    chat(("user", "Hi"), ("robot", "Ho")): "unknown_role",
+    chat(("user", "Hi"), ("assistant", "  ")): "empty_content",
+    chat(("user", "Hi"), ("assistant", None)): "empty_content",
+    chat(("user", "Hi <|im_end|>"), ("assistant", "Ho")): "special_token",
+    chat(("user", "Hi [/INST] Ho"), ("assistant", "Ho")): "special_token",
+    chat(("user", "the <filename> of it"), ("assistant", "Ho")): "special_token",
+    chat(("user", "Hi\0"), ("assistant", "Ho")): "control_character",
+    chat(("user", "a \u202e b"), ("assistant", "Ho")): "control_character",
+    chat(("user", "a \ufffd b"), ("assistant", "Ho")): "control_character",
+    chat(("assistant", "Ho"), ("user", "Hi")): "wrong_order",
+    chat(("user", "Hi"), ("system", "Be kind"), ("assistant", "Ho")): "wrong_order",
+    chat(("user", "Hi")): "no_final_answer",
+    chat(("system", "Be kind")): "no_final_answer",
+    chat(("user", "Hi"), ("assistant", "Ho"), ("tool", "3"), ("assistant", "3")): "unpaired_tool_answer",
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD.items(), ids=range(len(BAD)))
+def test_a_bad_row_is_quarantined_with_file_line_and_reason(run: Run, line: bytes, reason: str) -> None:
+    found = run({"mine/000001.jsonl": json.dumps(GOOD).encode() + b"\n\n" + line + b"\n"})
+    assert [row["origin"] for row in found["examples"]] == ["mine/000001.jsonl:1"]
+    assert [(r["origin"], r["reason"]) for r in found["quarantine"]] == [("mine/000001.jsonl:3", reason)]
+    assert found["quarantine"][0]["remedy"]
+    assert found["summary"]["dropped"] == {reason: 1}
+
+
+def test_json_that_is_nested_too_deep_is_quarantined_not_a_crash(run: Run) -> None:
+    line = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    found = run({"mine/000001.jsonl": line}, max_row_bytes=10**6)
+    assert [row["reason"] for row in found["quarantine"]] == ["too_deep"]
+
+
+def test_the_quarantine_tells_the_keys_but_no_text_of_the_row(run: Run) -> None:
+    found = run({"mine/000001.jsonl": b'{"frage": "geheim", "ada@example.org": "geheim"}'})
+    assert found["quarantine"][0]["remedy"].endswith("keys seen ([EMAIL], frage)")
+    assert "geheim" not in json.dumps(found["quarantine"])
+
+
+def test_rows_of_all_formats_stand_in_order_of_arrival(run: Run) -> None:
+    shards = {
+        "b/000001.jsonl": json.dumps(GOOD).encode(),
+        "a/000010.csv": b"prompt,completion\nHi,Ho\n",
+        "a/000002.json": b'[{"text": "One"}, {"text": "Two"}]',
+    }
+    found = run(shards)
+    assert [row["origin"] for row in found["examples"]] == [
+        "b/000001.jsonl:1",
+        "a/000002.json:1",
+        "a/000002.json:2",
+        "a/000010.csv:2",
+    ]
+    assert [row["arrival"] for row in found["examples"]] == [1, 2, 2, 10]
+
+
+def test_equal_rows_have_different_ids_and_a_second_run_gives_the_same_bytes(run: Run, in_tmp: Path) -> None:
+    shards = {"a/000001.jsonl": (json.dumps(GOOD) + "\n").encode() * 2}
+    assert len({row["id"] for row in run(shards)["examples"]}) == 2
+    files = sorted((in_tmp / "data/ingest").iterdir())
+    before = [path.read_bytes() for path in files]
+    run(shards)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_a_call_is_kept_as_json_with_sorted_keys_and_its_answer_is_named(run: Run) -> None:
+    function = {"name": "add", "arguments": '{"b": 2, "a": 1}'}
+    row = {
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+        "messages": [
+            {"role": "user", "content": "1+2?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": function}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "3"},
+            {"role": "assistant", "content": "3."},
+        ],
+    }
+    (example,) = run({"a/000001.jsonl": json.dumps(row).encode()})["examples"]
+    assert example["tools"] == '[{"function": {"name": "add"}, "type": "function"}]'
+    assert example["messages"][1:3] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": '[{"arguments": {"a": 1, "b": 2}, "name": "add"}]',
+            "name": None,
+        },
+        {"role": "tool", "content": "3", "tool_calls": None, "name": "add"},
+    ]
+
+
+def test_repaired_rows_are_counted(run: Run) -> None:
+    rows = (
+        chat(("user", "Caf\u00c3\u00a9?\r\nYes?"), ("assistant", "Ja"))
+        + b"\n"
+        + chat(("user", "Café?"), ("assistant", "Ja"))
+    )
+    found = run({"a/000001.jsonl": rows})
+    assert [row["messages"][0]["content"] for row in found["examples"]] == ["Café?\nYes?", "Café?"]
+    assert found["summary"]["repaired"] == {"line_ends": 1, "mojibake": 1}
+
+
+def test_tokens_are_counted_and_longer_examples_are_quarantined(run: Run) -> None:
+    # A token for each byte: 5 bytes and the stop token.
+    found = run({"a/000001.jsonl": b'{"text": "12345"}\n{"text": "123456789"}\n'}, max_tokens=6)
+    assert found["summary"]["tokens"] == {"total": 6, "min": 6, "p50": 6, "p90": 6, "p99": 6, "max": 6}
+    assert found["quarantine"] == [
+        {
+            "origin": "a/000001.jsonl:2",
+            "reason": "too_many_tokens",
+            "remedy": "shorten the example, or raise ingest.max_tokens (10, ingest.max_tokens=6)",
+        }
+    ]
+
+
+def test_what_the_template_refuses_is_quarantined(run: Run, in_tmp: Path) -> None:
+    config = in_tmp / "data/base/model/tokenizer_config.json"
+    values = json.loads(config.read_text())
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    config.write_text(json.dumps(values | {"chat_template": refuse + values["chat_template"]}))
+    row = chat(("system", "Be kind"), ("user", "Hi"), ("assistant", "Ho"))
+    found = run({"a/000001.jsonl": row + b"\n" + json.dumps(GOOD).encode()})
+    assert [(r["origin"], r["reason"]) for r in found["quarantine"]] == [
+        ("a/000001.jsonl:1", "template_fails")
+    ]
+    assert len(found["examples"]) == 1
+
+
+MAIL = chat(("user", "Mail ada@example.org"), ("assistant", "From 8.8.8.8?"))
+
+
+def test_personal_data_is_reported_by_place_and_never_by_value(run: Run) -> None:
+    found = run({"a/000001.jsonl": MAIL})
+    assert found["pii"] == [
+        {"origin": "a/000001.jsonl:1", "turn": 1, "field": "content", "kind": "email", "start": 5, "end": 20},
+        {
+            "origin": "a/000001.jsonl:1",
+            "turn": 2,
+            "field": "content",
+            "kind": "ip_address",
+            "start": 5,
+            "end": 12,
+        },
+    ]
+    assert found["summary"]["pii"] == {"a": {"email": 1, "ip_address": 1}}
+    assert found["examples"][0]["messages"][0]["content"] == "Mail ada@example.org"
+
+
+def test_redacted_data_is_in_no_file_and_not_in_the_memo(run: Run, in_tmp: Path) -> None:
+    found = run({"a/000001.jsonl": MAIL}, pii="redact")
+    texts = [message["content"] for message in found["examples"][0]["messages"]]
+    assert texts == ["Mail [EMAIL]", "From [IP_ADDRESS]?"]
+    files = [p for p in in_tmp.rglob("*") if p.is_file() and "raw" not in p.parts and p.suffix != ".parquet"]
+    assert any("memo" in path.parts for path in files)
+    assert not [path for path in files if b"ada@" in path.read_bytes()]
+
+
+def test_redaction_changes_the_id_as_the_text_is_hashed_after_it(run: Run) -> None:
+    ids = {run({"a/000001.jsonl": MAIL}, pii=mode)["examples"][0]["id"] for mode in ("report", "redact")}
+    assert len(ids) == 2
+
+
+def test_rows_with_personal_data_are_dropped_on_request(run: Run) -> None:
+    found = run({"a/000001.jsonl": MAIL + b"\n" + json.dumps(GOOD).encode()}, pii="drop")
+    assert [row["origin"] for row in found["examples"]] == ["a/000001.jsonl:2"]
+    assert found["quarantine"][0]["remedy"].endswith("(1 email, 1 ip_address)")
+    assert found["summary"]["pii"] == {"a": {"email": 1, "ip_address": 1}}
+
+
+def test_too_many_bad_rows_fail_the_stage_and_are_named() -> None:
+    drops = Drops(Counter(a=100))
+    drops.add("a", "not_utf8", "data/raw/a/000001.jsonl:7: not_utf8; save the file as UTF-8")
+    require_rows(drops, 0.01)
+    drops.add("a", "not_utf8", "data/raw/a/000001.jsonl:9: not_utf8; save the file as UTF-8")
+    with pytest.raises(DataError, match=r"data/raw/a/000001\.jsonl:7: not_utf8; save"):
+        require_rows(drops, 0.01)
+
+
+def test_the_stage_fails_closed_and_keeps_the_quarantine_to_read(run: Run, in_tmp: Path) -> None:
+    with pytest.raises(DataError, match="1 of 2 rows of all sources are dropped"):
+        run({"a/000001.jsonl": json.dumps(GOOD).encode() + b"\n{\n"}, max_drop_rate=0.4)
+    assert not (in_tmp / "data/ingest/examples.parquet").exists()
+    assert "000001.jsonl:2" in (in_tmp / "data/ingest/quarantine.jsonl").read_text()
+
+
+def test_no_data_at_all_is_an_error(run: Run) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        run({})
+
+
+def test_a_shard_that_changed_after_it_arrived_is_refused(run: Run) -> None:
+    digests = json.dumps({"a/000001.jsonl": "0" * 64}).encode()
+    with pytest.raises(DataError, match=r"a/000001\.jsonl: changed after it arrived"):
+        run({"a/000001.jsonl": json.dumps(GOOD).encode(), "digests.json": digests})
+
+
+def test_a_file_that_is_no_shard_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.docx").write_text("x")
+    with pytest.raises(DataError, match=r"notes\.docx: no shard"):
+        find_shards(tmp_path)
+
+
+def test_csv_without_a_column_and_parquet_of_wrong_types_are_quarantined_row_by_row(run: Run) -> None:
+    buffer = io.BytesIO()
+    table = pa.table({"messages": [7, None], "text": [["a"], None], "when": [datetime.date(2020, 1, 1)] * 2})
+    pq.write_table(table, buffer)
+    shards = {"a/000001.csv": b"prompt,answer\nHi,Ho\n", "a/000002.parquet": buffer.getvalue()}
+    found = run(shards)["quarantine"]
+    assert [(row["origin"], row["reason"]) for row in found] == [
+        ("a/000001.csv:2", "unknown_format"),
+        ("a/000002.parquet:1", "no_messages"),
+        ("a/000002.parquet:2", "unknown_format"),
+    ]
+    assert found[0]["remedy"].endswith("keys seen (answer, prompt)")
+
+
+def test_parquet_with_nested_turns_becomes_the_same_example_as_json_lines(run: Run) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([GOOD | {"tools": None}]), buffer)
+    shards = {"a/000001.jsonl": json.dumps(GOOD).encode(), "a/000002.parquet": buffer.getvalue()}
+    first, second = run(shards)["examples"]
+    assert second["origin"] == "a/000002.parquet:1"
+    assert first["messages"] == second["messages"]
+
+
+def test_only_the_sources_in_use_are_read_and_arrivals_keep_their_order(in_tmp: Path, run: Run) -> None:
+    shards = {
+        f"{source}/{arrival:06d}.jsonl": chat(("user", f"{source} {arrival}?"), ("assistant", "Yes"))
+        for source, arrival in (("a", 3), ("b", 1), ("c", 2))
+    }
+    (in_tmp / "data/raw").mkdir(parents=True)
+    (in_tmp / "data/raw/used.json").write_text('["a", "c"]')
+    assert [row["origin"] for row in run(shards)["examples"]] == ["c/000002.jsonl:1", "a/000003.jsonl:1"]
+    (in_tmp / "data/raw/used.json").write_text('["a", "b", "c"]')
+    origins = [row["origin"] for row in run({})["examples"]]
+    assert origins == ["b/000001.jsonl:1", "c/000002.jsonl:1", "a/000003.jsonl:1"]

@@ -1,0 +1,103 @@
+"""Why a training stopped decides what the next attempt does."""
+
+from pathlib import Path
+
+import pytest
+
+from nightshift.core.errors import StageError, TrainingError
+from tasks.sft.failures import (
+    HANG,
+    Attempt,
+    clear,
+    is_out_of_memory,
+    plan_next_attempt,
+    read_attempt,
+    write_failure,
+)
+
+
+def test_out_of_memory_halves_the_micro_batch_until_one_row_is_left(tmp_path: Path) -> None:
+    write_failure(tmp_path, "out_of_memory", "out of memory: 2 GiB")
+    error = plan_next_attempt(tmp_path, 4, 1)
+    assert isinstance(error, TrainingError)
+    assert (error.kind, error.exit_code) == ("out_of_memory", 10)
+    assert "takes 2 rows at a time, not 4" in str(error)
+    assert read_attempt(tmp_path) == Attempt(halvings=1)
+    assert "takes 1 rows at a time, not 2" in str(plan_next_attempt(tmp_path, 4, 1))
+    last = plan_next_attempt(tmp_path, 4, 1)
+    assert last.exit_code == 2
+    assert "one row does not fit" in str(last)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled cuda error, NCCL version 2.28.9\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+        "Triton Error [CUDA]: out of memory",
+        "HIP out of memory. Tried to allocate 20.00 MiB",
+        "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+        "Error out of memory at line 380 in file /src/csrc/pythonInterface.cpp",
+        "cudaErrorMemoryAllocation",
+        "std::bad_alloc",
+    ],
+)
+def test_memory_that_is_used_up_has_many_names(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    led_to = ValueError("the compiled graph failed")
+    led_to.__cause__ = RuntimeError(text)
+    assert is_out_of_memory(led_to)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("out of resource: shared memory, Required: 232448, Hardware limit: 101376"),
+        RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error"),
+        KeyError("memory"),
+    ],
+)
+def test_no_other_error_is_taken_for_it(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+    assert is_out_of_memory(MemoryError())
+
+
+def test_rows_of_a_bad_loss_are_left_out_once(tmp_path: Path) -> None:
+    write_failure(tmp_path, "loss", "loss nan at step 7, rows [3]", (7,))
+    error = plan_next_attempt(tmp_path, 1, 1)
+    assert error.exit_code == 11
+    following = read_attempt(tmp_path)
+    assert following == Attempt(skipped=(7,))
+    again = plan_next_attempt(tmp_path, 1, 1)
+    assert (again.exit_code, type(again)) == (2, StageError)
+
+
+def test_a_hang_is_tried_again_once(tmp_path: Path) -> None:
+    (tmp_path / HANG.format(rank=0)).write_text("")
+    (tmp_path / HANG.format(rank=1)).write_text("Timeout!")
+    error = plan_next_attempt(tmp_path, 1, 1)
+    assert error.exit_code == 12
+    assert "hang-1.txt" in str(error)
+    assert plan_next_attempt(tmp_path, 1, 1).exit_code == 2
+
+
+def test_the_first_rank_to_fail_is_heard(tmp_path: Path) -> None:
+    write_failure(tmp_path, "preempted", "asked to end; saved at step 3")
+    write_failure(tmp_path, "error", "the other rank is gone")
+    assert "asked to end" in str(plan_next_attempt(tmp_path, 1, 143))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("failure")] == ["failure.json"]
+    clear(tmp_path)
+    assert "ended with code 137" in str(plan_next_attempt(tmp_path, 1, 137))
+
+
+@pytest.mark.parametrize("kind", ["out_of_memory", "loss", "hang", "preempted"])
+def test_every_kind_has_a_code_of_its_own(kind: str) -> None:
+    codes = [TrainingError(k, "").exit_code for k in TrainingError.EXIT_CODES]
+    assert len(set(codes)) == 4
+    assert TrainingError(kind, "").exit_code not in (0, 1, 2)  # type: ignore[arg-type]

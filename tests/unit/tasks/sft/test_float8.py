@@ -1,0 +1,116 @@
+"""Products with frozen weights in float8: near to bf16's, each row by itself, and none in silence."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nightshift.core.errors import ConfigError, StageError
+from tasks.sft.float8 import FLOAT8, Float8Weight, quantize, quantize_base
+from tasks.sft.fused import fuse_adapter
+from tasks.sft.machine import require_float8
+from tests.unit.tasks.sft.test_fused import adapted, largest_error, llama, loss_and_gradients, qwen, row
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@given(exponent=st.integers(-20, 20), at=st.integers(0, 31))
+def test_each_row_keeps_three_bits_whatever_its_size(exponent: int, at: int) -> None:
+    x = torch.randn(4, 32)
+    x[1] *= 2.0**exponent
+    x[2] = 0
+    x[3, at] = 3e4
+    values, scales = quantize(x)
+    assert (values.dtype, scales.shape) == (FLOAT8, (4, 1))
+    found = values.float() * scales
+    # Half a step of three bits, and below the smallest normal number half a step of that.
+    bound = torch.maximum(x.abs() * 2**-4, scales * 2**-10)
+    assert ((found - x).abs() <= bound * 1.001).all()
+
+
+def test_both_products_are_those_of_bf16_but_for_the_rounding() -> None:
+    weight, x = torch.randn(32, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    # Outputs and inputs of unequal size, for which one scale would not do.
+    weight *= torch.logspace(-3, 3, 32)[:, None].bfloat16()
+    slope = torch.randn(48, 32).bfloat16()
+    found = Float8Weight(weight)
+    assert largest_error([found.project(x).float()], [x.float() @ weight.float().t()]) < 0.05
+    assert largest_error([found.pull_back(slope).float()], [slope.float() @ weight.float()]) < 0.05
+    assert (found.project(x).dtype, found.pull_back(slope).shape) == (torch.bfloat16, (48, 64))
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    weight, x = Float8Weight(torch.randn(32, 64).bfloat16()), torch.randn(48, 64).bfloat16()
+    before = weight.project(x)
+    x[0] = 1e4
+    assert torch.equal(weight.project(x)[1:], before[1:])
+    assert not torch.equal(weight.project(x)[0], before[0])
+
+
+def half(model: Any) -> Any:
+    """The base in bf16, the adapter in full precision, as they train on one GPU."""
+    model.get_base_model().to(torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if "lora" in name:
+            weight.data = weight.data.float()
+    fuse_adapter(model)
+    return model
+
+
+@pytest.mark.parametrize("make", [llama, qwen])
+def test_an_adapted_model_is_near_to_that_in_bf16(make: Any) -> None:
+    model, inputs = half(adapted(make())), row()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = loss_and_gradients(model, **inputs)
+        assert quantize_base(model) == 14
+        found = loss_and_gradients(model, **inputs)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=0.01)
+    joined = [torch.cat([one.flatten() for one in many[1:]]) for many in (found, expected)]
+    assert 0 < largest_error([joined[0]], [joined[1]]) < 0.2
+
+
+def test_without_its_adapter_the_model_is_the_quantised_base() -> None:
+    model, inputs = half(adapted(qwen())), row()["input_ids"]
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(inputs).logits
+        quantize_base(model)
+        found = model(inputs).logits
+    assert 0 < largest_error([found.float()], [expected.float()]) < 0.2
+
+
+def test_the_weights_in_bf16_are_given_back() -> None:
+    model = half(adapted(llama()))
+    quantize_base(model)
+    frozen = sum(w.numel() for n, w in model.named_parameters() if "proj" in n and "lora" not in n)
+    assert frozen == 0
+
+
+def test_layers_whose_sides_no_kernel_takes_stay_as_they_are() -> None:
+    model = half(adapted(llama()))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.base_layer = torch.nn.Linear(64, 120, bias=False)
+    assert quantize_base(model) == 13
+    assert not hasattr(layer.base_layer, "float8")
+
+
+def test_no_layer_at_all_is_told() -> None:
+    with pytest.raises(StageError, match="fp8_base=true, but no layer with an adapter has sides"):
+        quantize_base(adapted(llama()))
+
+
+def test_a_machine_that_cannot_is_told_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_float8("bf16", "cpu")
+    with pytest.raises(ConfigError, match="fp8_base=true does not work on this machine: it trains in fp32"):
+        require_float8("fp32", "cpu")
+
+    def old(*_: Any, **__: Any) -> None:
+        raise RuntimeError("requires compute capability 8.9\nat line 3")
+
+    monkeypatch.setattr("tasks.sft.float8.scaled_mm", old)
+    with pytest.raises(ConfigError, match=r"RuntimeError: requires compute capability 8\.9; set it to false"):
+        require_float8("bf16", "cpu")

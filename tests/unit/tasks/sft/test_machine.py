@@ -1,0 +1,171 @@
+"""What the machine has is found by a process of its own; a kernel is trusted only after it ran."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from nightshift.core.errors import ConfigError
+from tasks.sft import machine
+from tasks.sft.machine import choose_attention, choose_precision, find_missing, inspect, visible_devices
+from tasks.sft.probe import Probe
+from tests.helpers.sft import sft_params
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
+MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 32}
+GEMMA2 = {
+    **LLAMA,
+    "model_type": "gemma2",
+    "head_dim": 16,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+}
+
+
+def attend(query: Any, key: Any, value: Any) -> tuple[Any, None]:
+    """Attend causally over the whole row, whatever is in it."""
+    output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernels() -> Iterator[None]:
+    """Kernels with a fault each."""
+
+    def leaking(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> Any:
+        return attend(query, key, value)
+
+    def with_one_type(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> Any:
+        if not query.dtype == key.dtype == value.dtype:
+            raise ValueError("Query/Key/Value should either all have the same dtype")
+        return attend(query, key, value)
+
+    AttentionInterface.register("leaking", leaking)
+    AttentionInterface.register("with_one_type", with_one_type)
+    yield
+    for name in ("leaking", "with_one_type"):
+        del AttentionInterface._global_mapping[name]
+
+
+def try_kernel(
+    name: str, config: dict[str, Any], precision: str = "fp32", longest: int = 100, **changes: Any
+) -> str | None:
+    return Probe(sft_params(**changes), "cpu", precision, config, longest).try_kernel(name)
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, {**LLAMA, "head_dim": 24}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_kernel_that_computes_the_models_attention_passes(
+    name: str, precision: str, config: dict[str, Any]
+) -> None:
+    assert try_kernel(name, config, precision) is None
+
+
+def test_a_kernel_that_does_not_isolate_fails() -> None:
+    told = try_kernel("leaking", LLAMA)
+    assert told is not None
+    assert told.startswith("packed examples see each other")
+
+
+def test_a_kernel_that_ignores_the_window_fails_where_an_example_exceeds_it() -> None:
+    assert str(try_kernel("leaking", MISTRAL)).startswith("it computes another attention than eager")
+    assert str(try_kernel("leaking", MISTRAL, longest=30)).startswith("packed examples see each other")
+
+
+def test_a_kernel_that_ignores_the_soft_cap_fails() -> None:
+    assert try_kernel("eager", GEMMA2) is None
+    assert str(try_kernel("leaking", GEMMA2)).startswith("it computes another attention than eager")
+
+
+def test_a_kernel_is_tried_with_the_types_that_train() -> None:
+    """Autocast over full-precision weights gives queries and keys in full precision, values in half."""
+    assert "see each other" in str(try_kernel("with_one_type", LLAMA, "bf16", strategy="ddp"))
+    full = try_kernel("with_one_type", LLAMA, "bf16", strategy="ddp", adapter=None)
+    assert full == "ValueError: Query/Key/Value should either all have the same dtype"
+    assert "see each other" in str(try_kernel("with_one_type", LLAMA, "bf16", strategy="zero2", adapter=None))
+    assert try_kernel("sdpa", LLAMA, "bf16", strategy="ddp", adapter=None) is None
+
+
+def test_the_head_is_named_where_the_logits_are_its_output() -> None:
+    assert Probe(sft_params(), "cpu", "fp32", LLAMA, 100).find_head() == "lm_head"
+    scaled = {**LLAMA, "model_type": "cohere", "logit_scale": 0.0625}
+    capped = {**GEMMA2, "final_logit_softcapping": 30.0}
+    biased = {**LLAMA, "model_type": "phi"}
+    for config in (scaled, capped, biased):
+        assert Probe(sft_params(), "cpu", "fp32", config, 100).find_head() is None
+
+
+def test_an_unknown_kernel_is_told_by_its_own_message() -> None:
+    assert "ValueError" in str(try_kernel("no_such_kernel", LLAMA))
+
+
+def test_a_model_that_does_not_run_at_all_is_not_the_kernels_fault() -> None:
+    with pytest.raises(
+        ConfigError, match=r"config\.json: a small model of its kind does not run: ValueError"
+    ):
+        try_kernel("sdpa", {**LLAMA, "model_type": "no-such-model"})
+
+
+@WITHOUT_GPU
+def test_what_needs_a_gpu_is_refused_without_one() -> None:
+    with pytest.raises(ConfigError, match=r"sft\.precision=tf32, but this machine's cpu has no tf32"):
+        choose_precision("tf32", "cpu")
+    with pytest.raises(ConfigError, match=r"sft\.attn_implementation=flash_attention_2 does not work"):
+        choose_attention("flash_attention_2", "cpu", Probe(sft_params(), "cpu", "fp32", LLAMA, 100))
+
+
+def test_all_that_is_missing_is_told_at_once() -> None:
+    params = sft_params(use_liger_kernel=True, optim="adamw_8bit")
+    told = find_missing(params, "cpu")
+    assert [line.split(" needs ")[0] for line in told] == [
+        "sft.optim=adamw_8bit",
+        "sft.use_liger_kernel=true",
+    ]
+
+
+@WITHOUT_GPU
+def test_a_process_of_its_own_finds_what_this_machine_has() -> None:
+    found = inspect(sft_params(attn_implementation="auto"), LLAMA, 100)
+    assert (found.device, found.devices, found.memory) == ("cpu", (), None)
+    assert (found.precision, found.attention, found.head) == ("fp32", "sdpa_per_example", "lm_head")
+
+
+@WITHOUT_GPU
+def test_what_that_process_refuses_is_an_error_here() -> None:
+    with pytest.raises(ConfigError, match="precision=tf32, but this machine's cpu has no tf32"):
+        inspect(sft_params(precision="tf32"), LLAMA, 100)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "devices"),
+    [
+        (None, 2, ("0", "1")),
+        ("3", 1, ("3",)),
+        ("GPU-8932f937, 1", 2, ("GPU-8932f937", "1")),
+        # CUDA stops at a name that it does not know.
+        ("1,99,0", 1, ("1",)),
+        ("", 0, ()),
+    ],
+)
+def test_the_visible_devices_keep_their_names(
+    visible: str | None, count: int, devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(count))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv(machine.VISIBLE, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(machine.VISIBLE, visible)
+    assert visible_devices() == devices

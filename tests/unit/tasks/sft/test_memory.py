@@ -1,0 +1,194 @@
+"""The estimate of memory: counts that are known from published models, and what each strategy divides."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nightshift.core.errors import ConfigError
+from tasks.sft.fused import fuse_adapter
+from tasks.sft.memory import Batch, Memory, _layer_bytes, estimate
+from tasks.sft.model import adapt
+from tasks.sft.shape import count_adapter, count_parameters, read_shape
+from tasks.sft.strategy import GIB, ZERO, choose_strategy, keeps_half, uses_autocast
+from tests.helpers.sft import sft_params
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+LLAMA3_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+QWEN2_HALF_B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+BATCH = Batch(tokens=1024, labelled=512)
+
+
+def memory(config: dict[str, Any], strategy: str, device: str = "cuda", **changes: Any) -> Memory:
+    params = sft_params(strategy="ddp", **{"num_processes": 4, "adapter": None, **changes})
+    return estimate(config, params, strategy, "bf16", BATCH, device)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(SMOLLM2, 134_515_008), (LLAMA3_8B, 8_030_261_248), (QWEN2_HALF_B, 494_032_768)],
+)
+def test_parameters_are_those_that_the_models_publish(config: dict[str, Any], parameters: int) -> None:
+    assert count_parameters(read_shape(config)) == parameters
+
+
+def test_an_adapter_has_two_thin_matrices_for_each_target() -> None:
+    shape = read_shape(SMOLLM2)
+    assert count_adapter(shape, sft_params(lora_r=16)) == 4_884_480
+    assert count_adapter(shape, sft_params(lora_r=8, lora_target_modules=["q_proj", "v_proj"])) == 460_800
+    assert count_adapter(shape, sft_params(lora_r=16, use_dora=True)) == 5_040_000
+    # Published for Llama 3 8B at rank 16 on all linear layers.
+    assert count_adapter(read_shape(LLAMA3_8B), sft_params(lora_r=16)) == 41_943_040
+
+
+def test_an_unknown_target_is_named() -> None:
+    with pytest.raises(ConfigError, match="lora_target_modules: query: no linear layer of a block; it has"):
+        count_adapter(read_shape(SMOLLM2), sft_params(lora_target_modules=["query"]))
+
+
+def test_another_kind_of_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"hidden_size is missing.*got model_type 'gpt2'"):
+        read_shape({"model_type": "gpt2", "n_embd": 768})
+    with pytest.raises(ConfigError, match="num_local_experts: a mixture of experts"):
+        read_shape({**LLAMA3_8B, "num_local_experts": 8})
+
+
+def test_a_full_fine_tune_takes_sixteen_bytes_for_each_parameter_and_zero_divides_them() -> None:
+    whole = memory(LLAMA3_8B, "single", num_processes=1)
+    assert whole.moment == "step"
+    assert whole.weights == whole.gradients - 4 * 8_030_261_248 == 32_121_044_992
+    assert whole.optimizer == 64_242_089_984
+    # Half precision and a full-precision copy; states of 12 bytes are divided by 4.
+    stage1 = memory(LLAMA3_8B, "zero1")
+    assert (stage1.weights, stage1.optimizer) == (16_060_522_496, 24_090_783_744)
+    sizes = [memory(LLAMA3_8B, name).total for name in ("ddp", "zero1", "zero2", "zero3")]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_offloading_takes_the_state_off_the_device_but_not_out_of_the_processor() -> None:
+    changes = {"strategy": "zero3", "offload_optimizer": "cpu"}
+    params = sft_params(num_processes=4, adapter=None, **changes)
+    assert estimate(LLAMA3_8B, params, "zero3", "bf16", BATCH, "cuda").optimizer == 0
+    assert estimate(LLAMA3_8B, params, "zero3", "bf16", BATCH, "cpu").optimizer == 24_090_783_744
+
+
+def test_checkpointing_keeps_the_input_of_each_layer_only() -> None:
+    batch = Batch(tokens=8192, labelled=1)
+    kept = [
+        estimate(LLAMA3_8B, sft_params(activation_checkpointing=on), "ddp", "bf16", batch, "cuda").activations
+        for on in (False, True)
+    ]
+    # Inputs: 32 layers x 8192 tokens x 4096 values of 2 bytes, and one layer that is computed again.
+    assert kept[1] == 32 * 8192 * 4096 * 2 + kept[0] // 32
+
+
+def test_auto_takes_the_simplest_that_fits_and_says_why() -> None:
+    params = sft_params(strategy="auto", num_processes=4)
+    needs = {"ddp": 40 * GIB, "zero1": 30 * GIB, "zero2": 20 * GIB, "zero3": 10 * GIB}
+    assert choose_strategy(params, needs, 80 * GIB) == (
+        "ddp",
+        "ddp: 40.0 GiB of 80.0 GiB; dividing would only slow it down",
+    )
+    assert choose_strategy(params, needs, 24 * GIB) == (
+        "zero2",
+        "zero2: 20.0 GiB of 24.0 GiB; zero1 takes 30.0 GiB of 24.0 GiB",
+    )
+    with pytest.raises(ConfigError, match=r"strategy=auto: zero3 takes 10.0 GiB of 8.0 GiB; set "):
+        choose_strategy(params, needs, 8 * GIB)
+    assert choose_strategy(params)[0] == choose_strategy(params, needs, None)[0] == "ddp"
+
+
+SMALL = {
+    **LLAMA3_8B,
+    "hidden_size": 128,
+    "intermediate_size": 448,
+    "num_attention_heads": 8,
+    "vocab_size": 64,
+}
+SMALL["num_key_value_heads"] = 2
+TOKENS = 120
+
+
+def kept_of_a_layer(strategy: str, precision: str, *, fused: bool, **changes: Any) -> int:
+    """Bytes that autograd keeps of one layer, weights aside: what a third one adds to two."""
+    params = sft_params(strategy=strategy, **changes)
+    dtype = torch.bfloat16 if keeps_half(params, strategy, precision) else torch.float32
+    found = []
+    for layers in (2, 3):
+        config = LlamaConfig(**{**SMALL, "num_hidden_layers": layers})
+        model: Any = LlamaForCausalLM._from_config(
+            config, dtype=dtype, attn_implementation="sdpa_per_example"
+        )
+        if params.adapter:
+            model = adapt(model, params, strategy, precision)
+            model = model.to(dtype) if strategy in ZERO else model
+            model.enable_input_require_grads()
+        if fused:
+            fuse_adapter(model)
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        row = {"input_ids": torch.randint(64, (1, TOKENS)), "cu_seq_lens_q": torch.tensor([0, TOKENS])}
+        autocast = uses_autocast(strategy, precision)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(),
+        ):
+            _outputs = model(**row, use_cache=False)
+        # Autocast's copies of weights have no token in their shape.
+        of_tokens = [t for key, t in kept.items() if key not in weights and TOKENS in t.shape]
+        found.append(sum(tensor.untyped_storage().nbytes() for tensor in of_tokens))
+    return found[1] - found[0]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "changes"),
+    [
+        ("ddp", "bf16", {}),
+        ("zero2", "bf16", {}),
+        ("ddp", "fp32", {}),
+        ("ddp", "bf16", {"lora_dropout": 0.1}),
+        ("ddp", "bf16", {"adapter": None}),
+        ("zero2", "bf16", {"adapter": None}),
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_activations_are_what_autograd_keeps(
+    strategy: str, precision: str, changes: dict[str, Any], *, fused: bool
+) -> None:
+    params = sft_params(strategy=strategy, attn_implementation="sdpa_per_example", **changes)
+    counted = TOKENS * _layer_bytes(read_shape(SMALL), params, strategy, precision, TOKENS)
+    assert kept_of_a_layer(strategy, precision, fused=fused, **changes) == pytest.approx(counted, rel=0.05)

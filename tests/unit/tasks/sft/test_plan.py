@@ -1,0 +1,50 @@
+"""The plan: exact steps, rows, tokens and learning rates."""
+
+import pytest
+
+from nightshift.core.errors import ConfigError
+from tasks.sft.plan import FILLER, compile_plan
+from tests.helpers.sft import sft_params as params
+
+
+def test_every_row_trains_once_an_epoch_and_fillers_only_end_the_last_step() -> None:
+    plan = compile_plan(params(), [[10], [15, 5], [30]], [1, 2, 3])
+    assert plan.steps == 2
+    assert plan.fillers == 2
+    assert sorted(plan.order[:3]) == sorted(plan.order[3:6]) == [0, 1, 2]
+    assert plan.order[6:] == [FILLER, FILLER]
+    assert sum(plan.tokens) == 120
+    assert sum(plan.supervised_tokens) == 12
+    assert plan.learning_rate == [0.0, 0.1]
+
+
+def test_rows_that_train_side_by_side_cost_about_the_same() -> None:
+    # Attention costs the sum of the squares: from 64 * 1 (many short examples) to 64 * 64 (one long one).
+    kinds = [[1] * 64, [8] * 8, [16] * 4, [32, 32], [64]]
+    rows = [kinds[i % 5] for i in range(400)]
+    plan = compile_plan(params(num_processes=4, gradient_accumulation_steps=1), rows, [1] * 400)
+    cost = {i: sum(length**2 for length in lengths) for i, lengths in enumerate(rows)}
+    groups = [[cost[row] for row in plan.order[i : i + 4]] for i in range(0, 800, 4)]
+    waiting = sum(4 * max(group) for group in groups) / sum(sum(group) for group in groups)
+    assert waiting < 1.1
+    # In one shuffled order without regard to cost, the mean group waits for twice its work.
+    by_rank = [sum(cost[row] for row in plan.order[rank::4]) for rank in range(4)]
+    assert max(by_rank) / min(by_rank) < 1.1
+
+
+def test_max_steps_cuts_the_plan() -> None:
+    plan = compile_plan(params(num_train_epochs=9, max_steps=3), [[10]] * 4, [1] * 4)
+    assert plan.steps == len(plan.tokens) == 3
+    assert len(plan.order) == 12
+
+
+def test_a_seed_decides_the_order() -> None:
+    orders = [compile_plan(params(seed=s), [[1]] * 50, [1] * 50).order for s in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_warm_up_longer_than_the_training_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="warms up for 2 steps and decays for 0, but the training has only 2 steps"
+    ):
+        compile_plan(params(warmup_steps=2), [[10], [20], [30]], [1, 2, 3])
