@@ -1,1 +1,1 @@
-"""Measurements behind the claims: one module for each, results in benchmarks/results."""
+"""Benchmarks behind the claims: one module for each, results in benchmarks/results."""

@@ -1,4 +1,4 @@
-"""Corpora for measurements: real text with known near-duplicates, and chats in any number."""
+"""Corpora for benchmarks: real text with known near-duplicates, and any number of chats."""
 
 import ast
 import math
@@ -11,16 +11,16 @@ from pathlib import Path
 
 from nightshift.data.text import Shingles, canonical, jaccard
 
-# Share of the words that an edit changes; 0 changes case and punctuation only.
+# Share of the words that an edit changes; 0 changes only case and punctuation.
 EDITS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.09, 0.15)
 SHORTEST, LONGEST = 30, 330
 
 
 def real_documents(count: int) -> list[str]:
-    """Collect docstrings of the installed packages, 30 to 330 words each, no two canonically equal.
+    """Collect docstrings of the installed packages, 30 to 330 words each, without canonical duplicates.
 
     Raises:
-        SystemExit: The installed packages hold too few.
+        SystemExit: The installed packages contain too few.
     """
     folder = Path(sysconfig.get_paths()["purelib"])
     found: dict[str, str] = {}
@@ -37,7 +37,7 @@ def real_documents(count: int) -> list[str]:
 
 
 def docstrings(file: Path) -> Iterator[str]:
-    """Yield the docstrings of a module; a file that is no Python 3 has none."""
+    """Yield the docstrings of a module; none if the file is not valid Python 3."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def docstrings(file: Path) -> Iterator[str]:
 
 
 def with_edits(documents: Sequence[str], count: int, seed: int) -> list[str]:
-    """Append edited copies of random documents: words replaced, inserted, deleted."""
+    """Append edited copies of random documents, with words replaced, inserted and deleted."""
     rng = random.Random(seed)
     vocabulary = [word for text in documents[:2000] for word in text.split()]
     edited = []
@@ -68,7 +68,7 @@ def with_edits(documents: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def true_pairs(sets: Sequence[Shingles], threshold: float) -> set[tuple[int, int]]:
-    """Find all pairs at or above a similarity, without loss, by a prefix-filter join.
+    """Find all pairs at or above a similarity threshold, with an exact prefix-filter join.
 
     Source: Bayardo et al., Scaling up all pairs similarity search (2007); Xiao et al., PPJoin (2008).
     """
@@ -89,7 +89,7 @@ def true_pairs(sets: Sequence[Shingles], threshold: float) -> set[tuple[int, int
 
 
 def chats(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Yield conversations made of real phrases: about 60 words, one in twenty repeats an earlier one."""
+    """Yield conversations of about 60 words from real phrases; one in twenty repeats an earlier one."""
     rng = random.Random(seed)
     phrases = [
         " ".join(words[i : i + 6])
@@ -109,9 +109,9 @@ def chats(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
 
 
 def lognormal_chats(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Yield conversations of running text whose lengths are lognormal, as those of people are.
+    """Yield conversations of running text with lognormal lengths, as in human conversations.
 
-    A question and its answer have 12 to 420 words, the median has 110: up to 1,000 tokens, 250 on average.
+    A question and its answer have 12 to 420 words, median 110: up to 1,000 tokens, 250 on average.
     """
     rng = random.Random(seed)
     words = (word for text in real_documents(4000) for word in text.split())

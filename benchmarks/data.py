@@ -1,4 +1,4 @@
-"""All measurements of the data preparation: `make bench-data`, half an hour on two cores."""
+"""Run all benchmarks of the data preparation: `make bench-data`, half an hour on two cores."""
 
 import logging
 import tempfile
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Measure, write results/data.json, and say what does not hold."""
+    """Measure, write results/data.json, and report claims that do not hold."""
     records = []
     for module in (dedupe, scale, increment):
         with tempfile.TemporaryDirectory() as folder:

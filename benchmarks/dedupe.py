@@ -1,9 +1,9 @@
-"""Deduplication beside its peers: documents per second, memory, recall, precision.
+"""Compare deduplication with peer libraries: documents per second, memory, recall, precision.
 
-Each engine gets the same raw texts in a process of its own and has to return which documents go:
+Each engine gets the same raw texts in a separate process and has to return the documents to remove:
 canonical form, shingles, signatures, candidates, exact verification, keep-first. The peers run as their
-documentation shows for bulk work, with the same 128 permutations in 16 bands of 8; what they cannot do
-themselves (shingles, verification, keep-first) is ours. `python -m benchmarks.dedupe <engine> <corpus>`
+documentation shows for bulk work, with the same 128 permutations in 16 bands of 8; the steps that they
+lack (shingles, verification, keep-first) use our code. `python -m benchmarks.dedupe <engine> <corpus>`
 prints one measurement.
 """
 
@@ -40,7 +40,7 @@ REPEATS = 3
 
 
 def measure(folder: Path) -> list[Record]:
-    """Build the corpus, run every engine in turn, three times, and compare."""
+    """Build the corpus, run all engines in turn, three times, and compare them."""
     corpus = folder / "corpus.json"
     write_json(corpus, with_edits(real_documents(DOCUMENTS), EDITED, seed=0))
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
@@ -88,7 +88,7 @@ def measure(folder: Path) -> list[Record]:
 
 
 def run(engine: str, corpus: Path) -> dict[str, Any]:
-    """Measure one engine in a process of its own."""
+    """Measure one engine in a separate process."""
     command = [sys.executable, "-m", "benchmarks.dedupe", engine, str(corpus)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -114,7 +114,7 @@ def quality(documents: Sequence[str]) -> tuple[float, float, int]:
 
 
 def nightshift(documents: Sequence[str]) -> dict[str, float]:
-    """The stage's own code, with an empty memo."""
+    """Run the code of the stage, with an empty cache."""
     start = time.perf_counter()
     texts = [Text("", canonical(text)) for text in documents]
     with tempfile.TemporaryDirectory() as folder, Memo("signatures", {}, Path(folder)) as memo:
@@ -123,7 +123,7 @@ def nightshift(documents: Sequence[str]) -> dict[str, float]:
 
 
 def rensa(documents: Sequence[str]) -> dict[str, float]:
-    """RMinHash and RMinHashLSH, in bulk."""
+    """Run RMinHash and RMinHashLSH in bulk."""
     from rensa import RMinHash, RMinHashLSH
 
     start = time.perf_counter()
@@ -139,7 +139,7 @@ def rensa(documents: Sequence[str]) -> dict[str, float]:
 
 
 def datasketch(documents: Sequence[str]) -> dict[str, float]:
-    """MinHash.generator and MinHashLSH."""
+    """Run MinHash.generator and MinHashLSH."""
     from datasketch import MinHash, MinHashLSH
 
     start = time.perf_counter()
@@ -157,9 +157,9 @@ def datasketch(documents: Sequence[str]) -> dict[str, float]:
 
 
 def datatrove(documents: Sequence[str]) -> dict[str, float]:
-    """MinhashDedupSignature and MinhashDedupBuckets, in one process.
+    """Run MinhashDedupSignature and MinhashDedupBuckets in one process.
 
-    SHA-1 stands in for xxHash, whose version 4 does not take datatrove's text.
+    SHA-1 replaces xxHash, whose version 4 does not accept datatrove's text.
     """
     from datatrove.data import Document
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
@@ -175,7 +175,7 @@ def datatrove(documents: Sequence[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         signatures, pairs = f"{folder}/signatures", f"{folder}/pairs"
         signer = MinhashDedupSignature(signatures, config, WhitespaceTokenizer())
-        # Our shingles travel in the place of the text, to be hashed one by one.
+        # Pass our shingles instead of the text, to be hashed one by one.
         signer.get_shingles = lambda one: np.fromiter(
             map(signer._hash_func, one), dtype=np.uint64, count=len(one)
         ).reshape((-1, 1))
@@ -192,7 +192,7 @@ def datatrove(documents: Sequence[str]) -> dict[str, float]:
 
 
 def keep_first(sets: Sequence[Shingles], candidates: Iterable[Sequence[int]]) -> int:
-    """Verify a peer's candidates against the survivors so far; count what goes."""
+    """Verify a peer's candidates against the kept documents, and return the number of removed ones."""
     removed: set[int] = set()
     for i, others in enumerate(candidates):
         if any(
@@ -213,7 +213,7 @@ ENGINES: dict[str, Callable[[Sequence[str]], dict[str, float]]] = {
 
 
 def main(engine: str, corpus: Path) -> None:
-    """Run one engine on a corpus; print seconds and memory."""
+    """Run one engine on a corpus, and print seconds and memory."""
     documents = read_json(corpus)
     ENGINES[engine](documents[:100])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,8 +1,9 @@
-"""The loss in chunks and the fused adapter beside all logits and PEFT: time of a step, and peak memory.
+"""Compare chunked loss and fused LoRA with full logits and PEFT: time per step, and peak memory.
 
-SmolLM2-135M, LoRA of rank 16 on all linear layers, one row of 1024 tokens of four examples, half of them with
-labels, in full precision, on one core, in seconds of the processor. Both ways take turns in one process, so
-that what else the machine does falls on both; the memory of each is measured in a process of its own.
+SmolLM2-135M, LoRA of rank 16 on all linear layers, one row of 1024 tokens with four examples, half of
+the tokens labelled, in full precision, on one core, in CPU seconds. Both variants alternate in one
+process, so that other load on the machine affects both; the memory of each is measured in a separate
+process.
 """
 
 import argparse
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def main(way: str | None, base: str | None) -> None:
-    """Measure both ways, or be the process of one."""
+    """Measure both variants, or with --way and --base run only the memory measurement of one."""
     torch.set_num_threads(1)
     if way and base:
         step(build(base, way))
@@ -60,7 +61,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(base: str) -> list[Record]:
-    """Measure the two ways in turn."""
+    """Measure the two variants alternately."""
     models = {way: build(base, way) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     losses: dict[str, float] = {}
@@ -87,7 +88,7 @@ def measure(base: str) -> list[Record]:
 
 
 def build(base: str, way: str) -> tuple[Any, LossHead | None]:
-    """Load the model, and let it compute in one of the ways."""
+    """Load the model, and set it up for one of the variants."""
     section = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["sft"]
     params = SftParams(
         **section | {"strategy": "single", "num_processes": 1, "activation_checkpointing": False}
@@ -102,7 +103,7 @@ def build(base: str, way: str) -> tuple[Any, LossHead | None]:
 
 
 def step(built: tuple[Any, LossHead | None]) -> float:
-    """Compute loss and gradients of one row; return the loss."""
+    """Compute loss and gradients of one row, and return the loss."""
     model, head = built
     model.zero_grad()
     loss, _ = summed_loss(model, make_row(), head=head)
@@ -111,13 +112,13 @@ def step(built: tuple[Any, LossHead | None]) -> float:
 
 
 def peak_mib() -> float:
-    """Return the peak of this process's resident memory; `ru_maxrss` would count that of its parent."""
+    """Return the peak resident memory of this process, in MiB; `ru_maxrss` includes its parent's."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def make_row() -> dict[str, Any]:
-    """Return one flattened row of random tokens, the second half of each example with labels."""
+    """Return one flattened row of random tokens; the second half of each example is labelled."""
     chance = random.Random(0)
     ids = torch.tensor([chance.choices(range(1000, 40_000), k=sum(LENGTHS))])
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)

@@ -1,9 +1,10 @@
-"""Tokens per second and use of the arithmetic on one NVIDIA GPU: `make bench-gpu`.
+"""Measure tokens per second and model FLOPs utilization (MFU) on one NVIDIA GPU: `make bench-gpu`.
 
-A Llama of 8 billion random weights, LoRA of rank 16 on all linear layers, rows of 4096 tokens. The model is
-made once, on the device, in this process; every rung of the ladder is one before with a change, so that the
-gain of each part is seen. What does not fit or run is a result, with its reason. Results are written after
-each rung, so a time limit loses nothing. `--rehearse` takes a model of two layers on any machine.
+A Llama with 8 billion random weights, LoRA of rank 16 on all linear layers, rows of 4096 tokens. The
+model is created once, on the device, in this process. Every rung of the ladder changes an earlier rung,
+which shows the gain of each part. A rung that does not fit or run is recorded with its error. Results
+are written after each rung, so a time limit loses nothing. `--rehearse` uses a two-layer model on any
+machine.
 """
 
 import argparse
@@ -35,14 +36,14 @@ from tasks.sft.model import adapt
 from tasks.sft.trainer import summed_loss
 
 PACKAGES = ("accelerate", "peft", "torch", "transformers", "trl")
-# One H100, LoRA on Llama-3-8B, rows of 4096 tokens, two at a time (NeMo Automodel, docs/performance-summary):
-# 12,473 tokens/s, by whose count 40.6 % of the arithmetic.
+# One H100, LoRA on Llama-3-8B, rows of 4096 tokens, micro-batch 2 (NeMo Automodel,
+# docs/performance-summary): 12,473 tokens/s, 40.6 % MFU by its own count.
 ANCHOR, ANCHOR_UTILISATION = 12_473.0, 0.406
-# Operations per second in dense bf16, by the name of the device (NVIDIA's data sheets).
+# Peak FLOP/s in dense bf16, by device name (NVIDIA's data sheets).
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-# What a rung needs at least, in seconds: it is not begun with less. A compiler takes minutes.
+# Remaining time below which a rung is not started, in seconds. Compilation takes minutes.
 RUNG_SECONDS, COMPILE_SECONDS = 15, 70
-# Llama-3-8B, and one with which the benchmark itself can be tried.
+# Llama-3-8B, and a small model for testing the benchmark itself.
 LLAMA_8B = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -65,18 +66,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One way to train.
+    """Training configuration.
 
     Attributes:
-        attention: Kernel, or `fastest` of those before.
-        rows: Rows in one forward pass.
+        attention: Attention kernel, or `fastest` for the fastest kernel measured so far.
+        rows: Rows per forward pass.
         loss: chunked or logits.
         lora: fused or peft.
-        use_liger_kernel: Liger's norm, rotary embedding and gate.
-        activation_checkpointing: As in params.yaml.
-        torch_compile: Layer by layer.
-        fp8_base: The frozen weights in float8.
-        packed: Examples of unequal length in each row, instead of one.
+        use_liger_kernel: Whether to use Liger's RMSNorm, rotary embedding and SwiGLU.
+        activation_checkpointing: Activation checkpointing, as in params.yaml.
+        torch_compile: Whether to compile the model layer by layer.
+        fp8_base: Whether the frozen weights are in float8.
+        packed: Whether a row has several examples of unequal length instead of one.
     """
 
     attention: str
@@ -92,7 +93,7 @@ class Rung:
 
 FASTEST = Rung("fastest")
 LADDER = (
-    # As transformers and PEFT do it, then each part of ours.
+    # Plain transformers and PEFT first, then each of our parts.
     Rung("sdpa", rows=1, loss="logits", lora="peft"),
     Rung("torch_varlen", rows=1, loss="logits", lora="peft"),
     Rung("torch_varlen", loss="logits", lora="peft"),
@@ -101,7 +102,7 @@ LADDER = (
     replace(FASTEST, packed=True),
     replace(FASTEST, rows=4, activation_checkpointing=True),
     replace(FASTEST, loss="logits", lora="peft", torch_compile=True),
-    # Liger and float8 replace parts of the model for good, so their rungs are the last.
+    # Liger and float8 replace parts of the model permanently, so their rungs come last.
     replace(FASTEST, use_liger_kernel=True),
     replace(FASTEST, use_liger_kernel=True, packed=True),
     replace(FASTEST, use_liger_kernel=True, fp8_base=True),
@@ -111,7 +112,7 @@ LADDER = (
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The model, the rows, and the steps that are timed behind two that warm up."""
+    """Model shape, row length in tokens, and number of timed steps after two warmup steps."""
 
     shape: dict[str, Any]
     length: int
@@ -119,7 +120,7 @@ class Size:
 
 
 def main(*, rehearse: bool, seconds: float, out: Path) -> None:
-    """Climb the ladder, write its results, and say what does not hold."""
+    """Run all rungs, write their results, and report claims that do not hold."""
     begin = time.monotonic()
     if not rehearse and not torch.cuda.is_available():
         raise StageError("no NVIDIA GPU; --rehearse tries the benchmark on a small model")
@@ -148,10 +149,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 class Climber:
-    """One model on the device, and how it is changed for each rung."""
+    """Model on the device, reconfigured for each rung."""
 
     def __init__(self, size: Size, device: str) -> None:
-        """Make the model, with an adapter that trains."""
+        """Create the model with a trainable adapter."""
         self.size, self.device = size, device
         self.speeds: dict[str, float] = {}
         self.has_liger = self.has_float8 = False
@@ -171,14 +172,14 @@ class Climber:
         self.optimizer = AdamW(weights, lr=1e-4)
 
     def climb(self, rung: Rung) -> dict[str, Any]:
-        """Train some steps, and leave the model as it was; an error is a result."""
+        """Train some steps and restore the model; an error is returned as a result."""
         if rung.attention == "fastest":
             rung = replace(rung, attention=max(self.speeds, key=self.speeds.__getitem__, default="sdpa"))
         begin = time.monotonic()
         try:
             self.change(rung)
             found = self.measure(rung)
-        except Exception as err:  # noqa: BLE001 - kernels fail in their own ways
+        except Exception as err:  # noqa: BLE001 - kernels raise various exceptions
             found = {"error": f"{type(err).__name__}: {str(err)[:300]}"}
         finally:
             self.change_back()
@@ -187,7 +188,7 @@ class Climber:
         return {"attention": rung.attention, **found, "seconds": round(time.monotonic() - begin, 1)}
 
     def change(self, rung: Rung) -> None:
-        """Make the model what a rung asks for."""
+        """Apply the configuration of a rung to the model."""
         self.base.set_attn_implementation(rung.attention)
         if rung.lora == "fused":
             fuse_adapter(self.model)
@@ -207,7 +208,7 @@ class Climber:
                 layer.compile(dynamic=False)
 
     def change_back(self) -> None:
-        """Take all but Liger and float8 back, and give the memory back."""
+        """Undo all changes except Liger and float8, and free the memory."""
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 vars(module).pop("forward", None)
@@ -221,7 +222,7 @@ class Climber:
             torch.cuda.reset_peak_memory_stats()
 
     def measure(self, rung: Rung) -> dict[str, Any]:
-        """Time some steps."""
+        """Measure throughput, time of the first step, and on a GPU peak memory."""
         batch, head = self.make_batch(rung), self.head if rung.loss == "chunked" else None
         first = self.timed(lambda: self.step(batch, head))
         self.step(batch, head)
@@ -236,7 +237,7 @@ class Climber:
         return found
 
     def step(self, batch: dict[str, Any], head: LossHead | None) -> None:
-        """Train one step, as the stage does."""
+        """Train one step, as the stage sft does."""
         with torch.autocast(self.device, torch.bfloat16):
             loss, _ = summed_loss(self.model, batch, head=head)
         (loss / batch["input_ids"].numel()).backward()
@@ -244,7 +245,7 @@ class Climber:
         self.optimizer.zero_grad(set_to_none=True)
 
     def timed(self, work: Callable[[], None], times: int = 1) -> float:
-        """Return the seconds that something takes on the device, done so many times."""
+        """Return the seconds that repeated calls take, including the device's pending work."""
         wait = torch.cuda.synchronize if self.device == "cuda" else nullcontext
         wait()
         begin = time.perf_counter()
@@ -254,7 +255,7 @@ class Climber:
         return time.perf_counter() - begin
 
     def make_batch(self, rung: Rung) -> dict[str, Any]:
-        """Return one flattened row of random tokens, all of them with labels."""
+        """Return one flattened row of random tokens, all labelled but the first of each example."""
         lengths = [length for _ in range(rung.rows) for length in self.lengths(rung)]
         ids = torch.randint(self.size.shape["vocab_size"], (1, sum(lengths)), device=self.device)
         ends = torch.tensor([0, *lengths], device=self.device).cumsum(0)
@@ -271,7 +272,7 @@ class Climber:
         }
 
     def lengths(self, rung: Rung) -> Iterator[int]:
-        """Yield the lengths of the examples of one row; of unequal ones the longest is half of it."""
+        """Yield the example lengths of one row; the longest of several takes half of the row."""
         if not rung.packed:
             yield self.size.length
             return
@@ -283,14 +284,14 @@ class Climber:
 
 
 def describe(climber: Climber, rung: Rung, result: dict[str, Any]) -> Record:
-    """Record a rung: its speed, and its use of the arithmetic by two counts."""
+    """Return the record of a rung: throughput, and MFU by two counts."""
     name = torch.cuda.get_device_name(0) if climber.device == "cuda" else "cpu"
     speed = float(result.get("tokens_per_second", 0.0))
     more: dict[str, Any] = {"rung": asdict(rung), "device": name, **result}
     if peak := next((value for known, value in PEAKS.items() if known in name), None):
         shape, length = climber.size.shape, climber.size.length
         more["utilisation"] = round(speed * operations(shape, length, climber.trained) / peak, 4)
-        # The anchor counts two thirds of a training of all weights.
+        # The anchor counts two thirds of the FLOPs of full fine-tuning.
         more["utilisation_as_anchor"] = round(speed / ANCHOR * ANCHOR_UTILISATION, 4)
         more["of_anchor"] = round(speed / ANCHOR, 3)
     words = ", ".join(f"{key} {value}" for key, value in asdict(rung).items())
@@ -298,10 +299,10 @@ def describe(climber: Climber, rung: Rung, result: dict[str, Any]) -> Record:
 
 
 def operations(shape: dict[str, Any], length: int, trained: int) -> float:
-    """Count the operations for one token of a LoRA step, without what is computed again.
+    """Count the FLOPs per token of a LoRA step, without recomputation.
 
-    Frozen weights are multiplied in the forward and the backward pass (2 and 2), those of the adapter once
-    more for their own gradient; attention is causal, so half of its square counts.
+    Frozen weights are multiplied in the forward and the backward pass (2 and 2 FLOPs), adapter weights
+    once more for their own gradient; attention is causal, so half of its square matrix counts.
 
     Example:
         >>> round(operations(LLAMA_8B, 4096, 41_943_040) / 1e9, 1)
@@ -310,7 +311,7 @@ def operations(shape: dict[str, Any], length: int, trained: int) -> float:
     hidden, kv = shape["hidden_size"], shape["num_key_value_heads"] / shape["num_attention_heads"]
     layer = hidden * hidden * (2 + 2 * kv) + 3 * hidden * shape["intermediate_size"]
     weights = shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"]
-    # Scores and their sum, forward and twice backward: 3 x 2 x 2 x length / 2 for each of the width.
+    # Scores and weighted sum, once forward and twice backward: 3 x 2 x 2 x length / 2 per hidden unit.
     attention = shape["num_hidden_layers"] * 6 * length * hidden
     return float(4 * weights + 6 * trained + attention)
 

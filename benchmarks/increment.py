@@ -1,7 +1,7 @@
-"""What a night with 1 % new data costs, against a preparation from nothing, and whether the bytes agree.
+"""Compare a night with 1 % new data with a preparation from scratch: cost, and equality of the bytes.
 
-A local model paraphrases, as it would in production: that is what a preparation costs. The new shard is
-1 % of the rows of each source; from dedupe to pack everything runs as programs of its own.
+A local model paraphrases, as in production, since this determines the cost of the preparation. The new
+shard is 1 % of the rows of each source; all stages from dedupe to pack run as separate processes.
 """
 
 import shutil
@@ -24,7 +24,7 @@ PARAMS: dict[str, dict[str, Any]] = {
         "sources": ["facts"],
         "over_generation": 1,
         "max_new_tokens": 40,
-        # A model of 135 million parameters seldom keeps every fact; what it costs is what is measured.
+        # A model with 135 million parameters rarely keeps every fact; only its cost is measured.
         "min_acceptance_rate": 0.0,
     },
     "split": {"by_phrasing": ["facts"]},
@@ -33,7 +33,7 @@ PREPARATION = STAGES[1:]
 
 
 def measure(folder: Path) -> list[Record]:
-    """Prepare 100 %, then 101 % with what is known, then 101 % from nothing."""
+    """Prepare 100 % of the rows, then 101 % incrementally, then 101 % from scratch."""
     cold = folder / "cold"
     make_folder(cold, PARAMS)
     sources = {"dialogs": list(packages.dialogs()), "facts": facts()}
@@ -73,18 +73,18 @@ def measure(folder: Path) -> list[Record]:
 
 
 def facts() -> list[dict[str, Any]]:
-    """Plain texts about the first elements, from the answers of their conversations."""
+    """Return plain texts about the first elements, from the answers of their conversations."""
     rows = list(packages.elements())[:PARAPHRASED]
     return [{"text": " ".join(turn["content"] for turn in row["messages"][1:4:2])} for row in rows]
 
 
 def share(rows: Sequence[object]) -> int:
-    """Number of rows that are 1 % of the others."""
+    """Return the number of rows that equals 1 % of the remaining rows."""
     return max(1, len(rows) // 101)
 
 
 def write_shard(folder: Path, source: str, arrival: int, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as a shard, by the stage that does so every night."""
+    """Write rows as a shard, with the code of the nightly snapshot stage."""
     incoming = folder / "incoming" / f"{source}-{arrival}.jsonl"
     incoming.parent.mkdir(exist_ok=True)
     incoming.write_text(jsonl(rows), encoding="utf-8")
@@ -98,10 +98,10 @@ def write_shard(folder: Path, source: str, arrival: int, rows: Sequence[dict[str
 
 
 def outputs(folder: Path, stage: str) -> str:
-    """Digest of all that a stage wrote."""
+    """Return the digest of all outputs of a stage."""
     return tree_digest(folder / "data" / stage)
 
 
 def total(costs: dict[str, Cost]) -> float:
-    """Seconds of all stages."""
+    """Return the total seconds of all stages."""
     return sum(cost.seconds for cost in costs.values())

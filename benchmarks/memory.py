@@ -1,8 +1,8 @@
-"""The memory that `nightshift plan` foretells, against the peak of real trainings on the processor.
+"""Compare the memory that `nightshift plan` estimates with the peak of real training runs on the CPU.
 
-Each training is a dozen steps of SmolLM2-135M through `python -m tasks.sft`, on rows and examples of uneven
-length: the allocator's waste grows for some steps. The peak is that of the largest rank, as the kernel keeps
-it (VmHWM), so no sample can miss it.
+Each training run is a dozen steps of SmolLM2-135M with `python -m tasks.sft`, on rows and examples of
+uneven length, because the allocator's overhead grows for some steps. The peak is that of the largest
+rank, as recorded by the kernel (VmHWM), so sampling cannot miss it.
 """
 
 import logging
@@ -42,13 +42,13 @@ SHORT = {
     "attn_implementation": "sdpa_per_example",
     "save_steps": STEPS,
 }
-# Seconds between two looks at the ranks; the kernel keeps the peak between them.
+# Polling interval of the ranks, in seconds; the kernel records the peak in between.
 PERIOD = 0.05
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Measure, write results/memory.json, and say what does not hold."""
+    """Measure, write results/memory.json, and report claims that do not hold."""
     with tempfile.TemporaryDirectory() as folder:
         records = measure(Path(folder))
     write_records("memory", records, PACKAGES)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """Yield name -> value of each training, and the length of its rows as `row`."""
+    """Yield the parameters of each training run, with the row length in tokens as `row`."""
     for row, adapter, checkpointing, strategy in product(
         (384, 1024), ("lora", None), (False, True), ("single", "zero2")
     ):
@@ -73,7 +73,7 @@ def cases() -> Iterator[dict[str, Any]]:
 
 
 def measure(folder: Path) -> list[Record]:
-    """Train each case and set its peak beside the estimate."""
+    """Train each case and compare its peak with the estimate."""
     base = folder / "base"
     base.mkdir()
     shutil.copy(ROOT / "params.yaml", base / "params.yaml")
@@ -86,7 +86,7 @@ def measure(folder: Path) -> list[Record]:
 
 
 def compare(folder: Path, base: Path, case: dict[str, Any]) -> Record:
-    """Run one training and record how far the estimate is from its peak."""
+    """Train one case and record the relative error of the estimate."""
     changes = {key: value for key, value in case.items() if key != "row"}
     shipped = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["sft"]
     params = SftParams(**{**shipped, **SHORT, **changes})
@@ -99,7 +99,7 @@ def compare(folder: Path, base: Path, case: dict[str, Any]) -> Record:
 
 
 def against_peak(name: str, expected: float, peak: float) -> Record:
-    """Record how far an estimate is from a peak, both in bytes."""
+    """Record the relative error of an estimate; estimate and peak are in bytes."""
     return record(
         f"estimate of memory against the peak: {name}",
         abs(expected / peak - 1),
@@ -111,7 +111,7 @@ def against_peak(name: str, expected: float, peak: float) -> Record:
 
 
 def of_job(folder: Path) -> Record:
-    """Set the estimate beside the peak of the first rank of a job that has trained, as its run tells it."""
+    """Compare the estimate with the first rank's peak of a finished job, as logged in its MLflow run."""
     (file,) = (folder / ".nightshift" / "checkpoints").glob("*/job.json")
     job = read_job(file)
     backend = job.backend
@@ -125,7 +125,7 @@ def of_job(folder: Path) -> Record:
 
 
 def make_folder(folder: Path, base: Path, params: SftParams, length: int) -> None:
-    """Make a folder in which the stage finds all that it reads: rows of text, half of it labelled."""
+    """Create a folder with all inputs of the stage: rows of text, half of the tokens labelled."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "base").symlink_to(base)
     (folder / "params.yaml").write_text(yaml.safe_dump({"sft": params.model_dump()}), encoding="utf-8")
@@ -133,14 +133,14 @@ def make_folder(folder: Path, base: Path, params: SftParams, length: int) -> Non
     chance = random.Random(0)
     size = STEPS * params.ranks * params.per_device_train_batch_size
     count = size * params.gradient_accumulation_steps
-    # The first row is full; the others lack up to an eighth.
+    # The first row is full; the others are up to an eighth shorter.
     lengths = [length, *(chance.randint(length * 7 // 8, length) for _ in range(count - 1))]
     rows = [packed_row(tokens, one, i, chance) for i, one in enumerate(lengths)]
     write_rows(folder / "data" / "pack" / "train.parquet", rows, ROWS)
 
 
 def read_tokens(base: Path) -> list[int]:
-    """Encode what the periodic table says: the self-test before step 1 compares models on real text."""
+    """Tokenize text about the elements: the self-test before step 1 compares models on real text."""
     tokenizer = Tokenizer.from_file(str(base / "model" / "tokenizer.json"))
     texts = (turn["content"] for row in elements() for turn in row["messages"])
     tokens: list[int] = tokenizer.encode(" ".join(texts)).ids
@@ -148,7 +148,7 @@ def read_tokens(base: Path) -> list[int]:
 
 
 def packed_row(tokens: list[int], length: int, number: int, chance: random.Random) -> dict[str, Any]:
-    """Make a row of examples of 16 tokens or more, the second half of each with labels."""
+    """Return a row of examples of 16 tokens or more; the second half of each example is labelled."""
     lengths: list[int] = []
     while (left := length - sum(lengths)) >= 32:
         lengths.append(chance.randint(16, min(left - 16, 256)))
@@ -173,14 +173,14 @@ def peak_of_ranks(folder: Path) -> int:
     """Run the stage and return the peak resident memory of its largest rank, in bytes.
 
     Raises:
-        SystemExit: The training failed; its output is shown.
+        SystemExit: The training run failed; its output is shown.
     """
     peak = 0
     with (folder / "sft.log").open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tasks.sft"],
             cwd=folder,
-            # DeepSpeed's operators are compiled once for all.
+            # Compile DeepSpeed's operators once for all cases.
             env=environment(folder) | {"TORCH_EXTENSIONS_DIR": str(folder.parent / "torch-extensions")},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -194,7 +194,7 @@ def peak_of_ranks(folder: Path) -> int:
 
 
 def ranks(pid: int) -> Iterator[int]:
-    """Yield the peak so far of each rank among the descendants of a process, in bytes."""
+    """Yield the peak memory so far of each rank among the descendants of a process, in bytes."""
     for child in psutil.Process(pid).children(recursive=True):
         try:
             command = child.cmdline()
@@ -205,7 +205,7 @@ def ranks(pid: int) -> Iterator[int]:
 
 
 def high_water(pid: int) -> int:
-    """Return the most memory that a process has had resident, in bytes; 0 for one that is ending."""
+    """Return the peak resident memory of a process, in bytes; 0 if the process is ending."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 

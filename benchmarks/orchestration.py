@@ -1,4 +1,4 @@
-"""What flow, DVC and supervisor add to a training: the same job through them, and by its launcher alone."""
+"""Measure the overhead of flow, DVC and supervisor against the same job with the launcher alone."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def measure(folder: Path) -> tuple[Path, Training, Record]:
     """Train the packed job both ways.
 
     Returns:
-        The folder of the job, what its training through the flow took, and the record.
+        Folder of the job, measurements of its training run through the flow, and the record.
     """
     job = folder / "job"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(job)], check=True)
@@ -74,7 +74,7 @@ def measure(folder: Path) -> tuple[Path, Training, Record]:
 
 
 def bare_training(job: Path) -> tuple[list[str], Job]:
-    """Build the launcher's command for the job that the flow has trained, from its beginning, elsewhere."""
+    """Build the launcher command that trains the flow's job again from the start, in another folder."""
     (file,) = (job / ".nightshift" / "checkpoints").glob("*/job.json")
     bare = job / "bare"
     (bare / "output").mkdir(parents=True)
@@ -87,7 +87,7 @@ def timed(command: list[str], folder: Path, shell: dict[str, str]) -> float:
     """Run a command and return its seconds.
 
     Raises:
-        SystemExit: It failed; its output is shown.
+        SystemExit: The command failed; its output is shown.
     """
     start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=shell, check=False, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""Plain TRL with its defaults, on tokens and labels in a given order: `python plain_trl.py settings.json`.
+"""Train with plain TRL and its defaults, on tokens and labels in a given order.
 
-It stands alone: nothing of this project is imported.
+Run `python plain_trl.py settings.json`. The script imports nothing from this project.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 def main(settings_file: Path) -> None:
-    """Train one epoch; write the losses and the seconds to result.json."""
+    """Train one epoch, and write losses, seconds and tokens to result.json."""
     settings = json.loads(settings_file.read_text(encoding="utf-8"))
     set_seed(0)
     trainer = SFTTrainer(
@@ -25,7 +25,7 @@ def main(settings_file: Path) -> None:
             max_length=settings["max_length"],
             learning_rate=settings["learning_rate"],
             lr_scheduler_type="constant",
-            # In the order that is given, so that every step has the chats of the other program's.
+            # Keep the given order, so that every step has the same chats as in the other program.
             train_sampling_strategy="sequential",
             logging_steps=1,
             save_strategy="no",
@@ -50,7 +50,7 @@ def main(settings_file: Path) -> None:
 
 
 def read_arguments() -> Path:
-    """Read the command line: the file of settings."""
+    """Return the path of the settings file from the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("settings_file", type=Path, help="model, rows and rates, as JSON")

@@ -1,4 +1,4 @@
-"""How a measurement is written down: claim, value, bound, and where it was measured."""
+"""Record measurements: claim, value, bound, and where it was measured."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def record(
     at_most: float | None = None,
     **more: Any,
 ) -> Record:
-    """Describe one measurement and say whether it keeps to its bound.
+    """Describe one measurement and whether it is within its bound.
 
     Example:
         >>> record("recall", 0.996, "share", at_least=0.99)["holds"]
@@ -45,13 +45,13 @@ def record(
 def write_records(
     name: str, records: Sequence[Record], packages: Sequence[str], folder: Path | None = None
 ) -> None:
-    """Write `<name>.json` in a folder, or in results: the records, the hardware, the versions, the commit."""
+    """Write records, hardware, versions and commit to `<name>.json` in a folder (default: results)."""
     measured = about(packages)
     write_figures((folder or RESULTS) / f"{name}.json", [{**one, **measured} for one in records])
 
 
 def about(packages: Sequence[str]) -> Record:
-    """Return the hardware, the versions of packages, and the commit."""
+    """Return the hardware, the package versions, and the commit."""
     return {
         "hardware": {"cpu": cpu_model(), "cores": os.cpu_count(), "memory_gib": memory_gib()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
@@ -60,28 +60,28 @@ def about(packages: Sequence[str]) -> Record:
 
 
 def require_bounds(records: Sequence[Record]) -> None:
-    """Check that every measurement keeps to its bound.
+    """Check that every measurement is within its bound.
 
     Raises:
-        SystemExit: One does not; all of them are named.
+        SystemExit: A measurement is not; all violations are listed.
     """
     if broken := [one["claim"] for one in records if not one["holds"]]:
         raise SystemExit(f"does not hold: {'; '.join(broken)}")
 
 
 def cpu_model() -> str:
-    """Name of the processor."""
+    """Return the name of the CPU."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def memory_gib() -> float:
-    """Memory of the machine, in GiB."""
+    """Return the memory of the machine, in GiB."""
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def commit() -> str:
-    """Commit of the code that was measured, with `+` if the tree differs; unknown where git does not know."""
+    """Return the commit of the measured code, with `+` if the tree differs; `unknown` without git."""
     if not shutil.which("git"):
         return "unknown"
 

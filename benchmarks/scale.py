@@ -1,4 +1,4 @@
-"""A million conversations from ingest to pack: memory, and cost against the number of rows."""
+"""Prepare a million conversations from ingest to pack: memory, and cost by number of rows."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,17 +10,17 @@ from benchmarks.stages import STAGES, Cost, make_folder, run_stages
 from nightshift.core.files import jsonl, read_json
 
 SIZES = (10_000, 100_000, 1_000_000)
-# Cost of a row in the largest corpus against the one before; the rest is the start of six processes.
+# Cost per row in the largest corpus relative to the next smaller; the rest is startup of six processes.
 LINEAR = 1.25
 
 
 def measure(folder: Path) -> list[Record]:
-    """Run all data stages at each size."""
+    """Run all data stages at each size, and record memory and cost per row."""
     costs: dict[int, dict[str, Cost]] = {}
     packed: dict[int, int] = {}
     for size in SIZES:
         target = folder / str(size)
-        # Paraphrases are measured where a model makes them; here the stage passes every row on.
+        # Paraphrasing is measured with a model elsewhere; here the stage passes every row through.
         make_folder(target, {"augment": {"sources": []}, "split": {"by_phrasing": []}})
         shard = target / "data" / "raw" / "chats" / "000001.jsonl"
         shard.parent.mkdir(parents=True)

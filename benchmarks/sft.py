@@ -1,4 +1,4 @@
-"""All measurements of the training on a processor: `make bench-sft`, most of an hour on two cores."""
+"""Run all benchmarks of training on a CPU: `make bench-sft`, most of an hour on two cores."""
 
 import logging
 import tempfile
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Measure, write results/sft.json, and say what does not hold."""
+    """Measure, write results/sft.json, and report claims that do not hold."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job, ours, added = orchestration.measure(folder)

@@ -1,4 +1,4 @@
-"""Run data stages as the pipeline does, one process each, and measure them."""
+"""Run and measure data stages as the pipeline does, one process each."""
 
 import os
 import subprocess
@@ -19,14 +19,14 @@ STAGES = ("ingest", "dedupe", "split", "augment", "decontaminate", "pack")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one stage took: wall-clock seconds, and peak resident memory in MiB."""
+    """Cost of one stage: wall-clock seconds, and peak resident memory in MiB."""
 
     seconds: float
     peak_mib: float
 
 
 def make_folder(folder: Path, changes: dict[str, dict[str, Any]]) -> None:
-    """Make a working folder: the shipped parameters with changes, the base, the benchmark."""
+    """Create a working folder with changed default parameters, the base and the benchmark."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for section, values in changes.items():
         params[section] |= values
@@ -40,15 +40,15 @@ def make_folder(folder: Path, changes: dict[str, dict[str, Any]]) -> None:
 
 
 def run_stages(stages: Sequence[str], folder: Path) -> dict[str, Cost]:
-    """Run stages in order; the state lies in the folder."""
+    """Run stages in order, with their state in the folder."""
     return {stage: run_stage(stage, folder) for stage in stages}
 
 
 def run_stage(stage: str, folder: Path) -> Cost:
-    """Run one stage.
+    """Run one stage and return its cost.
 
     Raises:
-        SystemExit: It failed; its output is shown.
+        SystemExit: The stage failed; its output is shown.
     """
     start = time.perf_counter()
     with (folder / f"{stage}.log").open("w", encoding="utf-8") as log:
@@ -67,7 +67,7 @@ def run_stage(stage: str, folder: Path) -> Cost:
 
 
 def metric_history(folder: Path, key: str) -> list[Any]:
-    """Return all values of a metric of the training in a folder, by step."""
+    """Return all values of a metric of the training run in a folder, by step."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder / '.nightshift' / 'mlflow.db'}")
@@ -76,7 +76,7 @@ def metric_history(folder: Path, key: str) -> list[Any]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a stage: this checkout's code, the folder's state, no service's address."""
+    """Return a stage's environment: this checkout's code, the folder's state, no service addresses."""
     services = ("MLFLOW_", "PREFECT_", "NIGHTSHIFT_", "DVC_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(services)}
     code = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

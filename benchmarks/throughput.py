@@ -1,8 +1,8 @@
-"""Real tokens per second of one fine-tuning job: here, in plain TRL, and in LLaMA-Factory.
+"""Compare real tokens per second of one fine-tuning job here, in plain TRL, and in LLaMA-Factory.
 
-SmolLM2-135M, LoRA of rank 16 on all linear layers, 400 chats of lognormal length, rows of 1024 tokens at
-most, one epoch, on the same cores one after the other. Real tokens are those of the chats; padding never
-counts. TRL keeps its defaults; LLaMA-Factory packs, with masks that keep examples apart.
+SmolLM2-135M, LoRA of rank 16 on all linear layers, 400 chats of lognormal length, rows of at most 1024
+tokens, one epoch, on the same cores one after the other. Real tokens are those of the chats; padding
+never counts. TRL keeps its defaults; LLaMA-Factory packs, with masks that separate the examples.
 """
 
 import logging
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 
 def make_job(folder: Path, *, packing: bool) -> None:
-    """Make a folder with the chats, the base and the packed rows, ready for the stage sft."""
+    """Create a folder with the chats, the base and the packed rows, ready for the stage sft."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["pack"] |= {"packing": packing, "max_length": LENGTH, "over_length": "error"}
-    # As many chats in a step as in one of TRL's, alone or packed.
+    # As many chats per step as in TRL, packed or not.
     params["sft"] |= SFT | {"per_device_train_batch_size": 1 if packing else BATCH // SFT["num_processes"]}
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     rows = [
@@ -63,7 +63,7 @@ def make_job(folder: Path, *, packing: bool) -> None:
         for i, chat in enumerate(lognormal_chats(CHATS, seed=0))
     ]
     write_rows(folder / "data" / "decontaminate" / "train.parquet", rows, AUGMENTED)
-    # The stage depends on it, and does not evaluate here.
+    # The stage requires this file, but does not evaluate here.
     write_rows(folder / "data" / "split" / "validation.parquet", [], GROUPED)
     for stage in ("base", "pack"):
         run_stage(stage, folder)
@@ -71,13 +71,13 @@ def make_job(folder: Path, *, packing: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What one program took for the job.
+    """Measurements of one training run.
 
     Attributes:
-        tokens_per_second: Real tokens, from the first step to the last.
-        seconds: Of the whole program.
-        padding_share: Share of what it computed that was padding, 0 to 1.
-        losses: Of each step, in nats per token.
+        tokens_per_second: Real tokens per second, from the first step to the last.
+        seconds: Wall-clock seconds of the whole program.
+        padding_share: Share of the computed tokens that were padding, 0 to 1.
+        losses: Loss of each step, in nats per token.
     """
 
     tokens_per_second: float
@@ -87,12 +87,12 @@ class Training:
 
 
 def compare(folder: Path, job: Path, ours: Training) -> list[Record]:
-    """Train the job of a folder in the other programs, and set their speed beside ours.
+    """Train the job of a folder in the other programs, and compare their throughput with ours.
 
     Args:
-        folder: An empty one.
-        job: With the packed rows, trained.
-        ours: What that training took.
+        folder: Empty working folder.
+        job: Folder of the trained job, with its packed rows.
+        ours: Measurements of that training run.
     """
     pack = read_json(job / "data" / "pack" / "summary.json")
     alone = folder / "alone"
@@ -124,7 +124,7 @@ def compare(folder: Path, job: Path, ours: Training) -> list[Record]:
         if name in trainings
     ]
     apart = [abs(a / b - 1) for a, b in zip(same_batches.losses, trl.losses, strict=True)]
-    # bf16 has eight bits: a unit in the last place is 1/256.
+    # bf16 has eight bits of precision: a unit in the last place is 1/256.
     claim = "loss of a step against plain TRL on the same batches, mean of all steps"
     losses = {"ours": same_batches.losses, "trl": trl.losses}
     curve = record(claim, mean(apart), "relative", at_most=1 / 256, largest=max(apart), losses=losses)
@@ -132,24 +132,24 @@ def compare(folder: Path, job: Path, ours: Training) -> list[Record]:
 
 
 def train_here(job: Path) -> Training:
-    """Train with the stage sft alone."""
+    """Train with only the stage sft, without flow and DVC."""
     cost = run_stage("sft", job)
     return Training(speed(job), cost.seconds, 0.0, [metric.value for metric in metric_history(job, "loss")])
 
 
 def speed(folder: Path) -> float:
-    """Real tokens per second of a training, from its first step to its last."""
+    """Return the real tokens per second of a training run, from its first step to its last."""
     return float(read_json(folder / "data" / "sft" / "mlflow_run.json")["tokens_per_second"])
 
 
 def run_trl(folder: Path, job: Path, tokens: int) -> Training:
-    """Train with plain TRL on the rows of a job, in its order; they have so many tokens."""
+    """Train with plain TRL on the rows of a job, in its order; `tokens` is their expected total."""
     folder.mkdir()
     known = read_rows(job / "data" / "pack" / "train.parquet")
     rows = [known[i] for i in read_json(job / "data" / "sft" / "plan.json")["order"]]
     settings = {
         "model": str(job / "data" / "base" / "model"),
-        # Its own mask also trains the line break of the template behind the end of a turn.
+        # TRL's own mask also trains the template's newline after the end of a turn.
         "rows": [{key: row[key] for key in ("input_ids", "labels")} for row in rows],
         "max_length": LENGTH,
         "learning_rate": LEARNING_RATE,
@@ -169,7 +169,7 @@ def run_trl(folder: Path, job: Path, tokens: int) -> Training:
 
 
 def run_llamafactory(folder: Path, job: Path, tokens: int) -> Training | None:
-    """Train with LLaMA-Factory in an environment of its own; None if it cannot be installed."""
+    """Train with LLaMA-Factory in a separate environment; return None if it cannot be installed."""
     folder.mkdir()
     if not install_llamafactory(folder):
         return None
@@ -198,14 +198,14 @@ def run_llamafactory(folder: Path, job: Path, tokens: int) -> Training | None:
 
 
 def install_llamafactory(folder: Path) -> bool:
-    """Install it beside the torch of this environment; tell whether that worked."""
+    """Install LLaMA-Factory with this environment's torch release; return whether that succeeded."""
     python = str(folder / "venv" / "bin" / "python")
     release = torch.__version__.partition("+")[0]
     commands = [
         [sys.executable, "-m", "venv", "venv"],
         [python, "-m", "pip", "install", "--quiet", f"torch=={release}"],
         [python, "-m", "pip", "install", "--quiet", f"torch=={release}", PEER],
-        # Built for another torch, they fail when they are imported. Text needs neither.
+        # Built for another torch release, they fail on import. Training on text needs neither.
         [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"],
     ]
     for command in commands:
@@ -214,16 +214,16 @@ def install_llamafactory(folder: Path) -> bool:
             log.warning("LLaMA-Factory cannot be installed: %s", done.stderr[-500:])
             return False
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    # It imports torchaudio whatever it trains on.
+    # LLaMA-Factory always imports torchaudio.
     (packages / "torchaudio.py").touch()
     return True
 
 
 def run_program(command: Sequence[str], folder: Path) -> float:
-    """Run a program and return its seconds.
+    """Run a program and return its wall-clock seconds.
 
     Raises:
-        SystemExit: It failed; its output is shown.
+        SystemExit: The program failed; its output is shown.
     """
     start = time.perf_counter()
     output = folder / "output.log"

@@ -1,1 +1,1 @@
-"""When and where the work runs. Prefect; nothing here imports torch."""
+"""Prefect flows: when and where the work runs. Nothing here imports torch."""

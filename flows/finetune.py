@@ -1,4 +1,4 @@
-"""The nightly retrain: every stage of dvc.yaml, and what the gate allows after them."""
+"""The nightly retraining: every stage of dvc.yaml, then what the gate allows."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ from nightshift.pipeline.scoreboard import collect
 
 @flow(name="finetune", persist_result=False)
 def finetune(overrides: dict[str, Any] | None = None) -> None:
-    """Retrain on what is new, and ship it if it is measurably better.
+    """Retrain on new data, and promote the model if it is measurably better.
 
     Args:
-        overrides: Parameters for this run only, `section.key` -> value, checked like params.yaml:
+        overrides: Parameters for this run only, `section.key` -> value, validated like params.yaml:
             `--param overrides='{"sft.num_train_epochs": 2}'`.
     """
     with lease(str(flow_run.id)), override_params(overrides or {}), tracked_run() as run_id:
@@ -38,10 +38,10 @@ def finetune(overrides: dict[str, Any] | None = None) -> None:
 
 
 def ship(run_id: str) -> None:
-    """Do what the gate allows, and report; a night that the gate could not judge is reported too, then fails.
+    """Register and promote as the gate allows, then report; a gate error is reported, then raised.
 
     Args:
-        run_id: The MLflow run of the flow run.
+        run_id: MLflow run of the flow run.
     """
     try:
         run_program("register", run_id)
@@ -52,7 +52,7 @@ def ship(run_id: str) -> None:
 
 
 def ask_judge(run_id: str) -> None:
-    """Let a model compare the written answers, if one is named; it can stop no night, not even by failing."""
+    """Let the judge model, if set, compare the generated answers; its failure never fails the night."""
     if read_params()["judge"]["model"] is None:
         return
     try:

@@ -1,7 +1,7 @@
-"""Look after flow runs that have fallen silent: mark as crashed those whose process is dead, and no others.
+"""Mark silent flow runs as crashed if their process is dead, and no others.
 
-An automation starts it when a run misses three heartbeats. A busy machine, or a Prefect server that was away,
-is enough for that; only the lease of the run proves that its process has ended.
+An automation starts it when a run misses three heartbeats. A busy machine or an unreachable Prefect
+server is enough for that; only the lease of the run proves that its process has ended.
 """
 
 from uuid import UUID
@@ -16,7 +16,7 @@ from nightshift.pipeline.leases import lease_file, lease_holder, leased_runs
 
 @flow(name="janitor", persist_result=False)
 def janitor() -> None:
-    """Free the places of dead runs in their queues."""
+    """Release the queue slots of dead runs."""
     log = get_run_logger()
     with get_client(sync_client=True) as client:
         for run in leased_runs():
@@ -25,7 +25,7 @@ def janitor() -> None:
             try:
                 state = client.read_flow_run(UUID(run)).state
             except ObjectNotFound:
-                state = None  # another Prefect's, or deleted
+                state = None  # on another Prefect server, or deleted
             if state and not state.is_final():
                 message = "its process has ended without reporting"
                 client.set_flow_run_state(UUID(run), Crashed(message=message), force=True)

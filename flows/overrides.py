@@ -1,8 +1,8 @@
-"""Parameter overrides of one run: checked, written to params.yaml, and taken back afterwards.
+"""Parameter overrides of one run: validated, written to params.yaml, and reverted afterwards.
 
-A run works in the checkout, one at a time. While overrides are in force, the state folder holds params.yaml
-as it was before and as the run wrote it: at the end, or at the start of the next run if this one is killed,
-the overrides are taken back, and what somebody edited meanwhile is kept.
+A checkout has one run at a time. While overrides are active, the state folder contains params.yaml as it
+was before and as the run wrote it. The overrides are reverted at the end, or at the start of the next
+run if this one is killed; edits made in the meantime are kept.
 """
 
 import fcntl
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def override_params(overrides: Mapping[str, Any], path: Path = PARAMS) -> Iterator[None]:
-    """Check params.yaml with the overrides, and let them hold within the block.
+    """Validate params.yaml with the overrides, and apply them within the block.
 
     Args:
-        overrides: `section.key` -> value.
-        path: The parameter file.
+        overrides: Values by `section.key`.
+        path: Path of the config file.
 
     Raises:
-        ConfigError: The file or an override is wrong; every problem is listed and nothing changes.
-        StageError: Another run is at work in this checkout.
+        ConfigError: The file or an override is invalid; lists every problem and changes nothing.
+        StageError: Another run is active in this checkout.
     """
     with sole_run():
         take_back(path)
@@ -56,10 +56,10 @@ def override_params(overrides: Mapping[str, Any], path: Path = PARAMS) -> Iterat
 
 @contextmanager
 def sole_run() -> Iterator[None]:
-    """Keep other runs out of the checkout, whose files they would mix with those of this one.
+    """Keep other runs out of the checkout, where files of two runs would mix.
 
     Raises:
-        StageError: Another run is at work in it.
+        StageError: Another run is active in this checkout.
     """
     file = state_dir() / "run.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,20 +78,20 @@ def sole_run() -> Iterator[None]:
 
 
 def before_file() -> Path:
-    """Return where params.yaml is kept as it was before the overrides."""
+    """Return the path of the copy of params.yaml from before the overrides."""
     return state_dir() / "params.before-overrides.yaml"
 
 
 def written_file() -> Path:
-    """Return where params.yaml is kept as the run wrote it."""
+    """Return the path of the copy of params.yaml as the run wrote it."""
     return state_dir() / "params.with-overrides.yaml"
 
 
 def take_back(path: Path) -> None:
-    """Take the overrides of this or of a killed run out of the file; nothing happens without any."""
+    """Revert the overrides of this or of a killed run; do nothing if there are none."""
     before, written = before_file(), written_file()
     if before.is_file():
-        # Version 0.1.0 kept no copy of what it wrote.
+        # Version 0.1.0 kept no copy of the file as written.
         if not written.is_file() or path.read_bytes() == written.read_bytes():
             write_text(path, before.read_text(encoding="utf-8"))
         elif path.read_bytes() != before.read_bytes():
@@ -99,16 +99,16 @@ def take_back(path: Path) -> None:
             log.warning(
                 "%s was edited during a run with overrides; they are taken back, the edit is kept", path
             )
-    # In this order, the reverse of their making: what `written` says without `before` is nothing.
+    # In reverse order of creation: `written` has no effect without `before`.
     before.unlink(missing_ok=True)
     written.unlink(missing_ok=True)
 
 
 def merge(edited: Path, written: Path, before: Path) -> str:
-    """Return the edited file without the overrides; a line that both changed stays as it was edited.
+    """Return the edited file without the overrides; a line that both changed keeps the edit.
 
     Raises:
-        StageError: Git cannot merge the three.
+        StageError: Git cannot merge the three files.
     """
     command = ["git", "merge-file", "--stdout", "--ours", str(edited), str(written), str(before)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)

@@ -1,4 +1,4 @@
-"""Move the champion by hand: the approval that a candidate waits for, and the way back."""
+"""Move the champion manually: approve a waiting candidate, or roll back."""
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -12,8 +12,8 @@ def promote(version: int, reason: str) -> None:
     """Make a version the champion.
 
     Args:
-        version: Of the registered model.
-        reason: Why; the record keeps it.
+        version: Version of the registered model.
+        reason: Reason, stored in the record.
     """
     with lease(str(flow_run.id)):
         run_program("promote", "", (f"--version={version}", f"--reason={reason}"))
@@ -21,11 +21,11 @@ def promote(version: int, reason: str) -> None:
 
 @flow(name="rollback", persist_result=False)
 def rollback(reason: str, version: int | None = None) -> None:
-    """Bring back the previous champion, and hold automatic promotion.
+    """Restore the previous champion, and hold automatic promotion.
 
     Args:
-        reason: Why; the record keeps it.
-        version: Another one to go back to.
+        reason: Reason, stored in the record.
+        version: Version to restore instead of the previous champion.
     """
     target = () if version is None else (f"--version={version}",)
     with lease(str(flow_run.id)):

@@ -1,4 +1,4 @@
-"""The report of a run among the artefacts of its flow run: a link to the page, and the short form."""
+"""Report of a run as Prefect artifacts of its flow run: a link to the page, and the summary."""
 
 from mlflow import MlflowClient
 from prefect import get_run_logger
@@ -10,21 +10,21 @@ from nightshift.tracking.runs import experiment_id, tracking_uri
 
 
 def report(run_id: str) -> None:
-    """Write the report and show it in Prefect.
+    """Write the report and publish it in Prefect.
 
     Args:
-        run_id: The MLflow run that keeps the page.
+        run_id: MLflow run that stores the page.
     """
     run_program("report", run_id)
     try:
         create_link_artifact(page_url(run_id), "the whole report", key="report-page", description="finetune")
         create_markdown_artifact(SHORT.read_text(encoding="utf-8"), key="report", description="finetune")
-    except Exception as err:  # noqa: BLE001 - what reports may not end the night
+    except Exception as err:  # noqa: BLE001 - reporting must not fail the night
         get_run_logger().warning("the report is not linked: %s; it is at %s", err, PAGE)
 
 
 def page_url(run_id: str) -> str:
-    """Return where MLflow shows the page; without a server, where the file lies."""
+    """Return the MLflow URL of the page; without a server, the URL of the local file."""
     uri = tracking_uri()
     if not uri.startswith("http"):
         return PAGE.absolute().as_uri()

@@ -1,7 +1,7 @@
-"""Run one program of the pipeline as a Prefect task: its output goes to the run's log, line by line.
+"""Run one program of the pipeline as a Prefect task, and forward its output to the run's log.
 
-Stages go through `dvc repro --single-item`, so that the flow and `dvc repro` by hand share one lock
-file and one cache; Prefect's own cache is off.
+Stages run through `dvc repro --single-item`, so the flow and a manual `dvc repro` share one lock file
+and one cache; Prefect's own cache is off.
 """
 
 import contextvars
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 STEP = re.compile(r"\bstep (\d+)/(\d+)\b")
-# Each attempt at a training halves the micro-batch, leaves rows out, or goes on; the stage ends the row.
+# Each retry of a training halves the micro-batch, skips rows or resumes; the stage ends the retries.
 RETRIES = 8
-# A training finishes its step and saves when it is asked to end.
+# On SIGTERM, training finishes its step and saves a checkpoint.
 GRACE_SECONDS = 60.0
 BIN = Path(sys.executable).parent
-Step = tuple[float, str]  # percent, figures
+Step = tuple[float, str]  # percent, description
 PROGRESS_THREAD = "progress"
 
 
 def may_get_further(_task: object, _run: object, state: State[None]) -> bool:
-    """Tell whether another attempt makes sense: the kinds of `TrainingError`, and nothing else."""
+    """Return whether a retry makes sense: only for the kinds of `TrainingError`."""
     error = state.result(raise_on_failure=False)
     return getattr(error, "exit_code", None) in TrainingError.EXIT_CODES.values()
 
@@ -58,12 +58,12 @@ def run_stage(stage: str, run_id: str, *, may_run: bool = True, force: bool = Fa
 
     Args:
         stage: Name in dvc.yaml.
-        run_id: The MLflow run to which a training logs.
-        may_run: DVC found a change in it or above it; without one it is not even asked again.
-        force: Run it whatever DVC knows, as what looks outside must.
+        run_id: MLflow run that training logs to.
+        may_run: Whether DVC found a change in the stage or upstream; if not, it is skipped.
+        force: Whether to run it even if DVC has its result, for stages that read external sources.
 
     Returns:
-        State `Completed` if it ran, `Cached` if DVC had its result, `Skipped` if nothing changed above it.
+        State `Completed` if it ran, `Cached` if DVC had its result, `Skipped` if nothing changed.
 
     Raises:
         StageError: The stage failed; the message is its own last error.
@@ -77,7 +77,7 @@ def run_stage(stage: str, run_id: str, *, may_run: bool = True, force: bool = Fa
 
 @task(task_run_name="{module}", cache_policy=NO_CACHE, persist_result=False)
 def run_program(module: str, run_id: str, arguments: tuple[str, ...] = ()) -> None:
-    """Run `python -m tasks.<module>`: a side effect, so it is no DVC stage and always runs.
+    """Run `python -m tasks.<module>`, which has side effects: it is not a DVC stage and always runs.
 
     Raises:
         StageError: The program failed; the message is its own last error.
@@ -86,13 +86,13 @@ def run_program(module: str, run_id: str, arguments: tuple[str, ...] = ()) -> No
 
 
 def run_command(command: list[str], name: str, run_id: str) -> bool:
-    """Run a program under the supervisor, by itself or through DVC, and pass its output on to the run's log.
+    """Run a program under the supervisor, directly or through DVC; forward its output to the run's log.
 
     Returns:
-        Whether the program ran: DVC need not start it.
+        Whether the program ran, which DVC may find unnecessary.
 
     Raises:
-        StageError: It failed. The code is the program's own, where it told one: DVC has one for all failures.
+        StageError: It failed. The exit code is its own if reported; DVC uses one for all failures.
     """
     log, last = get_run_logger(), "no output"
     with TemporaryDirectory() as folder, progress(name) as read_progress:
@@ -108,7 +108,7 @@ def run_command(command: list[str], name: str, run_id: str) -> bool:
         code = supervise.run(command, on_line=on_line, env=env, grace_seconds=GRACE_SECONDS)
         result: dict[str, Any] | None = read_json(result_file) if result_file.is_file() else None
     if code:
-        # A crash or a kill leaves no result.
+        # A crashed or killed program leaves no result.
         told: dict[str, Any] = result if result and result["code"] else {"code": code, "error": last}
         error = StageError(f"{name} failed with exit code {told['code']}: {told['error']}")
         error.exit_code = told["code"]
@@ -117,16 +117,16 @@ def run_command(command: list[str], name: str, run_id: str) -> bool:
 
 
 def environment(run_id: str) -> dict[str, str]:
-    """Build what a program needs beyond the flow's own environment."""
+    """Return the variables that a program needs in addition to the flow's environment."""
     return {**tools_environment(), "MLFLOW_RUN_ID": run_id}
 
 
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[str], None]]:
-    """Keep a progress artefact in Prefect, from `step 3/10` lines, for as long as the block runs.
+    """Maintain a Prefect progress artifact from `step 3/10` lines while the block runs.
 
-    A thread of its own sends the newest figures: a server that is slow or away costs them, and neither stops
-    nor slows what computes.
+    A separate thread sends the latest step: a slow or unreachable server loses updates, but never stops
+    or slows the computation.
 
     Yields:
         A reader of the output's lines.
@@ -138,7 +138,7 @@ def progress(name: str) -> Iterator[Callable[[str], None]]:
         if found := STEP.search(line):
             steps.put((100 * int(found[1]) / int(found[2]), line[found.start() :]))
 
-    context = contextvars.copy_context()  # in which Prefect finds the run that the artefact belongs to
+    context = contextvars.copy_context()  # with the Prefect run of the artifact
     arguments = (send_progress, name, steps, ended)
     threading.Thread(target=context.run, args=arguments, name=PROGRESS_THREAD, daemon=True).start()
     try:
@@ -149,12 +149,12 @@ def progress(name: str) -> Iterator[Callable[[str], None]]:
 
 
 def send_progress(name: str, steps: SimpleQueue[Step | None], ended: threading.Event) -> None:
-    """Send the newest step to Prefect, again and again until None comes.
+    """Send the latest step to Prefect repeatedly until None arrives.
 
     Args:
-        name: Of the stage.
-        steps: Its progress.
-        ended: The stage has: a failure is nobody's concern, and Prefect's client may be closed.
+        name: Stage name.
+        steps: Queue of the stage's steps.
+        ended: Set at the end of the stage; Prefect's client may be closed, so errors are ignored.
     """
     artifact: UUID | None = None
     while step := newest(steps):
@@ -165,14 +165,14 @@ def send_progress(name: str, steps: SimpleQueue[Step | None], ended: threading.E
                 artifact = cast("UUID", created)
             else:
                 update_progress_artifact(artifact, progress=percent, description=figures)
-        except Exception as err:  # noqa: BLE001 - what reports may not end what computes
+        except Exception as err:  # noqa: BLE001 - reporting must not stop the computation
             if not ended.is_set():
                 get_run_logger().warning("%s: its progress is not shown: %s", name, err)
             return
 
 
 def newest(steps: SimpleQueue[Step | None]) -> Step | None:
-    """Wait for a step, and return the newest; None at the end."""
+    """Wait for a step, and return the latest one; None at the end."""
     latest = steps.get()
     while latest and not steps.empty():
         following = steps.get()

@@ -23,11 +23,10 @@ FLOW_RUN = "nightshift.flow_run"
 def tracked_run() -> Iterator[str]:
     """Open an MLflow run for the flow run, and close it as finished or failed.
 
-    On a night on which DVC had the training already, the tag `nightshift.training_run` leads to the
-    run that did it.
+    If DVC had the training in its cache, the tag `nightshift.training_run` refers to its run.
 
     Yields:
-        The id of the run.
+        Id of the MLflow run.
     """
     client = MlflowClient(tracking_uri())
     close_abandoned(client)
@@ -48,7 +47,7 @@ def tracked_run() -> Iterator[str]:
 
 
 def close(client: MlflowClient, run_id: str, status: str) -> None:
-    """Close the run; a server that is away by then does not undo the night."""
+    """Close the run; an unreachable server does not fail the night."""
     try:
         trained_by = read_json(TRAINING_RUN)["run_id"] if status == "FINISHED" else None
         if trained_by:
@@ -59,10 +58,10 @@ def close(client: MlflowClient, run_id: str, status: str) -> None:
 
 
 def close_abandoned(client: MlflowClient) -> None:
-    """Close the runs of flow runs that were killed: they could not do it themselves."""
+    """Close the runs of killed flow runs, which could not close them themselves."""
     with get_client(sync_client=True) as prefect:
         for run in client.search_runs([experiment_id(client)], "attributes.status = 'RUNNING'"):
-            # Another Prefect's runs are not known here, and may be running.
+            # Runs of another Prefect server are unknown here and may still be running.
             with suppress(ObjectNotFound, KeyError):
                 state = prefect.read_flow_run(UUID(run.data.tags[FLOW_RUN])).state
                 if state and state.is_final():

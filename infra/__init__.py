@@ -1,1 +1,1 @@
-"""What runs the flows: the command line, the local stack, importers, installation."""
+"""Infrastructure around the flows: command line, local stack, config importers, installation."""

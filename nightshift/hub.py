@@ -1,6 +1,6 @@
-"""Say plainly what the Hugging Face Hub does not give: the Hub, the network or its cache.
+"""Explain errors of the Hugging Face Hub: the Hub itself, the network or the local cache.
 
-The stages `base` and `snapshot` may ask it, nothing else may (`nightshift.core.stage.run_main`).
+Only the stages `base` and `snapshot` may access it (`nightshift.core.stage.run_main`).
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from nightshift.core.stage import NO_ROOM
 
 @contextmanager
 def asking_hub(what: str) -> Iterator[None]:
-    """Turn what the block cannot get from the Hub into an error that names the remedy.
+    """Turn a Hub error in the block into an error with a fix.
 
     Args:
         what: Key and value in params.yaml, such as `base.model: hub:owner/name@<commit>`.
 
     Raises:
-        DataError: The Hub cannot be reached or refuses, or may not be asked.
+        DataError: The Hub cannot be reached, refuses access, or may not be used.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -27,21 +27,21 @@ def asking_hub(what: str) -> Iterator[None]:
     except hub_errors() as err:
         if getattr(err, "errno", None) in NO_ROOM:
             raise
-        # "Not in the cache" is what follows from the reason why the Hub gave nothing.
+        # "Not in the cache" is only a consequence; report why the Hub returned nothing.
         cause = (isinstance(err, LocalEntryNotFoundError) and err.__cause__) or err
         said = str(cause).strip().partition("\n")[0].rstrip(".")
         raise DataError(f"{what}: {type(cause).__name__}: {said}; {find_remedy(cause)}") from err
 
 
 def hub_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return the errors of the client, of the library by which this version of it asks, and others."""
+    """Return the exceptions of huggingface_hub, of the HTTP library of its version, and `others`."""
     from huggingface_hub import errors
 
     return errors.HTTPError, errors.XetDownloadError, OSError, *others  # type: ignore[attr-defined]
 
 
 def find_remedy(err: BaseException) -> str:
-    """Say what to do about an error of the client."""
+    """Return how to fix an error of the Hub client."""
     from huggingface_hub import constants, is_offline_mode
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -52,7 +52,7 @@ def find_remedy(err: BaseException) -> str:
         )
     if isinstance(err, GatedRepoError):
         return "its owner asks for consent: accept its terms on the Hub, and set HF_TOKEN"
-    # 401: the Hub does not tell strangers whether a repository is there.
+    # 401: the Hub hides from unauthenticated users whether a repository exists.
     status = getattr(getattr(err, "response", None), "status_code", None)
     if isinstance(err, RepositoryNotFoundError) or status == 401:
         return "there is no such repository, or it is private; correct the name, or set HF_TOKEN"

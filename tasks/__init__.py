@@ -1,6 +1,6 @@
-"""The work, one module for each stage. Only commands; nothing here imports Prefect or flows.
+"""Stages of the pipeline, one module or package each: plain commands that never import Prefect or flows.
 
-The graph          snapshot       sources, benchmarks, champion -> data/raw, data/benchmarks, data/champion
+The graph          snapshot       sources, benchmarks, champion -> data/{raw,benchmarks,champion}
 (dvc.yaml)         base           model reference -> safetensors and tokenizer
                    ingest         raw rows -> checked examples, quarantine
                    dedupe         examples -> survivors
@@ -9,9 +9,9 @@ The graph          snapshot       sources, benchmarks, champion -> data/raw, dat
                    decontaminate  train -> train without evaluation questions
                    pack           train -> tokenised, masked, packed rows
                    sft            packed rows -> adapter
-                   evaluate       adapter, base, champion -> scores of each item
+                   evaluate       adapter, base, champion -> per-item scores
                    gate           scores -> verdict
 After the graph    register       adapter -> model version
                    promote        model version -> champion
-                   report         all of it -> one HTML page
+                   report         all outputs -> one HTML page
 """

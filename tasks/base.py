@@ -1,8 +1,8 @@
-"""Materialise the base model as safetensors and tokenizer: a model reference -> data/base.
+"""Save the base model as safetensors with its tokenizer: a model reference -> data/base.
 
 The reference is `package:<name>` (an installed package that carries a GGUF), a local folder, or
-`hub:<id>@<commit>`. base.json records the reference and the digest of every file, so that an
-adapter can later prove that it stands on the same weights.
+`hub:<id>@<commit>`. base.json records the reference and the digest of every file, so that later
+steps can verify that an adapter is used with the weights it was trained on.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ class BaseParams(StageParams):
     """The model to fine-tune.
 
     Attributes:
-        model: Reference: `package:<name>`, a local folder, or `hub:<id>@<commit>`.
+        model: Model reference: `package:<name>`, a local folder, or `hub:<id>@<commit>`.
         dtype: Precision of the stored weights.
     """
 
@@ -47,7 +47,7 @@ class BaseParams(StageParams):
 
 
 def main() -> None:
-    """Load the reference and save it in one canonical form."""
+    """Load the model and save it in one canonical format."""
     params = load_params(BaseParams, "base")
     save(*load(params.model), params.dtype, BASE)
     digests = {path.name: file_digest(path) for path in sorted(BASE.iterdir())}
@@ -56,10 +56,10 @@ def main() -> None:
 
 
 def locate(model: str) -> tuple[Path, str | None]:
-    """Find the folder of a model reference, and the GGUF file in it if there is one.
+    """Return the folder of a model reference, and the name of its GGUF file, if any.
 
     Raises:
-        DataError: The package, folder or file does not exist, or the Hub does not give the model.
+        DataError: The package, folder or file does not exist, or the Hub download fails.
     """
     if model.startswith("package:"):
         name = model.removeprefix("package:").replace("-", "_")
@@ -91,20 +91,20 @@ def locate(model: str) -> tuple[Path, str | None]:
 
 
 def load(reference: str) -> tuple[Any, Any]:
-    """Load the causal language model and the tokenizer that a reference names, the weights in float32.
+    """Load the causal language model of a reference in float32, and its tokenizer.
 
     Raises:
-        DataError: They are not there, cannot be loaded, or the tokenizer has no chat template.
+        DataError: The files are missing or cannot be loaded, or the tokenizer has no chat template.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, gguf = locate(reference)
-    # The Hub was asked by `locate`, or not at all.
+    # `locate` has already downloaded a Hub model.
     options: dict[str, Any] = {"gguf_file": gguf, "trust_remote_code": False, "local_files_only": True}
     try:
-        # GGUF weights are dequantised in float32 and rounded once, at the end.
+        # GGUF weights are dequantised to float32 and rounded only once, when saved.
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=None if gguf else True, **options
         )
@@ -118,20 +118,20 @@ def load(reference: str) -> tuple[Any, Any]:
     if not tokenizer.chat_template:
         raise DataError(f"base.model: {reference}: the tokenizer has no chat template; use an instruct model")
     if gguf:
-        # save_pretrained refuses a model that still calls itself quantised.
+        # save_pretrained rejects a model that is still marked as quantised.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
     return model, tokenizer
 
 
 def save(model: Any, tokenizer: Any, dtype: str, target: Path) -> None:
-    """Save a model and its tokenizer as safetensors and JSON, in place of what is there."""
+    """Save a model as safetensors with its tokenizer, replacing the target folder."""
     import torch
 
-    # Not into files that are there: the kept base of a champion may share their bytes by hard links.
+    # Never overwrite in place: the kept base of a champion may be hard-linked to these files.
     shutil.rmtree(target, ignore_errors=True)
     model.to(getattr(torch, dtype)).save_pretrained(target)
-    # Else its file would keep how it was loaded.
+    # Otherwise tokenizer_config.json would record this loading option.
     tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(target)
     log.info("base: %.1f M parameters", model.num_parameters() / 1e6)

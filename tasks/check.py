@@ -1,6 +1,6 @@
-"""Check params.yaml as a whole, before anything runs: `python -m tasks.check`.
+"""Validate params.yaml as a whole before any stage runs: `python -m tasks.check`.
 
-Reports all problems of all sections at once, and the combinations that cannot work.
+Reports all problems of all sections at once, including inconsistencies between sections.
 """
 
 import importlib
@@ -10,12 +10,12 @@ from nightshift.core.config import StageParams, config_error, problems, read_par
 from nightshift.core.stage import run_main
 from nightshift.pipeline.graph import read_stages
 
-# Sections of what runs after the graph -> module of the schema.
+# Sections used after the graph -> module of the schema.
 OUTSIDE_THE_GRAPH = {"judge": "tasks.judge", "registry": "nightshift.registry.versions"}
 
 
 def main() -> None:
-    """Check the file and say nothing if it is right."""
+    """Validate the file; print nothing if it is valid."""
     check(read_params())
 
 
@@ -23,7 +23,7 @@ def check(values: dict[str, Any]) -> None:
     """Validate every section and their combinations.
 
     Raises:
-        ConfigError: Something is wrong; every problem is listed.
+        ConfigError: At least one value is invalid; the message lists every problem.
     """
     schemas = section_schemas()
     found = [
@@ -42,7 +42,7 @@ def check(values: dict[str, Any]) -> None:
 
 
 def section_schemas() -> dict[str, type[StageParams]]:
-    """Return section -> schema: the `XxxParams` that the module of the same name declares."""
+    """Return section -> schema, the `XxxParams` class of the module of the same name."""
     schemas = {}
     stages = {stage: f"tasks.{stage}" for stage in read_stages()}
     for section, name in {**stages, **OUTSIDE_THE_GRAPH}.items():
@@ -52,7 +52,7 @@ def section_schemas() -> dict[str, type[StageParams]]:
 
 
 def find_unknown_names(values: dict[str, Any]) -> list[str]:
-    """List sources and benchmarks that one section names and another does not know.
+    """List sources and benchmarks that a section references but `snapshot` does not define.
 
     Example:
         >>> find_unknown_names({"snapshot": {"sources": {"a": "x"}, "benchmarks": {"c": "y"}},

@@ -1,12 +1,12 @@
-"""Remove from train what asks an evaluation question: data/augment -> data/decontaminate.
+"""Remove training rows that overlap with evaluation questions: data/augment -> data/decontaminate.
 
-Runs after augmentation, because a paraphrase may land on a held-out wording. A train row is a hit when
-one of its user turns (or its plain text) equals an evaluation question after normalisation, shares an
-n-gram with it, or contains nearly all of its shingles. Answers never count: a fact must be in train to
-be learned.
+Runs after augmentation, because a paraphrase may reproduce a held-out wording. A training row is a hit
+if one of its user turns (or its plain text) equals an evaluation question after normalisation, shares an
+n-gram with it, or contains nearly all of its shingles. Answers are not compared: a fact must be in the
+training set to be learned.
 
-Source: n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), which leaves questions shorter than
-the n-gram unseen; those match by the whole text or by containment.
+Source: n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), which misses questions shorter than
+the n-gram; these are matched by whole text or by containment.
 """
 
 import math
@@ -40,21 +40,21 @@ HITS_SCHEMA = pa.schema(
     ]
 )
 SHINGLE_SIZE = 3
-# Of the words that match, in an error.
+# Characters of the matching words that an error message shows.
 SHOWN_CHARACTERS = 80
 Row = dict[str, Any]
 
 
 class DecontaminateParams(StageParams):
-    """When two questions overlap.
+    """Overlap thresholds.
 
     Attributes:
-        ngram_size: Words in a row that train and an evaluation question must not share; a shorter
-            question is matched by all its words in a row.
-        min_question_words: Questions of fewer words are too common to be looked for inside a longer
-            text; they match as a whole.
-        max_containment: Share, 0 to 1, of a question's word 3-shingles that a train text may contain.
-        max_drop_rate: Rate of rows, 0 to 1, among all and in each source, that may be hits.
+        ngram_size: Words in an n-gram that a training text and an evaluation question must not share;
+            a shorter question is matched as one n-gram of all its words.
+        min_question_words: Fewest words of a question that is searched for inside longer texts; a
+            shorter question is too common and must equal the whole text.
+        max_containment: Share, 0 to 1, of a question's word 3-shingles that makes a training text a hit.
+        max_drop_rate: Highest rate of hits, 0 to 1, overall and per source.
     """
 
     ngram_size: Annotated[int, Field(strict=True, ge=5)]
@@ -65,7 +65,7 @@ class DecontaminateParams(StageParams):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """An evaluation question, canonical."""
+    """An evaluation question in canonical form."""
 
     benchmark: str
     item: str
@@ -75,15 +75,15 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Evaluation questions, found in time that does not grow with their number.
+    """Index of evaluation questions; lookup time does not grow with their number.
 
     Attributes:
-        questions: All of them.
+        questions: All evaluation questions.
         by_text: Whole text -> position in `questions`.
-        by_ngram: n-gram of a long question -> its position.
-        by_shingle: Shingle -> positions of the questions of which it is one of the rarest: so many that a
-            text with enough of a question's shingles must have one of these (prefix filter, as in
-            Bayardo et al., 2007).
+        by_ngram: n-gram of a long question -> position of the question.
+        by_shingle: Shingle -> positions of the questions that have it in their prefix. A prefix holds
+            the rarest shingles, enough of them that any text above the containment threshold shares one
+            (prefix filter, as in Bayardo et al., 2007).
     """
 
     questions: Sequence[Question]
@@ -93,7 +93,7 @@ class Index:
 
 
 def main() -> None:
-    """Write the clean train rows and a report that names each hit."""
+    """Write the clean training rows and a report of all hits."""
     params = load_params(DecontaminateParams, "decontaminate")
     index = build_index(evaluation_questions(TEST, BENCHMARKS), params)
     hits: dict[str, Row] = {}
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def describe_hit(hit: Row) -> str:
-    """Describe a hit in one line: the row, the question, and the words that match."""
+    """Describe a hit in one line: the row, the question, and the matching words."""
     return (
         f"{hit['origin']}: {hit['reason']} of {hit['benchmark']}/{hit['item']}: "
         f'"{shorten(hit["match"], SHOWN_CHARACTERS, placeholder=" ...")}"'
@@ -135,7 +135,7 @@ def describe_hit(hit: Row) -> str:
 
 
 def build_index(questions: Iterable[tuple[str, str, str]], params: DecontaminateParams) -> Index:
-    """Index the questions; those without a word are left out."""
+    """Index the questions, except questions without words."""
     found: dict[str, Question] = {}
     for benchmark, item, content in questions:
         text = canonical(content)
@@ -159,11 +159,11 @@ def build_index(questions: Iterable[tuple[str, str, str]], params: Decontaminate
 
 
 def find_hit(row: Row, index: Index, params: DecontaminateParams) -> Row | None:
-    """Report the evaluation question that a row asks, or None.
+    """Return the first evaluation question that a row overlaps with, or None.
 
     Returns:
-        The row's id and origin, benchmark, item, reason, the words that match, and the share of the
-        question's shingles in the row's text.
+        The row's id and origin, benchmark, item, reason, matching words, and containment: the share of
+        the question's shingles in the row's text.
     """
     for content in questions_of(row):
         text = canonical(content)
@@ -186,12 +186,12 @@ def find_hit(row: Row, index: Index, params: DecontaminateParams) -> Row | None:
 
 
 def containment(question: Question, known: Shingles) -> float:
-    """Share of a question's shingles that a text has, 0 to 1."""
+    """Return the share of a question's shingles that a text contains, 0 to 1."""
     return len(question.shingles & known) / len(question.shingles)
 
 
 def ngrams(words: Sequence[str], size: int) -> Iterator[str]:
-    """Yield the word n-grams of a text in order; a shorter text has none.
+    """Yield the word n-grams of a text in order; none if the text is shorter than n.
 
     Example:
         >>> list(ngrams(["a", "b", "c"], 2)), list(ngrams(["a"], 2))
@@ -201,7 +201,7 @@ def ngrams(words: Sequence[str], size: int) -> Iterator[str]:
 
 
 def _hit(row: Row, question: Question, reason: str, match: str, containment: float) -> Row:
-    """Name one hit."""
+    """Build the report row of a hit."""
     return {
         "id": row["id"],
         "origin": row["origin"],

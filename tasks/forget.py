@@ -1,10 +1,10 @@
-"""Take rows out of the raw data, and out of all that was made of them.
+"""Delete rows from the raw data and from everything derived from it.
 
-What goes for good: the bytes in the shard, the shard as it was in DVC's cache and remotes, every output
-that DVC made of it, memos and checkpoints, and the reports in MLflow that show it. The shard keeps its name
-and its other rows their numbers, so no other example becomes a new one. `data/raw/forgotten.json` keeps
-digests, by which the rows are known when a source offers them again. Adapters that trained on the rows stay
-in the registry, tagged, until better ones replace them: nothing takes a row out of weights.
+Deleted for good: the bytes in the shard, the old shard in DVC's cache and remotes, every DVC output
+derived from it, caches and checkpoints, and the MLflow reports that show the rows. The shard keeps its
+name and its other rows keep their numbers, so no other example gets a new id. `data/raw/forgotten.json`
+keeps digests, which identify the rows when a source offers them again. Adapters trained on the rows stay
+in the registry, tagged, until better ones replace them: a row cannot be removed from weights.
 """
 
 import shutil
@@ -34,17 +34,17 @@ from nightshift.registry.lineage import open_lineage
 from nightshift.registry.versions import FORGOTTEN, registered
 from nightshift.tracking.runs import experiment_id
 
-# Characters of a turn that a report surely shows.
+# Leading characters of a turn that a report always shows.
 SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What goes.
+    """Rows to delete, and the model versions trained on them.
 
     Attributes:
-        origins: Rows, `source/arrival.suffix:number`, with their near-duplicates.
-        versions: Number of a version -> how many of its examples came from these rows.
+        origins: Origins of the rows and of their near-duplicates, `source/arrival.suffix:number`.
+        versions: Version number -> number of its examples that came from these rows.
     """
 
     origins: list[str]
@@ -52,15 +52,15 @@ class Found:
 
 
 def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Found:
-    """Find rows, their duplicates, and the versions that were trained on any of them.
+    """Find rows, their duplicates, and the model versions trained on any of them.
 
     Args:
         wanted: Ids of examples, or origins (`source/shard:number`).
-        client: Of the registry.
-        name: Of the registered model.
+        client: MLflow client.
+        name: Name of the registered model.
 
     Raises:
-        DataError: One of them is nowhere.
+        DataError: An id or origin does not exist.
     """
     trained = {int(one.version): trained_on(name, one) for one in registered(client, name)}
     examples = list(iterate_pairs(INGESTED)) if INGESTED.is_file() else []
@@ -82,13 +82,13 @@ def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Found:
 
 
 def is_place(text: str) -> bool:
-    """Tell whether a text is the origin of a row in a shard that is there."""
+    """Return whether a text is the origin of a row in an existing shard."""
     shard, _, number = text.rpartition(":")
     return bool(shard) and (RAW / shard).is_file() and number.isdecimal()
 
 
 def duplicates(ids: Set[str], removed: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Return the examples that deduplication took for the same as one of these, which would take its place.
+    """Return these examples and all that deduplication merged with them, which would replace them.
 
     Example:
         >>> found = duplicates({"b"}, [{"id": "b", "kept_id": "a"}, {"id": "c", "kept_id": "a"}])
@@ -101,7 +101,7 @@ def duplicates(ids: Set[str], removed: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def copies(origins: Set[str]) -> set[str]:
-    """Return the rows of all shards, also of those that are not in use, that say the same as one of these."""
+    """Return the origins of rows with the same content as these, in all shards, in use or not."""
     said = {content_digest(one) for _, _, one in said_by(origins)}
     return {
         f"{shard.relative_to(RAW).as_posix()}:{number}"
@@ -112,13 +112,13 @@ def copies(origins: Set[str]) -> set[str]:
 
 
 def said_by(origins: Iterable[str]) -> Iterator[tuple[str, int, Conversation]]:
-    """Yield (shard, number, conversation) of the rows at these places that hold one."""
+    """Yield (shard, number, conversation) of the rows at these origins that contain a conversation."""
     for shard, numbers in by_shard(origins).items():
         yield from ((shard, number, one) for number, one in conversations(RAW / shard) if number in numbers)
 
 
 def by_shard(origins: Iterable[str]) -> dict[str, set[int]]:
-    """Return the name of each shard that is there -> the numbers of its rows among these."""
+    """Return shard name -> row numbers, for the origins whose shard exists."""
     rows: dict[str, set[int]] = defaultdict(set)
     for origin in filter(is_place, origins):
         shard, _, number = origin.rpartition(":")
@@ -127,22 +127,22 @@ def by_shard(origins: Iterable[str]) -> dict[str, set[int]]:
 
 
 def trained_on(name: str, version: ModelVersion) -> list[tuple[str, str]]:
-    """Return (example, origin) of all that a version was trained on."""
+    """Return (id, origin) of all examples that a version was trained on."""
     with open_lineage(name, int(version.version)) as folder:
         return list(iterate_pairs(folder / "rows.parquet"))
 
 
 def iterate_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (id, origin) of a file's rows."""
+    """Yield (id, origin) of each row in a file."""
     for row in iterate_rows(path, ["id", "origin"]):
         yield row["id"], row["origin"]
 
 
 def erase(found: Found, client: MlflowClient, name: str) -> None:
-    """Take the rows out everywhere. What was interrupted can be done again.
+    """Delete the rows everywhere. An interrupted call can be repeated.
 
     Raises:
-        StageError: DVC is at work in this checkout.
+        StageError: DVC is running in this checkout.
     """
     rows = by_shard(found.origins)
     said = [one for _, _, one in said_by(found.origins)]
@@ -160,7 +160,7 @@ def erase(found: Found, client: MlflowClient, name: str) -> None:
 
 
 def remove_pages(client: MlflowClient, said: Sequence[Conversation]) -> None:
-    """Remove the reports in MLflow that show one of these conversations, known by its last two turns."""
+    """Delete the MLflow reports that show one of these conversations, matched by its last two turns."""
     texts = [[str(escape(turn.content[:SHOWN])) for turn in one.turns[-2:]] for one in said]
     token = None
     while token != "":
@@ -175,7 +175,7 @@ def remove_pages(client: MlflowClient, said: Sequence[Conversation]) -> None:
 
 
 def remove_derivatives() -> None:
-    """Remove what this checkout made of the raw data: outputs, memos, checkpoints, rebuilt versions."""
+    """Delete what this checkout derived from raw data: outputs, caches, checkpoints, rebuilds."""
     stages = read_stages()
     made: list[dict[str, Any]] = [{"outs": [RAW.as_posix()]}]
     for stage in stage_order():

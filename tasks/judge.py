@@ -1,8 +1,8 @@
-"""Ask another model which written answers are better: data/evaluate -> data/judge, for people to read.
+"""Compare generated answers with an LLM judge: data/evaluate -> data/judge, for people to read.
 
-A side effect after the gate, and never read by it: a judge has tastes of its own. Each pair of answers is
-judged twice, in both orders, since judges prefer the first or the second (Zheng et al., arXiv 2306.05685);
-only what is preferred both times counts as better.
+A side effect after the gate, which never reads it, because judges are biased. Each pair of answers is
+judged twice, in both orders, because judges have a position bias (Zheng et al., arXiv 2306.05685); only
+an answer preferred both times counts as better.
 """
 
 import json
@@ -28,7 +28,7 @@ INSTRUCTION = (
 LETTER = re.compile(r"\b([ABC])\b")
 Verdict = Literal["better", "worse", "equal", "undecided", "unanswered"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-# What a letter means for the candidate, when its answer stands first, and when it stands second.
+# Letter -> verdict on the candidate, with its answer in first and in second position.
 FIRST: dict[str, Verdict] = {"A": "better", "B": "worse", "C": "equal"}
 SECOND: dict[str, Verdict] = {"A": "worse", "B": "better", "C": "equal"}
 Row = dict[str, Any]
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 
 class JudgeParams(StageParams):
-    """Who judges.
+    """The judge model and its limits.
 
     Attributes:
-        model: Name that the server knows the judge by; None asks nobody.
-        limit: Pairs of answers of each benchmark, at most.
-        endpoint: The server.
+        model: Name of the judge model on the server; None disables the judge.
+        limit: Pairs of answers per benchmark, at most.
+        endpoint: OpenAI-compatible server.
     """
 
     model: str | None
@@ -50,7 +50,7 @@ class JudgeParams(StageParams):
 
 
 def main() -> None:
-    """Judge the answers on which the gate's two models differ, and write what was found."""
+    """Judge the answers on which the gate's two models differ, and write the verdicts."""
     params = load_params(JudgeParams, "judge")
     if params.model is None:
         log.info("judge.model is null: nobody is asked")
@@ -78,13 +78,13 @@ def main() -> None:
 def find_pairs(
     rows: Sequence[Row], benchmarks: set[str], reference: str, limit: int
 ) -> list[tuple[Row, Row]]:
-    """Pair the candidate's written answers with the reference's, where both answered and the answers differ.
+    """Pair the candidate's generated answers with the reference's, where both exist and differ.
 
     Args:
         rows: Scores of all models.
-        benchmarks: Those whose answers are written.
-        reference: champion or base.
-        limit: Pairs of each benchmark, at most.
+        benchmarks: Names of the generation benchmarks.
+        reference: `champion` or `base`.
+        limit: Pairs per benchmark, at most.
     """
     written = [row for row in rows if row["benchmark"] in benchmarks and row["status"] == "ok"]
     theirs = {(row["benchmark"], row["item"]): row for row in written if row["model"] == reference}
@@ -101,14 +101,14 @@ def find_pairs(
 
 
 def compare_answers(pairs: Sequence[tuple[Row, Row]], params: JudgeParams) -> list[Row]:
-    """Ask about each pair in both orders.
+    """Judge each pair in both orders.
 
     Returns:
-        benchmark, item, question, candidate, reference (their answers) and verdict of each.
+        Per pair: benchmark, item, question, candidate and reference (their answers), and verdict.
 
     Raises:
-        StageError: The server is gone.
-        ConfigError: It refuses the key or the model.
+        StageError: The server is unreachable.
+        ConfigError: The server rejects the key or the model.
     """
     if not pairs:
         return []
@@ -137,14 +137,14 @@ def compare_answers(pairs: Sequence[tuple[Row, Row]], params: JudgeParams) -> li
 
 
 def build_request(question: str, first: str, second: str) -> Request:
-    """Ask which of two answers is better."""
+    """Build the request that asks which of two answers is better."""
     asked = f"Question:\n{question}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}"
     turns = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": asked}]
     return Request(turns, answers=1, ordinal=0)
 
 
 def read_letter(result: Result) -> str | None:
-    """Return A, B or C as the judge wrote it first, or None if it wrote none of them."""
+    """Return the first letter A, B or C in the judge's reply, or None."""
     if isinstance(result, Failure):
         return None
     found = LETTER.search(result.texts[0])
@@ -152,7 +152,7 @@ def read_letter(result: Result) -> str | None:
 
 
 def combine(first: str | None, second: str | None) -> Verdict:
-    """Return what two letters say together; in the second the candidate's answer stood behind the other.
+    """Combine the letters of both orders into a verdict; the candidate's answer is A, then B.
 
     Example:
         >>> combine("A", "B"), combine("B", "A"), combine("A", "A"), combine("C", "C"), combine("A", None)

@@ -1,8 +1,8 @@
 """Tokenise, mask and pack: data/decontaminate and data/base -> data/pack.
 
-TRL's best-fit-decreasing packer decides over the whole set at once, which fills rows to within 0.1 %
-of the volume bound (batches of 1,000: 0.4 %). Each row keeps, for every span in it, the example, the
-place in its shard, and the first token, so that a loss can be traced back to a line of raw data.
+TRL's best-fit-decreasing packer sees the whole set at once, which fills rows to within 0.1 % of the
+volume bound (batches of 1,000: 0.4 %). For every span, a row records the example, its position in the
+shard, and the first token, so that a loss can be traced back to a line of raw data.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from nightshift.data.encode import (
 
 TOKENS = pa.list_(pa.int32())
 # seq_lengths, example_ids, origins (`source/arrival.suffix:line`) and starts (first token of the span in
-# its example, 0 unless it was split) have one entry for each span of the row.
+# its example, 0 unless it was split) have one entry per span of the row.
 ROWS = pa.schema(
     [
         ("input_ids", TOKENS),
@@ -52,14 +52,14 @@ OverLength = Literal["error", "drop", "truncate", "split"]
 
 
 class PackParams(StageParams):
-    """Size of a row and what to do with an example that does not fit.
+    """Row size, and the handling of examples that do not fit.
 
     Attributes:
-        packing: Several spans in a row, or one.
-        max_length: Tokens in a row.
-        over_length: For a longer example: fail, drop it, cut its end off, or split it into spans.
-        max_lost_token_share: Share of all tokens, 0 to 1, that may be lost.
-        max_drop_rate: Rate of examples, 0 to 1, among all and in each source, that may be lost as a whole.
+        packing: Whether a row holds several spans, or one.
+        max_length: Tokens per row, at most.
+        over_length: Handling of a longer example: fail, drop, truncate at the end, or split into spans.
+        max_lost_token_share: Highest share of lost tokens, 0 to 1.
+        max_drop_rate: Highest rate of entirely lost examples, 0 to 1, overall and per source.
     """
 
     packing: bool
@@ -71,7 +71,7 @@ class PackParams(StageParams):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens start to stop (exclusive) of one encoded example, which stand together in a row."""
+    """Tokens `start` to `stop` (exclusive) of an encoded example, contiguous in one row."""
 
     example: int
     start: int
@@ -80,12 +80,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Encoded examples, end to end.
+    """Encoded examples, concatenated.
 
     Attributes:
         input_ids: All tokens, shape (n_tokens,).
-        labels: Their labels, shape (n_tokens,); -100 for none.
-        offsets: First token of each example and the end, shape (n_examples + 1,).
+        labels: Labels of the tokens, shape (n_tokens,); -100 for tokens without a loss.
+        offsets: Index of each example's first token, then the total, shape (n_examples + 1,).
         ids: Id of each example.
         origins: `source/arrival.suffix:line` of each example.
     """
@@ -98,7 +98,7 @@ class Corpus:
 
 
 def main() -> None:
-    """Encode every example, fit it into spans, pack the spans."""
+    """Encode the examples, cut them into spans, and pack the spans into rows."""
     params = load_params(PackParams, "pack")
     corpus = encode_corpus(
         iterate_batches(CLEAN_TRAIN, ["id", "messages", "tools", "origin"]), load_encoder(BASE)
@@ -138,10 +138,10 @@ def main() -> None:
 
 
 def encode_corpus(batches: Iterable[pa.RecordBatch], encoder: Encoder) -> Corpus:
-    """Encode all examples, batch by batch, through the memo of token ids.
+    """Encode all examples in batches, using the cache of token ids.
 
     Raises:
-        DataError: An example cannot be encoded, although ingest let it through.
+        DataError: An example that passed ingest cannot be encoded.
     """
     encoded: list[list[Encoded]] = []
     ids: list[str] = []
@@ -157,10 +157,10 @@ def encode_corpus(batches: Iterable[pa.RecordBatch], encoder: Encoder) -> Corpus
 
 
 def join(encoded: Sequence[Encoded], ids: list[str], origins: list[str]) -> Corpus:
-    """Lay encoded examples end to end.
+    """Concatenate encoded examples.
 
     Raises:
-        DataError: There is none.
+        DataError: There are no examples.
     """
     if not encoded:
         raise DataError(f"{CLEAN_TRAIN}: no examples to pack; see the summaries of the stages before")
@@ -177,12 +177,12 @@ def join(encoded: Sequence[Encoded], ids: list[str], origins: list[str]) -> Corp
 def fit(
     corpus: Corpus, max_length: int, over_length: OverLength
 ) -> tuple[list[Span], dict[int, str], Counter[str]]:
-    """Cut the corpus into spans of at most `max_length` tokens, each with a label to learn from.
+    """Cut the corpus into spans of at most `max_length` tokens, each with a supervised token.
 
-    Nothing precedes the first token of a span that could predict it, so a label there does not count.
+    The first token of a span has no context to be predicted from, so its label does not count.
 
     Returns:
-        The spans in order; the examples that are left out, each with its reason; the tokens lost, by reason.
+        Spans in order; dropped examples with their reasons; number of lost tokens by reason.
     """
     spans: list[Span] = []
     dropped: dict[int, str] = {}
@@ -205,7 +205,7 @@ def fit(
 
 
 def count_drops(corpus: Corpus, dropped: Mapping[int, str]) -> Drops:
-    """Count the examples and those that are left out, by source, the first part of an origin."""
+    """Count all and dropped examples by source, the first part of the origin."""
     drops = Drops(Counter(origin.split("/", 1)[0] for origin in corpus.origins))
     for i, reason in dropped.items():
         origin, tokens = corpus.origins[i], corpus.offsets[i + 1] - corpus.offsets[i]
@@ -214,7 +214,7 @@ def count_drops(corpus: Corpus, dropped: Mapping[int, str]) -> Drops:
 
 
 def cut(length: int, max_length: int, over_length: OverLength) -> list[tuple[int, int]]:
-    """Say which tokens of an example are kept together.
+    """Return the (start, stop) token ranges of an example to keep as spans.
 
     Example:
         >>> cut(5, 4, "drop"), cut(5, 4, "truncate"), cut(5, 4, "split"), cut(4, 4, "drop")
@@ -234,15 +234,15 @@ def cut(length: int, max_length: int, over_length: OverLength) -> list[tuple[int
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Assign spans to rows with TRL's best-fit-decreasing packer.
 
-    The packer moves a column in which each token holds the number of its span; where the tokens
-    themselves go follows from it, at a third of the memory.
+    The packer moves a column with the span number of each token, from which the token positions
+    follow, at a third of the memory.
 
     Args:
-        lengths: Tokens of each span, shape (n_spans,), each 1 to `max_length`.
+        lengths: Tokens per span, shape (n_spans,), each 1 to `max_length`.
         max_length: Row capacity, in tokens.
 
     Returns:
-        Span numbers of each row, in the order of the row; every span stands in one row, whole.
+        Span numbers of each row, in row order; every span is in exactly one row, unsplit.
 
     Example:
         >>> pack([5, 2, 3, 1], max_length=6)
@@ -264,7 +264,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def build_rows(corpus: Corpus, spans: Sequence[Span], rows: Sequence[Sequence[int]]) -> pa.Table:
-    """Gather the packed rows.
+    """Build the table of packed rows.
 
     Returns:
         A table with the columns of `ROWS`. The first label of each span is -100.
@@ -291,10 +291,10 @@ def build_rows(corpus: Corpus, spans: Sequence[Span], rows: Sequence[Sequence[in
 
 
 def require_fit(lost: Counter[str], total: int, params: PackParams) -> None:
-    """Fail when examples that do not fit cost more than allowed.
+    """Fail if examples that do not fit lose more tokens than allowed.
 
     Raises:
-        DataError: An example is too long and the policy is `error`, too many tokens would be lost, or all.
+        DataError: An example is too long for the policy `error`, or too many (or all) tokens are lost.
     """
     if params.over_length == "error" and lost["over_length"]:
         raise DataError(
@@ -320,10 +320,10 @@ def _spans_of_rows(packed: pa.Table) -> Iterator[list[int]]:
 
 
 def _require_encoded(one: Encoded | str, row: dict[str, Any]) -> Encoded:
-    """Return the tokens.
+    """Return the encoded example.
 
     Raises:
-        DataError: The example has a fault.
+        DataError: The example could not be encoded.
     """
     if isinstance(one, str):
         raise DataError(f"{CLEAN_TRAIN}: example {row['id']} ({row['origin']}): {one}; {FAULTS[one]}")

@@ -1,11 +1,11 @@
-"""The one place where the champion changes: after the gate, by hand, and back.
+"""Change the champion: after the gate, manually, or by rollback. No other code changes it.
 
-`python -m tasks.promote` does what the gate and `registry.approval` allow, and writes
-`data/promote/outcome.json`. `--version 7 --reason TEXT` promotes a version, `--rollback` brings back the
-previous champion (or `--version`), `--acknowledge` lets automatic promotion go on after a rollback.
+`python -m tasks.promote` applies the gate's verdict and `registry.approval`, and writes
+`data/promote/outcome.json`. `--version 7 --reason TEXT` promotes a version, `--rollback` restores the
+previous champion (or `--version`), `--acknowledge` allows automatic promotion again after a rollback.
 
-A promotion that waits for a person is an alias, `challenger`, and no process: it holds nothing, and survives
-any restart.
+A promotion that waits for approval is only the alias `challenger`, not a process: it blocks nothing and
+survives any restart.
 """
 
 import argparse
@@ -37,16 +37,16 @@ from nightshift.registry.versions import (
     read_reference,
 )
 
-# What a move by hand expects to find.
+# Expected champion of a manual move.
 ANY_CHAMPION = -1
 log = logging.getLogger(__name__)
 
 
 def main(version: int | None, reason: str, *, rollback: bool, ends_hold: bool) -> None:
-    """Do what the command line asks for; without arguments, what the gate allows.
+    """Run the requested change; without arguments, apply the gate's verdict.
 
     Raises:
-        ConfigError: A move by hand has no reason.
+        ConfigError: A manual move has no reason.
     """
     is_by_hand = ends_hold or rollback or version is not None
     if is_by_hand and not reason.strip():
@@ -62,7 +62,7 @@ def main(version: int | None, reason: str, *, rollback: bool, ends_hold: bool) -
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+    """Declare the command-line arguments."""
     parser.add_argument("--version", type=int, help="the version to move to")
     parser.add_argument("--rollback", action="store_true", help="bring back the previous champion")
     parser.add_argument(
@@ -72,10 +72,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def follow_gate() -> None:
-    """Promote the version that was registered last, or let it wait for a person.
+    """Promote the latest registered version, or mark it as waiting for approval.
 
     Raises:
-        GateError: Another champion stands there by now.
+        GateError: The champion has changed since the gate's comparison.
     """
     decision, version = read_json(GATE), int(read_json(VERSION)["version"])
     client, name = open_registry()
@@ -93,13 +93,13 @@ def follow_gate() -> None:
 
 
 def find_wait(verdict: str, version: int, approval: str, record: Record) -> str | None:
-    """Say why a version waits for a person, or None.
+    """Return why a version must wait for manual approval, or None.
 
     Args:
-        verdict: Of the gate.
-        version: The candidate's.
-        approval: registry.approval.
-        record: Of promotions.
+        verdict: Verdict of the gate.
+        version: Version of the candidate.
+        approval: Value of `registry.approval`.
+        record: Record of promotions.
     """
     if version == record.champion:
         return None
@@ -113,11 +113,11 @@ def find_wait(verdict: str, version: int, approval: str, record: Record) -> str 
 
 
 def roll_back(version: int | None, reason: str) -> None:
-    """Bring back an earlier champion; automatic promotion is held from then on.
+    """Restore an earlier champion and hold automatic promotion.
 
     Args:
-        version: To go back to; None means the previous champion.
-        reason: In words.
+        version: Version to restore; None for the previous champion.
+        reason: Reason for the record.
 
     Raises:
         GateError: There is no previous champion.
@@ -132,7 +132,7 @@ def roll_back(version: int | None, reason: str) -> None:
 
 
 def acknowledge(reason: str) -> None:
-    """Let automatic promotion go on after a rollback."""
+    """Allow automatic promotion again after a rollback."""
     client, name = open_registry()
     with promotion_lock(name):
         current = find_alias(client, name, "champion")
@@ -140,17 +140,17 @@ def acknowledge(reason: str) -> None:
 
 
 def move(version: int, action: Action, reason: str, expected: int | None = ANY_CHAMPION) -> None:
-    """Make a version the champion, and its predecessor `previous-champion`.
+    """Make a version the champion and its predecessor `previous-champion`.
 
     Args:
-        version: The new champion.
-        action: promote or rollback.
-        reason: In words; the record keeps it.
-        expected: The champion that the gate compared with, or None; by hand any will do.
+        version: Version of the new champion.
+        action: `promote` or `rollback`.
+        reason: Reason for the record.
+        expected: Champion that the gate compared with, or None; a manual move accepts any.
 
     Raises:
-        GateError: Another champion stands there, somebody else is moving it, the version does not load or is
-            not what was registered, or the registry did not take the alias.
+        GateError: The champion is not the expected one, another process is moving it, the version does
+            not load or does not match its registration, or the registry did not set the alias.
     """
     client, name = open_registry()
     with promotion_lock(name):
@@ -169,10 +169,10 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
         verify_version(following)
         needed = [keep_base(name, read_reference(following))]
         if current:
-            # One that was made the champion outside may not say what base it stands on.
+            # A champion that was set outside Nightshift may not record its base.
             with suppress(GateError):
                 needed.append(keep_base(name, read_reference(current)))
-        # Before the alias moves: an entry without its move is found as a move from outside.
+        # Before the alias moves: an entry without its move is later detected as an outside move.
         record.append(action, following, current, reason)
         if current:
             client.set_registered_model_alias(name, "previous-champion", current.version)
@@ -186,10 +186,10 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
 
 @contextmanager
 def promotion_lock(name: str) -> Iterator[None]:
-    """Keep other promoters of this machine out; the deployments run one at a time for those of others.
+    """Lock out other promotions on this machine; deployments run one at a time across machines.
 
     Raises:
-        GateError: Another one is at work.
+        GateError: Another promotion is running.
     """
     file = state_dir() / f"promote-{text_digest(name)}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def promotion_lock(name: str) -> Iterator[None]:
 
 
 def note_outside(record: Record, current: ModelVersion | None) -> Record:
-    """Write down that somebody else moved the alias, if it is not where the record says."""
+    """Record an outside move if the alias does not match the record."""
     now, known = int(current.version) if current else None, record.champion
     if now != known:
         log.warning("the champion of %s is version %s, not %s: moved from outside", record.name, now, known)
@@ -213,10 +213,10 @@ def note_outside(record: Record, current: ModelVersion | None) -> Record:
 
 
 def verify_version(version: ModelVersion) -> None:
-    """Check that a version is what was registered: the bytes of its adapter and its base, and three answers.
+    """Verify a version against its registration: the bytes of adapter and base, and three answers.
 
     Raises:
-        GateError: It is not.
+        GateError: The version does not match its registration.
     """
     uri = f"models:/{version.name}/{version.version}"
     with open_model(version) as (base, _):

@@ -1,7 +1,7 @@
 """Register the candidate in MLflow: data/sft and data/gate -> a model version.
 
-Runs after the graph, never inside it. The version holds the adapter and a reference to its base
-with digests, as a pyfunc model from code, its lineage and its model card. Writes
+Runs after the graph, never inside it. The version is a pyfunc model from code that contains the
+adapter, a reference to its base with digests, its lineage and its model card. Writes
 `data/register/version.json`.
 """
 
@@ -43,9 +43,9 @@ from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
 
 BASE_DIGEST = "nightshift.base_digest"
-# What the snapshot brought in -> what it is for.
+# Folder written by snapshot -> its context in MLflow.
 BROUGHT_IN = {RAW: "training", BENCHMARKS: "evaluation"}
-# Greedy whatever the request says, so that is all there is to say.
+# The served model always decodes greedily, so there are no sampling parameters.
 EXAMPLE = {
     "messages": [{"role": "user", "content": "What is the chemical symbol of Gold?"}],
     "max_tokens": 16,
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Register what the gate judged, unless the gate could not judge.
+    """Register the candidate, unless the gate's verdict is error.
 
     Raises:
         GateError: The verdict is error.
@@ -68,14 +68,14 @@ def main() -> None:
 def register(verdict: str) -> int:
     """Register the candidate once; the same adapter on the same base keeps its version.
 
-    Before the alias `candidate` moves, a fresh process loads the version and must give the same
-    answers as the files it was made from.
+    Before the alias `candidate` moves, a fresh process loads the version and must return the same
+    answers as the files it was built from.
 
     Args:
-        verdict: The gate's verdict, kept as a tag.
+        verdict: Verdict of the gate, stored as a tag.
 
     Returns:
-        The version of the candidate.
+        Version number of the candidate.
 
     Raises:
         GateError: The reloaded model answers differently.
@@ -110,13 +110,13 @@ def data_digest() -> str:
 
 
 def require_same_answers(model_uri: str) -> str:
-    """Load the registered model in a fresh process and compare its answers with those of the files.
+    """Load the registered model in a fresh process and compare its answers with the trained files'.
 
     Returns:
-        The digest of the answers.
+        Digest of the answers.
 
     Raises:
-        GateError: They differ, or the model does not load.
+        GateError: The answers differ, or the model does not load.
     """
     registered, trained = ask(BASE, model_uri, str(BASE), str(MODEL))
     if registered != trained:
@@ -129,9 +129,9 @@ def require_same_answers(model_uri: str) -> str:
 
 
 def log_model(client: MlflowClient, name: str) -> int:
-    """Log adapter, base reference, lineage and card under the run that trained it, and register them."""
+    """Log adapter, base reference, lineage and card to the training run, and register them."""
     base = read_json(BASE_RECORD)
-    # Where it is now, and where it is kept while the version, or its successor, is the champion.
+    # Current path of the base, and its kept copy while this version or its successor is the champion.
     kept = state_dir() / kept_place(name, base["files"])
     write_json(BASE_REFERENCE, base | {"path": str(BASE.absolute()), "kept": str(kept)})
     write_lineage(LINEAGE)
@@ -153,13 +153,13 @@ def log_model(client: MlflowClient, name: str) -> int:
             pip_requirements=["torch", "transformers", "peft", "mlflow"],
             registered_model_name=name,
         )
-    # Leaving the block ends the run; its owner decides when it ends.
+    # Leaving the block ends the run, but only its owner may end it: restore the status.
     client.update_run(run, status=state)
     return int(info.registered_model_version)
 
 
 def log_data(client: MlflowClient, run: str) -> None:
-    """Tell the run, which knows its packed rows, which raw data and benchmarks it stands on."""
+    """Log raw data and benchmarks as inputs of the run, in addition to its packed rows."""
     outputs = locked_outputs()["snapshot"]
     datasets = [
         dataset_input(folder.name, outputs[folder.as_posix()], folder.as_posix(), context)

@@ -1,8 +1,8 @@
 """Split survivors into train, validation and test by the hash of their group: data/dedupe -> data/split.
 
-The side of a group depends on the seed and on its content alone, so it never changes while data is
-added, removed or reordered. Sources named in `by_phrasing` go to train as a whole: their facts must
-be learned, and their benchmark asks for them in wordings that training never sees.
+The split of a group depends only on the seed and on its content, so it never changes when data is
+added, removed or reordered. Sources in `by_phrasing` go entirely to train: their facts must be
+learned, and their benchmark asks for them in wordings that training never sees.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 
 
 class SplitParams(StageParams):
-    """Shares of the groups.
+    """Split shares and seed.
 
     Attributes:
-        validation_share: Share of groups for validation, 0 to 1.
-        test_share: Share of groups for test, 0 to 1.
+        validation_share: Share of groups in the validation set, 0 to 1.
+        test_share: Share of groups in the test set, 0 to 1.
         by_phrasing: Sources whose examples all go to train.
-        seed: Seed of the hash; another seed draws another split.
+        seed: Seed of the hash; another seed gives another split.
     """
 
     validation_share: Annotated[float, Field(ge=0, lt=1)]
@@ -55,7 +55,7 @@ class SplitParams(StageParams):
 
 
 def main() -> None:
-    """Write one Parquet file for each side, and the removed examples that would have joined two."""
+    """Write one Parquet file per split, and the removed examples that bridge two splits."""
     params = load_params(SplitParams, "split")
     counts: Counter[str] = Counter()
     sides: dict[str, str] = {}
@@ -80,13 +80,13 @@ def main() -> None:
 
 
 def require_sides(counts: Mapping[str, int]) -> None:
-    """Fail when nothing is left to train on or to test with; sft checks the validation side if it needs it.
+    """Fail if the training or test set is empty; sft checks the validation set if it needs one.
 
     Args:
-        counts: Side -> examples.
+        counts: Split -> number of examples.
 
     Raises:
-        DataError: The train or the test side is empty.
+        DataError: The training or test set is empty.
     """
     total = sum(counts.values())
     for name, change in (("train", "lower"), ("test", "raise")):
@@ -100,16 +100,16 @@ def require_sides(counts: Mapping[str, int]) -> None:
 def select(
     batches: Iterable[pa.RecordBatch], sides: Mapping[str, str], name: str
 ) -> Iterator[pa.RecordBatch]:
-    """Keep the examples of one side."""
+    """Yield the examples of one split."""
     for batch in batches:
         yield batch.filter(pa.array([sides[one] == name for one in batch["id"].to_pylist()]))
 
 
 def find_bridges(removed: Iterable[dict[str, Any]], sides: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the removed examples that are near survivors on different sides.
+    """Yield the removed examples that are near survivors in different splits.
 
-    Such an example would carry what one side holds out into the other. Deduplication dropped it, since
-    it is near a survivor that came first; the survivors keep their sides.
+    Such an example would leak held-out content into another split. Deduplication dropped it, because it
+    is near a survivor that came first; the survivors keep their splits.
 
     Example:
         >>> list(find_bridges([{"id": "c", "near_ids": ["a", "b"]}], {"a": "train", "b": "test"}))
@@ -122,7 +122,7 @@ def find_bridges(removed: Iterable[dict[str, Any]], sides: Mapping[str, str]) ->
 
 
 def side(group_id: str, params: SplitParams) -> str:
-    """Return the side of one group; a pure function of the seed and the group id."""
+    """Return the split of a group; a pure function of the seed and the group id."""
     digest = hashlib.blake2b(f"{params.seed}|{group_id}".encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "big") % BUCKETS / BUCKETS
     if bucket < params.test_share:

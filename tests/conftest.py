@@ -1,4 +1,4 @@
-"""Fixtures: the real tokenizer, a small random model, an environment and a folder of its own."""
+"""Shared fixtures: tokenizer, small random model, clean environment and separate working folder."""
 
 import os
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ import pytest
 
 from tests.helpers.checkouts import BIN, ROOT
 
-# pytest-xdist gives its workers a terminal's size, and a console that is made under one keeps it.
+# pytest-xdist sets a terminal size for its workers, and every console created there would keep it.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with random weights, and the tokenizer of the demo's base model."""
+    """Create a two-layer Llama with random weights and the tokenizer of the demo's base model."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +54,7 @@ def tokenizer(tiny_base: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a new user's shell has, and the compiled operators that all tests share."""
+    """Return the environment of a new user's shell plus the shared cache of compiled operators."""
     kept = ("PATH", "HOME", "LANG", "TMPDIR")
     return {key: os.environ[key] for key in kept if key in os.environ} | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

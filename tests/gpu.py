@@ -1,9 +1,10 @@
-"""What only a GPU can tell of the stage sft: `make test-gpu`.
+"""Checks of the sft stage that need a GPU: `make test-gpu`.
 
-Each check is a training by `python -m tasks.sft` of a small model of random weights, with a time limit of its
-own, several side by side. What is known is written after each check, so a time limit loses nothing; at the
-end the checks are judged: losses against those of another check, kernels by their proofs, memory against the
-plan. The machine needs neither pytest nor MLflow. `--rehearse` runs some of the checks on a processor.
+Each check trains a small model with random weights through `python -m tasks.sft`. Checks run in
+parallel, each with its own time limit. Results are written after each check, so a time limit loses
+nothing. Finally, losses are compared with those of another check, kernels are judged by their self-tests
+and memory is compared with the plan. The machine needs neither pytest nor MLflow. `--rehearse` runs some
+of the checks on a CPU.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from tests.helpers.byte_base import make_byte_base
 from tests.helpers.checkouts import ROOT
 from tests.helpers.sft import conversation, shipped_params
 
-# Heads of 64, as kernels want them; layers enough to matter, and small enough to load in a second.
+# Head size 64, as attention kernels expect; enough layers to matter, but loads within a second.
 SMALL = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -46,7 +47,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-# Four layers of Llama-3-8B, with its head and vocabulary: where the memory goes in a large model.
+# Four layers of Llama-3-8B with its LM head and vocabulary, which dominate memory in a large model.
 WIDE = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -73,27 +74,27 @@ SECTION = {
 EXACT = {"precision": "fp32"}
 FULL = {"adapter": None, "learning_rate": 1e-3}
 LARGE = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-4, "attn_implementation": "auto"}
-# A tracker that nobody answers at: the spool keeps what the run was told.
+# No MLflow server listens here, so the spool keeps everything that is logged.
 NO_TRACKER = "http://127.0.0.1:9"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One training, and what is expected of it.
+    """One training run and its expected result.
 
     Attributes:
-        name: Of the check.
-        changes: Of the section sft.
-        like: Check with whose losses these agree, or None.
-        within: How nearly, relative.
-        may_lack: It may be refused for a package that this machine lacks.
-        wide: Of the wide model: its memory is compared with the plan.
-        attempts: Times that it may ask for another attempt.
-        on_cpu: Hide the GPU from it.
-        environment: More of it.
-        lengths: Lengths of the examples of each row, or None for six short ones.
-        seconds: Its time limit.
+        name: Name of the check.
+        changes: Overrides of the sft section.
+        like: Check whose losses must match, or None.
+        within: Relative tolerance of the losses.
+        may_lack: Whether the run may be refused because this machine lacks a package.
+        wide: Whether to train the wide model and compare its memory with the plan.
+        attempts: Number of times that the run may request another attempt.
+        on_cpu: Whether to hide the GPU from the run.
+        environment: Additional environment variables.
+        lengths: Lengths of the examples in each row, in tokens, or None for six short examples.
+        seconds: Time limit in seconds.
     """
 
     name: str
@@ -110,7 +111,7 @@ class Check:
 
 
 def checks() -> Iterator[Check]:
-    """Yield all checks, the most valuable first."""
+    """Yield all checks, most valuable first."""
     yield Check("cpu-fp32", EXACT, on_cpu=True)
     yield Check("single-fp32", EXACT, like="cpu-fp32")
     yield Check("shipped", {"strategy": "zero2", "num_processes": "auto", "precision": "auto"})
@@ -160,7 +161,7 @@ def checks() -> Iterator[Check]:
 
 
 def rehearsal() -> Iterator[Check]:
-    """Yield the checks that a processor can run, one for each way to judge."""
+    """Yield the checks that run on a CPU, one for each kind of comparison."""
     yield Check("cpu-fp32", EXACT, on_cpu=True)
     yield Check("single-fp32", EXACT, like="cpu-fp32", within=1e-6)
     yield Check("zero2-fp32", {**EXACT, "strategy": "zero2"}, like="single-fp32")
@@ -171,10 +172,10 @@ def rehearsal() -> Iterator[Check]:
 
 
 def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool) -> None:
-    """Run the checks, write gpu-checks.json, and name what is wrong.
+    """Run the checks, write gpu-checks.json and report the failed checks.
 
     Raises:
-        StageError: Something is.
+        StageError: A check failed, or there is no GPU.
     """
     if not rehearse and not torch.cuda.is_available():
         raise StageError("no NVIDIA GPU; --rehearse runs some of the checks on a processor")
@@ -196,7 +197,7 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
         write_json(out / "gpu-checks.json", {**measured, "results": dict(results)})
 
     small, wide = ([check for check in wanted if check.wide is size] for size in (False, True))
-    # The wide ones alone: each would take the memory that another one measures.
+    # Wide checks run one at a time: each would use memory that another check measures.
     for some, together in ((small, at_once), (wide, 1)):
         with ThreadPoolExecutor(together) as pool:
             list(pool.map(run, some))
@@ -207,7 +208,7 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+    """Declare the command-line arguments."""
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu-checks.json")
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for the trainings")
     parser.add_argument(
@@ -218,7 +219,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def make_base(folder: Path, shape: dict[str, Any], device: str) -> None:
-    """Write a base of random weights, made on the device, and a tokenizer of bytes."""
+    """Write a base model with random weights, created on the device, and a byte-level tokenizer."""
     make_byte_base(folder / "model")
     torch.manual_seed(0)
     with torch.device(device):
@@ -229,7 +230,7 @@ def make_base(folder: Path, shape: dict[str, Any], device: str) -> None:
 
 
 def train(check: Check, work: Path, deadline: float) -> dict[str, Any]:
-    """Train once, and again while another attempt is asked for; return all that it told."""
+    """Train, repeat while the run requests another attempt, and return its results."""
     folder = work / check.name
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "base").symlink_to(work / ("wide" if check.wide else "small"))
@@ -238,7 +239,7 @@ def train(check: Check, work: Path, deadline: float) -> dict[str, Any]:
     words = (WIDE if check.wide else SMALL)["vocab_size"]
     write_rows(folder / "data" / "pack" / "train.parquet", list(rows(check, words)), ROWS)
     write_rows(folder / "data" / "split" / "validation.parquet", [conversation(i) for i in range(3)], GROUPED)
-    # Operators that DeepSpeed compiles are the same for all.
+    # All checks share the operators that DeepSpeed compiles.
     compiled = os.environ.get("TORCH_EXTENSIONS_DIR") or str(ROOT / ".nightshift" / "torch-extensions")
     state = {
         "NIGHTSHIFT_HOME": str(folder / "state"),
@@ -259,7 +260,7 @@ def train(check: Check, work: Path, deadline: float) -> dict[str, Any]:
 
 
 def run_stage(folder: Path, more: dict[str, str], seconds: float) -> int | str:
-    """Run the stage in a folder; return its exit code, or `time limit`."""
+    """Run the stage in a folder and return its exit code, or `time limit`."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with (folder / "log").open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -282,7 +283,7 @@ def run_stage(folder: Path, more: dict[str, str], seconds: float) -> int | str:
 
 
 def rows(check: Check, words: int) -> Iterator[dict[str, Any]]:
-    """Yield rows of random tokens, the second half of each example with labels."""
+    """Yield rows of random tokens; the second half of each example has labels."""
     chance = random.Random(0)
     for number in range(6 if check.wide else 24):
         lengths = list(check.lengths or (chance.randint(20, 90) for _ in range(6)))
@@ -302,7 +303,7 @@ def rows(check: Check, words: int) -> Iterator[dict[str, Any]]:
 
 
 def read_back(folder: Path, check: Check) -> dict[str, Any]:
-    """Read what a training left: losses, memory, what ran, and its last words if it failed."""
+    """Read the results of a training run: losses, memory, effective values, last log lines on error."""
     found: dict[str, Any] = {
         "losses": metric(folder, "loss"),
         "gib": max(metric(folder, "peak_memory_gib"), default=0),
@@ -318,14 +319,14 @@ def read_back(folder: Path, check: Check) -> dict[str, Any]:
 
 
 def metric(folder: Path, key: str) -> list[float]:
-    """Return all values of a metric, by step, from the spool."""
+    """Return all values of a metric from the spool, by step."""
     entries = [entry for path in folder.glob("state/tracking/*.jsonl") for entry in read_spool(path)[1:]]
     told = [entry for entry in entries if entry["kind"] == "metrics" and key in entry["values"]]
     return [entry["values"][key] for entry in sorted(told, key=lambda entry: int(entry["step"]))]
 
 
 def planned(folder: Path, job: Job) -> float:
-    """Return the GiB that the plan foretells, without what the allocator of torch does not see."""
+    """Return the planned memory in GiB, without memory that torch's allocator does not see."""
     backend = job.backend
     params = job.params.model_copy(update={"attn_implementation": backend.attention})
     packed = read_rows(folder / "data" / "pack" / "train.parquet")
@@ -338,7 +339,7 @@ def planned(folder: Path, job: Job) -> float:
 
 
 def find_fault(check: Check, results: dict[str, Any]) -> str | None:
-    """Return what is wrong with a check, or None."""
+    """Return why a check failed, or None."""
     result = results[check.name]
     if "error" in result:
         said = next((line for line in reversed(result["error"]) if line.startswith("error:")), "")

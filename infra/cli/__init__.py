@@ -1,1 +1,1 @@
-"""The command line `nightshift`: a thin set of verbs."""
+"""The `nightshift` command-line interface."""

@@ -1,4 +1,4 @@
-"""The `nightshift` command: thin verbs over the stack, the flow and its files."""
+"""The `nightshift` command: thin wrappers around the stack, the flow and its files."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ VERDICT_CODES = {"promote": 0, "hold": 3, "reject": 4, "error": 5}
 
 
 def report_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """Turn an error that the user can act on into one line and exit code 2."""
+    """Report an error that the user can fix in one line, with exit code 2."""
 
     @wraps(verb)
     def told(*args: Any, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ def up() -> None:
 @app.command()
 @report_errors
 def down() -> None:
-    """Stop what `up` started; databases and checkpoints stay."""
+    """Stop the services that `up` started; keep databases and checkpoints."""
     stopped = stack.down()
     console.print(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
 
@@ -72,7 +72,7 @@ def down() -> None:
 @app.command()
 @report_errors
 def status() -> None:
-    """Show the services, where they are and whether they answer."""
+    """Show the address, health and logged errors of each service."""
     table = Table("service", "pid", "address", "healthy", box=None)
     for row in stack.status():
         table.add_row(*(str(cell) for cell in row))
@@ -87,7 +87,7 @@ def status() -> None:
 @app.command()
 @report_errors
 def snapshot() -> None:
-    """Bring in new data, benchmarks and the champion now; `dvc repro` alone uses those that are there."""
+    """Fetch new data, benchmarks and the champion now; `dvc repro` alone reuses the last snapshot."""
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", "snapshot"]
     environment = {**os.environ, **tools_environment()}
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
@@ -96,7 +96,7 @@ def snapshot() -> None:
 @app.command()
 @report_errors
 def plan() -> None:
-    """Show what a training would do, need and take, before it starts; no GPU and no weights needed."""
+    """Show steps, memory and time of a training run before it starts; needs no GPU and no weights."""
     planned.show(console)
 
 
@@ -105,7 +105,7 @@ def plan() -> None:
 def run(
     overrides: str = typer.Option("", help='JSON, such as {"sft.num_train_epochs": 2}'),
 ) -> None:
-    """Retrain once and show the scoreboard. A run that is under way is watched instead."""
+    """Retrain once, or join the active run, and show the scoreboard."""
     check(read_params())
     running = stack.up()
     watch.run_deployment("finetune/prod", overrides, running)
@@ -115,7 +115,7 @@ def run(
 @app.command()
 @report_errors
 def gate() -> None:
-    """Show the last verdict, check by check; the exit code tells it: 0 promote, 3 hold, 4 reject, 5 error."""
+    """Show the last verdict, check by check; exit codes: 0 promote, 3 hold, 4 reject, 5 error."""
     from infra.cli.trace import checks
 
     if not GATE.is_file():
@@ -131,7 +131,7 @@ def promote(
     version: Annotated[int, typer.Argument(help="The version to make the champion.")],
     reason: Annotated[str, typer.Option(help="Why; the record keeps it.")],
 ) -> None:
-    """Make a version the champion, such as one that waits for a person."""
+    """Make a version the champion, for example one that awaits manual approval."""
     move_champion(f"--version={version}", f"--reason={reason}")
 
 
@@ -141,7 +141,7 @@ def rollback(
     reason: Annotated[str, typer.Option(help="Why; the record keeps it.")],
     to: Annotated[str, typer.Option(help="`previous`, or the number of a version.")] = "previous",
 ) -> None:
-    """Bring back the previous champion, and hold automatic promotion."""
+    """Restore the previous champion, and suspend automatic promotion."""
     target = () if to == "previous" else (f"--version={to}",)
     move_champion("--rollback", *target, f"--reason={reason}")
 
@@ -149,12 +149,12 @@ def rollback(
 @app.command()
 @report_errors
 def acknowledge(reason: Annotated[str, typer.Option(help="Why; the record keeps it.")]) -> None:
-    """Let automatic promotion go on after a rollback."""
+    """Resume automatic promotion after a rollback."""
     move_champion("--acknowledge", f"--reason={reason}")
 
 
 def move_champion(*arguments: str) -> None:
-    """Run the promoter against the local stack's MLflow, or the one that the environment names."""
+    """Run the promoter against the local stack's MLflow, or the MLflow that the environment sets."""
     command = [sys.executable, "-m", "tasks.promote", *arguments]
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
@@ -162,7 +162,7 @@ def move_champion(*arguments: str) -> None:
 @app.command()
 @report_errors
 def history() -> None:
-    """Show who was champion when and why, after checking that nobody changed the record."""
+    """List all champion changes and their reasons, after verifying that the record is unaltered."""
     from nightshift.registry.record import HELD, open_record
     from nightshift.registry.versions import open_registry
 
@@ -182,7 +182,7 @@ def trace(
     version: Annotated[int | None, typer.Argument(help="A version of the model.")] = None,
     row: Annotated[str, typer.Option(help="An example's id, or its place: source/shard:line.")] = "",
 ) -> None:
-    """Show where a version came from, or with --row which versions a row went into."""
+    """Show the lineage of a version, or with --row the versions that were trained on a row."""
     from infra.cli import trace as lineage
 
     hide_downloads()
@@ -197,7 +197,7 @@ def trace(
 @app.command()
 @report_errors
 def reproduce(version: Annotated[int, typer.Argument(help="A version of the model.")]) -> None:
-    """Rebuild a version from its data, code and parameters, in a folder of its own, and compare digests."""
+    """Rebuild a version from its data, code and parameters in a separate folder, and compare digests."""
     from infra.cli.reproduce import rebuild
 
     raise typer.Exit(0 if rebuild(console, version) else 1)
@@ -210,7 +210,7 @@ def forget(
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
 ) -> None:
-    """Take rows, and what is nearly the same, out of the raw data and all that was made of them."""
+    """Erase rows and their near-duplicates from the raw data and everything derived from it."""
     from nightshift.registry.versions import open_registry
     from tasks.forget import erase, find
 
@@ -228,7 +228,7 @@ def forget(
 
 
 def hide_downloads() -> None:
-    """Show no bar for the few small files that MLflow brings in."""
+    """Hide the progress bar for the few small files that MLflow downloads."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
@@ -241,7 +241,7 @@ def import_config(
         bool, typer.Option("--write", help="Write params.yaml; else only show the result.")
     ] = False,
 ) -> None:
-    """Turn an Axolotl configuration into params.yaml."""
+    """Convert an Axolotl config file to params.yaml."""
     found, text = axolotl.convert(config)
     console.print(axolotl.tables(found, axolotl.read_config(config), read_params()))
     if write:
@@ -253,7 +253,7 @@ def import_config(
 
 
 def print_scoreboard(running: Stack) -> None:
-    """Print the last run's outcome and where to read more."""
+    """Print the outcome of the last run and where to find details."""
     table = Table(title="Nightshift", box=None, show_header=False)
     for label, value in format_rows(read_json(scoreboard_file())):
         table.add_row(label, value)
@@ -271,7 +271,7 @@ def chat(
         str, typer.Argument(help="models:/NAME@ALIAS, an alias, a version's number, or an exported folder.")
     ] = "champion",
 ) -> None:
-    """Talk to a version of the model; from a pipe, each line is a question."""
+    """Chat with a version of the model; with piped input, each line is a question."""
     os.environ.update(OFFLINE)
     from infra.cli import chat as talk
 
@@ -293,7 +293,7 @@ def export(
     ] = None,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf too, for llama.cpp.")] = False,
 ) -> None:
-    """Write a version as whole weights, for vLLM, `transformers serve` or llama.cpp."""
+    """Export a version as full weights for vLLM, `transformers serve` or llama.cpp."""
     os.environ.update(OFFLINE)
     from infra.cli.export import export as write
     from nightshift.registry.versions import find_model

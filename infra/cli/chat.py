@@ -1,4 +1,4 @@
-"""Talk to a version of the model, or to an exported folder, in the terminal."""
+"""Chat with a version of the model, or with an exported model, in the terminal."""
 
 import logging
 import sys
@@ -15,18 +15,18 @@ from rich.markup import escape
 from nightshift.registry.served_model import MAX_NEW_TOKENS, TooLongError, fastest_device, load, stream
 from nightshift.registry.versions import DIGEST, find_model, open_model
 
-# Answers go to stdout, all else to stderr, so that a pipe gets the answers alone.
+# Answers go to stdout and everything else to stderr, so that a pipe receives only the answers.
 aside = Console(stderr=True, highlight=False)
 
 
 def chat(address: str) -> None:
-    """Load a model and answer what is asked on stdin, a line at a time, until its end or `/exit`.
+    """Load a model and answer each line of stdin, until end of file or `/exit`.
 
     Args:
-        address: What `find_model` takes, or the folder of an export.
+        address: Version address as for `find_model`, or the folder of an export.
 
     Raises:
-        GateError: There is no such version, or its files are not those that were registered.
+        GateError: The version does not exist, or its files differ from the registered ones.
     """
     quieten()
     if (Path(address) / "config.json").is_file():
@@ -45,7 +45,7 @@ def chat(address: str) -> None:
 
 
 def quieten() -> None:
-    """Keep progress bars and notices of the libraries out of the conversation."""
+    """Disable progress bars and warnings of the libraries during the chat."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -54,7 +54,7 @@ def quieten() -> None:
 
 
 def converse(model: Any, tokenizer: Any) -> None:
-    """Answer question after question, each with all before it in mind."""
+    """Answer one question after another, with all previous turns as context."""
     turns: list[dict[str, str]] = []
     for question in questions():
         turns.append({"role": "user", "content": question})
@@ -77,10 +77,10 @@ def converse(model: Any, tokenizer: Any) -> None:
 
 
 def questions() -> Iterator[str]:
-    """Yield the lines of stdin that are not empty, with a prompt if it is a terminal."""
+    """Yield the non-empty lines of stdin; show a prompt if stdin is a terminal."""
     prompt = ""
     if sys.stdin.isatty():
-        import readline  # noqa: F401 - gives `input` its keys and its history
+        import readline  # noqa: F401 - adds line editing and history to `input`
 
         prompt = "> "
     while True:
@@ -98,7 +98,7 @@ def questions() -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    r"""Leave out control characters, with which a model could steer the terminal.
+    r"""Remove control characters, with which a model could control the terminal.
 
     Example:
         >>> printable("\x1b[2Jone\ttwo\n")

@@ -1,7 +1,7 @@
-"""Export a version as whole weights, which every server loads: the adapter merged into its base, and checked.
+"""Export a version as full weights that every server loads: adapter merged into its base, and verified.
 
-The folder holds safetensors, the tokenizer with its chat template, the generation config, the model card and
-`export.json`: what was exported, and how far its logits are from those of the adapter on its base.
+The folder contains safetensors, the tokenizer with its chat template, the generation config, the model
+card and `export.json`: what was exported, and how far its logits differ from the adapter on its base.
 """
 
 import logging
@@ -31,12 +31,11 @@ from nightshift.registry.versions import DIGEST, open_model
 from tasks.sft.checkpoints import find_broken
 
 ANSWER_TOKENS = 32
-# How far logits may be apart, as a share of their standard deviation. On thirty layers in float32 the merge
-# differs from the adapter by 2e-5, and an adapter that is scaled by 1 % too little by 3e-2. Storing the
-# merged weights in a type with a certain eps adds 4 eps (bfloat16) to 9 eps (float16), and 20 eps with an
-# adapter of random weights; computing in bfloat16 adds 24 eps by itself.
+# Allowed difference of logits, as a share of their standard deviation. With thirty layers in float32,
+# merging causes 2e-5, an adapter scaled 1 % too low 3e-2. Storing the weights adds 4 eps (bfloat16) to
+# 9 eps (float16) of the dtype, 20 eps with a random adapter; computing in bfloat16 alone adds 24 eps.
 MERGE_BOUND, ROUNDING_BOUND = 1e-3, 32
-# In llama.cpp, and as packages of it call it.
+# Name of the script in llama.cpp, and in packages of llama.cpp.
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 GGUF_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 log = logging.getLogger(__name__)
@@ -45,23 +44,23 @@ log = logging.getLogger(__name__)
 def export(
     version: ModelVersion, target: Path, dtype: str | None = None, *, with_gguf: bool = False
 ) -> dict[str, Any]:
-    """Write a version to a folder, which appears when all of it is there and checked.
+    """Export a version to a folder, which appears only when it is complete and verified.
 
-    What is checked is computed in float32, so that nothing differs but the weights: first the merge, then the
-    files as they are stored.
+    All checks compute in float32, so that only the weights can differ: first the merged model, then the
+    stored files.
 
     Args:
-        version: Of the registered model.
-        target: The folder; it must not be there yet.
-        dtype: Of the stored weights, such as float32; None for that of the base.
-        with_gguf: Write model.gguf too.
+        version: Version of the registered model.
+        target: Output folder; it must not exist yet.
+        dtype: Dtype of the stored weights, such as float32; None for the dtype of the base.
+        with_gguf: Whether to write model.gguf too.
 
     Returns:
-        What stands in export.json.
+        Content of export.json.
 
     Raises:
-        GateError: The folder is there already, or the result does not answer as the version does.
-        StageError: There is no converter to GGUF, or it fails.
+        GateError: The folder already exists, or the exported model answers differently from the version.
+        StageError: The GGUF converter is missing or fails.
     """
     if target.exists():
         raise GateError(f"{target}: is there already; remove it or name another folder")
@@ -75,10 +74,10 @@ def export(
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload(safe_merge=True)
         differences: dict[str, Any] = {"merged": compare("the merge", model, tokenizer, answers, MERGE_BOUND)}
-        # A training switches it off.
+        # Training disables the KV cache.
         model.config.use_cache = True
         model.to(stored).save_pretrained(folder)
-        # Else its file would keep how it was loaded.
+        # Otherwise this loading option would be saved with the tokenizer.
         tokenizer.init_kwargs.pop("local_files_only", None)
         tokenizer.save_pretrained(folder)
         require_finite(folder, "with --dtype float32 no weight is rounded")
@@ -105,7 +104,7 @@ def require_finite(folder: Path, remedy: str) -> None:
     """Check every weight in a folder's safetensors.
 
     Raises:
-        GateError: One is NaN or infinite.
+        GateError: A weight is NaN or infinite.
     """
     if name := find_broken(folder):
         raise GateError(f"export: {name} is not finite; nothing is written; {remedy}")
@@ -113,7 +112,7 @@ def require_finite(folder: Path, remedy: str) -> None:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` when the block succeeds."""
+    """Yield a temporary folder that is renamed to `target` when the block succeeds."""
     folder = target.absolute().with_name(f".{target.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -129,7 +128,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> tuple[Any, Any]:
     """Answer a question greedily.
 
     Returns:
-        Ids of the conversation with its answer, shape (1, n_tokens), and the logits of all of them, shape
+        Token ids of the conversation with its answer, shape (1, n_tokens), and their logits, shape
         (n_tokens, n_vocabulary), float32.
     """
     turns = [{"role": "user", "content": question}]
@@ -145,20 +144,20 @@ def answer(model: Any, tokenizer: Any, question: str) -> tuple[Any, Any]:
 def compare(
     what: str, model: Any, tokenizer: Any, expected: Sequence[tuple[Any, Any]], bound: float
 ) -> dict[str, float]:
-    """Compare a model's answers to the probes, and its logits on the expected ones.
+    """Compare a model's greedy answers to the probes, and its logits on the expected answers.
 
     Args:
-        what: Is compared, in words.
-        model: In float32.
-        tokenizer: With the chat template.
-        expected: Of `answer`, for each probe.
-        bound: Largest difference of two logits, as a share of the standard deviation of the expected ones.
+        what: Description of the model, for the error message.
+        model: Model in float32.
+        tokenizer: Tokenizer with the chat template.
+        expected: Results of `answer`, one for each probe.
+        bound: Largest allowed difference, as a share of the standard deviation of the expected logits.
 
     Returns:
-        The largest difference and its bound, as such shares.
+        Largest difference and its bound, as such shares.
 
     Raises:
-        GateError: A difference is larger, or a greedy answer is another one.
+        GateError: A difference exceeds the bound, or a greedy answer differs.
     """
     shares = [
         float((model(input_ids=ids).logits[0] - logits).abs().max() / logits.std())
@@ -168,7 +167,7 @@ def compare(
         torch.equal(answer(model, tokenizer, question)[0], ids)
         for question, (ids, _) in zip(PROBES, expected, strict=True)
     )
-    # Python's max loses a NaN that does not come first.
+    # Python's max ignores a NaN that does not come first.
     largest = float(np.max(shares))
     if not largest <= bound or same < len(expected):
         raise GateError(
@@ -180,10 +179,10 @@ def compare(
 
 
 def find_converter() -> list[str]:
-    """Return the command of llama.cpp's converter.
+    """Return the command of llama.cpp's GGUF converter.
 
     Raises:
-        StageError: It is not on the path.
+        StageError: The converter is not on PATH.
     """
     for name in CONVERTERS:
         if found := shutil.which(name, path=tools_environment()["PATH"]):
@@ -207,7 +206,7 @@ def write_gguf(converter: list[str], folder: Path, outtype: str) -> None:
 
 
 def load_gguf(folder: Path) -> Any | None:
-    """Load `model.gguf` in float32, or nothing if transformers cannot read this architecture from GGUF."""
+    """Load `model.gguf` in float32, or return None if transformers cannot read this architecture."""
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder, gguf_file="model.gguf", dtype=torch.float32, trust_remote_code=False
@@ -218,7 +217,7 @@ def load_gguf(folder: Path) -> Any | None:
 
 
 def write_card(version: ModelVersion, folder: Path) -> None:
-    """Copy the version's model card, and say in its head that these are whole weights."""
+    """Copy the version's model card, with `library_name: transformers` since these are full weights."""
     uri = f"models:/{version.name}/{version.version}/artifacts/README.md"
     try:
         card = ModelCard.load(download_artifacts(uri))

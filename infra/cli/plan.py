@@ -1,7 +1,7 @@
-"""What a training will do, before it does it: steps, learning rate, memory, time, and what DVC reruns.
+"""Preview a training run: steps, learning rate, memory, time, and the stages that DVC reruns.
 
-Everything comes from params.yaml, the packed rows and the base's config.json. No weight and no torch is
-loaded, so what only they can know is assumed, and said to be.
+Everything comes from params.yaml, the packed rows and the base's config.json. Neither weights nor torch
+are loaded; what depends on them is assumed and reported as an assumption.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from tasks.sft.plan import Plan, compile_plan
 from tasks.sft.strategy import GIB
 
 CONFIG = BASE / "config.json"
-# What the plan reads, and the stage that makes it.
+# Input file -> stage that writes it.
 READS = {PACKED: "pack", CONFIG: "base"}
-# Kind of memory -> heading; a terminal has 80 columns.
+# Kind of memory -> column heading, short enough for a terminal of 80 columns.
 KINDS = {
     "overhead": "process",
     "weights": "weights",
@@ -45,27 +45,27 @@ KINDS = {
     "total": "total",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
-# A value is a number, or says in brackets why there is none.
+# nvidia-smi prints a number, or in brackets the reason why there is none.
 VALUE = r"[0-9.]{1,12}|\[[^]]+\]|N/A"
 DEVICE = re.compile(
     rf"(?P<name>.+), *(?P<memory>{VALUE}), *(?P<capability>{VALUE}), *(?P<index>\d{{1,4}}), *(?P<uuid>\S+)"
 )
 QUERY = "name,memory.total,compute_cap,index,uuid"
-# How long the driver may take to answer; it takes a second or two where no daemon keeps it loaded.
+# Timeout of nvidia-smi; it takes a second or two if no daemon keeps the driver loaded.
 DRIVER_SECONDS = 20
 REPAIR = "a GPU that is there cannot be used until its driver is repaired"
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """What can be known of this machine's devices without torch.
+    """Devices of this machine, as detected without torch.
 
     Attributes:
         device: cuda or cpu.
-        gpus: Visible GPUs.
-        memory: Bytes of the first one; None on the processor, or where it is not known.
-        has_bf16: It computes in bf16.
-        source: How that is known.
+        gpus: Number of visible GPUs.
+        memory: Memory of the first GPU, in bytes; None on the CPU, or if unknown.
+        has_bf16: Whether the device computes in bf16.
+        source: How the values were determined.
     """
 
     device: str
@@ -76,12 +76,12 @@ class Devices:
 
 
 def show(console: Console) -> None:
-    """Print the plan, and write the course of the learning rate as a picture.
+    """Print the plan, and plot the learning rate to a file.
 
     Raises:
-        ConfigError: params.yaml is wrong, DVC cannot tell what has changed, or nothing fits into the device's
-            memory.
-        DataError: The rows or the base are missing, or are not those of params.yaml, code and data.
+        ConfigError: params.yaml is invalid, DVC cannot determine what changed, or nothing fits into the
+            device's memory.
+        DataError: The rows or the base are missing, or were made from other parameters, code or data.
     """
     check(read_params())
     params = load_params(SftParams, "sft")
@@ -107,7 +107,7 @@ def show(console: Console) -> None:
 
 
 def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
-    """Read the lengths of the examples of each row, and the number of its labelled tokens."""
+    """Return the example lengths and the number of labelled tokens of each row."""
     rows = [
         (row["seq_lengths"], count_supervised(row["labels"]))
         for row in iterate_rows(path, ["seq_lengths", "labels"])
@@ -116,7 +116,7 @@ def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
 
 
 def find_devices() -> Devices:
-    """Ask the driver for its devices; without a visible one, training runs on the CPU."""
+    """Query the driver for its devices; without a visible GPU, training runs on the CPU."""
     found = ask_driver()
     return (
         Devices("cpu", 0, None, processor_has_bf16(), f"nvidia-smi {found}")
@@ -126,7 +126,7 @@ def find_devices() -> Devices:
 
 
 def ask_driver() -> Devices | str:
-    """Return the visible devices of which nvidia-smi tells, or why there is none."""
+    """Return the visible devices that nvidia-smi lists, or why there are none."""
     query = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.Popen(
@@ -145,11 +145,11 @@ def ask_driver() -> Devices | str:
         answer, _ = process.communicate(timeout=DRIVER_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-        # A hung driver may keep it from dying, so nobody waits for it.
+        # A hung driver can make the process unkillable, so do not wait for its end.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)
         return f"gives no answer within {DRIVER_SECONDS} seconds; {REPAIR}"
-    # Beside its devices it prints warnings, and then its exit code is not 0 either.
+    # nvidia-smi may print warnings in addition to the devices, and then exits with a code other than 0.
     lines = [found for line in answer.splitlines() if (found := DEVICE.fullmatch(line.strip()))]
     if lines:
         visible = visible_lines(lines, os.environ.get(VISIBLE))
@@ -159,10 +159,10 @@ def ask_driver() -> Devices | str:
 
 
 def visible_lines(lines: Sequence[re.Match[str]], visible: str | None) -> list[re.Match[str]]:
-    """Return the lines of the devices that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order.
+    """Return the lines of the devices in CUDA_VISIBLE_DEVICES, by index or UUID, in its order.
 
-    As CUDA does, it takes an abbreviated UUID, and leaves out what stands behind an unknown name. A part of a
-    device (MIG) stands for the device.
+    As in CUDA, UUIDs can be abbreviated, and everything after an unknown name is ignored. A MIG instance
+    is counted as the first device.
 
     Example:
         >>> lines = [DEVICE.fullmatch(f"NVIDIA L4, 23034, 8.9, {i}, GPU-{i}f") for i in range(3)]
@@ -182,9 +182,9 @@ def visible_lines(lines: Sequence[re.Match[str]], visible: str | None) -> list[r
 
 
 def describe(lines: Sequence[re.Match[str]]) -> Devices:
-    """Read the lines of the visible devices, of which the first stands for all.
+    """Parse the lines of the visible devices; the first one represents all.
 
-    A device need not tell its memory or its capability: one that shares the machine's memory does not.
+    Memory and compute capability are optional: a GPU that shares the machine's memory reports none.
 
     Example:
         >>> describe([DEVICE.fullmatch("NVIDIA H100 80GB HBM3, 81559, 9.0, 0, GPU-1")]).memory
@@ -210,7 +210,7 @@ def describe(lines: Sequence[re.Match[str]]) -> Devices:
 
 
 def read_number(text: str) -> float | None:
-    """Read a number above 0; None for anything else, such as [N/A] or [Not Supported]."""
+    """Parse a positive number; return None for anything else, such as [N/A] or [Not Supported]."""
     try:
         return float(text) or None
     except ValueError:
@@ -218,21 +218,21 @@ def read_number(text: str) -> float | None:
 
 
 def choose_precision(requested: str, found: Devices) -> str:
-    """Choose as `tasks.sft.machine.choose_precision` does."""
+    """Choose the precision as `tasks.sft.machine.choose_precision` does."""
     if requested != "auto":
         return requested
     return "bf16" if found.has_bf16 else "fp32"
 
 
 def as_machine(found: Devices, precision: str, params: SftParams) -> Machine:
-    """Return what the choice of a strategy needs to know of the machine; kernels are not tried here."""
+    """Return the machine description for the choice of a strategy; kernels are not tested here."""
     names = tuple(str(i) for i in range(found.gpus))
     kernel = params.attn_implementation
     return Machine(found.device, names, found.memory, precision, kernel, head=None, has_liger=False)
 
 
 def print_course(console: Console, params: SftParams, plan: Plan) -> None:
-    """Print how long the training is, and its learning rate."""
+    """Print the length of the training run and its learning rate."""
     tokens, rates = sum(plan.tokens), plan.learning_rate
     picture = state_dir() / "plan.svg"
     write_text(picture, svg(rates))
@@ -248,7 +248,7 @@ def print_course(console: Console, params: SftParams, plan: Plan) -> None:
 
 
 def print_choice(console: Console, params: SftParams, found: Devices, batch: Batch) -> None:
-    """Print what the training takes of the devices, and the strategy that is taken.
+    """Print the memory of the training run on the devices, and the chosen strategy.
 
     Raises:
         ConfigError: Nothing fits into the device's memory.
@@ -257,7 +257,7 @@ def print_choice(console: Console, params: SftParams, found: Devices, batch: Bat
     try:
         name, reason, checkpointing = fit(params, as_machine(found, precision, params), config, batch)
     except ConfigError:
-        # The table shows by how much.
+        # The table shows how much memory is missing.
         print_memory(console, estimate_all(config, params, precision, batch, found.device))
         raise
     known = params.model_copy(update={"activation_checkpointing": checkpointing})
@@ -279,7 +279,7 @@ def print_choice(console: Console, params: SftParams, found: Devices, batch: Bat
 
 
 def print_memory(console: Console, sizes: Mapping[str, Memory]) -> None:
-    """Print what each strategy takes, by kind."""
+    """Print the memory of each strategy, by kind."""
     table = Table(title="Memory of one device at its peak, in GiB", box=None)
     table.add_column("strategy")
     for heading in KINDS.values():
@@ -291,7 +291,7 @@ def print_memory(console: Console, sizes: Mapping[str, Memory]) -> None:
 
 
 def expected_time(tokens: int) -> str:
-    """Say how long the training takes at the speed of the last one."""
+    """Estimate the duration of the training run from the throughput of the last one."""
     for path in (TRAINING_RUN, scoreboard_file()):
         if path.is_file() and (speed := read_json(path).get("tokens_per_second")):
             minutes = tokens / speed / 60
@@ -300,7 +300,7 @@ def expected_time(tokens: int) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 50) -> str:
-    """Draw values as blocks, the highest full.
+    """Draw values as block characters; the highest value is a full block.
 
     Example:
         >>> sparkline([0.0, 0.5, 1.0])
@@ -313,7 +313,7 @@ def sparkline(values: Sequence[float], width: int = 50) -> str:
 
 
 def svg(values: Sequence[float], width: int = 640, height: int = 200) -> str:
-    """Draw values against their number as a line, with the highest value and the last number as labels."""
+    """Draw values over steps as a line chart, labelled with the highest value and the last step."""
     top, last = max(values) or 1.0, max(1, len(values) - 1)
     points = " ".join(
         f"{50 + i / last * (width - 70):.1f},{height - 30 - value / top * (height - 60):.1f}"
@@ -331,7 +331,7 @@ def svg(values: Sequence[float], width: int = 640, height: int = 200) -> str:
 
 
 def print_reruns(console: Console, reruns: Mapping[str, str]) -> None:
-    """Print what `dvc repro` would run, and why."""
+    """Print the stages that `dvc repro` would run, and why."""
     table = Table(title="dvc repro would run", box=None, show_header=False)
     for stage, reason in reruns.items():
         table.add_row(stage, reason)

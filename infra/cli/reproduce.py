@@ -1,4 +1,4 @@
-"""Rebuild a version of the model from what its lineage names, and compare what came out."""
+"""Rebuild a version of the model from its lineage, and compare the outputs."""
 
 import shutil
 import subprocess
@@ -22,19 +22,19 @@ from nightshift.registry.lineage import KEPT, open_lineage
 from nightshift.registry.versions import DIGEST, FORGOTTEN, find_version, open_registry
 
 BROUGHT_IN = ("data/raw", "data/benchmarks")
-# A run id and a speed are in it.
+# Contains a run id and a throughput.
 VARYING = ("data/sft/mlflow_run.json",)
 
 
 def rebuild(console: Console, version: int) -> bool:
-    """Run the graph as far as the training in a fresh workspace, and tell whether the adapter is the same.
+    """Run the pipeline up to training in a fresh workspace; return whether the adapter is bit-identical.
 
-    Nothing is restored: DVC's run cache is off, and the state of the workspace is its own. Only what the
-    snapshot brought in comes from DVC's cache, or its remote: another snapshot would bring in today's data.
+    Nothing is restored: DVC's run cache is off, and the workspace has separate state. Only the outputs
+    of the snapshot come from DVC's cache or its remote, because a new snapshot would fetch today's data.
 
     Raises:
-        GateError: There is no such version, some of its rows were forgotten, its code is not in this
-            repository, or its data has another form.
+        GateError: The version does not exist, some of its rows were forgotten, its commit is not in this
+            repository, or it was registered before the snapshot was a stage.
         StageError: A stage failed, or the data is gone.
     """
     client, name = open_registry()
@@ -58,7 +58,7 @@ def rebuild(console: Console, version: int) -> bool:
         make_workspace(folder, commit)
         for path in KEPT:
             shutil.copyfile(lineage / path.name, folder / path)
-    # A version of 0.1.0 does not tell what trained it.
+    # The lineage of a 0.1.0 version has no effective settings.
     trained = told.get("effective", {})
     pin_processes(folder / PARAMS, trained)
     fetch_data(folder)
@@ -85,14 +85,14 @@ def rebuild(console: Console, version: int) -> bool:
 
 
 def pin_processes(params: Path, trained: dict[str, Any]) -> None:
-    """Write down how many processes trained a version: `auto` may be another number on this machine."""
+    """Set the number of processes that trained the version; `auto` may give another number here."""
     if trained:
         number = {"sft.num_processes": trained["num_processes"]["effective"]}
         params.write_text(edit(params.read_text(encoding="utf-8"), number), encoding="utf-8")
 
 
 def differences(trained: dict[str, Any], folder: Path) -> list[str]:
-    """List what this machine chose otherwise than the one that trained the version."""
+    """List the effective settings that differ from those of the machine that trained the version."""
     found = read_json(folder / "data" / "sft" / "effective.json")
     return [
         f"{key} {found[key]['effective']} instead of {row['effective']}"
@@ -105,7 +105,7 @@ def make_workspace(folder: Path, commit: str) -> None:
     """Clone this repository at a commit.
 
     Raises:
-        GateError: The commit is not there.
+        GateError: The commit does not exist.
     """
     for command in (
         ["clone", "--quiet", "--no-checkout", ".", str(folder)],
@@ -119,10 +119,10 @@ def make_workspace(folder: Path, commit: str) -> None:
 
 
 def fetch_data(folder: Path) -> None:
-    """Bring the data that the workspace's dvc.lock names from DVC's cache, or its remote.
+    """Fetch the data in the workspace's dvc.lock from DVC's cache or its remote.
 
     Raises:
-        StageError: It is in neither.
+        StageError: Neither contains the data.
     """
     cache = str(Path(".dvc/cache").absolute())
     require(dvc(folder, "config", "--local", "cache.dir", cache), f"{folder} is no DVC repository")
@@ -138,7 +138,7 @@ def stages_to_rebuild(folder: Path) -> list[str]:
 
 
 def dvc(folder: Path, *arguments: str) -> int:
-    """Run DVC in a workspace whose state is its own, and return its exit code."""
+    """Run DVC in a workspace with separate state, and return its exit code."""
     environment = {
         "NIGHTSHIFT_HOME": str(folder / ".nightshift"),
         "MLFLOW_TRACKING_URI": "",
@@ -153,7 +153,7 @@ def require(code: int, problem: str) -> None:
     """Check the exit code of a command.
 
     Raises:
-        StageError: It failed.
+        StageError: The command failed.
     """
     if code:
         raise StageError(f"{problem} (exit code {code}); the reason stands above")

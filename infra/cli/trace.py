@@ -1,4 +1,4 @@
-"""Where a version came from, and which versions a row went into."""
+"""Show the lineage of a version, and the versions that were trained on a row."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def show(console: Console, version: int) -> None:
     """Print code, data, parameters, base, environment, training, verdict and promotions of a version.
 
     Raises:
-        GateError: There is no such version, or it has no lineage.
+        GateError: The version does not exist, or it has no lineage.
     """
     client, name = open_registry()
     found = find_version(client, name, version)
@@ -37,7 +37,7 @@ def show(console: Console, version: int) -> None:
 
 
 def show_row(console: Console, row: str) -> None:
-    """Print the versions that were trained on a row, named by its id or its origin (`source/shard:line`)."""
+    """Print the versions that were trained on a row, given by its id or origin (`source/shard:line`)."""
     client, name = open_registry()
     table = Table("version", "aliases", "as", "from", title=f"Trained on {row}", box=None)
     for version in registered(client, name):
@@ -49,7 +49,7 @@ def show_row(console: Console, row: str) -> None:
 
 
 def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
-    """Lay out what the version is made of."""
+    """Return a table of the version's adapter, code, base and environment."""
     base = lineage["base"]
     environment = ", ".join(f"{name} {number}" for name, number in lineage["environment"].items())
     table = Table(title=f"Version {version.version} of {version.name}", box=None, show_header=False)
@@ -67,7 +67,7 @@ def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
 
 
 def shards(lineage: dict[str, Any]) -> Table:
-    """Lay out the shards that were there, and how many examples of each trained."""
+    """Return a table of the raw shards and the number of trained examples of each."""
     table = Table("shard", "SHA-256", "examples trained", title="Data", box=None)
     for shard in lineage["shards"]:
         table.add_row(shard["shard"], shard["sha256"][:16], f"{shard['examples']:,}")
@@ -75,10 +75,10 @@ def shards(lineage: dict[str, Any]) -> Table:
 
 
 def stages(lineage: dict[str, Any]) -> Table:
-    """Lay out how many rows went in and out of each stage, and why others did not."""
+    """Return a table of the rows in and out of each stage, and why rows were dropped."""
     table = Table("stage", "in", "added", "out", "dropped", title="Rows", box=None)
     summaries = lineage["summaries"]
-    # Stages that the graph of today does not have stand last.
+    # Stages that are no longer in the pipeline come last.
     for stage in dict.fromkeys((*stage_order(), *summaries)):
         if "rows_in" in summaries.get(stage, {}):
             table.add_row(stage, *row_counts(summaries[stage]))
@@ -86,7 +86,7 @@ def stages(lineage: dict[str, Any]) -> Table:
 
 
 def checks(gate: dict[str, Any]) -> Table:
-    """Lay out what the gate said."""
+    """Return a table of the gate's checks."""
     table = Table("check", "verdict", "why", title=f"Gate: {gate['verdict']}", box=None)
     for check in gate.get("checks", ()):
         table.add_row(check["name"], check["verdict"], escape(check["said"]))
@@ -94,7 +94,7 @@ def checks(gate: dict[str, Any]) -> Table:
 
 
 def promotions(entries: Sequence[Entry]) -> Table:
-    """Lay out when the version became champion, and why."""
+    """Return a table of when and why the version became champion."""
     table = Table("when", "what", "why", "by", title="Champion", box=None)
     for entry in entries:
         table.add_row(entry.moment, entry.action, escape(entry.reason), entry.by)

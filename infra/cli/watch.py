@@ -1,4 +1,4 @@
-"""Run a deployment from the terminal: start it, or join the run under way, and show its training steps."""
+"""Run a deployment from the terminal: start it or join the active run, and show its training steps."""
 
 import os
 import subprocess
@@ -19,17 +19,17 @@ ACTIVE = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")
 
 
 def run_deployment(deployment: str, overrides: str, stack: "Stack") -> None:
-    """Start a run of the deployment, or join the one under way, and follow it to its end.
+    """Start a run of the deployment, or join the active run, and follow it to its end.
 
-    A Prefect server that goes away meanwhile does not end the run: it is joined again when it is back.
+    An outage of the Prefect server does not end the run: it is joined again when the server is back.
 
     Args:
-        deployment: `flow/deployment`.
-        overrides: JSON for the flow's parameter `overrides`, or empty.
-        stack: The local stack.
+        deployment: Name of the deployment, `flow/deployment`.
+        overrides: JSON for the flow parameter `overrides`, or an empty string.
+        stack: Local stack.
 
     Raises:
-        StageError: The run did not start or complete, or another is under way and cannot take overrides.
+        StageError: The run did not start or complete, or a run is active and cannot take overrides.
     """
     active = find_active(stack, deployment)
     if active and overrides:
@@ -60,13 +60,13 @@ def run_deployment(deployment: str, overrides: str, stack: "Stack") -> None:
 
 
 def prefect(stack: "Stack", *arguments: str) -> bool:
-    """Run a command of Prefect's own in this terminal, and return whether it succeeded."""
+    """Run a `prefect` command in this terminal, and return whether it succeeded."""
     command = [str(Path(sys.executable).with_name("prefect")), *arguments]
     return not subprocess.run(command, env={**os.environ, **environment(stack)}, check=False).returncode
 
 
 def await_runs(stack: "Stack", deployment: str) -> list[dict[str, Any]]:
-    """Return the runs of the deployment, the newest first; wait for a server that is away."""
+    """Return the runs of the deployment, newest first; wait while the server is unreachable."""
     is_told = False
     while True:
         try:
@@ -81,13 +81,13 @@ def await_runs(stack: "Stack", deployment: str) -> list[dict[str, Any]]:
 
 
 def describe_failure(stack: "Stack", run: dict[str, Any]) -> str:
-    """Say why a run did not complete, and where its log is."""
+    """Describe why a run did not complete, and where its log is."""
     page = f"{stack.prefect_ui}/runs/flow-run/{run['id']}"
     return f"run {run['name']} {run['state_name']}: {run['state']['message']}; its log is at {page}"
 
 
 def show_steps(stack: "Stack", ended: threading.Event) -> None:
-    """Print the newest training step whenever it changes, until the run has ended."""
+    """Print the latest training step whenever it changes, until the run has ended."""
     latest = None
     while not ended.wait(POLL_SECONDS):
         try:
@@ -101,16 +101,16 @@ def show_steps(stack: "Stack", ended: threading.Event) -> None:
 
 
 def read_progress(stack: "Stack") -> str:
-    """Return the text of the newest progress artefact, or nothing."""
+    """Return the text of the latest progress artifact, or an empty string."""
     body = {"artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_DESC", "limit": 1}
     found = stack.prefect("POST", "/artifacts/filter", body)
     return str(found[0]["description"]) if found else ""
 
 
 def find_active(stack: "Stack", deployment: str) -> dict[str, Any] | None:
-    """Return the oldest run of the deployment that has begun or waits to, or None.
+    """Return the oldest running or waiting run of the deployment, or None.
 
-    A run that the schedule has planned for a later night does not count.
+    A run that is scheduled for a later night does not count.
     """
     active = {"state": {"type": {"any_": list(ACTIVE)}}}
     runs = list_runs(stack, deployment, sort="EXPECTED_START_TIME_ASC", flow_runs=active)

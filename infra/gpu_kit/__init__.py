@@ -1,1 +1,1 @@
-"""What a bare GPU machine needs to run the tests and measurements of the training."""
+"""Kit for running the training tests and benchmarks on a bare GPU machine."""

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Make an environment of the machine's own Python and torch, with the wheels of the kit in front of its packages.
+# Create an environment from the machine's own Python and torch; the kit's wheels override its packages.
 set -euo pipefail
 KIT=${1:?the folder that fill.sh filled}
 ENVIRONMENT=${2:?where the environment goes}
 python3 -m venv --without-pip "$ENVIRONMENT"
 SITE=$("$ENVIRONMENT/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-# A path file, since ranks and subprocesses lose a PYTHONPATH more easily.
+# A .pth file, because ranks and subprocesses lose PYTHONPATH more easily.
 python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$SITE/machine.pth"
 python3 -m pip --python "$ENVIRONMENT/bin/python" install --quiet --no-index --no-deps --no-compile --no-cache-dir "$KIT"/*.whl
 "$ENVIRONMENT/bin/python" -c '

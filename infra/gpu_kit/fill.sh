@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fill a folder with what a bare GPU machine (Linux, Python 3.12, torch, no network) lacks for `make test-gpu` and
-# `make bench-gpu`: about 25 MiB of wheels, in the versions of constraints.txt. Needs `.venv`, for DeepSpeed's wheel.
+# Download what a bare GPU machine (Linux, Python 3.12, torch, no network) lacks for `make test-gpu` and
+# `make bench-gpu`: about 25 MiB of wheels, pinned by constraints.txt. DeepSpeed's wheel needs `.venv`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 KIT=${1:-.kit}
@@ -9,7 +9,7 @@ RAW=$(mktemp -d)
 trap 'rm -rf "$RAW"' EXIT
 rm -rf "$KIT" && mkdir -p "$KIT"
 
-get() {  # FOLDER REQUIREMENT...: their wheels for that machine
+get() {  # FOLDER REQUIREMENT...: download wheels for that machine
   local platforms=()
   for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
     platforms+=(--platform "${tag}_x86_64")
@@ -20,7 +20,7 @@ get() {  # FOLDER REQUIREMENT...: their wheels for that machine
 
 get "$KIT" transformers trl peft datasets dill multiprocess hjson pydantic pydantic_core annotated-types \
   liger-kernel==0.8.5 schedulefree
-# Of these two, what that machine cannot load is nine tenths: other CUDA versions, and xFormers' own flash attention.
+# That machine cannot load nine tenths of these two: other CUDA versions, xFormers' own flash attention.
 get "$RAW" bitsandbytes xformers
 .venv/bin/python -m infra.gpu_kit.slim "$RAW"/bitsandbytes-*.whl "$KIT" 'libbitsandbytes_(cuda1[12]|cuda132|rocm|xpu)'
 .venv/bin/python -m infra.gpu_kit.slim "$RAW"/xformers-*.whl "$KIT" 'xformers/_C\.so'

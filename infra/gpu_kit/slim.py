@@ -9,7 +9,7 @@ from nightshift.core.stage import run_main
 
 
 def main(wheel: Path, folder: Path, pattern: str) -> None:
-    """Write the wheel to a folder, without the files whose path the pattern finds, and their records."""
+    """Write the wheel to a folder without the files that match the pattern, and their RECORD entries."""
     unwanted = re.compile(pattern)
     with (
         zipfile.ZipFile(wheel) as old,

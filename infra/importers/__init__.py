@@ -1,1 +1,1 @@
-"""Configurations of other tools, read as params.yaml."""
+"""Importers that convert config files of other tools to params.yaml."""

@@ -1,1 +1,1 @@
-"""The local stack: Prefect, MLflow and a worker as processes of this machine."""
+"""The local stack: Prefect, MLflow and a worker as processes on this machine."""

@@ -1,10 +1,10 @@
-"""Run a module of Prefect so that it outlasts an outage of the server.
+"""Run a Prefect module so that it survives outages of the server.
 
 `python -m infra.local.outlast MODULE ...`
 
-Prefect's clients give up a request after a minute, and at once if they never reached the server before. For
-the engine of a flow run and for the worker above it that is the end, whatever hours of work they have done.
-Here a request asks again until the server is back; SIGTERM still ends the process.
+Prefect's clients give up on a request after a minute, or immediately if they never reached the server.
+This ends the engine of a flow run and its worker, even after hours of work. Here requests are retried
+until the server is back; SIGTERM still ends the process.
 """
 
 import argparse
@@ -23,7 +23,7 @@ log = logging.getLogger("prefect.outlast")
 
 
 def main() -> None:
-    """Run the module that the first argument names, with the others as its own."""
+    """Run the module given as the first argument, with the remaining arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.local.outlast",
         description=__doc__,
@@ -35,12 +35,12 @@ def main() -> None:
     told = parser.parse_args()
     outlast_outages()
     sys.argv = [told.module, *told.arguments]
-    # Nothing of `tasks` is imported here: a flow run imports its own checkout's.
+    # Do not import `tasks` here: a flow run imports it from its own checkout.
     runpy.run_module(told.module, run_name="__main__", alter_sys=True)
 
 
 def outlast_outages() -> None:
-    """Let every Prefect client of this process ask again for as long as its server is away."""
+    """Make every Prefect client of this process retry while its server is unreachable."""
     ask, ask_async = PrefectHttpxSyncClient.send, PrefectHttpxAsyncClient.send
     outage = Outage()
 
@@ -66,24 +66,24 @@ def outlast_outages() -> None:
                 outage.end()
                 return answer
 
-    setattr(PrefectHttpxSyncClient, "send", send)  # noqa: B010 - replacing a method is the point
-    setattr(PrefectHttpxAsyncClient, "send", send_async)  # noqa: B010 - replacing a method is the point
+    setattr(PrefectHttpxSyncClient, "send", send)  # noqa: B010 - replaces a method on purpose
+    setattr(PrefectHttpxAsyncClient, "send", send_async)  # noqa: B010 - replaces a method on purpose
 
 
 class Outage:
-    """Says once that the server went away, and once that it is back."""
+    """Log once when the server becomes unreachable, and once when it is back."""
 
     def __init__(self) -> None:
         self.is_on = False
 
     def begin(self, err: httpx.TransportError) -> None:
-        """Take note of a request that failed."""
+        """Record a failed request."""
         if not self.is_on:
             self.is_on = True
             log.warning("the Prefect server is away (%s: %s); waiting for it", type(err).__name__, err)
 
     def end(self) -> None:
-        """Take note of an answer."""
+        """Record a response."""
         if self.is_on:
             self.is_on = False
             log.info("the Prefect server is back")

@@ -1,4 +1,4 @@
-"""Ask a Prefect server over HTTP. Prefect's own client takes seconds to import."""
+"""Call a Prefect server over HTTP, since Prefect's own client takes seconds to import."""
 
 import base64
 import http
@@ -15,25 +15,25 @@ from typing import Any
 from nightshift.core.errors import StageError
 from nightshift.core.state import state_dir
 
-# Behind an outage a busy machine's server takes its time.
+# After an outage, the server of a busy machine responds slowly.
 BUSY_SECONDS = 120
 CLIENT = str(uuid.uuid4())
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past the user's proxy
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasses the user's proxy
 log = logging.getLogger(__name__)
 
 
 def call(url: str, auth_string: str, method: str, path: str, body: object = None) -> Any:
-    """Call Prefect's API and return the JSON of its answer, if it is JSON.
+    """Call Prefect's API and return its decoded JSON response, or None if the response is not JSON.
 
     Args:
-        url: Of the API.
-        auth_string: `user:password`.
-        method: Of HTTP. All but GET take a token that the server hands to this process.
-        path: Below the URL.
-        body: Sent as JSON.
+        url: URL of the API.
+        auth_string: Credentials, `user:password`.
+        method: HTTP method; all except GET need a CSRF token, which the server issues to this process.
+        path: Path below the URL.
+        body: Request body, sent as JSON.
 
     Raises:
-        StageError: The server does not answer, or refuses.
+        StageError: The server does not respond, or rejects the request.
     """
     headers = {"Authorization": f"Basic {base64.b64encode(auth_string.encode()).decode()}"}
     if method == "GET":
@@ -51,17 +51,17 @@ def request(
     headers: Mapping[str, str] | None = None,
     timeout: float = 30.0,
 ) -> Any:
-    """Send a request and return the JSON of the answer, if it is JSON.
+    """Send a request and return its decoded JSON response, or None if the response is not JSON.
 
     Args:
-        method: Of HTTP.
-        url: Address.
-        body: Sent as JSON.
-        headers: More of them.
-        timeout: Seconds in which the server has to answer.
+        method: HTTP method.
+        url: URL of the request.
+        body: Request body, sent as JSON.
+        headers: Additional headers.
+        timeout: Timeout of the response, in seconds.
 
     Raises:
-        StageError: The server does not answer, or refuses.
+        StageError: The server does not respond, or rejects the request.
     """
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", **(headers or {})}
@@ -73,7 +73,7 @@ def request(
                 text = answer.read()
                 return json.loads(text) if "json" in answer.headers.get_content_type() else None
         except (OSError, http.client.HTTPException) as err:
-            # Prefect answers 503 to what a client should ask again: its database was locked.
+            # Prefect returns 503 if the client should retry: its database was locked.
             is_busy = (
                 isinstance(err, urllib.error.HTTPError) and err.code == http.HTTPStatus.SERVICE_UNAVAILABLE
             )

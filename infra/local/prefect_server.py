@@ -1,7 +1,7 @@
-"""The Prefect server of the local stack: Prefect's own, closed to whatever is not addressed to it.
+"""Run the Prefect server of the local stack behind a check of Host and Origin.
 
-Prefect checks neither the Host nor the Origin of a request, so that any web page in a browser on this machine
-could speak to it. Here a request must name a loopback host, and a page must be one of the server's own.
+Prefect checks neither header, so any web page in a browser on this machine could call its API. Here a
+request must have a loopback host, and its origin, if any, must be the server itself.
 """
 
 import re
@@ -19,7 +19,7 @@ REFUSED = b"Only this machine may ask, and only Prefect's own pages."
 
 
 def main() -> None:
-    """Serve the API, the pages and the services of Prefect until SIGTERM."""
+    """Serve Prefect's API, UI and background services until SIGTERM."""
     parser = build_parser(sys.modules[__name__])
     parser.add_argument("--port", type=int, required=True)
     port = parser.parse_args().port
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def closed(app: Any) -> Any:
-    """Return the ASGI application behind a check of Host and Origin, for HTTP and websockets."""
+    """Wrap an ASGI application in a check of Host and Origin, for HTTP and WebSocket."""
 
     async def check(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] in ("http", "websocket") and not is_own(scope["headers"]):
@@ -39,7 +39,7 @@ def closed(app: Any) -> Any:
 
 
 def is_own(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Return whether a request names a loopback host, and comes from no page but this host's own.
+    """Return whether a request has a loopback host and no foreign origin.
 
     Example:
         >>> is_own([(b"host", b"127.0.0.1:4200")])
@@ -58,7 +58,7 @@ def is_own(headers: list[tuple[bytes, bytes]]) -> bool:
 
 
 async def refuse(kind: str, send: Any) -> None:
-    """Answer 403, or close a websocket before it opens."""
+    """Respond with 403, or close a WebSocket before it opens."""
     if kind == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return

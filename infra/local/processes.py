@@ -1,4 +1,4 @@
-"""Processes that outlive the command which started them: recorded, and ended."""
+"""Record and end processes that outlive the command that started them."""
 
 import contextlib
 import fcntl
@@ -17,13 +17,13 @@ from nightshift.pipeline.leases import is_alive
 
 HOST = "127.0.0.1"
 TERM_SECONDS, KILL_SECONDS = 10, 30
-Record = dict[str, Any]  # a service in stack.json: its identity, port (0 for the worker)
+Record = dict[str, Any]  # service in stack.json: process identity and port (0 for the worker)
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def locked(home: Path) -> Iterator[Path]:
-    """Hold the lock of the state folder: one `up` or `down` at a time."""
+    """Hold the lock of the state folder, so that only one `up` or `down` runs at a time."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / "stack.lock").open("w") as lock:
         try:
@@ -35,7 +35,7 @@ def locked(home: Path) -> Iterator[Path]:
 
 
 def read_records(home: Path) -> dict[str, Record]:
-    """Read stack.json: service -> record; empty when nothing was started yet.
+    """Read stack.json: service -> record; empty if nothing was started yet.
 
     Raises:
         StageError: An earlier version of Nightshift wrote it, and one of its processes may still run.
@@ -52,14 +52,14 @@ def read_records(home: Path) -> dict[str, Record]:
 
 
 def write_records(home: Path, records: dict[str, Record]) -> None:
-    """Write stack.json, all of it or nothing."""
+    """Write stack.json atomically."""
     fresh = home / "stack.json.new"
     fresh.write_text(json.dumps(records, indent=2))
     fresh.replace(home / "stack.json")
 
 
 def port_holder(port: int) -> str | None:
-    """Say why a port cannot be had: by whom it is held, if that can be seen; None when it can."""
+    """Return the process that holds a port, or else why it is unavailable; None if the port is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -68,7 +68,7 @@ def port_holder(port: int) -> str | None:
             reason = str(err.strerror)
         else:
             return None
-    with contextlib.suppress(psutil.Error):  # some systems show the sockets to root only
+    with contextlib.suppress(psutil.Error):  # some systems show sockets only to root
         for found in psutil.net_connections("tcp"):
             listens = found.status == psutil.CONN_LISTEN and found.laddr[1:2] == (port,)
             if listens and found.pid:
@@ -77,7 +77,7 @@ def port_holder(port: int) -> str | None:
 
 
 def end(processes: list[psutil.Process]) -> None:
-    """End processes: TERM, time for them to end their children, TERM to those, at last KILL."""
+    """End processes: SIGTERM, time to end their children, SIGTERM to the children, finally SIGKILL."""
     below: set[psutil.Process] = set()
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""What the local stack sets up in its Prefect server, and what becomes of flow runs when parts of it end."""
+"""Configure the local Prefect server, and settle flow runs when parts of the stack end."""
 
 import contextlib
 import datetime
@@ -21,15 +21,15 @@ POOL = "nightshift"
 CANCEL_SECONDS = 45
 ACTIVE = ("PENDING", "RUNNING", "CANCELLING")
 AUTOMATION = "look-after-silent-runs"
-FORMER_AUTOMATION = "crash-zombie-flows"  # it crashed runs by their heartbeats alone
+FORMER_AUTOMATION = "crash-zombie-flows"  # marked runs as crashed based on heartbeats alone
 JANITOR = ("janitor", "local")  # flow and deployment
 log = logging.getLogger(__name__)
 
 
 def create_pool(stack: "Stack") -> None:
-    """Create the work pool, or renew its template: no job takes a command, a folder or an environment.
+    """Create the work pool, or update its template: jobs cannot set a command, folder or environment.
 
-    Whoever may start a run could otherwise have the worker execute anything.
+    Otherwise every user who may start a run could make the worker execute arbitrary commands.
     """
     command = [sys.executable, "-P", "-m", "infra.local.outlast", "prefect.engine"]
     template = {
@@ -52,16 +52,16 @@ def create_pool(stack: "Stack") -> None:
 
 
 def limit_queues(stack: "Stack") -> None:
-    """Let each queue run one at a time, whichever deployment the run comes from."""
+    """Limit each queue to one run at a time, across all deployments."""
     queues = f"/work_pools/{POOL}/queues"
     for queue in stack.prefect("POST", f"{queues}/filter", {}):
         stack.prefect("PATCH", f"{queues}/{queue['name']}", {"concurrency_limit": 1})
 
 
 def create_automation(stack: "Stack") -> None:
-    """Let the janitor look after every run, but its own, that misses three heartbeats.
+    """Start the janitor when a run, other than a janitor run, misses three heartbeats.
 
-    Created once: the user may switch it off, and an update would disarm it.
+    The automation is created once: the user may disable it, and an update would disarm it.
     """
     flow, name = JANITOR
     body = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [name]}}}
@@ -69,7 +69,7 @@ def create_automation(stack: "Stack") -> None:
     if not deployments:
         return
     action = {"type": "run-deployment", "source": "selected", "deployment_id": deployments[0]["id"]}
-    # The heartbeat of a short run can arrive behind its end. A janitor's would wake the next one, for ever.
+    # A short run's heartbeat can arrive after its end. A janitor's would start the next one, endlessly.
     others = {"prefect.resource.role": "flow", "prefect.resource.name": f"!{flow}"}
     is_enabled = True
     known = {"automations": {"name": {"any_": [AUTOMATION, FORMER_AUTOMATION]}}}
@@ -107,14 +107,14 @@ def create_automation(stack: "Stack") -> None:
 
 
 def active_runs(stack: "Stack") -> list[dict[str, Any]]:
-    """List the pool's flow runs that hold a process and a place in their queue."""
+    """List the pool's flow runs that hold a process and a slot of their queue."""
     active = {"state": {"type": {"any_": ACTIVE}}}
     body = {"work_pools": {"name": {"any_": [POOL]}}, "flow_runs": active}
     return list(stack.prefect("POST", "/flow_runs/filter", body))
 
 
 def run_processes(home: Path) -> list[tuple[str, psutil.Process]]:
-    """List (flow run, process) of this stack, found by what they inherit, orphans included."""
+    """List (flow run id, process) of this stack, found by environment variables, including orphans."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -131,9 +131,9 @@ def end_run_processes(home: Path) -> None:
 
 
 def recover_runs(stack: "Stack") -> None:
-    """Settle the active runs when their worker is gone: what lives is left alone.
+    """Settle the active runs after their worker is gone; live runs are left alone.
 
-    A run whose process is dead has crashed; one that never got a process waits for the next worker.
+    A run whose process is dead is marked as crashed; a run without a process is rescheduled.
     """
     begun = {run for run, _ in run_processes(stack.state_dir)}
     for run in active_runs(stack):
@@ -148,7 +148,7 @@ def recover_runs(stack: "Stack") -> None:
 
 
 def set_state(stack: "Stack", run: dict[str, Any], name: str, message: str) -> None:
-    """Set the state of a run whatever Prefect's rules say, but let it decide what Cancelling leads to."""
+    """Force the state of a run past Prefect's orchestration rules; Cancelling stays subject to them."""
     state: dict[str, Any] = {"type": name.upper(), "name": name, "message": message}
     if name == "Scheduled":
         now = datetime.datetime.now(datetime.UTC).isoformat()
@@ -159,7 +159,7 @@ def set_state(stack: "Stack", run: dict[str, Any], name: str, message: str) -> N
 
 
 def cancel(stack: "Stack", worker: psutil.Process | None) -> None:
-    """Let the worker cancel its runs, and end it; paused, it starts no queued run meanwhile."""
+    """Let the worker cancel its runs, then end it; the pool is paused so that no queued run starts."""
     pool = f"/work_pools/{POOL}"
     if worker:
         was_paused = stack.prefect("GET", pool)["is_paused"]
@@ -176,7 +176,7 @@ def cancel(stack: "Stack", worker: psutil.Process | None) -> None:
     left = active_runs(stack)
     end_run_processes(stack.state_dir)
     for run in left:
-        # A process that is ended reports a crash by itself, but not the reason for it.
+        # A terminated process reports a crash itself, but without the reason.
         now = stack.prefect("GET", f"/flow_runs/{run['id']}")["state"]["type"]
         if now in (*ACTIVE, "CRASHED"):
             set_state(stack, run, "Crashed", "the stack went down")

@@ -1,9 +1,9 @@
-"""The errors in the logs of the local services that docs/operations.md does not explain."""
+"""Find the errors in the logs of the local services that docs/operations.md does not explain."""
 
 import re
 from pathlib import Path
 
-# How a message begins, and its level: of Prefect, uvicorn and MLflow.
+# Start of a message with its level, in the formats of Prefect, uvicorn and MLflow.
 MESSAGE = re.compile(r"(?:[\d:.]{12} \| |\d{4}/\d{2}/\d{2} [\d:]{8} )?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 TRACEBACK = "Traceback (most recent call last)"
 # Each is explained in docs/operations.md, under "What the logs may say".
@@ -16,13 +16,13 @@ EXPLAINED = (
 
 
 def unexplained(log: Path) -> list[str]:
-    """List the errors in a service's log that are not explained; none if there is no log.
+    """List the unexplained errors in a service's log; empty if there is no log.
 
     Args:
-        log: Output of a service since its last start.
+        log: Log file of a service since its last start.
 
     Returns:
-        The first line of each error, and of a traceback the line that names the exception.
+        First line of each error; a traceback adds the line with the exception.
     """
     if not log.is_file():
         return []
@@ -33,7 +33,7 @@ def unexplained(log: Path) -> list[str]:
 def find_errors(lines: list[str]) -> list[str]:
     r"""Find the errors in the lines of a log: messages above WARNING, and tracebacks.
 
-    A traceback, and those that follow it, belong to the message above, whatever its level.
+    A traceback, and the tracebacks that follow it, belong to the message before, whatever its level.
 
     Example:
         >>> find_errors(["12:00:01.000 | INFO    | x - up", "12:00:02.000 | ERROR   | x - down"])

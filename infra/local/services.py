@@ -1,4 +1,4 @@
-"""The three services as detached processes: how each is started, and when it is healthy."""
+"""Start the three services as detached processes, and check their health."""
 
 import contextlib
 import datetime
@@ -16,13 +16,13 @@ from infra.local.settings import Stack, server_environment, service_environment
 from nightshift.core.errors import StageError
 from nightshift.pipeline.leases import find_process, identify
 
-SERVICES = ("worker", "mlflow", "prefect")  # in the order of their end
+SERVICES = ("worker", "mlflow", "prefect")  # in shutdown order
 START_SECONDS = 180
 log = logging.getLogger(__name__)
 
 
 def start(service: str, stack: Stack) -> None:
-    """Start a service as a detached process and record it, unless it runs."""
+    """Start a service as a detached process and record it, unless it is already running."""
     records = processes.read_records(stack.state_dir)
     if find_process(records.get(service)):
         return
@@ -41,7 +41,7 @@ def start(service: str, stack: Stack) -> None:
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
         setsid=True,
-        # `make run &` ignores SIGINT; a worker that inherits this does not end by SIGTERM either.
+        # `make run &` ignores SIGINT; a worker that inherits this does not end on SIGTERM either.
         setsigdef=[signal.SIGINT],
     )
     records[service] = {**identify(pid), "port": port_of(service, stack)}
@@ -49,7 +49,7 @@ def start(service: str, stack: Stack) -> None:
 
 
 def wait_until_healthy(service: str, stack: Stack) -> None:
-    """Wait until a service is healthy."""
+    """Wait up to START_SECONDS until a service is healthy."""
     record, output = processes.read_records(stack.state_dir)[service], stack.log_file(service)
     deadline = time.monotonic() + START_SECONDS
     while True:
@@ -64,7 +64,7 @@ def wait_until_healthy(service: str, stack: Stack) -> None:
 
 
 def is_healthy(service: str, stack: Stack) -> bool:
-    """Return whether a service answers."""
+    """Return whether a service responds, or for the worker whether it is online."""
     with contextlib.suppress(StageError, OSError):
         if service == "mlflow":
             prefect_api.request("GET", f"{stack.mlflow_url}/health")
@@ -77,7 +77,7 @@ def is_healthy(service: str, stack: Stack) -> bool:
 
 
 def is_online(stack: Stack) -> bool:
-    """Return whether the worker that runs now is online; for 90 s Prefect says so of a killed one too."""
+    """Return whether the current worker is online; Prefect reports a killed one as online for 90 s."""
     process = find_process(processes.read_records(stack.state_dir).get("worker"))
     if process is None:
         return False
@@ -89,7 +89,7 @@ def is_online(stack: Stack) -> bool:
 
 
 def url_of(service: str, stack: Stack) -> str:
-    """Return the address of a service's pages; the worker has none but Prefect's."""
+    """Return the URL of a service's UI; the worker shares Prefect's."""
     return stack.mlflow_url if service == "mlflow" else stack.prefect_ui
 
 
@@ -99,7 +99,7 @@ def port_of(service: str, stack: Stack) -> int:
 
 
 def _command(service: str, stack: Stack) -> list[str]:
-    """Return the module that runs a service in the foreground, and its arguments."""
+    """Return the module and the arguments that run a service in the foreground."""
     port = ["--port", str(port_of(service, stack))]
     return {
         "prefect": ["infra.local.prefect_server", *port],
@@ -115,12 +115,12 @@ def _command(service: str, stack: Stack) -> list[str]:
 
 
 def _python(*arguments: str) -> list[str]:
-    """Name a module to this interpreter; -P keeps the current folder off its import path."""
+    """Return the command that runs a module; -P keeps the current folder off the import path."""
     return [sys.executable, "-P", "-m", *arguments]
 
 
 def call(stack: Stack, *arguments: str) -> None:
-    """Run a command to its end."""
+    """Run a module to completion, and require that it succeeds."""
     done = subprocess.run(
         _python(*arguments),
         env=service_environment(stack) | {"COLUMNS": "200"},
@@ -140,11 +140,11 @@ def _tail(text: str) -> str:
 
 
 def create_mlflow_database(stack: Stack) -> None:
-    """Create the tables under another name: a half-made database is never taken for a whole."""
+    """Create the tables under a temporary name, so that an incomplete database is never used."""
     database = stack.state_dir / "mlflow.db"
     if not database.exists():
         fresh = database.with_suffix(".new")
         fresh.unlink(missing_ok=True)
         call(stack, "mlflow", "db", "upgrade", f"sqlite:///{fresh}")
-        if not database.exists():  # a stage run by hand may have been faster
+        if not database.exists():  # a manually run stage may have created it first
             fresh.replace(database)

@@ -1,4 +1,4 @@
-"""Where the local stack lives and listens, and the settings that lead a process to it."""
+"""Paths and ports of the local stack, and the settings that connect a process to it."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from typing import Any
 from infra.local import prefect_api
 from infra.local.processes import HOST
 
-HEARTBEAT_SECONDS = 30  # Prefect's minimum; the automation looks after a run that misses three
+HEARTBEAT_SECONDS = 30  # Prefect's minimum; the automation acts on a run that misses three
 MARK = "# Written by `nightshift up`, removed by `nightshift down`; do not edit.\n"
-# Variables of the user's shell that would lead a service to another database, profile or run.
+# Variables of the user's shell that would connect a service to another database, profile or run.
 FOREIGN = (
     *("PREFECT__", "PREFECT_API_", "PREFECT_PROFILE", "PREFECT_SERVER_", "MLFLOW_BACKEND_"),
     *("MLFLOW_DEFAULT_", "MLFLOW_REGISTRY_", "MLFLOW_RUN_ID", "MLFLOW_SERVER_"),
@@ -21,7 +21,7 @@ FOREIGN = (
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Where the local stack lives and listens."""
+    """State folder and ports of the local stack."""
 
     state_dir: Path
     prefect_port: int
@@ -29,27 +29,27 @@ class Stack:
 
     @property
     def prefect_ui(self) -> str:
-        """Address of Prefect's pages."""
+        """URL of the Prefect UI."""
         return f"http://{HOST}:{self.prefect_port}"
 
     @property
     def prefect_url(self) -> str:
-        """Address of Prefect's API."""
+        """URL of the Prefect API."""
         return f"{self.prefect_ui}/api"
 
     @property
     def mlflow_url(self) -> str:
-        """Address of MLflow: pages, API and artifacts."""
+        """URL of MLflow: UI, API and artifacts."""
         return f"http://{HOST}:{self.mlflow_port}"
 
     @property
     def auth_file(self) -> Path:
-        """File with the `user:password` that Prefect's API asks for."""
+        """File with the `user:password` of Prefect's API."""
         return self.state_dir / "prefect-auth"
 
     @property
     def auth_string(self) -> str:
-        """What `auth_file` holds; empty before the first `up`."""
+        """Content of `auth_file`; empty before the first `up`."""
         return self.auth_file.read_text() if self.auth_file.is_file() else ""
 
     def prefect(self, method: str, path: str, body: object = None) -> Any:
@@ -57,21 +57,21 @@ class Stack:
         return prefect_api.call(self.prefect_url, self.auth_string, method, path, body)
 
     def log_file(self, service: str) -> Path:
-        """File with a service's output since its last start; `.log.1` holds the start before."""
+        """Return the file with a service's output since its last start; `.log.1` is the start before."""
         return self.state_dir / "logs" / f"{service}.log"
 
 
 def environment(stack: Stack) -> dict[str, str]:
-    """Return the variables, to lay over `os.environ`, that lead a process to the stack.
+    """Return the variables that connect a process to the stack, for merging into `os.environ`.
 
-    The user's values of the quiet switches win. The addresses, the heartbeat (the
-    automation counts on it) and the ban on pickles are the stack's.
+    The user's values take precedence for the variables in `switches`. The addresses, the heartbeat (the
+    automation depends on it) and the ban on pickles are fixed.
     """
     switches = {
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # only MLflow's own judges need it
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # only MLflow's built-in judges need it
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,nightshift,tasks",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -96,28 +96,28 @@ def environment(stack: Stack) -> dict[str, str]:
 
 
 def server_environment(stack: Stack) -> dict[str, str]:
-    """Return what closes the Prefect server, beside `environment`."""
+    """Return the variables that secure the Prefect server, in addition to `environment`."""
     return {
         "PREFECT_SERVER_API_AUTH_STRING": stack.auth_string,
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": stack.prefect_ui,
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_API_HOST": HOST,
         "PREFECT_SERVER_API_PORT": str(stack.prefect_port),
-        # In memory, the default, a restart would lose the leases of whatever limit a user sets.
+        # In memory, the default, a restart would lose the leases of the user's concurrency limits.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
 
 
 def service_environment(stack: Stack) -> dict[str, str]:
-    """Return the environment of a service: the user's, without what would lead it elsewhere."""
+    """Return the environment of a service: the user's without the FOREIGN variables, and the stack's."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     return kept | environment(stack)
 
 
 def prefect_toml(stack: Stack) -> str:
-    """Render the settings that lead a plain `prefect` command of this folder to the stack.
+    """Render the settings that connect a plain `prefect` command in this folder to the stack.
 
-    The heartbeat is there for flows run by hand: the automation would crash a slower one.
+    The heartbeat is set for manually started flows: a slower one would trigger the automation.
     """
     home = stack.state_dir / "prefect"
     return f"""{MARK}home = {json.dumps(str(home), ensure_ascii=False)}

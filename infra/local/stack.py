@@ -1,8 +1,8 @@
-"""The local stack: a Prefect server, an MLflow server and one Prefect worker.
+"""Manage the local stack: a Prefect server, an MLflow server and one Prefect worker.
 
-`up` reads `prefect.yaml` of the current directory, writes `prefect.toml` beside it, and keeps all
-else in the state folder. The three are detached processes that outlive the command. Importing
-Prefect or MLflow costs seconds: their own command lines and HTTP APIs are used instead.
+`up` reads `prefect.yaml` in the current directory, writes `prefect.toml` next to it, and keeps all other
+files in the state folder. The three services are detached processes that outlive the command. Importing
+Prefect or MLflow takes seconds, so their command lines and HTTP APIs are used instead.
 """
 
 import logging
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def up() -> Stack:
-    """Start what does not run, deploy `prefect.yaml`, and return the stack.
+    """Start the services that are not running, deploy `prefect.yaml`, and return the stack.
 
     Raises:
-        ConfigError: No `prefect.yaml`, a `prefect.toml` of the user's own, or a taken named port.
+        ConfigError: `prefect.yaml` is missing, `prefect.toml` is the user's, or a set port is taken.
         StageError: A service or the deployment failed; the message ends with its last lines.
     """
     if not Path("prefect.yaml").is_file():
@@ -65,7 +65,7 @@ def up() -> Stack:
 
 
 def down() -> list[str]:
-    """End the active runs, the worker and the servers; return the names of what was ended."""
+    """End the active runs, the worker and the servers; return the names of the ended services."""
     if not state_dir().is_dir():
         log.info("nothing was running")
         return []
@@ -88,7 +88,7 @@ def down() -> list[str]:
 
 
 def problems() -> dict[str, list[str]]:
-    """Return service -> the errors in its log that docs/operations.md does not explain."""
+    """Return service -> errors in its log that docs/operations.md does not explain."""
     return {name: found for name in SERVICES if (found := unexplained(find_log(name)))}
 
 
@@ -98,7 +98,7 @@ def find_log(service: str) -> Path:
 
 
 def status() -> list[tuple[str, int | None, str, bool]]:
-    """List (service, pid, url, is healthy) of each service; of an ended one no pid and no url."""
+    """List (service, pid, URL, is healthy) of each service; a stopped service has no pid and no URL."""
     stack, records = read_stack(state_dir()), processes.read_records(state_dir())
     rows: list[tuple[str, int | None, str, bool]] = []
     for service in reversed(SERVICES):
@@ -115,12 +115,12 @@ def _is_own(path: Path) -> bool:
 
 
 def read_stack(home: Path) -> Stack:
-    """Return the stack of a state folder, with the ports that its servers had last; 0 before the first."""
+    """Return the stack of a state folder with the last ports of its servers; 0 before the first."""
     return Stack(home, *(int(processes.read_records(home).get(name, {}).get("port", 0)) for name in PORTS))
 
 
 def _choose_port(service: str, record: processes.Record | None) -> int:
-    """Return the port where the service runs, else where it ran, else the named or default one."""
+    """Return the port of a running service, else the requested, last or default port, or a free one."""
     variable, default = PORTS[service]
     named = os.environ.get(variable, "")
     if named and not (named.isdecimal() and 0 < int(named) < 65536):
@@ -142,7 +142,7 @@ def _choose_port(service: str, record: processes.Record | None) -> int:
 
 
 def _warn_of_ignored_variables(stack: Stack) -> None:
-    """Name the variables of the user's shell that the stack does not take over."""
+    """Warn about the variables of the user's shell that the stack ignores."""
     ours = environment(stack)
     ignored = [
         name
@@ -157,13 +157,13 @@ def _warn_of_ignored_variables(stack: Stack) -> None:
 
 
 def _create_auth(stack: Stack) -> None:
-    """Make the `user:password` of Prefect's API once."""
+    """Create the `user:password` of Prefect's API, unless it exists."""
     if not stack.auth_file.is_file():
         _write_private(stack.auth_file, f"nightshift:{secrets.token_urlsafe(24)}")
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Write a file that holds a secret: no other user may read it, not even while it is written."""
+    """Write a file with a secret; no other user can read it, not even while it is written."""
     fresh = path.with_name(f"{path.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.touch(mode=0o600, exist_ok=False)
@@ -172,10 +172,10 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _end_lost_worker(stack: Stack, worker: psutil.Process | None) -> psutil.Process | None:
-    """End a worker that speaks to an address which is no more; return it if it may stay.
+    """End a worker that is connected to an outdated address; return the worker if it may stay.
 
     Raises:
-        ConfigError: A run that lives speaks to that address too.
+        ConfigError: A live run is connected to that address too.
     """
     before = read_stack(stack.state_dir)
     if before == stack:

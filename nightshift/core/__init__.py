@@ -1,1 +1,1 @@
-"""What every program needs: parameters, errors, files, paths, keys of what is kept."""
+"""Shared by every program: parameters, errors, files, paths, cache keys."""

@@ -1,6 +1,6 @@
-"""The code and the libraries that decide a result, as a part of every key under which one is kept.
+"""Digests of the code and library versions that decide a result, for cache keys.
 
-Comments, docstrings and layout decide nothing, so an edit of them changes no digest.
+Comments, docstrings and formatting do not change a digest.
 """
 
 import ast
@@ -16,7 +16,7 @@ from nightshift.core.files import text_digest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("nightshift/", "tasks/")
-# Libraries that take part whenever a model computes; the last ones only where they are installed.
+# Libraries that a model runs on; the last two lines are optional dependencies.
 MODEL_ENGINES = (
     *("accelerate", "datasets", "jinja2", "numpy", "peft", "safetensors", "tokenizers"),
     *("torch", "transformers"),
@@ -26,12 +26,12 @@ MODEL_ENGINES = (
 
 
 def code_digest(stage: str, engines: Iterable[str], without: Collection[str] = ()) -> str:
-    """Digest the code of a stage, as dvc.yaml lists it, and the versions of its engines.
+    """Hash a stage's code, as listed in dvc.yaml, and the versions of its libraries.
 
     Args:
-        stage: Name in dvc.yaml.
+        stage: Stage name in dvc.yaml.
         engines: Libraries whose versions can change the result; see `versions`.
-        without: Files of the stage's code that have no part in the result, relative to the project's folder.
+        without: Excluded code files, which do not affect the result, relative to the project root.
     """
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     code = [ROOT / path for path in graph["stages"][stage]["deps"] if path.startswith(PACKAGES)]
@@ -41,14 +41,14 @@ def code_digest(stage: str, engines: Iterable[str], without: Collection[str] = (
 
 
 def source_digest(*names: str) -> str:
-    """Digest what Python files do: their names, relative to the project's folder, and their syntax trees."""
+    """Hash Python files by name, relative to the project root, and by syntax tree."""
     code = {name: syntax((ROOT / name).read_text(encoding="utf-8")) for name in sorted(names)}
     return text_digest(*(text for pair in code.items() for text in pair))
 
 
 @cache
 def syntax(code: str) -> str:
-    r"""Write code as a syntax tree, in which neither comments nor docstrings occur.
+    r"""Return code as a dumped syntax tree, without comments and docstrings.
 
     Example:
         >>> syntax('def f():\n    "Say."\n    return 1  # why') == syntax("def f(): return 1")
@@ -62,7 +62,7 @@ def syntax(code: str) -> str:
 
 
 def versions(*names: str) -> list[str]:
-    """Return `name=version` of distributions, `name=none` for those that are not installed, and of Python."""
+    """Return `name=version` of Python and of each distribution; `name=none` if it is not installed."""
     found = [f"python={sys.version_info.major}.{sys.version_info.minor}"]
     for name in sorted(names):
         try:

@@ -1,7 +1,7 @@
-"""Typed parameters: params.yaml is the only source, one section per stage.
+"""Typed parameters: params.yaml is the only source, with one section per stage.
 
-Each stage declares its own `XxxParams` beside its code, so that a change of one schema does not
-invalidate the cache of another stage. Unknown keys are errors, with a suggestion.
+Each stage declares its own `XxxParams` next to its code, so changing one schema does not invalidate the
+cache of another stage. Unknown keys are errors with a suggestion.
 """
 
 import difflib
@@ -18,7 +18,7 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 class StageParams(BaseModel):
-    """Base of every parameter section: no unknown key, no NaN, immutable."""
+    """Base class of every parameter section: no unknown keys, no NaN, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -27,10 +27,10 @@ P = TypeVar("P", bound=StageParams)
 
 
 def read_params(path: Path = PARAMS) -> dict[str, Any]:
-    """Read the whole parameter file.
+    """Read the whole config file.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or is not a mapping.
+        ConfigError: The file is missing, is not valid YAML, or is not a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
 
 
 def problems(model: type[StageParams], section: str, values: object) -> list[str]:
-    """List everything that is wrong with one section, each with key, value and remedy.
+    """List every problem with one section, each with key, value and fix.
 
     Example:
         >>> class PackParams(StageParams):
@@ -63,7 +63,7 @@ def load_params(model: type[P], section: str, path: Path = PARAMS) -> P:
     """Read and validate one section.
 
     Raises:
-        ConfigError: The section is missing or wrong; every problem is listed.
+        ConfigError: The section is missing or invalid; the message lists every problem.
     """
     values = read_params(path).get(section, {})
     if found := problems(model, section, values):
@@ -72,12 +72,12 @@ def load_params(model: type[P], section: str, path: Path = PARAMS) -> P:
 
 
 def config_error(found: list[str], path: Path = PARAMS) -> ConfigError:
-    """Build the one error that carries all problems."""
+    """Build one error that lists all problems."""
     return ConfigError("\n  ".join([f"{path}: {len(found)} problem(s)", *found]))
 
 
 def suggestion(word: str, known: list[str]) -> str:
-    """Return the closest known word as a remedy.
+    """Suggest the closest known key, or list all known keys.
 
     Example:
         >>> suggestion("lerning_rate", ["learning_rate", "seed"])
@@ -90,7 +90,7 @@ def suggestion(word: str, known: list[str]) -> str:
 
 
 def _describe(model: type[StageParams], section: str, error: Any) -> str:
-    """Turn one pydantic error into `section.key: problem, value; remedy`."""
+    """Format one pydantic error as `section.key: problem, value; fix`."""
     key = ".".join([section, *(str(part) for part in error["loc"])])
     match error["type"]:
         case "extra_forbidden" if len(error["loc"]) == 1:

@@ -1,8 +1,8 @@
-"""The errors that a user can act on.
+"""Errors that the user can fix.
 
-Every message says where, what is wrong, the value, and the remedy. `nightshift.core.stage.run_main` prints
-such an error as one line and exits with its code; any other exception is a bug: it keeps its traceback and
-exits with 1.
+Each message contains the place, the problem, the value and the fix. `nightshift.core.stage.run_main`
+prints the error as one line and exits with its code. Any other exception is a bug: it keeps its
+traceback and exits with 1.
 """
 
 from collections.abc import Sequence
@@ -12,30 +12,30 @@ Kind = Literal["out_of_memory", "loss", "hang", "preempted"]
 
 
 class PipelineError(Exception):
-    """Base of all errors that a user can act on. What is wrong stays wrong: nothing is tried again."""
+    """Base class of errors that the user can fix. Not retried, except for `TrainingError`."""
 
     exit_code = 2
 
 
 class ConfigError(PipelineError):
-    """params.yaml, an override or the environment is wrong."""
+    """Invalid params.yaml, override or environment."""
 
 
 class DataError(PipelineError):
-    """An input file or row breaks its contract."""
+    """An input file or row violates its contract."""
 
 
 class StageError(PipelineError):
-    """A stage or a process that it started did not finish its work."""
+    """A stage, or a process that it started, failed."""
 
 
 class TrainingError(StageError):
-    """A training stopped where another attempt, which goes on from the last checkpoint, may get further.
+    """Training stopped, but a retry from the last checkpoint may get further.
 
     Attributes:
-        kind: out_of_memory: the next attempt takes half the micro-batch; loss: it was not finite or a spike,
-            and the next attempt leaves those rows out; hang: a step took too long; preempted: SIGTERM came.
-        steps: Optimiser steps, from 1, that a failure of the kind loss speaks of.
+        kind: out_of_memory: the retry halves the micro-batch; loss: non-finite loss or a spike, the
+            retry skips those rows; hang: a step took too long; preempted: SIGTERM was received.
+        steps: Optimizer steps with a bad loss, counted from 1; empty for other kinds.
     """
 
     EXIT_CODES: dict[Kind, int] = {"out_of_memory": 10, "loss": 11, "hang": 12, "preempted": 75}  # noqa: RUF012
@@ -48,4 +48,4 @@ class TrainingError(StageError):
 
 
 class GateError(PipelineError):
-    """A model must not move: the gate, the registry or an alias says no."""
+    """A model must not move: the gate, the registry or an alias forbids it."""

@@ -1,7 +1,7 @@
-"""Files that stages exchange: atomic writes, Parquet rows, content digests.
+"""File I/O for stages: atomic writes, Parquet rows, content digests.
 
-Every write goes to a temporary name first and is renamed when complete, so a killed stage never
-leaves half a file under its final name.
+Every write goes to a temporary file that is renamed when complete, so a killed stage never leaves a
+partial file under the final name.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ ROWS_PER_BATCH = 10_000
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that takes the place of `path` when the block succeeds."""
+    """Yield a temporary path that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -35,13 +35,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text (UTF-8) atomically."""
+    """Write UTF-8 text atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, keys sorted, so that equal values give equal bytes.
+    """Write JSON atomically with sorted keys, so equal values give identical bytes.
 
     Raises:
         ValueError: A number is not finite; see `write_figures`.
@@ -51,15 +51,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_figures(path: Path, value: object) -> None:
-    """Write computed figures as JSON, null for one that is not finite.
+    """Write computed metrics as JSON, with null for non-finite numbers.
 
-    What is only reported must not end a stage; what decides is checked where it decides.
+    A metric that is only reported must not fail a stage. Code that decides on a value checks it there.
     """
     write_json(path, finite(value))
 
 
 def finite(value: object) -> object:
-    """Return a JSON value with None for every number that is not finite.
+    """Replace every non-finite number in a JSON value with None.
 
     Example:
         >>> finite({"loss": float("nan"), "bands": [0.1, float("inf")]})
@@ -75,12 +75,12 @@ def finite(value: object) -> object:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON file."""
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
-    r"""Render rows as JSON Lines, keys sorted.
+    r"""Format rows as JSON Lines with sorted keys.
 
     Example:
         >>> jsonl([{"b": 1, "a": "é"}])
@@ -90,14 +90,14 @@ def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write rows as Parquet, atomically and batch by batch. The bytes depend on rows and schema only."""
+    """Write rows as Parquet, atomically and in batches. The bytes depend only on rows and schema."""
     remaining = iter(rows)
     batches = iter(lambda: list(islice(remaining, ROWS_PER_BATCH)), [])
     write_batches(path, (pa.RecordBatch.from_pylist(batch, schema=schema) for batch in batches), schema)
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
-    """Write record batches as Parquet, atomically, as they come; the non-empty ones are the row groups."""
+    """Write record batches as Parquet atomically; each non-empty batch becomes a row group."""
     with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for batch in batches:
             if batch.num_rows:
@@ -106,7 +106,7 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
 
 @contextmanager
 def appended_rows(path: Path, schema: pa.Schema) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
-    """Yield a function that appends rows to a Parquet file, which takes its name when the block succeeds."""
+    """Yield a function that appends rows to a Parquet file, which replaces `path` on success."""
     with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
 
         def append(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -117,7 +117,7 @@ def appended_rows(path: Path, schema: pa.Schema) -> Iterator[Callable[[Sequence[
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table as Parquet, atomically."""
+    """Write a table as Parquet atomically."""
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_BATCH)
 
@@ -129,7 +129,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a Parquet file, of which a batch at a time is in memory."""
+    """Yield the rows of a Parquet file, with one batch in memory at a time."""
     for batch in iterate_batches(path, columns):
         yield from batch.to_pylist()
 
@@ -141,7 +141,7 @@ def iterate_batches(path: Path, columns: Sequence[str] | None = None) -> Iterato
 
 
 def text_digest(*parts: str, size: int = 8) -> str:
-    """Digest of a sequence of strings, unambiguous about where one ends: `size` bytes, in hex.
+    """Return the digest of a sequence of strings and their boundaries: `size` bytes, in hex.
 
     Example:
         >>> text_digest("ab", "c") == text_digest("a", "bc")
@@ -155,15 +155,15 @@ def text_digest(*parts: str, size: int = 8) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tree_digest(*roots: Path) -> str:
-    """SHA-256 over the relative names and bytes of all files below the roots, in hex.
+    """Return the SHA-256 over the relative names and bytes of all files in the roots, in hex.
 
-    A root that is a file counts by its own name. Caches of Python (`__pycache__`) do not count.
+    A root that is a file counts under its own name. `__pycache__` is ignored.
     """
     state = hashlib.sha256()
     for root in roots:

@@ -1,9 +1,9 @@
-"""What need not be computed twice: values by content, in SQLite, outside the graph.
+"""Caches of computed values by content, in SQLite, outside the DVC graph.
 
-Signatures, token ids and raw model answers are functions of a text and of a method. The key is the
-text's digest; the method stands in the manifest, and another method empties the memo, loudly. A memo
-only saves time: with an empty one every stage writes the same bytes, apart from answers that a model
-gives differently each time.
+Signatures, token ids and raw model replies are functions of a text and a method. The key is the text's
+digest. The manifest stores the method; a different method empties the cache with a warning. A cache only
+saves time: with an empty one every stage writes the same bytes, except for model replies that differ
+from call to call.
 """
 
 import json
@@ -22,22 +22,22 @@ log = logging.getLogger(__name__)
 
 
 class Memo:
-    """One memo, open for reading and writing; safe to share between processes and to kill."""
+    """One cache, open for reading and writing; safe to share between processes and to kill."""
 
     def __init__(self, name: str, manifest: Mapping[str, Any], folder: Path | None = None) -> None:
         """Open `<state>/memo/<name>.sqlite`.
 
         Args:
-            name: Name of the memo.
-            manifest: The method, JSON values: what a value depends on besides its key. If the memo was
-                made by another method it is emptied, with a warning that names the difference.
-            folder: Where it lies, instead of `<state>/memo`.
+            name: Cache name.
+            manifest: Method, as JSON values: everything that a value depends on besides its key. If the
+                stored manifest differs, the cache is emptied with a warning that lists the differences.
+            folder: Folder of the cache file, instead of `<state>/memo`.
         """
         path = (folder or state_dir() / "memo") / f"{name}.sqlite"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(path, timeout=60, check_same_thread=False)
         self._database.execute("PRAGMA journal_mode=WAL")
-        # A lost last write costs one computation; the database stays whole.
+        # Losing the last write costs one recomputation; the database stays consistent.
         self._database.execute("PRAGMA synchronous=NORMAL")
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
@@ -48,17 +48,17 @@ class Memo:
             self._require_manifest(path, json.loads(json.dumps(manifest)))
 
     def __enter__(self) -> Self:
-        """Return the open memo."""
+        """Return the open cache."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the memo."""
+        """Close the cache."""
         self._database.close()
 
     def read(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Return key -> value for the keys that are known."""
+        """Return key -> value for the cached keys."""
         found: dict[str, bytes] = {}
         for start in range(0, len(keys), KEYS_PER_QUERY):
             some = keys[start : start + KEYS_PER_QUERY]
@@ -67,14 +67,14 @@ class Memo:
         return found
 
     def write(self, values: Iterable[tuple[str, bytes]]) -> None:
-        """Keep values, all or none; a key that is known keeps its value."""
+        """Store all values in one transaction; an existing key keeps its value."""
         with self._database:
             self._database.executemany(
                 "INSERT INTO memo VALUES (?, ?) ON CONFLICT (key) DO NOTHING", sorted(values)
             )
 
     def _require_manifest(self, path: Path, manifest: dict[str, Any]) -> None:
-        """Empty the memo if another method filled it."""
+        """Empty the cache if another method filled it."""
         row = self._database.execute("SELECT text FROM manifest").fetchone()
         known = json.loads(row[0]) if row else manifest
         if known != manifest:

@@ -1,4 +1,4 @@
-"""Where the data lies: what each stage reads and writes, once for all programs. Relative to the checkout."""
+"""Paths that the stages read and write, defined once for all programs, relative to the checkout."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""What every program's `main()` shares: the command line, the exit protocol and the ledger entry.
+"""Shared by every program's `main()`: command line, exit codes and row ledger entry.
 
-Exit codes: 0 success, 1 a bug (traceback); others are errors that the user can act on, one line on stderr
-(`nightshift.core.errors`). 2 is also the code of a command line that the program does not know. The flow
-starts programs through DVC, and finds code and error in the file that NIGHTSHIFT_RESULT names.
+Exit codes: 0 success, 1 a bug (traceback); other codes are errors that the user can fix, one line on
+stderr (`nightshift.core.errors`). 2 is also the code for invalid arguments. The flow starts programs
+through DVC and reads exit code and error from the file in NIGHTSHIFT_RESULT.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from nightshift.core.errors import PipelineError, StageError
 from nightshift.core.files import write_figures
 from nightshift.core.paths import DATA
 
-# The disk is full, or nobody may write there.
+# The disk is full or not writable.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-# What keeps a program, and all that it starts, from the Hugging Face Hub; read when its client is imported.
+# Keeps a program and its child processes off the Hugging Face Hub; huggingface_hub reads it on import.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-# Variable that names the file for the result of the next program.
+# Environment variable with the path of the next program's result file.
 RESULT = "NIGHTSHIFT_RESULT"
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,15 @@ def run_main(
     *,
     is_online: bool = False,
 ) -> None:
-    """Run a program: parse its command line, configure logging, turn a user's error into one line.
+    """Run a program: parse arguments, configure logging, print user errors as one line.
 
-    `--help` and an argument that is not declared end the program before `main` starts, with exit code 0 or 2.
+    `--help` and undeclared arguments end the program before `main` starts, with exit code 0 or 2.
 
     Args:
-        main: Gets each declared argument by its name.
-        declare: Adds the program's arguments to its parser; None if it takes none, as a stage.
-        is_online: It may ask the Hugging Face Hub, unless the user's HF_HUB_OFFLINE forbids it. No other
-            program may, whoever starts it.
+        main: Function that receives each declared argument by name.
+        declare: Function that adds the program's arguments to the parser; None if there are none.
+        is_online: Whether the program may access the Hugging Face Hub, unless the user sets
+            HF_HUB_OFFLINE. All other programs run offline, whatever starts them.
     """
     if not is_online:
         os.environ.update(OFFLINE)
@@ -52,7 +52,7 @@ def run_main(
         declare(parser)
     arguments = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    # What this program starts is not asked for its result.
+    # Child processes must not write this program's result file.
     result_file = os.environ.pop(RESULT, None)
     error: PipelineError | None = None
     try:
@@ -72,14 +72,14 @@ def run_main(
 
 
 def build_parser(program: ModuleType) -> argparse.ArgumentParser:
-    """Build the parser of a program without arguments; its help is the docstring of the module."""
+    """Build a program's parser without arguments; the module docstring is its help text."""
     spec = program.__spec__
     return argparse.ArgumentParser(
         # `python -m tasks.dedupe` runs `tasks.dedupe.__main__`.
         prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=program.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # An abbreviation that is accepted today has two meanings after the next argument.
+        # An abbreviation becomes ambiguous when another argument is added.
         allow_abbrev=False,
     )
 
@@ -93,17 +93,17 @@ def write_summary(
     dropped: Mapping[str, int] | None = None,
     **more: Any,
 ) -> None:
-    """Write `data/<stage>/summary.json`, the stage's entry in the ledger.
+    """Write `data/<stage>/summary.json`, the stage's entry in the row ledger.
 
-    It holds no clock and no path: equal inputs give equal bytes.
+    It contains no timestamps and no paths: equal inputs give identical bytes.
 
     Args:
-        stage: Name of the stage.
-        rows_in: Rows read.
-        rows_out: Rows written.
-        added: Rows made by the stage itself (paraphrases).
-        dropped: Rows dropped, by reason; a reason without rows is left out.
-        more: Further counts of the stage.
+        stage: Stage name.
+        rows_in: Number of rows read.
+        rows_out: Number of rows written.
+        added: Number of rows created by the stage (paraphrases).
+        dropped: Number of rows dropped, by reason; zero counts are omitted.
+        more: Additional counts of the stage.
 
     Raises:
         StageError: The entry does not balance: rows_in + added != rows_out + dropped.
@@ -120,6 +120,6 @@ def write_summary(
 
 
 def print_line(line: str) -> None:
-    """Pass on one line of a child's output, at once."""
+    """Print one line of a child process's output and flush."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""Rows on their way to the training, and the scores of what came of it."""
+"""Training rows from schema to tokens, and statistics of evaluation scores."""

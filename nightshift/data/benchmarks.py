@@ -1,7 +1,7 @@
-"""Benchmarks as files: `data/benchmarks/<name>/` holds task.yaml (how to ask) and items.jsonl (what to ask).
+"""Benchmark files: `data/benchmarks/<name>/` contains task.yaml (how to ask) and items.jsonl (items).
 
-task.yaml is a multiple-choice task of lm-eval, or one of ours, told by `kind`. Needs no torch: what is asked
-has to be known long before a model answers it.
+task.yaml is a multiple-choice task of lm-eval, or with the key `kind` a Nightshift task. Needs no torch:
+the questions must be known long before a model answers them.
 """
 
 import json
@@ -18,9 +18,9 @@ from nightshift.core.errors import DataError
 from nightshift.core.files import iterate_rows
 from nightshift.data.used import read_used
 
-# The held-out examples stand in the table of scores under this name.
+# Benchmark name of the held-out test set in the table of scores.
 HELDOUT = "test"
-# A multiple-choice task of lm-eval whose items are as `ChoiceItem` says.
+# lm-eval multiple-choice task for items that match `ChoiceItem`.
 CHOICE_TASK = {
     "output_type": "multiple_choice",
     "doc_to_text": "{{question}}",
@@ -36,14 +36,14 @@ Metric = Literal["exact_match", "contains", "token_f1", "rouge_l"]
 
 
 class ChoiceTask(StageParams):
-    """lm-eval's own format; its other keys are lm-eval's to check. Data files are always items.jsonl."""
+    """Task in lm-eval format; lm-eval validates its other keys. The data file is always items.jsonl."""
 
     model_config = ConfigDict(extra="allow")
     output_type: Literal["multiple_choice"]
     doc_to_text: Any
     doc_to_choice: Any
     doc_to_target: Any
-    # lm-eval's default holds acc.
+    # lm-eval's default includes acc.
     metric_list: list[dict[str, Any]] = Field(default=[{"metric": "acc"}])
 
     @model_validator(mode="after")
@@ -54,7 +54,7 @@ class ChoiceTask(StageParams):
 
 
 class GenerationTask(StageParams):
-    """The model writes an answer of at most `max_new_tokens`; `metric` compares it with the references."""
+    """Generated answer of at most `max_new_tokens`; `metric` compares it with the references."""
 
     kind: Literal["generation"]
     metric: Metric
@@ -62,23 +62,23 @@ class GenerationTask(StageParams):
 
 
 class InvarianceTask(StageParams):
-    """The likeliest choice must be the same for a question and for its other wordings."""
+    """The most likely choice must be the same for a question and for its rephrasings."""
 
     kind: Literal["invariance"]
 
 
 class DirectionTask(StageParams):
-    """The probability of the answer must move as expected when the question is changed."""
+    """The probability of the answer must move as expected when the question changes."""
 
     kind: Literal["direction"]
 
 
 class Item(StageParams):
-    """What every item has.
+    """Fields of every item.
 
     Attributes:
-        id: Its name, once in a benchmark.
-        slice: Part of the benchmark that is reported and guarded by itself; none: the whole.
+        id: Name of the item, unique within a benchmark.
+        slice: Part of the benchmark that is reported and guarded separately; None: the whole.
     """
 
     id: Text
@@ -86,7 +86,7 @@ class Item(StageParams):
 
 
 class ChoiceItem(Item):
-    """A question and its answers, `answer` being the index of the right one; other keys are the task's."""
+    """A question and choices; `answer` is the index of the correct one. The task may use other keys."""
 
     model_config = ConfigDict(extra="allow")
     question: Text
@@ -107,7 +107,7 @@ class Turn(StageParams):
 
 
 class GenerationItem(Item):
-    """A question, or turns that end with one, and answers that count as right."""
+    """A question, or turns that end with a question, and reference answers."""
 
     question: Text | None = None
     messages: Annotated[list[Turn], Field(min_length=1)] | None = None
@@ -123,7 +123,7 @@ class GenerationItem(Item):
 
 
 class InvarianceItem(Item):
-    """A question, other wordings of it, and the answers to choose from."""
+    """A question, its rephrasings, and the choices."""
 
     question: Text
     variants: Annotated[list[Text], Field(min_length=1)]
@@ -131,7 +131,7 @@ class InvarianceItem(Item):
 
 
 class DirectionItem(Item):
-    """A question, a change of it, and what the change does to the probability of `choices[answer]`."""
+    """A question, its changed version, and the expected shift in probability of `choices[answer]`."""
 
     question: Text
     changed: Text
@@ -154,14 +154,14 @@ KINDS: dict[Kind, tuple[type[StageParams], type[Item]]] = {
 
 
 def require_choice(answer: int, choices: list[str]) -> None:
-    """Raise ValueError if the answer is none of the choices."""
+    """Raise ValueError if the answer is not the index of a choice."""
     if answer >= len(choices):
         raise ValueError(f"answer {answer} is none of {len(choices)} choices; count from 0")
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A benchmark whose files were checked."""
+    """A benchmark with validated files."""
 
     name: str
     kind: Kind
@@ -170,10 +170,10 @@ class Benchmark:
 
 
 def read_benchmarks(root: Path) -> list[Benchmark]:
-    """Read the benchmarks below a folder that params.yaml names, by name.
+    """Read the benchmarks in use from a folder, in order of name.
 
     Raises:
-        DataError: Files break the format; every fault is listed, with file and line.
+        DataError: Files violate the format; the message lists every problem, with file and line.
     """
     faults: list[str] = []
     used = [root / name for name in sorted(read_used(root))]
@@ -186,7 +186,7 @@ def read_benchmarks(root: Path) -> list[Benchmark]:
 
 
 def read_benchmark(folder: Path, faults: list[str]) -> Benchmark:
-    """Read one benchmark; what is wrong with it is added to `faults`."""
+    """Read one benchmark; append its problems to `faults`."""
     file = folder / "task.yaml"
     try:
         task = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -208,7 +208,7 @@ def read_benchmark(folder: Path, faults: list[str]) -> Benchmark:
 
 
 def read_items(file: Path, schema: type[Item], faults: list[str]) -> list[dict[str, Any]]:
-    """Read the items of a benchmark; what is wrong with them is added to `faults`."""
+    """Read the items of a benchmark; append their problems to `faults`."""
     if not file.is_file():
         faults.append(f"{file}: not found; a benchmark needs its items")
         return []
@@ -237,7 +237,7 @@ def read_items(file: Path, schema: type[Item], faults: list[str]) -> list[dict[s
 
 
 def questions(item: Mapping[str, Any]) -> Iterator[str]:
-    """Yield all that an item asks, in every wording.
+    """Yield every question of an item, in every wording.
 
     Example:
         >>> list(questions({"question": "Who?", "variants": ["What person?"], "choices": ["I", "you"]}))
@@ -249,10 +249,10 @@ def questions(item: Mapping[str, Any]) -> Iterator[str]:
 
 
 def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (benchmark, item id, question) of everything the model is evaluated on, in every wording.
+    """Yield (benchmark, item id, question) for all evaluation data, in every wording.
 
     Raises:
-        DataError: A benchmark breaks the format.
+        DataError: A benchmark violates the format.
     """
     for row in iterate_rows(test, ["id", "messages"]):
         for question in questions_of(row):
@@ -264,5 +264,5 @@ def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, st
 
 
 def questions_of(row: Mapping[str, Any]) -> list[str]:
-    """Return what a row asks: its user turns, or its plain text."""
+    """Return the questions of a row: its user turns, or its plain text."""
     return [turn["content"] for turn in row["messages"] if turn["role"] in ("user", "text")]

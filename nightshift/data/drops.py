@@ -1,4 +1,4 @@
-"""The rows that a stage drops, by source and reason, and the rate above which it stops."""
+"""Rows that a stage drops, by source and reason, and the rate above which it fails."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
@@ -11,20 +11,20 @@ from pydantic import Field
 from nightshift.core.errors import DataError
 
 Rate = Annotated[float, Field(ge=0, le=1)]
-# Fewer dropped rows are no rate: two duplicates among three rows are no reason to stop a night.
+# Fewer dropped rows are not a rate: two duplicates among three rows must not stop a night.
 FEWEST = 10
-# Dropped rows of a source that an error shows.
+# Number of dropped rows of a source in an error message.
 SHOWN = 5
 
 
 @dataclass(slots=True)
 class Drops:
-    """Counts of what was read and dropped.
+    """Counts of rows read and dropped.
 
     Attributes:
-        read: Rows that were read, by source.
-        dropped: Rows that were dropped, by source and reason.
-        examples: The first dropped rows of each source, in words.
+        read: Number of rows read, by source.
+        dropped: Number of rows dropped, by source and reason.
+        examples: Descriptions of the first dropped rows, by source.
     """
 
     read: Counter[str] = field(default_factory=Counter)
@@ -38,7 +38,7 @@ class Drops:
             self.examples[source].append(example)
 
     def by_reason(self) -> Counter[str]:
-        """Return reason -> rows, over all sources."""
+        """Return reason -> rows, summed over all sources."""
         return sum(self.dropped.values(), Counter())
 
     def by_source(self) -> dict[str, dict[str, int]]:
@@ -55,20 +55,20 @@ def require_drop_rate(
     harmless: Collection[str] = (),
     fewest: int = FEWEST,
 ) -> None:
-    """Fail when a stage drops too many of all rows, or of the rows of a source.
+    """Fail if a stage drops too many rows, of all sources together or of one source.
 
-    Fewer than `FEWEST` dropped rows of a source are accepted, unless they are all it has.
+    Fewer than `FEWEST` dropped rows of a source are accepted, unless they are all of its rows.
 
     Args:
-        drops: What was read and dropped.
-        limit: Rate, 0 to 1; 1 accepts everything.
-        where: The file that names the dropped rows, and the parameter that holds the limit.
-        remedy: What to do, beside raising the limit.
-        harmless: Reasons whose rows are not counted at all: nothing is lost with them.
-        fewest: As `FEWEST`, for all sources together.
+        drops: Counts of rows read and dropped.
+        limit: Maximum drop rate, 0 to 1; 1 accepts everything.
+        where: File that lists the dropped rows, and parameter that holds the limit.
+        remedy: Suggested fix, besides raising the limit.
+        harmless: Reasons whose rows are not counted, because nothing is lost with them.
+        fewest: Same as `FEWEST`, for all sources together.
 
     Raises:
-        DataError: The rate is above the limit; each source is named, with some of its rows.
+        DataError: The rate is above the limit; the message lists each source with some of its rows.
     """
     excesses = dict(find_excesses(drops, limit, harmless, fewest))
     if not excesses:
@@ -83,7 +83,7 @@ def require_drop_rate(
 def find_excesses(
     drops: Drops, limit: float, harmless: Collection[str], fewest: int
 ) -> Iterator[tuple[str, str]]:
-    """Yield what loses too much, all sources or one of several, with its numbers in words."""
+    """Yield (name, message) for each group that loses too many rows: all sources, or one of several."""
     sources = sorted(drops.read)
     single = [(source, [source], FEWEST) for source in sources if len(sources) > 1]
     for name, members, least in (("all sources", sources, fewest), *single):

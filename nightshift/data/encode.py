@@ -1,7 +1,7 @@
-"""Token ids and labels of a conversation, from the base's own chat template and tokenizer.
+"""Token ids and labels of a conversation, from the base model's chat template and tokenizer.
 
-Only the assistant's turns, each with its stop token, carry a label; a plain text carries one at every
-token. Needs no torch: the template is rendered by transformers, the tokens come from `tokenizers`.
+Only assistant turns, including their stop tokens, are labeled; in plain text every token is. Needs no
+torch: transformers renders the template, and `tokenizers` tokenizes the text.
 """
 
 import json
@@ -22,10 +22,9 @@ from nightshift.core.files import file_digest, read_json, text_digest
 from nightshift.core.memo import Memo
 
 IGNORED = -100
-# The date that Llama 3's templates print when they cannot ask for today's: a row has to have the same
-# tokens every night.
+# Fallback date of Llama 3's templates. With a fixed date, a row has the same tokens every night.
 DATE = "26 Jul 2024"
-# Why a conversation cannot be encoded -> what to do about it.
+# Reason why a conversation cannot be encoded -> fix.
 FAULTS = {
     "template_fails": "mend the turns as the base's chat template asks",
     "template_drops_turn": "the base's chat template leaves out part of it; use another template",
@@ -39,7 +38,7 @@ Ids = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One conversation: token ids and labels, shape (n_tokens,), int32; no label is -100."""
+    """One tokenized conversation: ids and labels, shape (n_tokens,), int32; -100 means no label."""
 
     input_ids: Ids
     labels: Ids
@@ -52,9 +51,9 @@ class Encoder:
     Attributes:
         tokenizer: `tokenizers.Tokenizer`.
         template: Jinja source of the chat template.
-        special_tokens: bos_token, eos_token and so on, as the template names them.
+        special_tokens: bos_token, eos_token and others, by their names in the template.
         stop_id: Id of the end-of-sequence token, which ends a plain text.
-        digest: Of all that a token id depends on.
+        digest: Digest of everything that token ids depend on.
     """
 
     tokenizer: Any
@@ -65,11 +64,11 @@ class Encoder:
 
 
 def load_encoder(folder: Path) -> Encoder:
-    """Load tokenizer.json and the chat template of a model folder.
+    """Load tokenizer.json and the chat template from a model folder.
 
     Raises:
-        DataError: A file is missing, there is no chat template or no end-of-sequence token, or the template
-            insists on today's date.
+        DataError: A file, the chat template or the end-of-sequence token is missing, or the template
+            always prints today's date.
     """
     from tokenizers import Tokenizer
 
@@ -100,17 +99,17 @@ def load_encoder(folder: Path) -> Encoder:
 
 
 def open_memo(encoder: Encoder) -> Memo:
-    """Open the memo of token ids that this code, tokenizer and template gave."""
+    """Open the cache of token ids for this code, tokenizer and template."""
     engines = versions("jinja2", "numpy", "tokenizers", "transformers")
     code = source_digest("nightshift/data/encode.py")
     return Memo("tokens", {"code": code, "engines": engines, "tokenizer": encoder.digest})
 
 
 def encode_known(conversations: Sequence[Conversation], encoder: Encoder, memo: Memo) -> list[Encoded | str]:
-    """Encode conversations, each of them once in the life of the memo.
+    """Encode conversations, each of them once in the lifetime of the cache.
 
     Returns:
-        For each conversation, in order: its tokens, or the fault that forbids it (see `FAULTS`).
+        For each conversation, in order: its tokens, or the reason for failure (see `FAULTS`).
     """
     keys = [_key(*conversation) for conversation in conversations]
     known: dict[str, Encoded | str] = {
@@ -124,14 +123,14 @@ def encode_known(conversations: Sequence[Conversation], encoder: Encoder, memo: 
 
 
 def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> list[Encoded | str]:
-    """Render, tokenise on all cores, and label.
+    """Render, tokenize on all CPU cores, and label.
 
     Args:
         conversations: (messages, tools as JSON or None); see `nightshift.data.schemas`.
-        encoder: The base's tokenizer and template.
+        encoder: Tokenizer and chat template of the base model.
 
     Returns:
-        For each conversation, in order: its tokens, or the fault that forbids it (see `FAULTS`).
+        For each conversation, in order: its tokens, or the reason for failure (see `FAULTS`).
     """
     rendered = [render(messages, tools, encoder) for messages, tools in conversations]
     texts = [one[0] for one in rendered if not isinstance(one, str)]
@@ -147,11 +146,11 @@ def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> lis
 def render(
     messages: Sequence[Message], tools: str | None, encoder: Encoder
 ) -> tuple[str, list[tuple[int, int]]] | str:
-    """Render a conversation and locate what the assistant says in it.
+    """Render a conversation and locate the assistant's turns in the text.
 
     Returns:
         The text and, for each assistant turn, first and last + 1 character of its content and stop
-        token; or a fault.
+        token; or a reason from `FAULTS`.
     """
     if messages[0]["role"] == "text":
         return messages[0]["content"], [(0, len(messages[0]["content"]))]
@@ -171,12 +170,12 @@ def render(
         return "template_drops_turn"
     if not all(text.startswith(after) and after.startswith(before) for before, after in prefixes):
         return "template_changes_turns"
-    # What follows the stop token (a line break in ChatML) is not the model's to say.
+    # The model does not generate the text after the stop token (a line break in ChatML).
     return text, [(len(before), len(after.rstrip())) for before, after in prefixes]
 
 
 def count_supervised(labels: Sequence[int] | Ids) -> int:
-    """Count the tokens that carry a label.
+    """Count the labeled tokens.
 
     Example:
         >>> count_supervised([-100, 5, 6])
@@ -192,7 +191,7 @@ def _apply(
     *,
     prompt: bool = False,
 ) -> str:
-    """Render turns as `apply_chat_template` of transformers does."""
+    """Render turns like `apply_chat_template` of transformers."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (text,), _ = render_jinja_template(
@@ -207,7 +206,7 @@ def _apply(
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    """Return a turn as templates expect it: without empty fields, calls in OpenAI's shape."""
+    """Return a turn in the form that templates expect: no empty fields, tool calls in OpenAI format."""
     turn = {key: value for key, value in message.items() if value is not None}
     if calls := turn.get("tool_calls"):
         turn["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(calls)]
@@ -215,13 +214,13 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _parts(turn: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the rendered text must contain of a turn."""
+    """Yield the strings of a turn that the rendered text must contain."""
     yield turn["content"].strip()
     yield from (call["function"]["name"] for call in turn.get("tool_calls", ()))
 
 
 def _label(tokens: Any, spans: list[tuple[int, int]], stop_id: int | None) -> Encoded | str:
-    """Label the tokens that lie in a span; end with the stop token if there is one."""
+    """Label the tokens inside the spans; append the stop token if there is one."""
     ids = np.array(tokens.ids, dtype=np.int32)
     offsets = np.array(tokens.offsets, dtype=np.int64).reshape(-1, 2)
     inside = np.zeros(len(ids), dtype=bool)
@@ -236,7 +235,7 @@ def _label(tokens: Any, spans: list[tuple[int, int]], stop_id: int | None) -> En
 
 
 def _key(messages: Sequence[Message], tools: str | None) -> str:
-    """Key of a conversation in the memo: all that its tokens depend on besides the tokenizer."""
+    """Return the cache key of a conversation: everything its tokens depend on besides the tokenizer."""
     values = chain.from_iterable(
         (m["role"], m["content"], m.get("tool_calls") or "", m.get("name") or "") for m in messages
     )
@@ -256,5 +255,5 @@ def _from_bytes(value: bytes) -> Encoded:
 
 
 def _content(value: object) -> str:
-    """Special tokens stand in the file as text or as {"content": text}."""
+    """Return a special token, which the file stores as text or as {"content": text}."""
     return str(value["content"]) if isinstance(value, dict) else str(value)

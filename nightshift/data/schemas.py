@@ -1,10 +1,10 @@
-"""Columns of the files that stages exchange."""
+"""Schemas of the files that stages exchange."""
 
 import pyarrow as pa
 
-# A turn: role is system, user, assistant or tool. A plain text, for continued pre-training, is one turn
-# of the role "text". tool_calls: JSON list of {"name", "arguments"} of an assistant's turn, or null; name:
-# the function that a tool's turn answers for, or null.
+# One turn. role: system, user, assistant or tool; plain text for continued pretraining is one turn with
+# the role "text". tool_calls: JSON list of {"name", "arguments"} of an assistant turn, or null. name:
+# function that a tool turn answers, or null.
 MESSAGES = pa.list_(
     pa.struct(
         [
@@ -17,7 +17,7 @@ MESSAGES = pa.list_(
 )
 
 # One conversation. id: digest of origin and messages; origin: `source/arrival.suffix:line`; tools:
-# JSON list of the functions that the assistant may call, or null.
+# JSON list of functions available to the assistant, or null.
 EXAMPLES = pa.schema(
     [
         ("id", pa.string()),
@@ -28,9 +28,9 @@ EXAMPLES = pa.schema(
         ("arrival", pa.int32()),
     ]
 )
-# group_id: digest of the canonical text of the survivor; its paraphrases inherit it.
+# group_id: digest of the canonical text of the surviving row; its paraphrases inherit it.
 GROUPED = EXAMPLES.append(pa.field("group_id", pa.string()))
-# A paraphrase names its parent, the rule that made it, and its number; an original has none.
+# Of a paraphrase: id of its parent row, rule that made it, and number. Null for an original row.
 AUGMENTED = (
     GROUPED.append(pa.field("parent_id", pa.string()))
     .append(pa.field("style", pa.string()))

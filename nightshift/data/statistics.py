@@ -1,4 +1,4 @@
-"""Scores and the differences between two models: intervals, tests of pairs, and what they can show."""
+"""Scores and paired comparison of two models: confidence intervals, paired tests, power."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -18,34 +18,34 @@ Values = NDArray[np.float64]
 Estimate = tuple[float, float, float]
 Row = dict[str, Any]
 Alternative = Literal["two-sided", "less"]
-# Numbers that a resampling holds at a time: 8 MiB in double precision, however many items and resamples.
+# Numbers in memory while resampling: 8 MiB in double precision, for any number of items and resamples.
 CHUNK = 2**20
-# Resamples of an interval that lie beyond each of its ends, at least.
+# Minimum number of resamples beyond each end of an interval.
 BEYOND = 10
 
 
 class Resampling(Protocol):
-    """How an interval is resampled; `tasks.gate.GateParams` says it for all of them."""
+    """Bootstrap settings of confidence intervals, provided by `tasks.gate.GateParams`."""
 
     @property
     def alpha(self) -> float:
-        """Probability that the interval misses, 0 to 1."""
+        """Probability that the interval misses the true value, 0 to 1."""
 
     @property
     def n_resamples(self) -> int:
-        """Resamples, at least."""
+        """Minimum number of resamples."""
 
     @property
     def seed(self) -> int:
-        """Seed of the random numbers."""
+        """Random seed."""
 
 
 def spent_alpha(alpha: float, look: int) -> float:
-    """Return the error probability that a look may spend; over all looks they sum to alpha.
+    """Return the alpha that one look may spend; over all looks the values sum to `alpha`.
 
     Args:
-        alpha: Of all looks together.
-        look: Number of this one, from 1.
+        alpha: Significance level over all looks.
+        look: Number of this look, from 1.
 
     Example:
         >>> round(spent_alpha(0.05, 1), 4), round(sum(spent_alpha(0.05, k) for k in range(1, 10**5)), 4)
@@ -61,18 +61,18 @@ def p_value(
     alternative: Alternative = "two-sided",
     alpha: float = 0.05,
 ) -> float:
-    """Return the probability of such a mean difference, or a larger one, between equal models.
+    """Return the p-value of the paired test for no difference between two models.
 
-    Right and wrong answers give McNemar's exact test: of the items on which the models differ, half should go
-    either way. Other scores give Fisher's test of flipped signs: exact if there are no more ways to flip them
-    than resamples, else see `flipped_tail`.
+    Right and wrong answers use McNemar's exact test: of the items on which the models differ, half
+    should favor either model. Other scores use Fisher's sign-flip test: exact if there are no more sign
+    combinations than resamples, otherwise see `flipped_tail`.
 
     Args:
         differences: Candidate minus reference for each item, shape (n,).
-        n_resamples: Resamples of flipped signs.
-        seed: Seed of the resampling.
+        n_resamples: Number of sign-flip resamples.
+        seed: Random seed.
         alternative: two-sided, or less (the candidate is worse).
-        alpha: What the result is compared with; the resamples are drawn where they can tell the two apart.
+        alpha: Significance level that the p-value is compared with; resampling is most accurate near it.
 
     Example:
         >>> p_value(np.array([1.0] * 8 + [-1.0, 0.0]), 1000, 0)
@@ -87,9 +87,9 @@ def p_value(
         return float(binomtest(wins, wins + losses, alternative=alternative).pvalue)
     scaled = differences[differences != 0] / np.abs(differences).max()
     sizes, total = np.abs(scaled), float(scaled.sum())
-    # Flipped signs are symmetric: both tails are twice one of them, the lower one is the upper one mirrored.
+    # The distribution is symmetric: both tails are twice one tail; the lower mirrors the upper one.
     sides, observed = (2, abs(total)) if alternative == "two-sided" else (1, -total)
-    # Equal sums may differ in their last digits by the order of their terms.
+    # Equal sums may differ in the last digits, depending on the order of summation.
     reached = observed - 1e-12 * float(sizes.sum())
     if len(sizes) < n_resamples.bit_length():
         tail = float((all_flips(sizes) >= reached).mean())
@@ -99,7 +99,7 @@ def p_value(
 
 
 def all_flips(sizes: Differences) -> Differences:
-    """Return the sums of all ways to give signs to n sizes, shape (2**n,).
+    """Return the sums over all sign combinations of n sizes, shape (2**n,).
 
     Example:
         >>> all_flips(np.array([1.0, 3.0])).tolist()
@@ -114,20 +114,20 @@ def all_flips(sizes: Differences) -> Differences:
 def flipped_tail(sizes: Differences, reached: float, alpha: float, n_resamples: int, seed: int) -> float:
     """Return the probability that sizes with random signs have a sum of at least `reached`.
 
-    Plain resampling never returns less than 1 / n_resamples, which a late look may no longer spend. Here half
-    of the resamples prefer plus signs, so that their sums lie about where `alpha` ends, and every resample
-    counts by its likelihood ratio: any tail is estimated, in the same time. The weight of what was observed
-    counts too, by which a test that compares the result with a level errs no more often than that.
+    Plain resampling never returns less than 1 / n_resamples, which can exceed the alpha left for a late
+    look. Here half of the resamples favor plus signs, so that their sums lie near the `alpha` quantile,
+    and each resample is weighted by its likelihood ratio. This estimates any tail in the same time. The
+    weight of the observed sum counts too, so a test against a significance level keeps its error rate.
 
     Args:
-        sizes: Sizes of the differences, all above 0, shape (n,).
-        reached: Sum from which on a resample counts.
-        alpha: Probability of the tail that should be estimated best.
-        n_resamples: Resamples.
-        seed: Seed of the resampling.
+        sizes: Absolute differences, all above 0, shape (n,).
+        reached: Smallest sum that counts.
+        alpha: Tail probability to estimate most accurately.
+        n_resamples: Number of resamples.
+        seed: Random seed.
 
-    Source: importance sampling with Harrison's correction, Biometrika 99 (2012) 57-69, theorem 1; a mixture
-    with the plain distribution bounds the weights (Hesterberg, Technometrics 37 (1995) 185-194).
+    Source: importance sampling with Harrison's correction, Biometrika 99 (2012) 57-69, theorem 1; a
+    mixture with the plain distribution bounds the weights (Hesterberg, Technometrics 37 (1995) 185-194).
     """
     tilt = float(norm.isf(alpha)) / float(np.linalg.norm(sizes))
     # Logarithm of the mean of exp(tilt * sum) under random signs.
@@ -143,7 +143,7 @@ def flipped_tail(sizes: Differences, reached: float, alpha: float, n_resamples: 
 
 
 def chunks(n_resamples: int, items: int) -> Iterator[int]:
-    """Divide resamples into chunks that fit into memory.
+    """Split resamples into chunks that fit into memory.
 
     Example:
         >>> list(chunks(10, CHUNK // 4))
@@ -155,13 +155,13 @@ def chunks(n_resamples: int, items: int) -> Iterator[int]:
 
 
 def interval(differences: Differences, alpha: float, n_resamples: int, seed: int) -> tuple[float, float]:
-    """Return the two-sided interval of the mean by the bootstrap (BCa, Efron 1987).
+    """Return the two-sided bootstrap confidence interval of the mean (BCa, Efron 1987).
 
     Args:
         differences: Candidate minus reference for each item, shape (n,).
-        alpha: Error probability.
-        n_resamples: Resamples, at least; see `enough_resamples`.
-        seed: Seed of the resampling.
+        alpha: Significance level.
+        n_resamples: Minimum number of resamples; see `enough_resamples`.
+        seed: Random seed.
     """
     scale = float(np.abs(differences).max())
     # Differences that are equal up to rounding have no spread to resample.
@@ -179,7 +179,7 @@ def interval(differences: Differences, alpha: float, n_resamples: int, seed: int
 
 
 def enough_resamples(n_resamples: int, alpha: float) -> int:
-    """Return the resamples of a two-sided interval, of which `BEYOND` lie beyond each of its ends.
+    """Return the number of resamples that puts `BEYOND` of them beyond each end of a two-sided interval.
 
     Example:
         >>> enough_resamples(10_000, 0.05), enough_resamples(10_000, 0.0001)
@@ -189,18 +189,18 @@ def enough_resamples(n_resamples: int, alpha: float) -> int:
 
 
 def power(differences: Differences, gain: float, alpha: float) -> float:
-    """Return the probability with which so many items show a gain, given how much the models differ.
+    """Return the power to detect a gain with this many items and this spread of differences.
 
-    It is that of the paired t-test, to half a percentage point from 50 items on at an alpha of 0.0001. One
-    item shows nothing; items that all differ by the same amount show everything.
+    It matches the paired t-test to half a percentage point from 50 items on at an alpha of 0.0001. With
+    one item the power is 0; with items that all differ by the same amount it is 1.
 
     Args:
         differences: Candidate minus reference for each item, shape (n,).
-        gain: Mean difference to be shown.
-        alpha: Error probability of the two-sided test.
+        gain: Mean difference to detect.
+        alpha: Significance level of the two-sided test.
 
-    Source: Guenther, The American Statistician 35 (1981) 243-244: a z-test of n - z**2 / 2 items has about
-    the power of the t-test of n. The noncentral t of scipy and statsmodels is NaN for many inputs.
+    Source: Guenther, The American Statistician 35 (1981) 243-244: a z-test of n - z**2 / 2 items has
+    about the power of the t-test of n. The noncentral t of scipy and statsmodels is NaN for many inputs.
     """
     if len(differences) < 2:
         return 0.0
@@ -213,10 +213,10 @@ def power(differences: Differences, gain: float, alpha: float) -> float:
 
 
 def items_needed(differences: Differences, gain: float, alpha: float, wanted: float) -> float:
-    """Return how many such items show a gain with a probability; see `power`.
+    """Return the number of such items needed to detect a gain with power `wanted`; see `power`.
 
     Returns:
-        A whole number; infinity where it is larger than a float can be.
+        A whole number; infinity if it exceeds the range of a float.
     """
     z = float(norm.isf(alpha / 2))
     ratio = max(z + float(norm.ppf(wanted)), 0.0) * float(differences.std(ddof=1)) / gain
@@ -224,7 +224,7 @@ def items_needed(differences: Differences, gain: float, alpha: float, wanted: fl
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
-    """Tell which of several tests hold together (Holm 1979).
+    """Return which of several tests are significant together (Holm 1979).
 
     Example:
         >>> holm([0.01, 0.04, 0.5], 0.05)
@@ -234,11 +234,11 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
 
 
 def seed_band(seed_noise: float, alpha: float) -> float:
-    """Return the difference that two trainings of one recipe reach by their seeds alone.
+    """Return the score difference that two training runs of one recipe reach by seed alone.
 
     Args:
-        seed_noise: Standard deviation of the score between such trainings.
-        alpha: Probability with which they differ by more.
+        seed_noise: Standard deviation of the score between such training runs.
+        alpha: Probability that they differ by more.
 
     Example:
         >>> round(seed_band(0.01, 0.05), 4)
@@ -248,10 +248,10 @@ def seed_band(seed_noise: float, alpha: float) -> float:
 
 
 def estimate(rows: Sequence[Row], how: Resampling) -> Estimate:
-    """Return the mean of scores, or the token-weighted loss, with its interval.
+    """Return the mean score, or the token-weighted loss, with its confidence interval.
 
-    Right and wrong answers give Wilson's interval, other scores the gate's bootstrap of the mean, losses the
-    percentile bootstrap of their sum over the sum of tokens: examples are drawn with their tokens.
+    Right and wrong answers use Wilson's interval, other scores the gate's bootstrap of the mean. Losses
+    use the percentile bootstrap of sum over sum of tokens: examples are drawn with their tokens.
     """
     scores = np.array([row["score"] for row in rows])
     if rows[0]["benchmark"] == HELDOUT:
@@ -263,7 +263,7 @@ def estimate(rows: Sequence[Row], how: Resampling) -> Estimate:
 
 
 def estimate_difference(pairs: Sequence[tuple[Row, Row]], how: Resampling) -> Estimate:
-    """Return the mean difference of pairs with its interval; that of scores is the one of the gate."""
+    """Return the mean difference of pairs with its interval; for scores it is the gate's interval."""
     found = np.array([ours["score"] - theirs["score"] for ours, theirs in pairs])
     if pairs[0][0]["benchmark"] == HELDOUT:
         return _token_mean(found, np.array([ours["tokens"] for ours, _ in pairs]), how)
@@ -283,7 +283,7 @@ def _token_mean(values: Values, tokens: NDArray[np.int64], how: Resampling) -> E
         method="percentile",
         confidence_level=1 - how.alpha,
         n_resamples=enough_resamples(how.n_resamples, how.alpha),
-        # Of so many resamples at a time, each of which is as large as the data.
+        # Number of resamples at a time; each is as large as the data.
         batch=100,
         rng=np.random.default_rng(how.seed),
     ).confidence_interval
@@ -291,7 +291,7 @@ def _token_mean(values: Values, tokens: NDArray[np.int64], how: Resampling) -> E
 
 
 def is_broken(row: Row) -> bool:
-    """Return whether a model was asked and gave no finite number."""
+    """Return whether a model was evaluated on an item without giving a finite score."""
     if row["status"] == "ok":
         return row["score"] is None or not math.isfinite(row["score"])
     return bool(row["status"] == "error")

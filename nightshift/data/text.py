@@ -1,4 +1,4 @@
-"""How two texts are compared: canonical form, shingles, exact Jaccard similarity."""
+"""Text comparison: canonical form, shingles, exact Jaccard similarity."""
 
 import re
 import unicodedata
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WORD = re.compile(r"\w+")
-# A text of fewer words has too few word shingles: one changed word of seven moves the similarity of
-# 3-shingles from 1 to 0.25. It is compared by its character shingles.
+# A shorter text has too few word shingles: changing one word of seven moves the similarity of
+# 3-shingles from 1 to 0.25. Its character shingles are compared instead.
 SHORT = 8
 CHARACTER_SHINGLE = 5
 Shingles = frozenset[str]
@@ -22,13 +22,13 @@ def canonical(text: str) -> str:
         'who are you'
     """
     if text.isascii():
-        # The same result, three times as fast.
+        # Same result, three times as fast.
         return " ".join(text.translate(_ASCII).split())
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Canonical text of turns, with their roles and calls.
+    """Return the canonical text of turns, with their roles and tool calls.
 
     Example:
         >>> canonical_messages([{"role": "user", "content": "Who are you?"}])
@@ -41,12 +41,12 @@ def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def is_short(text: str) -> bool:
-    """Tell whether a canonical text has fewer than `SHORT` words."""
+    """Return whether a canonical text has fewer than `SHORT` words."""
     return text.count(" ") < SHORT - 1
 
 
 def comparable_shingles(text: str, size: int) -> Shingles:
-    """Return the shingles by which a canonical text is compared: of words, of characters if it is short.
+    """Return the shingles for comparing a canonical text: of words, or of characters if it is short.
 
     Example:
         >>> len(comparable_shingles("who am", 3))
@@ -56,7 +56,7 @@ def comparable_shingles(text: str, size: int) -> Shingles:
 
 
 def shingles(units: Sequence[str], size: int) -> Shingles:
-    """Return the n-grams of words, or of the characters of a string; fewer units are one shingle.
+    """Return the n-grams of words or of a string's characters; fewer units than `size` give one shingle.
 
     Example:
         >>> sorted(shingles(["a", "b", "c", "d"], 3))
@@ -70,7 +70,7 @@ def shingles(units: Sequence[str], size: int) -> Shingles:
 
 
 def jaccard(a: Shingles, b: Shingles) -> float:
-    """Exact similarity of two non-empty shingle sets, 0 to 1.
+    """Return the exact Jaccard similarity of two non-empty shingle sets, 0 to 1.
 
     Example:
         >>> jaccard(shingles("ab", 1), shingles("bc", 1))

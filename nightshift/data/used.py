@@ -1,7 +1,7 @@
-"""Which sources and benchmarks count: those that params.yaml names.
+"""Sources and benchmarks in use: those listed in params.yaml.
 
-The snapshot writes their names beside the data, so that the stages which read it follow params.yaml without
-reading it: equal files give equal files. What is not named stays on disk until it is named again.
+The snapshot writes their names next to the data, so the stages that read the data follow params.yaml
+without depending on it. Data that is not listed stays on disk until it is listed again.
 """
 
 from collections.abc import Iterable
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from nightshift.core.files import read_json, write_json
 
-# Below data/raw and data/benchmarks.
+# In data/raw and data/benchmarks.
 USED = "used.json"
 
 
 def write_used(folder: Path, names: Iterable[str]) -> None:
-    """Write which of the folders below `folder` count."""
+    """Write the names of the folders in `folder` that are in use."""
     write_json(folder / USED, sorted(names))
 
 
 def read_used(folder: Path) -> set[str]:
-    """Return the names that count; without a list, as beside data put there by hand, those of all folders."""
+    """Return the names in use; without used.json (manually added data), all folders."""
     path = folder / USED
     return set(read_json(path)) if path.is_file() else {one.name for one in folder.glob("[!.]*/")}

@@ -1,1 +1,1 @@
-"""The graph of dvc.yaml and its data, and the processes that work on it."""
+"""The graph in dvc.yaml and its data, and the processes that run it."""

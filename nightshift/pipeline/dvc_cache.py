@@ -1,4 +1,4 @@
-"""What comes back from DVC's cache, and what has to leave it for good."""
+"""Restore outputs from DVC's cache, and remove outputs from it permanently."""
 
 import hashlib
 import logging
@@ -22,18 +22,18 @@ log = logging.getLogger(__name__)
 
 
 def restore(folder: Path) -> None:
-    """Bring back an output of the snapshot that dvc.lock names and that is not there, as in a fresh clone.
+    """Restore a missing output of the snapshot that dvc.lock lists, as in a fresh clone.
 
-    Without it the stage would start over and leave behind what its sources no longer offer.
+    Without it, the stage would start over and lose data that its sources no longer offer.
 
     Raises:
-        StageError: Neither the cache nor a remote has all of it.
+        StageError: Neither the cache nor a remote contains all of it.
     """
     if folder.exists() or folder.as_posix() not in locked_outputs().get("snapshot", {}):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as incoming:
-        # `dvc pull` would wait for the stage that runs this.
+        # `dvc pull` would wait for the running stage, which calls this.
         command = ["dvc", "get", ".", str(folder), "--out", f"{incoming}/{folder.name}"]
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -48,12 +48,12 @@ def restore(folder: Path) -> None:
 
 
 def record(folder: Path) -> None:
-    """Put a changed output of the snapshot into the cache and dvc.lock.
+    """Add a changed output of the snapshot to the cache and to dvc.lock.
 
-    `dvc commit` would also record today's parameters and code, with which the stage did not run yet.
+    `dvc commit` would also record the current parameters and code, with which the stage has not run yet.
 
     Raises:
-        StageError: DVC is at work in this checkout.
+        StageError: DVC is running in this checkout.
     """
     if folder.as_posix() not in locked_outputs().get("snapshot", {}):
         return
@@ -67,10 +67,10 @@ def record(folder: Path) -> None:
 
 @contextmanager
 def locked_repo() -> Iterator[Any]:
-    """Yield DVC's repository, which nobody else changes meanwhile.
+    """Yield DVC's repository while holding its lock.
 
     Raises:
-        StageError: DVC is at work in this checkout.
+        StageError: DVC is running in this checkout.
     """
     from dvc.lock import LockError  # type: ignore[import-untyped]
     from dvc.repo import Repo  # type: ignore[import-untyped]
@@ -84,13 +84,13 @@ def locked_repo() -> Iterator[Any]:
 
 
 def purge(shards: Set[str]) -> None:
-    """Remove shards, and every output that DVC made of them, from its cache and its remotes.
+    """Remove shards, and every output derived from them, from DVC's cache and its remotes.
 
     Args:
-        shards: MD5 of each, in hex: the name that DVC knows it by.
+        shards: MD5 of each shard, in hex, as used by DVC.
 
     Raises:
-        StageError: DVC is at work in this checkout.
+        StageError: DVC is running in this checkout.
     """
     with locked_repo() as repo:
         cache = repo.cache.local
@@ -107,14 +107,14 @@ def purge(shards: Set[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run of a stage read and wrote: DVC's digests of the paths."""
+    """Inputs and outputs of one stage run, as DVC's digests of the paths."""
 
     deps: frozenset[str]
     outs: frozenset[str]
 
 
 def read_runs(folder: Path) -> Iterator[Run]:
-    """Yield all runs that DVC remembers."""
+    """Yield all runs in DVC's run cache."""
     for path in folder.glob("*/*/*"):
         run = yaml.safe_load(path.read_text(encoding="utf-8"))
         deps, outs = ({one["md5"] for one in run.get(key, ())} for key in ("deps", "outs"))
@@ -122,7 +122,7 @@ def read_runs(folder: Path) -> Iterator[Run]:
 
 
 def affected(runs: Sequence[Run], start: Set[str]) -> set[str]:
-    """Return all outputs that were made of something, directly or not.
+    """Return all outputs derived from `start`, directly or indirectly.
 
     Example:
         >>> runs = [Run(frozenset("a"), frozenset("b")), Run(frozenset("bx"), frozenset("c"))]
@@ -136,13 +136,13 @@ def affected(runs: Sequence[Run], start: Set[str]) -> set[str]:
 
 
 def listing(path: Path) -> set[str]:
-    """Return the digests of the files in a folder that DVC keeps; none for a file, or what is not there."""
+    """Return the digests of the files in a cached folder; empty for a file or a missing path."""
     if path.suffix != ".dir" or not path.is_file():
         return set()
     return {entry["md5"] for entry in read_json(path)}
 
 
 def md5(path: Path) -> str:
-    """MD5 of a file's bytes, in hex, as DVC names them."""
+    """Return the MD5 of a file's bytes in hex, as DVC identifies it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()

@@ -1,4 +1,4 @@
-"""Read the graph from dvc.yaml: the order in which stages can run, and which of them may have to."""
+"""Read dvc.yaml: the execution order of the stages, and which of them may have to run."""
 
 import graphlib
 import json
@@ -31,12 +31,12 @@ def read_stages(path: Path = GRAPH) -> dict[str, dict[str, Any]]:
 
 
 def stage_order(path: Path = GRAPH) -> list[str]:
-    """Return the stages so that each comes after those whose outputs it reads.
+    """Return the stages in topological order: each after the stages whose outputs it reads.
 
-    Ties are broken by the order of the file, so the result is always the same.
+    Ties keep the order of the file, so the result is deterministic.
 
     Raises:
-        ConfigError: Stages depend on each other in a circle.
+        ConfigError: The stages form a cycle.
     """
     stages = read_stages(path)
     needs = {name: {o for o in stages if reads(stages[name], stages[o])} for name in stages}
@@ -63,7 +63,7 @@ def outputs(stage: dict[str, Any]) -> list[str]:
 
 
 def reads(stage: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether a stage depends on an output of another, or on a file in or above it.
+    """Return whether a stage depends on an output of another, or on a path inside or above that output.
 
     Example:
         >>> reads({"deps": ["data/a/x.json"]}, {"outs": ["data/a"]})
@@ -77,7 +77,7 @@ def reads(stage: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def locked_outputs(path: Path = LOCK) -> dict[str, dict[str, str]]:
-    """Return stage -> output -> MD5, as dvc.lock has them from the last run; nothing without the file."""
+    """Return stage -> output -> MD5 of the last run from dvc.lock; empty if the file does not exist."""
     recorded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     stages = (recorded or {}).get("stages", {})
     return {
@@ -86,10 +86,10 @@ def locked_outputs(path: Path = LOCK) -> dict[str, dict[str, str]]:
 
 
 def changed_stages() -> dict[str, str]:
-    """Return stage -> what has changed in it, as DVC sees it.
+    """Return stage -> changes, as reported by `dvc status`.
 
     Raises:
-        ConfigError: DVC cannot tell.
+        ConfigError: `dvc status` failed.
     """
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -100,7 +100,7 @@ def changed_stages() -> dict[str, str]:
 
 
 def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
-    """Return stage -> reason of all that will run, or may: what reads a stage runs if its output changes."""
+    """Return stage -> reason of all stages that will run, or may run if an upstream output changes."""
     stages, reasons = read_stages(), dict[str, str]()
     for name in stage_order():
         sources = [other for other in reasons if reads(stages[name], stages[other])]
@@ -112,7 +112,7 @@ def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
 
 
 def _changes(entries: Sequence[Any]) -> list[str]:
-    """Flatten DVC's report of one stage: `{"changed deps": {path: how}}` or a plain text."""
+    """Flatten DVC's report of one stage: `{"changed deps": {path: how}}` or plain text."""
     texts: list[str] = []
     for entry in entries:
         if isinstance(entry, str):

@@ -1,8 +1,8 @@
-"""Proof that a process lives: its id, its start in clock ticks since boot, and the boot it belongs to.
+"""Proof that a process is alive: its pid, its start in clock ticks since boot, and the boot id.
 
-A pid alone may have been given to another process since, and a start in seconds moves whenever the clock is
-set. A lease is the identity of the process that works on a flow run, kept in the state folder: what Prefect
-says about the run is no proof either way.
+A pid alone may have been reused, and a start time in seconds changes whenever the clock is set. A lease
+is the identity of the process that works on a flow run, stored in the state folder. Prefect's state of
+the run is not proof in either direction.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ Identity = dict[str, Any]  # pid, start_ticks, boot_id
 
 
 def identify(pid: int) -> Identity:
-    """Return what tells a process from every other, before and after a change of the clock.
+    """Return the unique identity of a process, which a change of the clock does not affect.
 
     Raises:
-        ProcessLookupError: There is no such process.
+        ProcessLookupError: The process does not exist.
     """
     return {"pid": pid, "start_ticks": start_ticks(pid), "boot_id": BOOT_ID.read_text().strip()}
 
@@ -34,18 +34,18 @@ def start_ticks(pid: int) -> int:
     """Return when a process started, in clock ticks since boot (field 22 of proc(5)'s `stat`).
 
     Raises:
-        ProcessLookupError: There is no such process.
+        ProcessLookupError: The process does not exist.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError as err:
         raise ProcessLookupError(pid) from err
-    # The second field, the name, may hold spaces and brackets.
+    # The second field, the process name, may contain spaces and brackets.
     return int(stat.rpartition(")")[2].split()[19])
 
 
 def find_process(identity: Identity | None) -> psutil.Process | None:
-    """Return the process, or None if it has ended, even if its pid was given to another since."""
+    """Return the process, or None if it has ended, even if its pid was reused."""
     if not identity:
         return None
     with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -56,24 +56,24 @@ def find_process(identity: Identity | None) -> psutil.Process | None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Return whether a process still runs; a zombie does not."""
+    """Return whether a process is still running; a zombie is not."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        # In a container whose first process collects no orphans, a zombie stays for ever.
+        # If a container's init process does not reap orphans, a zombie stays.
         return process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def lease_file(flow_run: str) -> Path:
-    """Return where the lease of a flow run is kept."""
+    """Return the path of a flow run's lease."""
     return state_dir() / "leases" / f"{flow_run}.json"
 
 
 @contextlib.contextmanager
 def lease(flow_run: str) -> Iterator[None]:
-    """Keep the lease of a flow run, for this process, while the block runs.
+    """Hold the lease of a flow run for this process while the block runs.
 
     Args:
-        flow_run: Id of the run in Prefect.
+        flow_run: Id of the Prefect flow run.
     """
     file = lease_file(flow_run)
     write_json(file, {**identify(os.getpid()), "host": platform.node()})
@@ -84,11 +84,11 @@ def lease(flow_run: str) -> Iterator[None]:
 
 
 def lease_holder(flow_run: str) -> Literal["alive", "dead", "elsewhere"] | None:
-    """Return what is known of the process that works on a flow run.
+    """Return the state of the process that works on a flow run.
 
     Returns:
-        Whether it is alive or dead; elsewhere if another machine wrote the lease, so that nothing can be told
-        from here; None without a lease: the run has not begun, or is done.
+        alive or dead; elsewhere if another machine wrote the lease, so that this one cannot check the
+        process; None without a lease: the run has not started, or has finished.
     """
     file = lease_file(flow_run)
     if not file.is_file():

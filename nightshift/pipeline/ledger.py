@@ -1,4 +1,4 @@
-"""The ledger of rows: what one stage writes, the next one reads, to the last row."""
+"""Row ledger: each stage must read exactly as many rows as the previous one wrote."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def check_ledger(data: Path = DATA) -> None:
     """Check that no row appears or disappears between two stages.
 
     Raises:
-        StageError: Two entries differ; all differences are listed.
+        StageError: Two entries differ; the message lists all differences.
     """
     found = []
     for reader, writer in TRANSFERS:
@@ -34,7 +34,7 @@ def check_ledger(data: Path = DATA) -> None:
 
 
 def entry(data: Path, stage: str, *keys: str) -> Any:
-    """Return one value of a stage's summary."""
+    """Return one value from a stage's summary."""
     value = read_json(data / stage / "summary.json")
     for key in keys:
         value = value[key]

@@ -1,4 +1,4 @@
-"""Set values in params.yaml as a person would: comments, order and layout stay."""
+"""Edit values in params.yaml; comments, order and layout stay."""
 
 from collections.abc import Mapping
 from io import StringIO
@@ -11,10 +11,10 @@ from nightshift.core.config import config_error
 
 
 def edit(text: str, overrides: Mapping[str, Any]) -> str:
-    r"""Set `section.key` values in YAML text, comments kept.
+    r"""Set `section.key` values in YAML text; comments stay.
 
     Raises:
-        ConfigError: A key is not of the form `section.key`.
+        ConfigError: A key does not have the form `section.key`.
 
     Example:
         >>> edit("sft:\n  seed: 0 # order\n", {"sft.seed": 7})
@@ -25,11 +25,11 @@ def edit(text: str, overrides: Mapping[str, Any]) -> str:
     parser = YAML()
     parser.preserve_quotes = True
     parser.width = 4096
-    # As the file writes it: ruamel's own choice for None is nothing at all.
+    # Write None as the file does; ruamel's default is an empty value.
     parser.representer.add_representer(
         type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
     )
-    # Other readers of the file, PyYAML first, take `1e-05` for a text.
+    # Other YAML parsers, such as PyYAML, read `1e-05` as a string.
     parser.representer.add_representer(
         float,
         lambda self, number: self.represent_scalar("tag:yaml.org,2002:float", _float_text(number)),
@@ -47,7 +47,7 @@ def edit(text: str, overrides: Mapping[str, Any]) -> str:
 
 
 def _float_text(number: float) -> str:
-    """Write a float so that YAML 1.1 and 1.2 read it as one.
+    """Format a float so that YAML 1.1 and 1.2 parse it as a float.
 
     Example:
         >>> _float_text(1e-05), _float_text(1.5e-08), _float_text(0.1)
@@ -58,10 +58,10 @@ def _float_text(number: float) -> str:
 
 
 def _place(parent: Any, key: str, value: Any) -> None:
-    """Set a value where another stood, which ends with the comment of the key that follows.
+    """Replace a value; keep the comment of the next key, which ruamel attaches to the old value.
 
-    A mapping stays a block if the old one was; every other collection goes on one line, where that comment
-    cannot come between the key and its items.
+    A mapping stays in block style if the old one was. Every other collection goes on one line, where
+    that comment cannot come between the key and its items.
     """
     old = parent.get(key)
     is_block = isinstance(old, CommentedMap) and not old.fa.flow_style() and isinstance(value, dict) and value
@@ -80,7 +80,7 @@ def _place(parent: Any, key: str, value: Any) -> None:
 
 
 def _end_comment(node: Any) -> Any:
-    """Return the comment behind the last item of a collection, None without one."""
+    """Return the comment after the last item of a collection, or None."""
     found = None
     while isinstance(node, CommentedMap | CommentedSeq) and node:
         last = list(node)[-1] if isinstance(node, CommentedMap) else len(node) - 1

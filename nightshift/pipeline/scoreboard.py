@@ -1,4 +1,4 @@
-"""What a run is worth, for the terminal: a JSON file of the last run."""
+"""Results of the last run for the terminal, stored as a JSON file."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from nightshift.pipeline.graph import stage_order
 
 
 def scoreboard_file() -> Path:
-    """Return where the last run's scoreboard lies."""
+    """Return the path of the last run's scoreboard."""
     return state_dir() / "scoreboard.json"
 
 
 def collect() -> dict[str, Any]:
-    """Gather the outcome of the run from the files that its stages wrote."""
+    """Collect the results of the run from the files of its stages, and write the scoreboard."""
     gate = read_json(GATE)
     trained = read_json(TRAINING_RUN)
     board = {
@@ -33,7 +33,7 @@ def collect() -> dict[str, Any]:
 
 
 def collect_dropped() -> dict[str, dict[str, Any]]:
-    """Return stage -> rows in and rows dropped by reason, of the stages that dropped some, in their order."""
+    """Return stage -> rows in and rows dropped by reason, for stages with drops, in graph order."""
     summaries = {stage: read_json(DATA / stage / "summary.json") for stage in stage_order()}
     return {
         stage: {"rows_in": summary["rows_in"], "dropped": summary["dropped"]}
@@ -43,7 +43,7 @@ def collect_dropped() -> dict[str, dict[str, Any]]:
 
 
 def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lay the scoreboard out as (label, value) rows."""
+    """Format the scoreboard as (label, value) rows."""
     candidate = board["metrics"]["candidate"]
     base = board["metrics"]["base"]
     gate = board["gate"]
@@ -83,10 +83,10 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def format_percent(value: float | None, sign: str = "") -> str:
-    """Write a share, with its sign if that is "+"; what could not be computed has no number."""
+    """Format a share as a percentage, with its sign if `sign` is "+"; None gives "none"."""
     return "none" if value is None else f"{value:{sign}.1%}"
 
 
 def format_loss(value: float | None) -> str:
-    """Write a loss; see `format_percent`."""
+    """Format a loss; see `format_percent`."""
     return "none" if value is None else f"{value:.3f}"

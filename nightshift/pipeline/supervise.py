@@ -1,16 +1,16 @@
-"""Run a command so that nothing of it stays behind, whoever is killed. Linux only.
+"""Run a command and leave no process behind, whichever process is killed. Linux only.
 
-`run` starts this file as a program, the supervisor, in a session of its own; the supervisor starts
-the command. As "child subreaper" it gets back every process below it whose parent died, also one
-that called setsid or forked twice. Who is killed with -9, and who then cleans up:
+`run` starts this file as a program, the supervisor, in a separate session; the supervisor starts the
+command. As a "child subreaper" it adopts every descendant whose parent died, even after setsid or a
+double fork. Which process is killed with -9, and what cleans up:
 
-- the caller of `run`: the kernel sends SIGTERM to the supervisor, which ends all;
-- the command, or a process below it: the supervisor ends the rest once the command is dead;
-- the supervisor: the kernel kills the command; `run` finds the rest by its session and by a mark
-  in its environment. If the caller is killed in the same moment, what lies below the command can
-  stay, unless it called `die_with_parent`.
+- the caller of `run`: the kernel sends SIGTERM to the supervisor, which ends the tree;
+- the command or a descendant: the supervisor ends the rest once the command is dead;
+- the supervisor: the kernel kills the command; `run` finds the rest by its session and by a mark in its
+  environment. If the caller is killed at the same moment, descendants of the command can survive, unless
+  they called `die_with_parent`.
 
-A process below two supervisors gets SIGTERM from both: a handler must allow for that.
+A process below two supervisors gets SIGTERM from both: its handler must allow for that.
 """
 
 import argparse
@@ -34,12 +34,12 @@ import psutil
 
 MARK = "NIGHTSHIFT_PROCESS_TREE"
 ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-# A command's helpers (multiprocessing's resource tracker) end by themselves just after it.
+# A command's helpers (multiprocessing's resource tracker) exit by themselves shortly after it.
 SETTLE_SECONDS = 0.5
-# A rank that holds GPU memory needs seconds to be gone after SIGKILL.
+# A rank that holds GPU memory takes seconds to exit after SIGKILL.
 KILL_SECONDS = 8.0
 POLL_SECONDS = 0.1
-PIPE_BYTES = 65536  # what a Linux pipe holds: one read of this size empties it
+PIPE_BYTES = 65536  # capacity of a Linux pipe: one read of this size empties it
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 LIBC = ctypes.CDLL(None, use_errno=True)
 log = logging.getLogger(__name__)
@@ -52,25 +52,25 @@ def run(
     env: Mapping[str, str] | None = None,
     grace_seconds: float = 10.0,
 ) -> int:
-    r"""Run a command to its end, hand on its output, and leave none of its processes behind.
+    r"""Run a command to its end, forward its output, and leave none of its processes behind.
 
-    However this function ends (an exception of `on_line`, KeyboardInterrupt, SystemExit of a
-    signal handler), the whole tree gets SIGTERM, after `grace_seconds` SIGKILL, and is gone on
-    return. What it prints in its grace still reaches `on_line`, unless that is what failed.
+    However this function ends (an exception in `on_line`, KeyboardInterrupt, SystemExit from a signal
+    handler), the whole process tree gets SIGTERM, SIGKILL after `grace_seconds`, and is gone on return.
+    Output during the grace period still reaches `on_line`, unless `on_line` itself failed.
 
     Args:
-        command: Program and arguments; no shell reads them. Its stdin is empty.
-        on_line: Takes each line of stdout and stderr, without its end; a progress bar's carriage
-            return ends a line too, and blank lines are left out. A slow one slows the command.
-        env: Set on top of this process's environment.
-        grace_seconds: Time between SIGTERM and SIGKILL.
+        command: Program and arguments, run without a shell and with empty stdin.
+        on_line: Callback for each line of stdout and stderr, without line ending. A progress bar's
+            carriage return also ends a line; blank lines are skipped. A slow callback slows the command.
+        env: Environment variables added to those of this process.
+        grace_seconds: Time between SIGTERM and SIGKILL, seconds.
 
     Returns:
-        The exit code of the command, or 128 + signal. It does not prove success: `deepspeed` can
-        return 0 when a rank failed.
+        Exit code of the command, or 128 + signal. 0 does not prove success: `deepspeed` can return 0
+        when a rank failed.
 
     Raises:
-        StageError: There is no such program.
+        StageError: The program does not exist.
 
     Example:
         >>> lines = []
@@ -80,7 +80,7 @@ def run(
         ['1/2', '2/2']
     """
     environment = {**os.environ, **(env or {}), "PYTHONUNBUFFERED": "1"}
-    # A run inside a run extends the mark, so that the outer one finds all.
+    # A nested run extends the mark, so that the outer run finds all processes.
     mark = environment[MARK] = f"{os.environ.get(MARK, '')}/{secrets.token_hex(8)}"
     _require_program(command[0], environment.get("PATH"))
     supervisor = _start(command, environment, grace_seconds)
@@ -100,13 +100,13 @@ def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> 
     """Ask the kernel to send `signum` to this process when its parent dies.
 
     "Parent" is the thread that forked this process: its end counts as a death, even if the parent
-    lives on. (The thread that called `run` waits in it, so it cannot end first.) The request is
+    process lives on. (The thread that called `run` waits in it, so it cannot end first.) The request is
     lost on fork and on exec of a set-user-ID program.
 
     Args:
-        parent: The parent's process id, if known: if it died before this call, the signal is
-            sent at once. Without it such a death stays unseen.
-        signum: The signal to get.
+        parent: Process id of the parent, if known: if it died before this call, the signal is sent
+            immediately. Without it, an earlier death goes unnoticed.
+        signum: Signal to receive.
 
     Raises:
         OSError: The kernel refused.
@@ -117,23 +117,23 @@ def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be the supervisor: run the command after `--`, then end all that came of it.
+    """Act as the supervisor: run the command after `--`, then end its whole process tree.
 
     Args:
-        arguments: `[--grace SECONDS] [--parent PID] -- COMMAND...`; the supervisor ends its tree
-            when it gets SIGTERM, SIGINT or SIGHUP, and when the parent dies.
+        arguments: `[--grace SECONDS] [--parent PID] -- COMMAND...`; the supervisor ends its tree on
+            SIGTERM, SIGINT or SIGHUP, and when the parent dies.
 
     Returns:
-        The exit code of the command, 128 + signal, or 127 if it could not be started.
+        Exit code of the command, 128 + signal, or 127 if it could not be started.
     """
     options, command = _parse(arguments)
-    # Blocked signals wait until `_run_to_end` asks for them: no handler, so no race with a fork.
+    # Blocked signals stay pending until `_run_to_end` waits for them: no handler, no race with a fork.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING | {signal.SIGCHLD})
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     die_with_parent(options.parent, signal.SIGTERM)
     try:
-        # A group of its own: `kill 0` in the command must not reach the supervisor.
+        # Separate process group: `kill 0` in the command must not reach the supervisor.
         child = subprocess.Popen(command, process_group=0, preexec_fn=partial(_before_exec, os.getpid()))
     except OSError as err:
         _say([f"{command[0]}: cannot be started: {err.strerror}"])
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _require_program(name: str, path: str | None) -> None:
-    """Raise StageError if there is no such program."""
+    """Raise StageError if the program does not exist."""
     if shutil.which(name, path=path) is None:
         # Imported here: the supervisor runs as a file and cannot import the package.
         from nightshift.core.errors import StageError
@@ -167,8 +167,8 @@ def _start(
     return subprocess.Popen(
         [
             sys.executable,
-            # By path: the working directory may hold another version of `tasks`. With -P: no
-            # module beside this one can take the name of a library.
+            # By path: the working directory may contain another version of `tasks`. With -P: no
+            # module next to this file can shadow a library.
             *("-P", __file__, f"--grace={grace_seconds}", f"--parent={os.getpid()}", "--"),
             *command,
         ],
@@ -183,8 +183,8 @@ def _start(
 def _read_lines(supervisor: subprocess.Popen[bytes], deadline: float = math.inf) -> Iterator[str]:
     """Yield output until the pipe closes, the supervisor is dead or the deadline has passed.
 
-    A supervisor that was killed with -9 leaves processes which hold the pipe open: to wait for its
-    end alone would be to wait for ever.
+    A supervisor that was killed with -9 leaves processes that hold the pipe open: waiting for the end of
+    the pipe alone could block forever.
     """
     assert supervisor.stdout
     stream = supervisor.stdout.fileno()
@@ -192,7 +192,7 @@ def _read_lines(supervisor: subprocess.Popen[bytes], deadline: float = math.inf)
     poller.register(stream, select.POLLIN)
     rest, chunk, is_dead = b"", None, False
     while chunk != b"" and not is_dead and time.monotonic() < deadline:
-        # Asked before the read, so that the last read finds all that was written before the death.
+        # Checked before the read, so that the last read gets all output from before the death.
         is_dead = _exit_code(supervisor, os.WEXITED | os.WNOHANG) is not None
         if poller.poll(0 if is_dead else 1000 * POLL_SECONDS):
             chunk = os.read(stream, PIPE_BYTES)
@@ -203,7 +203,7 @@ def _read_lines(supervisor: subprocess.Popen[bytes], deadline: float = math.inf)
 
 
 def _exit_code(process: subprocess.Popen[bytes], options: int) -> int | None:
-    """Exit code of a child, None while it runs. It stays unreaped, so that its id stays taken."""
+    """Return a child's exit code, None while it runs. It is not reaped, so its pid is not reused."""
     result = os.waitid(os.P_PID, process.pid, options | os.WNOWAIT)
     if result is None:
         return None
@@ -216,7 +216,7 @@ def _end(
     grace_seconds: float,
     listener: Callable[[str], None] | None,
 ) -> None:
-    """Let the supervisor end the tree, then kill what is left, the supervisor included."""
+    """Let the supervisor end the tree, then kill what is left, including the supervisor."""
     try:
         if _exit_code(supervisor, os.WEXITED | os.WNOHANG) is None:
             os.kill(supervisor.pid, signal.SIGTERM)
@@ -241,7 +241,7 @@ def _end(
 
 
 def _find_members(session: int, mark: str) -> list[psutil.Process]:
-    """Find the live processes of a session, and those whose environment bears the mark."""
+    """Find the live processes of a session, and those with the mark in their environment."""
     members = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -253,13 +253,13 @@ def _find_members(session: int, mark: str) -> list[psutil.Process]:
 
 
 def _prctl(option: int, value: int) -> None:
-    """Set one attribute of this process."""
+    """Set one attribute of this process with prctl."""
     if LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
-    """Split the supervisor's own options from the command."""
+    """Split the supervisor's options from the command."""
     parser = argparse.ArgumentParser(
         prog="python -m nightshift.pipeline.supervise",
         description=__doc__,
@@ -283,7 +283,7 @@ def _before_exec(parent: int) -> None:
 
 
 def _run_to_end(child: subprocess.Popen[bytes], grace_seconds: float, notes: list[str]) -> None:
-    """Wait for the command or a signal, then ask the rest of the tree to end, within its grace."""
+    """Wait for the command or a signal, then ask the rest of the tree to end within the grace period."""
     signum: int = signal.SIGCHLD
     while _reap(child) and child.returncode is None and signum == signal.SIGCHLD:
         signum = signal.sigwait(ENDING | {signal.SIGCHLD})
@@ -297,9 +297,9 @@ def _run_to_end(child: subprocess.Popen[bytes], grace_seconds: float, notes: lis
 
 
 def _tell(told: set[psutil.Process], signum: int) -> None:
-    """Send the signal to all descendants at first, later to new orphans only.
+    """Send the signal to all descendants at first, later only to new orphans.
 
-    What a process starts in its grace, to save its work, is left alone while that process lives.
+    A child that a process starts in its grace period, to save work, stays while its parent lives.
     """
     for process in psutil.Process().children(recursive=not told):
         if process not in told:
@@ -309,7 +309,7 @@ def _tell(told: set[psutil.Process], signum: int) -> None:
 
 
 def _kill(killed: dict[psutil.Process, str]) -> None:
-    """Kill all descendants, and keep the names of those that are new."""
+    """Kill all descendants, and keep the descriptions of new ones."""
     for process in psutil.Process().children(recursive=True):
         killed.setdefault(process, _describe(process))
         with contextlib.suppress(psutil.Error):
@@ -317,7 +317,7 @@ def _kill(killed: dict[psutil.Process, str]) -> None:
 
 
 def _wait_childless(child: subprocess.Popen[bytes], seconds: float, act: Callable[[], None]) -> bool:
-    """Call `act` and reap, again and again, until no child is left (True) or time is up."""
+    """Call `act` and reap repeatedly until no child is left (True) or time is up (False)."""
     deadline = time.monotonic() + seconds
     while _reap(child):
         act()
@@ -329,7 +329,7 @@ def _wait_childless(child: subprocess.Popen[bytes], seconds: float, act: Callabl
 
 
 def _reap(child: subprocess.Popen[bytes]) -> bool:
-    """Collect every dead child, and the exit code of the command; True if live ones are left."""
+    """Reap every dead child, record the command's exit code; return whether live children are left."""
     with contextlib.suppress(ChildProcessError):
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -341,7 +341,7 @@ def _reap(child: subprocess.Popen[bytes]) -> bool:
 
 
 def _describe(process: psutil.Process) -> str:
-    """Name a process in a message."""
+    """Format a process for a message."""
     try:
         return f"pid {process.pid} ({' '.join(process.cmdline())})"
     except psutil.Error:

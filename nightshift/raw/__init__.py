@@ -1,1 +1,1 @@
-"""The shards below data/raw: how their rows are read and checked, and which are forgotten."""
+"""Shards in data/raw: how their rows are read and checked, and which rows are forgotten."""

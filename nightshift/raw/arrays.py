@@ -1,10 +1,10 @@
-"""A JSON array cut into its elements without reading it whole."""
+"""Split a JSON array into its elements without loading it whole."""
 
 import io
 import re
 from collections.abc import Iterator
 
-# What structures JSON outside of strings, and the inside of a string up to its closing quote.
+# Structural characters of JSON outside strings, and the inside of a string up to its closing quote.
 SIGN = re.compile(rb'["\[\]{},]')
 TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 DEPTH = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
@@ -12,17 +12,17 @@ CHUNK = 1 << 18
 
 
 def split_array(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
-    """Yield the bytes of each element of a JSON array, None for one above the limit.
+    """Yield the bytes of each element of a JSON array, None for an element above the limit.
 
-    Elements are not parsed, so a malformed one does not spoil the others while its quotes and brackets
-    are in order.
+    Elements are not parsed, so a malformed one does not affect the others as long as its quotes and
+    brackets are balanced.
 
     Args:
-        file: Stream that stands before the opening bracket.
-        limit: Longest element, bytes.
+        file: Stream positioned before the opening bracket.
+        limit: Maximum size of an element, bytes.
 
     Raises:
-        ValueError: The array does not end, or something stands behind it.
+        ValueError: The array is not closed, or data follows it.
     """
     depth, element, too_large, empty = 0, bytearray(), False, True
     pieces = _pieces(file)
@@ -48,9 +48,9 @@ def split_array(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
 
 
 def _pieces(file: io.BufferedReader) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the file in pieces, each with the sign that ends it; no sign at the end of a chunk.
+    """Yield (piece, structural character that ends it); the character is empty at the end of a chunk.
 
-    Signs within strings do not count.
+    Characters inside strings do not count.
     """
     inside, rest = False, b""
     while chunk := file.read(CHUNK):

@@ -1,4 +1,4 @@
-"""What a conversation must keep to: whole text, no markup of its own, roles in order."""
+"""Checks of a conversation: intact text, no chat markup, roles in order."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -11,11 +11,11 @@ from nightshift.raw.strict_json import dumps
 from nightshift.raw.tool_calls import pair_answers
 from nightshift.raw.turns import Conversation
 
-# Markup that chat templates write between turns (<|im_start|>, [INST], <s>). Inside a text it would let
-# the text forge a turn.
+# Markup that chat templates write between turns (<|im_start|>, [INST], <s>). In a text it could forge
+# a turn.
 CHAT_MARKUP = r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>"
-# C0 but tab and line feed, DEL, C1; half of a surrogate pair; the signs that reorder text on the screen
-# only (CVE-2021-42574); what a decoder writes for bytes that it could not read.
+# C0 except tab and line feed, DEL, C1; lone surrogates; characters that reorder text on the screen only
+# (CVE-2021-42574); the replacement character of decoders.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffd]")
 
 # Role -> roles that may follow it.
@@ -23,24 +23,24 @@ FOLLOWERS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("to
 
 
 def compile_special_tokens(tokens: Collection[str]) -> re.Pattern[str]:
-    """Compile the markup that no text may hold: that of all usual templates, and the base's own tokens.
+    """Compile the forbidden markup: that of common chat templates, and the base model's own tokens.
 
     Example:
         >>> bool(compile_special_tokens(["<filename>"]).search("open <filename>"))
         True
     """
-    # The longest first: a token may begin with another.
+    # Longest first: one token may be a prefix of another.
     own = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile("|".join([CHAT_MARKUP, *map(re.escape, own)]))
 
 
 def repair(conversation: Conversation) -> tuple[Conversation, set[str]]:
-    """Undo a wrong decoding (mojibake) and Windows line ends; strip the turns of a chat.
+    """Fix wrong decoding (mojibake) and Windows line endings; strip the turns of a chat.
 
-    Only a text that is not plain ASCII can be mojibake. A plain text keeps its outer whitespace.
+    Only non-ASCII text can be mojibake. A plain text row keeps its outer whitespace.
 
     Returns:
-        The conversation, and what was repaired: `mojibake`, `line_ends`.
+        The conversation, and the repairs: `mojibake`, `line_ends`.
 
     Example:
         >>> from nightshift.raw.turns import Turn
@@ -62,10 +62,10 @@ def repair(conversation: Conversation) -> tuple[Conversation, set[str]]:
 
 
 def check(conversation: Conversation, special: re.Pattern[str]) -> Conversation:
-    """Check roles, contents and order, and pair the answers of tools with their calls.
+    """Check roles, contents and order, and pair tool answers with their calls.
 
     Raises:
-        RowError: The first fault that was found.
+        RowError: The first problem found.
     """
     turns = conversation.turns
     for number, turn in enumerate(turns, start=1):
@@ -89,7 +89,7 @@ def check(conversation: Conversation, special: re.Pattern[str]) -> Conversation:
 
 
 def _check_text(text: str, special: re.Pattern[str], number: int) -> None:
-    """Check one text of a turn; turn 0 stands for the row's `tools`."""
+    """Check one text of a turn; turn 0 is the row's `tools`."""
     where = f"turn {number}" if number else "tools"
     if found := CONTROL.search(text):
         raise RowError("control_character", f"U+{ord(found[0]):04X}, {where}")
@@ -98,10 +98,10 @@ def _check_text(text: str, special: re.Pattern[str], number: int) -> None:
 
 
 def _check_order(roles: Sequence[str]) -> None:
-    """Check: an optional system turn, then user and assistant in turn; an assistant's turn last.
+    """Check the order: optional system turn, then user and assistant turns alternating, assistant last.
 
-    Tools stand between two turns of the assistant: user, assistant, tool, tool, assistant, user. Whether
-    they are called is for `pair_answers` to say.
+    Tool turns come between two assistant turns: user, assistant, tool, tool, assistant, user.
+    `pair_answers` checks whether the tools were called.
     """
     turns = roles[1:] if roles[0] == "system" else roles
     before = "assistant"

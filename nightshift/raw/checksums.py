@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-# Characters in an IBAN -> countries: SWIFT IBAN Registry.
+# IBAN length in characters -> countries; source: SWIFT IBAN Registry.
 COUNTRIES = {
     15: "NO",
     16: "BE",
@@ -25,7 +25,7 @@ COUNTRIES = {
     33: "RU",
 }
 IBAN_LENGTHS = {country: length for length, names in COUNTRIES.items() for country in names.split()}
-# First digits and number of digits of the large card networks.
+# Prefixes and lengths of the large card networks.
 CARD_NETWORKS = re.compile(
     r"4(?:\d{12}|\d{15}|\d{18})"
     r"|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}"
@@ -35,7 +35,7 @@ CARD_NETWORKS = re.compile(
 
 
 def iban_length(text: str) -> int:
-    """Return how many characters of a text that begins like an IBAN are one; 0 if they are none.
+    """Return the number of leading characters that form a valid IBAN, 0 for none.
 
     Example:
         >>> iban_length("DE89 3704 0044 0532 0130 00 TODAY"), iban_length("DE88370400440532013000")
@@ -51,7 +51,7 @@ def iban_length(text: str) -> int:
 
 
 def card_length(text: str) -> int:
-    """Return how many characters of a text of digits, spaces and hyphens are a card number, 0 for none.
+    """Return how many leading digits, spaces and hyphens form a valid card number, 0 for none.
 
     Example:
         >>> card_length("4111 1111 1111 1111 123"), card_length("4111111111111112")
@@ -67,7 +67,7 @@ def card_length(text: str) -> int:
 
 
 def is_luhn(digits: str) -> bool:
-    """Check the last digit of a number.
+    """Return whether a number passes the Luhn check.
 
     Example:
         >>> is_luhn("79927398713"), is_luhn("79927398710")
@@ -79,7 +79,7 @@ def is_luhn(digits: str) -> bool:
 
 
 def _length_with(text: str, count: int, counts: Callable[[str], bool]) -> int:
-    """Return the length of the shortest beginning with `count` signs that count; 0 if there are fewer."""
+    """Return the length of the shortest prefix with `count` matching characters, 0 for fewer."""
     if not count:
         return 0
     for length, sign in enumerate(text, start=1):

@@ -1,6 +1,6 @@
-"""Rows of the usual shapes into turns: the shape is told from the keys of each row.
+"""Convert rows of common dataset formats to turns; the keys of a row determine its format.
 
-| shape | keys |
+| format | keys |
 |---|---|
 | messages (OpenAI) | `messages`: role, content, tool_calls, tool_call_id; `tools` |
 | ShareGPT | `conversations`: from, value; `system`, `tools` |
@@ -8,7 +8,7 @@
 | prompt-completion (TRL) | `prompt`, `completion`: text or messages; `tools` |
 | plain text | `text` |
 
-The first shape whose keys are all there counts; other keys of the row are not read.
+The first format whose keys are all present applies; other keys of the row are ignored.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,10 @@ SHAREGPT_ROLES = {
 
 
 def convert(row: Row) -> Conversation:
-    """Read a row of any known shape.
+    """Convert a row of any known format.
 
     Raises:
-        RowError: No shape fits, or a part of the row has the wrong type.
+        RowError: No format matches, or a part of the row has the wrong type.
 
     Example:
         >>> [turn.role for turn in convert({"instruction": "Add", "input": "1, 2", "output": "3"}).turns]
@@ -56,10 +56,10 @@ def convert(row: Row) -> Conversation:
 
 
 def read_turns(value: object) -> list[Turn]:
-    """Read a list of turns, of messages or of ShareGPT; CSV holds the list as JSON.
+    """Read a list of OpenAI or ShareGPT turns; CSV contains the list as JSON.
 
     Raises:
-        RowError: It is no list of turns.
+        RowError: The value is not a list of turns.
     """
     if isinstance(value, str):
         try:
@@ -72,18 +72,18 @@ def read_turns(value: object) -> list[Turn]:
 
 
 def _message_turn(message: Row) -> Turn:
-    """Read a turn with role and content, as OpenAI writes it."""
+    """Read a turn with role and content (OpenAI format)."""
     role, call_id = message.get("role"), _word(message.get("tool_call_id"))
     if not isinstance(role, str):
         raise RowError("no_messages", "a turn has no role")
     calls = parse_calls(message.get("tool_calls")) if message.get("tool_calls") else ()
-    # OpenAI also lets a user have a name; no chat template renders it.
+    # OpenAI also allows a name on user turns; no chat template renders it.
     name = _word(message.get("name")) if role == "tool" else None
     return Turn(role, _text(message.get("content")), calls, name, call_id)
 
 
 def _sharegpt_turn(turn: Row) -> Turn:
-    """Read a turn with from and value."""
+    """Read a turn with from and value (ShareGPT format)."""
     word, value = turn["from"], turn.get("value")
     role = SHAREGPT_ROLES.get(word) if isinstance(word, str) else None
     if role is None:
@@ -94,7 +94,7 @@ def _sharegpt_turn(turn: Row) -> Turn:
 
 
 def _alpaca(row: Row) -> list[Turn]:
-    """Read an instruction with its input as one question; earlier rounds come from `history`."""
+    """Join instruction and input to one question; earlier turns come from `history`."""
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(r, list) and len(r) == 2 for r in history):
         raise RowError("no_messages", "history is a list of [question, answer]")
@@ -109,17 +109,17 @@ def _alpaca(row: Row) -> list[Turn]:
 
 
 def _prompt_completion(row: Row) -> list[Turn]:
-    """Read prompt and completion, each a text or a list of messages."""
+    """Read prompt and completion, each a string or a list of messages."""
     return [*_part(row["prompt"], "user"), *_part(row["completion"], "assistant")]
 
 
 def _part(value: object, role: str) -> list[Turn]:
-    """Read a text as one turn, a list as messages."""
+    """Read a string as one turn, a list as messages."""
     return [Turn(role, value)] if isinstance(value, str) else read_turns(value)
 
 
 def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """Put the system prompt that stands beside the turns before them."""
+    """Prepend the row's separate system prompt to the turns."""
     system = row.get("system")
     if not system or turns[0].role in ("system", "text"):
         return turns
@@ -127,10 +127,10 @@ def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
 
 
 def _text(value: object) -> str:
-    """Return a content as text: a string, or OpenAI's list of text parts; none is empty.
+    """Return content as text: a string, or OpenAI's list of text parts; None becomes empty.
 
     Raises:
-        RowError: It holds something else.
+        RowError: The content has another type.
     """
     if isinstance(value, str):
         return value
@@ -145,7 +145,7 @@ def _text(value: object) -> str:
 
 
 def _word(value: object) -> str | None:
-    """Return a name or id; anything but a filled string counts as none."""
+    """Return a name or id if it is a non-empty string, otherwise None."""
     return value if isinstance(value, str) and value else None
 
 

@@ -1,4 +1,4 @@
-"""Rows taken out of a shard, so that all others keep their bytes and their numbers."""
+"""Erase rows from a shard; all other rows keep their bytes and their numbers."""
 
 import csv
 import io
@@ -25,12 +25,12 @@ from nightshift.raw.strict_json import dumps
 from nightshift.raw.turns import Conversation
 
 log = logging.getLogger(__name__)
-# The shard is in the house already; nothing of it may be left out.
+# The shard was accepted before; no row may be left out.
 NO_LIMITS = Limits(sys.maxsize - 1, sys.maxsize, sys.maxsize)
 
 
 def erase_known(shard: Path, raw: Path) -> None:
-    """Take out of a shard what was forgotten before and comes in again, and remember the shard as it came."""
+    """Erase previously forgotten rows from a new shard, and record the original digest of the shard."""
     forgotten = read_forgotten(raw)
     if not forgotten.contents:
         return
@@ -44,7 +44,7 @@ def erase_known(shard: Path, raw: Path) -> None:
 
 
 def forget_rows(shard: Path, numbers: Set[int], raw: Path, forgotten: Forgotten) -> None:
-    """Take rows out of a shard; `forgotten` knows what they said, and is written before they go."""
+    """Erase rows from a shard; `forgotten`, which has their digests, is written first."""
     name, digests = shard.relative_to(raw).as_posix(), read_digests(raw)
     forgotten.rows.update(f"{name}:{number}" for number in numbers)
     forgotten.shards[name] = sorted({*forgotten.shards.get(name, ()), file_digest(shard)})
@@ -55,7 +55,7 @@ def forget_rows(shard: Path, numbers: Set[int], raw: Path, forgotten: Forgotten)
 
 
 def conversations(shard: Path) -> Iterator[tuple[int, Conversation]]:
-    """Yield (number, conversation) of the rows of a shard that are one."""
+    """Yield (number, conversation) for the rows of a shard that can be converted to a conversation."""
     for number, row in read_shard(shard, NO_LIMITS):
         if not isinstance(row, RowError):
             with suppress(RowError, RecursionError):
@@ -63,7 +63,7 @@ def conversations(shard: Path) -> Iterator[tuple[int, Conversation]]:
 
 
 def content_digest(conversation: Conversation) -> str:
-    """Digest of what a conversation says, wherever it stands: BLAKE2b, 32 bytes in hex."""
+    """Return the digest of a conversation's content, whatever its origin: BLAKE2b, 32 bytes in hex."""
     said = [
         [turn.role, turn.content, turn.name, [[call.name, call.arguments] for call in turn.calls]]
         for turn in conversation.turns
@@ -74,12 +74,12 @@ def content_digest(conversation: Conversation) -> str:
 def erase_rows(path: Path, numbers: Set[int]) -> None:
     """Rewrite a shard without some of its rows.
 
-    What stays in their place counts but holds nothing: blank lines, `null` in a JSON array, a row of nulls in
-    Parquet.
+    Erased rows leave placeholders that keep the numbering: blank lines, `null` in a JSON array, a row of
+    nulls in Parquet.
 
     Args:
-        path: The shard.
-        numbers: Rows as `nightshift.raw.readers.read_shard` numbers them.
+        path: Path of the shard.
+        numbers: Row numbers as in `nightshift.raw.readers.read_shard`.
 
     Raises:
         DataError: The shard is damaged.
@@ -99,7 +99,7 @@ def erase_rows(path: Path, numbers: Set[int]) -> None:
 
 
 def without_rows(path: Path, form: str, source: io.BufferedReader, numbers: Set[int]) -> Iterator[bytes]:
-    """Yield the bytes of a shard of text."""
+    """Yield the bytes of a text shard without the rows."""
     if form == "json" and source.peek(1).lstrip().startswith(b"["):
         yield b"["
         try:
@@ -116,7 +116,7 @@ def without_rows(path: Path, form: str, source: io.BufferedReader, numbers: Set[
 
 
 def csv_lines(path: Path, numbers: Set[int]) -> set[int]:
-    """Return the numbers of all lines of some rows of a CSV file; a row's own number is that of its last."""
+    """Return the numbers of all lines of some CSV rows; a row's own number is that of its last line."""
     csv.field_size_limit(NO_LIMITS.row_bytes)
     found: set[int] = set()
     with open_bytes(path, split_suffix(shard_suffix(path.name) or "")[1], NO_LIMITS) as source:
@@ -129,7 +129,7 @@ def csv_lines(path: Path, numbers: Set[int]) -> set[int]:
                 if next(rows, None) is None:
                     return found
             except csv.Error:
-                # A malformed row has lines too.
+                # A malformed row spans lines too.
                 pass
             if lines.number in numbers:
                 found.update(range(before + 1, lines.number + 1))
@@ -139,7 +139,7 @@ def csv_lines(path: Path, numbers: Set[int]) -> set[int]:
 def erase_parquet(path: Path, target: Path, numbers: Set[int]) -> None:
     """Write a copy of a Parquet file with nulls for some of its rows."""
     with pq.ParquetFile(path) as source:
-        # A column that promises to hold no null cannot forget.
+        # Non-nullable columns cannot hold nulls.
         schema = pa.schema([field.with_nullable(nullable=True) for field in source.schema_arrow])
         with pq.ParquetWriter(target, schema, compression="zstd") as writer:
             first = 1

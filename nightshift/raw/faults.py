@@ -1,4 +1,4 @@
-"""Why a row cannot be used: the reasons, and what to do about each."""
+"""Reasons why a row cannot be used, and how to fix each of them."""
 
 from nightshift.data.encode import FAULTS
 
@@ -34,11 +34,11 @@ REMEDIES = {
 
 
 class RowError(Exception):
-    """One row cannot be used; it goes to quarantine, the others go on.
+    """One row cannot be used. It goes to quarantine; processing continues with the next row.
 
     Attributes:
-        reason: A key of `REMEDIES`.
-        detail: What was found, without any of the row's text.
+        reason: Key of `REMEDIES`.
+        detail: Finding, without any text of the row.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -48,7 +48,7 @@ class RowError(Exception):
 
     @property
     def remedy(self) -> str:
-        """What to do, with the detail.
+        """Fix for the reason, with the detail.
 
         Example:
             >>> RowError("empty_content", "turn 2").remedy

@@ -1,22 +1,22 @@
-"""Rows that were taken out of the raw data: which, and how to know them when they are offered again."""
+"""Rows erased from the raw data, and how to recognize them when they arrive again."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nightshift.core.files import read_json, write_json
 
-# Below data/raw.
+# In data/raw.
 FORGOTTEN = "forgotten.json"
 
 
 @dataclass(slots=True)
 class Forgotten:
-    """What `nightshift forget` took out. None of it holds text.
+    """Rows erased by `nightshift forget`. Contains no text.
 
     Attributes:
-        rows: Origins, `source/arrival.suffix:number`; what stands there now is no row.
-        contents: Digests of what the rows said; a new shard is rid of rows that say it again.
-        shards: Name of a shard -> its SHA-256 before rows were taken out; such a file does not come in again.
+        rows: Origins of the rows, `source/arrival.suffix:number`; a placeholder is left there.
+        contents: Digests of the erased contents; matching rows are erased from new shards.
+        shards: Shard name -> SHA-256 before rows were erased; such files are not imported again.
     """
 
     rows: set[str] = field(default_factory=set)
@@ -25,7 +25,7 @@ class Forgotten:
 
 
 def read_forgotten(raw: Path) -> Forgotten:
-    """Read what was taken out of the shards below a folder."""
+    """Read the record of erased rows of the shards in a folder."""
     path = raw / FORGOTTEN
     if not path.is_file():
         return Forgotten()
@@ -34,6 +34,6 @@ def read_forgotten(raw: Path) -> Forgotten:
 
 
 def write_forgotten(raw: Path, forgotten: Forgotten) -> None:
-    """Write what was taken out."""
+    """Write the record of erased rows."""
     rows, contents = sorted(forgotten.rows), sorted(forgotten.contents)
     write_json(raw / FORGOTTEN, {"rows": rows, "contents": contents, "shards": forgotten.shards})

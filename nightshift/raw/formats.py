@@ -1,15 +1,15 @@
-"""Which files ingest reads, told from the end of the name."""
+"""File formats that ingest reads, detected by the file name suffix."""
 
 import re
 
-# Parquet compresses its own pages; gzip or zstd around it would forbid reading by row groups.
+# Parquet compresses its own pages; gzip or zstd around it would prevent reading by row group.
 SUFFIX = re.compile(r"\.(?:(?P<text>jsonl|json|csv)(?:\.(?P<codec>gz|zst))?|(?P<table>parquet))$")
 CODECS = {"gz": "gzip", "zst": "zstd"}
 READABLE = ".jsonl, .json, .csv (also with .gz or .zst) and .parquet"
 
 
 def shard_suffix(name: str) -> str | None:
-    """Return the suffix that tells format and compression, in small letters; None if ingest cannot read it.
+    """Return the lowercase suffix with format and compression; None if ingest cannot read the file.
 
     Example:
         >>> shard_suffix("chats.v2.CSV.gz"), shard_suffix("a.parquet"), shard_suffix("notes.docx")
@@ -20,7 +20,7 @@ def shard_suffix(name: str) -> str | None:
 
 
 def split_suffix(suffix: str) -> tuple[str, str | None]:
-    """Return format and codec of a suffix that `shard_suffix` gave.
+    """Return the format and codec of a suffix from `shard_suffix`.
 
     Example:
         >>> split_suffix(".jsonl.zst"), split_suffix(".parquet")

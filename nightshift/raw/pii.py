@@ -1,6 +1,6 @@
-"""Personal data and keys in a text: found by form, confirmed by checksum or by the standard library.
+"""Personal data and secret keys in a text: found by pattern, confirmed by checksum or standard library.
 
-Rules find what has a form. Names and places have none: see `tasks.ingest.presidio`.
+Rules find data with a fixed form. Names and places have none: see `tasks.ingest.presidio`.
 """
 
 import ipaddress
@@ -16,8 +16,8 @@ IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}")
 CARD = re.compile(r"(?<![\d.])[2-6](?:[ -]?\d){12,18}(?!\d)")
 IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
 IPV6 = re.compile(r"(?<![\w:])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])")
-# A country code after +; a trunk 0 or an area code in brackets, with separators; North America. Eight
-# digits without any sign are an order number as often as a telephone's.
+# Country code after +; trunk 0 or area code in brackets, with separators; North America. Eight bare
+# digits are an order number as often as a phone number.
 PHONE = re.compile(
     r"(?<![\w+])(?<!\d[ .,])(?:"
     r"\+\d(?:[ ()./-]{0,2}\d){7,14}"
@@ -42,14 +42,14 @@ KEY = re.compile(
     r")"
 )
 KEY_HINTS = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "glpat-", "sk-", "hf_", "AIza", "xox", "eyJ")
-# Four digits with at most two other signs between them: without them there is no number to look at.
+# Four digits with at most two other characters between them: without these no number rule can match.
 DIGITS = re.compile(r"\d\D{0,2}\d\D{0,2}\d\D{0,2}\d")
 Check = Callable[[re.Match[str]], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One place: kind, and first and last + 1 character of the text."""
+    """One match: kind, and first and last + 1 character in the text."""
 
     kind: str
     start: int
@@ -60,7 +60,7 @@ Find = Callable[[str], list[Finding]]
 
 
 def find_pii(text: str) -> list[Finding]:
-    """Find personal data and keys, in the order of the text, without overlaps.
+    """Find personal data and secret keys, in text order, without overlaps.
 
     Example:
         >>> find_pii("Write to ada@example.org, not to 10.0.0.1")
@@ -76,11 +76,11 @@ def find_pii(text: str) -> list[Finding]:
 
 
 def redact(text: str, find: Find = find_pii) -> str:
-    """Put the kind in brackets where personal data stood, until the rules find none.
+    """Replace personal data with its kind in brackets until the rules find no more.
 
     Args:
-        text: Any text.
-        find: What finds it, the rules or more than them.
+        text: Text to redact.
+        find: Detector for the first pass: the rules, or the rules and a model.
 
     Example:
         >>> redact("Pay to DE89 3704 0044 0532 0130 00 today")
@@ -90,14 +90,14 @@ def redact(text: str, find: Find = find_pii) -> str:
     while findings:
         for finding in reversed(findings):
             text = f"{text[: finding.start]}[{finding.kind.upper()}]{text[finding.end :]}"
-        # What follows a finding can become one itself when the finding is gone. A model is not asked
-        # again: it could take a placeholder for a name.
+        # Removing a finding can make the text after it match. A model is not asked again: it could take
+        # a placeholder for a name.
         findings = find_pii(text)
     return text
 
 
 def _rules(text: str) -> Iterator[tuple[str, re.Pattern[str], Check]]:
-    """Yield the rules that a text can meet, judged by cheap signs; the first rule wins an overlap."""
+    """Yield the rules that can match, preselected by cheap checks; on overlap the first rule wins."""
     if any(hint in text for hint in KEY_HINTS):
         yield "key", KEY, _whole
     if "@" in text:
@@ -112,7 +112,7 @@ def _rules(text: str) -> Iterator[tuple[str, re.Pattern[str], Check]]:
 
 
 def _scan(text: str, pattern: re.Pattern[str], check: Check) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of each match that passes its check, which says how long the finding is."""
+    """Yield (start, end) of each match that passes its check, which returns its length."""
     position = 0
     while match := pattern.search(text, position):
         length = check(match)
@@ -122,7 +122,7 @@ def _scan(text: str, pattern: re.Pattern[str], check: Check) -> Iterator[tuple[i
 
 
 def _blank(text: str, findings: list[Finding]) -> str:
-    """Fill what has been found, so that no other rule finds a part of it."""
+    """Overwrite the findings, so that no other rule matches a part of them."""
     parts, position = [], 0
     for finding in findings:
         parts += [text[position : finding.start], "\0" * (finding.end - finding.start)]
@@ -131,12 +131,12 @@ def _blank(text: str, findings: list[Finding]) -> str:
 
 
 def _whole(match: re.Match[str]) -> int:
-    """Accept the match as it is."""
+    """Accept the whole match."""
     return match.end() - match.start()
 
 
 def _ip_length(match: re.Match[str]) -> int:
-    """Accept a public address; 0 for private, reserved and impossible ones."""
+    """Accept a public address; return 0 for private, reserved and invalid ones."""
     try:
         address = ipaddress.ip_address(match[0].rstrip(":"))
     except ValueError:

@@ -1,6 +1,6 @@
-"""Rows of a shard, one at a time, each with its number: JSON Lines, JSON array, CSV, Parquet.
+"""Numbered rows of a shard, one at a time: JSON Lines, JSON array, CSV, Parquet.
 
-A row that cannot be read comes as a `RowError`. When the rest of a shard cannot be read, the stage fails.
+An unreadable row is yielded as a `RowError`. If the rest of a shard cannot be read, the stage fails.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_shard(path: Path, limits: Limits) -> Numbered:
-    """Yield (number, row or fault) of every row of a shard.
+    """Yield (number, row or error) for every row of a shard.
 
-    The number counts from 1: lines of JSON Lines and CSV, elements of a JSON array, rows of Parquet.
+    Numbers start at 1: lines of JSON Lines and CSV, elements of a JSON array, rows of Parquet.
 
     Raises:
-        DataError: The shard is damaged, or expands beyond the limits.
+        DataError: The shard is damaged, or exceeds the limits.
     """
     if not path.stat().st_size:
         yield 1, RowError("empty_file")
@@ -54,7 +54,7 @@ def read_shard(path: Path, limits: Limits) -> Numbered:
 
 
 def read_json_lines(file: io.BufferedReader, limit: int) -> Numbered:
-    """Yield the objects of JSON Lines; blank lines do not count."""
+    """Yield the objects of JSON Lines; skip blank lines."""
     number = 0
     while (line := read_line(file, limit)) != b"":
         number += 1
@@ -63,7 +63,7 @@ def read_json_lines(file: io.BufferedReader, limit: int) -> Numbered:
 
 
 def parse_json(line: bytes | None) -> Row | RowError:
-    r"""Parse one JSON object; None stands for one that is too large.
+    r"""Parse one JSON object; None is a line above the size limit.
 
     Example:
         >>> parse_json(b'{"text": "a"}'), parse_json(b"\xff").reason, parse_json(b"[1]").reason
@@ -83,7 +83,7 @@ def parse_json(line: bytes | None) -> Row | RowError:
         return RowError("malformed_json", place)
     if not isinstance(row, dict):
         return RowError("not_an_object")
-    # Only an escape can bring half of a pair into text that was UTF-8.
+    # In valid UTF-8, only an escape can produce a lone surrogate.
     if ESCAPE.search(text) and SURROGATE.search(json.dumps(row, ensure_ascii=False)):
         return RowError("lone_surrogate")
     return row
@@ -93,7 +93,7 @@ def read_array(path: Path, file: io.BufferedReader, limit: int) -> Numbered:
     """Yield the elements of a JSON array.
 
     Raises:
-        DataError: The array does not end, or something stands behind it.
+        DataError: The array is not closed, or data follows it.
     """
     try:
         for number, element in enumerate(split_array(file, limit), start=1):
@@ -103,20 +103,20 @@ def read_array(path: Path, file: io.BufferedReader, limit: int) -> Numbered:
 
 
 class CsvLines:
-    """Lines of a CSV file as text. Bytes that are no UTF-8 become surrogates: one bad row ends no file."""
+    """Lines of a CSV file as text. Invalid UTF-8 becomes surrogates: a bad row does not end the file."""
 
     def __init__(self, file: io.BufferedReader, limit: int) -> None:
         self._file, self._limit, self.number = file, limit, 0
 
     def __iter__(self) -> Iterator[str]:
-        """Return the lines."""
+        """Return the iterator."""
         return self
 
     def __next__(self) -> str:
         """Read one line.
 
         Raises:
-            csv.Error: The line is too long; the next call goes on behind it.
+            csv.Error: The line is too long; the next call continues after it.
         """
         line = read_line(self._file, self._limit)
         if line == b"":
@@ -128,10 +128,10 @@ class CsvLines:
 
 
 def read_csv(path: Path, file: io.BufferedReader, limit: int) -> Numbered:
-    """Yield the rows of a CSV file with a header; the number is that of the row's last line.
+    """Yield the rows of a CSV file with a header; a row's number is that of its last line.
 
     Raises:
-        DataError: The header names no column or one twice, or a quote stays open until the end.
+        DataError: The header has no or duplicate column names, or a quote is never closed.
     """
     csv.field_size_limit(limit)
     lines = CsvLines(file, limit)
@@ -159,7 +159,7 @@ def read_parquet(path: Path, limits: Limits) -> Numbered:
     """Yield the rows of a Parquet file, batch by batch.
 
     Raises:
-        DataError: The file is damaged, or says that it expands beyond the limit.
+        DataError: The file is damaged, or its metadata reports a size above the limit.
     """
     number = 0
     try:
@@ -176,7 +176,7 @@ def read_parquet(path: Path, limits: Limits) -> Numbered:
 
 
 def _batch_rows(batch: pa.RecordBatch, limit: int) -> Iterator[Row | RowError]:
-    """Yield the rows of a batch; one by one only if a row of it is too large or cannot be decoded."""
+    """Yield the rows of a batch; one by one only if the batch is too large or cannot be decoded."""
     if batch.nbytes <= limit:
         with contextlib.suppress(UnicodeDecodeError):
             rows = batch.to_pylist()
@@ -191,7 +191,7 @@ def _batch_rows(batch: pa.RecordBatch, limit: int) -> Iterator[Row | RowError]:
 
 
 def _csv_row(header: list[str], fields: list[str]) -> Row | RowError:
-    """Name the fields of a row."""
+    """Map the header to the fields of a row."""
     if len(fields) != len(header):
         return RowError("wrong_columns", f"{len(fields)} fields, {len(header)} in the header")
     if any(not field.isascii() and SURROGATE.search(field) for field in fields):

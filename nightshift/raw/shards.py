@@ -1,4 +1,4 @@
-"""The shards below data/raw, in order of arrival, each as the snapshot wrote it."""
+"""Shards in data/raw, in arrival order, as the snapshot wrote them."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,15 @@ from nightshift.core.files import file_digest, read_json
 from nightshift.data.used import read_used
 from nightshift.raw.formats import READABLE, shard_suffix
 
-# Below data/raw: name of each shard -> SHA-256 of its bytes.
+# In data/raw: name of each shard -> SHA-256 of its bytes.
 DIGESTS = "digests.json"
 
 
 def find_shards(raw: Path) -> list[tuple[int, Path]]:
-    """Return (arrival, path) of all shards, in order.
+    """Return (arrival, path) of all shards, in arrival order.
 
     Raises:
-        DataError: A file is no shard.
+        DataError: A file is not a shard.
     """
     found = []
     for path in raw.glob("*/[!.]*"):
@@ -29,27 +29,27 @@ def find_shards(raw: Path) -> list[tuple[int, Path]]:
 
 
 def used_shards(raw: Path) -> list[tuple[int, Path]]:
-    """Return (arrival, path) of the shards whose source params.yaml names, in order.
+    """Return (arrival, path) of the shards of all sources in use, in arrival order.
 
     Raises:
-        DataError: A file is no shard.
+        DataError: A file is not a shard.
     """
     used = read_used(raw)
     return [(arrival, path) for arrival, path in find_shards(raw) if path.parent.name in used]
 
 
 def read_digests(raw: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of the shards that the snapshot wrote; one that came by hand is not listed."""
+    """Return name -> SHA-256 of the shards from the snapshot; manually added ones are not listed."""
     path = raw / DIGESTS
     listed: dict[str, str] = read_json(path) if path.is_file() else {}
     return listed
 
 
 def require_digest(path: Path, expected: str | None) -> None:
-    """Check that a shard is what the snapshot wrote.
+    """Check that a shard has not changed since the snapshot.
 
     Raises:
-        DataError: Its bytes have changed.
+        DataError: The bytes have changed.
     """
     if expected and file_digest(path) != expected:
         raise DataError(f"{path}: changed after it arrived; restore it (`dvc checkout`) or remove it")

@@ -1,4 +1,4 @@
-"""Bytes and lines of a shard, decompressed within limits: a small file cannot fill memory or disk."""
+"""Decompressed bytes and lines of a shard, within limits: a small file cannot fill memory or disk."""
 
 import io
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ import pyarrow as pa
 from nightshift.core.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
-# Small files may have any ratio: 64 MiB harm nobody.
+# Small files may have any ratio: 64 MiB do no harm.
 RATIO_FREE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes that a shard must keep to.
+    """Size limits of a shard.
 
     Attributes:
-        row_bytes: Longest row.
-        shard_bytes: Largest shard, after decompression.
-        ratio: Bytes out for each byte in, beyond the first 64 MiB.
+        row_bytes: Maximum size of a row, bytes.
+        shard_bytes: Maximum size of a shard after decompression, bytes.
+        ratio: Maximum decompressed bytes per compressed byte, beyond the first 64 MiB.
     """
 
     row_bytes: int
@@ -30,15 +30,15 @@ class Limits:
 
 
 class LimitedStream(io.RawIOBase):
-    """The decompressed bytes of a shard, as long as they keep to the limits."""
+    """Decompressed bytes of a shard, checked against the limits."""
 
     def __init__(self, path: Path, codec: str | None, limits: Limits) -> None:
         """Open a shard.
 
         Args:
-            path: The shard.
+            path: Path of the shard.
             codec: gzip, zstd, or None if it is not compressed.
-            limits: The limits.
+            limits: Size limits.
         """
         self._path = path
         self._source: Any = pa.input_stream(str(path), compression=codec)
@@ -46,14 +46,14 @@ class LimitedStream(io.RawIOBase):
         self._count = 0
 
     def readable(self) -> bool:
-        """Say that the stream can be read."""
+        """Return True: the stream is readable."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer and return the number of bytes.
+        """Fill the buffer and return the number of bytes read.
 
         Raises:
-            DataError: The compressed data is damaged or cut off, or expands beyond the limits.
+            DataError: The compressed data is damaged or truncated, or exceeds the limits.
         """
         try:
             count = int(self._source.readinto(buffer))
@@ -71,10 +71,10 @@ class LimitedStream(io.RawIOBase):
 
 
 def require_size(path: Path, size: int, limits: Limits) -> None:
-    """Check the decompressed size of a shard, known or read so far, in bytes.
+    """Check the decompressed size of a shard in bytes, in total or read so far.
 
     Raises:
-        DataError: It is above a limit.
+        DataError: The size exceeds a limit.
     """
     on_disk = path.stat().st_size
     if size > limits.shard_bytes or size > max(RATIO_FREE_BYTES, limits.ratio * on_disk):
@@ -86,7 +86,7 @@ def require_size(path: Path, size: int, limits: Limits) -> None:
 
 
 def damaged(path: Path, err: object) -> DataError:
-    """Build the error for a shard whose rest cannot be read."""
+    """Build the error for a shard that cannot be read any further."""
     return DataError(
         f"{path}: damaged or cut off: {err}; remove this shard and run `nightshift snapshot` "
         "when the source file is whole"
@@ -94,7 +94,7 @@ def damaged(path: Path, err: object) -> DataError:
 
 
 def open_bytes(path: Path, codec: str | None, limits: Limits) -> io.BufferedReader:
-    """Open a shard for reading, decompressed and limited."""
+    """Open a shard for reading, decompressed and limited in size."""
     return io.BufferedReader(LimitedStream(path, codec, limits), 1 << 18)
 
 
@@ -109,6 +109,6 @@ def read_line(file: io.BufferedReader, limit: int) -> bytes | None:
 
 
 def skip_bom(file: io.BufferedReader) -> None:
-    """Skip the byte order mark that some editors write before UTF-8."""
+    """Skip the UTF-8 byte order mark that some editors write."""
     if file.peek(len(BOM)).startswith(BOM):
         file.read(len(BOM))

@@ -1,4 +1,4 @@
-"""JSON as its standard says: no NaN and no Infinity; keys sorted when written."""
+"""Standard JSON: no NaN, no Infinity; sorted keys when written."""
 
 import json
 import math
@@ -9,24 +9,24 @@ def loads(text: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: It is malformed, or holds a number that is NaN or beyond the range of a float.
-        RecursionError: It is nested too deep.
+        ValueError: The text is malformed, or contains NaN or a number beyond the range of a float.
+        RecursionError: The nesting is too deep.
     """
     return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
 
 def dumps(value: object) -> str:
-    """Write JSON, keys sorted, so that equal values give equal text.
+    """Write JSON with sorted keys, so equal values give equal text.
 
     Raises:
-        TypeError: JSON has no such type.
+        TypeError: JSON cannot represent the type.
         ValueError: A number is not finite.
     """
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(text: str) -> float:
-    """Read a number that JSON can write again."""
+    """Parse a finite number."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is no number of JSON")

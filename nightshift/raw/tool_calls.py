@@ -1,4 +1,4 @@
-"""Tool calls: read in OpenAI's and ShareGPT's writing, each answer paired with its call."""
+"""Tool calls: parse the OpenAI and ShareGPT formats, and pair each answer with its call."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,15 +8,15 @@ from nightshift.raw.faults import RowError
 from nightshift.raw.strict_json import dumps, loads
 from nightshift.raw.turns import Call, Turn
 
-# Levels of lists and objects. JSON Schemas of real functions have 10 to 20; templates recurse.
+# Nesting depth of lists and objects. Real function schemas have 10 to 20 levels; templates recurse.
 MAX_DEPTH = 64
 
 
 def parse_calls(value: object) -> tuple[Call, ...]:
-    """Read the `tool_calls` of an assistant's turn.
+    """Parse the `tool_calls` of an assistant turn.
 
     Raises:
-        RowError: A call has no name, or its arguments are no JSON object.
+        RowError: A call has no name, or its arguments are not a JSON object.
 
     Example:
         >>> function = {"name": "add", "arguments": '{"a": 1}'}
@@ -30,7 +30,7 @@ def parse_calls(value: object) -> tuple[Call, ...]:
 
 
 def parse_sharegpt_calls(value: object) -> tuple[Call, ...]:
-    """Read the value of a `function_call` turn: one call or a list of calls, as JSON.
+    """Parse the value of a `function_call` turn: one call or a list of calls, as JSON.
 
     Raises:
         RowError: See `parse_calls`.
@@ -40,10 +40,10 @@ def parse_sharegpt_calls(value: object) -> tuple[Call, ...]:
 
 
 def parse_tools(value: object) -> list[dict[str, Any]]:
-    """Return the functions that the assistant may call; a string holds the list as JSON.
+    """Parse the tools available to the assistant; a string contains the list as JSON.
 
     Raises:
-        RowError: They are no list of objects.
+        RowError: The value is not a list of objects.
     """
     tools = from_json(value) if value else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -53,7 +53,7 @@ def parse_tools(value: object) -> list[dict[str, Any]]:
 
 
 def from_json(value: object) -> Any:
-    """Parse JSON if the value is a string; other values are returned as they are.
+    """Parse a string as JSON; return other values unchanged.
 
     Raises:
         RowError: The string is not valid JSON.
@@ -69,11 +69,11 @@ def from_json(value: object) -> Any:
 def pair_answers(turns: Sequence[Turn]) -> list[Turn]:
     """Return the turns with each tool turn named after its function, in the order of the calls.
 
-    An answer belongs to the call with its id; without an id, to the first open call of its name; without
-    a name, to the first open call. A conversation may end with calls.
+    A tool turn answers the call with its id; without an id, the first open call of its name; without a
+    name, the first open call. A conversation may end with calls.
 
     Raises:
-        RowError: An answer belongs to no call, or a call has no answer before the conversation goes on.
+        RowError: A tool turn matches no call, or a call has no answer before the next other turn.
     """
     paired: list[Turn] = []
     while len(paired) < len(turns):
@@ -87,7 +87,7 @@ def pair_answers(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _pair(calls: Sequence[Call], answers: Sequence[Turn], first: int) -> list[Turn]:
-    """Return the answers in the order of the calls, named; `first` is the number of the first answer."""
+    """Return the named answers in the order of the calls; `first` is the first answer's turn number."""
     found: dict[int, Turn] = {}
     for number, answer in enumerate(answers, start=first):
         free = [j for j, call in enumerate(calls) if j not in found and _fits(call, answer)]
@@ -100,14 +100,14 @@ def _pair(calls: Sequence[Call], answers: Sequence[Turn], first: int) -> list[Tu
 
 
 def _fits(call: Call, answer: Turn) -> bool:
-    """Say whether an answer may belong to a call."""
+    """Return whether an answer can belong to a call."""
     if answer.call_id is not None and call.id is not None:
         return answer.call_id == call.id
     return answer.name in (None, call.name)
 
 
 def _call(value: object) -> Call:
-    """Read one call, with or without the wrapper `function`."""
+    """Parse one call, with or without the wrapper `function`."""
     call = from_json(value)
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -121,7 +121,7 @@ def _call(value: object) -> Call:
 
 
 def _require_json(value: object) -> None:
-    """Refuse what JSON cannot write (Parquet also has times, bytes and NaN), or a template not render."""
+    """Reject what JSON cannot represent (Parquet times, bytes, NaN) or a template cannot render."""
     if _depth(value) > MAX_DEPTH:
         raise RowError("too_deep", f"more than {MAX_DEPTH} levels in a call or in tools")
     try:
@@ -131,6 +131,6 @@ def _require_json(value: object) -> None:
 
 
 def _depth(value: object) -> int:
-    """Count the levels of lists and objects."""
+    """Return the nesting depth of lists and objects."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(_depth, inner), default=0)

@@ -1,4 +1,4 @@
-"""A conversation while it is being read and checked."""
+"""Conversations while they are read and checked."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: the function, its arguments (a JSON object), and an id if the source gives one."""
+    """A tool call: function name, arguments (a JSON object), and an id if the source has one."""
 
     name: str
     arguments: dict[str, Any]
@@ -18,11 +18,11 @@ class Turn:
     """One turn.
 
     Attributes:
-        role: system, user, assistant, tool, or text; another word is a fault that the checks find.
-        content: The text; empty if an assistant only calls functions.
-        calls: Calls of an assistant's turn.
-        name: Function that a tool's turn answers for.
-        call_id: Id of the call that a tool's turn answers.
+        role: system, user, assistant, tool, or text; the checks reject any other role.
+        content: Text; empty if an assistant only calls tools.
+        calls: Tool calls of an assistant turn.
+        name: Function that a tool turn answers.
+        call_id: Id of the call that a tool turn answers.
     """
 
     role: str
@@ -34,7 +34,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, and the functions that the assistant may call: JSON values, empty if there are none."""
+    """Turns, and the tools available to the assistant as JSON values, empty if there are none."""
 
     turns: list[Turn]
     tools: list[dict[str, Any]] = field(default_factory=list)

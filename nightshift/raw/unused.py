@@ -1,4 +1,4 @@
-"""Data that stays on disk, although params.yaml does not name it: neither trained on nor asked."""
+"""Data on disk that params.yaml does not list: used neither for training nor for evaluation."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from nightshift.data.used import read_used
 
 
 def unused_by_params() -> list[str]:
-    """Describe what params.yaml does not name now; nothing if the file cannot be read."""
+    """Describe the data that params.yaml does not list now; empty if the file cannot be read."""
     try:
         section = read_params().get("snapshot")
     except ConfigError:
@@ -20,12 +20,12 @@ def unused_by_params() -> list[str]:
 
 
 def unused_by_snapshot() -> list[str]:
-    """Describe what params.yaml did not name when the last snapshot was taken."""
+    """Describe the data that params.yaml did not list at the last snapshot."""
     return describe(read_used(RAW), read_used(BENCHMARKS))
 
 
 def describe(sources: Collection[str], benchmarks: Collection[str]) -> list[str]:
-    """Describe what is on disk beside these, such as `source notes: 2 shards, 9.1 MB`."""
+    """Describe all other data on disk, such as `source notes: 2 shards, 9.1 MB`."""
     found = []
     for folder, files in others(RAW, sources):
         count = f"{len(files):,} shard{'s' if len(files) != 1 else ''}"
@@ -36,7 +36,7 @@ def describe(sources: Collection[str], benchmarks: Collection[str]) -> list[str]
 
 
 def others(root: Path, used: Collection[str]) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield the folders with files that are not in use, and their files."""
+    """Yield the unused folders that contain files, with their files."""
     for folder in sorted(root.glob("[!.]*/")):
         files = [path for path in folder.glob("[!.]*") if path.is_file()]
         if files and folder.name not in used:
@@ -44,6 +44,6 @@ def others(root: Path, used: Collection[str]) -> Iterator[tuple[Path, list[Path]
 
 
 def size(files: Collection[Path]) -> str:
-    """Say how large files are together, in kB or MB."""
+    """Format the total size of files in kB or MB."""
     kilobytes = sum(path.stat().st_size for path in files) / 1000
     return f"{kilobytes / 1000:,.1f} MB" if kilobytes >= 1000 else f"{kilobytes:,.1f} kB"

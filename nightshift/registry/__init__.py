@@ -1,1 +1,1 @@
-"""MLflow's registry: versions, the record of promotions, and what a version came from."""
+"""MLflow Model Registry: versions, the record of promotions, and the lineage of a version."""

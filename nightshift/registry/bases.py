@@ -1,8 +1,8 @@
-"""The bases of champions, kept in the state folder: they outlive a change of `base.model`.
+"""Base models of champions, kept in the state folder when `base.model` changes.
 
-A champion and its predecessor need the very base that they were trained on, to be scored, to answer and to
-come back, whatever data/base holds by now. Promotion keeps their bases and removes all others, so that each
-registered model has two at most. Files are hard links where possible, which take no room of their own until
+A champion and its predecessor need the exact base that they were trained on, for scoring, inference and
+rollback, whatever data/base contains by now. Promotion keeps their bases and removes all others, so each
+registered model has two at most. Files are hard links where possible, which take no extra space until
 data/base/model becomes another base.
 """
 
@@ -16,24 +16,24 @@ from nightshift.core.files import file_digest, text_digest
 
 
 def base_digest(files: Mapping[str, str]) -> str:
-    """Name a base by the SHA-256 of its files, whatever reference it came from."""
+    """Return the digest of a base from the SHA-256 of its files, whatever its reference."""
     return text_digest(json.dumps(files, sort_keys=True), size=16)
 
 
 def kept_place(model_name: str, files: Mapping[str, str]) -> str:
-    """Return where the base of a version of a registered model is kept, relative to the state folder."""
+    """Return where the base of a registered model's version is kept, relative to the state folder."""
     return f"bases/{text_digest(model_name)}/{base_digest(files)}"
 
 
 def is_base(folder: Path, files: Mapping[str, str]) -> bool:
-    """Return whether a folder holds a base, every file with its SHA-256."""
+    """Return whether a folder contains a base: every file with its SHA-256."""
     return all(
         (folder / name).is_file() and file_digest(folder / name) == digest for name, digest in files.items()
     )
 
 
 def keep(base: Path, files: Mapping[str, str], target: Path) -> None:
-    """Keep the files of a base in a folder, which appears when all of them are there."""
+    """Keep the files of a base in a folder, which appears only when complete."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -44,7 +44,7 @@ def keep(base: Path, files: Mapping[str, str], target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where file systems forbid that."""
+    """Hard-link a file, or copy it where the file system forbids links."""
     try:
         os.link(source.resolve(), target)
     except OSError:

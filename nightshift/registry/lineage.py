@@ -1,8 +1,8 @@
-"""What a version came from: written into the version when it is registered, read by `nightshift trace`.
+"""Lineage of a version: written when it is registered, read by `nightshift trace`.
 
-`lineage.json` holds code, data down to the shard, base, environment, training run and verdict; `rows.parquet`
-names every example that trained, with the line of the shard it came from. `params.yaml` and `dvc.lock`, which
-names the data, are kept byte by byte.
+`lineage.json` contains code, data down to the shard, base, environment, training run and verdict;
+`rows.parquet` lists every training example with its shard and line. `params.yaml` and `dvc.lock`, which
+identifies the data, are byte-identical copies.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ ROWS = pa.schema([("id", pa.string()), ("origin", pa.string())])
 
 
 def write_lineage(folder: Path) -> None:
-    """Write all of it to a folder, from the files of the checkout."""
+    """Write the lineage to a folder, from the files of the checkout."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(set(trained_rows()))
     write_rows(folder / "rows.parquet", [{"id": one, "origin": origin} for one, origin in rows], ROWS)
@@ -65,7 +65,7 @@ def write_lineage(folder: Path) -> None:
 
 
 def changed_code() -> list[str]:
-    """Name the files of code that differ from the commit; params.yaml is kept byte by byte instead."""
+    """Return the code files that differ from the commit; params.yaml is kept as a copy instead."""
     names = subprocess.run(
         ["git", "diff", "--name-only", "HEAD", "--", "*.py", "dvc.yaml", "constraints.txt"],
         capture_output=True,
@@ -76,7 +76,7 @@ def changed_code() -> list[str]:
 
 
 def row_counts(summary: dict[str, Any]) -> tuple[str, ...]:
-    """Lay out a stage's rows: in, added, out, and why others were dropped.
+    """Format a stage's row counts: in, added, out, and dropped by reason.
 
     Example:
         >>> row_counts({"rows_in": 4000, "added": 0, "rows_out": 3999, "dropped": {"duplicate": 1}})
@@ -94,7 +94,7 @@ def trained_rows() -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def open_lineage(name: str, version: int) -> Iterator[Path]:
-    """Fetch the lineage of a version into a folder for a while.
+    """Download the lineage of a version to a temporary folder.
 
     Raises:
         GateError: The version has none.
@@ -109,5 +109,5 @@ def open_lineage(name: str, version: int) -> Iterator[Path]:
 
 
 def find_rows(folder: Path, wanted: str) -> list[dict[str, Any]]:
-    """Return the trained examples that have an id, or came from a line (`source/shard:line`)."""
+    """Return the training examples with an id, or with an origin (`source/shard:line`)."""
     return [row for row in read_rows(folder / "rows.parquet") if wanted in (row["id"], row["origin"])]

@@ -1,8 +1,8 @@
-"""The record of promotions, in the registry itself: who was champion when, and why.
+"""Record of promotions, stored in the registry: which version was champion when, and why.
 
-An entry is a tag of the registered model, `nightshift.promotion.<number>`: a line of JSON that holds the
-digest of the line before. `nightshift.promotions` holds the digest of the last line. So a line that is
-edited, taken out or put in between is found, and every machine that sees the registry sees the record.
+An entry is a tag of the registered model, `nightshift.promotion.<number>`: a JSON line that contains the
+digest of the line before. `nightshift.promotions` contains the last digest. Edited, removed or inserted
+lines are detected, and every machine that sees the registry sees the record.
 """
 
 import getpass
@@ -29,18 +29,18 @@ HELD = "automatic promotion is held since a rollback; `nightshift acknowledge` e
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry.
+    """One entry of the record.
 
     Attributes:
-        moment: UTC, ISO 8601.
-        action: promote and rollback move the champion; acknowledge allows automatic promotions again after a
-            rollback; outside: somebody else had moved it, which was found then.
-        champion: Version that is the champion from then on, or None.
-        before: Version that was it, or None.
+        moment: UTC time, ISO 8601.
+        action: promote and rollback move the champion; acknowledge ends the hold after a rollback;
+            outside: a move of the champion outside Nightshift was detected.
+        champion: Version that is the champion after the entry, or None.
+        before: Version that was the champion before the entry, or None.
         adapter: Digest of the champion's adapter, or None.
-        reason: In words.
-        by: The flow run or the user that asked for it.
-        last: Digest of the entry before.
+        reason: Reason as free text.
+        by: Flow run or user that requested the action.
+        last: Digest of the previous entry.
     """
 
     moment: str
@@ -58,9 +58,9 @@ class Record:
     """The record of one registered model.
 
     Attributes:
-        client: Of the registry.
-        name: Of the registered model.
-        entries: Oldest first.
+        client: MLflow client.
+        name: Name of the registered model.
+        entries: Entries, oldest first.
     """
 
     client: MlflowClient
@@ -69,18 +69,18 @@ class Record:
 
     @property
     def champion(self) -> int | None:
-        """The champion as the record knows it."""
+        """Champion according to the last entry, or None."""
         return self.entries[-1].champion if self.entries else None
 
     @property
     def is_held(self) -> bool:
-        """Whether automatic promotion waits: after a rollback, until somebody acknowledges it."""
+        """Whether automatic promotion is on hold: after a rollback, until it is acknowledged."""
         acts = [entry.action for entry in self.entries if entry.action in ("rollback", "acknowledge")]
         return bool(acts) and acts[-1] == "rollback"
 
     @property
     def withdrawn(self) -> set[int | None]:
-        """Versions from which somebody went back."""
+        """Versions that were rolled back."""
         return {entry.before for entry in self.entries if entry.action == "rollback"}
 
     def append(
@@ -89,10 +89,10 @@ class Record:
         """Write the next entry.
 
         Args:
-            action: What was done.
-            champion: The champion from now on, or None.
-            before: The champion so far, or None.
-            reason: In words.
+            action: Action to record.
+            champion: New champion, or None.
+            before: Previous champion, or None.
+            reason: Reason as free text.
         """
         entry = Entry(
             moment=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,7 +113,7 @@ def open_record(client: MlflowClient, name: str) -> Record:
     """Read the record of a registered model.
 
     Raises:
-        GateError: No version is registered yet, or an entry was changed, taken out or put in.
+        GateError: No version is registered yet, or an entry was changed, removed or inserted.
     """
     try:
         tags = dict(client.get_registered_model(name).tags)
@@ -125,7 +125,7 @@ def open_record(client: MlflowClient, name: str) -> Record:
 
 
 def verified(tags: Mapping[str, str], name: str) -> list[Entry]:
-    """Return the entries among the tags of a model; see `open_record`."""
+    """Return the verified entries from the tags of a model; see `open_record`."""
     keys = sorted(key for key in tags if key.startswith(PREFIX))
     entries, last = [], FIRST
     for number, key in enumerate(keys, 1):
@@ -146,7 +146,7 @@ def verified(tags: Mapping[str, str], name: str) -> list[Entry]:
 
 
 def tag(number: int) -> str:
-    """Name the tag of an entry.
+    """Return the tag name of an entry.
 
     Example:
         >>> tag(7)
@@ -156,10 +156,10 @@ def tag(number: int) -> str:
 
 
 def digest(text: str) -> str:
-    """SHA-256 of an entry's line."""
+    """Return the SHA-256 of an entry's line, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def line(entry: Entry) -> str:
-    """Render an entry as it stands in its tag."""
+    """Format an entry as it is stored in its tag."""
     return json.dumps(asdict(entry), sort_keys=True, ensure_ascii=False)

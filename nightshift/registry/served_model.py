@@ -1,10 +1,10 @@
-"""The model as MLflow serves it: a pyfunc chat model from code, adapter on a referenced base.
+"""The model as MLflow serves it: a pyfunc chat model from code, an adapter on a referenced base.
 
-MLflow's own transformers flavour saves PEFT models that load without an error and answer garbage;
-this one loads the two parts by their own libraries and checks the base against its digests. The
-base is found through `NIGHTSHIFT_BASE`, where it was at registration, or where a champion's base is
-kept. MLflow copies this file into the model, so it imports nothing of the project; `nightshift chat`
-and `export` use its functions.
+MLflow's transformers flavor saves PEFT models that load without an error and generate garbage. This
+model loads both parts with their own libraries and checks the base against its digests. It finds the
+base through `NIGHTSHIFT_BASE`, at its path at registration, or among the champions' kept bases. MLflow
+copies this file into the model, so it imports nothing from the project; `nightshift chat` and `export`
+use its functions.
 """
 
 import argparse
@@ -22,24 +22,24 @@ from typing import Any
 from mlflow.pyfunc import ChatModel
 from mlflow.types.llm import ChatCompletionResponse, ChatMessage, ChatParams
 
-# No library may fetch code from a hub; see `tasks/__init__.py`, which a served model does not have.
+# No library may fetch code from a hub; see `nightshift/__init__.py`, which a served model lacks.
 sys.modules["kernels"] = None  # type: ignore[assignment]
-# Of an answer, unless the request has max_tokens.
+# Maximum number of new tokens, unless the request has max_tokens.
 MAX_NEW_TOKENS = 512
-# What is asked to tell whether two loaded models are one.
+# Prompts to check whether two loaded models are identical.
 PROBES = ("What is the chemical symbol of Gold?", "Who are you?", "Write one sentence about the sea.")
 PROBE_TOKENS = 16
 
 
 class TooLongError(ValueError):
-    """A conversation is longer than the model can take."""
+    """The conversation is longer than the model's context."""
 
 
 class AdapterChat(ChatModel):
-    """Chat with the adapter on its base, always greedy: temperature, top_p, n and stop have no effect."""
+    """Chat with the adapter on its base. Greedy decoding: temperature, top_p, n and stop are ignored."""
 
     def load_context(self, context: Any) -> None:
-        """Find the base, verify it, and put the adapter on it; on a GPU if there is one."""
+        """Find and verify the base, load the adapter on it, and move both to a GPU if there is one."""
         base = find_base(Path(context.artifacts["base_reference"]))
         self.model, self.tokenizer = load(base, Path(context.artifacts["model"]))
         self.model.to(fastest_device())
@@ -71,15 +71,15 @@ class AdapterChat(ChatModel):
 
 
 def find_base(reference: Path, *places: Path) -> Path:
-    """Return the folder of the base that a reference names, verified.
+    """Return the folder of the base in a reference, verified.
 
     Args:
         reference: base_reference.json of a version.
-        places: Where it may be besides the places that the reference names.
+        places: Folders to search in addition to those in the reference.
 
     Raises:
-        FileNotFoundError: The base is at none of them; NIGHTSHIFT_BASE, which counts alone if it is set, can
-            name its place.
+        FileNotFoundError: No folder contains the base. If NIGHTSHIFT_BASE is set, only that folder is
+            searched.
     """
     named = json.loads(reference.read_text("utf-8"))
     if place := os.environ.get("NIGHTSHIFT_BASE"):
@@ -97,7 +97,7 @@ def find_base(reference: Path, *places: Path) -> Path:
 
 
 def find_fault(base: Path, digests: dict[str, str]) -> str | None:
-    """Check every file of the base against its SHA-256; return what is wrong with the first that differs."""
+    """Check every file of the base against its SHA-256; return the first problem, or None."""
     for name, digest in digests.items():
         if not (base / name).is_file():
             return f"{base / name}: not found"
@@ -112,8 +112,8 @@ def load(base: Path, adapter: Path, dtype: str = "auto") -> tuple[Any, Any]:
 
     Args:
         base: Folder of the base.
-        adapter: Folder of the adapter, or of the whole weights instead.
-        dtype: Of the weights in memory, such as float32; auto is that of the files.
+        adapter: Folder of the adapter, or of full model weights.
+        dtype: Data type of the weights in memory, such as float32; auto keeps that of the files.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -128,7 +128,7 @@ def load(base: Path, adapter: Path, dtype: str = "auto") -> tuple[Any, Any]:
 
 
 def fastest_device() -> str:
-    """Name the device to answer on."""
+    """Return cuda if it is available, otherwise cpu."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,16 +143,16 @@ def generate(
     forced: bool = False,
     **options: Any,
 ) -> tuple[int, Any]:
-    """Answer greedily; the same files give the same answer.
+    """Generate an answer greedily; the same files give the same answer.
 
     Args:
-        model: With or without an adapter.
-        tokenizer: With a chat template.
-        turns: The conversation, role and content of each turn.
-        limit: Most new tokens.
-        forced: Generate so many tokens whether the model wants to stop or not, so that no model can answer
-            with nothing.
-        options: Further ones of transformers.
+        model: Model with or without an adapter.
+        tokenizer: Tokenizer with a chat template.
+        turns: Conversation, role and content of each turn.
+        limit: Maximum number of new tokens.
+        forced: Whether to ignore the stop token and generate exactly `limit` tokens, so that no model
+            can return an empty answer.
+        options: Further arguments for `generate` of transformers.
 
     Returns:
         Number of tokens of the conversation, and the new tokens, shape (at most limit,).
@@ -174,13 +174,13 @@ def generate(
 
 
 def has_stopped(model: Any, new: Any) -> bool:
-    """Tell whether new tokens, shape (n,), end with the model's stop token."""
+    """Return whether new tokens, shape (n,), end with a stop token of the model."""
     stops = model.generation_config.eos_token_id
     return len(new) > 0 and int(new[-1]) in (stops if isinstance(stops, list) else [stops])
 
 
 def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) -> Generator[str, None, None]:
-    """Yield the answer of `generate` in pieces of whole words, as they come; closing ends the generation."""
+    """Yield the answer of `generate` in whole words as they come; closing stops the generation."""
     from transformers import TextIteratorStreamer
 
     pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -195,7 +195,7 @@ def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) 
             streamer=pieces,
             stopping_criteria=[lambda *_, **__: is_closed.is_set()],
         )
-        # Whatever ends the generation, an error too, ends the iteration.
+        # Any end of the generation, also an error, ends the iteration.
         work.add_done_callback(lambda _: pieces.end())
         try:
             yield from filter(None, pieces)
@@ -205,7 +205,7 @@ def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) 
 
 
 def main(model_uri: str, folders: list[Path] | None) -> None:
-    """Print the probe's answers of a model, and of a base with an adapter, as JSON on the last line."""
+    """Print the probe answers of a model, and of a base with an adapter, as JSON on the last line."""
     import mlflow
 
     conversations = [[{"role": "user", "content": question}] for question in PROBES]
@@ -233,7 +233,7 @@ if __name__ == "__main__":
 
     run_main(main, declare)
 elif not __package__:
-    # MLflow reads this file as a model, and not as a module of `tasks`.
+    # MLflow loads this file as a model, not as a module of the package.
     from mlflow.models import set_model
 
     set_model(AdapterChat())

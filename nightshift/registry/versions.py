@@ -1,4 +1,4 @@
-"""Read the MLflow registry: aliases, the champion as files, its base, the candidates since its promotion."""
+"""Read the MLflow Model Registry: aliases, champion files and base, candidates since its promotion."""
 
 import json
 import os
@@ -29,20 +29,20 @@ from nightshift.registry.served_model import find_base
 from nightshift.tracking.runs import tracking_uri
 
 DIGEST = "nightshift.adapter_digest"
-# Digest of the answers that the version gave when it was registered.
+# Digest of the version's answers at registration.
 ANSWERS = "nightshift.answers_digest"
-# How many of the examples that the version was trained on were forgotten since.
+# Number of the version's training examples that were forgotten since.
 FORGOTTEN = "nightshift.forgotten"
 ADDRESS = re.compile(r"(?:models:/(?P<name>[^/@]+)[/@])?(?P<which>[^/@]+)")
 
 
 class RegistryParams(StageParams):
-    """Where versions go.
+    """Registration and promotion of versions.
 
     Attributes:
         model_name: Name of the registered model.
-        approval: Who promotes: auto, the gate; manual, a person what the gate would promote; manual_if_hold,
-            the gate, and a person what it holds.
+        approval: Promotion policy: auto, the gate promotes; manual, a person promotes what passed the
+            gate; manual_if_hold, the gate promotes, and a person promotes what the gate holds.
     """
 
     model_name: str
@@ -50,15 +50,15 @@ class RegistryParams(StageParams):
 
 
 def write_champion(folder: Path) -> None:
-    """Write `champion.json` (version, digest, base, looks) and the champion's adapter, if there is one.
+    """Write `champion.json` (version, digest, base, looks) and the champion's adapter, if any.
 
-    `base` is what the champion stands on: reference, precision, digests of its files, and where in the state
-    folder it is kept, or null if it is nowhere to be found. `looks` lists the digests of the candidates that
-    the gate judged since the last promotion. The files stay untouched while the registry does, so that an
+    `base` is the champion's base: reference, precision, digests of its files, and where in the state
+    folder it is kept, or null if it cannot be found. `looks` lists the digests of the candidates that
+    the gate judged since the last promotion. The files change only when the registry does, so an
     unchanged night recomputes nothing.
 
     Raises:
-        GateError: The adapter in the registry is not the one that was promoted.
+        GateError: The adapter in the registry is not the promoted one.
     """
     client, name = open_registry()
     champion = find_alias(client, name, "champion")
@@ -71,7 +71,7 @@ def write_champion(folder: Path) -> None:
         record = {
             "version": int(champion.version),
             "digest": champion.tags[DIGEST],
-            # Last night's base is still there: this runs before the stage base.
+            # The base of the last run still exists: this runs before the stage base.
             "base": {**base, "kept": keep_base(name, reference)},
         }
         fetch_adapter(champion, folder / "model")
@@ -79,13 +79,13 @@ def write_champion(folder: Path) -> None:
 
 
 def open_registry() -> tuple[MlflowClient, str]:
-    """Return the client and the name of the registered model; what else asks MLflow asks the same one."""
+    """Return the client and the registered model name; set the tracking URI for other MLflow calls."""
     mlflow.set_tracking_uri(tracking_uri())
     return MlflowClient(), load_params(RegistryParams, "registry").model_name
 
 
 def find_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """Return the version that an alias names, or None."""
+    """Return the version with an alias, or None."""
     try:
         return client.get_model_version_by_alias(name, alias)
     except MlflowException as err:
@@ -98,7 +98,7 @@ def find_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
     """Return a version of the model.
 
     Raises:
-        GateError: There is none, or Nightshift did not register it.
+        GateError: The version does not exist, or Nightshift did not register it.
     """
     try:
         found = client.get_model_version(name, str(version))
@@ -112,10 +112,10 @@ def find_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
 
 
 def find_model(address: str) -> ModelVersion:
-    """Return the version that `7`, `champion`, `models:/NAME/7` or `models:/NAME@champion` names.
+    """Return the version for `7`, `champion`, `models:/NAME/7` or `models:/NAME@champion`.
 
     Raises:
-        GateError: There is none, or Nightshift did not register it.
+        GateError: The version does not exist, or Nightshift did not register it.
     """
     client, name = open_registry()
     found = ADDRESS.fullmatch(address)
@@ -132,12 +132,12 @@ def find_model(address: str) -> ModelVersion:
 
 @contextmanager
 def open_model(version: ModelVersion) -> Iterator[tuple[Path, Path]]:
-    """Fetch a version for a while: the folders of its base and its adapter, both verified.
+    """Download a version temporarily: yield the folders of its base and its adapter, both verified.
 
-    Beside the adapter lies `base_reference.json`, which names the base.
+    `base_reference.json`, which identifies the base, is next to the adapter.
 
     Raises:
-        GateError: One of the two is not what was registered, or the base is not on this machine.
+        GateError: One of the two differs from what was registered, or the base is not on this machine.
     """
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "model"
@@ -153,7 +153,7 @@ def open_model(version: ModelVersion) -> Iterator[tuple[Path, Path]]:
 
 
 def read_reference(version: ModelVersion) -> dict[str, Any]:
-    """Read which base a version stands on: its base_reference.json.
+    """Read the base_reference.json of a version, which identifies its base.
 
     Raises:
         GateError: The version has none.
@@ -173,11 +173,11 @@ def keep_base(name: str, reference: dict[str, Any]) -> str | None:
     """Keep the base of a version, so that it outlives a change of `base.model`.
 
     Args:
-        name: Of the registered model.
-        reference: Of `read_reference`.
+        name: Name of the registered model.
+        reference: Reference from `read_reference`.
 
     Returns:
-        Its place, relative to the state folder; None if the base is at no place that is known.
+        Its folder, relative to the state folder; None if the base is in no known folder.
     """
     files, kept = reference["files"], kept_place(name, reference["files"])
     if is_base(state_dir() / kept, files):
@@ -191,17 +191,17 @@ def keep_base(name: str, reference: dict[str, Any]) -> str | None:
 
 
 def drop_bases(name: str, needed: Collection[str | None]) -> None:
-    """Remove the kept bases of a registered model but those at the places that `keep_base` gave."""
+    """Remove the kept bases of a registered model, except those in `needed` (from `keep_base`)."""
     for folder in (state_dir() / kept_place(name, {})).parent.glob("*"):
         if folder.relative_to(state_dir()).as_posix() not in needed:
             shutil.rmtree(folder)
 
 
 def fetch_adapter(version: ModelVersion, target: Path) -> None:
-    """Bring a version's adapter to `target`, unless it is there already.
+    """Download a version's adapter to `target`, unless it is already there.
 
     Raises:
-        GateError: Its digest is not the registered one.
+        GateError: Its digest differs from the registered one.
     """
     expected = version.tags[DIGEST]
     if target.is_dir() and tree_digest(target) == expected:
@@ -217,15 +217,15 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
 
 
 def ask(base: Path, model_uri: str, *folders: str) -> list[list[str]]:
-    """Ask models the probe's questions in a process of its own; greedy, so the answers are always the same.
+    """Return the models' probe answers from a separate process; decoding is greedy, so they never vary.
 
     Args:
-        base: Folder of the base on which the model stands.
-        model_uri: Of a registered model.
-        folders: Of a base and an adapter that are asked too.
+        base: Folder of the base of the model.
+        model_uri: URI of a registered model.
+        folders: Folders of a base and an adapter that are asked too.
 
     Returns:
-        The answers, special tokens and all, of each model.
+        Answers of each model, including special tokens.
 
     Raises:
         GateError: A model does not load.
@@ -241,8 +241,8 @@ def ask(base: Path, model_uri: str, *folders: str) -> list[list[str]]:
         capture_output=True,
         text=True,
         check=False,
-        # Without a GPU: another kernel could give another answer than at registration. On one thread: sums,
-        # and so the tokens, do not depend on the number of cores, and busy cores do not delay them.
+        # CPU: another GPU kernel could give another answer than at registration. One thread: sums,
+        # and so tokens, do not depend on the number of cores, and busy cores cause no delay.
         env={
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "",
@@ -259,12 +259,12 @@ def ask(base: Path, model_uri: str, *folders: str) -> list[list[str]]:
 
 
 def registered(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """Return the versions that Nightshift registered, oldest first; their aliases are not in it."""
+    """Return the versions that Nightshift registered, oldest first, without their aliases."""
     found = client.search_model_versions(f"name = '{name}'")
     return sorted((v for v in found if DIGEST in v.tags), key=lambda version: int(version.version))
 
 
 def find_looks(client: MlflowClient, name: str, champion: ModelVersion | None) -> list[str]:
-    """List the distinct candidates, oldest first, that were registered after the champion."""
+    """List the distinct candidates registered after the champion, oldest first."""
     after = int(champion.version) if champion else 0
     return [v.tags[DIGEST] for v in registered(client, name) if int(v.version) > after]

@@ -1,4 +1,4 @@
-"""Replies of language models: the one interface of all backends, and the memo in front of them."""
+"""Replies from language models: one interface for all backends, and the cache in front of them."""
 
 import json
 import logging
@@ -13,22 +13,22 @@ from nightshift.core.files import text_digest
 from nightshift.core.memo import Memo
 
 log = logging.getLogger(__name__)
-# Turns: role and content of each.
+# Turns, each with role and content.
 Prompt = list[dict[str, str]]
 
 
 class EndpointParams(StageParams):
-    """An OpenAI-compatible server, and how hard it may be used.
+    """OpenAI-compatible server and its usage limits.
 
     Attributes:
-        base_url: Address of the API, with /v1.
-        api_key_env: Environment variable that holds the key; null for a server without one.
-        max_concurrency: Requests under way at the same time.
-        requests_per_minute: Requests started in a minute, at most.
-        tokens_per_minute: Tokens asked for in a minute, at most.
-        timeout_seconds: Longest wait for one answer.
-        max_retries: Further attempts after 429, 5xx, time-outs and lost connections.
-        max_total_tokens: Tokens that one run may use; then it stops asking.
+        base_url: URL of the API, including /v1.
+        api_key_env: Environment variable with the API key; null for a server without a key.
+        max_concurrency: Maximum number of concurrent requests.
+        requests_per_minute: Maximum number of requests started per minute.
+        tokens_per_minute: Maximum number of tokens requested per minute.
+        timeout_seconds: Timeout of one request, seconds.
+        max_retries: Maximum retries after 429, 5xx, timeouts and lost connections.
+        max_total_tokens: Token budget of one run; no request is sent beyond it.
     """
 
     base_url: str
@@ -46,9 +46,9 @@ class Request:
     """One call.
 
     Attributes:
-        prompt: What is asked.
-        answers: How many answers to it.
-        ordinal: Number of the call for its example: the same prompt asked again is another call.
+        prompt: Turns to send.
+        answers: Number of answers.
+        ordinal: Number of the call for its example: the same prompt with another number is another call.
     """
 
     prompt: Prompt
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back, as it came, and the tokens that it took."""
+    """Raw reply texts, and the number of tokens used."""
 
     texts: tuple[str, ...]
     tokens: int
@@ -66,33 +66,33 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why nothing came back. It is never kept: the next run asks again."""
+    """Reason why there is no reply. It is never cached: the next run asks again."""
 
     reason: str
 
 
 Result = Reply | Failure
 OnReply = Callable[[int, Reply], None]
-# A backend answers requests, in order, and reports each reply as soon as it has it.
+# A backend returns results in request order, and reports each reply as soon as it arrives.
 Generate = Callable[[Sequence[Request], OnReply], list[Result]]
 
 
 def open_memo() -> Memo:
-    """Open the memo of raw replies. All that a reply depends on stands in the key."""
+    """Open the cache of raw replies. The key contains everything that a reply depends on."""
     return Memo("replies", {"schema": 1})
 
 
 def ask(requests: Sequence[Request], model: str, generate: Generate, memo: Memo) -> list[Result]:
-    """Answer requests from the memo, and the rest by the backend.
+    """Answer requests from the cache, and the rest with the backend.
 
-    A reply is kept as soon as it comes, so a run that is killed has paid for nothing twice. What the
-    quality gate thinks of it is not kept: the gate may change.
+    Each reply is cached as soon as it arrives, so a killed run pays for nothing twice. The verdict of
+    the quality gate is not cached: the gate may change.
 
     Args:
-        requests: What to ask.
-        model: Backend, model, revision and sampling, as one text.
-        generate: The backend.
-        memo: From `open_memo`.
+        requests: Requests to answer.
+        model: Backend, model, revision and sampling, as one string.
+        generate: Backend.
+        memo: Cache from `open_memo`.
     """
     keys = [request_key(request, model) for request in requests]
     known = {key: _from_bytes(value) for key, value in memo.read(list(dict.fromkeys(keys))).items()}
@@ -109,7 +109,7 @@ def ask(requests: Sequence[Request], model: str, generate: Generate, memo: Memo)
 
 
 def request_key(request: Request, model: str) -> str:
-    """Key of a request in the memo; also the seed of its sampling."""
+    """Return the cache key of a request, which is also the seed of its sampling."""
     numbers = f"{request.answers}/{request.ordinal}"
     return text_digest(model, json.dumps(request.prompt, sort_keys=True), numbers, size=16)
 

@@ -1,4 +1,4 @@
-"""The backend `openai`: any compatible server (vLLM, `transformers serve`, Ollama), asynchronously."""
+"""Backend `openai`: async client of any compatible server (vLLM, `transformers serve`, Ollama)."""
 
 import asyncio
 import logging
@@ -19,34 +19,34 @@ from tqdm import tqdm
 from nightshift.core.errors import ConfigError, PipelineError, StageError
 from nightshift.replies import EndpointParams, Failure, OnReply, Reply, Request, Result
 
-# Requests in a row that fail for good before the server counts as gone.
+# Consecutive requests that fail after all retries before the server counts as down.
 BREAKER = 5
-# Waits between attempts, in seconds: doubled each time, at most this.
+# Wait before a retry, seconds: doubled each time, up to the maximum.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 LONGEST_RETRY_AFTER = 300.0
-# A request that the server refuses for its content; others may pass.
+# The server rejects the content of this request; other requests may succeed.
 REFUSED = (400, 413, 422)
-# Tokens of a prompt, from its characters: a high estimate for English, for rate and budget.
+# Estimate of prompt tokens for rate limit and budget; high for English.
 CHARACTERS_PER_TOKEN = 3
-# What a chat template adds: markup, and often a system turn of its own.
+# Tokens that a chat template adds: markup, and often its own system turn.
 TEMPLATE_TOKENS = 64
 log = logging.getLogger(__name__)
 
 
 class Endpoint:
-    """A server, its limits, and what has been used of them."""
+    """A server, its limits, and the usage so far."""
 
     def __init__(self, model: str, sampling: Mapping[str, Any], params: EndpointParams, section: str) -> None:
-        """Prepare to ask.
+        """Read the API key and set up the limits.
 
         Args:
-            model: Name that the server knows the model by.
+            model: Name of the model on the server.
             sampling: temperature, top_p and max_new_tokens.
-            params: The server and its limits.
-            section: Of params.yaml, in which they stand.
+            params: Server and limits.
+            section: Section of params.yaml that contains them.
 
         Raises:
-            ConfigError: The variable that should hold the key is not set.
+            ConfigError: The environment variable of the API key is not set.
         """
         self._key = os.environ.get(params.api_key_env, "") if params.api_key_env else "none"
         if not self._key:
@@ -55,7 +55,7 @@ class Endpoint:
                 "set it in the environment, or null for a server without a key"
             )
         self._model, self._sampling, self._params, self._section = model, sampling, params, section
-        # One event loop for all calls: the limits hold over all of them.
+        # One event loop for all calls, so the limits apply across calls.
         self._loop = asyncio.new_event_loop()
         weakref.finalize(self, self._loop.close)
         self._running = asyncio.Semaphore(params.max_concurrency)
@@ -70,11 +70,11 @@ class Endpoint:
         self._retries: Counter[str] = Counter()
 
     def __call__(self, requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
-        """Ask all requests; see `nightshift.replies.Generate`.
+        """Send all requests; see `nightshift.replies.Generate`.
 
         Raises:
-            StageError: The server is gone.
-            ConfigError: The server refuses the key or the model.
+            StageError: The server is down.
+            ConfigError: The server rejects the key or the model.
         """
         results = self._loop.run_until_complete(self._ask_all(requests, on_reply))
         if self._retries:
@@ -88,7 +88,7 @@ class Endpoint:
         return results
 
     async def _ask_all(self, requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
-        """Ask all at once, within the limits. After an error nothing new is asked; what runs is paid for."""
+        """Send all requests within the limits; after an error, only let running (paid) ones finish."""
         params = self._params
         client = AsyncOpenAI(
             base_url=params.base_url, api_key=self._key, max_retries=0, timeout=params.timeout_seconds
@@ -107,7 +107,7 @@ class Endpoint:
                 return await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
 
     async def _ask_within_budget(self, client: AsyncOpenAI, request: Request) -> Result:
-        """Ask if the tokens that the call may take are left, and count those that it took."""
+        """Send the request if the token budget allows it, and count the tokens used."""
         expected = self._expected_tokens(request)
         if self._error:
             return Failure("stopped")
@@ -122,7 +122,7 @@ class Endpoint:
         finally:
             self._reserved -= expected
         if isinstance(result, Reply):
-            # A server that does not say what it used is taken at the estimate.
+            # A server that reports no usage is charged the estimate.
             self._tokens += result.tokens or expected
             self._failed_in_a_row = 0
         else:
@@ -134,10 +134,10 @@ class Endpoint:
         return result
 
     async def _ask(self, client: AsyncOpenAI, request: Request) -> Result:
-        """Ask once, and again after what may pass: 429, 5xx, time-outs, lost connections.
+        """Send a request, and retry after 429, 5xx, timeouts and lost connections.
 
         Raises:
-            ConfigError: The server refuses the key or the model; asking again would not help.
+            ConfigError: The server rejects the key or the model; a retry would not help.
         """
         reason = ""
         for attempt in range(self._params.max_retries + 1):
@@ -172,7 +172,7 @@ class Endpoint:
         return Failure(reason)
 
     async def _wait_for_turn(self, request: Request) -> None:
-        """Wait until the server wants to be asked again, and until the rates allow it."""
+        """Wait until the server accepts requests again and the rate limits allow one."""
         loop = asyncio.get_running_loop()
         while (wait := self._resume_at - loop.time()) > 0:
             await asyncio.sleep(wait)
@@ -180,7 +180,7 @@ class Endpoint:
         await self._rate.acquire(min(self._expected_tokens(request), self._params.tokens_per_minute))
 
     def _hold_back(self, err: openai.APIStatusError, wait: float) -> float:
-        """Return the wait that a server asks for, if it does; all other calls wait for it too."""
+        """Return the wait that the server asks for, if any; all other calls wait for it too."""
         asked = retry_after(err.response.headers)
         if asked is None:
             return wait
@@ -188,10 +188,10 @@ class Endpoint:
         return asked
 
     def _status_reason(self, err: openai.APIStatusError) -> str:
-        """Name a status that may pass.
+        """Return the reason for an HTTP status that is worth a retry.
 
         Raises:
-            ConfigError: It will not pass.
+            ConfigError: A retry would not help.
         """
         if err.status_code == 429:
             return "rate_limited"
@@ -203,12 +203,12 @@ class Endpoint:
         ) from err
 
     def _expected_tokens(self, request: Request) -> int:
-        """Estimate the tokens of a call: those of the prompt, and the longest answer."""
+        """Estimate the tokens of a call: the prompt and the longest answer."""
         characters = sum(len(message["content"]) for message in request.prompt)
         return int(characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS + self._sampling["max_new_tokens"])
 
     def _server_gone(self, what: str, reason: str) -> StageError:
-        """Build the error of a server that does not answer any more."""
+        """Build the error for a server that no longer answers."""
         return StageError(
             f"{self._section}: {self._params.base_url}: {what} ({reason}); see that the server runs. Replies "
             "so far are kept: the next run goes on from them"
@@ -216,7 +216,7 @@ class Endpoint:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a server asks to wait, as a number or a date, at most five minutes, or None.
+    """Return the retry-after header in seconds (a number or a date, at most five minutes), or None.
 
     Example:
         >>> retry_after({"retry-after": "2.5"}), retry_after({}), retry_after({"retry-after": "soon"})
@@ -236,7 +236,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _read(answer: Any) -> Result:
-    """Read the text and the tokens of an answer; one that is empty or was cut off is none."""
+    """Read text and tokens of an answer; an empty or truncated answer is a failure."""
     choices = getattr(answer, "choices", None) or []
     if any(choice.finish_reason == "length" for choice in choices):
         return Failure("truncated")

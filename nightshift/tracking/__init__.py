@@ -1,1 +1,1 @@
-"""MLflow's runs: which one a stage tells, and what it is told."""
+"""MLflow runs: which run a stage logs to, and what it logs."""

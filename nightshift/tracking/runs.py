@@ -1,6 +1,6 @@
-"""Where MLflow is, the run that a stage logs to, and the data that a run has seen.
+"""MLflow's address, the run that a stage logs to, and the datasets of a run.
 
-MLflow takes two seconds to import, so it is imported where it is asked.
+MLflow takes two seconds to import, so it is imported where it is used.
 """
 
 import json
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
 EXPERIMENT = "nightshift"
-# Tag of a run that was announced before MLflow could create it.
+# Tag of a run that was planned before MLflow could create it.
 KEY = "nightshift.tracking_key"
 log = logging.getLogger(__name__)
 
 
 def tracking_uri() -> str:
-    """Return `MLFLOW_TRACKING_URI`, or the local database that the local stack serves as well."""
+    """Return `MLFLOW_TRACKING_URI`, or the local database, which the local stack also serves."""
     home = state_dir()
     home.mkdir(parents=True, exist_ok=True)
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
 
 
 def experiment_id(client: "MlflowClient") -> str:
-    """Return the project's experiment; create it at first use, whoever else may be doing so."""
+    """Return the project's experiment; create it at first use, even if other processes do the same."""
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(EXPERIMENT):
         return str(found.experiment_id)
     try:
-        # An explicit location: on a database the default would be ./mlruns of the caller.
+        # Explicit location: with a database, the default would be ./mlruns of the caller.
         location = (state_dir() / "mlflow-artifacts").as_uri()
         return str(client.create_experiment(EXPERIMENT, artifact_location=location))
     except MlflowException:
@@ -46,7 +46,7 @@ def experiment_id(client: "MlflowClient") -> str:
 
 
 def run_id(client: "MlflowClient") -> str:
-    """Return the run that the caller was handed in `MLFLOW_RUN_ID`, or open one of its own."""
+    """Return the run in `MLFLOW_RUN_ID`, or create a separate run."""
     if handed := os.environ.get("MLFLOW_RUN_ID"):
         return handed
     run = client.create_run(experiment_id(client), run_name=f"by-hand-{Path.cwd().name}")
@@ -54,13 +54,13 @@ def run_id(client: "MlflowClient") -> str:
 
 
 def open_run(client: "MlflowClient", key: str, name: str, start_time: int) -> str:
-    """Return the run that bears a key, or open it.
+    """Return the run with a key, or create it.
 
     Args:
-        client: Of the tracker.
-        key: Tag of the run, by which another attempt finds it.
-        name: Of the run.
-        start_time: In milliseconds since 1970.
+        client: MLflow client.
+        key: Tag of the run, by which a retry finds it.
+        name: Name of a new run.
+        start_time: Start of a new run, milliseconds since 1970.
     """
     if found := find_run(client, key):
         return found
@@ -69,23 +69,23 @@ def open_run(client: "MlflowClient", key: str, name: str, start_time: int) -> st
 
 
 def find_run(client: "MlflowClient", key: str) -> str | None:
-    """Return the run that bears a key, or None."""
+    """Return the run with a key, or None."""
     found = client.search_runs([experiment_id(client)], f"tags.`{KEY}` = '{key}'")
     return str(found[0].info.run_id) if found else None
 
 
 def dataset_input(name: str, digest: str, path: str, context: str) -> "DatasetInput":
-    """Build MLflow's record of data that a run has seen.
+    """Build MLflow's record of a dataset that a run used.
 
     Args:
-        name: Of the data set.
-        digest: DVC's.
-        path: Where DVC keeps it in the checkout.
+        name: Name of the dataset.
+        digest: DVC digest of the dataset.
+        path: Path of the dataset in the checkout, as DVC tracks it.
         context: training or evaluation.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    # MLflow reads a local source as this JSON, and nothing else.
+    # MLflow reads a local source only in this JSON form.
     source = json.dumps({"uri": path})
     dataset = Dataset(name=name, digest=digest, source_type="local", source=source)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context), InputTag("dvc.path", path)])

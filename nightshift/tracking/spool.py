@@ -1,9 +1,9 @@
-"""What a run is told, on its way to MLflow: first to the disk, from there on by a thread of its own.
+"""Buffer for values logged to MLflow: written to disk first, then sent by a separate thread.
 
-A spool is a file of JSON lines, `tracking/<training>-<run>.jsonl` in the state folder. Its first line names
-the run, or the run to be created; the others are what the run is told, in order. The file beside it, `.json`,
-says how far MLflow has got. It is written after MLflow took the entries, so after a kill in between they are
-sent again: MLflow's databases keep a metric of equal name, step, time and value once.
+A spool is a JSON Lines file, `tracking/<training>-<run>.jsonl` in the state folder. Its first line
+identifies the run, which may not exist yet; the rest are entries in order. The `.json` file next to it
+stores how much MLflow has received. It is written after the entries are sent, so a kill in between sends
+them again: MLflow's databases keep a metric with equal name, step, time and value once.
 """
 
 import fcntl
@@ -27,25 +27,25 @@ from nightshift.tracking.runs import dataset_input, find_run, open_run, run_id, 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# MLflow's own are 120 s and 7 attempts: minutes, in which a training could not end.
+# MLflow's defaults, 120 s and 7 retries, would keep a training run from ending for minutes.
 HTTP = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-# A request for each second, however quick the steps are; a tracker that is down is asked more rarely.
+# One request per second, however fast the steps are; fewer while the server is down.
 SEND_SECONDS, RETRY_SECONDS = 1.0, 10.0
-# What the end of a rank, and start and end of the stage, may cost.
+# Maximum delay at the end of a rank, and at the start and end of the stage.
 FLUSH_SECONDS, REPLAY_SECONDS = 5.0, 30.0
-# MLflow takes 1000 metrics in a request; an entry has up to eight.
+# MLflow accepts 1000 metrics per request; an entry has up to eight.
 ENTRIES_PER_REQUEST = 100
-# Another attempt would get the same answer.
+# A retry would get the same answer.
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 log = logging.getLogger(__name__)
 Entry = dict[str, Any]
 
 
 class Spool:
-    """The end of a spool that a training writes to: `tell` returns at once, whatever MLflow does."""
+    """Writing end of a spool, for a training run: `tell` returns immediately, whatever MLflow does."""
 
     def __init__(self, path: Path, uri: str) -> None:
-        """Go on with the spool of an earlier attempt, and start sending."""
+        """Resume the spool of an earlier attempt, and start sending."""
         self.path, self.uri = path, uri
         self.told = {name for entry in read_spool(path)[1:] for name in names(entry)}
         self.is_written = True
@@ -55,11 +55,11 @@ class Spool:
         self.thread.start()
 
     def tell(self, kind: str, **entry: Any) -> None:
-        """Append an entry; what the run was told already, before a resume, is left out.
+        """Append an entry; values that were logged before a resume are skipped.
 
         Args:
-            kind: metrics (values, step; the time is added), params (values), dataset (name, digest, source).
-            entry: What belongs to the kind.
+            kind: metrics (values, step; time is added), params (values), dataset (name, digest, source).
+            entry: Fields of the kind.
         """
         if kind == "metrics":
             step = entry["step"]
@@ -79,13 +79,13 @@ class Spool:
             self.pending.set()
 
     def close(self) -> None:
-        """Give MLflow a last chance, for `FLUSH_SECONDS` at most; what is pending stays in the spool."""
+        """Wait up to `FLUSH_SECONDS` for MLflow; pending entries stay in the spool."""
         self.closing.set()
         self.pending.set()
         self.thread.join(FLUSH_SECONDS)
 
     def send_all(self) -> None:
-        """Send what is pending until the spool is closed."""
+        """Send pending entries until the spool is closed."""
         is_down = False
         while True:
             self.pending.clear()
@@ -98,17 +98,17 @@ class Spool:
                 self.pending.wait()
 
     def has_sent(self, *, was_down: bool) -> bool:
-        """Send what is pending; say once that MLflow is down, and once that it is back.
+        """Send pending entries; log once when MLflow goes down, and once when it is back.
 
         Args:
-            was_down: The attempt before failed.
+            was_down: Whether the previous attempt failed.
 
         Returns:
-            Whether MLflow has taken everything.
+            Whether MLflow has received everything.
         """
         try:
             send(self.path, connect(self.uri))
-        # Whatever it is: tracking never stops a training.
+        # Any error: tracking must never stop training.
         except Exception as err:  # noqa: BLE001
             if not was_down:
                 log.warning("%s", describe_failure(self.path, err))
@@ -119,15 +119,15 @@ class Spool:
 
 
 def begin(folder: Path, training: str, run_id: str | None, before: Path | None = None) -> Path:
-    """Return the spool of a training: the one of the attempt before, or a new one for another run.
+    """Return the spool of a training run: the previous attempt's, or a new one for another MLflow run.
 
-    A new run of a training that goes on is told what the run before was told, so that its curves are whole.
+    The MLflow run of a resumed training gets the previous run's entries, so its curves are complete.
 
     Args:
-        folder: Of all spools.
-        training: Key of the training.
-        run_id: The run to tell; None for a run to be created, when MLflow answers.
-        before: Spool of the attempt before, which may be gone.
+        folder: Folder of all spools.
+        training: Key of the training run.
+        run_id: MLflow run to log to; None for a run to be created when MLflow responds.
+        before: Spool of the previous attempt, which may no longer exist.
     """
     entries: list[Entry] = []
     if before and before.is_file():
@@ -145,47 +145,47 @@ def begin(folder: Path, training: str, run_id: str | None, before: Path | None =
 
 
 def finish(path: Path, status: str = "FINISHED") -> None:
-    """Append that the run has ended, if the spool is still there.
+    """Append the end of the run, if the spool still exists.
 
     Args:
-        path: The spool; it is removed once MLflow was told everything.
-        status: Of the run in MLflow, if it is ours; who handed a run in decides on its status.
+        path: Path of the spool, which is removed once everything has been sent.
+        status: MLflow status of a run that the spool created; other runs get theirs from their owner.
     """
     if path.is_file() and read_spool(path)[-1].get("kind") != "end":
         append(path, {"kind": "end", "status": status, "time": now()})
 
 
 def replay(folder: Path, uri: str) -> None:
-    """Send what is pending in all spools, for `REPLAY_SECONDS` at most; warn of what is left."""
+    """Send the pending entries of all spools, for `REPLAY_SECONDS` at most; warn about what is left."""
     deadline = time.monotonic() + REPLAY_SECONDS
     for path in sorted(folder.glob("*.jsonl")):
         try:
             send(path, connect(uri), deadline)
-        # Whatever it is: tracking never stops a training.
+        # Any error: tracking must never stop training.
         except Exception as err:  # noqa: BLE001
             log.warning("%s", describe_failure(path, err))
-            # A run may be unknown to this server, which knows the next one; a server that is down knows none.
+            # This server may lack this run but have the next one; a server that is down has none.
             if getattr(err, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
                 return
 
 
 def connect(uri: str) -> "MlflowClient":
-    """Return a client of the tracker; MLflow is imported here, by the thread that sends."""
+    """Return an MLflow client; MLflow is imported here, in the sending thread."""
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
 
 
 def send(path: Path, client: "MlflowClient", deadline: float = math.inf) -> None:
-    """Send what is pending, in order, and note after each request how far MLflow has got.
+    """Send pending entries in order, and store the position after each request.
 
     Args:
-        path: The spool; it is removed when it ends and all of it was sent.
-        client: Of the tracker.
-        deadline: On the monotonic clock, in seconds; no request starts later.
+        path: Path of the spool, which is removed when it has ended and was sent completely.
+        client: MLflow client.
+        deadline: Latest start of a request on the monotonic clock, seconds.
 
     Raises:
-        MlflowException: MLflow does not answer, or does not know the run.
+        MlflowException: MLflow does not respond, or does not have the run.
         TimeoutError: The deadline has passed.
     """
     with locked(path) as file:
@@ -199,7 +199,7 @@ def send(path: Path, client: "MlflowClient", deadline: float = math.inf) -> None
             write_json(position_file(path), {"run_id": run_id, "sent": sent})
         file.seek(sent)
         lines = [line for line in file if line.endswith(b"\n")]
-        # On the disk before it is sent: no loss of power leaves a position behind the end.
+        # Synced before it is sent: after a power loss, the position is never beyond the end of the file.
         os.fsync(file.fileno())
         for batch in batches(lines):
             if time.monotonic() > deadline:
@@ -217,21 +217,21 @@ def send(path: Path, client: "MlflowClient", deadline: float = math.inf) -> None
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO]:
-    """Open a spool for sending, which one process does at a time."""
+    """Open a spool for sending, in one process at a time."""
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield file
         finally:
-            # Closing is not enough: a process forked meanwhile holds the file open too.
+            # Closing is not enough: a process forked in the meantime also holds the file open.
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def deliver(client: "MlflowClient", run_id: str, entries: list[Entry]) -> None:
-    """Tell a run entries of one kind, in one request; what MLflow refuses is reported and left out.
+    """Log entries of one kind in one request; entries that MLflow rejects are reported and skipped.
 
     Raises:
-        MlflowException: MLflow does not answer, or does not know the run.
+        MlflowException: MLflow does not respond, or does not have the run.
     """
     from mlflow.entities import Metric, Param
     from mlflow.exceptions import MlflowException
@@ -261,7 +261,7 @@ def deliver(client: "MlflowClient", run_id: str, entries: list[Entry]) -> None:
 
 
 def batches(lines: list[bytes]) -> Iterator[list[bytes]]:
-    """Divide lines into runs of one kind that fit into a request."""
+    """Split lines into groups of one kind that fit into a request."""
     for _, run in itertools.groupby(lines, key=lambda line: json.loads(line)["kind"]):
         same = list(run)
         for i in range(0, len(same), ENTRIES_PER_REQUEST):
@@ -269,10 +269,10 @@ def batches(lines: list[bytes]) -> Iterator[list[bytes]]:
 
 
 def append(path: Path, entry: Entry) -> None:
-    """Append an entry, behind the last complete one: half of a line is what a crash or a full disk leaves.
+    """Append an entry after the last complete one: a crash or a full disk can leave a partial line.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The entry cannot be written.
     """
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -289,7 +289,7 @@ def read_spool(path: Path) -> list[Entry]:
 
 
 def names(entry: Entry) -> set[tuple[str, int]]:
-    """Name what a run is told by an entry, and is told once.
+    """Return the (name, step) pairs that an entry logs; each pair is logged once per run.
 
     Example:
         >>> sorted(names({"kind": "metrics", "values": {"loss": 2.0, "grad_norm": 1.0}, "step": 3}))
@@ -303,26 +303,26 @@ def names(entry: Entry) -> set[tuple[str, int]]:
 
 
 def position_file(path: Path) -> Path:
-    """Return where it stands which run a spool belongs to, and how many bytes of it MLflow has."""
+    """Return the file with the run id of a spool and the number of bytes that MLflow has received."""
     return path.with_suffix(".json")
 
 
 def read_position(path: Path) -> Entry:
-    """Read how far MLflow has got; a spool that it was never told of starts with nothing."""
+    """Read how much MLflow has received; nothing for a spool that was never sent."""
     file = position_file(path)
     position: Entry = read_json(file) if file.is_file() else {"run_id": None, "sent": 0}
     return position
 
 
 def find_run_id(path: Path) -> str | None:
-    """Return the run that a spool belongs to; None while MLflow could not create it."""
+    """Return the run of a spool, or None while MLflow could not create it."""
     header = read_spool(path)[0] if path.is_file() else {"run_id": None}
     found: str | None = read_position(path)["run_id"] or header["run_id"]
     return found
 
 
 def describe_failure(path: Path, err: BaseException) -> str:
-    """Say what MLflow did not take, why, and what becomes of it."""
+    """Describe what MLflow did not receive, why, and what happens to it."""
     reason = f"{type(err).__name__}: {err}".partition("\n")[0][:300]
     return (
         f"tracking: MLflow did not take all of {path}: {reason}; training goes on, and the next `python -m "
@@ -331,23 +331,23 @@ def describe_failure(path: Path, err: BaseException) -> str:
 
 
 def limit_requests() -> None:
-    """Keep this process from waiting minutes for MLflow, unless the environment says otherwise."""
+    """Limit how long this process waits for MLflow, unless the environment sets other limits."""
     for variable, value in HTTP.items():
         os.environ.setdefault(variable, value)
 
 
 def now() -> int:
-    """Return MLflow's clock: milliseconds since 1970."""
+    """Return the time as MLflow stores it: milliseconds since 1970."""
     return int(time.time() * 1000)
 
 
 def training_run(client: "MlflowClient", record_file: Path) -> str:
-    """Return the run that trained the candidate; a new one if this MLflow does not know it.
+    """Return the run that trained the candidate, or a new run if this MLflow does not have it.
 
-    A training that MLflow did not answer left its run in the spool: it is opened now, and told everything.
+    If MLflow did not respond during training, the run is still in the spool, and is created now.
 
     Args:
-        client: Of the tracker.
+        client: MLflow client.
         record_file: mlflow_run.json of the stage sft.
     """
     from mlflow.exceptions import MlflowException

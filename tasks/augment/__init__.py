@@ -1,8 +1,8 @@
-"""Paraphrase training examples, so that a fact is learned and not a sentence: data/split -> data/augment.
+"""Paraphrase training examples, to teach facts rather than sentences: data/split -> data/augment.
 
-The gain of several wordings over one is measured in arXiv 2312.05934. A backend proposes, the quality gate
-decides; what it rejects is kept with its reason and scores. Only train is augmented, and a paraphrase
-stays in the group of its parent.
+arXiv 2312.05934 measures the gain of several wordings over one. A backend proposes candidates and the
+quality gate accepts or rejects them; rejected candidates are kept with reason and scores. Only the
+training set is augmented, and a paraphrase stays in the group of its parent.
 """
 
 from typing import Annotated, Literal
@@ -17,25 +17,25 @@ Style = Literal["reword", "question_answer", "reversed", "context_shift"]
 
 
 class AugmentParams(StageParams):
-    """How many paraphrases, from where, and how strict the quality gate is.
+    """Number of paraphrases, backend, and thresholds of the quality gate.
 
     Attributes:
-        backend: Where candidates come from.
-        model: Folder of a local model (null: the base), or the name that the endpoint knows it by.
+        backend: Backend that generates candidates.
+        model: Folder of a local model (null: the base model), or model name on the endpoint.
         sources: Sources whose examples are paraphrased.
-        paraphrases_per_example: Accepted paraphrases wanted for each example.
-        over_generation: Further candidates in each call, since some are rejected.
-        styles: Weight of each style of paraphrase.
-        temperature: Of the sampling.
-        top_p: Share of the probability that is sampled from.
-        max_new_tokens: Tokens of one answer, at most.
-        seed: Of the sampling and of the choice of styles.
-        max_similarity: Shingle Jaccard with the source, 0 to 1, from which a candidate is a copy.
-        max_sibling_similarity: The same with accepted paraphrases of the same example.
+        paraphrases_per_example: Accepted paraphrases wanted per example.
+        over_generation: Extra candidates per call, because some are rejected.
+        styles: Weight of each paraphrase style.
+        temperature: Sampling temperature.
+        top_p: Probability mass of nucleus sampling, 0 to 1.
+        max_new_tokens: Tokens per answer, at most.
+        seed: Seed of the sampling and of the style choice.
+        max_similarity: Shingle Jaccard similarity to the source, 0 to 1, that makes a candidate a copy.
+        max_sibling_similarity: The same limit for accepted paraphrases of the same example.
         embedder: Folder or package of a sentence embedder that compares meanings, or null.
-        min_meaning_similarity: Cosine, 0 to 1, below which the meaning has changed.
-        min_acceptance_rate: Share of candidates, 0 to 1, below which the stage fails.
-        endpoint: The server of the backend `openai`.
+        min_meaning_similarity: Cosine similarity, 0 to 1, below which the meaning has changed.
+        min_acceptance_rate: Share of accepted candidates, 0 to 1, below which the stage fails.
+        endpoint: Server of the backend `openai`.
     """
 
     backend: Literal["rules", "transformers", "openai"]

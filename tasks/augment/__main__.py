@@ -1,4 +1,4 @@
-"""Run the stage: propose, judge, write train with its accepted paraphrases."""
+"""Run the stage: propose candidates, check them, write train with the accepted paraphrases."""
 
 import hashlib
 import random
@@ -40,14 +40,14 @@ REJECTED_SCHEMA = pa.schema(
     ]
 )
 SCORES_SCHEMA = pa.schema([pa.field("id", pa.string()), *_SCORE_FIELDS])
-# Further calls for what is missing, each showing what was rejected.
+# Further calls for missing paraphrases; their prompts list the rejected candidates.
 REFILLS = 2
 Row = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Work:
-    """The paraphrasing of one example."""
+    """Paraphrases and rejected candidates of one example."""
 
     example: Row
     accepted: list[Row] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Work:
 
 @dataclass(slots=True)
 class Tally:
-    """What is counted over all examples."""
+    """Counts over all examples."""
 
     rows_in: int = 0
     added: int = 0
@@ -75,7 +75,7 @@ class Tally:
 
 
 def main() -> None:
-    """Write every original followed by its paraphrases; what was rejected, and why; all scores."""
+    """Write originals with their paraphrases, rejected candidates with reasons, and all scores."""
     params = load_params(AugmentParams, "augment")
     tally = Tally()
     with (
@@ -114,7 +114,7 @@ def augment(
     tally: Tally,
     logs: tuple[Callable[[list[Row]], None], Callable[[list[Row]], None]],
 ) -> Iterator[Row]:
-    """Yield every original, followed by its paraphrases; log what was rejected, and the scores."""
+    """Yield each original followed by its paraphrases; log rejected candidates and scores."""
     for batch in iterate_batches(TRAIN):
         works = [Work(row) for row in batch.to_pylist()]
         asked = [work for work in works if _is_asked(work.example, params, tally)]
@@ -134,7 +134,7 @@ def paraphrase(
     compare: CompareMeaning | None,
     tally: Tally,
 ) -> None:
-    """Fill the works with paraphrases: a call for each style, and up to two refills of what is missing."""
+    """Paraphrase the examples: one call per style, and up to two refills for missing paraphrases."""
     wanted = params.paraphrases_per_example
     rounds = 1 if params.backend == "rules" else 1 + REFILLS
     for number in range(rounds):
@@ -161,7 +161,7 @@ def paraphrase(
 def accept_candidates(
     work: Work, call: Wanted, proposal: Proposal, params: AugmentParams, compare: CompareMeaning | None
 ) -> None:
-    """Judge the candidates of one call; take what passes, as many as are missing."""
+    """Check the candidates of one call; accept as many as are missing."""
     example = work.example
     work.failure = work.failure or proposal.failure
     for _ in range(proposal.unreadable):
@@ -185,9 +185,9 @@ def accept_candidates(
 
 
 def choose_style(example_id: str, number: int, params: AugmentParams) -> Style:
-    """Choose the style of a paraphrase by the digest of the example and the number of the paraphrase.
+    """Choose a style by the hash of the example id and the number of the paraphrase.
 
-    The weights hold over many examples; one example keeps its styles whatever else is in the data.
+    The weights hold over many examples; an example keeps its styles whatever other data exists.
     """
     if params.backend == "rules":
         return "reword"
@@ -198,12 +198,12 @@ def choose_style(example_id: str, number: int, params: AugmentParams) -> Style:
 
 
 def require_acceptance(accepted: Counter[str], rejected: Counter[str], limit: float) -> None:
-    """Fail when too few candidates pass, of all or of a source with enough rejected ones to tell.
+    """Fail if too few candidates pass, overall or in a source with enough rejected candidates.
 
     Args:
-        accepted: Source -> accepted candidates.
-        rejected: Source -> rejected candidates.
-        limit: Rate, 0 to 1.
+        accepted: Source -> number of accepted candidates.
+        rejected: Source -> number of rejected candidates.
+        limit: Lowest acceptance rate, 0 to 1.
 
     Raises:
         DataError: The acceptance rate is below `limit`.
@@ -224,10 +224,10 @@ def require_acceptance(accepted: Counter[str], rejected: Counter[str], limit: fl
 
 
 def _is_asked(example: Row, params: AugmentParams, tally: Tally) -> bool:
-    """Tell whether an example is paraphrased; count those that should and cannot be."""
+    """Return whether an example is paraphrased; count the examples that cannot be."""
     if example["source"] not in params.sources or not params.paraphrases_per_example:
         return False
-    # What a tool is given and what it answers is no wording.
+    # Tool calls and tool results are data, not wording.
     if any(turn["role"] == "tool" or turn["tool_calls"] for turn in example["messages"]):
         tally.skipped["tool_calls"] += 1
         return False
@@ -235,7 +235,7 @@ def _is_asked(example: Row, params: AugmentParams, tally: Tally) -> bool:
 
 
 def _want(work: Work, number: int, params: AugmentParams) -> list[Wanted]:
-    """Say what is asked for in one round: a call for each style that is due."""
+    """Build the requests of one round, one per style that is due."""
     wanted = params.paraphrases_per_example
     numbers = range(number * wanted, number * wanted + wanted - len(work.accepted))
     styles = Counter(choose_style(work.example["id"], one, params) for one in numbers)
@@ -252,18 +252,18 @@ def _want(work: Work, number: int, params: AugmentParams) -> list[Wanted]:
 
 
 def _spoken(messages: Messages) -> Messages:
-    """Return the turns that are said anew: all but the system's."""
+    """Return the turns to paraphrase: all but the system turn."""
     return [turn for turn in messages if turn["role"] in SPEAKERS]
 
 
 def _put_back(messages: Messages, texts: Sequence[str]) -> Messages:
-    """Give the spoken turns new texts; a system turn stays as it is."""
+    """Replace the texts of the paraphrased turns; a system turn stays unchanged."""
     remaining = iter(texts)
     return [{**turn, "content": next(remaining)} if turn["role"] in SPEAKERS else turn for turn in messages]
 
 
 def _rejected(example: Row, style: Style, reason: str, messages: Messages, scores: Scores) -> Row:
-    """Name a rejected candidate."""
+    """Build the log row of a rejected candidate."""
     return {
         "parent_id": example["id"],
         "style": style,

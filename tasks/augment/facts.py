@@ -1,8 +1,8 @@
-"""What a reader could check in a text: URLs, code, quoted strings, dates, numbers with their units.
+"""Checkable facts of a text: URLs, code, quoted strings, dates, numbers with their units.
 
-Each kind is read as a multiset in a normal form, so that "1,000 km" equals "one thousand kilometres" and
-"3 May 1990" equals "May 3, 1990". A form that is not known here stays as it is written: two texts then
-differ, and the paraphrase is rejected. That is the safe side.
+Each kind is extracted as a multiset of normalised values, so that "1,000 km" equals "one thousand
+kilometres" and "3 May 1990" equals "May 3, 1990". An unknown form stays as written: the two texts then
+differ and the paraphrase is rejected, which is the safe outcome.
 """
 
 import re
@@ -18,7 +18,7 @@ QUOTE = re.compile(r"\"[^\"\n]+\"|“[^”\n]+”|«[^»\n]+»|„[^“”\n]+[�
 MONTHS = "january february march april may june july august september october november december".split()  # noqa: SIM905 - prose
 _MONTH = r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?"  # noqa: E501 - one pattern
 _DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
-# Pattern -> the groups of year, month and day (0: not given), the most complete form first.
+# Pattern -> groups of year, month and day (0: absent), the most complete form first.
 DATES = (
     (re.compile(r"\b(\d{4})-(\d{2})-(\d{2})\b"), (1, 2, 3)),
     (re.compile(rf"\b{_DAY}(?: of)? {_MONTH},? (\d{{4}})\b", re.IGNORECASE), (3, 2, 1)),
@@ -27,7 +27,7 @@ DATES = (
     (re.compile(rf"\b{_DAY}(?: of)? {_MONTH}", re.IGNORECASE), (0, 2, 1)),
     (re.compile(rf"\b{_MONTH} {_DAY}\b(?![.,]\d)", re.IGNORECASE), (0, 1, 2)),
 )
-# Unit -> how it is written after a number. The case counts only for symbols ("mW" is not "MW").
+# Unit -> its spellings next to a number. Case matters only for symbols ("mW" is not "MW").
 UNITS = {
     "%": "% percent",
     "°C": "°C celsius",
@@ -73,8 +73,8 @@ UNITS = {
     "TB": "TB terabyte terabytes",
 }
 UNIT_OF = {spelling: unit for unit, spellings in UNITS.items() for spelling in spellings.split()}
-# A sign, a currency, digits with separators, and the word or symbol that follows. Superscripts,
-# subscripts and fractions (¹ ₂ ½) are numbers too; they are no digits for `\d`.
+# A sign, a currency, digits with separators, and the following word or symbol. Superscripts,
+# subscripts and fractions (¹ ₂ ½) are numbers too, but `\d` does not match them.
 NUMBER = re.compile(
     r"(?P<currency>[$€£]\s?)?(?P<sign>(?<![\w.)\]])[-−+])?(?P<digits>\d+(?:[.,:/]\d+)*|[²³¹⁰-⁹₀-₉¼-¾⅐-⅞]+)"
     r"(?:(?:st|nd|rd|th)\b)?"
@@ -85,15 +85,15 @@ THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The checkable parts of a text, and what is left of it.
+    """The checkable parts of a text, and the remaining text.
 
     Attributes:
-        urls: URLs and mail addresses.
+        urls: URLs and email addresses.
         code: Code spans and code blocks, as written.
-        quotes: Quoted strings, without their marks.
-        dates: ISO 8601 dates; a part that is not given is left out.
-        numbers: Numbers, each with its unit; quantities in words.
-        rest: The text without all of these but the numbers.
+        quotes: Quoted strings, without quotation marks.
+        dates: ISO 8601 dates; a missing day is left out, a missing year is `-`.
+        numbers: Numbers with their units; quantities in words.
+        rest: Text without the parts above, except numbers.
     """
 
     urls: Counter[str]
@@ -105,7 +105,7 @@ class Facts:
 
 
 def read_facts(text: str) -> Facts:
-    """Read the checkable parts of a text.
+    """Extract the checkable parts of a text.
 
     Example:
         >>> facts = read_facts('On 3 May 1990 "Up" ran 1,000 km, see http://a.b/c.')
@@ -128,7 +128,7 @@ def read_facts(text: str) -> Facts:
 
 
 def find_changed_fact(source: Facts, candidate: Facts) -> str | None:
-    """Name the first kind of fact that differs, or None.
+    """Return the first kind of fact that differs, or None.
 
     Example:
         >>> find_changed_fact(read_facts("in 1875"), read_facts("in 1857"))
@@ -147,12 +147,12 @@ def find_changed_fact(source: Facts, candidate: Facts) -> str | None:
 def _take(
     pattern: re.Pattern[str], text: str, normalise: Callable[[re.Match[str]], str]
 ) -> tuple[Counter[str], str]:
-    """Cut all matches out of a text and return them in their normal form."""
+    """Return the normalised matches of a pattern, and the text without them."""
     return Counter(normalise(found) for found in pattern.finditer(text)), pattern.sub(" ", text)
 
 
 def _iso_date(found: re.Match[str], groups: tuple[int, int, int]) -> str:
-    """Render a date as ISO 8601; a year that is not given is `-`."""
+    """Format a date as ISO 8601; a missing year is `-`."""
     year, month, day = (found[group] if group else "" for group in groups)
     if not month.isdigit():
         number = next(i for i, name in enumerate(MONTHS, 1) if name.startswith(month[:3].casefold()))
@@ -161,9 +161,9 @@ def _iso_date(found: re.Match[str], groups: tuple[int, int, int]) -> str:
 
 
 def _number(found: re.Match[str]) -> str:
-    """Render a number with its unit; thousands separators and ordinal endings go, digits stay.
+    """Format a number with its unit, without thousands separators and ordinal endings.
 
-    Letters that follow at once ("5G", "10mW") belong to the number, known as a unit or not.
+    Letters attached to the digits ("5G", "10mW") belong to the number, even if they are no known unit.
     """
     digits = found["digits"]
     if THOUSANDS.fullmatch(digits):

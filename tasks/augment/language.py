@@ -1,4 +1,4 @@
-"""Language and meta text: is a candidate in the source's language, and does it talk about itself?"""
+"""Language and meta-text checks: the candidate keeps the language and does not mention the task."""
 
 import re
 import unicodedata
@@ -21,14 +21,14 @@ META = re.compile(
     |<\|[^|]*\|>|\[/?INST\]|</?(?:think|answer|text|conversation)>""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
-# Share of the letters in another script from which a text is in another language.
+# Share of letters in another script above which the language counts as changed.
 MAX_SCRIPT_SHIFT = 0.2
-# Function words that show a language; fewer say nothing.
+# Function words needed to identify a language.
 MIN_FUNCTION_WORDS = 3
 
 
 def has_meta_text(source: str, candidate: str) -> bool:
-    """Whether a candidate speaks about the task, in words that the source does not have.
+    """Return whether a candidate mentions the task in words that the source does not contain.
 
     Example:
         >>> has_meta_text("Gold is Au.", "Sure! Here is a paraphrase: Au is gold.")
@@ -39,7 +39,7 @@ def has_meta_text(source: str, candidate: str) -> bool:
 
 
 def language_differs(source: str, candidate: str) -> bool:
-    """Whether two texts differ in script, or in language where both show one.
+    """Return whether two texts differ in script, or in language if both are identified.
 
     Example:
         >>> language_differs("It is the name of a town.", "Es ist der Name von einer Stadt und nicht mehr.")
@@ -54,13 +54,13 @@ def language_differs(source: str, candidate: str) -> bool:
 
 
 def _scripts(text: str) -> Counter[str]:
-    """Share of each script in the letters of a text; the script is the first word of a letter's name."""
+    """Return the share of letters in each script: the first word of a letter's Unicode name."""
     counts = Counter(unicodedata.name(char, "?").split()[0] for char in text if char.isalpha())
     return Counter({script: count / counts.total() for script, count in counts.items()})
 
 
 def _language(text: str) -> str | None:
-    """Language with most function words in a text, or None when they are too few or even."""
+    """Return the language with most function words in a text, or None if they are too few or tied."""
     words = Counter(re.findall(r"[^\W\d_]+", text.casefold()))
     counts = {name: sum(words[word] for word in known) for name, known in FUNCTION_WORDS.items()}
     first, second = sorted(counts.values(), reverse=True)[:2]

@@ -1,4 +1,4 @@
-"""The backend `transformers`: a local model, in this process."""
+"""Backend `transformers`: a local model in this process."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +8,16 @@ from nightshift.replies import Generate, OnReply, Reply, Request, Result, reques
 
 
 def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Generate:
-    """Load a model and return the function that asks it.
+    """Load a model and return its generate function.
 
-    One batch holds the answers to one request, sampled with a seed that comes from the request: an answer
-    does not depend on its neighbours, so a rebuild from scratch gives the same bytes. For volume, serve
-    the model and use the backend `openai`.
+    A batch holds the answers to one request, sampled with a seed derived from the request. An answer
+    does not depend on other requests, so a rebuild from scratch is bit-identical. For volume, serve the
+    model and use the backend `openai`.
 
     Args:
-        folder: Model and tokenizer; safetensors only.
-        model_name: Backend, model, revision and sampling, as one text.
-        sampling: temperature, top_p and max_new_tokens.
+        folder: Folder with model and tokenizer; safetensors only.
+        model_name: Backend, model, revision and sampling parameters, as one string.
+        sampling: Sampling parameters: temperature, top_p and max_new_tokens.
     """
     import torch
     from tqdm import tqdm
@@ -25,7 +25,7 @@ def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Gener
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Half precision gains nothing on most processors, and rounding differs between them.
+    # Half precision gains nothing on most CPUs, and rounding differs between them.
     dtype = "auto" if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
@@ -49,7 +49,7 @@ def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Gener
                     **sampling,
                 )
             answers = output[:, length:]
-            # A text that was cut off is no answer.
+            # A truncated text is not an answer.
             whole = (answers == tokenizer.eos_token_id).any(dim=1).tolist()
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             reply = Reply(

@@ -1,4 +1,4 @@
-"""Compare meanings with a sentence embedder: a folder, or a package that carries one."""
+"""Compare meanings with a sentence embedder from a folder or an installed package."""
 
 import importlib.resources
 from pathlib import Path
@@ -8,13 +8,13 @@ from tasks.augment.quality import CompareMeaning
 
 
 def load_embedder(location: str) -> CompareMeaning:
-    """Load a sentence-transformers model and return the cosine of two texts' meanings.
+    """Load a sentence-transformers model and return a function for the cosine similarity of two texts.
 
     Args:
-        location: A folder, or `package:<name>` for a package with the folder `model`.
+        location: Folder, or `package:<name>` for a package with the folder `model`.
 
     Raises:
-        ConfigError: Neither the model nor sentence-transformers is installed.
+        ConfigError: sentence-transformers, or the package of the model, is not installed.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -35,7 +35,7 @@ def load_embedder(location: str) -> CompareMeaning:
 
 
 def _find_folder(location: str) -> Path:
-    """Find the folder of the model."""
+    """Return the folder of the model."""
     if not location.startswith("package:"):
         return Path(location)
     module = location.removeprefix("package:").replace("-", "_")

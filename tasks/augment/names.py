@@ -1,7 +1,7 @@
-"""Names and negations: what a paraphrase must keep besides the facts with digits.
+"""Names and negations, which a paraphrase must keep in addition to its `tasks.augment.facts`.
 
-A name is a word with a capital that does not merely open a sentence. A word that opens a sentence may be
-a name or not; it counts as one unless it is a common word. In doubt a paraphrase is rejected.
+A capitalised word inside a sentence is a name. At the start of a sentence, a word counts as a name
+unless it is a common word. In doubt, the paraphrase is rejected.
 """
 
 import re
@@ -15,13 +15,13 @@ NEGATION = re.compile(
     r"|nicht|kein\w*|nie|niemals|ohne|pas|jamais|aucune?|sans|nunca|jamás|ningun[oa]?|ningún)\b",
     re.IGNORECASE,
 )
-# What stands before the first word of a sentence: the start, or an end mark, a colon or a bracket.
+# Text before the first word of a sentence: nothing, an end mark, a colon or a bracket.
 SENTENCE_START = re.compile(r"(?:^|[.!?:;…。]|\n)[\s\"'“”«»‘’()\[\]*#>•–—-]*$")
-# A full stop after these ends no sentence, unless the line ends too.
+# A full stop after these does not end a sentence, unless the line ends too.
 ABBREVIATION = re.compile(
     r"\b(?:Mrs?|Ms|Drs?|Prof|St|Sr|Jr|Gen|Col|Capt|Lt|Rev|Hon|Gov|Sen|Rep|No|vs|[A-Z])\. *\Z"
 )
-# Function words and verbs that open English sentences and are hardly ever names.
+# Function words and verbs that start English sentences and are rarely names.
 COMMON = frozenset(
     """a about according after again all almost also although always among an and another any are around as
     ask at be because before being below between both but by can certain compared consider could describe
@@ -40,13 +40,13 @@ COMMON = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The names of a text, and what a name of another text may be found in.
+    """The names of a text, and the words in which to look up another text's names.
 
     Attributes:
-        inner: Words with a capital inside a sentence, and words with a capital after the first letter.
-        openers: Words that open a sentence and are not common words.
+        inner: Capitalised words inside a sentence, and words with a capital after the first letter.
+        openers: Words that start a sentence and are not common words.
         words: All words, as written.
-        folded: All words, in lower case.
+        folded: All words, case-folded.
     """
 
     inner: Counter[str]
@@ -56,7 +56,7 @@ class Names:
 
 
 def read_names(text: str) -> Names:
-    """Find the names of a text.
+    """Extract the names of a text.
 
     Example:
         >>> names = read_names("Gallium was found by Lecoq. The symbol is Ga.")
@@ -81,11 +81,11 @@ def read_names(text: str) -> Names:
 
 
 def names_differ(source: Names, candidate: Names) -> bool:
-    """Whether a name was lost, invented or put in the place of another.
+    """Return whether a name was lost, invented or replaced by another.
 
-    A name may be said more often ("Gallium was found" for "it was found") or less often. It may not
-    be said less often while another is said more often: then one may stand in the place of the other.
-    Two names that change places cannot be seen by counting.
+    A name may occur more often ("Gallium was found" for "it was found") or less often. It may not occur
+    less often while another occurs more often: one may then have replaced the other. Two swapped names
+    cannot be detected by counting.
 
     Example:
         >>> names_differ(read_names("Found by Lecoq."), read_names("Lecoq found it."))
@@ -102,7 +102,7 @@ def names_differ(source: Names, candidate: Names) -> bool:
 
 
 def count_negations(text: str) -> int:
-    """Count the negating words of a text (English; the usual ones of German, French and Spanish).
+    """Count the negation words of a text (English; the common ones of German, French and Spanish).
 
     Example:
         >>> count_negations("It isn't so, and never was.")
@@ -112,10 +112,10 @@ def count_negations(text: str) -> int:
 
 
 def _is_missing(names: Names, other: Names) -> bool:
-    """Whether the other text lacks a name of this one.
+    """Return whether the other text lacks a name of this one.
 
     A name that is also a common word (the element symbols In, He, At) must stay inside a sentence:
-    at its start it cannot be told from the common word.
+    at its start it cannot be distinguished from the common word.
     """
     return (
         any(name not in other.words for name in names.inner)
@@ -130,5 +130,5 @@ def _without_possessive(word: str) -> str:
 
 
 def _is_pronoun(found: re.Match[str]) -> bool:
-    """Whether "I" is followed by a word, as the pronoun is, and not by the end of a sentence."""
+    """Return whether "I" is followed by a word, like the pronoun, and not by the end of a sentence."""
     return re.match(r"['’]|\s+[a-z]", found.string[found.end() :]) is not None

@@ -1,4 +1,4 @@
-"""Number words: English ones read as digits ("fifty-first" is 51), others and quantities as they stand."""
+"""Number words: English ones become digits ("fifty-first" is 51), others and quantities are kept."""
 
 import re
 
@@ -17,14 +17,14 @@ SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 SCALES |= {f"{word}th": value for word, value in SCALES.items()}
 _WORD = "|".join(sorted([*VALUES, *SCALES], key=len, reverse=True))
 PHRASE = re.compile(rf"\b(?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*\b", re.IGNORECASE)
-# "no one", "each one", "one another": a pronoun. "a second": a unit, never an ordinal.
+# "one" as a pronoun: "no one", "each one", "one another".
 PRONOUN = re.compile(
     r"\b(no|any|every|some|each|which|this|that) one\b|\bone (another|of|can|must|may|should|might)\b",
     re.IGNORECASE,
 )
 PRONOUN_MARK = "\ue000"
-# Quantities without digits, and the number words of German, French and Spanish: a paraphrase keeps each
-# of them as it is. A word that also means something else only makes the gate stricter.
+# Quantities without digits, and the number words of German, French and Spanish: a paraphrase must keep
+# each of them unchanged. An ambiguous word only makes the gate stricter.
 QUANTITY = re.compile(
     r"\b(?:once|twice|thrice|half|halves|quarters?|doubled?|triple[ds]?|quadruple[ds]?|dozens?|scores?|pairs?|couple"
     r"|trillions?|"
@@ -38,7 +38,7 @@ QUANTITY = re.compile(
 
 
 def digits_for_words(text: str) -> str:
-    """Write the number words of an English text as digits.
+    """Replace the number words of an English text with digits.
 
     Example:
         >>> digits_for_words("The fifty-first of two hundred and six bones; no one left.")
@@ -49,7 +49,7 @@ def digits_for_words(text: str) -> str:
 
 
 def _digits(phrase: str) -> str:
-    """Read one phrase; words that do not join to one number become several.
+    """Convert one phrase; words that do not form a single number become several.
 
     Example:
         >>> _digits("nineteen ninety"), _digits("one thousand and five"), _digits("three hundred million")
@@ -68,7 +68,7 @@ def _digits(phrase: str) -> str:
             last = scale
         else:
             value = VALUES[word]
-            # "twenty one" joins, "one twenty" and "nineteen ninety" do not.
+            # "twenty one" is one number, "one twenty" and "nineteen ninety" are two.
             if started and not (last >= 100 or (last % 10 == 0 and last >= 20 and 0 < value < 10)):
                 numbers.append(total + current)
                 total = current = 0

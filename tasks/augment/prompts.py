@@ -1,7 +1,7 @@
-"""What a model is asked, and how its answer is read.
+"""Paraphrase prompts, and parsing of the replies.
 
-The instruction follows the idea of arXiv 2312.05934, appendix B: keep the meaning, change the words,
-change no fact, keep the length, make the versions differ from each other.
+The instructions follow arXiv 2312.05934, appendix B: keep the meaning, change the words, change no fact,
+keep the length, make the versions differ from each other.
 """
 
 import json
@@ -29,13 +29,13 @@ Turns = Sequence[Mapping[str, Any]]
 
 
 def build_prompt(turns: Turns, style: Style, versions: int, avoid: Sequence[Sequence[str]]) -> Prompt:
-    """Ask for paraphrases of the turns.
+    """Build the prompt that asks for paraphrases of the turns.
 
     Args:
         turns: User and assistant turns, or one plain text.
-        style: Kind of paraphrase.
-        versions: How many; more than one are asked for as JSON.
-        avoid: Versions that were rejected before, each as the texts of its turns.
+        style: Paraphrase style.
+        versions: Number of versions; more than one are requested as JSON.
+        avoid: Previously rejected versions, each as the texts of its turns.
     """
     parts = [INSTRUCTIONS[style], RULES]
     if versions > 1:
@@ -54,7 +54,7 @@ def build_prompt(turns: Turns, style: Style, versions: int, avoid: Sequence[Sequ
 
 
 def transcript(turns: Turns) -> str:
-    r"""Write turns as `User: ...` and `Assistant: ...`.
+    r"""Format turns as `User: ...` and `Assistant: ...`.
 
     Example:
         >>> transcript([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}])
@@ -64,10 +64,10 @@ def transcript(turns: Turns) -> str:
 
 
 def read_versions(answer: str, roles: Sequence[str]) -> list[list[str] | None]:
-    r"""Read the versions out of an answer: strict JSON, fenced JSON, the first JSON object, a transcript.
+    r"""Parse the versions in an answer: strict JSON, fenced JSON, first JSON object, or transcript.
 
     Returns:
-        The texts of the turns of each version, or None for one that has another form.
+        The texts of the turns of each version; None for a malformed version.
 
     Example:
         >>> read_versions('Here: {"paraphrases": [["Who?", "I."], ["only one"]]}', ["user", "assistant"])
@@ -85,14 +85,14 @@ def read_versions(answer: str, roles: Sequence[str]) -> list[list[str] | None]:
 
 
 def _read_version(version: object, turns: int) -> list[str] | None:
-    """Return the texts of one version, or None if it is no list of so many texts."""
+    """Return the texts of one version, or None if it is not a list of `turns` texts."""
     if not isinstance(version, list) or len(version) != turns:
         return None
     return [text.strip() for text in version] if all(isinstance(text, str) for text in version) else None
 
 
 def _json_values(answer: str) -> Iterator[Any]:
-    """Yield the JSON values of an answer, the most explicit reading first."""
+    """Yield the JSON values in an answer, the strictest parse first."""
     start = answer.find("{")
     for text in [answer, *FENCE.findall(answer), answer[start:] if start >= 0 else ""]:
         try:
@@ -104,7 +104,7 @@ def _json_values(answer: str) -> Iterator[Any]:
 
 
 def _read_transcript(answer: str, roles: Sequence[str]) -> list[str] | None:
-    """Read `User: ...` and `Assistant: ...` in the order of the roles, or None; a plain text has no label."""
+    """Parse a transcript whose turns follow the roles, or return None; plain text has no label."""
     if list(roles) == ["text"]:
         text = answer.strip().removeprefix("Text:").strip()
         return [text] if text else None

@@ -1,4 +1,4 @@
-"""From turns that want paraphrases to candidates, by the backend of the configuration."""
+"""Generate paraphrase candidates with the configured backend."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ from tasks.augment.rules import propose
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is asked for one example.
+    """A request for candidates for one example.
 
     Attributes:
-        turns: What is to be said anew: user and assistant turns, or one plain text.
-        style: Kind of paraphrase.
-        count: Candidates wanted.
-        avoid: Candidates that were rejected before.
-        ordinal: Number of the call for its example.
+        turns: Turns to paraphrase: user and assistant turns, or one plain text.
+        style: Paraphrase style.
+        count: Number of candidates.
+        avoid: Previously rejected candidates.
+        ordinal: Number of the call for this example.
     """
 
     turns: Messages
@@ -37,13 +37,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What came of it.
+    """The candidates for one request.
 
     Attributes:
-        versions: The texts of the turns of each candidate.
-        unreadable: Versions that had not the right form.
-        tokens: Tokens that the answers took.
-        failure: Why there is no answer, or None.
+        versions: Texts of the turns of each candidate.
+        unreadable: Number of malformed versions.
+        tokens: Tokens used by the answers.
+        failure: Reason why there is no answer, or None.
     """
 
     versions: list[list[str]]
@@ -56,14 +56,14 @@ Propose = Callable[[Sequence[Wanted]], list[Proposal]]
 
 
 def by_rules(wanted: Sequence[Wanted]) -> list[Proposal]:
-    """Propose by rules: at once, always the same, the style `reword` only."""
+    """Propose candidates by rules: immediate, deterministic, style `reword` only."""
     return [Proposal(list(propose(one.turns, one.count))) for one in wanted]
 
 
 def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
-    """Propose by a model, local or behind an endpoint; replies are kept in the memo.
+    """Propose candidates with a local model or an endpoint; replies are cached.
 
-    A local model answers a request several times over; an endpoint gives several versions in one answer,
+    A local model answers a request several times; an endpoint returns several versions in one answer,
     so that they differ.
     """
     sampling = {
@@ -75,14 +75,14 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
     folder = Path(params.model) if params.model else base
     revision = tree_digest(folder) if local else params.model
     name = json.dumps([params.backend, revision, sampling, params.seed, VERSION], sort_keys=True)
-    # A reply of a server is its own; a local model replies by our code and libraries.
+    # A server determines its own replies; those of a local model depend on our code and libraries.
     code = source_digest("tasks/augment/local.py")
     makers = [code, *versions(*MODEL_ENGINES)] if local else [params.endpoint.base_url]
     backend: Generate | None = None
 
     def generate(requests: Sequence[Request], on_reply: Callable[[int, Reply], None]) -> list[Result]:
         nonlocal backend
-        # A night whose replies are all known loads no model and needs no server.
+        # If all replies are cached, no model is loaded and no server is needed.
         if backend is None:
             backend = load_backend(params, folder, name, sampling)
         return backend(requests, on_reply)
@@ -96,7 +96,7 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
 
 
 def load_backend(params: AugmentParams, folder: Path, name: str, sampling: dict[str, Any]) -> Generate:
-    """Load the local model, or prepare to ask the endpoint; each needs its own packages."""
+    """Load the local model or create the endpoint client; each needs different packages."""
     if params.backend == "transformers":
         from tasks.augment.local import load_local
 
@@ -107,14 +107,14 @@ def load_backend(params: AugmentParams, folder: Path, name: str, sampling: dict[
 
 
 def build_request(wanted: Wanted, *, local: bool) -> Request:
-    """Ask for one version several times (local), or for several versions at once."""
+    """Build a request for one version several times (local), or for several versions at once."""
     versions = 1 if local else wanted.count
     prompt = build_prompt(wanted.turns, wanted.style, versions, wanted.avoid)
     return Request(prompt, wanted.count if local else 1, wanted.ordinal)
 
 
 def _read(wanted: Wanted, result: Result) -> Proposal:
-    """Read the versions of all answers."""
+    """Parse the versions in all answers."""
     if isinstance(result, Failure):
         return Proposal([], failure=result.reason)
     roles = [turn["role"] for turn in wanted.turns]

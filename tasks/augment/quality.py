@@ -1,7 +1,7 @@
-"""The quality gate of paraphrases: nothing that a reader could check may change.
+"""Quality gate for paraphrases: no checkable content may change.
 
-Checks run in order of cost and each names the violation. A fluent paraphrase with a wrong year is worse
-than none: in doubt, reject.
+Checks run in order of cost and each reports its violation. A fluent paraphrase with a wrong year is
+worse than none: in doubt, reject.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,23 +15,23 @@ from tasks.augment.language import has_meta_text, language_differs
 from tasks.augment.names import count_negations, names_differ, read_names
 
 Messages = list[dict[str, Any]]
-# Cosine of the meanings of two texts.
+# Two texts -> cosine similarity of their embeddings.
 CompareMeaning = Callable[[str, str], float]
 LENGTH_RATIO = (0.5, 2.0)
 SHINGLE_SIZE = 3
-# In these styles the answer stays an answer, so its facts stay in it; a reversed relation moves them.
+# In these styles the answer must keep its facts; a reversed relation moves them to the question.
 ANSWER_STAYS: tuple[Style, ...] = ("reword", "question_answer", "context_shift")
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What was measured on a candidate; None where an earlier check had rejected it.
+    """Measurements of a candidate; None if an earlier check rejected it.
 
     Attributes:
-        length_ratio: Characters of the candidate for each of the source.
-        source_similarity: Shingle Jaccard with the source, 0 to 1.
-        sibling_similarity: The highest with an accepted paraphrase, 0 to 1.
-        meaning_similarity: Cosine with the source, -1 to 1.
+        length_ratio: Characters of the candidate per character of the source.
+        source_similarity: Shingle Jaccard similarity with the source, 0 to 1.
+        sibling_similarity: Highest shingle Jaccard similarity with an accepted paraphrase, 0 to 1.
+        meaning_similarity: Cosine similarity with the source, -1 to 1.
     """
 
     length_ratio: float | None = None
@@ -48,15 +48,15 @@ def check_paraphrase(
     params: AugmentParams,
     compare_meaning: CompareMeaning | None = None,
 ) -> tuple[str | None, Scores]:
-    """Name the first thing wrong with a paraphrase, or None, and what was measured.
+    """Return the first violation of a paraphrase, or None, and its measurements.
 
     Args:
-        source: The turns that were to be said anew.
-        candidate: The paraphrase: the same roles in the same order.
-        style: Kind of paraphrase.
-        siblings: Paraphrases of the same source that were accepted already.
+        source: Turns to paraphrase.
+        candidate: Paraphrase, with the same roles in the same order.
+        style: Paraphrase style.
+        siblings: Accepted paraphrases of the same source.
         params: Thresholds.
-        compare_meaning: From an embedder, if one is configured.
+        compare_meaning: Similarity function of the embedder, if one is configured.
     """
     before, after = _text(source), _text(candidate)
     if not after.strip() or any(not turn["content"].strip() for turn in candidate):
@@ -72,7 +72,7 @@ def check_paraphrase(
     if nearest is not None and nearest >= params.max_sibling_similarity:
         return "copy_of_sibling", scores
     if compare_meaning is not None:
-        # Rounded, since the last bits differ between processors.
+        # Rounded, because the last bits differ between CPUs.
         meaning = round(compare_meaning(before, after), 4)
         scores = Scores(ratio, similar, nearest, meaning)
         if meaning < params.min_meaning_similarity:
@@ -81,7 +81,7 @@ def check_paraphrase(
 
 
 def find_violation(source: Messages, candidate: Messages, style: Style) -> str | None:
-    """Name the first of the facts, names, denials and forms that changed, or None.
+    """Return the first change of form, facts, names or negations, or None.
 
     Example:
         >>> say = lambda text: [{"role": "assistant", "content": text}]
@@ -114,7 +114,7 @@ def find_violation(source: Messages, candidate: Messages, style: Style) -> str |
 def _similarities(
     source: Messages, candidate: Messages, siblings: Sequence[Messages]
 ) -> tuple[float, float | None]:
-    """Similarity with the source, and with the nearest sibling."""
+    """Return the similarity with the source, and with the nearest sibling."""
     new = comparable_shingles(canonical(_text(candidate)), SHINGLE_SIZE)
     similar = [
         jaccard(new, comparable_shingles(canonical(_text(other)), SHINGLE_SIZE))

@@ -1,6 +1,6 @@
-"""The deterministic backend: direct questions become indirect, passive answers active.
+"""Deterministic backend: direct questions become indirect, passive answers active.
 
-A rule is a pattern and a template. Text that no rule fits keeps its wording in that turn.
+A rule is a pattern and a template. A turn that no rule matches keeps its wording.
 """
 
 import re
@@ -44,7 +44,7 @@ ANSWERS = (
 def propose(messages: Messages, count: int) -> Iterator[list[str]]:
     """Yield up to `count` candidates, each as the texts of its turns.
 
-    Each candidate opens the questions in another way; odd ones also restate the answers.
+    Each candidate opens the questions differently; the first, third and fifth also restate the answers.
 
     Example:
         >>> turns = [{"role": "user", "content": "Who discovered Gallium?"},
@@ -57,7 +57,7 @@ def propose(messages: Messages, count: int) -> Iterator[list[str]]:
 
 
 def _reword(message: Mapping[str, str], opener: str, *, restated: bool) -> str:
-    """Apply the first rule that fits one turn."""
+    """Apply the first matching rule to one turn."""
     text = message["content"]
     if message["role"] == "user":
         for pattern, template in QUESTIONS:

@@ -1,8 +1,8 @@
 """Remove exact and near duplicates: data/ingest -> data/dedupe.
 
-Daft signs (MinHash), on this machine or on a Ray cluster; every candidate pair is then verified by its
-exact Jaccard similarity, because signatures alone would remove many texts that only look alike. The
-first to arrive stays, so that yesterday's survivors never change.
+Daft computes MinHash signatures, locally or on a Ray cluster. Every candidate pair is then verified by
+its exact Jaccard similarity, because signatures alone produce many false positives. The first row to
+arrive stays, so that yesterday's survivors never change.
 """
 
 from typing import Annotated
@@ -14,17 +14,17 @@ from nightshift.data.drops import Rate
 
 
 class DedupeParams(StageParams):
-    """MinHash LSH.
+    """MinHash LSH parameters.
 
     Attributes:
-        num_perm: Permutations of a signature.
+        num_perm: Permutations per signature.
         bands: Bands of the LSH index; bands * rows_per_band = num_perm. More bands find more pairs
             and cost more verification.
-        rows_per_band: Signature values in one band.
-        shingle_size: Words in a shingle.
-        jaccard_threshold: Exact similarity, 0 to 1, from which a text counts as a duplicate.
+        rows_per_band: Signature values per band.
+        shingle_size: Words per shingle.
+        jaccard_threshold: Exact Jaccard similarity, 0 to 1, from which a text is a duplicate.
         seed: Seed of the permutations.
-        max_drop_rate: Rate of rows, 0 to 1, among all and in each source, that may go with their content.
+        max_drop_rate: Highest rate of rows whose content is lost, 0 to 1, overall and per source.
     """
 
     num_perm: Annotated[int, Field(strict=True, ge=16)]

@@ -1,4 +1,4 @@
-"""Run the stage: find the duplicates, write what stays, what goes, and what contradicts itself."""
+"""Run the stage: find duplicates; write survivors, removed rows and label conflicts."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from tasks.dedupe.candidates import Removal, Text, keep_first
 from tasks.dedupe.reasons import HARMLESS, classify_removals
 from tasks.dedupe.signatures import open_memo, sign_known
 
-# near_ids: all survivors that are as near to the removed example, the one kept for it first.
+# near_ids: all survivors above the threshold for the removed example, `kept_id` first.
 REMOVED_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -31,12 +31,12 @@ REMOVED_SCHEMA = pa.schema(
         ("near_ids", pa.list_(pa.string())),
     ]
 )
-# Examples of one prompt_id ask the same and answer differently.
+# Examples with the same prompt_id have the same prompt and different answers.
 CONFLICTS_SCHEMA = pa.schema([("prompt_id", pa.string()), ("id", pa.string()), ("answer", pa.string())])
 
 
 def main() -> None:
-    """Remove duplicates; give every survivor the group id of its content."""
+    """Remove duplicates; assign every survivor the group id of its content."""
     params = load_params(DedupeParams, "dedupe")
     ids, texts, origins, contents = [], [], [], []
     for row in iterate_rows(INGESTED, ["id", "messages", "tools", "origin"]):
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def read_text(messages: Sequence[Mapping[str, Any]]) -> Text:
-    """Return the canonical text of a conversation, the last answer apart.
+    """Return the canonical text of a conversation, with the last answer separate.
 
     Example:
         >>> read_text([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}])
@@ -84,16 +84,16 @@ def read_text(messages: Sequence[Mapping[str, Any]]) -> Text:
 
 
 def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> dict[int, Removal]:
-    """Find the texts that repeat an earlier survivor.
+    """Find the texts that duplicate an earlier survivor.
 
     Args:
-        texts: In order of arrival, shape (n,).
+        texts: Texts in order of arrival, shape (n,).
         params: MinHash parameters.
-        memo: Signatures of texts that were seen before.
+        memo: Cache of known signatures.
 
     Returns:
-        index -> removal, for every text that goes. The first of equal texts always stays. O(n log n)
-        time apart from the verified candidates; deterministic.
+        index -> removal, for every removed text. Of equal texts, the first stays. O(n log n) time plus
+        the verification of candidates; deterministic.
     """
     first: dict[str, int] = {}
     roots = [first.setdefault(text.whole, i) for i, text in enumerate(texts)]
@@ -108,7 +108,7 @@ def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> 
     }
     for i, root in enumerate(roots):
         if i != root:
-            # A copy of a text that goes, goes for the same reason.
+            # A copy of a removed text is removed for the same reason.
             removals[i] = removals.get(root) or Removal(root, 1.0, "exact_duplicate", (root,))
     return removals
 
@@ -116,7 +116,7 @@ def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> 
 def survivors(
     texts: Sequence[Text], removals: Mapping[int, Removal], sources: Counter[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the examples that stay, with the id of their group; count them by source."""
+    """Yield the surviving examples with their group id; count them by source."""
     start = 0
     for batch in iterate_batches(INGESTED):
         numbers = range(start, start + batch.num_rows)
@@ -128,7 +128,7 @@ def survivors(
 
 
 def find_label_conflicts(texts: Sequence[Text], removals: Mapping[int, Removal]) -> list[list[int]]:
-    """List the survivors that give different answers to one prompt, prompt by prompt.
+    """List the survivors that answer the same prompt differently, grouped by prompt.
 
     Example:
         >>> find_label_conflicts([Text("who", "me"), Text("who", "you"), Text("when", "now")], {})
@@ -142,7 +142,7 @@ def find_label_conflicts(texts: Sequence[Text], removals: Mapping[int, Removal])
 
 
 def count_drops(removals: Mapping[int, Removal], reasons: Mapping[int, str], origins: Sequence[str]) -> Drops:
-    """Count the rows and the removed ones by source, the first part of an origin."""
+    """Count all and removed rows by source, the first part of the origin."""
     drops = Drops(Counter(origin.split("/", 1)[0] for origin in origins))
     for i, reason in reasons.items():
         twin = f"{reason} of {origins[removals[i].kept]}, Jaccard {removals[i].jaccard:.2f}"
@@ -153,7 +153,7 @@ def count_drops(removals: Mapping[int, Removal], reasons: Mapping[int, str], ori
 def _removed_rows(
     ids: Sequence[str], removals: Mapping[int, Removal], reasons: Mapping[int, str]
 ) -> Iterator[dict[str, Any]]:
-    """Name each removed example and the one that stays for it."""
+    """Yield a report row for each removed example, with the example kept instead."""
     for i, reason in reasons.items():
         removal = removals[i]
         yield {
@@ -168,7 +168,7 @@ def _removed_rows(
 def _conflict_rows(
     ids: Sequence[str], texts: Sequence[Text], conflicts: Sequence[Sequence[int]]
 ) -> Iterator[dict[str, str]]:
-    """Name each example that contradicts another."""
+    """Yield a report row for each example that contradicts another."""
     for members in conflicts:
         for i in members:
             yield {"prompt_id": text_digest(texts[i].prompt), "id": ids[i], "answer": texts[i].answer}

@@ -1,4 +1,4 @@
-"""Which earlier texts may be near a text, and which of them are."""
+"""Find the duplicate candidates of each text and verify them."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from nightshift.data.text import Shingles, comparable_shingles, jaccard
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.signatures import Keys
 
-# Shingle sets that are kept for the next comparison: about 0.5 GB of 100-word texts.
+# Cached shingle sets: about 0.5 GB for 100-word texts.
 CACHED_SETS = 2**16
 
 
@@ -22,8 +22,8 @@ class Text:
     """Canonical text of an example, in two parts.
 
     Attributes:
-        prompt: All before the last answer; empty for a plain text.
-        answer: The last answer, or the plain text.
+        prompt: Text before the last answer; empty for a plain text.
+        answer: Last answer, or the plain text.
     """
 
     prompt: str
@@ -31,19 +31,19 @@ class Text:
 
     @property
     def whole(self) -> str:
-        """Both parts."""
+        """Both parts, joined."""
         return f"{self.prompt} {self.answer}" if self.prompt else self.answer
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Why one text goes.
+    """Removal of one text.
 
     Attributes:
-        kept: Index of the text that stays for it.
-        jaccard: Their exact similarity, 0 to 1.
-        reason: exact_duplicate or near_duplicate.
-        near: Indices of all survivors that are as near, `kept` first.
+        kept: Index of the text kept instead.
+        jaccard: Exact Jaccard similarity of the two texts, 0 to 1.
+        reason: `exact_duplicate` or `near_duplicate`.
+        near: Indices of all survivors above the threshold, `kept` first.
     """
 
     kept: int
@@ -53,18 +53,18 @@ class Removal:
 
 
 def keep_first(texts: Sequence[Text], keys: Keys, params: DedupeParams) -> dict[int, Removal]:
-    """Find the texts that are near an earlier survivor.
+    """Find the near-duplicates of earlier survivors.
 
-    A text with the prompt of a survivor and another answer stays: that is a conflict of labels, which a
-    person has to settle.
+    A text with a survivor's prompt but another answer stays: that is a label conflict, which a person
+    has to resolve.
 
     Args:
-        texts: In order of arrival, no two equal, shape (n,).
-        keys: Their band keys, shape (n, bands).
+        texts: Texts in order of arrival, no two equal, shape (n,).
+        keys: Band keys of the texts, shape (n, bands).
         params: MinHash parameters.
 
     Returns:
-        index -> removal. What happens to a text depends on itself and on earlier texts only.
+        index -> removal. The decision on a text depends only on it and on earlier texts.
     """
 
     @lru_cache(CACHED_SETS)
@@ -91,7 +91,7 @@ def keep_first(texts: Sequence[Text], keys: Keys, params: DedupeParams) -> dict[
 
 
 def is_conflict(text: Text, other: Text, params: DedupeParams) -> bool:
-    """Tell whether two texts give different answers to the same prompt."""
+    """Return whether two texts answer the same prompt differently."""
     if not text.prompt or text.prompt != other.prompt:
         return False
     answers = [comparable_shingles(one.answer, params.shingle_size) for one in (text, other)]
@@ -101,7 +101,7 @@ def is_conflict(text: Text, other: Text, params: DedupeParams) -> bool:
 def shared_buckets(keys: Keys) -> Iterator[tuple[int, list[int]]]:
     """Yield (index, buckets) of each text that shares a bucket with another, in order of index.
 
-    A bucket is a key in a band, numbered here. O(n log n) for each band.
+    A bucket is a (band, key) pair, given as a number. O(n log n) per band.
     """
     members, buckets = [], []
     for band in range(keys.shape[1]):

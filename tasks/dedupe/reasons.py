@@ -1,26 +1,26 @@
-"""Why a row is removed: its content is lost, or an earlier row has it."""
+"""Reasons for removing a row: its content is lost, or an earlier row has it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from tasks.dedupe.candidates import Removal
 
-# Reasons with which no content is lost.
+# Reasons that lose no content.
 HARMLESS = ("repeat", "new_version")
 
 
 def classify_removals(
     removals: Mapping[int, Removal], contents: Sequence[str], shards: Sequence[str]
 ) -> dict[int, str]:
-    """Give each removal its reason, which depends on what else came in with the row.
+    """Assign each removal a reason, which depends on the other rows of its shard.
 
-    `repeat`: the row says word for word what an earlier one says. `new_version`: its shard mostly repeats
-    earlier shards, as the export of a whole table each night does, and it is the one row there that is near
-    to one of theirs. `exact_duplicate` and `near_duplicate`: a row with a content of its own is dropped.
+    `repeat`: the content equals that of an earlier row exactly. `new_version`: the shard mostly repeats
+    earlier shards, like a nightly export of a whole table, and the row is the first one there near its
+    earlier row. `exact_duplicate` and `near_duplicate`: a row with distinct content is dropped.
 
     Args:
         removals: Index -> removal.
-        contents: Digest of each row's content as it came, shape (n,).
+        contents: Digest of each row's content before canonicalisation, shape (n,).
         shards: Name of each row's shard, shape (n,).
 
     Returns:

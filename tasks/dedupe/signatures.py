@@ -1,7 +1,7 @@
-"""MinHash signatures, as the band keys of an LSH index: made by Daft, each text once.
+"""MinHash signatures as the band keys of an LSH index, computed by Daft once per text.
 
-A signature of 128 values is kept as one 64-bit key for each band (16 x 8 bytes): two texts are
-candidates when they share a key in the same band, so more is never looked at.
+A signature of 128 values is stored as one 64-bit key per band (16 x 8 bytes): two texts are
+candidates if they share a key in the same band, so nothing else is needed.
 
 Sources: Broder (1997) for MinHash; Leskovec et al., Mining of Massive Datasets, ch. 3, for banding.
 """
@@ -20,9 +20,9 @@ from nightshift.data.text import CHARACTER_SHINGLE, is_short
 from tasks.dedupe import DedupeParams
 
 HASH_FUNCTION = "xxhash3_64"
-# Texts that one task of the engine signs: a fraction of a second of work.
+# Texts per Daft task: a fraction of a second of work.
 TEXTS_PER_TASK = 10_000
-# Stands for the space inside a character shingle; no canonical text holds it.
+# Replaces the space inside a character shingle; no canonical text contains it.
 SPACE = "▁"
 # Odd constants of splitmix64 (Steele et al., 2014), for mixing the values of a band into one key.
 GOLDEN, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
@@ -30,7 +30,7 @@ Keys = NDArray[np.uint64]
 
 
 def open_memo(params: DedupeParams) -> Memo:
-    """Open the memo of the band keys that these parameters give."""
+    """Open the cache of band keys for these parameters."""
     return Memo(
         "signatures",
         {
@@ -45,12 +45,12 @@ def open_memo(params: DedupeParams) -> Memo:
 
 
 def sign_known(texts: Sequence[str], params: DedupeParams, memo: Memo) -> Keys:
-    """Sign texts, each of them once in the life of the memo.
+    """Return the band keys of texts, computing only those that are not cached.
 
     Args:
         texts: Canonical texts, no two equal, shape (n,).
         params: MinHash parameters.
-        memo: From `open_memo`.
+        memo: Cache from `open_memo`.
 
     Returns:
         Band keys, shape (n, bands), uint64.
@@ -68,9 +68,9 @@ def sign_known(texts: Sequence[str], params: DedupeParams, memo: Memo) -> Keys:
 
 
 def sign(texts: Sequence[str], params: DedupeParams) -> Keys:
-    """Sign texts on Daft: word shingles, or character shingles where a text is short.
+    """Compute band keys with Daft from word shingles, or character shingles if a text is short.
 
-    Long and short texts never share a key: their shingles cannot be compared.
+    Long and short texts never share a key: their shingles are not comparable.
 
     Returns:
         Band keys, shape (n, bands), uint64.
@@ -85,7 +85,7 @@ def sign(texts: Sequence[str], params: DedupeParams) -> Keys:
 
 
 def _minhash(texts: list[str], ngram_size: int, params: DedupeParams) -> NDArray[np.uint32]:
-    """MinHash over word n-grams, shape (n, num_perm)."""
+    """Compute MinHash signatures over word n-grams, shape (n, num_perm)."""
     if not texts:
         return np.empty((0, params.num_perm), dtype=np.uint32)
     table = pa.table({"number": np.arange(len(texts)), "text": pa.array(texts, pa.large_string())})
@@ -98,7 +98,7 @@ def _minhash(texts: list[str], ngram_size: int, params: DedupeParams) -> NDArray
     frame = daft.from_arrow(table).into_batches(TEXTS_PER_TASK)
     signed = frame.select(daft.col("number"), signature.alias("signature")).to_arrow().combine_chunks()
     values = signed["signature"].combine_chunks().flatten().to_numpy().reshape(len(texts), params.num_perm)
-    # The engine may return its batches in any order.
+    # Daft may return its batches in any order.
     ordered = np.empty((len(texts), params.num_perm), dtype=np.uint32)
     ordered[signed["number"].to_numpy()] = values
     return ordered
@@ -107,7 +107,7 @@ def _minhash(texts: list[str], ngram_size: int, params: DedupeParams) -> NDArray
 def _band_keys(signatures: NDArray[np.uint32], bands: int) -> Keys:
     """Mix the values of each band into one 64-bit key.
 
-    Two different bands of equal keys cost one verification, nothing else.
+    A key collision of two different bands costs one verification, nothing else.
     """
     values = signatures.reshape(len(signatures), bands, signatures.shape[1] // bands).astype(np.uint64)
     keys = np.zeros(values.shape[:2], dtype=np.uint64)
@@ -118,7 +118,7 @@ def _band_keys(signatures: NDArray[np.uint32], bands: int) -> Keys:
 
 
 def _spell(text: str) -> str:
-    """Write the character shingles of a short text as words.
+    """Format the character shingles of a short text as words.
 
     Example:
         >>> _spell("who am")

@@ -1,12 +1,12 @@
-"""Score base, candidate and champion on the same items: data/sft, data/champion, benchmarks -> data/evaluate.
+"""Score base, candidate and champion: data/sft, data/champion, benchmarks -> data/evaluate.
 
-Benchmarks (`nightshift.data.benchmarks`) are multiple choice, generation, invariance or direction; the
-held-out split gives a token-weighted loss. Scores are kept per item, because the gate pairs them. They are
-memoised by the content of model, benchmark and code: what was scored before is not scored again, and a stage
-that was killed goes on with the benchmarks that are missing.
+All models answer the same items. Benchmarks (`nightshift.data.benchmarks`) are multiple choice,
+generation, invariance or direction; the test set gives a token-weighted loss. Scores are stored per
+item, because the gate pairs them. They are cached by the content of model, benchmark and code: nothing
+is scored twice, and a killed stage resumes with the missing benchmarks.
 
-Beside them stands a model named `retrieval`: the base with the nearest training documents in its prompt. It
-answers whether fine-tuning was needed, and takes no part in the gate's decision.
+An additional model, `retrieval`, is the base with the nearest training documents in its prompt. It shows
+whether fine-tuning was needed; the gate ignores it.
 """
 
 from typing import Annotated
@@ -17,11 +17,11 @@ from nightshift.core.config import Count, StageParams
 
 
 class RetrievalParams(StageParams):
-    """The baseline without training.
+    """Retrieval baseline without training.
 
     Attributes:
-        documents: Training documents that are put before each question.
-        benchmarks: Benchmarks that it is asked, by their names.
+        documents: Training documents placed before each question.
+        benchmarks: Names of the benchmarks it is scored on.
     """
 
     documents: Count
@@ -29,12 +29,12 @@ class RetrievalParams(StageParams):
 
 
 class EvaluateParams(StageParams):
-    """How much to ask and how fast.
+    """Items and batch size of the evaluation.
 
     Attributes:
-        limit: Items of each benchmark, spread evenly over it; None asks all.
-        batch_size: Sequences in one forward pass.
-        retrieval: The baseline with documents in the prompt; None leaves it out.
+        limit: Items per benchmark, evenly spread over it; None for all.
+        batch_size: Sequences per forward pass.
+        retrieval: Baseline with documents in the prompt; None disables it.
     """
 
     limit: Count | None

@@ -1,4 +1,4 @@
-"""Run the stage: score what has no scores yet, then put all scores side by side."""
+"""Run the stage: compute the missing scores, then write all scores to one table."""
 
 import logging
 import os
@@ -52,14 +52,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedModel:
-    """A model, and what it is asked.
+    """A model and its benchmarks.
 
     Attributes:
-        base: Folder of the base that it stands on.
-        base_digest: Of that base.
-        adapter: Its adapter or weights; None is the base.
-        documents: Documents put before each question; 0 for none.
-        benchmarks: Names of its benchmarks.
+        base: Folder of the base model.
+        base_digest: Digest of the base model.
+        adapter: Folder of the adapter or full weights; None for the base model itself.
+        documents: Documents placed before each question; 0 for none.
+        benchmarks: Names of the benchmarks.
     """
 
     base: Path
@@ -70,7 +70,7 @@ class EvaluatedModel:
 
 
 def main() -> None:
-    """Write the scores of every item under every model, their aggregates, and the models' digests."""
+    """Write the per-item scores of every model, their aggregates, and the models' digests."""
     params = load_params(EvaluateParams, "evaluate")
     models = find_models(params)
     memo = {name: memo_files(model, params) for name, model in models.items()}
@@ -85,11 +85,11 @@ def main() -> None:
 
 
 def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
-    """Name the models to compare; the base has no adapter, a champion may not exist or have lost its base.
+    """Return the models to compare; the champion is missing if there is none or its base is lost.
 
     Raises:
-        ConfigError: The baseline names a benchmark that is not there.
-        DataError: A benchmark breaks the format, or the champion's base is not what was kept.
+        ConfigError: The retrieval baseline names an unknown benchmark.
+        DataError: A benchmark has an invalid format, or the kept base of the champion has changed.
     """
     known = [benchmark.name for benchmark in read_benchmarks(BENCHMARKS)]
     everything = [*known, HELDOUT]
@@ -116,10 +116,10 @@ def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
 
 
 def find_kept(champion: dict[str, Any]) -> Path | None:
-    """Return the champion's own base, which is not that of the candidate; None if snapshot found it nowhere.
+    """Return the kept base of a champion on another base; None if snapshot did not find it.
 
     Raises:
-        DataError: What snapshot kept is not there any more.
+        DataError: The base that snapshot kept is missing or has changed.
     """
     base = champion["base"]
     if base["kept"] is None:
@@ -135,7 +135,7 @@ def find_kept(champion: dict[str, Any]) -> Path | None:
 
 
 def name_models(models: dict[str, EvaluatedModel]) -> dict[str, str | None]:
-    """Name each model that the gate knows by its adapter; a champion on another base by that too."""
+    """Return the adapter digest of each model for the gate; a champion on another base adds its base."""
     names = {name: digest(one) for name, one in models.items() if name != RETRIEVAL}
     champion = read_json(CHAMPION / "champion.json")
     if champion["version"] is not None:
@@ -147,7 +147,7 @@ def name_models(models: dict[str, EvaluatedModel]) -> dict[str, str | None]:
 
 
 def memo_files(model: EvaluatedModel, params: EvaluateParams) -> dict[str, Path]:
-    """Name the scores of each benchmark by all that decides them: code, device, model, items, how many."""
+    """Return the cache file of each benchmark, keyed by code, device, model, items and limit."""
     parts = [
         code_digest("evaluate", ENGINES),
         device(),
@@ -165,22 +165,22 @@ def memo_files(model: EvaluatedModel, params: EvaluateParams) -> dict[str, Path]
 
 
 def digest(model: EvaluatedModel) -> str | None:
-    """Return the digest of a model's adapter or weights, None for the base."""
+    """Return the digest of a model's adapter or weights, or None for the base."""
     return tree_digest(model.adapter) if model.adapter else None
 
 
 def score_missing(
     models: dict[str, EvaluatedModel], memo: dict[str, dict[str, Path]], params: EvaluateParams
 ) -> None:
-    """Score what has no scores yet, a process for each model.
+    """Compute the missing scores, one process per model.
 
     Raises:
-        StageError: A process ended before it had scored everything.
+        StageError: A process exited before it had scored all benchmarks.
     """
     missing: dict[str, dict[str, str]] = {}
     total = 0
     for name, files in memo.items():
-        # A candidate that is the champion is scored once.
+        # A candidate that is identical to the champion is scored once.
         known = {target for targets in missing.values() for target in targets.values()}
         targets = {key: str(file) for key, file in files.items() if not file.is_file()}
         if targets := {key: target for key, target in targets.items() if target not in known}:
@@ -208,19 +208,19 @@ def score_missing(
 
 
 def device() -> str:
-    """Name what computes the scores: cpu, or the GPU, whose kernels round in another way."""
+    """Return `cpu` or the name of the GPU, whose kernels round differently."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def count_at_once(models: int) -> int:
-    """Say how many models are scored at once: one for each core, or one if they share a GPU."""
+    """Return how many models are scored at once: one per CPU core, or one on a GPU."""
     return min(models, os.cpu_count() or 1) if device() == "cpu" else 1
 
 
 def build_job(model: EvaluatedModel, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:
-    """Say what one process does; the files in `targets` are what it leaves behind."""
+    """Build the job of one process, which writes the files in `targets`."""
     return {
         "base": str(model.base),
         "adapter": str(model.adapter) if model.adapter else None,
@@ -235,10 +235,10 @@ def build_job(model: EvaluatedModel, targets: dict[str, str], params: EvaluatePa
 
 
 def run_job(name: str, job: dict[str, Any], threads: int, on_line: Callable[[str], None]) -> None:
-    """Score one model in a process of its own.
+    """Score one model in a separate process.
 
     Raises:
-        StageError: It ended before it had scored everything.
+        StageError: The process exited before it had scored all benchmarks.
     """
     with tempfile.TemporaryDirectory(prefix="nightshift-") as work:
         file = Path(work) / "job.json"
@@ -248,7 +248,7 @@ def run_job(name: str, job: dict[str, Any], threads: int, on_line: Callable[[str
             on_line=on_line,
             env={
                 "OMP_NUM_THREADS": str(threads),
-                # Threads that spin while they wait are ten times slower on cores that others use too.
+                # Busy-waiting threads are ten times slower on shared CPU cores.
                 "OMP_WAIT_POLICY": "PASSIVE",
                 **OFFLINE,
                 "HF_DATASETS_CACHE": f"{work}/datasets",

@@ -1,4 +1,4 @@
-"""Ask a benchmark of each kind, and score the answers: a row for each item."""
+"""Run each kind of benchmark and score the answers, one row per item."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int | None) -> Iterator[Row]:
-    """Ask the items, spread evenly over the benchmark if there is a limit, and yield their rows."""
+    """Run a benchmark and yield one row per item; with a limit, items are evenly spread over it."""
     asked = spread(len(benchmark.items), limit)
     items = [benchmark.items[i] for i in asked]
     match benchmark.kind:
@@ -39,7 +39,7 @@ def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int
 
 
 def score_choice(model: Model, benchmark: Benchmark, folder: Path, asked: list[int]) -> Iterator[Row]:
-    """Multiple choice by log-likelihood, as a task of lm-eval: its `acc`."""
+    """Score multiple choice by log-likelihood: the metric `acc` of an lm-eval task."""
     task = {
         **{key: value for key, value in benchmark.task.items() if not key.endswith("_split")},
         "task": benchmark.name,
@@ -61,7 +61,7 @@ def score_choice(model: Model, benchmark: Benchmark, folder: Path, asked: list[i
     for place, sample in zip(asked, results["samples"][benchmark.name], strict=True):
         item = benchmark.items[place]
         choices = item["choices"]
-        # What lm-eval chooses between stands first; other metrics may have added requests.
+        # The choices come first; other metrics may have added requests.
         likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]]
         row = {"choices": len(choices), "expected": choices[item["answer"]]}
         yield row | (
@@ -70,7 +70,7 @@ def score_choice(model: Model, benchmark: Benchmark, folder: Path, asked: list[i
 
 
 def score_generation(model: Model, task: Any, items: Sequence[Row]) -> Iterator[Row]:
-    """Greedy generation, compared with the references."""
+    """Score greedy generation against the references."""
     prompts = [
         model.apply_chat_template(item.get("messages") or [{"role": "user", "content": item["question"]}])
         for item in items
@@ -84,7 +84,7 @@ def score_generation(model: Model, task: Any, items: Sequence[Row]) -> Iterator[
 
 
 def score_invariance(model: Model, items: Sequence[Row]) -> Iterator[Row]:
-    """Invariance (CheckList, Ribeiro et al. 2020): 1 if one choice is the likeliest in every wording."""
+    """Score invariance (CheckList, Ribeiro et al. 2020): 1 if all wordings share a likeliest choice."""
     wordings = [[item["question"], *item["variants"]] for item in items]
     answers = iter(
         model.choice_likelihoods(
@@ -102,7 +102,7 @@ def score_invariance(model: Model, items: Sequence[Row]) -> Iterator[Row]:
 
 
 def score_direction(model: Model, items: Sequence[Row]) -> Iterator[Row]:
-    """Directional expectation (CheckList): 1 if the probability of the answer moves as it should."""
+    """Score directional expectation (CheckList): 1 if the answer's probability moves as expected."""
     answers = iter(
         model.choice_likelihoods(
             [(item[key], item["choices"]) for item in items for key in ("question", "changed")]
@@ -121,7 +121,7 @@ def score_direction(model: Model, items: Sequence[Row]) -> Iterator[Row]:
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """Choose at most `limit` of `count` positions, evenly apart.
+    """Choose at most `limit` of `count` positions, evenly spaced.
 
     Example:
         >>> spread(10, 4)
@@ -133,12 +133,12 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 def likeliest(likelihoods: Sequence[float]) -> int:
-    """Return the place of the highest; of equal ones the first."""
+    """Return the index of the highest likelihood, the first one in a tie."""
     return max(range(len(likelihoods)), key=lambda i: likelihoods[i])
 
 
 def probability(likelihoods: Sequence[float], place: int) -> float:
-    """Return the probability of one choice among all.
+    """Return the probability of one choice, normalised over all choices.
 
     Example:
         >>> round(probability([-1.0, -1.0 - math.log(3)], 0), 6)
@@ -150,23 +150,23 @@ def probability(likelihoods: Sequence[float], place: int) -> float:
 
 
 def scored_row(score: float, answer: str) -> Row:
-    """Return what an answered item adds to its row."""
+    """Return the score fields of an answered item."""
     return {"score": score, "status": "ok", "answer": answer, "tokens": None}
 
 
 def fault(model: Model, likelihoods: Sequence[float]) -> Row | None:
-    """Return what an item adds to its row that has no score, or None if all likelihoods are numbers."""
+    """Return the fields of an item without a score, or None if all likelihoods are finite."""
     if any(math.isnan(one) for one in likelihoods):
         return error_row("a log-likelihood is not a number")
     return None if all(math.isfinite(one) for one in likelihoods) else skipped_row(model)
 
 
 def error_row(reason: str) -> Row:
-    """Return what an item adds to its row to which the model gave no number."""
+    """Return the fields of an item for which the model returned no number."""
     return {"score": None, "status": "error", "answer": reason, "tokens": None}
 
 
 def skipped_row(model: Model) -> Row:
-    """Return what an item adds to its row that is too long for the model."""
+    """Return the fields of an item that is too long for the model."""
     reason = f"longer than the {model.max_length} tokens that the model reads"
     return {"score": None, "status": "skipped", "answer": reason, "tokens": None}

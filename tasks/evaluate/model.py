@@ -1,4 +1,4 @@
-"""The model as lm-eval asks it: HFLM, which here reads each prompt once, and may look up documents."""
+"""lm-eval's HFLM with a single prefill per prompt and optional retrieval."""
 
 import math
 from collections import defaultdict
@@ -17,17 +17,17 @@ from transformers.cache_utils import DynamicLayer
 
 from tasks.evaluate.retrieval import with_documents
 
-# Likelihood of what is longer than the model can read: it was not asked.
+# Result for a sequence that exceeds the context length; the model does not run on it.
 TOO_LONG = (-math.inf, False)
 Request = tuple[tuple[str, str], list[int], list[int]]
 Answer = tuple[float, bool]
 
 
 class Model(HFLM):
-    """A causal model.
+    """A causal language model for lm-eval.
 
-    lm-eval reads a prompt again for each choice. Here the choices share one reading of their prompt: 2 to 4
-    times fewer tokens. The likelihoods are summed in float32, and differ from lm-eval's by rounding.
+    lm-eval processes a prompt again for each choice. Here the choices share their prompt's KV cache:
+    2 to 4 times fewer tokens. Likelihoods are summed in float32 and differ from lm-eval's by rounding.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Model(HFLM):
         """Wrap a loaded model.
 
         Args:
-            model: Of transformers or PEFT.
-            tokenizer: Of its base.
-            batch_size: Sequences in one forward pass.
-            find: Finds the documents to put before a question; none: the question stands alone.
+            model: Loaded transformers or PEFT model.
+            tokenizer: Tokenizer of the base model.
+            batch_size: Sequences per forward pass.
+            find: Function that retrieves the documents for a question; None disables retrieval.
         """
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._find = find
@@ -49,7 +49,7 @@ class Model(HFLM):
         chat_history: list[dict[str, str]],
         add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - lm-eval's signature
     ) -> str:
-        """Render a conversation, its last question after the documents that are found for it."""
+        """Render a conversation, with the retrieved documents before its last question."""
         *before, last = chat_history
         if self._find and last["role"] == "user":
             found = with_documents(last["content"], self._find(last["content"]))
@@ -57,10 +57,10 @@ class Model(HFLM):
         return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def choice_likelihoods(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
-        """Return the log-likelihood (nats) of each choice after its question; -inf where it was too long.
+        """Return the log-likelihood (nats) of each choice after its question; -inf if too long.
 
         Args:
-            asked: (question, choices).
+            asked: (question, choices) pairs.
         """
         requests = [
             Instance("loglikelihood", {}, (self.prompt(question), choice), idx=0)
@@ -71,7 +71,7 @@ class Model(HFLM):
         return [[next(answers)[0] for _ in choices] for _, choices in asked]
 
     def write(self, prompts: Sequence[str], max_new_tokens: int) -> list[str | None]:
-        """Continue prompts with the likeliest tokens; None where prompt and answer are too long together."""
+        """Generate greedy continuations; None if prompt and answer exceed the context length."""
         fits = [len(self.tok_encode(prompt)) + max_new_tokens <= self.max_length for prompt in prompts]
         options = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False}
         requests = [
@@ -83,7 +83,7 @@ class Model(HFLM):
         return [next(texts).strip() if is_short else None for is_short in fits]
 
     def prompt(self, question: str) -> str:
-        """Render a single question."""
+        """Render a single question with the chat template."""
         return self.apply_chat_template([{"role": "user", "content": question}])
 
     def _loglikelihood_tokens(
@@ -92,7 +92,7 @@ class Model(HFLM):
         disable_tqdm: bool = False,  # noqa: FBT001, FBT002 - lm-eval's signature
         override_bs: int | None = None,
     ) -> list[Answer]:
-        """Answer requests of (texts, prompt, continuation); the tokens that lm-eval made of them."""
+        """Return the likelihoods of lm-eval requests (texts, prompt tokens, continuation tokens)."""
         fits = [len(prompt) + len(rest) <= self.max_length for _, prompt, rest in requests]
         asked = [request for request, is_short in zip(requests, fits, strict=True) if is_short]
         if all(len(prompt) > 1 for _, prompt, _ in asked) and self._keeps_all_keys():
@@ -102,16 +102,16 @@ class Model(HFLM):
         return [next(answers) if is_short else TOO_LONG for is_short in fits]
 
     def _keeps_all_keys(self) -> bool:
-        """Tell whether the model looks back on all tokens; a window or a state cannot skip padding."""
+        """Return whether the cache keeps all tokens; a sliding window or a state cannot skip padding."""
         layers = DynamicCache(config=self.model.config).layers
         return all(type(layer) is DynamicLayer for layer in layers)
 
     def _by_prompt(self, requests: Sequence[Request]) -> list[Answer]:
-        """Read each prompt once, and each continuation after it."""
+        """Process each prompt once, then its continuations with the KV cache."""
         by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, prompt, _) in enumerate(requests):
             by_prompt[tuple(prompt)].append(number)
-        # The longest first: what does not fit into memory fails at once.
+        # Longest first, so that running out of memory fails at once.
         groups = sorted(by_prompt.items(), key=lambda group: (-len(group[0]), group[0]))
         answers: dict[int, Answer] = {}
         with tqdm(total=len(requests), desc="log-likelihoods", unit="choice", mininterval=2) as progress:
@@ -125,7 +125,7 @@ class Model(HFLM):
     def _batches(
         self, groups: Sequence[tuple[tuple[int, ...], list[int]]]
     ) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
-        """Put prompts together while their continuations are at most a batch."""
+        """Group prompts as long as their continuations fit into one batch."""
         batch: list[tuple[tuple[int, ...], list[int]]] = []
         for group in groups:
             if batch and sum(len(members) for _, members in [*batch, group]) > self.batch_size:
@@ -141,7 +141,7 @@ class Model(HFLM):
     ) -> list[Answer]:
         """Return the likelihoods of the continuations of a batch of prompts.
 
-        The last token of a prompt is read with the continuations: it foretells their first.
+        The last token of a prompt is processed with the continuations: it predicts their first token.
         """
         prompts, mask = self._padded([prompt[:-1] for prompt, _ in batch])
         cache = self.model(prompts, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
@@ -166,7 +166,7 @@ class Model(HFLM):
         return found
 
     def _padded(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids and mask, both (sequences, longest); nothing looks ahead, so padding is behind."""
+        """Return right-padded token ids and attention mask, both shape (n_sequences, longest)."""
         tokens = [torch.tensor(list(one), device=self.device) for one in sequences]
         ids = pad_sequence(tokens, batch_first=True)
         mask = pad_sequence([torch.ones_like(one) for one in tokens], batch_first=True)
@@ -174,7 +174,7 @@ class Model(HFLM):
 
 
 def load_model(base: str, adapter: str | None) -> Any:
-    """Load the base, with the adapter if there is one, or the weights that were trained, for scoring."""
+    """Load the base with its adapter, if any, or the fully fine-tuned weights, for scoring."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_whole = adapter and not (Path(adapter) / "adapter_config.json").is_file()
     model = AutoModelForCausalLM.from_pretrained(

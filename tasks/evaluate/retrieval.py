@@ -1,4 +1,4 @@
-"""The baseline without training: the training documents that are nearest to a question, by BM25."""
+"""Baseline without training: retrieve the training documents nearest to a question by BM25."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -7,18 +7,18 @@ import numpy as np
 
 from nightshift.data.text import canonical
 
-# A longer text is cut into pieces of so many words: about a paragraph or two.
+# Chunk size of longer texts: about a paragraph or two.
 WORDS_PER_DOCUMENT = 200
 Find = Callable[[str], list[str]]
 
 
 def documents(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield what can be found: each question with its answer, or each piece of a plain text.
+    """Yield the documents: each question with its answer, or each chunk of a plain text.
 
-    Of an example and its paraphrases the first counts: the others would take the places of other facts.
+    Of an example and its paraphrases only the first is used: the others would displace other facts.
 
     Args:
-        rows: Of data/decontaminate/train.parquet.
+        rows: Rows of data/decontaminate/train.parquet.
     """
     families = set()
     for row in rows:
@@ -37,15 +37,15 @@ def documents(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def build_index(texts: Iterable[str], count: int) -> Find:
-    """Index documents and return the function that finds those nearest to a question.
+    """Index documents and return a function that retrieves those nearest to a question.
 
     Args:
-        texts: The documents; of equal ones the first counts.
-        count: Documents found for each question, at most.
+        texts: Documents; equal documents are indexed once.
+        count: Documents per question, at most.
 
     Returns:
-        question -> documents, the nearest first; of equally near ones the first to come in is first. A
-        question that shares no word with any document finds none.
+        question -> documents, nearest first; ties keep the input order. A question that shares no word
+        with any document finds none.
     """
     import bm25s
 
@@ -65,7 +65,7 @@ def build_index(texts: Iterable[str], count: int) -> Find:
 
 
 def with_documents(question: str, found: Iterable[str]) -> str:
-    r"""Put documents before a question.
+    r"""Prepend documents to a question.
 
     Example:
         >>> with_documents("Who?", ["It was me."])

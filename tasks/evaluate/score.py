@@ -1,4 +1,4 @@
-"""Score one model: the program that the stage starts for each model that has not answered everything yet."""
+"""Score one model: the program that the stage runs for each model with missing scores."""
 
 import argparse
 import logging
@@ -22,7 +22,7 @@ from tasks.evaluate.scores import DONE, SCORES
 
 
 def main(job_file: Path) -> None:
-    """Score the model of a job; each benchmark is kept as soon as it is done."""
+    """Score the model of a job; the scores of each benchmark are saved as soon as it is done."""
     job = read_json(job_file)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     find = None
@@ -44,7 +44,7 @@ def main(job_file: Path) -> None:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+    """Declare the command-line arguments."""
     parser.add_argument("job_file", type=Path, help="what to score, as tasks.evaluate writes it")
 
 
@@ -54,11 +54,12 @@ def heldout_losses(
 ) -> Iterator[dict[str, Any]]:
     """Yield the summed negative log-likelihood (nats) of each held-out example's answers.
 
-    The sum and the number of tokens stand apart, so that a mean over any set is token-weighted. One example
+    Sum and token count are separate, so that a mean over any subset is token-weighted. Examples run one
     at a time: a batch would hold the logits of all its tokens over the whole vocabulary.
 
-    An example that is too long for the model, or that its template does not render, is skipped. The template
-    of the candidate renders all that ingest has let through; that of a champion on another base may not.
+    An example that exceeds the context length, or that the chat template does not render, is skipped.
+    The candidate's template renders every example that passed ingest; that of a champion on another base
+    may not.
     """
     longest = model.config.max_position_embeddings
     encoded = encode_batch([(example["messages"], example["tools"]) for example in examples], encoder)

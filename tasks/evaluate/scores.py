@@ -1,4 +1,4 @@
-"""The table of scores: one row for each model and item. Needs no torch, so the gate can read it."""
+"""The score table: one row per model and item. Needs no torch, so that the gate can import it."""
 
 import math
 from collections import defaultdict
@@ -9,11 +9,11 @@ import pyarrow as pa
 
 from nightshift.data.benchmarks import HELDOUT
 
-# score: 0 to 1 for an item of a benchmark; the summed negative log-likelihood in nats, over `tokens`
-# labelled tokens, for a held-out example (benchmark "test"); null unless the status is ok.
-# status: ok | error (the model gave no number) | skipped (the model could not be asked).
-# choices: answers of which chance takes one, or null.
-# answer: what the model chose or wrote; the reason if there is no score; null for a held-out example.
+# score: 0 to 1 for a benchmark item; summed negative log-likelihood in nats, over `tokens` labelled
+# tokens, for a held-out example (benchmark "test"); null unless status is ok.
+# status: ok | error (the model returned no number) | skipped (the model was not run).
+# choices: number of choices, for the chance level, or null.
+# answer: chosen or generated answer; the reason if there is no score; null for a held-out example.
 SCORES = pa.schema(
     [
         ("benchmark", pa.string()),
@@ -29,19 +29,19 @@ SCORES = pa.schema(
     ]
 )
 ALL_SCORES = pa.schema([("model", pa.string()), *SCORES])
-# How the program that scores a model says that a benchmark is done.
+# Prefix of the output line that reports a finished benchmark.
 DONE = "scored "
 Row = dict[str, Any]
 
 
 def metrics(rows: Sequence[Row]) -> dict[str, Any]:
-    """Aggregate what has a score: accuracy by benchmark and slice, and the token-weighted held-out loss.
+    """Aggregate the scores: accuracy by benchmark and slice, and the token-weighted held-out loss.
 
-    Accuracy is the mean score; where the score is no right or wrong (token F1, ROUGE), it is that mean.
+    Accuracy is the mean score, also of graded metrics (token F1, ROUGE).
 
     Returns:
-        model -> {benchmark: {accuracy, items, errors, skipped, chance, slices}, "test": {loss, perplexity,
-        items, errors, skipped, tokens, sources}}.
+        model -> {benchmark: {accuracy, items, errors, skipped, chance, slices}, "test": {loss,
+        perplexity, items, errors, skipped, tokens, sources}}.
     """
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -71,7 +71,7 @@ def _heldout(rows: Sequence[Row]) -> Row:
 
 
 def _loss(rows: Sequence[Row]) -> Row:
-    """Loss in nats per token; perplexity is its exponential, and null where that is no finite number."""
+    """Return loss (nats per token) and perplexity, its exponential; None where that is 1e9 or more."""
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["score"] for row in rows) / tokens if tokens else None
     has_perplexity = loss is not None and loss < math.log(1e9)

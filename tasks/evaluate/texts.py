@@ -1,4 +1,4 @@
-"""Compare a written answer with those that count as right: 0 to 1, the best of the references."""
+"""Compare a generated answer with its references: 0 to 1, the best match counts."""
 
 import re
 import string
@@ -25,18 +25,18 @@ def compare(metric: Metric, answer: str, references: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Tell whether the texts are equal but for case, articles and punctuation."""
+    """Return 1.0 if the texts are equal up to case, articles and punctuation, else 0.0."""
     return float(normalised(answer) == normalised(reference))
 
 
 def contains(answer: str, reference: str) -> float:
-    """Tell whether the reference's words stand in the answer, in a row and with its capitals."""
+    """Return 1.0 if the answer contains the reference's words in sequence, case-sensitive, else 0.0."""
     words, wanted = (f" {' '.join(WORD.findall(text))} " for text in (answer, reference))
     return float(wanted in words)
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the words (SQuAD, Rajpurkar et al. 2016, arXiv 1606.05250)."""
+    """Return the F1 score of the words (SQuAD, Rajpurkar et al. 2016, arXiv 1606.05250)."""
     ours, theirs = normalised(answer).split(), normalised(reference).split()
     shared = sum((Counter(ours) & Counter(theirs)).values())
     if not ours or not theirs:
@@ -45,7 +45,7 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of stemmed words (Lin 2004), by `rouge_score`."""
+    """Return the F1 of the longest common subsequence of stemmed words (Lin 2004), by `rouge_score`."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -53,7 +53,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and double spaces, as in SQuAD's evaluation script."""
+    """Lowercase a text; remove punctuation, articles and extra spaces, as SQuAD's evaluation script."""
     bare = "".join(sign for sign in text.lower() if sign not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 

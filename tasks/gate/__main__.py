@@ -1,4 +1,4 @@
-"""Run the stage: read the scores, look for overlaps with the training data, write the verdict."""
+"""Run the stage: read the scores, find overlaps with the training data, write the verdict."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from tasks.gate.decision import Check, conclude, decide
 
 
 def main() -> None:
-    """Compare and write the verdict with its evidence."""
+    """Compare the models; write the verdict with its evidence."""
     params = load_params(GateParams, "gate")
     rows, champion = read_rows(SCORES), read_json(CHAMPION_RECORD)
     overlaps = find_overlaps(CLEAN_TRAIN, TEST, BENCHMARKS)
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def find_lost(champion: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Say which base is missing, and the remedy, if the champion could not be scored; else None."""
+    """Return why the champion could not be scored and how to fix it, or None if it was scored."""
     if champion["version"] is None or any(row["model"] == "champion" for row in rows):
         return None
     base = champion["base"]
@@ -57,10 +57,10 @@ def find_lost(champion: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:
-    """Name the training rows that ask an evaluation question word for word.
+    """Describe the training rows that contain an evaluation question as an exact match.
 
-    The stage decontaminate removes them, and looser overlaps too; a benchmark that was put in after it, or a
-    train set from elsewhere, is found here.
+    The stage decontaminate removes exact matches and looser overlaps. This check also covers a benchmark
+    that was added after that stage, or a training set from elsewhere.
     """
     asked = {canonical(text): f"{name}/{item}" for name, item, text in evaluation_questions(test, benchmarks)}
     return [

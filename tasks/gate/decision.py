@@ -1,4 +1,4 @@
-"""The checks of the gate, each with a verdict in words, and the gravest of them."""
+"""The checks of the gate, each with a verdict and a reason, and the most severe verdict."""
 
 import math
 from collections import defaultdict
@@ -23,7 +23,7 @@ from nightshift.data.statistics import (
 from tasks.gate import GateParams
 
 Verdict = Literal["promote", "hold", "reject", "error"]
-# From the lightest to the gravest.
+# In order of increasing severity.
 VERDICTS: tuple[Verdict, ...] = ("promote", "hold", "reject", "error")
 Row = dict[str, Any]
 Pairs = list[tuple[Row, Row]]
@@ -31,12 +31,12 @@ Pairs = list[tuple[Row, Row]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one check found.
+    """Result of one check.
 
     Attributes:
-        name: What was looked at.
-        verdict: What it allows.
-        said: Why, in words with figures.
+        name: Name of the check.
+        verdict: Verdict of the check.
+        said: Reason, with figures.
     """
 
     name: str
@@ -53,18 +53,18 @@ def decide(
     *,
     is_one_base: bool = True,
 ) -> dict[str, Any]:
-    """Reach a verdict.
+    """Run all checks and return the verdict.
 
     Args:
         rows: Scores of all models.
-        digests: model -> digest of its adapter.
+        digests: Model -> digest of its adapter.
         looks: Digests of the candidates judged since the last promotion, oldest first.
-        overlaps: Training rows that ask an evaluation question.
+        overlaps: Training rows that contain an evaluation question.
         params: Thresholds.
-        is_one_base: Candidate and reference stand on the same base, so that they can read the same items.
+        is_one_base: Whether candidate and reference share a base, so that they can read the same items.
 
     Returns:
-        verdict, reason in words, reference, candidate, all checks, and the figures of the gain and the loss.
+        verdict, reason, reference, candidate, all checks, and the figures of gain and loss.
     """
     reference = "champion" if "champion" in digests else "base"
     known = {"reference": reference, "candidate": digests.get("candidate")}
@@ -99,7 +99,7 @@ def decide(
 
 
 def conclude(checks: Sequence[Check]) -> dict[str, Any]:
-    """Return the gravest verdict, its reasons, and all checks.
+    """Return the most severe verdict, its reasons, and all checks.
 
     Example:
         >>> conclude([Check("a", "promote", "fine"), Check("b", "hold", "unclear")])["reason"]
@@ -108,13 +108,13 @@ def conclude(checks: Sequence[Check]) -> dict[str, Any]:
     verdict = max((check.verdict for check in checks), key=VERDICTS.index)
     reason = "; ".join(f"{check.name}: {check.said}" for check in checks if check.verdict == verdict)
     if verdict == "promote":
-        # All of them say so; the first one says why.
+        # All checks agree; the first one gives the reason.
         reason = f"{checks[0].name}: {checks[0].said}"
     return {"verdict": verdict, "reason": reason, "checks": [asdict(check) for check in checks]}
 
 
 def decided(name: str, verdict: Verdict, said: str, *figures: float) -> Check:
-    """Make a check that rests on figures: one that is not a finite number allows nothing.
+    """Build a check from figures; a figure that is not finite makes the verdict an error.
 
     Example:
         >>> decided("gain", "promote", "better: +nan%", math.nan).verdict
@@ -133,7 +133,7 @@ def find_faults(
     *,
     is_one_base: bool,
 ) -> Iterator[Check]:
-    """Yield what makes the scores worthless."""
+    """Yield the faults that make the scores unusable."""
     if overlaps:
         several = f"{len(overlaps)} training rows ask what is evaluated, first: {overlaps[0]}"
         yield Check("contamination", "error", f"{several}; run decontaminate again")
@@ -178,21 +178,21 @@ def find_faults(
 
 
 def key(row: Row) -> tuple[str, str]:
-    """Return what a score is of: benchmark and item."""
+    """Return the key of a score: benchmark and item."""
     return row["benchmark"], row["item"]
 
 
 def pair(rows: Sequence[Row], reference: str) -> Pairs:
-    """Pair the candidate's scores with those of another model, by benchmark and item, in a fixed order."""
+    """Pair the candidate's scores with another model's by benchmark and item, in a fixed order."""
     scored = [row for row in rows if row["status"] == "ok"]
     other = {key(row): row for row in scored if row["model"] == reference}
     ours = sorted((row for row in scored if row["model"] == "candidate"), key=key)
-    # One of the two may have skipped it, if they stand on two bases.
+    # With different bases, one of the two models may have skipped an item.
     return [(row, other[key(row)]) for row in ours if key(row) in other]
 
 
 def by_benchmark(pairs: Pairs, *, and_slice: bool = False) -> list[tuple[str, Pairs]]:
-    """Group pairs by their benchmark, or by benchmark and slice."""
+    """Group pairs by benchmark, or by benchmark and slice."""
     groups: dict[str, Pairs] = defaultdict(list)
     for both in pairs:
         row = both[0]
@@ -201,12 +201,12 @@ def by_benchmark(pairs: Pairs, *, and_slice: bool = False) -> list[tuple[str, Pa
 
 
 def differences(pairs: Pairs) -> Differences:
-    """Return candidate minus reference for each item, shape (n,)."""
+    """Return candidate minus reference per item, shape (n,)."""
     return np.asarray([ours["score"] - theirs["score"] for ours, theirs in pairs], dtype=np.float64)
 
 
 def count_look(candidate: str, looks: Sequence[str]) -> int:
-    """Number this look, from 1; a candidate that was judged before keeps its number.
+    """Return the number of this look, from 1; a candidate that was judged before keeps its number.
 
     Example:
         >>> count_look("b", ["a", "b", "c"]), count_look("d", ["a", "b", "c"])
@@ -216,16 +216,16 @@ def count_look(candidate: str, looks: Sequence[str]) -> int:
 
 
 def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str, Any]:
-    """Measure the gain over the reference on all items together.
+    """Measure the gain over the reference on all items.
 
     Args:
-        found: Candidate minus reference for each item, shape (n,).
-        look: Number of this one, from 1.
+        found: Candidate minus reference per item, shape (n,).
+        look: Number of this look, from 1.
         params: Thresholds.
 
     Returns:
-        mean; low and high at alpha; p_value, and spent: what it may be at this look; power to show
-        `detectable_gain`; items.
+        mean; low and high of the interval at alpha; p_value, and spent, its limit at this look; power to
+        detect `detectable_gain`; items.
     """
     low, high = interval(found, params.alpha, params.n_resamples, params.seed)
     spent = spent_alpha(params.alpha, look)
@@ -238,13 +238,13 @@ def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str,
         "power": power(found, params.detectable_gain, spent),
         "p_value": p_value(found, params.n_resamples, params.seed, alpha=spent),
     }
-    # Of significant digits: what the hundredth look may spend has five zeros behind the point.
+    # Significant digits: the level of the hundredth look has five zeros after the point.
     rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
     return rounded | {"look": look, "items": len(found)}
 
 
 def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> Check:
-    """Say whether the gain is one, at the error probability that this look may spend."""
+    """Check whether the gain is significant at the level that this look may spend."""
     said = (
         f"{gain['mean']:+.1%} accuracy, interval {gain['low']:+.1%} to {gain['high']:+.1%}, "
         f"p {gain['p_value']:.2g} of {gain['spent']:.2g} at look {gain['look']}"
@@ -265,7 +265,7 @@ def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> 
 
 
 def check_floors(pairs: Pairs, params: GateParams) -> Iterator[Check]:
-    """Compare the candidate with the lowest accuracy that is allowed."""
+    """Compare the candidate with the lowest allowed accuracy."""
     for name, group in by_benchmark(pairs):
         if name in params.floors:
             accuracy, floor = sum(ours["score"] for ours, _ in group) / len(group), params.floors[name]
@@ -274,7 +274,7 @@ def check_floors(pairs: Pairs, params: GateParams) -> Iterator[Check]:
 
 
 def not_worse(name: str, reference: str, pairs: Pairs, margin: float, params: GateParams) -> Check:
-    """Show that the candidate is not worse by more than a margin, for which its whole interval counts."""
+    """Check non-inferiority: the whole confidence interval must be at or above minus the margin."""
     found = differences(pairs)
     low, high = interval(found, params.alpha, params.n_resamples, params.seed)
     said = f"{found.mean():+.1%}, interval {low:+.1%} to {high:+.1%}, margin {margin:.1%}"
@@ -287,11 +287,11 @@ def not_worse(name: str, reference: str, pairs: Pairs, margin: float, params: Ga
 
 
 def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
-    """Look for slices that became worse by more than the margin, all of them tested together."""
+    """Find slices that are worse by more than the margin, with Holm's correction over all slices."""
     found = {name: differences(group) for name, group in by_benchmark(pairs, and_slice=True)}
     if len(found) < 2:
         return
-    # Holm's correction compares the lowest p with this.
+    # Holm's correction compares the lowest p-value with this level.
     alpha = params.alpha / len(found)
     p_values = [p_value(one, params.n_resamples, params.seed, "less", alpha) for one in found.values()]
     are_worse = holm(p_values, params.alpha)
@@ -320,10 +320,10 @@ def check_loss(ours: float, theirs: float, max_increase: float) -> Check:
 
 
 def compare_losses(pairs: Pairs) -> tuple[float, float]:
-    """Return the losses of candidate and reference on the same texts, in nats per token of the candidate.
+    """Return the losses of candidate and reference on the same texts, in nats per candidate token.
 
-    NaN without a token. The tokenizer of another base cuts the texts into another number of tokens, so that
-    means over each one's own tokens cannot be compared.
+    NaN without tokens. The tokenizer of another base splits the texts into a different number of tokens,
+    so means over each model's own tokens are not comparable.
 
     Example:
         >>> compare_losses([({"score": 6.0, "tokens": 4}, {"score": 8.0, "tokens": 2})])
@@ -337,7 +337,7 @@ def compare_losses(pairs: Pairs) -> tuple[float, float]:
 
 
 def check_unread(rows: Sequence[Row], reference: str) -> Iterator[Check]:
-    """Look for items that the reference answered and the candidate, on another base, cannot read."""
+    """Find items that the reference answered and the candidate, on another base, cannot read."""
     read = {key(row) for row in rows if row["model"] == reference and row["status"] == "ok"}
     unread = [row for row in rows if row["model"] == "candidate" and row["status"] == "skipped"]
     if lost := [row for row in unread if key(row) in read]:

@@ -1,4 +1,4 @@
-"""Run the stage: one pass over all shards, three files out."""
+"""Run the stage: one pass over all shards, three output files."""
 
 import json
 from array import array
@@ -29,13 +29,13 @@ from tasks.ingest.rows import Example, Outcome, Privacy, read_outcomes
 
 @dataclass(slots=True)
 class Tally:
-    """What is counted on the way.
+    """Counts over all rows.
 
     Attributes:
         drops: Rows read and quarantined.
         repaired: Repaired rows, by repair.
-        pii: Places with personal data, by (source, kind).
-        tokens: Tokens of each example.
+        pii: Findings of personal data, by (source, kind).
+        tokens: Token count of each example.
     """
 
     drops: Drops = field(default_factory=Drops)
@@ -45,11 +45,11 @@ class Tally:
 
 
 def main() -> None:
-    """Write examples, quarantine and the report on personal data; fail if too many rows are bad."""
+    """Write examples, quarantine and personal-data report; fail if too many rows are bad."""
     params = load_params(IngestParams, "ingest")
     encoder = load_encoder(BASE)
     tally = Tally()
-    # The quarantine is there to read even when the examples are not.
+    # The quarantine is written even if the examples are not.
     with atomic_write(INGESTED) as examples:
         write_outputs(examples, params, encoder, tally)
         require_rows(tally.drops, params.max_drop_rate)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally: Tally) -> None:
-    """Read all shards once; write each row to where it belongs."""
+    """Read all shards once; write each row to its output file."""
     limits = Limits(params.max_row_bytes, params.max_shard_bytes, params.max_compression_ratio)
     special = compile_special_tokens(special_tokens(encoder))
     privacy = Privacy(params.pii, load_presidio(params.pii_model) if params.pii_model else find_pii)
@@ -85,7 +85,7 @@ def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally:
 def measure_all(
     outcomes: Iterable[Outcome], encoder: Encoder, memo: Memo, max_tokens: int | None
 ) -> Iterator[tuple[Outcome, int]]:
-    """Yield all outcomes with their tokens, encoded in batches."""
+    """Yield all outcomes with their token counts, encoded in batches."""
     for batch in batches(outcomes):
         yield from measure(batch, encoder, memo, max_tokens)
 
@@ -93,7 +93,7 @@ def measure_all(
 def separate(
     measured: Iterable[tuple[Outcome, int]], bad: TextIO, personal: TextIO, tally: Tally
 ) -> Iterator[Example]:
-    """Yield the examples; write the faults to `bad` and the personal data's places to `personal`."""
+    """Yield the examples; write faults to `bad` and positions of personal data to `personal`."""
     for outcome, tokens in measured:
         tally.drops.read[outcome.source] += 1
         for place in outcome.places:
@@ -112,12 +112,12 @@ def separate(
 
 
 def write_line(file: TextIO, row: dict[str, Any]) -> None:
-    """Write one row of JSON Lines, keys sorted."""
+    """Write one row of JSON Lines with sorted keys."""
     file.write(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def by_source(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """Turn (source, kind) -> count into source -> kind -> count.
+    """Convert (source, kind) -> count to source -> kind -> count.
 
     Example:
         >>> by_source(Counter({("chats", "email"): 2}))
@@ -130,12 +130,12 @@ def by_source(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 
 def require_rows(drops: Drops, limit: float) -> None:
-    """Fail when there are no rows, or too many of all or of a source are bad.
+    """Fail if there are no rows, or too many bad rows overall or in a source.
 
-    A source may still be empty: an empty file is written down, and is no bad row.
+    A source may still be empty: an empty file is recorded but is not a bad row.
 
     Raises:
-        DataError: There is no row at all, or the rate of bad rows is above `limit`.
+        DataError: There are no rows, or the rate of bad rows is above `limit`.
     """
     if drops.read.total() == drops.by_reason()["empty_file"]:
         raise DataError(f"{RAW}: no rows; run `nightshift snapshot` or check snapshot.sources")

@@ -1,4 +1,4 @@
-"""Tokens of each example, with the base's own template and tokenizer."""
+"""Token count of each example, with the base model's chat template and tokenizer."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -9,19 +9,19 @@ from nightshift.data.encode import Encoded, Encoder, encode_known
 from nightshift.raw.faults import RowError
 from tasks.ingest.rows import Outcome
 
-# Rows encoded together, and characters from which a batch is full before: 32 MiB of ASCII.
+# A batch is full at this many rows or characters (32 MiB of ASCII), whichever comes first.
 ROWS_PER_BATCH = 4_000
 CHARACTERS_PER_BATCH = 32 * 2**20
 
 
 def special_tokens(encoder: Encoder) -> list[str]:
-    """Return the base's own control tokens, sorted."""
+    """Return the base model's special tokens, sorted."""
     tokens = encoder.tokenizer.get_added_tokens_decoder().values()
     return sorted(token.content for token in tokens if token.special)
 
 
 def batches(outcomes: Iterable[Outcome]) -> Iterator[list[Outcome]]:
-    """Group outcomes, by number and by size, in their order."""
+    """Group outcomes into batches by count and size, in order."""
     batch: list[Outcome] = []
     size = 0
     for outcome in outcomes:
@@ -42,13 +42,13 @@ def measure(
 
     Args:
         outcomes: Examples and faults.
-        encoder: The base's tokenizer and template.
-        memo: Token ids that are known already.
-        max_tokens: Longest example that is accepted; None sets no limit.
+        encoder: Tokenizer and chat template of the base model.
+        memo: Cache of token ids.
+        max_tokens: Longest accepted example, in tokens; None for no limit.
 
     Yields:
-        Each outcome in order, with its tokens; 0 for a fault. An example that the template does not
-        render, or that is too long, has become a fault.
+        Each outcome in order, with its token count; 0 for a fault. An example that the template does not
+        render, or that is too long, becomes a fault.
     """
     examples = [one.result for one in outcomes if isinstance(one.result, dict)]
     encoded = iter(encode_known([(one["messages"], one["tools"]) for one in examples], encoder, memo))
@@ -61,7 +61,7 @@ def measure(
 
 
 def describe(counts: Sequence[int]) -> dict[str, Any]:
-    """Return total, least, median, 90th and 99th percentile and most of the token counts.
+    """Return total, minimum, median, 90th and 99th percentile and maximum of the token counts.
 
     Example:
         >>> describe([3, 1, 2])
@@ -76,7 +76,7 @@ def describe(counts: Sequence[int]) -> dict[str, Any]:
 
 
 def _judge(encoded: Encoded | str, max_tokens: int | None) -> tuple[RowError | None, int]:
-    """Return the fault of an encoded example, or its tokens."""
+    """Return the fault of an encoded example, or its token count."""
     if isinstance(encoded, str):
         return RowError(encoded), 0
     count = len(encoded.input_ids)

@@ -1,4 +1,4 @@
-"""Personal data in a conversation: where it stands, and the conversation without it."""
+"""Find personal data in a conversation and redact it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from nightshift.raw.turns import Conversation, Turn
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where personal data stands; the value itself is kept nowhere.
+    """Position of personal data; the value itself is never stored.
 
     Attributes:
         kind: Kind of data, such as email.
-        turn: Number of the turn from 1; 0 for the row's tools.
-        field: content, tool_calls, or tools.
-        start: First character of the field; of its JSON if it is not a text.
+        turn: Number of the turn, from 1; 0 for the row's tools.
+        field: `content`, `tool_calls` or `tools`.
+        start: First character in the field, or in its JSON if it is not text.
         end: Last character + 1.
     """
 
@@ -29,7 +29,7 @@ class Place:
 
 
 def find_places(conversation: Conversation, find: Find) -> list[Place]:
-    """Find personal data in contents, in the arguments of calls, and in tools."""
+    """Find personal data in contents, call arguments and tools."""
     return [
         Place(finding.kind, turn, field, finding.start, finding.end)
         for turn, field, text in _texts(conversation)
@@ -38,7 +38,7 @@ def find_places(conversation: Conversation, find: Find) -> list[Place]:
 
 
 def redact_conversation(conversation: Conversation, find: Find) -> Conversation:
-    """Put the kind in brackets where personal data stood."""
+    """Replace personal data with its kind in brackets."""
     turns = [
         replace(
             turn,
@@ -51,7 +51,7 @@ def redact_conversation(conversation: Conversation, find: Find) -> Conversation:
 
 
 def redact_json(value: Any, find: Find = find_pii) -> Any:
-    """Redact every text and number of a JSON value, and the keys; it stays valid JSON.
+    """Redact every string, number and key of a JSON value; it stays valid JSON.
 
     Example:
         >>> redact_json({"to": ["ada@example.org"], "card": 4111111111111111, "count": 3})
@@ -69,7 +69,7 @@ def redact_json(value: Any, find: Find = find_pii) -> Any:
 
 
 def _texts(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
-    """Yield (turn, field, text) of all that is looked through."""
+    """Yield (turn, field, text) of everything to search."""
     if conversation.tools:
         yield 0, "tools", dumps(conversation.tools)
     for number, turn in enumerate(conversation.turns, start=1):
@@ -79,5 +79,5 @@ def _texts(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
 
 
 def calls_json(turn: Turn) -> str:
-    """Return the calls of a turn as they stand in the column `tool_calls`."""
+    """Return the calls of a turn as stored in the column `tool_calls`."""
     return dumps([{"name": call.name, "arguments": call.arguments} for call in turn.calls])

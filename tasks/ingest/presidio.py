@@ -1,6 +1,6 @@
-"""Names and places, found by Presidio with a spaCy model, beside what the rules find (extra `presidio`).
+"""Find names and places with Presidio and a spaCy model, in addition to the rules (extra `presidio`).
 
-Only the model's entities are asked for: Presidio's own rules would look up domain lists in the network.
+Only the model's entities are requested: Presidio's own rules would fetch domain lists over the network.
 """
 
 from pathlib import Path
@@ -12,10 +12,10 @@ KINDS = {"PERSON": "person", "LOCATION": "location"}
 
 
 def load_presidio(model: str) -> Find:
-    """Return a function that finds what the rules find, and persons and locations.
+    """Return a function that finds the matches of the rules, persons and locations.
 
     Args:
-        model: An installed spaCy model, or the folder of one.
+        model: Name of an installed spaCy model, or its folder.
 
     Raises:
         ConfigError: Presidio or the model is not installed; nothing is downloaded.
@@ -29,7 +29,7 @@ def load_presidio(model: str) -> Find:
         raise ConfigError(f"ingest.pii_model: {err}; run `pip install -e '.[presidio]'`") from err
     if not (spacy.util.is_package(model) or Path(model).is_dir()):
         raise ConfigError(f"ingest.pii_model: no spaCy model {model!r}; run `spacy download {model}`")
-    # The language is a label that model and recogniser share, nothing more.
+    # The language is only a label that links model and recogniser.
     nlp = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": model}])
     registry = RecognizerRegistry(recognizers=[SpacyRecognizer()], supported_languages=["en"])
     engine = AnalyzerEngine(registry=registry, nlp_engine=nlp, supported_languages=["en"])

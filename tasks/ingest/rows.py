@@ -1,4 +1,4 @@
-"""From a raw row to an example, or to the fault that forbids it."""
+"""Convert a raw row to an example or a fault."""
 
 import json
 import re
@@ -26,7 +26,7 @@ Example = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Privacy:
-    """What happens to personal data, and what finds it."""
+    """Handling of personal data, and the function that finds it."""
 
     mode: Literal["report", "redact", "drop"]
     find: Find = find_pii
@@ -34,14 +34,14 @@ class Privacy:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one row.
+    """Result of one row.
 
     Attributes:
-        origin: `source/arrival.suffix:number`.
+        origin: Origin of the row, `source/arrival.suffix:number`.
         source: Name of the source.
-        result: The example (see `nightshift.data.schemas.EXAMPLES`), or the fault.
-        repaired: What was repaired.
-        places: Personal data that was found.
+        result: Example (see `nightshift.data.schemas.EXAMPLES`), or fault.
+        repaired: Repairs made to the row.
+        places: Positions of personal data.
     """
 
     origin: str
@@ -52,16 +52,16 @@ class Outcome:
 
 
 def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: Privacy) -> Iterator[Outcome]:
-    """Read, convert and check every row of every shard in use, ordered by arrival and number.
+    """Read, convert and check every row of every shard in use, ordered by arrival and row number.
 
     Args:
         raw: Folder with `<source>/<arrival>.<suffix>`.
-        limits: Sizes that shards and rows must keep to.
-        special: Markup that no text may hold.
-        privacy: What happens to personal data.
+        limits: Size limits of shards and rows.
+        special: Markup that no text may contain.
+        privacy: Handling of personal data.
 
     Raises:
-        DataError: A shard cannot be read to its end.
+        DataError: A shard cannot be read completely.
     """
     digests, forgotten = read_digests(raw), read_forgotten(raw)
     for arrival, path in used_shards(raw):
@@ -75,7 +75,7 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: 
 def convert_row(
     row: dict[str, Any] | RowError, origin: str, arrival: int, special: re.Pattern[str], privacy: Privacy
 ) -> Outcome:
-    """Convert, repair and check one row; find its personal data before anything is made of it."""
+    """Convert, repair and check one row; find its personal data before building the example."""
     source = origin.split("/", 1)[0]
     try:
         if isinstance(row, RowError):
@@ -113,7 +113,7 @@ def build_example(conversation: Conversation, origin: str, source: str, arrival:
 
 
 def _message(turn: Turn) -> dict[str, str]:
-    """Return a turn without its empty fields."""
+    """Return a turn as a message without empty fields."""
     message = {"role": turn.role, "content": turn.content}
     if turn.calls:
         message["tool_calls"] = calls_json(turn)

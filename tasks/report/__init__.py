@@ -1,6 +1,6 @@
-"""The report of a run: one HTML page that needs nothing but itself, and its short form in Markdown.
+"""The report of a run: a self-contained HTML page and a short Markdown version.
 
-Runs after the graph, whatever the gate said. `report.html` is logged to MLflow; the flow links to it, and
-shows `report.md` in Prefect. The page holds texts of the training data and of models: its templates escape
-them, and its policy forbids scripts and requests to the browser.
+Runs after the graph, whatever the gate's verdict. `report.html` is logged to MLflow; the flow links to
+it and shows `report.md` in Prefect. The page contains training texts and model outputs: its templates
+escape them, and its content security policy forbids scripts and requests.
 """

@@ -1,7 +1,7 @@
-"""Write the report from the files of the checkout, the registry and the run's metrics, and log it to MLflow.
+"""Write the report from the checkout, the registry and the run's metrics, and log it to MLflow.
 
-`data/` -> `data/report/report.html` and `report.md`. Under `MLFLOW_RUN_ID` the page goes to that run, by hand
-to the run that trained the candidate.
+`data/` -> `data/report/report.html` and `report.md`. The page is logged to the run `MLFLOW_RUN_ID`; if
+it is not set, as in a manual run, to the run that trained the candidate.
 """
 
 import logging
@@ -51,13 +51,13 @@ from tasks.report.chart import Chart, draw
 from tasks.report.compare import Moves, compare, find_moves, pair
 from tasks.report.examples import accepted_paraphrases, read_examples, rejected_paraphrases
 
-# Characters of a text that are shown.
+# Characters shown of a text.
 TEXT_LENGTH = 800
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Write page and short form, and log the page."""
+    """Write the page and its short version, and log the page."""
     client, name = open_registry()
     trained_by = training_run(client, TRAINING_RUN)
     facts = collect(client, name, trained_by)
@@ -70,12 +70,12 @@ def main() -> None:
 
 
 def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
-    """Gather all that the templates show.
+    """Collect the values that the templates show.
 
     Args:
-        client: Of MLflow.
-        name: Of the registered model.
-        trained_by: The run that trained the candidate.
+        client: MLflow client.
+        name: Name of the registered model.
+        trained_by: Id of the run that trained the candidate.
     """
     params = load_params(GateParams, "gate")
     gate, champion = read_json(GATE), read_json(CHAMPION_RECORD)
@@ -115,9 +115,9 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """Read the scores; one that is no number has no worth, and counts as an error.
+    """Read the scores; a score that is not a number counts as an error.
 
-    All losses are told in tokens of the candidate: those of a champion on another base would not compare.
+    All losses use the candidate's token counts: those of a champion on another base are not comparable.
     """
     rows = read_rows(path)
     heldout = [row for row in rows if row["benchmark"] == HELDOUT]
@@ -131,20 +131,20 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 
 
 def read_judged(gate: dict[str, Any]) -> dict[str, Any] | None:
-    """Read what a judge said of these two models; of another night's it is nothing."""
+    """Return the judge's verdicts if they are on these two models, else None."""
     judged: dict[str, Any] | None = read_json(JUDGED) if JUDGED.is_file() else None
     same = judged and all(judged[key] == gate[key] for key in ("candidate", "reference"))
     return judged if same else None
 
 
 def describe_outcome(client: MlflowClient, name: str, candidate: str | None, champion: int | None) -> str:
-    """Say what became of the candidate, as the registry has it now.
+    """Describe the current state of the candidate in the registry.
 
     Args:
-        client: Of MLflow.
-        name: Of the registered model.
-        candidate: Digest of its adapter.
-        champion: The version that the gate compared with; None before the first.
+        client: MLflow client.
+        name: Name of the registered model.
+        candidate: Digest of the candidate's adapter.
+        champion: Version that the gate compared with; None before the first champion.
     """
     stays = f"Version {champion} stays the champion." if champion else "There is no champion yet."
     same = [version for version in registered(client, name) if version.tags[DIGEST] == candidate]
@@ -163,7 +163,7 @@ def describe_outcome(client: MlflowClient, name: str, candidate: str | None, cha
 
 
 def find_changes_since(name: str, champion: int | None, after: Path) -> dict[str, Any]:
-    """Compare with the champion's lineage; where there is none, say so under the key `missing`."""
+    """Compare with the champion's lineage; without one, return the reason under the key `missing`."""
     if champion is None:
         return {"missing": "There is no champion yet: the candidate was compared with its base."}
     try:
@@ -174,13 +174,13 @@ def find_changes_since(name: str, champion: int | None, after: Path) -> dict[str
 
 
 def read_heldout(path: Path, moves: Moves) -> dict[str, Any]:
-    """Return item -> messages of the held-out examples whose losses differ most."""
+    """Return item -> messages of the held-out examples with the largest loss differences."""
     wanted = {move["item"] for move in (*moves.gains, *moves.regressions)}
     return {one: row["messages"] for one, row in read_examples(path, wanted).items()}
 
 
 def draw_training(client: MlflowClient, trained_by: str) -> list[Chart]:
-    """Draw the losses that the run was told, and the learning rates that were planned and used."""
+    """Draw the logged losses, and the planned and used learning rates."""
     told = {
         key: sorted((one.step, one.value) for one in client.get_metric_history(trained_by, key))
         for key in ("loss", "eval_loss", "learning_rate")
@@ -196,7 +196,7 @@ def draw_training(client: MlflowClient, trained_by: str) -> list[Chart]:
 
 
 def open_templates() -> Environment:
-    """Open the templates, which escape all that is put into them."""
+    """Load the templates, with autoescaping."""
     templates = Environment(
         loader=PackageLoader("tasks.report", "."),
         autoescape=True,
@@ -209,7 +209,7 @@ def open_templates() -> Environment:
 
 
 def cut(text: object, length: int = TEXT_LENGTH) -> str:
-    """Cut a long text, and say how much is left out.
+    """Truncate a long text and append the number of omitted characters.
 
     Example:
         >>> cut("abcdef", 4), cut("abcd", 4)
@@ -220,7 +220,7 @@ def cut(text: object, length: int = TEXT_LENGTH) -> str:
 
 
 def cell(text: object) -> str:
-    r"""Keep a text from ending its cell of a Markdown table.
+    r"""Escape a text for a cell of a Markdown table.
 
     Example:
         >>> cell("a | b\nc")

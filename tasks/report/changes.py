@@ -1,4 +1,4 @@
-"""What changed since the champion: the lineage of both, compared."""
+"""Changes since the champion, from the lineage of both versions."""
 
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ def find_changes(before: Path, after: Path) -> dict[str, Any]:
     """Compare two lineages (`nightshift.registry.lineage`).
 
     Args:
-        before: Folder of the champion's.
-        after: Folder of the candidate's.
+        before: Folder of the champion's lineage.
+        after: Folder of the candidate's lineage.
 
     Returns:
-        made: (what, before, after) of code, base, Python and libraries, as far as they differ; params: the
-        same of keys; rows: source -> added, removed, kept; new_shards and gone_shards.
+        made: (what, before, after) for code, base, Python and libraries that differ; params: the same
+        for parameters; rows: source -> added, removed, kept; new_shards and gone_shards.
     """
     old, new = read_json(before / "lineage.json"), read_json(after / "lineage.json")
-    # A shard never changes; what stands under its name in another history is another one.
+    # A shard never changes; the same name in another history is a different shard.
     shards = [{(one["shard"], one["sha256"]): one for one in lineage["shards"]} for lineage in (old, new)]
     return {
         "made": differences(_made_of(old), _made_of(new)),
@@ -36,7 +36,7 @@ def find_changes(before: Path, after: Path) -> dict[str, Any]:
 
 
 def differences(before: dict[str, str], after: dict[str, str]) -> Table:
-    """List the keys whose values differ; a missing one reads "none".
+    """List the keys whose values differ; a missing value is "none".
 
     Example:
         >>> differences({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"})
@@ -48,7 +48,7 @@ def differences(before: dict[str, str], after: dict[str, str]) -> Table:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, str]:
-    """Write nested sections as `section.key` -> value.
+    """Flatten nested sections to `section.key` -> value.
 
     Example:
         >>> flatten({"sft": {"seed": 0, "kwargs": {}}})
@@ -64,11 +64,11 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def count_rows(before: dict[str, str], after: dict[str, str]) -> dict[str, dict[str, int]]:
-    """Count the trained examples that came, went and stayed, by source.
+    """Count the training examples that were added, removed and kept, by source.
 
     Args:
-        before: id -> source of each example.
-        after: The same of the candidate.
+        before: id -> source of the champion's examples.
+        after: id -> source of the candidate's examples.
 
     Example:
         >>> count_rows({"a": "facts", "b": "chats"}, {"a": "facts", "c": "facts"})
@@ -85,12 +85,12 @@ def count_rows(before: dict[str, str], after: dict[str, str]) -> dict[str, dict[
 
 
 def _rows(folder: Path) -> dict[str, str]:
-    """Return id -> source of the examples that trained."""
+    """Return id -> source of the training examples."""
     return {row["id"]: row["origin"].partition("/")[0] for row in iterate_rows(folder / "rows.parquet")}
 
 
 def _made_of(lineage: dict[str, Any]) -> dict[str, str]:
-    """Return what a version is made of besides its data, as flat texts."""
+    """Return the code, base and environment of a version as a flat dictionary."""
     base, environment = lineage["base"], lineage["environment"]
     files = {f"base file {name}": digest[:12] for name, digest in base["files"].items()}
     return {

@@ -1,13 +1,13 @@
-"""Curves as the numbers that the template draws: SVG whose colours follow the page's, light or dark."""
+"""Layout of the curves for the template's SVG, whose colours follow the page's, light or dark."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# In units of the drawing, of which a phone shows about one for each pixel.
+# In SVG units; on a phone, one unit is about one pixel.
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 36
-# Points of a line; of more, neighbours are averaged.
+# Points per line, at most; neighbours are averaged above that.
 MAX_POINTS = 300
 Curve = Sequence[tuple[float, float]]
 
@@ -17,9 +17,9 @@ class Line:
     """One curve.
 
     Attributes:
-        label: What it shows.
-        points: Its places in the drawing.
-        per_point: Values that are averaged to one point.
+        label: Label of the curve.
+        points: (x, y) positions in the drawing.
+        per_point: Number of values averaged into one point.
     """
 
     label: str
@@ -32,11 +32,11 @@ class Chart:
     """Curves over the same steps.
 
     Attributes:
-        title: What is drawn, and in which unit.
-        said: The same in words, for who does not see it.
-        lines: The curves.
-        across: (place, label) of the ticks of the steps.
-        up: (place, label) of the ticks of the values.
+        title: Title, with the unit.
+        said: Text description, for screen readers.
+        lines: Curves.
+        across: (position, label) of the step ticks.
+        up: (position, label) of the value ticks.
     """
 
     title: str
@@ -47,12 +47,12 @@ class Chart:
 
 
 def draw(title: str, curves: Mapping[str, Curve], *, from_zero: bool = False) -> Chart | None:
-    """Lay out curves of (step, value); None if there is no point.
+    """Lay out curves of (step, value); return None if there are no points.
 
     Args:
-        title: What is drawn, and in which unit.
-        curves: Label -> points, by step. A value that is no number is left out.
-        from_zero: Let the axis of the values begin at 0.
+        title: Title, with the unit.
+        curves: Label -> points, in step order. Values that are not finite are left out.
+        from_zero: Whether the value axis starts at 0.
     """
     finite = {name: [at for at in curve if math.isfinite(at[1])] for name, curve in curves.items()}
     lines = {name: thin(curve) for name, curve in finite.items() if curve}
@@ -78,7 +78,7 @@ def draw(title: str, curves: Mapping[str, Curve], *, from_zero: bool = False) ->
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Where values stand between two ends of the drawing; a single value stands in the middle."""
+    """Linear axis between two ends of the drawing; a single value is placed in the middle."""
 
     low: float
     high: float
@@ -86,13 +86,13 @@ class Axis:
     end: float
 
     def place(self, value: float) -> float:
-        """Return where a value stands."""
+        """Return the position of a value."""
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return round(self.begin + share * (self.end - self.begin), 1)
 
 
 def thin(curve: Curve) -> tuple[Curve, int]:
-    """Average neighbours until at most `MAX_POINTS` are left; return how many make one point.
+    """Average neighbours down to at most `MAX_POINTS`; return the points and the values per point.
 
     Example:
         >>> thin([(1, 2.0), (2, 4.0)])
@@ -109,7 +109,7 @@ def thin(curve: Curve) -> tuple[Curve, int]:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return round values between two ends, at most `most` of them.
+    """Return at most `most` round values between two ends.
 
     Example:
         >>> ticks(0.0, 0.002), ticks(1, 234), ticks(2.0, 2.0)
@@ -126,7 +126,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def describe(name: str, curve: Curve) -> str:
-    """Tell a curve in words.
+    """Describe a curve in words.
 
     Example:
         >>> describe("loss", [(1, 3.0), (2, 1.5), (3, 2.0)])

@@ -1,4 +1,4 @@
-"""Scores side by side: with an interval for each model, as differences, and item by item."""
+"""Compare the scores: confidence interval per model, differences, and single items."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,25 +12,25 @@ from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.statistics import estimate, estimate_difference
 from tasks.gate import GateParams
 
-# The order of the models in a group; others follow.
+# Order of the models in a group; others follow.
 MODELS = ("base", "champion", "candidate")
-# Slices of a benchmark, and items on each side, that the page shows; it says how many there are.
+# Slices per benchmark, and gains and regressions, that the page lists; it also shows the totals.
 SLICES, ITEMS = 20, 10
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A mean with its interval.
+    """A mean with its confidence interval.
 
     Attributes:
-        label: A model, or `candidate - champion`.
-        items: Of the mean.
-        mean: Score of 0 to 1, or nats per token.
-        low: Lower end of the interval; NaN where the bootstrap has none.
-        high: Its upper end.
-        unscored: Items left out, by their status.
-        is_difference: Between the same items of two models.
+        label: Model name, or `candidate - champion`.
+        items: Number of items in the mean.
+        mean: Mean score, 0 to 1, or loss in nats per token.
+        low: Lower end of the interval; NaN if the bootstrap has none.
+        high: Upper end of the interval.
+        unscored: Status -> number of items left out.
+        is_difference: Whether the mean is a difference of two models on the same items.
     """
 
     label: str
@@ -44,12 +44,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The models on a benchmark, or on one slice of it.
+    """The models on a benchmark, or on one of its slices.
 
     Attributes:
-        name: The slice; empty for the whole benchmark.
+        name: Name of the slice; empty for the whole benchmark.
         lines: Models, then the difference.
-        chance: Mean score of a guess, 0 to 1; None where nobody can guess.
+        chance: Chance level, 0 to 1; None if there are no choices.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Benchmark:
     """A benchmark, or the held-out examples.
 
     Attributes:
-        name: As in params.yaml, or `test`.
-        groups: The whole, then its slices.
-        hidden: Slices that are left out.
+        name: Name in params.yaml, or `test`.
+        groups: Whole benchmark, then its slices.
+        hidden: Number of slices left out.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Benchmark:
 
     @property
     def is_loss(self) -> bool:
-        """Whether less is better."""
+        """Whether lower is better."""
         return self.name == HELDOUT
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Ends of the axis of its scores: all that an answer can be worth, or all that the losses cover."""
+        """Ends of the score axis: 0 to 1, or the range of the losses."""
         if not self.is_loss:
             return 0.0, 1.0
         found = _ends(line for group in self.groups for line in group.lines if not line.is_difference)
@@ -86,23 +86,23 @@ class Benchmark:
 
     @property
     def reach(self) -> float:
-        """End of the axis of its differences, which has zero in its middle."""
+        """Upper end of the difference axis, which is centred on zero."""
         found = _ends(line for group in self.groups for line in group.lines if line.is_difference)
         return max(map(abs, found), default=0.0) or 1.0
 
 
 def compare(rows: Sequence[Row], reference: str, params: GateParams) -> list[Benchmark]:
-    """Estimate every model on every benchmark and slice, and the candidate's difference from its reference.
+    """Estimate every model on every benchmark and slice, and the candidate's gain over its reference.
 
     Args:
         rows: Scores of all models.
-        reference: champion or base; on a benchmark of `gate.retention` it is the base, as in the gate.
-        params: Error probability, resamples and seed of the intervals.
+        reference: `champion` or `base`; a benchmark of `gate.retention` uses the base, as in the gate.
+        params: Significance level, resamples and seed of the intervals.
     """
     by_benchmark: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_benchmark[row["benchmark"]].append(row)
-    # The held-out losses stand last.
+    # Held-out losses come last.
     names = sorted(by_benchmark, key=lambda name: (name == HELDOUT, name))
     return [
         _benchmark(name, by_benchmark[name], "base" if name in params.retention else reference, params)
@@ -111,11 +111,11 @@ def compare(rows: Sequence[Row], reference: str, params: GateParams) -> list[Ben
 
 
 def _benchmark(name: str, rows: Sequence[Row], reference: str, params: GateParams) -> Benchmark:
-    """Estimate the whole of a benchmark and its slices."""
+    """Estimate a whole benchmark and its slices."""
     slices: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         slices[row["slice"]].append(row)
-    # One slice is the whole; of many, the largest ones are shown.
+    # A single slice is the whole benchmark; of many, the largest are shown.
     kept = sorted(slices, key=lambda one: (-len(slices[one]), one))[:SLICES] if len(slices) > 1 else []
     groups = [
         _group("", rows, reference, params),
@@ -145,7 +145,7 @@ def _group(name: str, rows: Sequence[Row], reference: str, params: GateParams) -
 
 
 def pair(rows: Sequence[Row], reference: str) -> list[tuple[Row, Row]]:
-    """Pair the candidate's scores with the reference's; an item without two scores is left out."""
+    """Pair the candidate's scores with the reference's; items without both scores are left out."""
     scored = {(row["model"], row["benchmark"], row["item"]): row for row in rows if row["status"] == "ok"}
     return [
         (row, scored[reference, benchmark, item])
@@ -159,11 +159,11 @@ class Moves:
     """Items on which the candidate differs most from its reference, the largest first.
 
     Attributes:
-        gains: Where it is better; at most `ITEMS`.
-        regressions: Where it is worse; at most `ITEMS`.
-        n_gains: All items where it is better.
-        n_regressions: All items where it is worse.
-        n_equal: Items where it is as good.
+        gains: Items where the candidate is better; at most `ITEMS`.
+        regressions: Items where it is worse; at most `ITEMS`.
+        n_gains: Number of all items where it is better.
+        n_regressions: Number of all items where it is worse.
+        n_equal: Number of items where both are equal.
     """
 
     gains: list[dict[str, Any]]
@@ -174,9 +174,9 @@ class Moves:
 
 
 def find_moves(pairs: Sequence[tuple[Row, Row]]) -> Moves:
-    """Find the items with the largest differences; a held-out example counts by its loss per token.
+    """Find the items with the largest differences; held-out examples are compared by loss per token.
 
-    Among equal differences the digest of the item decides, so that no slice fills the list by its name.
+    Ties are ordered by the digest of the item, so that no slice fills the list because of its name.
     """
     moves = [
         {**ours, "before": theirs["answer"], "score_before": worth(theirs), "score_after": worth(ours)}
@@ -190,7 +190,7 @@ def find_moves(pairs: Sequence[tuple[Row, Row]]) -> Moves:
 
 
 def worth(row: Row) -> float:
-    """Return what an answer is worth, or the loss per token of a held-out example.
+    """Return the score of an answer, or the loss per token of a held-out example.
 
     Example:
         >>> worth({"benchmark": "test", "score": 6.0, "tokens": 4})
@@ -200,11 +200,11 @@ def worth(row: Row) -> float:
 
 
 def _gain(move: dict[str, Any]) -> float:
-    """Return by how much the candidate is better; less loss is better."""
+    """Return the candidate's gain; a lower loss is better."""
     difference = move["score_after"] - move["score_before"]
     return float(-difference if move["benchmark"] == HELDOUT else difference)
 
 
 def _ends(lines: Iterable[Line]) -> list[float]:
-    """Return all places that lines have on their axis."""
+    """Return all finite means and interval ends of the lines."""
     return [end for line in lines for end in (line.mean, line.low, line.high) if np.isfinite(end)]

@@ -1,4 +1,4 @@
-"""Paraphrases to look at: a few that were accepted, and of each reason a few that were not."""
+"""Sample paraphrases: a few accepted ones, and a few rejected ones per reason."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 
 from nightshift.core.files import iterate_rows
 
-# Accepted ones; rejected ones of each reason, and of all.
+# Number of accepted paraphrases; of rejected ones per reason, and in total.
 ACCEPTED, PER_REASON, REJECTED = 5, 2, 8
 
 
 def accepted_paraphrases(train: Path, scores: Path) -> list[dict[str, Any]]:
-    """Return some paraphrases beside their sources, with their scores.
+    """Return some accepted paraphrases with their sources and scores.
 
-    Their ids are digests, so the smallest are drawn as if by lot, and the same ones each time.
+    Ids are digests, so the smallest ids are a reproducible random sample.
     """
     kinds = pq.read_table(train, columns=["id", "parent_id"])
     ids = kinds.filter(pc.is_valid(kinds["parent_id"]))["id"].to_pylist()
@@ -33,7 +33,7 @@ def accepted_paraphrases(train: Path, scores: Path) -> list[dict[str, Any]]:
 
 
 def rejected_paraphrases(train: Path, rejected: Path) -> list[dict[str, Any]]:
-    """Return some rejected candidates beside their sources: the first ones of each reason."""
+    """Return the first rejected candidates of each reason, with their sources."""
     seen: Counter[str] = Counter()
     found: list[dict[str, Any]] = []
     for row in iterate_rows(rejected):
@@ -45,8 +45,8 @@ def rejected_paraphrases(train: Path, rejected: Path) -> list[dict[str, Any]]:
 
 
 def read_examples(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return id -> example of those that are in a file, ordered by id; only they are kept in memory."""
-    # An empty list alone would have no type to compare ids with.
+    """Return id -> example for the ids in a file, ordered by id; only these are kept in memory."""
+    # An empty list would have no type to compare ids with.
     wanted = pa.array(list(ids), pa.string())
     rows = pq.read_table(path, filters=pc.field("id").isin(wanted)).to_pylist()
     return {row["id"]: row for row in sorted(rows, key=lambda row: row["id"])}

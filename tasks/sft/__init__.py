@@ -1,7 +1,8 @@
 """Supervised fine-tuning: data/pack and data/base -> data/sft.
 
-`python -m tasks.sft` compiles the plan, launches one process for each rank (`tasks.sft.worker`), and accepts
-the result only with its success marker: the `deepspeed` launcher can exit with 0 although a rank was killed.
+`python -m tasks.sft` compiles the plan, launches one process per rank (`tasks.sft.worker`), and accepts
+the result only with its success marker: the `deepspeed` launcher can exit with 0 after a rank was
+killed.
 """
 
 from typing import Annotated, Literal
@@ -39,7 +40,7 @@ Schedule = Literal[
     "warmup_stable_decay",
     "reduce_lr_on_plateau",
 ]
-# Numbers that each schedule takes.
+# Keyword arguments of each schedule.
 SCHEDULE_KWARGS: dict[str, tuple[str, ...]] = {
     "constant": (),
     "linear": (),
@@ -52,7 +53,7 @@ SCHEDULE_KWARGS: dict[str, tuple[str, ...]] = {
     "warmup_stable_decay": ("num_decay_steps", "min_lr_rate"),
     "reduce_lr_on_plateau": ("factor", "patience", "threshold", "min_lr_rate"),
 }
-# Of these, the one without a usual value.
+# The keyword argument without a default.
 REQUIRED = {
     "step": "step_size",
     "exponential": "gamma",
@@ -62,22 +63,24 @@ REQUIRED = {
 
 
 class SchedulerKwargs(StageParams):
-    """Numbers of a schedule; each schedule takes some of them (`SCHEDULE_KWARGS`).
+    """Keyword arguments of the learning rate schedule; `SCHEDULE_KWARGS` lists those of each schedule.
+
+    Defaults are in parentheses.
 
     Attributes:
-        step_size: step: optimiser steps between two drops.
-        gamma: step, exponential: factor of a drop (0.1), or of each step.
-        num_cycles: cosine_with_restarts: times that the cosine runs.
-        min_lr_rate: cosine, cosine_with_restarts, warmup_stable_decay, reduce_lr_on_plateau: lowest share of
-            the peak, 0 to 1 (0).
-        pct_start: one_cycle: share of the steps in which the rate rises (0.3).
-        div_factor: one_cycle: peak divided by the first rate (25).
-        final_div_factor: one_cycle: first rate divided by the last (10000).
-        timescale: inverse_sqrt: steps after the warm-up that halve the rate's square (the warm-up, or 10000).
-        num_decay_steps: warmup_stable_decay: optimiser steps of the decay at the end.
+        step_size: step: optimizer steps between two decays.
+        gamma: step, exponential: decay factor per `step_size` steps (0.1), or per step.
+        num_cycles: cosine_with_restarts: number of cosine cycles.
+        min_lr_rate: cosine, cosine_with_restarts, warmup_stable_decay, reduce_lr_on_plateau: minimum
+            learning rate as a fraction of the peak, 0 to 1 (0).
+        pct_start: one_cycle: fraction of the steps in which the learning rate increases (0.3).
+        div_factor: one_cycle: peak over initial learning rate (25).
+        final_div_factor: one_cycle: initial over final learning rate (10000).
+        timescale: inverse_sqrt: steps from warmup to 1/sqrt(2) of the peak (the warmup steps, or 10000).
+        num_decay_steps: warmup_stable_decay: optimizer steps of the final decay.
         factor: reduce_lr_on_plateau: factor of a reduction (0.1).
-        patience: reduce_lr_on_plateau: evaluations without improvement before a reduction (1).
-        threshold: reduce_lr_on_plateau: relative improvement of the loss that counts (0.0001).
+        patience: reduce_lr_on_plateau: evaluations without improvement tolerated before a reduction (1).
+        threshold: reduce_lr_on_plateau: relative decrease that counts as improvement (0.0001).
     """
 
     step_size: Count | None = None
@@ -95,59 +98,59 @@ class SchedulerKwargs(StageParams):
 
 
 class SftParams(StageParams):
-    """Hyper-parameters; names and meaning are those of transformers, TRL and PEFT.
+    """Hyperparameters, with the names and meaning of transformers, TRL and PEFT.
 
     Attributes:
-        strategy: How the ranks share the work.
-        num_processes: Ranks, or `auto`: one for each visible GPU.
-        hostfile: DeepSpeed's list of hosts for several machines, or None.
-        offload_optimizer: Where ZeRO keeps the optimiser's state.
-        offload_param: Where ZeRO-3 or FSDP2 keeps the weights.
+        strategy: Distributed training strategy.
+        num_processes: Number of ranks, or `auto`: one per visible GPU.
+        hostfile: DeepSpeed hostfile for multi-node training, or None.
+        offload_optimizer: Offload device of ZeRO's optimizer state.
+        offload_param: Offload device of the ZeRO-3 or FSDP2 weights.
         nvme_path: Folder on a fast disk for `nvme`.
-        per_device_train_batch_size: Packed rows in one forward pass of one rank.
-        gradient_accumulation_steps: Forward passes before an optimiser step.
+        per_device_train_batch_size: Micro-batch: packed rows per forward pass of one rank.
+        gradient_accumulation_steps: Forward passes per optimizer step.
         num_train_epochs: Passes over the packed rows.
-        max_steps: Optimiser steps at most, or None.
+        max_steps: Maximum number of optimizer steps, or None.
         learning_rate: Peak learning rate.
-        lr_scheduler_type: Shape of the learning rate after the warm-up.
-        lr_scheduler_kwargs: Numbers of that shape.
-        warmup_steps: Optimiser steps in which the rate rises from 0.
-        warmup_ratio: The same as a share of all steps, 0 to below 1; one of the two is 0.
-        optim: Optimiser.
-        adam_beta1: Decay of Adam's first moment; Lion's too.
-        adam_beta2: Decay of its second moment.
-        adam_epsilon: Added to the root of the second moment.
+        lr_scheduler_type: Learning rate schedule after warmup.
+        lr_scheduler_kwargs: Keyword arguments of the schedule.
+        warmup_steps: Optimizer steps of linear warmup from 0.
+        warmup_ratio: Warmup as a fraction of all steps, 0 to below 1; this or warmup_steps is 0.
+        optim: Optimizer.
+        adam_beta1: Decay rate of Adam's first moment; Lion's too.
+        adam_beta2: Decay rate of the second moment.
+        adam_epsilon: Term added to the root of the second moment.
         weight_decay: Decoupled weight decay, not on biases and norms.
-        max_grad_norm: Clipping norm; 0 is off.
-        label_smoothing_factor: Probability mass given to all other tokens, 0 to 1.
-        neftune_noise_alpha: Strength of the noise on the embeddings (arXiv 2310.05914), or None.
-        precision: Arithmetic of the forward and backward pass.
-        attn_implementation: Attention kernel.
-        activation_checkpointing: Recompute activations in the backward pass instead of keeping them; `auto`:
-            if the training does not fit into a GPU's memory otherwise.
-        use_reentrant: PyTorch's older way of doing so.
-        use_liger_kernel: Liger's fused kernels; `auto`: on a GPU where they are installed and know the model.
+        max_grad_norm: Gradient clipping norm; 0 disables clipping.
+        label_smoothing_factor: Probability mass spread over the vocabulary, 0 to 1.
+        neftune_noise_alpha: NEFTune noise scale (arXiv 2310.05914), or None.
+        precision: Precision of the forward and backward pass.
+        attn_implementation: Attention implementation.
+        activation_checkpointing: Recompute activations in the backward pass; `auto`: only if the
+            training run does not fit in GPU memory otherwise.
+        use_reentrant: PyTorch's older, reentrant activation checkpointing.
+        use_liger_kernel: Liger's fused kernels; `auto`: on a GPU, if installed and supported.
         torch_compile: Compile the model.
-        adapter: lora, qlora (4-bit base), or None for a full fine-tune.
-        fp8_base: Multiply with the base's frozen weights in float8.
+        adapter: lora, qlora (4-bit base weights), or None for full fine-tuning.
+        fp8_base: Multiply by the frozen base weights in float8.
         lora_r: LoRA rank.
         lora_alpha: LoRA scale times rank.
-        lora_dropout: Dropout before the adapter, 0 to 1.
-        lora_target_modules: `all-linear`, or names of modules.
+        lora_dropout: Dropout on the adapter input, 0 to 1.
+        lora_target_modules: `all-linear`, or module names.
         use_dora: Weight-decomposed LoRA (arXiv 2402.09353).
         use_rslora: Scale by the root of the rank (arXiv 2312.03732).
         loraplus_lr_ratio: Learning rate of B over that of A (LoRA+, arXiv 2402.12354), or None.
-        eval_steps: Optimiser steps between evaluations on the validation side, or None.
-        per_device_eval_batch_size: Examples, or rows, in one forward pass of an evaluation.
+        eval_steps: Optimizer steps between evaluations on the validation set, or None.
+        per_device_eval_batch_size: Examples, or packed rows, per forward pass of an evaluation.
         eval_packing: Evaluate on packed rows; the loss is the same.
-        early_stopping_patience: Evaluations without improvement before the training stops, or None.
-        early_stopping_min_delta: Fall of the loss, in nats per token, that counts as improvement.
-        load_best_model_at_end: Keep the weights of the lowest evaluation loss instead of the last.
-        save_steps: Optimiser steps between checkpoints.
-        save_total_limit: Checkpoints that are kept; the best one is kept beside them.
-        logging_steps: Optimiser steps between metrics.
-        max_loss_ratio: Loss over the median of the last 20, above which a step counts as a spike, or None.
-        step_timeout_seconds: Longest time of one step, after which the training counts as hung.
+        early_stopping_patience: Evaluations without improvement before early stopping, or None.
+        early_stopping_min_delta: Decrease of the loss, in nats per token, that counts as improvement.
+        load_best_model_at_end: Keep the weights with the lowest evaluation loss, not the last ones.
+        save_steps: Optimizer steps between checkpoints.
+        save_total_limit: Number of newest checkpoints to keep; the best one is always kept.
+        logging_steps: Optimizer steps between logged metrics.
+        max_loss_ratio: Ratio of the loss to the median of the last 20 that makes a spike, or None.
+        step_timeout_seconds: Maximum duration of one step, after which the training run counts as hung.
         seed: Seed of row order, dropout, noise and new weights.
     """
 
@@ -213,7 +216,7 @@ class SftParams(StageParams):
 
     @property
     def ranks(self) -> int:
-        """Number of processes, once the machine is known (`tasks.sft.backend.with_processes`)."""
+        """Return the number of processes, once `tasks.sft.backend.with_processes` has resolved it."""
         assert self.num_processes != "auto"
         return self.num_processes
 

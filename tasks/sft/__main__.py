@@ -1,4 +1,4 @@
-"""Run the stage: compile the plan, launch the ranks, accept the result by its marker."""
+"""Run the stage: compile the plan, launch the ranks, verify the success marker."""
 
 import json
 import os
@@ -50,18 +50,18 @@ from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
 
 ENGINES = (*MODEL_ENGINES, "deepspeed", "schedulefree", "trl")
-# What shows, tracks or estimates a training. No result depends on it, so another version of it takes up the
-# checkpoints of a training that is under way.
+# Code that only displays, tracks or estimates. It does not affect the result, so an unfinished training
+# run keeps its checkpoints when this code changes.
 BESIDE = (
-    # The line of a step and its metrics.
+    # Progress line and metrics of a step.
     "tasks/sft/callbacks.py",
-    # Estimates of memory. They choose the strategy if it is auto, which stands in the key by its name.
+    # Memory estimates. They choose the strategy if it is auto, and the key contains the chosen strategy.
     "tasks/sft/memory.py",
     "tasks/sft/shape.py",
-    # On the way to MLflow.
+    # Delivery to MLflow.
     "nightshift/tracking/spool.py",
     "nightshift/tracking/runs.py",
-    # The bar in a terminal.
+    # Progress bar in a terminal.
     "tasks/sft/terminal.py",
 )
 TOKENS = pa.list_(pa.int32())
@@ -69,20 +69,20 @@ EVAL_ROWS = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("seq_lengths"
 
 
 def main() -> None:
-    """Train, or go on with a training of the same key, and copy out what it made."""
+    """Train, or resume the training run with the same key, and publish the result."""
     params = load_params(SftParams, "sft")
     rows = read_rows(PACKED)
     job = build_job(params, rows)
     folder = job.folder
     if node := node_rank(params):
-        # One of several machines without ssh: its ranks train; the first one tells, saves and publishes.
+        # Multi-node run without ssh: this node only trains; the first one tracks, saves and publishes.
         if code := launch(job, folder / f"job-{node}.json"):
             raise StageError(f"sft: node {node}: the ranks ended with code {code}; the reason stands above")
         return
     is_trained = is_finished(folder)
     told = open_spool(folder, is_trained)
     job = job.model_copy(update={"spool": told})
-    # Opens the run of this training, and sends what earlier ones could not.
+    # Create the MLflow run of this training, and send what earlier ones could not.
     spool.limit_requests()
     spool.replay(state_dir() / "tracking", job.tracking_uri)
     if not is_trained:
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
-    """Write down all that a rank has to know, after the attempts so far."""
+    """Build the job of the ranks, with the changes from earlier attempts."""
     lengths = [row["seq_lengths"] for row in rows]
     config = read_json(BASE / "config.json")
     machine = inspect(params, config, longest=max(map(max, lengths)))
@@ -137,27 +137,27 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
 
 
 def chosen(params: SftParams, backend: Backend) -> SftParams:
-    """Return the parameters with what was chosen in the place of `auto`, where they hold it."""
+    """Return the parameters with `auto` replaced by the backend's choice."""
     names = ("activation_checkpointing", "num_processes", "use_liger_kernel")
     return params.model_copy(update={name: getattr(backend, name) for name in names})
 
 
 def training_key(params: SftParams, backend: Backend) -> str:
-    """Digest of all that decides the result: code, engines, rows, base, parameters, and backend."""
+    """Digest everything that decides the result: code, engines, rows, base, parameters, and backend."""
     code = code_digest("sft", ENGINES, BESIDE)
     base = file_digest(BASE_RECORD)
     heldout = file_digest(VALIDATION) if params.eval_steps else ""
-    # Any GPU of a kind computes the same; the reason for a strategy is words and estimates.
+    # GPUs of one kind compute the same result; the reason for a strategy is text and estimates.
     machine = json.dumps({**asdict(backend), "devices": None, "reason": None}, sort_keys=True)
     return text_digest(code, file_digest(PACKED), heldout, base, params.model_dump_json(), machine)
 
 
 def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a fact, not a mode
-    """Return the spool of a training: that of the attempt before, or one for the run of this night.
+    """Return the spool of a training run: the previous attempt's, or one for this night's MLflow run.
 
     Args:
-        folder: Of the training.
-        is_trained: Nothing more will be told; the run that trained stays the one.
+        folder: Folder of the training run.
+        is_trained: Whether training has finished; the run that trained is then kept.
     """
     file = folder / "job.json"
     before = read_job(file).spool if file.is_file() else None
@@ -167,10 +167,10 @@ def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a fact
 
 
 def write_eval_rows(path: Path, max_length: int) -> None:
-    """Encode the validation side: one example a row, or as many as fit into `max_length` tokens.
+    """Encode the validation set: one example per row, or packed rows of up to `max_length` tokens.
 
     Raises:
-        DataError: There is no example, or one cannot be encoded.
+        DataError: There is no example, or an example cannot be encoded.
     """
     examples = read_rows(VALIDATION)
     if not examples:
@@ -191,13 +191,13 @@ def write_eval_rows(path: Path, max_length: int) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Tell whether the success marker is there and the model is the one it names."""
+    """Return whether the success marker exists and matches the saved model."""
     marker = folder / "output" / "finished.json"
     return marker.is_file() and bool(read_json(marker)["digest"] == tree_digest(folder / "output" / "model"))
 
 
 def publish(job: Job, told: Path) -> None:
-    """Copy the result to data/sft; checkpoints are not needed any more."""
+    """Copy the result to data/sft, and delete the checkpoints."""
     folder, output = job.folder, job.folder / "output"
     shutil.rmtree(MODEL, ignore_errors=True)
     shutil.copytree(output / "model", MODEL)
@@ -207,8 +207,8 @@ def publish(job: Job, told: Path) -> None:
     marker = read_json(output / "finished.json")
     spool.finish(told)
     spool.replay(told.parent, job.tracking_uri)
-    # Nothing depends on this file, so a run id and a speed may stand in it. Without an id the run is still to
-    # be created, and can be found by its key.
+    # No stage depends on this file, so it may contain a run id and a speed. Without an id the run does
+    # not exist yet, and can be found later by its key.
     run = {"run_id": spool.find_run_id(told), "tracking_key": told.stem}
     write_json(TRAINING_RUN, {**run, "tokens_per_second": marker["tokens_per_second"]})
     for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
@@ -216,9 +216,9 @@ def publish(job: Job, told: Path) -> None:
 
 
 def dvc_digest(path: Path) -> str:
-    """Return DVC's digest of a stage output from dvc.lock, or half of the file's own outside DVC.
+    """Return DVC's digest of a stage output from dvc.lock, or half the file's own digest outside DVC.
 
-    MLflow takes 36 characters at most; DVC's has 32.
+    MLflow accepts 36 characters at most; a DVC digest has 32.
     """
     lock = Path("dvc.lock")
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}

@@ -1,11 +1,12 @@
-"""Attention kernels for packed rows that transformers does not have, registered under names of their own.
+"""Attention kernels for packed rows that transformers lacks, registered under separate names.
 
-Given a packed row, transformers hands torch's `sdpa` one mask for all of it, and the kernel computes, for
-every pair of tokens of different examples, what the mask then hides: 40 % of a processor's step with rows of
-1024 tokens. These kernels go by the ends of the examples instead:
+For a packed row, transformers passes one mask to torch's `sdpa`. The kernel then computes every pair of
+tokens of different examples, which the mask discards: 40 % of a CPU step with rows of 1024 tokens. These
+kernels use the example boundaries instead:
 
-- `sdpa_per_example`: torch's sdpa, one example after the other; for a processor.
-- `torch_varlen`: torch's own flash attention (torch 2.10 on); needs a GPU and half precision, and no package.
+- `sdpa_per_example`: torch's sdpa, one example after the other; for CPUs.
+- `torch_varlen`: torch's own flash attention (torch >= 2.10); needs a GPU and half precision, no
+  package.
 - `xformers`: xFormers' kernel; needs a GPU.
 """
 
@@ -32,20 +33,20 @@ def attend_per_example(  # noqa: PLR0913 - transformers' signature
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each example, causally.
+    """Apply causal attention within each example.
 
     Args:
-        module: The layer.
-        query: Shape (1, n_heads, n_tokens, width); key and value have as many heads or fewer.
-        key: As query.
-        value: As query.
-        attention_mask: Of the whole row; for rows that say nothing of their examples, and for windows.
-        cu_seq_lens_q: First token of each example and the end, shape (n_examples + 1,), or None.
-        sliding_window: Tokens that a token sees, or None; the mask knows of it.
-        more: Further arguments of transformers' function.
+        module: Attention layer.
+        query: Query states, shape (1, n_heads, n_tokens, width).
+        key: Key states, shape (1, n_kv_heads, n_tokens, width), with n_kv_heads <= n_heads.
+        value: Value states, same shape as `key`.
+        attention_mask: Mask of the whole row, for rows without boundaries and for sliding windows.
+        cu_seq_lens_q: Start of each example and end of the row, shape (n_examples + 1,), or None.
+        sliding_window: Window size in tokens, or None; the mask includes it.
+        more: Other arguments of transformers' attention function.
 
     Returns:
-        The output, shape (1, n_tokens, n_heads, width), and no weights.
+        The output, shape (1, n_tokens, n_heads, width), and None instead of attention weights.
     """
     lengths = [] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
     if not lengths or (sliding_window is not None and max(lengths) > sliding_window):
@@ -63,7 +64,7 @@ def attend_varlen(  # noqa: PLR0913 - transformers' signature
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 - transformers has none for this kernel
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - transformers passes none to this kernel
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
@@ -73,26 +74,26 @@ def attend_varlen(  # noqa: PLR0913 - transformers' signature
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each example of a row, causally, with torch's own flash attention.
+    """Apply causal attention within each example of a row with torch's own flash attention.
 
     Args:
-        query: Shape (1, n_heads, n_tokens, width); key and value have as many heads or fewer.
-        key: As query.
-        value: As query.
+        query: Query states, shape (1, n_heads, n_tokens, width).
+        key: Key states, shape (1, n_kv_heads, n_tokens, width), with n_kv_heads <= n_heads.
+        value: Value states, same shape as `key`.
         attention_mask: Not used.
-        dropout: Share of the weights that are dropped; the kernel knows none but 0.
-        scaling: Factor of the scores; None for one over the root of the width.
-        cu_seq_lens_q: First token of each example and the end, shape (n_examples + 1,), or None.
-        max_length_q: Tokens of the longest example, or None.
-        position_ids: Positions, shape (1, n_tokens); without boundaries an example begins where they are 0.
-        sliding_window: Tokens that a token sees, itself included, or None.
-        softcap: Bound of the scores; the kernel knows none.
+        dropout: Attention dropout; the kernel supports only 0.
+        scaling: Scale of the scores; None for 1 / sqrt(width).
+        cu_seq_lens_q: Start of each example and end of the row, shape (n_examples + 1,), or None.
+        max_length_q: Length of the longest example in tokens, or None.
+        position_ids: Positions, shape (1, n_tokens); without boundaries each 0 starts an example.
+        sliding_window: Window size in tokens, including the token itself, or None.
+        softcap: Softcap of the scores; the kernel does not support it.
 
     Returns:
-        The output, shape (1, n_tokens, n_heads, width), and no weights.
+        The output, shape (1, n_tokens, n_heads, width), and None instead of attention weights.
 
     Raises:
-        ConfigError: The model has a dropout or a soft cap in its attention.
+        ConfigError: The model uses attention dropout or a softcap.
     """
     from torch.nn.attention import varlen
 
@@ -114,7 +115,7 @@ def attend_varlen(  # noqa: PLR0913 - transformers' signature
     else:
         key, value = repeat_heads(query, key, value)
     states = [one[0].transpose(0, 1) for one in (query, key, value)]
-    # The kernel counts what is left of a token, transformers the token too.
+    # The kernel's window excludes the token itself, transformers' includes it.
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     output = attend(*states, ends, ends, longest, longest, scale=scaling, window_size=window, **more)
     return output[None], None
@@ -125,7 +126,7 @@ def attend_with_xformers(  # noqa: PLR0913 - transformers' signature
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 - transformers has none for this kernel
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - transformers passes none to this kernel
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
@@ -133,24 +134,24 @@ def attend_with_xformers(  # noqa: PLR0913 - transformers' signature
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each example of a row, causally, with xFormers' kernel (it needs a GPU).
+    """Apply causal attention within each example of a row with xFormers' kernel (needs a GPU).
 
     Args:
-        query: Shape (1, n_heads, n_tokens, width); key and value have as many heads or fewer.
-        key: As query.
-        value: As query.
+        query: Query states, shape (1, n_heads, n_tokens, width).
+        key: Key states, shape (1, n_kv_heads, n_tokens, width), with n_kv_heads <= n_heads.
+        value: Value states, same shape as `key`.
         attention_mask: Not used.
-        dropout: Share of the weights that are dropped, 0 to 1.
-        scaling: Factor of the scores; None for one over the root of the width.
-        cu_seq_lens_q: First token of each example and the end, shape (n_examples + 1,), or None.
-        position_ids: Positions, shape (1, n_tokens); without boundaries an example begins where they are 0.
-        sliding_window: Tokens that a token sees, or None.
+        dropout: Attention dropout, 0 to 1.
+        scaling: Scale of the scores; None for 1 / sqrt(width).
+        cu_seq_lens_q: Start of each example and end of the row, shape (n_examples + 1,), or None.
+        position_ids: Positions, shape (1, n_tokens); without boundaries each 0 starts an example.
+        sliding_window: Window size in tokens, or None.
 
     Returns:
-        The output, shape (1, n_tokens, n_heads, width), and no weights.
+        The output, shape (1, n_tokens, n_heads, width), and None instead of attention weights.
 
     Raises:
-        ConfigError: A window is smaller than an example.
+        ConfigError: The window is smaller than an example.
     """
     from xformers import ops
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
@@ -179,7 +180,7 @@ def attend_flexibly(
     *more: Any,
     **rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend as transformers' flex_attention does, which takes states of one type only."""
+    """Run transformers' flex_attention, which accepts only states of one dtype."""
     found: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
         module, *in_one_type(query, key, value), *more, **rest
     )
@@ -187,15 +188,16 @@ def attend_flexibly(
 
 
 def in_one_type(*states: torch.Tensor) -> list[torch.Tensor]:
-    """Return states in the type of the values, the last.
+    """Cast all states to the dtype of the values, which are last.
 
-    Autocast over full-precision weights makes values in half precision, and rotates queries and keys in full.
+    With full-precision weights, autocast gives half-precision values, but rotated queries and keys stay
+    in full precision.
     """
     return [one.to(states[-1].dtype) for one in states]
 
 
 def repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return key and value with a head for each of the query's."""
+    """Repeat key and value heads to match the query heads."""
     repeats = query.shape[1] // key.shape[1]
     return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
 
@@ -203,7 +205,7 @@ def repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 def example_lengths(
     query: torch.Tensor, cu_seq_lens_q: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> list[int]:
-    """Return the tokens of each example in a row, by what is known of it."""
+    """Return the tokens of each example, from the boundaries or else the position_ids."""
     if cu_seq_lens_q is not None:
         lengths: list[int] = cu_seq_lens_q.diff().tolist()
         return lengths

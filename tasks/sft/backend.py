@@ -1,4 +1,4 @@
-"""How a training runs on this machine: processes, devices, precision, kernel, strategy; each chosen once."""
+"""Choose once how training runs here: processes, devices, precision, kernel, strategy."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tasks.sft.machine import VISIBLE, Machine
 from tasks.sft.memory import Batch, estimate_all, totals
 from tasks.sft.strategy import GIB, choose_lora, choose_loss, choose_strategy
 
-# Below this memory, in bytes, a second process would leave no room for the model.
+# Minimum memory, in bytes, for two processes: with less, the second leaves no room for the model.
 ROOM_FOR_TWO = 4 * GIB
 # A line of DeepSpeed's hostfile.
 HOST = re.compile(r"(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)\s*(#.*)?")
@@ -21,20 +21,20 @@ HOST = re.compile(r"(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)\s*(#.*)?")
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The choice.
+    """Resolved settings of a training run.
 
     Attributes:
         device: cuda or cpu.
-        devices: The GPUs of this machine's ranks, as CUDA_VISIBLE_DEVICES names them; none on the processor.
-        num_processes: Ranks, of all machines together.
+        devices: GPUs of this machine's ranks, as named in CUDA_VISIBLE_DEVICES; empty on a CPU.
+        num_processes: Number of ranks on all machines.
         precision: bf16, fp16, tf32 or fp32.
-        attention: Name of the kernel.
-        strategy: How the ranks share the work.
-        reason: Why that strategy.
-        loss: How the loss is computed: chunked or logits.
-        lora: How the adapter's layers compute: fused or peft; None without an adapter.
-        activation_checkpointing: Activations are computed again instead of kept.
-        use_liger_kernel: Liger's kernels are used.
+        attention: Attention implementation.
+        strategy: Distributed strategy.
+        reason: Reason for the strategy.
+        loss: Loss computation: chunked or logits.
+        lora: Computation of the adapter layers: fused or peft; None without an adapter.
+        activation_checkpointing: Whether activations are recomputed in the backward pass.
+        use_liger_kernel: Whether Liger's kernels are used.
     """
 
     device: str
@@ -51,14 +51,14 @@ class Backend:
 
 
 def with_processes(params: SftParams, gpus: int) -> SftParams:
-    """Return the parameters with the number of processes in the place of `auto`.
+    """Return the parameters with `num_processes: auto` resolved.
 
     Args:
-        params: The section sft.
-        gpus: Visible GPUs of this machine.
+        params: `sft` section of params.yaml.
+        gpus: Number of visible GPUs on this machine.
 
     Raises:
-        ConfigError: The number does not fit this machine, or the machines of the hostfile.
+        ConfigError: The number does not fit this machine or the hostfile.
     """
     number = params.num_processes
     if params.hostfile is not None:
@@ -87,10 +87,10 @@ def with_processes(params: SftParams, gpus: int) -> SftParams:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Read DeepSpeed's list of machines: name -> slots.
+    """Read a DeepSpeed hostfile: host name -> slots.
 
     Raises:
-        ConfigError: It is not there, or a line is none of `name slots=n`.
+        ConfigError: The file does not exist, a line is not `name slots=n`, or a name repeats.
     """
     if not path.is_file():
         raise ConfigError(f"params.yaml: sft.hostfile={path}: not found; write it, or set null")
@@ -106,7 +106,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def processor_memory() -> int:
-    """Return the bytes of memory that this process may use: the machine's, or its container's."""
+    """Return the bytes of memory available to this process: those of the machine or its container."""
     limit = Path("/sys/fs/cgroup/memory.max")
     granted = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -116,16 +116,16 @@ def processor_memory() -> int:
 def choose_backend(
     params: SftParams, machine: Machine, config: Mapping[str, Any] | None = None, batch: Batch | None = None
 ) -> Backend:
-    """Choose the strategy, and what else params.yaml leaves open; take the rest from the machine.
+    """Choose the strategy and other values left open in params.yaml; take the rest from the machine.
 
     Args:
-        params: The section sft, `with_processes`.
-        machine: What was found.
-        config: The model's config.json, and
-        batch: the largest micro-batch: by these `auto` takes what fits; None takes no notice.
+        params: `sft` section of params.yaml after `with_processes`.
+        machine: Properties of this machine.
+        config: The model's config.json; with `batch` it decides what fits in memory. None skips this.
+        batch: Largest micro-batch, or None.
 
     Raises:
-        ConfigError: Nothing fits.
+        ConfigError: No strategy fits in memory.
     """
     liger = params.use_liger_kernel
     update = {
@@ -151,12 +151,12 @@ def choose_backend(
 def fit(
     params: SftParams, machine: Machine, config: Mapping[str, Any] | None, batch: Batch | None
 ) -> tuple[str, str, bool]:
-    """Choose the strategy, its reason, and whether activations are computed again; see `choose_backend`.
+    """Choose the strategy, its reason and activation checkpointing; see `choose_backend`.
 
     `auto` keeps the activations if any strategy then fits.
 
     Raises:
-        ConfigError: Nothing fits.
+        ConfigError: No strategy fits in memory.
     """
     asked = params.activation_checkpointing
     options = (False, True) if asked == "auto" else (asked,)
@@ -176,17 +176,17 @@ def fit(
 
 
 def fits(strategy: str, needs: Mapping[str, int] | None, memory: int | None) -> bool:
-    """Tell whether a strategy fits into a device's memory, as far as both are known."""
+    """Return whether a strategy fits in device memory, or either size is unknown."""
     return needs is None or memory is None or needs[strategy] <= memory
 
 
 def memory_needs(
     params: SftParams, machine: Machine, config: Mapping[str, Any] | None, batch: Batch | None
 ) -> dict[str, int] | None:
-    """Return strategy -> bytes on each GPU; None on a processor, and where it need not be known.
+    """Return strategy -> bytes per GPU; None on a CPU, or if no estimate is needed.
 
     Raises:
-        ConfigError: `strategy: auto`, and the memory of such a model cannot be foretold.
+        ConfigError: `strategy: auto`, and the memory of this model cannot be estimated.
     """
     if machine.device == "cpu" or config is None or batch is None:
         return None

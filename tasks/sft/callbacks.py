@@ -1,4 +1,4 @@
-"""Tell how a training goes: one line, and one set of metrics for its run, for each log."""
+"""Report training progress: one line and one set of metrics per log entry."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress(TrainerCallback):
-    """Rank 0 tells the terminal and the run; it never waits for MLflow."""
+    """Report from rank 0 to the terminal and the MLflow run, without waiting for MLflow."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.plan = job, job.plan
@@ -25,7 +25,7 @@ class Progress(TrainerCallback):
         self.speed = 0.0
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Start the clock; tell the run what is trained, on which data."""
+        """Start the clock; log the parameters and the dataset to the run."""
         self.started = (time.monotonic(), state.global_step)
         if state.is_world_process_zero:
             assert self.job.spool
@@ -40,9 +40,9 @@ class Progress(TrainerCallback):
             return
         step = state.global_step
         if "loss" in logs:
-            # DeepSpeed tells no norm under ZeRO-0 in full precision.
+            # DeepSpeed reports no gradient norm under ZeRO-0 in full precision.
             told = [key for key in ("loss", "learning_rate", "grad_norm") if key in logs]
-            # The norm of a step that fp16's scaler left out is infinite.
+            # The gradient norm of a step skipped by the fp16 scaler is infinite.
             values: dict[str, float] = {key: float(logs[key]) for key in told if math.isfinite(logs[key])}
             self.spool.tell("metrics", values=values | self.measure(step, values), step=step)
         elif "eval_loss" in logs:
@@ -50,7 +50,7 @@ class Progress(TrainerCallback):
             self.spool.tell("metrics", values={"eval_loss": float(logs["eval_loss"])}, step=step)
 
     def measure(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Write the line of a step, and return the metrics that stand in it besides its values."""
+        """Log the progress line of a step, and return its metrics other than `values`."""
         begin, first = self.started
         seconds = time.monotonic() - begin
         self.speed = sum(self.plan.tokens[first:step]) / seconds
@@ -72,18 +72,18 @@ class Progress(TrainerCallback):
         }
 
     def close(self) -> None:
-        """Give MLflow a last chance; what it does not take is kept for later."""
+        """Send pending entries to MLflow one last time; the spool keeps the rest for later."""
         if self.spool:
             self.spool.close()
 
 
 def clock(moment: float) -> str:
-    """Write a moment, in seconds since 1970, as weekday and time of this machine."""
+    """Format a Unix time in seconds as weekday and local time."""
     return time.strftime("%a %H:%M", time.localtime(moment))
 
 
 def run_params(job: Job) -> dict[str, str]:
-    """Return what the run is to show of the job."""
+    """Return the job parameters to log to the run."""
     values = {f"sft.{key}": str(value) for key, value in job.params.model_dump().items()}
     return values | {
         "device": job.backend.device,
@@ -93,8 +93,8 @@ def run_params(job: Job) -> dict[str, str]:
 
 
 def peak_memory(device: str) -> float:
-    """Return the most memory that this process has held, in GiB: on the GPU by tensors, else resident."""
+    """Return the peak memory of this process in GiB: tensors on the GPU, else resident memory."""
     if device == "cpu":
-        # Linux counts in KiB.
+        # Linux reports KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return torch.cuda.max_memory_allocated() / 2**30

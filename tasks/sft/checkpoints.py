@@ -1,8 +1,8 @@
-"""Checkpoints that can be trusted: each is closed by a manifest with digests and takes its name last.
+"""Verified checkpoints: a manifest with digests completes each one, and its final name comes last.
 
-They live in the state folder under a key of code, data, base, parameters and versions. The same key
-means the same training, so resuming is exact; any change is another folder, so a stale checkpoint
-cannot be picked up.
+They are stored in the state folder under a key of code, data, base, parameters and versions. The same
+key means the same training run, so resuming is exact; any change uses another folder, so a stale
+checkpoint cannot be picked up.
 """
 
 import logging
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
-# Where a checkpoint is written before it counts.
+# Folder of a checkpoint that is not yet complete.
 SAVING = ".saving"
 log = logging.getLogger(__name__)
 
 
 def close(written: Path, folder: Path) -> Path:
-    """Put a written checkpoint on the disk, digests last, and give it its name: from now on it counts.
+    """Flush a written checkpoint to disk, write its manifest, and rename it: from then on it is valid.
 
     Returns:
-        Its place in `folder`.
+        Final path in `folder`.
     """
     files = sorted(p for p in written.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
@@ -43,7 +43,7 @@ def close(written: Path, folder: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,9 +55,9 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
     """Delete all but the newest checkpoints, and never the best one.
 
     Args:
-        folder: Where they lie.
-        keep: Checkpoints to keep.
-        best: Step of the best one, or None.
+        folder: Folder of the checkpoints.
+        keep: Number of checkpoints to keep.
+        best: Step of the best checkpoint, or None.
     """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step)[:-keep]:
         if step(checkpoint) != best:
@@ -65,7 +65,7 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Verify every file of a checkpoint against its manifest."""
+    """Return whether every file of a checkpoint matches its manifest."""
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return False
@@ -77,7 +77,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint that verifies and has finite weights, or None; say which ones do not."""
+    """Return the newest intact checkpoint with finite weights, or None; log the rejected ones."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
         if not is_complete(checkpoint):
             log.warning("%s is incomplete or damaged; trying the one before", checkpoint)
@@ -89,22 +89,22 @@ def find_newest(folder: Path) -> Path | None:
 
 
 def find_broken(folder: Path) -> str | None:
-    """Return the name of a tensor in a folder's safetensors that is not finite, or None."""
+    """Return the name of a non-finite tensor in a folder's safetensors, or None."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+            for name in weights.keys():  # noqa: SIM118 - not a mapping
                 if not is_finite(weights.get_tensor(name)):
                     return str(name)
     return None
 
 
 def require_finite(folder: Path) -> None:
-    """Check the weights in a folder's safetensors, one tensor at a time.
+    """Check that the weights in a folder's safetensors are finite, one tensor at a time.
 
     Raises:
-        StageError: One is NaN or infinite.
+        StageError: A weight is NaN or infinite.
     """
     if name := find_broken(folder):
         raise StageError(
@@ -114,16 +114,16 @@ def require_finite(folder: Path) -> None:
 
 
 def is_finite(tensor: "torch.Tensor") -> bool:
-    """Return whether all elements are finite; integers and a tensor without elements are."""
+    """Return whether all elements are finite; True for integers and empty tensors."""
     if not (tensor.is_floating_point() and tensor.numel()):
         return True
-    # NaN wins over every number, and no copy is made.
+    # aminmax propagates NaN, and makes no copy.
     lowest, highest = tensor.aminmax()
     return bool(lowest.isfinite() and highest.isfinite())
 
 
 def step(checkpoint: Path) -> int:
-    """Return the optimiser step of a checkpoint.
+    """Return the optimizer step of a checkpoint.
 
     Example:
         >>> step(Path("checkpoint-20"))

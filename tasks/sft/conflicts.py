@@ -1,4 +1,4 @@
-"""Values of the section sft that are right one by one but not together: each with the remedy."""
+"""Values of the `sft` section that are valid alone but not together, each with the fix."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")
 
 
 def find_conflicts(params: SftParams) -> Iterator[str]:
-    """Yield what cannot work, whatever the machine."""
+    """Yield conflicts that exist on any machine."""
     yield from _schedule(params)
     yield from _strategy(params)
     yield from _adapter(params)
@@ -99,7 +99,7 @@ def _adapter(params: SftParams) -> Iterator[str]:
 
 
 def _float8(params: SftParams) -> Iterator[str]:
-    """Yield what does not go with float8: it is one function of a plain layer of LoRA."""
+    """Yield conflicts with float8, which only the fused function of a plain LoRA layer supports."""
     fits = {
         f"adapter {params.adapter}": params.adapter == "lora",
         f"strategy {params.strategy}": params.strategy not in ("zero3", "fsdp2"),

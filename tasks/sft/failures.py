@@ -1,8 +1,8 @@
-"""Why a training stopped, and what the next attempt does about it.
+"""Reasons why a training run stopped, and what the next attempt changes.
 
-The ranks leave a failure in the folder of the training; the stage turns it into an error whose exit code says
-whether another attempt makes sense, and notes for that attempt what has to be different. The steps, and the
-tokens of each, stay those of the plan.
+The ranks write a failure to the folder of the training run. The stage turns it into an error whose exit
+code shows whether a retry makes sense, and records what the next attempt must change. The steps, and the
+tokens of each step, stay those of the plan.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from typing import Any
 from nightshift.core.errors import StageError, TrainingError
 from nightshift.core.files import read_json, write_json
 
-# What says that a device's or the machine's memory is used up: the words of torch's allocators, CUDA, ROCm,
-# cuBLAS and its kin, NCCL, Triton, bitsandbytes. Triton's "out of resource" is a kernel's own limit.
+# Out-of-memory messages of torch's allocators, CUDA, ROCm, cuBLAS and related libraries, NCCL, Triton
+# and bitsandbytes. Triton's "out of resource" is not included: it is the limit of one kernel.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|_ALLOC_FAILED|can't allocate memory|cannot allocate memory|not enough memory"
     r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|ERROR_OUT_OF_MEMORY|std::bad_alloc",
@@ -27,12 +27,12 @@ FAILURE, ATTEMPT, HANG = "failure.json", "attempt.json", "hang-{rank}.txt"
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What is different from the parameters.
+    """Changes to the parameters.
 
     Attributes:
-        halvings: Times that the micro-batch was halved, and the accumulation doubled.
-        skipped: Steps, from 1, whose rows are left out.
-        hangs: Times that a step took too long.
+        halvings: Number of times the micro-batch was halved and gradient accumulation doubled.
+        skipped: Steps, from 1, whose rows are skipped.
+        hangs: Number of hung steps.
     """
 
     halvings: int = 0
@@ -41,7 +41,7 @@ class Attempt:
 
 
 def read_attempt(folder: Path) -> Attempt:
-    """Read what the next attempt has to do; the first one has nothing to."""
+    """Read the changes for the next attempt; the first one has none."""
     path = folder / ATTEMPT
     if not path.is_file():
         return Attempt()
@@ -50,7 +50,7 @@ def read_attempt(folder: Path) -> Attempt:
 
 
 def micro_batch_size(rows: int, halvings: int) -> int:
-    """Return the rows of one forward pass: halved so many times, and rounded down to a divisor of all.
+    """Return the rows per forward pass: `rows` halved `halvings` times, then reduced to a divisor.
 
     With any other number the steps would not keep their rows.
 
@@ -62,7 +62,7 @@ def micro_batch_size(rows: int, halvings: int) -> int:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that led to it, says that memory is used up."""
+    """Return whether an error, or one of its causes, reports out of memory."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
@@ -73,9 +73,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] = ()) -> None:
-    """Leave the reason; the first of the ranks to fail is heard, the others fail because of it."""
+    """Write the reason of the first rank that fails; the other ranks fail because of it."""
     mine = folder / f"failure-{os.getpid()}.json"
-    # On a full disk it can be said on the terminal only.
+    # On a full disk the reason appears only in the terminal.
     with contextlib.suppress(OSError):
         write_json(mine, {"kind": kind, "message": message, "steps": steps})
         os.link(mine, folder / FAILURE)
@@ -83,14 +83,14 @@ def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] 
 
 
 def clear(folder: Path) -> None:
-    """Forget the failure of an attempt before."""
+    """Delete the failure of a previous attempt."""
     (folder / FAILURE).unlink(missing_ok=True)
     for path in folder.glob(HANG.format(rank="*")):
         path.unlink()
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
-    """Return what the ranks left, or None."""
+    """Return the failure written by the ranks, or None."""
     if (folder / FAILURE).is_file():
         failure: dict[str, Any] = read_json(folder / FAILURE)
         return failure
@@ -101,11 +101,11 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
 
 
 def plan_next_attempt(folder: Path, rows: int, code: int) -> StageError:
-    """Build the error of a failed attempt, and note what the next one has to do.
+    """Build the error of a failed attempt, and record the changes for the next one.
 
     Args:
-        folder: Of the training.
-        rows: Those that one forward pass is to have, before any halving.
+        folder: Folder of the training run.
+        rows: Rows per forward pass before any halving.
         code: Exit code of the launcher, for a failure without a reason.
     """
     failure = read_failure(folder)

@@ -1,7 +1,7 @@
-"""Products with frozen weights in float8, at twice the rate of bf16 on an H100.
+"""Matrix products with frozen weights in float8, at twice the rate of bf16 on an H100.
 
-Every row of every factor has its own scale, which makes its largest value float8's largest. So a token's
-result does not depend on the tokens beside it, and packed examples stay apart.
+Every row of every factor has a separate scale, which maps its largest value to float8's largest. A
+token's result therefore does not depend on neighboring tokens, and packed examples stay isolated.
 """
 
 from functools import partial
@@ -16,18 +16,18 @@ from tasks.sft.fused import fused_layers, project
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-# The kernels take factors whose sides are multiples of this.
+# The kernels require dimensions that are multiples of this.
 SIDE = 16
 
 
 class Float8Weight:
-    """A frozen weight in float8, once for each direction: in all the bytes that it had in bf16."""
+    """A frozen weight in float8, stored once per direction: in total as many bytes as in bf16."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """Quantise a weight.
+        """Quantize a weight.
 
         Args:
-            weight: Shape (outputs, inputs), both multiples of 16.
+            weight: Frozen weight, shape (outputs, inputs), both multiples of 16.
         """
         self.rows = quantize(weight)
         self.columns = quantize(weight.t())
@@ -42,7 +42,7 @@ class Float8Weight:
 
 
 def multiply(x: torch.Tensor, other: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Multiply x of shape (n, k) by the transpose of a quantised factor of shape (m, k)."""
+    """Multiply x of shape (n, k) by the transpose of a quantized factor of shape (m, k)."""
     rows, own = quantize(x)
     return scaled_mm(
         rows,
@@ -52,14 +52,14 @@ def multiply(x: torch.Tensor, other: torch.Tensor, scales: torch.Tensor) -> torc
         scales.t(),
         ScalingType.RowWise,
         output_dtype=torch.bfloat16,
-        # Adds up in fewer bits, which is far less than the rounding of the factors.
+        # Accumulates in fewer bits; the error is far below the rounding of the factors.
         use_fast_accum=x.is_cuda,
     )
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of x in float8, shape (n, k), and the scale of each, shape (n, 1) in float32."""
-    # Operator by operator, a GPU would spend on this what the product saves.
+    """Return the rows of x in float8, shape (n, k), and their scales, shape (n, 1) in float32."""
+    # Uncompiled, this would cost a GPU as much time as the product saves.
     return _quantize_compiled(x) if x.is_cuda else _quantize(x)
 
 
@@ -72,10 +72,10 @@ _quantize_compiled = torch.compile(_quantize, dynamic=True)
 
 
 def quantize_base(model: torch.nn.Module) -> int:
-    """Put the frozen weights of the adapter's fused layers into float8; return how many.
+    """Quantize the frozen weights of the fused adapter layers to float8; return their number.
 
     Raises:
-        StageError: None of them has sides that the kernels take.
+        StageError: No layer has dimensions that the kernels accept.
     """
     changed = 0
     for layer in fused_layers(model):
@@ -83,7 +83,7 @@ def quantize_base(model: torch.nn.Module) -> int:
         if any(side % SIDE for side in base.weight.shape):
             continue
         base.float8 = Float8Weight(base.weight.detach().to(torch.bfloat16))
-        # For when the adapter is off; no gradient passes here.
+        # Used while the adapter is disabled; no gradient flows through it.
         base.forward = partial(forward_base, base)
         base.weight.data = base.weight.data.new_empty(0)
         changed += 1
@@ -101,8 +101,8 @@ def forward_base(base: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class QuantizedBase(TrainerCallback):
-    """Put the base into float8 once it is loaded and on its device: later, DeepSpeed would cast it back."""
+    """Quantize the base once it is on its device; DeepSpeed would cast back an earlier result."""
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, model: Any, **_: Any) -> None:
-        """Do so."""
+        """Quantize the base."""
         quantize_base(model)

@@ -1,6 +1,6 @@
-"""The loss and the adapter's layers, each as one function: as transformers and PEFT, in less memory.
+"""Fused loss and adapter layers: computed as in transformers and PEFT, in less memory.
 
-Both stand in the place of a module's `forward`, so hooks of DeepSpeed and FSDP2 on the module still run.
+Both replace a module's `forward`, so the hooks of DeepSpeed and FSDP2 on the module still run.
 """
 
 from collections.abc import Iterator
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 
 class SummedLoss(torch.autograd.Function):
-    """Sum of the negative log-likelihoods from hidden states and a frozen head, some positions at a time.
+    """Sum of negative log-likelihoods from hidden states and a frozen head, computed in chunks.
 
-    The gradient of the hidden states is made on the way, so the logits of a chunk are the only ones that ever
-    exist. The head gets no gradient.
+    The gradient of the hidden states is computed in the forward pass, so only the logits of one chunk
+    exist at a time. The head gets no gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, smoothing: float
     ) -> torch.Tensor:
-        """Compute the sum, in nats, shape (1, 1, 1) as one position of logits would have.
+        """Compute the sum, in nats, shape (1, 1, 1), like the logits of a single position.
 
         Args:
-            ctx: Holds the gradient for `backward`.
-            hidden: Shape (n, width), in the type of
-            head: shape (n_words, width).
-            labels: Shape (n,), none of them ignored.
-            smoothing: Probability mass given to all other tokens, 0 to 1.
+            ctx: Autograd context with the gradient for `backward`.
+            hidden: Hidden states, shape (n, width), in the dtype of `head`.
+            head: Head weights, shape (vocab_size, width).
+            labels: Token ids, shape (n,), none of them ignored.
+            smoothing: Probability mass spread over the vocabulary, 0 to 1.
         """
         words = len(head)
         at_once = max(1, LOGITS[hidden.device.type] // (4 * words))
@@ -60,16 +60,16 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of the hidden states, and none for the rest."""
+        """Return the gradient of the hidden states, and None for the rest."""
         (gradient,) = ctx.saved_tensors
         return gradient * slope.reshape(()).to(gradient.dtype), None, None, None
 
 
 class LossHead:
-    """In the place of a frozen head's `forward`: logits, or, while it is told labels, their summed loss."""
+    """Replacement for a frozen head's `forward`: logits, or the summed loss if labels are set."""
 
     def __init__(self, head: torch.nn.Linear) -> None:
-        """Take the place of `head.forward`."""
+        """Replace `head.forward`."""
         self.head, self.project = head, head.forward
         self.labels: torch.Tensor | None = None
         self.smoothing = 0.0
@@ -77,11 +77,11 @@ class LossHead:
 
     @contextmanager
     def told(self, labels: torch.Tensor, smoothing: float) -> Iterator[None]:
-        """Return losses instead of logits within the block: shape (1, 1, 1), the sum over the labels.
+        """Return the summed loss over the labels instead of logits within the block, shape (1, 1, 1).
 
         Args:
-            labels: Of the positions that the head will see, shape (n,).
-            smoothing: Probability mass given to all other tokens, 0 to 1.
+            labels: Labels of the positions passed to the head, shape (n,).
+            smoothing: Probability mass spread over the vocabulary, 0 to 1.
         """
         self.labels, self.smoothing = labels, smoothing
         try:
@@ -102,7 +102,7 @@ class LossHead:
 
 
 class LoraLinear(torch.autograd.Function):
-    """x W' + b + s (x A') B' for a frozen W: fewer passes over the result, and x is kept once."""
+    """x W' + b + s (x A') B' for a frozen W: fewer passes over the result, and x is saved once."""
 
     @staticmethod
     def forward(  # noqa: PLR0913
@@ -117,26 +117,26 @@ class LoraLinear(torch.autograd.Function):
         """Compute the layer.
 
         Args:
-            ctx: Holds what `backward` needs.
-            x: Shape (..., inputs).
-            weight: Shape (outputs, inputs), or that in float8.
-            bias: Shape (outputs,), or None.
-            a: Shape (rank, inputs).
-            b: Shape (outputs, rank).
-            scale: Factor of the adapter's share.
+            ctx: Autograd context for `backward`.
+            x: Input, shape (..., inputs).
+            weight: Frozen weight, shape (outputs, inputs), or its float8 version.
+            bias: Bias, shape (outputs,), or None.
+            a: LoRA A, shape (rank, inputs).
+            b: LoRA B, shape (outputs, rank).
+            scale: Scale of the adapter output.
         """
         flat = x.reshape(-1, x.shape[-1])
         low = flat @ a.t()
         out = project(flat, weight, bias)
         out.addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(flat, low, a, b)
-        # Frozen, and alive as long as its layer.
+        # Frozen, and kept alive by its layer.
         ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of x, A and B; the frozen weight's is never computed."""
+        """Return the gradients of x, A and B; that of the frozen weight is never computed."""
         flat, low, a, b = ctx.saved_tensors
         slope = slope.reshape(-1, slope.shape[-1])
         inner = (slope @ b).mul_(ctx.scale)
@@ -159,28 +159,28 @@ def project(
 
 
 def fuse_adapter(model: torch.nn.Module) -> None:
-    """Let the adapter's plain linear layers compute in one function; others keep PEFT's way."""
+    """Fuse the adapter's plain linear layers; other layers keep PEFT's forward."""
     for layer in model.modules():
         if is_plain(layer):
             layer.forward = partial(forward_plain, layer)
 
 
 def count_lora(model: torch.nn.Module) -> dict[str, int]:
-    """Count the adapter's layers by how they compute."""
+    """Count the fused adapter layers and those computed by PEFT."""
     layers = sum(isinstance(module, LoraLayer) for module in model.modules())
     fused = len(list(fused_layers(model)))
     return {"fused": fused, "peft": layers - fused}
 
 
 def fused_layers(model: torch.nn.Module) -> Iterator[Any]:
-    """Yield the adapter's layers that compute in one function."""
+    """Yield the fused adapter layers."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(vars(module).get("forward"), partial):
             yield module
 
 
 def is_plain(layer: Any) -> bool:
-    """Tell whether a layer of PEFT's is a frozen linear one with a single adapter and nothing else."""
+    """Return whether a PEFT layer is a frozen linear layer with a single adapter and nothing else."""
     return (
         type(layer) is Linear
         and type(layer.base_layer) is torch.nn.Linear
@@ -193,7 +193,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def forward_plain(layer: Any, x: torch.Tensor, *more: Any, **rest: Any) -> torch.Tensor:
-    """Compute a layer that `is_plain`, as PEFT does."""
+    """Compute a layer that `is_plain` in one function, equivalent to PEFT's forward."""
     if layer.disable_adapters or layer.merged or more or rest:
         found: torch.Tensor = Linear.forward(layer, x, *more, **rest)
         return found
@@ -209,6 +209,6 @@ def forward_plain(layer: Any, x: torch.Tensor, *more: Any, **rest: Any) -> torch
 
 
 def compute_type(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Return the type in which a linear layer computes: autocast's, or that of its weights."""
+    """Return the compute dtype of a linear layer: autocast's, or that of its weights."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -1,4 +1,4 @@
-"""What ends a training before its plan: a loss that cannot be, a step that hangs, SIGTERM, no improvement."""
+"""Callbacks that stop training early: non-finite loss, hung step, SIGTERM, early stopping."""
 
 import faulthandler
 import logging
@@ -17,50 +17,51 @@ from tasks.sft.history import is_exhausted, is_spike
 from tasks.sft.job import Job
 from tasks.sft.plan import name_rows
 
-# The scaler of fp16 halves its factor at each overflow: after so many in a row, from 2**16, it is below
-# 2**-3, and the gradients themselves are beyond fp16.
+# The fp16 gradient scaler halves its scale at each overflow. After this many in a row, from 2**16, the
+# scale is below 2**-3, and the gradients themselves exceed fp16.
 OVERFLOWS = 20
 log = logging.getLogger(__name__)
 
 
 class Guard(TrainerCallback):
-    """Watch every step, and end the training with the reason."""
+    """Watch every step, and stop training with the reason."""
 
     def __init__(self, job: Job) -> None:
-        """Answer SIGTERM from now on by saving after the step in progress."""
+        """Handle SIGTERM from now on by saving after the current step."""
         self.plan, self.params = job.plan, job.params
         self.is_asked_to_end = False
         self.checked = 0
-        # Steps that the scaler of fp16 left out, all and the last in a row; the plan's rates wait for them.
+        # Steps skipped by the fp16 scaler, in total and in a row; a skipped step does not advance the
+        # schedule.
         self.skipped = self.skipped_in_a_row = 0
         self.rate = 0
-        # Written by the C library's own thread, which a hung interpreter cannot stop.
+        # Written by a C thread, which keeps running when the interpreter hangs.
         self.hang = (job.folder / HANG.format(rank=os.environ.get("RANK", "0"))).open("w")
         signal.signal(signal.SIGTERM, self.on_sigterm)
 
     def on_sigterm(self, _signum: int, _frame: FrameType | None) -> None:
-        """Note that the training has to end."""
+        """Record the request to stop."""
         self.is_asked_to_end = True
 
     def watch(self) -> None:
-        """Give the next step its time; a step that takes longer ends this process with a traceback."""
+        """Restart the step timeout; a step that exceeds it ends this process with a traceback."""
         faulthandler.dump_traceback_later(self.params.step_timeout_seconds, exit=True, file=self.hang)
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, lr_scheduler: Any, **_: Any) -> None:
-        """Start watching."""
+        """Start the step timeout."""
         self.checked = state.global_step
         self.skipped = state.global_step - lr_scheduler.state_dict()["last_epoch"]
         self.watch()
 
     def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Note which of the plan's rates the step has to take."""
+        """Record which planned learning rate the step must use."""
         self.rate = state.global_step - self.skipped
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
-        """Count a step that the scaler left out; save and stop if any rank was asked to.
+        """Count a step skipped by the scaler; save and stop if any rank received SIGTERM.
 
         Raises:
-            StageError: The scaler leaves out one step after the other.
+            StageError: The scaler skipped too many steps in a row.
         """
         self.watch()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if optimizer.step_was_skipped else 0
@@ -81,7 +82,7 @@ class Guard(TrainerCallback):
             control.should_training_stop = True
 
     def on_evaluate(self, _args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        """Stop when the loss does not improve any more; the step is saved like every other.
+        """Stop if the loss no longer improves; the step is saved like any other.
 
         Raises:
             StageError: The loss is not finite.
@@ -98,19 +99,19 @@ class Guard(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """Give the next step its time, after what saving took."""
+        """Restart the step timeout, so that saving does not count."""
         self.watch()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Stop watching."""
+        """Cancel the step timeout."""
         faulthandler.cancel_dump_traceback_later()
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
         """Check loss and learning rate.
 
         Raises:
-            TrainingError: The loss is not finite, or a spike.
-            StageError: The learning rate is not the planned one.
+            TrainingError: The loss is not finite, or is a spike.
+            StageError: The learning rate differs from the plan.
         """
         if "loss" not in logs:
             return
@@ -128,7 +129,7 @@ class Guard(TrainerCallback):
 
 
 def is_any(flag: bool, device: torch.device) -> bool:  # noqa: FBT001 - a fact, not a mode
-    """Tell whether a flag is set on any rank; all ranks get the same answer."""
+    """Return whether a flag is set on any rank; all ranks get the same result."""
     if not torch.distributed.is_initialized():
         return flag
     value = torch.tensor(int(flag), device=device)

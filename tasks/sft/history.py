@@ -1,7 +1,7 @@
-"""What the losses so far decide: stop, reduce the rate, which checkpoint is best.
+"""Decisions based on past losses: early stopping, learning rate reduction, spikes, best checkpoint.
 
-All of it is computed from the history that every checkpoint carries, so a resumed training decides as an
-undisturbed one: there is no counter that could be lost.
+Everything is computed from the log history in every checkpoint, so a resumed run decides like an
+uninterrupted one: there is no counter to lose.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-# Losses among which a spike is told, and the least number of them that allow it.
+# Number of recent losses that a spike is compared with, and the minimum number required.
 SPIKE_WINDOW, SPIKE_LEAST = 20, 5
 History = Sequence[dict[str, Any]]
 
@@ -25,18 +25,18 @@ def evaluations(history: History) -> list[tuple[int, float]]:
 
 
 def best_step(history: History) -> int | None:
-    """Return the step of the lowest evaluation loss, the first of equals; None without an evaluation."""
+    """Return the first step with the lowest evaluation loss, or None without an evaluation."""
     losses = evaluations(history)
     return min(losses, key=lambda entry: entry[1])[0] if losses else None
 
 
 def is_exhausted(history: History, patience: int | None, min_delta: float) -> bool:
-    """Tell whether the loss has not improved for `patience` evaluations.
+    """Return whether the loss has not improved for `patience` evaluations.
 
     Args:
-        history: What was logged.
-        patience: Evaluations; None never stops.
-        min_delta: Fall of the loss, nats per token, below which it has not improved.
+        history: Log history of the trainer.
+        patience: Number of evaluations; None never stops.
+        min_delta: Minimum decrease of the loss that counts as improvement, in nats per token.
 
     Example:
         >>> history = [{"step": i, "eval_loss": loss} for i, loss in enumerate([3.0, 2.0, 1.99, 1.98])]
@@ -55,7 +55,7 @@ def is_exhausted(history: History, patience: int | None, min_delta: float) -> bo
 
 
 def plateau_scale(history: History, factor: float, patience: int, threshold: float) -> float:
-    """Return the factor of the learning rate after all reductions (torch's ReduceLROnPlateau, mode rel).
+    """Return the learning rate factor after all reductions (torch's ReduceLROnPlateau, mode rel).
 
     Example:
         >>> history = [{"step": i, "eval_loss": loss} for i, loss in enumerate([2.0, 2.0, 2.0, 1.0])]
@@ -74,7 +74,7 @@ def plateau_scale(history: History, factor: float, patience: int, threshold: flo
 
 
 def is_spike(loss: float, history: History, ratio: float | None) -> bool:
-    """Tell whether a loss is above `ratio` times the median of the last ones.
+    """Return whether a loss exceeds `ratio` times the median of the last losses.
 
     Example:
         >>> calm = [{"step": i, "loss": 2.0} for i in range(9)]

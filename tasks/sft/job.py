@@ -1,4 +1,4 @@
-"""What every rank has to know: the stage writes it to a file, and `tasks.sft.worker` reads it."""
+"""The job of the ranks: the stage writes it to a file, and `tasks.sft.worker` reads it."""
 
 from pathlib import Path
 
@@ -11,23 +11,23 @@ from tasks.sft.plan import Plan
 
 
 class Job(BaseModel):
-    """One training.
+    """One training run.
 
     Attributes:
-        requested: The section sft.
-        params: The same, with what was chosen in the place of `auto`.
-        backend: What was chosen.
-        plan: The compiled plan, without the rows that earlier attempts left out.
-        visible: CUDA_VISIBLE_DEVICES as the stage found it, or `all`.
-        micro_batch_size: Packed rows in one forward pass of one rank, after the attempts so far.
-        accumulation_steps: Forward passes before an optimiser step.
-        folder: Where checkpoints and results go.
+        requested: `sft` section of params.yaml.
+        params: The same section with `auto` resolved.
+        backend: Resolved settings of this machine.
+        plan: Compiled plan, without the rows skipped by earlier attempts.
+        visible: CUDA_VISIBLE_DEVICES of the stage, or `all`.
+        micro_batch_size: Packed rows per forward pass of one rank, after earlier attempts.
+        accumulation_steps: Forward passes per optimizer step.
+        folder: Folder for checkpoints and results.
         base: Folder of the base model.
-        rows: The packed rows.
-        eval_rows: The encoded validation set, or None without evaluations.
-        data_digest: DVC's digest of the packed rows.
-        tracking_uri: Address of MLflow.
-        spool: File of what the run is told, or None on a machine that does not tell it.
+        rows: File of the packed rows.
+        eval_rows: File of the encoded validation set, or None without evaluations.
+        data_digest: DVC digest of the packed rows.
+        tracking_uri: MLflow tracking URI.
+        spool: Spool file of the MLflow run, or None on a machine that does not track.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""Start the ranks of a training, on this machine or on several, and end them with their stage."""
+"""Launch the ranks of a training run, on one machine or several, and stop them with their stage."""
 
 import base64
 import json
@@ -19,22 +19,22 @@ from tasks.sft.job import Job
 from tasks.sft.machine import VISIBLE
 from tasks.sft.terminal import shown_lines
 
-# A rank that is asked to end finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
+# On SIGTERM a rank finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
 GRACE_SECONDS = 40.0
-# Where a user says how torch manages a GPU's memory, and what is taken if none does.
+# Environment variables of torch's GPU allocator, and the value used if neither is set.
 ALLOCATOR, OLDER_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 GROWING = "expandable_segments:True"
 
 
 def launch(job: Job, file: Path) -> int:
-    """Start the ranks under their launcher and the supervisor, wait, and return the launcher's exit code.
+    """Start the launcher under the supervisor, wait, and return its exit code.
 
     Args:
-        job: What the ranks have to know.
-        file: Where the job is written for them.
+        job: Job of the ranks.
+        file: Path of the job file to write.
 
     Raises:
-        ConfigError: The environment does not say where the ranks of several machines meet.
+        ConfigError: The environment does not define the rendezvous of a multi-node run.
     """
     (file.parent / "output").mkdir(parents=True, exist_ok=True)
     job.write(file)
@@ -50,7 +50,7 @@ def launch(job: Job, file: Path) -> int:
                 grace_seconds=GRACE_SECONDS,
             )
     finally:
-        # DeepSpeed's ranks on a processor share memory, and leave it behind: 132 MiB a training.
+        # DeepSpeed's CPU ranks leave shared memory behind: 132 MiB per training run.
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             buffer.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -58,21 +58,21 @@ def launch(job: Job, file: Path) -> int:
 
 
 def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
-    """End the ranks, which save first, and this stage as one that can go on.
+    """Stop the ranks, which save first, and end this stage with an error that allows a resume.
 
     Raises:
         TrainingError: Always.
     """
-    # A second one, from another supervisor, must not disturb the end.
+    # A second SIGTERM, from another supervisor, must not interrupt the shutdown.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise TrainingError("preempted", "sft: asked to end; run again: training goes on from where it was saved")
 
 
 def node_rank(params: SftParams) -> int:
-    """Return which of the machines in the hostfile this is, from 0: NODE_RANK, as torchrun has it.
+    """Return the index of this machine in the hostfile, from 0: NODE_RANK, as in torchrun.
 
     Raises:
-        ConfigError: It is no such number.
+        ConfigError: NODE_RANK is not an index, or is set without a hostfile.
     """
     value = os.environ.get("NODE_RANK", "0")
     if not value.isdecimal():
@@ -85,12 +85,12 @@ def node_rank(params: SftParams) -> int:
 
 
 def rendezvous(params: SftParams) -> tuple[str, int]:
-    """Return the address and the port at which the ranks meet.
+    """Return the rendezvous address and port of the ranks.
 
-    The address is "" where DeepSpeed asks the first machine of the hostfile for it, by ssh.
+    The address is "" where DeepSpeed requests it by ssh from the first machine of the hostfile.
 
     Raises:
-        ConfigError: Each machine starts its own ranks, and the environment does not say where they meet.
+        ConfigError: Each machine starts its own ranks, and MASTER_ADDR or MASTER_PORT is missing.
     """
     if params.hostfile is None:
         return "127.0.0.1", free_port()
@@ -104,19 +104,19 @@ def rendezvous(params: SftParams) -> tuple[str, int]:
 
 
 def launcher(job: Job, address: str, port: int) -> list[str]:
-    """Build the command that starts the ranks: DeepSpeed's launcher, or one process by itself.
+    """Build the command that starts the ranks: DeepSpeed's launcher, or a single process.
 
     Args:
-        job: Its parameters and backend.
-        address: Where the ranks meet, or "", and
-        port: the port there; see `rendezvous`.
+        job: Job with parameters and backend.
+        address: Rendezvous address, or ""; see `rendezvous`.
+        port: Rendezvous port.
     """
     params, backend = job.params, job.backend
     if backend.strategy == "single":
         return [sys.executable, "-m", "tasks.sft.worker"]
     if params.hostfile is None:
-        # What `deepspeed` itself starts on one machine. Told of a number of GPUs it would take the first
-        # ones, whoever uses them; and it knows none by its UUID.
+        # The command that `deepspeed` runs on one machine. Given a number of GPUs, `deepspeed` would
+        # take the first ones, even if they are in use, and it does not accept UUIDs.
         ids: Sequence[str | int] = backend.devices or range(backend.num_processes)
         world = base64.urlsafe_b64encode(json.dumps({"localhost": list(ids)}).encode()).decode()
         command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
@@ -130,32 +130,33 @@ def launcher(job: Job, address: str, port: int) -> list[str]:
 
 
 def rank_environment(device: str, devices: Sequence[str]) -> dict[str, str]:
-    """Build what the ranks need to know of the host.
+    """Build the environment variables of the ranks.
 
     Args:
         device: cuda or cpu.
-        devices: GPUs that the ranks may see.
+        devices: GPUs visible to the ranks.
     """
     code = str(Path(__file__).absolute().parents[2])
     env = {
         **tools_environment(),
-        # The ranks run the code of this stage, wherever it was started, and find what it found.
+        # The ranks run this stage's code from any working directory, and keep the PYTHONPATH of the
+        # stage.
         "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")])),
         **OFFLINE,
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device == "cuda":
-        # Rows differ in length; blocks that can grow leave no holes between them.
+        # Rows differ in length; expandable segments avoid fragmentation.
         memory = os.environ.get(ALLOCATOR) or os.environ.get(OLDER_NAME) or GROWING
         env |= {VISIBLE: ",".join(devices), ALLOCATOR: memory}
     if device == "cpu":
-        # One thread for each rank makes the arithmetic, and so the adapter, reproducible.
+        # One thread per rank makes the arithmetic, and so the adapter, reproducible.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return env
 
 
 def free_port() -> int:
-    """Find a free port on the loopback interface."""
+    """Return a free port on the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

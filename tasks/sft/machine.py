@@ -1,7 +1,7 @@
-"""What this machine has for a training, and which arithmetic and attention kernel run on it.
+"""Probe this machine: its GPUs, and which precision and attention kernel run on it.
 
-To know that, kernels have to run, which takes a share of a GPU's memory for as long as the process lives. So
-`inspect` asks in a process of its own (`python -m tasks.sft.machine`), which is gone before the ranks start.
+Probing runs kernels, which occupies GPU memory as long as the process lives. `inspect` therefore probes
+in a separate process (`python -m tasks.sft.machine`), which ends before the ranks start.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tasks.sft.conflicts import EIGHT_BIT
 if TYPE_CHECKING:
     from tasks.sft.probe import Probe
 
-# What `auto` tries on each device, the fastest first; a kernel has to run and to keep packed examples apart.
+# Kernels that `auto` tries, fastest first; a kernel must run and keep packed examples isolated.
 ATTENTION = {
     "cuda": (
         *("flash_attention_4", "flash_attention_3", "torch_varlen", "flash_attention_2"),
@@ -41,16 +41,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the ranks find.
+    """Properties of this machine.
 
     Attributes:
         device: cuda or cpu.
-        devices: Its visible GPUs, as CUDA_VISIBLE_DEVICES names them; none on the processor.
-        memory: Free bytes of the GPU with the least, or None on the processor.
-        precision: bf16, fp16, tf32 or fp32: what was asked for, or chosen.
-        attention: Attention kernel, asked for or chosen.
+        devices: Visible GPUs, as named in CUDA_VISIBLE_DEVICES; empty on a CPU.
+        memory: Free bytes of the GPU with the least free memory, or None on a CPU.
+        precision: bf16, fp16, tf32 or fp32: requested or chosen.
+        attention: Attention implementation, requested or chosen.
         head: Name of the module whose output the model returns as logits, or None if it changes them.
-        has_liger: Liger's kernels are installed, and know the model.
+        has_liger: Whether Liger is installed and supports the model.
     """
 
     device: str
@@ -63,16 +63,16 @@ class Machine:
 
 
 def inspect(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
-    """Ask a process of its own what this machine has.
+    """Probe this machine in a separate process.
 
     Args:
-        params: The section sft.
+        params: `sft` section of params.yaml.
         config: The model's config.json.
-        longest: Tokens of the longest example.
+        longest: Length of the longest example in tokens.
 
     Raises:
-        ConfigError: This machine cannot do what was asked for.
-        StageError: The process ended without an answer.
+        ConfigError: This machine does not support a requested value.
+        StageError: The process ended without a result.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "machine.json"
@@ -87,7 +87,7 @@ def inspect(params: SftParams, config: Mapping[str, Any], longest: int) -> Machi
 
 
 def main(file: Path) -> None:
-    """Answer a question of `inspect` in its file."""
+    """Read the request of `inspect` from a file, and write the result to the same file."""
     supervise.die_with_parent()
     asked = read_json(file)
     try:
@@ -98,15 +98,15 @@ def main(file: Path) -> None:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+    """Add the command-line arguments."""
     parser.add_argument("file", type=Path, help="the question, and where the answer goes")
 
 
 def look(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
-    """Find what this machine has; the process keeps the GPU's memory that this takes. See `inspect`.
+    """Probe this machine; the process keeps the GPU memory that this takes. See `inspect`.
 
     Raises:
-        ConfigError: This machine cannot do what was asked for.
+        ConfigError: This machine does not support a requested value.
     """
     import torch
 
@@ -116,7 +116,7 @@ def look(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
     device = "cuda" if devices else "cpu"
     if missing := find_missing(params, device):
         raise ConfigError("\n  ".join(["params.yaml: this machine cannot do what sft asks for", *missing]))
-    # Before any kernel runs here, and takes memory itself.
+    # Before any kernel runs and takes memory itself.
     memory = min((torch.cuda.mem_get_info(i)[0] for i in range(len(devices))), default=None)
     precision = choose_precision(params.precision, device)
     if params.fp8_base:
@@ -128,23 +128,23 @@ def look(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
 
 
 def visible_devices() -> tuple[str, ...]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: number, UUID or MIG."""
+    """Return the visible GPUs, as named in CUDA_VISIBLE_DEVICES: index, UUID or MIG."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # CUDA leaves out what stands behind a name that it does not know.
+    # CUDA ignores all entries after an unknown one.
     names = os.environ.get(VISIBLE, "").replace(" ", "").split(",")
     return tuple(names[:count]) if VISIBLE in os.environ else tuple(str(i) for i in range(count))
 
 
 def find_missing(params: SftParams, device: str) -> list[str]:
-    """List what was asked for and needs a package or a GPU that is not there, each with the remedy.
+    """List requested values that need a missing package or GPU, each with the fix.
 
     Args:
-        params: The section sft.
+        params: `sft` section of params.yaml.
         device: cuda or cpu.
     """
-    # What -> (asked for, package, whether it needs a GPU).
+    # Option -> (requested, package, whether it needs a GPU).
     needs = {
         "adapter=qlora": (params.adapter == "qlora", "bitsandbytes", False),
         f"optim={params.optim}": (params.optim in BITSANDBYTES, "bitsandbytes", True),
@@ -161,7 +161,7 @@ def find_missing(params: SftParams, device: str) -> list[str]:
 
 
 def knows_liger(model_type: str) -> bool:
-    """Tell whether Liger is installed and has kernels for a kind of model."""
+    """Return whether Liger is installed and supports a model type."""
     if importlib.util.find_spec("liger_kernel") is None:
         return False
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -170,10 +170,10 @@ def knows_liger(model_type: str) -> bool:
 
 
 def choose_precision(requested: str, device: str) -> str:
-    """Choose the arithmetic, or check that this machine has it.
+    """Choose the precision, or check that this machine supports it.
 
     Raises:
-        ConfigError: It has not.
+        ConfigError: The requested precision is not supported.
     """
     import torch
 
@@ -194,10 +194,10 @@ def choose_precision(requested: str, device: str) -> str:
 
 
 def require_float8(precision: str, device: str) -> None:
-    """Check that this machine multiplies in float8.
+    """Check that float8 matrix products run on this machine.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: They do not run, or the precision is not bf16.
     """
     import torch
 
@@ -210,7 +210,7 @@ def require_float8(precision: str, device: str) -> None:
         one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
         try:
             Float8Weight(one).project(one)
-        # A device that is too old, or a compiler that is missing.
+        # The device is too old, or a compiler is missing.
         except Exception as err:  # noqa: BLE001
             fault = f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
     if fault:
@@ -220,15 +220,15 @@ def require_float8(precision: str, device: str) -> None:
 
 
 def processor_has_bf16() -> bool:
-    """Tell from its flags whether the processor computes in bf16."""
+    """Return whether the CPU flags include bf16."""
     return "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 def choose_attention(requested: str, device: str, probe: "Probe") -> str:
-    """Choose the first attention kernel that runs, or check the one that was asked for.
+    """Choose the first attention kernel that runs, or check the requested one.
 
     Raises:
-        ConfigError: It does not run here, or it lets packed examples see each other.
+        ConfigError: It does not run here, or does not isolate packed examples.
     """
     if requested != "auto":
         if fault := probe.try_kernel(requested):

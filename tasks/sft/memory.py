@@ -1,9 +1,9 @@
-"""How much memory a training takes on each device: known from config.json alone, before any weight loads.
+"""Estimate the memory of a training run per device from config.json, before any weights load.
 
-Every term is counted from what the code keeps: PEFT's and DeepSpeed's buffers as they allocate them, and
-activations as autograd saves them, read with `torch.autograd.graph.saved_tensors_hooks` on such a model.
-Four moments compete for the peak, since activations fall while gradients rise: the loss, the first layer to
-be computed again, the end of the backward pass, and the step of the optimiser.
+Every term is counted from what the code keeps: the buffers that PEFT and DeepSpeed allocate, and the
+activations that autograd saves, read with `torch.autograd.graph.saved_tensors_hooks` on a Llama-like
+model. Four moments compete for the peak, since activations shrink while gradients grow: the loss, the
+first recomputed layer, the end of the backward pass, and the optimizer step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from tasks.sft.shape import Shape, count_adapter, count_linear, count_parameters
 from tasks.sft.strategy import BUCKET, GIB, HALF, LOGITS, ZERO, choose_loss, keeps_half, uses_autocast
 
 STRATEGIES = ("single", "ddp", *ZERO, "fsdp2")
-# Bytes of the optimiser's state for each trained parameter. 8-bit states have a scale of four bytes for every
-# block of 256 (Dettmers et al., arXiv 2110.02861). Adafactor's is counted by rows and columns instead.
+# Bytes of optimizer state per trained parameter. 8-bit states have a 4-byte scale per block of 256
+# (Dettmers et al., arXiv 2110.02861). Adafactor's state is counted by rows and columns instead.
 STATE_BYTES = {
     "adamw_torch": 8.0,
     "adamw_torch_fused": 8.0,
@@ -26,36 +26,36 @@ STATE_BYTES = {
     "paged_adamw_8bit": 2 * (1 + 4 / 256),
     "lion_8bit": 1 + 4 / 256,
 }
-# Bytes of a weight in NF4 with doubly quantised scales: 4 + 0.127 bits (Dettmers et al., arXiv 2305.14314).
+# Bytes per NF4 weight with double quantization: 4 + 0.127 bits (Dettmers et al., arXiv 2305.14314).
 NF4_BYTES = 4.127 / 8
-# DeepSpeed 0.19: gathered parameters that ZeRO-3 does not let go.
+# DeepSpeed 0.19: gathered parameters that ZeRO-3 does not release.
 MAX_LIVE = 1_000_000_000
-# Python, torch, transformers, TRL, DeepSpeed and MLflow once imported, and what they keep for themselves:
-# measured by benchmarks/memory.py as peak minus counted bytes, torch 2.13 on x86-64.
+# Python, torch, transformers, TRL, DeepSpeed and MLflow after import, with their own buffers: measured
+# by benchmarks/memory.py as peak minus counted bytes, torch 2.13 on x86-64.
 CPU_OVERHEAD = 870 * 2**20
-# glibc's aligned blocks do not fit into the holes that such blocks leave, and lengths differ from row to row:
-# after some steps this share of what a forward pass allocates lies idle. With activation checkpointing equal
-# blocks follow each other, and fit more often. Measured there, glibc 2.36.
+# Fragmentation: glibc's aligned blocks do not fit into freed holes, and lengths vary between rows, so
+# after some steps this fraction of a forward pass is idle. Activation checkpointing repeats equal
+# blocks, which fit more often. Measured by the same benchmark, glibc 2.36.
 IDLE, IDLE_CHECKPOINTED = 0.9, 0.55
-# DeepSpeed's buffers in shared memory on the processor: every rank maps one of each rank.
+# DeepSpeed's shared memory buffer on a CPU: every rank maps the buffers of all ranks.
 SHARED_BUFFER = 69_206_024
-# CUDA's context and cuBLAS's workspaces. Assumed, not measured: half a gibibyte is usual on recent devices.
+# CUDA context and cuBLAS workspaces. Assumed, not measured: 0.5 GiB is usual on recent devices.
 CUDA_OVERHEAD = GIB // 2
-# Kernels that neither write a mask out nor repeat the heads of keys and values.
+# Kernels that neither materialize a mask nor repeat the key and value heads.
 FLASH = (
     *("flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen"),
     *("flex_attention", "xformers"),
 )
-# The head of models of Llama's kind, which returns the logits as they are.
+# The head of Llama-like models, which returns the logits unchanged.
 HEAD = "lm_head"
-# Strategies that give each rank a share only.
+# Strategies that shard the optimizer state, and the weights.
 DIVIDES_STATE = ("zero1", "zero2", "zero3", "fsdp2")
 DIVIDES_WEIGHTS = ("zero3", "fsdp2")
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The largest micro-batch, flattened: its tokens, and those of them that have labels."""
+    """The largest micro-batch, flattened: its tokens and its labelled tokens."""
 
     tokens: int
     labelled: int
@@ -63,16 +63,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device at the peak.
+    """Peak bytes on one device.
 
     Attributes:
-        overhead: What a process takes before it holds a model, and what its allocator lets lie idle.
-        weights: Frozen and trained weights, and those that ZeRO-3 or FSDP2 gathers.
-        gradients: Gradients and the buckets in which they travel.
-        optimizer: State of the optimiser, full-precision copies of the weights, and temporaries of its step.
-        activations: What the backward pass needs of the forward pass.
+        overhead: Process memory before a model is loaded, and idle memory of the allocator.
+        weights: Frozen and trained weights, and those gathered by ZeRO-3 or FSDP2.
+        gradients: Gradients, their communication buckets, and temporaries of the optimizer step.
+        optimizer: Optimizer state, and full-precision copies of the weights.
+        activations: Activations saved for the backward pass.
         logits: Logits at the labelled positions, and their gradients.
-        moment: When the peak is: loss, recomputation, backward or step.
+        moment: Moment of the peak: loss, recomputation, backward or step.
     """
 
     overhead: int
@@ -85,7 +85,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """Return the sum, in bytes."""
         return sum(value for value in asdict(self).values() if isinstance(value, int))
 
 
@@ -97,21 +97,22 @@ def estimate(
     batch: Batch,
     device: str,
 ) -> Memory:
-    """Estimate the peak of one device, or of one process on the processor.
+    """Estimate the peak of one device, or of one process on a CPU.
 
-    What is offloaded counts as nothing on a GPU; on the processor it lies in the same memory.
+    Offloaded tensors count as zero on a GPU; on a CPU they use the same memory.
 
     Args:
         config: The model's config.json.
-        params: The section sft; `activation_checkpointing: auto` counts as false, `attn_implementation: auto`
-            as sdpa_per_example on a processor, and else as sdpa, which keeps the most of those it may choose.
-        strategy: Any but auto.
+        params: `sft` section of params.yaml; `activation_checkpointing: auto` counts as false,
+            `attn_implementation: auto` as sdpa_per_example on a CPU, and else as sdpa, which keeps the
+            most of the kernels that `auto` may choose.
+        strategy: Distributed strategy, any but auto.
         precision: bf16, fp16, tf32 or fp32.
-        batch: The largest micro-batch.
+        batch: Largest micro-batch.
         device: cuda or cpu.
 
     Raises:
-        ConfigError: The model is not of Llama's kind, or a target of the adapter is unknown.
+        ConfigError: The model is not Llama-like, or a target module is unknown.
     """
     shape = read_shape(config)
     trained = count_adapter(shape, params) if params.adapter else count_parameters(shape)
@@ -128,17 +129,17 @@ def estimate(
     logits = _logits(shape, params, strategy, precision, batch, device)
     held, full, at_step = _gradients(params, strategy, precision, trained, device)
     if device == "cuda" and params.optim == "adamw_torch" and params.offload_optimizer == "none":
-        # The default implementation computes the denominators of all weights at once.
+        # The default implementation of AdamW computes the denominators of all weights at once.
         at_step += 4 * trained / (ranks if strategy in DIVIDES_STATE else 1)
     overhead = float(CUDA_OVERHEAD)
     if device == "cpu":
         overhead = _process(shape, params, strategy, precision, batch.tokens, layer)
-        # The default implementation computes the denominators of one tensor at a time, in two copies. ZeRO's
-        # is all of a rank's share; else the largest is that of the embeddings.
+        # The default implementation of AdamW computes the denominators of one tensor at a time, in two
+        # copies. Under ZeRO this tensor is a rank's whole shard; else the largest one is the embeddings.
         largest = 0 if params.adapter else shape.vocabulary * shape.hidden
         at_step += 8 * (trained / ranks if strategy in DIVIDES_STATE else largest)
     if params.adapter is None and shape.is_tied:
-        # The gradients of embeddings and head exist side by side until they are added.
+        # The gradients of embeddings and head coexist until they are added.
         full += 4 * shape.vocabulary * shape.hidden
     moments = {
         "loss": (held, kept, logits),
@@ -162,13 +163,13 @@ def estimate(
 def _process(
     shape: Shape, params: SftParams, strategy: str, precision: str, tokens: int, layer: float
 ) -> float:
-    """Return the bytes of a process on the processor: before it holds a model, shared, and idle.
+    """Return the bytes of a process on a CPU: base overhead, shared buffers, and idle memory.
 
-    `layer` is what one block keeps of the batch for its backward pass.
+    `layer` is the number of bytes that one block saves for its backward pass.
     """
     passes = layer
     if params.adapter is not None:
-        # What the adapter adds to each layer's result, and is freed on the way.
+        # Adapter outputs of each layer, which are freed during the pass.
         width = sum(width for _, width in targets(shape, params).values())
         passes += tokens * width * (2 if precision in HALF else 4)
     idle = IDLE_CHECKPOINTED if params.activation_checkpointing is True else IDLE
@@ -177,39 +178,40 @@ def _process(
 
 
 def _weight_bytes(params: SftParams, strategy: str, precision: str) -> int:
-    """Return the bytes of a stored weight."""
+    """Return the bytes per stored weight."""
     return 2 if keeps_half(params, strategy, precision) else 4
 
 
 def _divided(shape: Shape, params: SftParams, strategy: str, precision: str, trained: int) -> float:
-    """Return the bytes of this rank's share of the weights, frozen and trained, gathered ones aside."""
+    """Return the bytes of this rank's shard of frozen and trained weights, without gathered ones."""
     size = _weight_bytes(params, strategy, precision)
     count = count_parameters(shape)
     total = float(size * count)
     if params.adapter == "qlora":
-        # Embeddings, norms and head stay, in full precision (PEFT's prepare_model_for_kbit_training).
+        # Embeddings, norms and head stay unquantized, in full precision (PEFT's
+        # prepare_model_for_kbit_training).
         total = NF4_BYTES * count_linear(shape) + 4 * (count - count_linear(shape))
     if params.adapter:
-        # PEFT makes adapters in full precision; DeepSpeed casts them to that of the job.
+        # PEFT creates adapters in full precision; DeepSpeed casts them to the precision of the job.
         total += trained * (size if strategy in ZERO else 4)
     return total / params.ranks if strategy in DIVIDES_WEIGHTS else total
 
 
 def _weights(shape: Shape, params: SftParams, strategy: str, precision: str, trained: int) -> float:
-    """Return the bytes of the weights on a rank, with those that are gathered for a while."""
+    """Return the bytes of the weights on a rank, with those that are temporarily gathered."""
     total = _divided(shape, params, strategy, precision, trained)
     size = 2 if precision in HALF else 4
     if strategy == "zero3":
         total += size * min(count_parameters(shape), MAX_LIVE)
     if strategy == "fsdp2":
-        # The embeddings stay gathered; of the blocks, the one that runs and the next.
+        # The embeddings stay gathered; so do the running block and the next one.
         blocks = count_linear(shape) / shape.layers * 2
         total += size * (shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2) + blocks)
     return total
 
 
 def _state(shape: Shape, params: SftParams, strategy: str, precision: str, trained: int) -> float:
-    """Return the bytes of the optimiser's state and of full-precision copies of what trains."""
+    """Return the bytes of the optimizer state and of full-precision copies of trained weights."""
     if params.optim == "adafactor":
         sizes = targets(shape, params) if params.adapter else linears(shape)
         # Rows and columns: for an adapter (r, in) and (out, r), else (in, out) and the embeddings.
@@ -218,7 +220,7 @@ def _state(shape: Shape, params: SftParams, strategy: str, precision: str, train
         total = 4.0 * (edges + (0 if params.adapter else shape.vocabulary + shape.hidden))
     else:
         total = STATE_BYTES[params.optim] * trained
-    # ZeRO-1 to 3 copy the weights whatever their precision, ZeRO-0 those of half precision.
+    # ZeRO-1 to ZeRO-3 copy the weights in any precision, ZeRO-0 only in half precision.
     if strategy in ("zero1", "zero2", "zero3") or (strategy == "zero0" and precision in HALF):
         total += 4 * trained
     return total / params.ranks if strategy in DIVIDES_STATE else total
@@ -227,16 +229,16 @@ def _state(shape: Shape, params: SftParams, strategy: str, precision: str, train
 def _gradients(
     params: SftParams, strategy: str, precision: str, trained: int, device: str
 ) -> tuple[float, float, float]:
-    """Return the bytes of the gradients at the loss, at the end of the backward pass, and at the step."""
+    """Return the bytes of the gradients at the loss, the end of the backward pass, and the step."""
     accumulates = params.gradient_accumulation_steps > 1
     whole, share = 4.0 * trained, 4.0 * trained / params.ranks
     half = (2 if precision in HALF else 4) * trained
-    # DeepSpeed's bucket has its full size at once; the processor's kernel gives only the pages that are used.
+    # DeepSpeed allocates the full bucket at once; on a CPU the kernel provides only the pages in use.
     used = BUCKET if device == "cuda" else min(trained, BUCKET)
     bucket = used * (2 if precision in HALF else 4)
     match strategy:
         case "ddp":
-            # A second copy: the buckets in which gradients travel live as long as the training.
+            # DDP's communication buckets are a second copy, which exists for the whole training run.
             return (2 * whole if accumulates else whole), 2 * whole, 2 * whole
         case "zero0":
             return (whole if accumulates else 0.0), half + whole, whole
@@ -253,7 +255,7 @@ def _gradients(
 def _activations(
     shape: Shape, params: SftParams, strategy: str, precision: str, batch: Batch
 ) -> tuple[float, float]:
-    """Return the bytes that all layers keep for the backward pass, and those of one layer."""
+    """Return the bytes that all layers save for the backward pass, and those of one layer."""
     residual = _weight_bytes(params, strategy, precision)
     layer = batch.tokens * _layer_bytes(shape, params, strategy, precision, batch.tokens)
     kept = shape.layers * layer
@@ -261,29 +263,29 @@ def _activations(
         # The input of each layer.
         kept = float(shape.layers * batch.tokens * shape.hidden * residual)
     casts = precision in HALF and residual == 4
-    # Autocast keeps a copy in half precision of every weight that trains.
+    # Autocast caches a half-precision copy of every trained weight.
     return kept + (2 * count_linear(shape) + 2 * shape.vocabulary * shape.hidden if casts else 0), layer
 
 
 def _layer_bytes(shape: Shape, params: SftParams, strategy: str, precision: str, tokens: int) -> float:
-    """Return the bytes for each token that one block keeps for its backward pass."""
+    """Return the bytes per token that one block saves for its backward pass."""
     size = 2 if precision in HALF else 4
     residual = _weight_bytes(params, strategy, precision)
     autocast = uses_autocast(strategy, precision)
-    # Norms compute in full precision; gate, its activation and up; queries, keys, values and their result.
+    # Norms in full precision; gate, its activation and up; queries, keys, values and attention output.
     total = 8.0 * shape.hidden + size * (3 * shape.intermediate + 4 * shape.query)
     if params.adapter is None:
         total += 2 * residual * shape.hidden
-        # Autocast casts the inputs of a linear layer again for each of the layers that share them.
+        # Autocast casts a shared input again for each linear layer that uses it.
         total += size * ((5 if autocast else 2) * shape.hidden + shape.intermediate)
     else:
         sizes = targets(shape, params).values()
         inputs = sum(width for width, _ in sizes)
         if params.lora_dropout:
-            # What is left, and where: a byte each.
+            # The dropout output, and its mask at one byte per element.
             total += (size + 1) * inputs
-        # Layers that share an input share what is kept of it. QLoRA's norms are in full precision, so that
-        # autocast casts it for each.
+        # Layers that share an input save it once. QLoRA's norms are in full precision, so autocast casts
+        # their output for each layer.
         is_cast = autocast and params.adapter == "qlora"
         total += size * (inputs if is_cast else 2 * shape.hidden + shape.intermediate)
         total += size * params.lora_r * len(sizes)
@@ -291,17 +293,17 @@ def _layer_bytes(shape: Shape, params: SftParams, strategy: str, precision: str,
 
 
 def _attention_bytes(shape: Shape, attention: str, size: int, tokens: int) -> float:
-    """Return what a block keeps for each token of its attention, beside queries, keys, values and result."""
+    """Return the bytes per token that attention saves, without queries, keys, values and output."""
     if attention == "eager":
-        # The probabilities of every pair, in full precision, and cast.
+        # The attention probabilities in full precision, and their cast copy.
         return float(shape.heads * tokens * (4 + (2 if size == 2 else 0)))
     if attention in FLASH:
-        # Keys and values are not repeated for the queries that share them.
+        # Key and value heads are not repeated for the query heads that share them.
         return 4.0 * shape.heads - 2 * size * (shape.query - shape.key)
     if attention == "sdpa_per_example":
-        # Nor here; the results of the examples are kept, and what they are joined to.
+        # Not repeated either; the outputs of the examples are kept, and so is their concatenation.
         return 4.0 * shape.heads - 2 * size * (shape.query - shape.key) + size * shape.query
-    # The mask that keeps packed examples apart, made into numbers anew in every block.
+    # The mask that isolates packed examples, converted to numbers again in every block.
     return 4.0 * shape.heads + size * tokens
 
 
@@ -310,10 +312,10 @@ def _logits(
 ) -> float:
     """Return the bytes at the start of the backward pass, which begins at the head.
 
-    In chunks: the logits of one, as multiplied and in full precision, and the exponentials beside them;
-    hidden states and their gradient. Else first log-probabilities and two gradients, in full precision; then,
-    if the head trains, one gradient of the logits and that of the head, each also in half precision where
-    that is what multiplies.
+    Chunked loss: the logits of one chunk, as multiplied and in full precision, with their exponentials;
+    hidden states and their gradient. Otherwise: first the log-probabilities and two gradients, in full
+    precision; then, if the head trains, one gradient of the logits and that of the head, each also in
+    half precision if the matrix product uses it.
     """
     if choose_loss(params, precision, HEAD) == "chunked":
         size = 2 if precision in HALF else 4
@@ -332,10 +334,10 @@ def _logits(
 def estimate_all(
     config: Mapping[str, Any], params: SftParams, precision: str, batch: Batch, device: str
 ) -> dict[str, Memory]:
-    """Estimate every strategy; `single` is one process, whatever `num_processes` says.
+    """Estimate every strategy; `single` is one process, whatever the value of `num_processes`.
 
     Raises:
-        ConfigError: As `estimate`.
+        ConfigError: See `estimate`.
     """
     alone = params.model_copy(update={"num_processes": 1})
     return {
@@ -345,20 +347,20 @@ def estimate_all(
 
 
 def totals(sizes: Mapping[str, Memory]) -> dict[str, int]:
-    """Return strategy -> bytes at the peak."""
+    """Return strategy -> peak bytes."""
     return {name: memory.total for name, memory in sizes.items()}
 
 
 def largest_batch(
     order: Sequence[int], tokens: Sequence[int], labelled: Sequence[int], micro_batch_size: int
 ) -> Batch:
-    """Return the most tokens, and the most labelled ones, that one forward pass of the plan sees.
+    """Return the maximum tokens, and the maximum labelled tokens, of any forward pass of the plan.
 
     Args:
-        order: Row numbers in the order of training, -1 for a filler.
+        order: Row indices in training order, -1 for a filler.
         tokens: Tokens of each row, shape (n_rows,).
         labelled: Labelled tokens of each row, shape (n_rows,).
-        micro_batch_size: Rows in one forward pass.
+        micro_batch_size: Rows per forward pass.
 
     Example:
         >>> largest_batch([0, 1, 2, -1], tokens=[5, 6, 9], labelled=[4, 4, 1], micro_batch_size=2)

@@ -1,4 +1,4 @@
-"""The model that trains: base weights in the precision of the job, and the adapter on them."""
+"""Load the model to train: base weights in the precision of the job, plus the adapter."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(base: str, params: SftParams, strategy: str, precision: str, attention: str) -> Any:
-    """Load the base and put the adapter on it.
+    """Load the base model and add the adapter.
 
     Args:
         base: Folder with config.json and safetensors.
-        params: Adapter and memory.
-        strategy: How the ranks share the work; ZeRO keeps full-precision weights of its own.
+        params: Adapter and memory parameters.
+        strategy: Distributed strategy; ZeRO keeps its own full-precision weights.
         precision: bf16, fp16, tf32 or fp32.
-        attention: Name of the attention backend.
+        attention: Attention implementation.
     """
     dtype = weight_dtype(params, strategy, precision)
     model = AutoModelForCausalLM.from_pretrained(
@@ -32,13 +32,13 @@ def load_model(base: str, params: SftParams, strategy: str, precision: str, atte
         trust_remote_code=False,
         use_safetensors=True,
     )
-    # No step reads it, and a cache between packed examples would join them.
+    # Training never reads the KV cache, and a cache would let packed examples attend to each other.
     model.config.use_cache = False
     return model if params.adapter is None else adapt(model, params, strategy, precision)
 
 
 def adapt(model: Any, params: SftParams, strategy: str, precision: str) -> Any:
-    """Put the adapter on a base; see `load_model`."""
+    """Add the adapter to a base model; see `load_model`."""
     if params.adapter == "qlora":
         model = prepare_model_for_kbit_training(
             model,
@@ -47,7 +47,7 @@ def adapt(model: Any, params: SftParams, strategy: str, precision: str) -> Any:
         )
     model = get_peft_model(model, lora(params))
     if uses_autocast(strategy, precision):
-        # Autocast gives the adapter its input in half precision; PEFT would make it full before, for nothing.
+        # Autocast casts the adapter input to half precision; PEFT would needlessly upcast it first.
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
@@ -55,24 +55,24 @@ def adapt(model: Any, params: SftParams, strategy: str, precision: str) -> Any:
 
 
 def weight_dtype(params: SftParams, strategy: str, precision: str) -> torch.dtype:
-    """Return the type of the stored weights; see `keeps_half`."""
+    """Return the dtype of the stored weights; see `keeps_half`."""
     return HALF[precision] if keeps_half(params, strategy, precision) else torch.float32
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Quantise the base to four bits as QLoRA does (Dettmers et al., arXiv 2305.14314)."""
+    """Return QLoRA's 4-bit quantization config (Dettmers et al., arXiv 2305.14314)."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        # FSDP2 divides weights of one type only.
+        # FSDP2 can shard only weights of one dtype.
         bnb_4bit_quant_storage=dtype,
     )
 
 
 def lora(params: SftParams) -> LoraConfig:
-    """Translate our parameters to PEFT's."""
+    """Convert the parameters to PEFT's."""
     return LoraConfig(
         r=params.lora_r,
         lora_alpha=params.lora_alpha,

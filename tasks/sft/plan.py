@@ -1,7 +1,7 @@
-"""The training plan: every step, its rows, tokens and learning rate, known before launch.
+"""The training plan: every step with its rows, tokens and learning rate, fixed before launch.
 
-The plan fixes the order of the rows, so training is one sequential pass over it: a resumed run
-cannot see other rows, and a run either executes its plan or fails.
+The plan fixes the row order, so training is one sequential pass over it: a resumed run cannot see other
+rows, and a run either executes its plan or fails.
 """
 
 import math
@@ -13,25 +13,25 @@ from nightshift.core.paths import PACKED
 from tasks.sft import SftParams
 from tasks.sft.schedule import learning_rates
 
-# A row of no example and no label. It fills the last step, so that all ranks do equal work and no
-# real row is repeated to make up the number.
+# A row without examples and labels. It fills up the last step, so that all ranks do equal work and no
+# real row is repeated.
 FILLER = -1
-# Rows for each process among which rows of like cost are sought: enough to find them, too few to order
-# the training by length.
+# Rows per process that are sorted by cost: enough to find rows of similar cost, too few to order the
+# whole training run by length.
 WINDOW = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The exact course of a training.
+    """The exact course of a training run.
 
     Attributes:
-        steps: Optimiser steps.
+        steps: Number of optimizer steps.
         rows_per_step: Rows of all ranks in one step.
-        fillers: Rows of no example among them.
-        order: Numbers of the rows as they train, `FILLER` for none, shape (steps * rows_per_step,).
+        fillers: Number of filler rows in `order`.
+        order: Row indices in training order, `FILLER` for none, shape (steps * rows_per_step,).
         tokens: Tokens of each step, shape (steps,).
-        supervised_tokens: Those of them that have a label, shape (steps,).
+        supervised_tokens: Labelled tokens of each step, shape (steps,).
         learning_rate: Learning rate of each step, shape (steps,).
     """
 
@@ -45,19 +45,19 @@ class Plan:
 
 
 def compile_plan(params: SftParams, seq_lengths: Sequence[Sequence[int]], supervised: Sequence[int]) -> Plan:
-    """Compile the exact course of a training.
+    """Compile the exact course of a training run.
 
     Args:
-        params: Hyper-parameters.
-        seq_lengths: Tokens of each example in each packed row, shape (n_rows, any).
+        params: Hyperparameters.
+        seq_lengths: Token counts of the examples in each packed row, shape (n_rows, any).
         supervised: Labelled tokens of each packed row, shape (n_rows,).
 
     Raises:
-        ConfigError: The warm-up and the decay are longer than the training.
+        ConfigError: Warmup and decay are longer than the training run.
     """
     step_rows = params.ranks * params.per_device_train_batch_size * params.gradient_accumulation_steps
     tokens = [sum(lengths) for lengths in seq_lengths]
-    # Full rows cost the same but for attention, which grows with the square of each example's length.
+    # Full rows cost the same except for attention, which is quadratic in the length of each example.
     costs = [sum(length**2 for length in lengths) for lengths in seq_lengths]
     order = row_order(costs, params.num_train_epochs, params.ranks, params.seed)
     steps = math.ceil(len(order) / step_rows)
@@ -77,16 +77,16 @@ def compile_plan(params: SftParams, seq_lengths: Sequence[Sequence[int]], superv
 
 
 def row_order(costs: Sequence[int], epochs: int, processes: int, seed: int) -> list[int]:
-    """Shuffle the rows anew for each epoch, so that rows which train side by side cost about the same.
+    """Shuffle the rows anew for each epoch, so that rows trained in parallel cost about the same.
 
     The slowest process sets the time of a step. Rows are therefore sorted by cost within windows of the
-    shuffled order, and shuffled again in groups of one row for each process.
+    shuffled order, and shuffled again in groups of one row per process.
 
     Args:
         costs: Relative cost of each row, shape (n_rows,).
         epochs: Passes over the rows.
-        processes: Rows that train at the same time.
-        seed: Of the shuffling; the order is a function of the arguments.
+        processes: Number of rows trained in parallel.
+        seed: Seed of the shuffle; the order is a function of the arguments.
 
     Example:
         >>> sorted(row_order([5, 5, 5], epochs=2, processes=1, seed=0))
@@ -113,7 +113,7 @@ def row_order(costs: Sequence[int], epochs: int, processes: int, seed: int) -> l
 
 
 def without_steps(plan: Plan, steps: Sequence[int]) -> Plan:
-    """Return the plan with fillers in the place of the rows of some steps, counted from 1.
+    """Return the plan with fillers instead of the rows of some steps, counted from 1.
 
     Example:
         >>> plan = Plan(2, 1, 0, order=[4, 7], tokens=[9, 8], supervised_tokens=[3, 2], learning_rate=[1, 1])
@@ -136,7 +136,7 @@ def without_steps(plan: Plan, steps: Sequence[int]) -> Plan:
 
 
 def name_rows(plan: Plan, steps: range) -> str:
-    """Name steps, counted from 1, and their rows for a message.
+    """Format steps, counted from 1, and their rows for a message.
 
     Example:
         >>> name_rows(Plan(2, 2, 0, [4, 7, 1, 0], [9, 8], [3, 2], [1, 1]), range(2, 3))

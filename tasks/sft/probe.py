@@ -1,7 +1,7 @@
-"""Try attention kernels on the model's own attention: each has to run, and to compute what it stands for.
+"""Probe attention kernels on the model's own attention: each must run, and compute the right result.
 
-A small model of the base's kind, with its heads, its kinds of layers, its window and its soft cap, computes
-two examples alone with transformers' plain kernel (eager), alone with the one that is tried, and packed.
+A small model of the base's architecture, with its heads, layer types, sliding window and softcap,
+computes two examples alone with transformers' eager attention, alone with the tested kernel, and packed.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTHS = (24, 40)
 WINDOW = 8
 VOCABULARY = 64
-# How far logits may be apart, as a multiple of their standard deviation: kernels add up in another order. A
-# kernel that lets examples see each other, or ignores a window or a soft cap, is off by more than 1.
+# Maximum difference of logits, in standard deviations: kernels sum in different order. A kernel that
+# lets examples attend to each other, or ignores a window or a softcap, is off by more than 1.
 TOLERANCE = {"bf16": 0.2, "fp16": 0.05, "tf32": 0.05, "fp32": 0.005}
 
 
 class Probe:
-    """A small model of the base's kind, and what it computes with transformers' plain kernel."""
+    """A small model of the base's architecture, and its logits with eager attention."""
 
     def __init__(
         self, params: SftParams, device: str, precision: str, config: Mapping[str, Any], longest: int
@@ -35,18 +35,18 @@ class Probe:
         """Build the model.
 
         Args:
-            params: The section sft.
+            params: `sft` section of params.yaml.
             device: cuda or cpu.
-            precision: Arithmetic of the training.
-            config: The base's config.json.
-            longest: Tokens of the longest example; a window that no example exceeds is none.
+            precision: Precision of training.
+            config: The base model's config.json.
+            longest: Length of the longest example in tokens; a window at least as long is disabled.
 
         Raises:
-            ConfigError: Transformers cannot build or run it.
+            ConfigError: transformers cannot build or run the model.
         """
         self.device, self.tolerance = device, TOLERANCE[precision]
-        # A full fine-tune keeps its weights in full precision unless DeepSpeed does; queries and keys then
-        # come to the kernel in full precision, and values do not.
+        # Without DeepSpeed, full fine-tuning keeps its weights in full precision; queries and keys then
+        # reach the kernel in full precision, and values do not.
         is_mixed = precision in HALF and params.adapter is None and params.strategy not in ZERO
         dtype = torch.float32 if is_mixed else DTYPES.get(precision, torch.float32)
         self.autocast = torch.autocast(device, DTYPES[precision]) if is_mixed else nullcontext()
@@ -64,10 +64,10 @@ class Probe:
             ) from err
 
     def try_kernel(self, name: str) -> str | None:
-        """Return what is wrong with a kernel on this machine, or None.
+        """Return why a kernel does not work on this machine, or None if it works.
 
         Args:
-            name: Attention backend of transformers.
+            name: Attention implementation of transformers.
         """
         packed = torch.cat(self.examples, 1)
         try:
@@ -76,7 +76,7 @@ class Probe:
             with self.autocast:
                 logits = self.model(packed, **boundaries(self.device), use_cache=False).logits.float()
             logits.sum().backward()
-        # Kernels fail in their own ways: a missing package, a missing symbol, a device that is too old.
+        # Kernels fail in various ways: a missing package, a missing symbol, a device that is too old.
         except Exception as err:  # noqa: BLE001
             return describe(err)
         if (found := self.differ(alone, self.reference)) > self.tolerance:
@@ -87,7 +87,7 @@ class Probe:
 
     @torch.no_grad()
     def find_head(self) -> str | None:
-        """Return the name of the module whose output the model returns as logits; None if it changes them."""
+        """Return the name of the module that outputs the logits, or None if the model changes them."""
         head = self.model.get_output_embeddings()
         seen: list[torch.Tensor] = []
         if type(head) is not torch.nn.Linear or head.bias is not None:
@@ -101,17 +101,17 @@ class Probe:
 
     @torch.no_grad()
     def alone(self) -> torch.Tensor:
-        """Compute the logits of each example alone, shape (1, sum(LENGTHS), vocabulary)."""
+        """Compute the logits of each example alone, shape (1, sum(LENGTHS), VOCABULARY)."""
         with self.autocast:
             return torch.cat([self.model(ids, use_cache=False).logits.float() for ids in self.examples], 1)
 
     def differ(self, logits: torch.Tensor, others: torch.Tensor) -> float:
-        """Return the largest difference, as a multiple of the logits' standard deviation."""
+        """Return the largest difference, in standard deviations of the reference logits."""
         return ((logits - others).abs().max() / self.reference.std()).item()
 
 
 def shrink(config: Mapping[str, Any], longest: int) -> Any:
-    """Return the base's configuration with one layer of each kind, few words, and scores of some size."""
+    """Return the base's config with one layer per type, a small vocabulary, and large enough scores."""
     values = dict(config)
     small = AutoConfig.for_model(values.pop("model_type"), **values)
     kinds = list(dict.fromkeys(getattr(small, "layer_types", None) or ["full_attention"]))
@@ -120,7 +120,7 @@ def shrink(config: Mapping[str, Any], longest: int) -> Any:
         small.layer_types = kinds
     small.vocab_size, small.intermediate_size = VOCABULARY, 64
     small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    # Scores of a standard deviation of 3, whatever the width.
+    # Attention scores with a standard deviation of 3 at any width.
     small.initializer_range = (3 / small.hidden_size) ** 0.5
     if window := getattr(small, "sliding_window", None):
         small.sliding_window = WINDOW if longest > window else sum(LENGTHS)
@@ -130,12 +130,12 @@ def shrink(config: Mapping[str, Any], longest: int) -> Any:
 
 
 def describe(error: Exception) -> str:
-    """Return kind and first line of an error."""
+    """Format an error as its type and first line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def boundaries(device: str) -> dict[str, torch.Tensor | int]:
-    """Return what TRL's collator tells a kernel of the examples in a row: positions, and their ends."""
+    """Return what TRL's collator passes to a kernel for this row: position_ids and boundaries."""
     ends = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
     return {
         "position_ids": torch.cat([torch.arange(n, device=device) for n in LENGTHS])[None],

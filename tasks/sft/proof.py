@@ -1,4 +1,4 @@
-"""The self-test on the trainer: run once, when the model is wrapped and about to train."""
+"""Run the self-test on the trainer once, when the model is wrapped and about to train."""
 
 import ctypes
 import shutil
@@ -22,32 +22,33 @@ BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Proof(TrainerCallback):
-    """Refuse to train a model that would learn something else in silence."""
+    """Refuse to train a model that would silently learn something else."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.trainer: Trainer | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Run all proofs and write them down; the state of the random numbers stays what it was."""
+        """Run all checks and write their results; restore the random state."""
         assert self.trainer
-        # The proofs draw random numbers; a resumed training must not see that.
+        # The checks draw random numbers, which must not affect a resumed run.
         with torch.random.fork_rng():
             proof = prove(self.trainer, self.job)
         if self.job.backend.device == "cpu":
-            # glibc keeps what loading and proving have freed, in pieces that training hardly uses again.
+            # glibc keeps memory freed by loading and self-test, in fragments that training hardly
+            # reuses.
             ctypes.CDLL(None).malloc_trim(0)
         if self.trainer.is_world_process_zero():
             write_figures(self.job.folder / "output" / "selftest.json", proof)
 
 
 def prove(trainer: Trainer, job: Job) -> dict[str, Any]:
-    """Run all proofs, on two examples that share a row.
+    """Run all checks on two examples that share a packed row.
 
     Raises:
-        StageError: One fails; training must not start.
+        StageError: A check fails; training must not start.
     """
-    # Both are switched on in the model only when the training begins.
+    # Both are enabled in the model only when training starts.
     runs = {
         "activation_checkpointing": trainer.model.is_activation_checkpointing,
         "fp8_base": any(hasattr(module, "float8") for module in trainer.model.modules()),
@@ -82,7 +83,7 @@ def prove(trainer: Trainer, job: Job) -> dict[str, Any]:
             "not_compared": "zero3 divides the weights",
         }
     else:
-        # bitsandbytes multiplies four-bit weights in bf16 on a processor, whatever was asked.
+        # On a CPU, bitsandbytes multiplies 4-bit weights in bf16, whatever the requested precision.
         precision = "bf16" if trainer.params.adapter == "qlora" else job.backend.precision
         found = selftest.gradients(lambda one: backward(trainer, one, job), batches, precision)
     saving = rehearse_saving(trainer, job, batch, folder)
@@ -91,13 +92,13 @@ def prove(trainer: Trainer, job: Job) -> dict[str, Any]:
 
 
 def collate(trainer: Trainer, row: Row) -> dict[str, Any]:
-    """Make a batch of one row, as training does."""
+    """Collate one row into a batch, as in training."""
     batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator([row]))
     return batch
 
 
 def forward(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Compute loss and logits of the wrapped model, each loss a plain sum so that they add up."""
+    """Compute loss and outputs of the wrapped model; the loss is a plain sum, so losses add up."""
     one = torch.ones(1, device=trainer.args.device)
     with trainer.compute_loss_context_manager():
         loss, outputs = trainer.compute_loss(
@@ -107,7 +108,7 @@ def forward(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]
 
 
 def training_loss(trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
-    """Compute the loss of the wrapped model by the very function that trains, as a plain sum."""
+    """Compute the loss of the wrapped model with the training function itself, as a plain sum."""
     one = torch.ones(1, device=trainer.args.device)
     with trainer.compute_loss_context_manager():
         loss: torch.Tensor = trainer.compute_loss(trainer.model_wrapped, dict(batch), num_items_in_batch=one)
@@ -115,9 +116,9 @@ def training_loss(trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def forward_by_positions(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Compute the loss without telling the kernel where examples begin.
+    """Compute the loss without passing the example boundaries to the kernel.
 
-    Some kernels go by that and by nothing else, so a wrong mask or position would show only with another one.
+    Some kernels use only the boundaries, so a wrong mask or position would show only with another one.
     """
     kept = {key: value for key, value in batch.items() if key not in BOUNDARIES}
     with trainer.compute_loss_context_manager():
@@ -125,15 +126,15 @@ def forward_by_positions(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch
 
 
 def backward(trainer: Trainer, batch: dict[str, Any], job: Job) -> list[torch.Tensor | None]:
-    """Compute the gradients of the weights that train, and leave none behind."""
+    """Compute the gradients of the trainable weights, and leave none in the model."""
     parameters = list(trainable(trainer).values())
     if job.backend.strategy == "fsdp2":
-        # Its weights take part in no graph; hooks bring the gradients to them.
+        # FSDP2's sharded weights are in no autograd graph; hooks write their gradients.
         torch.autograd.backward(training_loss(trainer, batch))
         found = [p.grad.full_tensor() if p.grad is not None else None for p in parameters]  # type: ignore[attr-defined]
         trainer.model_wrapped.zero_grad(set_to_none=True)
         return found
-    # On the bare model: the wrappers of DDP and ZeRO count every backward pass as a training step's.
+    # Unwrapped model: DDP and ZeRO count every backward pass as part of a training step.
     with trainer.compute_loss_context_manager():
         loss, _ = summed_loss(trainer.model, dict(batch), trainer.params.label_smoothing_factor, trainer.head)
     if not (parameters and loss.requires_grad):
@@ -142,15 +143,15 @@ def backward(trainer: Trainer, batch: dict[str, Any], job: Job) -> list[torch.Te
 
 
 def trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
-    """Return name -> weight of all that trains."""
+    """Return name -> weight of all trainable weights."""
     return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def rehearse_saving(trainer: Trainer, job: Job, batch: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """Save as at the end, and load what was saved.
+    """Save as at the end of training, and load the result.
 
-    Where the weights are divided by ZeRO-3, or the live base is quantised, the logits cannot be compared;
-    that every weight was saved whole is checked always.
+    Logits are not compared if ZeRO-3 shards the weights or the live base is quantized. The check that
+    every weight was saved in full always runs.
     """
     params, model = trainer.params, trainer.model
     if job.backend.strategy == "zero3" or params.adapter == "qlora" or params.fp8_base:
@@ -178,10 +179,10 @@ def rehearse_saving(trainer: Trainer, job: Job, batch: dict[str, Any] | None, fo
 
 @torch.no_grad()
 def load_logits(folder: Path, job: Job, batch: dict[str, Any]) -> torch.Tensor:
-    """Load a saved model from the disk and compute its logits, on the processor, as the live one does.
+    """Load a saved model and compute its logits on the CPU, in the precision of the live model.
 
-    DeepSpeed computes in half precision throughout; all others keep the adapter in full precision and convert
-    as they go.
+    DeepSpeed computes in half precision throughout; the other strategies keep the adapter in full
+    precision and use autocast.
     """
     params, backend = job.params, job.backend
     half = HALF.get(backend.precision)

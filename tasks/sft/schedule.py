@@ -1,10 +1,10 @@
-"""Learning rates: one formula for each schedule, from which plan and trainer both read.
+"""Learning rate schedules: one formula each, used by both the plan and the trainer.
 
-A rate is a function of the step alone, so it is the same under every strategy and after every resume.
-Only `reduce_lr_on_plateau` cannot be known before: its plan holds the rate without reductions.
+A learning rate depends only on the step, so it is the same under every strategy and after every resume.
+The exception is `reduce_lr_on_plateau`: its plan contains the learning rate without reductions.
 
-Sources: transformers.optimization for linear, cosine, inverse_sqrt and warmup_stable_decay; torch's StepLR,
-ExponentialLR and OneCycleLR (Smith and Topin, arXiv 1708.07120) for the others.
+Sources: transformers.optimization for linear, cosine, inverse_sqrt and warmup_stable_decay; torch's
+StepLR, ExponentialLR and OneCycleLR (Smith and Topin, arXiv 1708.07120) for the others.
 """
 
 import math
@@ -17,10 +17,10 @@ Kwargs = SchedulerKwargs
 
 
 def learning_rates(steps: int, params: SftParams) -> list[float]:
-    """Compute the learning rate of every optimiser step, shape (steps,).
+    """Compute the learning rate of every optimizer step, shape (steps,).
 
     Raises:
-        ConfigError: The warm-up or the decay does not fit into the training.
+        ConfigError: Warmup and decay do not fit into the training run.
     """
     warmup = warmup_steps(steps, params)
     decay = params.lr_scheduler_kwargs.num_decay_steps or 0
@@ -33,18 +33,18 @@ def learning_rates(steps: int, params: SftParams) -> list[float]:
 
 
 def warmup_steps(steps: int, params: SftParams) -> int:
-    """Return the optimiser steps of the warm-up: given, or a share of all steps, rounded up."""
+    """Return the warmup steps: the given number, or a fraction of all steps, rounded up."""
     return params.warmup_steps or math.ceil(params.warmup_ratio * steps)
 
 
 def factor(step: int, steps: int, warmup: int, params: SftParams) -> float:
-    """Return the share of the peak learning rate of one step, 0 to 1.
+    """Return the learning rate of one step as a fraction of the peak, 0 to 1.
 
     Args:
-        step: Optimiser step, from 0.
-        steps: All steps.
-        warmup: Steps in which the rate rises linearly from 0.
-        params: Kind of schedule and its numbers.
+        step: Optimizer step, from 0.
+        steps: Total number of optimizer steps.
+        warmup: Number of linear warmup steps from 0.
+        params: Schedule type and its keyword arguments.
     """
     if step < warmup:
         return step / warmup
@@ -78,7 +78,7 @@ def _cosine_with_restarts(step: int, steps: int, _warmup: int, kwargs: Kwargs) -
 
 
 def _one_cycle(step: int, steps: int, _warmup: int, kwargs: Kwargs) -> float:
-    """Rise from 1/div_factor to 1, then fall to 1/(div_factor * final_div_factor), both by a cosine."""
+    """Rise from 1/div_factor to 1, then fall to 1/(div_factor * final_div_factor), both by cosine."""
     low = 1 / (kwargs.div_factor or 25)
     end = low / (kwargs.final_div_factor or 1e4)
     peak = (kwargs.pct_start or 0.3) * steps - 1
@@ -99,7 +99,7 @@ def _warmup_stable_decay(step: int, steps: int, _warmup: int, kwargs: Kwargs) ->
 
 
 def _above(minimum: float | None, share: float) -> float:
-    """Squeeze 0..1 into minimum..1."""
+    """Rescale a share from 0..1 to minimum..1."""
     low = minimum or 0.0
     return low + (1 - low) * share
 

@@ -1,9 +1,10 @@
-"""Proofs on the model as it trains, wrapped, before step 1; each fault that they catch is silent.
+"""Self-test of the wrapped model before step 1; every fault that it catches is silent.
 
-Isolation: examples packed into one row must not see each other. It fails when an attention mask is passed,
-the cache is on, or positions do not restart. Gradients: those of a packed row must be the sum of those of its
-examples, so that neither packing nor accumulation changes what is learned; they must reach every weight that
-trains. Saving: what is saved must give the logits of the live model when it is loaded from the disk.
+Isolation: examples packed into one row must not attend to each other. It fails if an attention mask is
+passed, the KV cache is on, or position_ids do not restart. Gradients: those of a packed row must be the
+sum of those of its examples, so that neither packing nor gradient accumulation changes what is learned;
+they must reach the trainable weights. Saving: a saved model loaded from disk must give the logits of the
+live model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,33 +18,32 @@ import torch
 from nightshift.core.errors import StageError
 from nightshift.data.encode import IGNORED
 
-# Loss and outputs of one collated row: the very function that trains.
+# Loss and outputs of one collated row, from the training function itself.
 Forward = Callable[[dict[str, Any]], tuple[torch.Tensor, Any]]
 Row = dict[str, Any]
-# Rows among which the shortest pair of examples is sought.
+# Number of rows searched for the shortest pair of examples.
 SOUGHT = 64
-# How far two sums of the same terms in another order may be apart, relative to their norm. In single
-# precision a sum over 150,000 words may be off by 1e-2 (n * 2**-24); one over 49,152 was by 1e-4, on a
-# processor whose kernel adds them one by one. Thirty layers in bf16 gave 0.05. Examples that see each other,
-# or a mean in the place of a sum, give more than a half.
+# Maximum relative difference of two sums in different order. In fp32 a sum over 150,000 tokens may be
+# off by 1e-2 (n * 2**-24); one over 49,152 was off by 1e-4 (sequential CPU kernel). Thirty bf16 layers
+# gave 0.05. Examples that attend to each other, or a mean instead of a sum, give more than 0.5.
 TOLERANCE = {"fp32": 1e-2, "tf32": 1e-2, "bf16": 0.25, "fp16": 0.1}
-# How far what was loaded may be on the way from the live model, 0, to one without its adapter, 1.
+# Maximum distance of the loaded model from the live model (0), relative to one without its adapter (1).
 RELOAD_TOLERANCE = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.5, "fp16": 0.5}
 
 
 def find_row(rows: Sequence[Row]) -> Row | None:
-    """Return the first two examples of a row that holds two with labels; None if there is none.
+    """Return the first two examples of a row if both have labels, or None if there is no such row.
 
-    Of the first rows that have them it is the shortest pair, since the proofs compute it a dozen times.
+    Among the first such rows, this is the shortest pair, since the checks compute it a dozen times.
 
     Raises:
-        StageError: No row has a label at all.
+        StageError: No row has a label.
     """
     has_label = False
     pairs: list[Row] = []
     for number, row in enumerate(rows):
         bounds = [0, *row["seq_lengths"][:1], sum(row["seq_lengths"][:2])]
-        # The first token of an example is predicted by nothing.
+        # The first token of an example is never a prediction target.
         labelled = [
             any(label != IGNORED for label in row["labels"][start + 1 : stop])
             for start, stop in pairwise(bounds)
@@ -59,7 +59,7 @@ def find_row(rows: Sequence[Row]) -> Row | None:
 
 
 def take(row: Row, start: int, stop: int) -> Row:
-    """Return some examples of a row, as a row.
+    """Return a range of examples of a row, as a row.
 
     Example:
         >>> take({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "seq_lengths": [1, 2]}, 1, 2)
@@ -76,18 +76,18 @@ def take(row: Row, start: int, stop: int) -> Row:
 
 @torch.no_grad()
 def isolation(forward: Forward, batch: dict[str, Any], length: int, vocab_size: int) -> dict[str, Any]:
-    """Change every token of the first example: the logits of the second must not move one bit.
+    """Change every token of the first example: the logits of the second must stay bit-identical.
 
     Both passes have equal shapes and kernels, so an exact comparison holds in every precision.
 
     Args:
-        forward: Loss and outputs of a batch; the logits are those of the labelled positions.
-        batch: One collated row of two examples.
-        length: Tokens of the first example.
-        vocab_size: Tokens of the vocabulary.
+        forward: Function from a batch to loss and outputs, with logits at labelled positions.
+        batch: Collated row of two examples.
+        length: Length of the first example in tokens.
+        vocab_size: Vocabulary size in tokens.
 
     Raises:
-        StageError: They move.
+        StageError: The logits change.
     """
     labels = batch["labels"][0, 1:]
     second = (labels != IGNORED).nonzero().squeeze(-1) >= length
@@ -105,15 +105,15 @@ def isolation(forward: Forward, batch: dict[str, Any], length: int, vocab_size: 
 
 
 def same_loss(given: float, found: float, precision: str) -> dict[str, Any]:
-    """Compare the loss that trains with that of all logits.
+    """Compare the training loss with the loss of the full logits.
 
     Args:
-        given: Of all logits.
-        found: Of the function that trains.
-        precision: Arithmetic of the training.
+        given: Loss of the full logits.
+        found: Loss of the training function.
+        precision: Precision of training.
 
     Raises:
-        StageError: They differ.
+        StageError: The losses differ.
     """
     relative = abs(found - given) / max(abs(given), 1e-6)
     if not relative <= TOLERANCE[precision]:
@@ -129,15 +129,15 @@ def gradients(
     batches: Sequence[dict[str, Any]],
     precision: str,
 ) -> dict[str, Any]:
-    """Compare the gradients of a packed row with the sum of those of its examples.
+    """Compare the gradients of a packed row with the sum of the gradients of its examples.
 
     Args:
-        backward: Gradient of each weight that trains, None where none arrives; changes no weight.
-        batches: The row, and its examples alone.
-        precision: Arithmetic of the training.
+        backward: Function from a batch to each trainable weight's gradient, or None; changes no weight.
+        batches: Packed row, followed by its examples alone.
+        precision: Precision of training.
 
     Raises:
-        StageError: They differ, or reach not a single weight.
+        StageError: The gradients differ, or no weight gets one.
     """
     packed, *alone = [backward(batch) for batch in batches]
     reached = sum(gradient is not None and bool(gradient.any()) for gradient in packed)
@@ -167,7 +167,7 @@ def gradients(
 
 @contextmanager
 def perturbed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Give weights other values for a while: a new adapter does nothing, so its loss would not be seen."""
+    """Temporarily randomize weights: a new adapter has no effect, so losing it would go unnoticed."""
     kept = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():
@@ -181,16 +181,16 @@ def perturbed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def reloaded(live: torch.Tensor, base: torch.Tensor, loaded: torch.Tensor, precision: str) -> dict[str, Any]:
-    """Compare logits of the live model with those of what was saved and loaded again.
+    """Compare the logits of the live model with those of the saved and reloaded one.
 
     Args:
-        live: Of the model that trains, shape (n, vocab).
-        base: Without the adapter, or zeros for a full fine-tune: what a lost adapter would give.
-        loaded: Of what was loaded from the disk.
-        precision: Arithmetic of the training; kernels of another device round half precision otherwise.
+        live: Logits of the live model, shape (n, vocab).
+        base: Logits without the adapter, or zeros for full fine-tuning: the result of a lost adapter.
+        loaded: Logits of the model loaded from disk.
+        precision: Precision of training; kernels of another device round half precision differently.
 
     Raises:
-        StageError: The loaded model is too near to what a lost adapter would give.
+        StageError: The loaded model is too close to the result of a lost adapter.
     """
     far = (live - base).norm().item()
     near = (live - loaded).norm().item()
@@ -203,13 +203,13 @@ def reloaded(live: torch.Tensor, base: torch.Tensor, loaded: torch.Tensor, preci
 
 
 def require_saved(folder: Path, names: Sequence[str]) -> int:
-    """Check that a saved model holds every weight that trains, whole.
+    """Check that a saved model contains every trainable weight in full.
 
     Returns:
-        The number of weights.
+        Number of weights.
 
     Raises:
-        StageError: One is missing or empty.
+        StageError: A weight is missing or empty.
     """
     from safetensors import safe_open
 

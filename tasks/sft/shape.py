@@ -1,4 +1,4 @@
-"""What a model is made of: its sizes from config.json, and the numbers of its weights."""
+"""Model sizes from config.json, and the parameter counts that follow from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Linears = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a model of Llama's kind, as in config.json; biases are the numbers of one block."""
+    """Sizes of a Llama-like model, as in config.json; `biases` is the number of biases per block."""
 
     hidden: int
     intermediate: int
@@ -26,20 +26,20 @@ class Shape:
 
     @property
     def query(self) -> int:
-        """Width of all heads together."""
+        """Total width of all query heads."""
         return self.heads * self.head_size
 
     @property
     def key(self) -> int:
-        """Width of all heads of keys together, which is that of the values."""
+        """Total width of all key heads, equal to that of the value heads."""
         return self.kv_heads * self.head_size
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape:
-    """Read the sizes of a model from its config.json.
+    """Read the model sizes from config.json.
 
     Raises:
-        ConfigError: A size is missing, or the model has experts.
+        ConfigError: A size is missing, or the model is a mixture of experts.
     """
     if experts := [key for key in config if "experts" in key]:
         raise ConfigError(f"config.json: {experts[0]}: a mixture of experts; its memory cannot be foretold")
@@ -77,12 +77,12 @@ def linears(shape: Shape) -> Linears:
 
 
 def count_linear(shape: Shape) -> int:
-    """Count the weights of all linear layers but the head, without biases."""
+    """Count the weights of all linear layers except the head, without biases."""
     return shape.layers * sum(inputs * outputs for inputs, outputs in linears(shape).values())
 
 
 def count_parameters(shape: Shape) -> int:
-    """Count all parameters; a head that is tied to the embeddings is none of its own.
+    """Count all parameters; a head tied to the embeddings adds none.
 
     Example:
         >>> count_parameters(Shape(576, 1536, 30, 9, 3, 64, 49152, True, 0))
@@ -96,7 +96,7 @@ def targets(shape: Shape, params: SftParams) -> Linears:
     """Return the linear layers of a block that get an adapter.
 
     Raises:
-        ConfigError: A target is none of them.
+        ConfigError: A target module is unknown.
     """
     known = linears(shape)
     if params.lora_target_modules == "all-linear":
@@ -111,10 +111,10 @@ def targets(shape: Shape, params: SftParams) -> Linears:
 
 
 def count_adapter(shape: Shape, params: SftParams) -> int:
-    """Count the parameters of the adapter: two thin matrices for each target, and DoRA's lengths.
+    """Count the adapter parameters: two low-rank matrices per target module, and DoRA's magnitudes.
 
     Raises:
-        ConfigError: A target is unknown.
+        ConfigError: A target module is unknown.
     """
     sizes = targets(shape, params).values()
     dora = sum(outputs for _, outputs in sizes) if params.use_dora else 0
@@ -122,7 +122,7 @@ def count_adapter(shape: Shape, params: SftParams) -> int:
 
 
 def _count_biases(config: Mapping[str, Any]) -> int:
-    """Count the biases of one block; Qwen2 has them without saying so, and not on the output."""
+    """Count the biases of one block; Qwen2 has them on q, k and v without a config entry."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
     keys = 2 * (config.get("num_key_value_heads") or heads) * size

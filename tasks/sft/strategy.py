@@ -1,7 +1,7 @@
-"""How the ranks share the work: the choice, and the configuration that DeepSpeed or FSDP2 gets.
+"""Choice of the distributed strategy, and the config generated for DeepSpeed or FSDP2.
 
-All of it is generated from typed parameters; optimiser and scheduler stay with transformers, so that no
-configuration of DeepSpeed's can replace them in silence.
+The config is generated from typed parameters. Optimizer and scheduler stay in transformers, so no
+DeepSpeed config can silently replace them.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from tasks.sft import SftParams
 
 GIB = 2**30
 HALF = ("bf16", "fp16")
-# Elements of DeepSpeed's bucket of gradients, which it allocates at once: a tenth of its default, which is
-# made for models that train whole.
+# Elements of DeepSpeed's gradient bucket, which it allocates at once: a tenth of the default, which is
+# meant for full fine-tuning.
 BUCKET = 50_000_000
-# Bytes of logits in full precision that exist at a time where the loss is computed in chunks: on a GPU a
-# product large enough to use it whole, on a processor one that its caches still serve.
+# Bytes of fp32 logits per chunk of the chunked loss: enough to saturate a GPU, and few enough to fit
+# into the caches of a CPU.
 LOGITS = {"cuda": 2**29, "cpu": 2**26}
 ZERO = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
-# Bytes and threads of the asynchronous reads and writes: DeepSpeed's own example for one NVMe disk.
+# Bytes and threads of asynchronous I/O: DeepSpeed's own example for one NVMe disk.
 AIO = {
     "block_size": 1048576,
     "queue_depth": 8,
@@ -34,15 +34,15 @@ def choose_strategy(
 ) -> tuple[str, str]:
     """Return the strategy and the reason for it.
 
-    `auto` takes the simplest: what fits on one device only gets slower by dividing it.
+    `auto` takes the simplest one: sharding only slows down what fits on one device.
 
     Args:
-        params: The section sft.
-        needs: Strategy -> bytes that it takes on each device, or None if they are not known.
-        capacity: Bytes of a device's memory, or None if it has none of its own.
+        params: `sft` section of params.yaml.
+        needs: Strategy -> bytes per device, or None if unknown.
+        capacity: Bytes of device memory, or None if the device has no separate memory.
 
     Raises:
-        ConfigError: auto, and nothing fits.
+        ConfigError: `auto`, and no strategy fits.
     """
     if params.strategy == "ddp" and params.ranks == 1:
         return "single", "ddp with one process is single"
@@ -53,7 +53,7 @@ def choose_strategy(
         if several:
             return "ddp", f"{params.ranks} processes, each with the whole model"
         return "single", "one process"
-    # Divided weights cannot be in float8.
+    # Sharded weights cannot be in float8.
     last = () if params.fp8_base else ("fsdp2" if params.adapter == "qlora" else "zero3",)
     ladder = ("ddp", "zero1", "zero2", *last) if several else ("single",)
     said = {name: f"{needs[name] / GIB:.1f} GiB of {capacity / GIB:.1f} GiB" for name in ladder}
@@ -68,26 +68,26 @@ def choose_strategy(
 
 
 def keeps_half(params: SftParams, strategy: str, precision: str) -> bool:
-    """Tell whether weights are stored in half precision.
+    """Return whether weights are stored in half precision.
 
-    That is enough for frozen weights, and where ZeRO keeps full-precision copies of those that train.
+    This is enough for frozen weights, and where ZeRO keeps full-precision copies of the trained weights.
     """
     return precision in HALF and (params.adapter is not None or strategy in ZERO)
 
 
 def uses_autocast(strategy: str, precision: str) -> bool:
-    """Tell whether operators cast their inputs to half precision; ZeRO's whole model is in it instead."""
+    """Return whether autocast is used; ZeRO casts the whole model to half precision instead."""
     return precision in HALF and strategy not in ZERO
 
 
 def choose_loss(params: SftParams, precision: str, head: str | None) -> str:
-    """Choose how the loss is computed: in chunks from hidden states, or from all logits at once.
+    """Choose how the loss is computed: in chunks from the hidden states, or from all logits at once.
 
-    In chunks it makes its own gradient, so the head must not train; unscaled, as fp16 cannot hold it; and a
-    compiler would not see through it.
+    The chunked loss computes its own gradient, so the head must not train. That gradient is unscaled,
+    which fp16 cannot represent, and torch.compile cannot trace it.
 
     Args:
-        params: The section sft.
+        params: `sft` section of params.yaml.
         precision: bf16, fp16, tf32 or fp32.
         head: Name of the module whose output the model returns as logits, or None if it changes them.
     """
@@ -97,9 +97,9 @@ def choose_loss(params: SftParams, precision: str, head: str | None) -> str:
 
 
 def choose_lora(params: SftParams, strategy: str) -> str | None:
-    """Choose how the adapter's layers compute: each as one function, or as PEFT does; None without one.
+    """Choose how the adapter layers are computed: fused, or as in PEFT; None without an adapter.
 
-    One function reads the weights without the modules' hooks, by which ZeRO-3 and FSDP2 gather them.
+    The fused function bypasses the module hooks with which ZeRO-3 and FSDP2 gather weights.
     """
     if params.adapter is None:
         return None
@@ -111,7 +111,7 @@ def choose_lora(params: SftParams, strategy: str) -> str | None:
 def deepspeed_config(
     params: SftParams, strategy: str, precision: str, micro_batch_size: int, device: str
 ) -> dict[str, Any] | None:
-    """Generate DeepSpeed's configuration; None for a strategy without it."""
+    """Generate the DeepSpeed config, or None for a strategy without DeepSpeed."""
     if strategy not in ZERO:
         return None
     return {
@@ -130,7 +130,7 @@ def deepspeed_config(
 
 
 def fsdp_config(params: SftParams, strategy: str) -> dict[str, Any] | None:
-    """Generate the configuration of FSDP2; None for another strategy."""
+    """Generate the FSDP2 config, or None for another strategy."""
     if strategy != "fsdp2":
         return None
     return {
@@ -143,17 +143,17 @@ def fsdp_config(params: SftParams, strategy: str) -> dict[str, Any] | None:
 
 
 def _zero(params: SftParams, stage: int, device: str) -> dict[str, Any]:
-    """Generate the section of ZeRO."""
+    """Generate the ZeRO section of the DeepSpeed config."""
     section: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET}
     if stage == 3:
-        # Every rank sees the whole weights when they are saved.
+        # Saving needs the full weights.
         section |= {"stage3_gather_16bit_weights_on_model_save": True}
     for key, target in (
         ("offload_optimizer", params.offload_optimizer),
         ("offload_param", params.offload_param),
     ):
         if target != "none":
-            # From other memory a GPU copies at half the speed.
+            # From unpinned memory a GPU copies at half the speed.
             section[key] = {"device": target, "pin_memory": device == "cuda"}
             if target == "nvme":
                 section[key]["nvme_path"] = params.nvme_path

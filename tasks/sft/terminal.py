@@ -1,4 +1,4 @@
-"""Show the output of the ranks: line by line, and below it a bar of the steps if somebody is looking."""
+"""Print the output of the ranks line by line, with a progress bar below it in a terminal."""
 
 import re
 import sys
@@ -16,10 +16,10 @@ STEP = re.compile(r"\bstep (\d+)/(\d+) (.*)")
 
 @contextmanager
 def shown_lines() -> Iterator[Callable[[str], None]]:
-    """Yield what takes each line of the ranks.
+    """Yield a function that prints one line of the ranks.
 
-    In a terminal the line `step 3/10 loss ...` moves a bar with these figures beside it, and all other lines
-    go on above it. Elsewhere (a pipe, the flow, a file) every line is passed on as it is.
+    In a terminal, the line `step 3/10 loss ...` updates a progress bar with these figures, and all other
+    lines scroll above it. Elsewhere (a pipe, the flow, a file) every line is passed on unchanged.
     """
     if not sys.stdout.isatty():
         yield print_line

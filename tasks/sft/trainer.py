@@ -1,4 +1,4 @@
-"""TRL's trainer, held to the plan: planned learning rates, token-weighted losses, checkpoints that count."""
+"""TRL's trainer bound to the plan: its learning rates, token-weighted losses, verified checkpoints."""
 
 import math
 import shutil
@@ -28,9 +28,9 @@ from tasks.sft.plan import Plan, name_rows
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer on packed rows in the order of the plan."""
+    """SFTTrainer on packed rows in the order of the plan."""
 
-    # transformers sets these, and has no types for them here.
+    # Set by transformers, which has no types for them.
     optimizer: Any
     lr_scheduler: Any
     control: Any
@@ -41,18 +41,18 @@ class Trainer(SFTTrainer):
         """Build the trainer.
 
         Args:
-            params: The section sft.
-            plan: The compiled plan.
-            filler: A row without a label, which completes a batch.
-            loss: chunked or logits.
-            more: Arguments of SFTTrainer.
+            params: `sft` section of params.yaml.
+            plan: Compiled plan.
+            filler: Row without labels that completes a batch.
+            loss: Loss computation: chunked or logits.
+            more: Keyword arguments of SFTTrainer.
         """
         self.params, self.plan, self.filler = params, plan, filler
         super().__init__(**more)
-        # The loss below is divided by the tokens of the whole step.
+        # `compute_loss` divides by the tokens of the whole step.
         self.loss_is_scaled_for_ga = True
         self.lengths = torch.ones(1)
-        # Of all steps so far: one loss that is not finite makes the sum so for good.
+        # Sum over all steps so far: one non-finite loss makes it non-finite permanently.
         self.total_loss = torch.zeros(1, device=self.args.device)
         self.saved = 0
         self.head = LossHead(self.model.get_output_embeddings()) if loss == "chunked" else None
@@ -60,7 +60,7 @@ class Trainer(SFTTrainer):
             self.model.get_input_embeddings().register_forward_hook(self.add_noise)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make FSDP2 work without a GPU too: accelerate would train with DDP there, and not say so."""
+        """Enable FSDP2 on a CPU, where accelerate would silently train with DDP."""
         if self.args.fsdp_plugin_args and self.args.device.type == "cpu":
             plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             precision = "bf16" if self.args.bf16 else "no"
@@ -80,24 +80,24 @@ class Trainer(SFTTrainer):
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - transformers' signature
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Sum of the negative log-likelihoods of a batch, over the labelled tokens of the whole step.
+        """Sum the negative log-likelihoods of a batch, divided by the labelled tokens of the whole step.
 
-        Outputs that are asked for hold logits, from which the loss then comes.
+        Requested outputs contain logits, and the loss then comes from them.
         """
         if self.params.neftune_noise_alpha is not None:
             self.lengths = token_lengths(inputs)
         head = None if return_outputs else self.head
         total, outputs = summed_loss(model, inputs, self.params.label_smoothing_factor, head)
-        # Every rank's gradient is averaged, but num_items_in_batch counts the tokens of all ranks.
+        # Gradients are averaged over ranks, but num_items_in_batch counts the tokens of all ranks.
         loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         if model.training:
             self.total_loss += loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def add_noise(self, module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """Add NEFTune's noise to embeddings, shape (1, n_tokens, width), scaled by each example's own length.
+        """Add NEFTune noise to embeddings, shape (1, n_tokens, width), scaled by example length.
 
-        transformers scales by the length of the whole row, which would be too little noise for a packed one.
+        transformers scales by the length of the whole row, which is too little noise for a packed row.
         Source: Jain et al., arXiv 2310.05914.
         """
         if not module.training:
@@ -109,7 +109,7 @@ class Trainer(SFTTrainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Compute the loss in nats per labelled token of the validation side: no mean of means."""
+        """Compute the loss in nats per labelled token of the validation set: no mean of means."""
         model, device = self.model_wrapped, self.args.device
         model.eval()
         if hasattr(self.optimizer, "eval"):
@@ -128,21 +128,21 @@ class Trainer(SFTTrainer):
         return metrics
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the norm of a step's gradients, which must be finite before they change a weight."""
+        """Return the gradient norm of a step, which must be finite before a weight changes."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None:
             self.require_finite(float(norm))
         return norm
 
     def require_finite(self, norm: float) -> None:
-        """Check the norm of the gradients of the step in progress; every rank sees the same one.
+        """Check the gradient norm of the current step; every rank sees the same value.
 
-        DeepSpeed leaves out a step whose norm is not finite, and goes on.
+        DeepSpeed skips a step with a non-finite norm, and continues.
 
         Raises:
-            TrainingError: It is not finite.
+            TrainingError: The norm is not finite.
         """
-        # In fp16 that is how the scaler finds its scale.
+        # In fp16 the scaler finds its scale through overflows.
         if math.isfinite(norm) or self.args.fp16:
             return
         step = self.state.global_step + 1
@@ -151,7 +151,7 @@ class Trainer(SFTTrainer):
         raise TrainingError("loss", f"{what} at {name_rows(self.plan, range(step, step + 1))}", [step])
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Build the optimiser; with LoRA+ the matrices B learn faster than A."""
+        """Build the optimizer; with LoRA+ the B matrices learn faster than A."""
         if self.optimizer is not None:
             return self.optimizer
         if self.params.loraplus_lr_ratio is None:
@@ -170,7 +170,7 @@ class Trainer(SFTTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         optimizer: Any = self.optimizer
         if plugin and plugin.zero_stage == 0:
-            # It steps within the backward pass, and tells no norm in full precision.
+            # ZeRO-0 steps within the backward pass, and reports no norm in full precision.
             optimizer.register_step_pre_hook(lambda used, *_: self.require_finite(gradient_norm(used)))
         return optimizer
 
@@ -179,16 +179,16 @@ class Trainer(SFTTrainer):
         num_training_steps: int,  # noqa: ARG002 - transformers' signature
         optimizer: torch.optim.Optimizer | None = None,
     ) -> Any:
-        """Take the rates from the plan; only reductions on a plateau are computed on the way."""
+        """Take learning rates from the plan; only plateau reductions are computed during training."""
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.planned_factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def planned_factor(self, step: int) -> float:
-        """Return the share of the peak learning rate of one step, from 0."""
+        """Return the learning rate of one step, from 0, as a fraction of the peak."""
         rates = self.plan.learning_rate
-        # One step behind the last is asked for and never used.
+        # The step after the last one is requested but never used.
         share: float = rates[min(step, len(rates) - 1)] / self.params.learning_rate
         if self.params.lr_scheduler_type != "reduce_lr_on_plateau":
             return share
@@ -202,10 +202,10 @@ class Trainer(SFTTrainer):
         return share * max(scale, numbers.min_lr_rate or 0.0)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint under another name; it takes its own when all of it is on the disk.
+        """Write the checkpoint under a temporary name; rename it once it is completely on disk.
 
         Raises:
-            TrainingError: A loss since the last checkpoint was not finite, or what would be saved is not.
+            TrainingError: A loss since the last checkpoint, or a value to be saved, is not finite.
         """
         steps, self.saved = range(self.saved + 1, self.state.global_step + 1), self.state.global_step
         if not math.isfinite(self.accelerator.reduce(self.total_loss, reduction="sum").item()):
@@ -233,7 +233,7 @@ class Trainer(SFTTrainer):
 
     @cached_property
     def eval_batches(self) -> list[list[dict[str, Any]]]:
-        """This rank's batches; every rank has as many, since sharded weights are gathered together."""
+        """Return this rank's batches, as many as on other ranks: gathering shards is collective."""
         rows: list[dict[str, Any]] = list(self.eval_dataset)
         size, ranks = self.args.per_device_eval_batch_size, self.accelerator.num_processes
         rows = [*rows, *[self.filler] * (-len(rows) % (size * ranks))]
@@ -243,10 +243,10 @@ class Trainer(SFTTrainer):
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Tell plainly when something cannot be written: torch and safetensors have errors of their own for it.
+    """Raise a clear error if writing fails; torch and safetensors raise errors of several types.
 
     Raises:
-        StageError: It cannot.
+        StageError: Writing failed.
     """
     try:
         yield
@@ -264,17 +264,17 @@ def summed_loss(
 ) -> tuple[torch.Tensor, Any]:
     """Sum the negative log-likelihoods of a batch of one flattened row, in nats.
 
-    Only the positions that have a label are scored: with three quarters of the tokens unsupervised the other
-    logits would be a third of the step.
+    Only labelled positions are scored: with three quarters of the tokens unlabelled, the other logits
+    would take a third of the step.
 
     Args:
-        model: As it trains.
+        model: Causal language model, wrapped or not.
         inputs: One collated row.
-        label_smoothing: Probability mass given to all other tokens, 0 to 1.
-        head: Computes the loss in the model's head, in chunks; None makes all logits.
+        label_smoothing: Probability mass spread over the vocabulary, 0 to 1.
+        head: Loss head that computes the loss in chunks; None computes all logits.
 
     Returns:
-        The sum, a scalar, and the outputs of the model; with a head they hold the loss as logits.
+        The sum, a scalar, and the model outputs; with a head, their logits contain the loss.
     """
     labels = inputs["labels"][0, 1:]
     keep = (labels != IGNORED).nonzero().squeeze(-1)
@@ -289,19 +289,19 @@ def summed_loss(
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
-    """Return the norm of all gradients that an optimiser is about to use."""
+    """Return the norm of all gradients that an optimizer is about to use."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]).item()
 
 
 def has_finite_state(optimizer: Any) -> bool:
-    """Return whether this rank's share of what is trained, and of the optimiser's state, is finite.
+    """Return whether this rank's shard of the trained weights and optimizer state is finite.
 
-    The keys of the state are the weights that the optimiser changes: full-precision copies under ZeRO.
+    The keys of the state are the weights that the optimizer updates: full-precision copies under ZeRO.
     """
     state = optimizer.state.items()
     tensors = [one for weight, values in state for one in (weight, *values.values()) if torch.is_tensor(one)]
-    # A weight that FSDP2 divides knows its share.
+    # FSDP2 weights are DTensors with a local shard.
     shares = (one.to_local() if hasattr(one, "to_local") else one for one in tensors)
     return all(checkpoints.is_finite(one.detach()) for one in shares)
 
@@ -315,5 +315,5 @@ def token_lengths(inputs: dict[str, Any]) -> torch.Tensor:
         [2, 2, 3, 3, 3]
     """
     lengths: torch.Tensor = inputs["cu_seq_lens_q"].diff().long()
-    # Told the size of the result, a GPU need not be waited for.
+    # With a given output size, no GPU synchronization is needed.
     return lengths.repeat_interleave(lengths, output_size=inputs["input_ids"].shape[1])

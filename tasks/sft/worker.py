@@ -1,6 +1,6 @@
-"""One rank of the training. Launched by DeepSpeed; reads its job file and nothing else.
+"""Train as one rank. Launched by DeepSpeed; reads only its job file.
 
-Rank 0 writes effective.json, selftest.json, the adapter, and last of all the success marker.
+Rank 0 writes effective.json, selftest.json, the adapter and, last, the success marker.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from tasks.sft.proof import Proof
 from tasks.sft.strategy import deepspeed_config, fsdp_config
 from tasks.sft.trainer import Trainer, writing
 
-# Beside the safetensors: what the weights cannot be loaded without.
+# Files needed to load the weights, in addition to the safetensors.
 WEIGHT_FILES = (
     "adapter_config.json",
     "config.json",
@@ -47,10 +47,10 @@ log = logging.getLogger(__name__)
 
 
 def main(job_file: Path) -> None:
-    """Train a job; leave the reason if it fails."""
-    # Without its launcher a rank would wait for the others for ever.
+    """Train a job; on failure, write the reason."""
+    # A rank without its launcher would wait for the other ranks forever.
     supervise.die_with_parent()
-    # What is imported stays: neither a collection on the way nor the one at the end is to look through it.
+    # Imported objects are permanent; exclude them from garbage collection, also at exit.
     gc.freeze()
     job = read_job(job_file)
     folder = job.folder
@@ -71,14 +71,14 @@ def main(job_file: Path) -> None:
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+    """Add the command-line arguments."""
     parser.add_argument("job_file", type=Path, help="what to train, as tasks.sft writes it")
 
 
 def train(job: Job) -> None:
-    """Build, prove, train from the newest checkpoint, save."""
+    """Build the trainer, run the self-test, train from the newest checkpoint, save."""
     params, folder = job.params, job.folder
-    # The seed comes before the adapter's weights are drawn.
+    # Set the seed before the adapter weights are initialized.
     set_seed(params.seed)
     progress = Progress(job)
     guard, proof = Guard(job), Proof(job)
@@ -89,7 +89,7 @@ def train(job: Job) -> None:
     resume = checkpoints.find_newest(folder)
     trainer.saved = checkpoints.step(resume) if resume else 0
     if resume and is_stopped(resume, params):
-        # It had stopped for good: only its weights are wanted.
+        # Early stopping has already ended this run: only its weights are needed.
         trainer.args.max_steps = checkpoints.step(resume)
     if trainer.is_world_process_zero():
         write_json(folder / "output" / "effective.json", effective(trainer, job))
@@ -105,7 +105,7 @@ def require_one_job(job: Job) -> None:
     """Compare the jobs of all ranks; each machine may have written its own.
 
     Raises:
-        StageError: They differ.
+        StageError: The jobs differ.
     """
     shared = job.model_dump(mode="json", exclude={"spool", "tracking_uri", "visible"})
     del shared["backend"]["devices"]
@@ -118,7 +118,7 @@ def require_one_job(job: Job) -> None:
 
 
 def is_stopped(checkpoint: Path, params: SftParams) -> bool:
-    """Tell whether a training had stopped early at a checkpoint."""
+    """Return whether early stopping ended the training run at a checkpoint."""
     history = read_json(checkpoint / "trainer_state.json")["log_history"]
     return is_exhausted(history, params.early_stopping_patience, params.early_stopping_min_delta)
 
@@ -127,7 +127,7 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
     """Build the trainer on the packed rows, in the order of the plan."""
     params, backend = job.params, job.backend
     tokenizer = AutoTokenizer.from_pretrained(job.base)
-    # Before the model: weights are divided among the ranks while they are read if DeepSpeed is known by then.
+    # Before the model: ZeRO-3 shards the weights while they load if the DeepSpeed config is already set.
     args = training_arguments(job)
     filler = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
     model = load_model(str(job.base), params, backend.strategy, backend.precision, backend.attention)
@@ -152,7 +152,7 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
 
 
 def training_arguments(job: Job) -> SFTConfig:
-    """Translate our parameters to TRL's; everything it would do in silence is switched off."""
+    """Convert the parameters to TRL's, and disable everything that TRL would do silently."""
     params, backend = job.params, job.backend
     precision = backend.precision
     fsdp = fsdp_config(params, backend.strategy)
@@ -163,7 +163,7 @@ def training_arguments(job: Job) -> SFTConfig:
         gradient_accumulation_steps=job.accumulation_steps,
         per_device_eval_batch_size=params.per_device_eval_batch_size,
         learning_rate=params.learning_rate,
-        # The rates come from the plan.
+        # The learning rates come from the plan.
         lr_scheduler_type="constant",
         optim=params.optim,
         adam_beta1=params.adam_beta1,
@@ -183,7 +183,7 @@ def training_arguments(job: Job) -> SFTConfig:
         activation_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
         use_liger_kernel=params.use_liger_kernel,
         torch_compile=params.torch_compile,
-        # The rows are packed and shuffled by the plan.
+        # The rows are already packed, and shuffled by the plan.
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
         padding_free=True,
@@ -204,17 +204,17 @@ def training_arguments(job: Job) -> SFTConfig:
 
 
 def planned_rows(path: Path, order: list[int] | None, filler: dict[str, Any]) -> Dataset:
-    """Lay out rows in the order of the plan, or as they stand; a filler is two tokens without a label."""
+    """Read rows in the order of the plan, or in file order; a filler is two tokens without a label."""
     rows = read_rows(path)
     planned = rows if order is None else [filler if i == FILLER else rows[i] for i in order]
     return Dataset.from_list([{column: row[column] for column in filler} for row in planned])
 
 
 def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
-    """Set what was requested beside what runs.
+    """Return requested values next to effective ones.
 
     Raises:
-        StageError: The two differ, and what was requested is not `auto`.
+        StageError: They differ, and the requested value is not `auto`.
     """
     args = trainer.args
     backend, strategy = job.backend, running_strategy(trainer)
@@ -229,7 +229,7 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
         "attn_implementation": trainer.model.config._attn_implementation,
         "num_processes": args.world_size,
         "optim": args.optim.value,
-        # Compared with the model by the proofs, since both are switched on when the training begins.
+        # The self-test compares both with the model, since they are enabled when training starts.
         "activation_checkpointing": args.activation_checkpointing,
         "fp8_base": trainer.params.fp8_base,
         "use_liger_kernel": args.use_liger_kernel,
@@ -239,8 +239,8 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
     table = {
         key: {"requested": getattr(job.requested, key), "effective": value} for key, value in runs.items()
     }
-    # Another attempt may take a smaller micro-batch; the rows of a step stay the same. The strategy that was
-    # chosen is compared above.
+    # A later attempt may use a smaller micro-batch; the rows per step stay the same. The strategy is
+    # compared above.
     free = {"per_device_train_batch_size", "gradient_accumulation_steps", "strategy"}
     different = {
         key: row
@@ -260,7 +260,7 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
 
 
 def running_strategy(trainer: Trainer) -> str:
-    """Tell from the accelerator how the ranks share the work."""
+    """Return the distributed strategy that the accelerator runs."""
     accelerator = trainer.accelerator
     if plugin := accelerator.state.deepspeed_plugin:
         return f"zero{plugin.zero_stage}"
@@ -270,11 +270,11 @@ def running_strategy(trainer: Trainer) -> str:
 
 
 def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None:
-    """Save the weights and, as the last act, the success marker.
+    """Save the weights and, last, the success marker.
 
     Raises:
-        StageError: The training ended before its plan did, or made weights that are not finite.
-        TrainingError: It was asked to end.
+        StageError: Training ended before the last planned step, or a weight is not finite.
+        TrainingError: Training was preempted by SIGTERM.
     """
     params, step = trainer.params, trainer.state.global_step
     history = trainer.state.log_history
@@ -284,7 +284,7 @@ def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None
             raise TrainingError("preempted", f"asked to end; saved at step {step}")
         raise StageError(f"ended at step {step} of {job.plan.steps}; run again")
     if hasattr(trainer.optimizer, "eval"):
-        # A schedule-free optimiser trains on other weights than those to use.
+        # A schedule-free optimizer uses different weights for training and for inference.
         trainer.optimizer.eval()
     output = job.folder / "output"
     if trainer.is_world_process_zero():
@@ -312,7 +312,7 @@ def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None
 
 
 def copy_weights(checkpoint: Path, target: Path) -> None:
-    """Copy the weights of a checkpoint."""
+    """Copy the weights of a checkpoint, and the files needed to load them."""
     target.mkdir(parents=True)
     for path in checkpoint.iterdir():
         if path.suffix == ".safetensors" or path.name in WEIGHT_FILES:
@@ -320,13 +320,13 @@ def copy_weights(checkpoint: Path, target: Path) -> None:
 
 
 def tidy(model: Path) -> None:
-    """Keep what is needed to load the weights, and nothing that changes from run to run."""
+    """Keep only what is needed to load the weights, and nothing that changes between runs."""
     for path in model.iterdir():
         if path.suffix != ".safetensors" and path.name not in WEIGHT_FILES:
             path.unlink()
     config = model / "adapter_config.json"
     if config.is_file():
-        # PEFT writes this list in the order of a set, which differs from process to process.
+        # PEFT writes this list in set order, which differs between processes.
         values = read_json(config)
         values["target_modules"] = sorted(values["target_modules"])
         write_json(config, values)

@@ -1,13 +1,13 @@
-"""Bring the outside in, as files: new data, benchmarks, and the champion's identity.
+"""Fetch external inputs as files: new data, benchmarks, and the champion's identity.
 
-The first stage of the graph. DVC runs it when its parameters change or an output is missing, the flow
-every night. Sources (params.yaml) become immutable shards `data/raw/<source>/<arrival>.<suffix>`; a shard
-is written only when its bytes are new, so a night without new data changes nothing. Benchmarks become
-`data/benchmarks/<name>/`; the registry's champion becomes `data/champion/`. What params.yaml no longer names
-stays, and is not used.
+The first stage of the graph. DVC runs it when its parameters change or an output is missing; the flow
+runs it every night. Sources (params.yaml) become immutable shards
+`data/raw/<source>/<arrival>.<suffix>`; a shard is written only if its bytes are new, so a night without
+new data changes nothing. Benchmarks become `data/benchmarks/<name>/`; the registry's champion becomes
+`data/champion/`. Sources and benchmarks that are no longer in params.yaml are kept but not used.
 
-The outputs persist in dvc.yaml: DVC neither removes them before a run nor puts those of an earlier run in
-their place.
+The outputs have `persist: true` in dvc.yaml: DVC neither removes them before a run nor replaces them
+with those of an earlier run.
 """
 
 import re
@@ -22,12 +22,12 @@ from tasks.snapshot.sources.packages import BENCHMARK_PACKAGES
 
 
 class SnapshotParams(StageParams):
-    """What to bring in.
+    """Sources and benchmarks to fetch.
 
     Attributes:
-        sources: Name of each source -> location; see `tasks.snapshot.sources.locations`.
-        benchmarks: Name of each benchmark -> `package:<name>`, `lm-eval:<task>`, or a folder with
-            task.yaml and items.jsonl.
+        sources: Source name -> location; see `tasks.snapshot.sources.locations`.
+        benchmarks: Benchmark name -> `package:<name>`, `lm-eval:<task>`, or a folder with task.yaml and
+            items.jsonl.
     """
 
     sources: dict[str, Location]

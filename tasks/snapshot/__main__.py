@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Bring in sources, benchmarks and the champion.
+    """Fetch sources, benchmarks and the champion.
 
     Raises:
-        DataError: A benchmark breaks the format.
-        StageError: dvc.lock names data that is nowhere.
+        DataError: A benchmark has an invalid format.
+        StageError: Data referenced by dvc.lock cannot be found.
     """
     params = load_params(SnapshotParams, "snapshot")
     for folder in (RAW, BENCHMARKS):
@@ -61,11 +61,11 @@ def main() -> None:
 def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
     """Write the offered files whose bytes are new, numbered by arrival.
 
-    The arrival number is common to all sources and only grows, so that data which came first stays
-    first: deduplication keeps the first of two equal rows.
+    The arrival number is shared by all sources and only increases, so that earlier data stays first:
+    deduplication keeps the first of two equal rows.
 
     Returns:
-        The new shards, `raw/<source>/<arrival>.<suffix>`.
+        New shards, `raw/<source>/<arrival>.<suffix>`.
     """
     digests = digest_shards(raw)
     known = {digest for name, digest in digests.items() if name.startswith(f"{source}/")}
@@ -92,7 +92,7 @@ def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
 
 
 def receive(offer: Offer, target: Path) -> str:
-    """Write the bytes of an offer to a file and return their SHA-256, in hex."""
+    """Write the bytes of an offer to a file and return their SHA-256 hex digest."""
     state = hashlib.sha256()
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as file:
@@ -105,10 +105,10 @@ def receive(offer: Offer, target: Path) -> str:
 
 
 def digest_shards(raw: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of all shards that are there; one that is not listed yet is read.
+    """Return name -> SHA-256 of all existing shards; a shard that is not listed yet is hashed.
 
     Raises:
-        DataError: A file is no shard.
+        DataError: A file is not a shard.
     """
     listed = read_digests(raw)
     names = [shard.relative_to(raw).as_posix() for _, shard in find_shards(raw)]
@@ -116,7 +116,7 @@ def digest_shards(raw: Path) -> dict[str, str]:
 
 
 def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
-    """Write `<name>/task.yaml` and `<name>/items.jsonl` below `benchmarks` (`nightshift.data.benchmarks`)."""
+    """Write `<name>/task.yaml` and `<name>/items.jsonl` in `benchmarks`, for `read_benchmarks`."""
     target = benchmarks / name
     kind, _, rest = location.partition(":")
     if kind == "package":

@@ -1,6 +1,6 @@
-"""The whole pipeline in a checkout of its own: real servers, worker, launcher and registry, a small model.
+"""The whole pipeline in a separate checkout: real servers, worker, launcher and registry, small model.
 
-The tests share one checkout and run in the order of the file.
+The tests share one checkout and run in file order.
 """
 
 import contextlib
@@ -30,26 +30,26 @@ BAD_LINES = b'{"messages": [\n\xff\xfe\n'
 
 
 class ServedCheckout(Checkout):
-    """A checkout with a stack of its own."""
+    """A checkout with its own stack."""
 
     def make_run(self) -> str:
-        """`make run`, with the environment that is installed already."""
+        """Run `make run` with the environment that is already installed."""
         return self.type("make", f"VENV={BIN.parent}", "-o", f"{BIN.parent}/ready", "run")
 
     def api(self, path: str, body: dict[str, Any]) -> Any:
-        """Ask the Prefect server of this checkout."""
+        """Call the API of this checkout's Prefect server."""
         found = tomllib.loads((self.folder / "prefect.toml").read_text())["api"]
         return prefect_api.call(found["url"], found["auth_string"], "POST", path, body)
 
     def last_run(self) -> dict[str, Any]:
-        """The flow run that was started last."""
+        """Return the flow run that was started last."""
         begun = {"start_time": {"is_null_": False}}
         body = {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun}
         run: dict[str, Any] = self.api("/flow_runs/filter", body)[0]
         return run
 
     def task_states(self) -> dict[str, str]:
-        """Name -> state of the tasks of the last flow run."""
+        """Return task name -> state for the last flow run."""
         body = {"flow_runs": {"id": {"any_": [self.last_run()["id"]]}}}
         return {task["name"]: task["state_name"] for task in self.api("/task_runs/filter", body)}
 
@@ -58,7 +58,7 @@ class ServedCheckout(Checkout):
 def checkout(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
 ) -> Iterator[ServedCheckout]:
-    """A checkout with a source of the user's own, two lines of which are broken."""
+    """Create a checkout with a user-defined source that has two malformed lines."""
     folder = make_checkout(tmp_path_factory.mktemp("e2e") / "checkout", tiny_base)
     for name in ("Makefile", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
@@ -125,14 +125,14 @@ def test_after_the_flow_dvc_repro_has_nothing_to_compute(checkout: ServedCheckou
 
 
 def test_after_dvc_repro_the_flow_has_nothing_to_compute(checkout: ServedCheckout) -> None:
-    # The first candidate counts as a look from now on: the gate reads a longer list.
+    # The first candidate now counts as a look, so the gate reads a longer list of looks.
     checkout.type("nightshift", "snapshot")
     params = checkout.folder / "params.yaml"
     params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 9999"))
     assert "Running stage 'gate'" in checkout.type("dvc", "repro")
     checkout.make_run()
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Skipped"}
-    # It looked outside all the same.
+    # The snapshot stage still checked the sources.
     assert checkout.task_states()["snapshot"] == "Completed"
 
 
@@ -172,7 +172,7 @@ def test_mlflow_knows_the_version_and_where_it_came_from(checkout: ServedCheckou
     assert version.tags["nightshift.verdict"] in ("hold", "promote", "reject")
     assert len(version.tags["nightshift.adapter_digest"]) == 64
     assert version.run_id == read_json(checkout.folder / "data/sft/mlflow_run.json")["run_id"]
-    # The run that was killed before is closed too.
+    # The MLflow run of the killed flow run is closed as well.
     experiment = client.get_experiment_by_name("nightshift")
     assert experiment
     states = [run.info.status for run in client.search_runs([experiment.experiment_id])]
@@ -193,7 +193,7 @@ def test_a_version_is_rebuilt_from_its_lineage_to_the_same_adapter(checkout: Ser
 
 
 def flow_processes(folder: Path) -> list[psutil.Process]:
-    """All processes of flow runs in this checkout, at any depth."""
+    """Return all processes of flow runs in this checkout, at any depth."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -206,7 +206,7 @@ def flow_processes(folder: Path) -> list[psutil.Process]:
 
 
 def flow_process(folder: Path, word: str) -> psutil.Process | None:
-    """The process of the flow itself, once a process below it has `word` in its command line."""
+    """Return the flow's own process once a process below it has `word` in its command line."""
     found = flow_processes(folder)
     with contextlib.suppress(psutil.Error):
         if any(word in " ".join(process.cmdline()) for process in found):
@@ -215,7 +215,7 @@ def flow_process(folder: Path, word: str) -> psutil.Process | None:
 
 
 def wait_for(condition: Any, seconds: float = 90) -> Any:
-    """Return the first true result of the condition."""
+    """Return the first truthy result of the condition."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < deadline

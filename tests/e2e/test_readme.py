@@ -1,4 +1,4 @@
-"""The README's commands are what CI runs and what the end-to-end tests type."""
+"""The README's commands are those that CI and the end-to-end tests run."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""One training, many ways to run it: the losses are the same.
+"""Losses do not depend on how a training run is split into micro-batches and processes.
 
-All examples train in every step, so the order of the rows does not matter. What differs is only in which
-pieces and on how many processes the same sum is computed.
+Every step trains on all examples, so row order does not matter. The runs differ only in the
+micro-batches and processes that compute the same sum.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.helpers.sft import history, make_folder, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
 ALONE = tuple((i,) for i in range(8))
-# Adam divides by the root of a sum that may be near nothing: differences of 1e-7 in a gradient grow.
+# Adam divides by the root of a running sum that may be near 0, which amplifies gradient errors of 1e-7.
 TOLERANCE = 2e-4
 
 
@@ -25,7 +25,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(packed: Path, clean_environment: dict[str, str]) -> list[float]:
-    """Losses of one process with one forward pass a step."""
+    """Return the losses of one process with one forward pass per step."""
     done = run_sft(packed, clean_environment, "reference")
     assert done.returncode == 0, done.stdout
     losses = history(packed, "reference")

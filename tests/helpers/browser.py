@@ -1,4 +1,4 @@
-"""A real browser, headless, that tells what a page did besides showing itself."""
+"""A real headless browser that records the errors and requests of a page."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ QUIET = (
 
 
 def find_browser() -> str:
-    """Return the path of Chromium; without one, skip the test on a laptop and fail it in CI."""
+    """Return the path of Chromium; if none is installed, skip the test locally and fail it in CI."""
     if found := next(filter(None, map(shutil.which, NAMES)), None):
         return found
     missing = f"no browser: none of {', '.join(NAMES)} is installed (Debian: apt-get install chromium)"
@@ -33,7 +33,7 @@ def find_browser() -> str:
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Start Chromium."""
+    """Start headless Chromium and close it afterwards."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=list(QUIET))
         yield browser
@@ -41,12 +41,12 @@ def open_browser() -> Iterator[Browser]:
 
 
 class Visit:
-    """A page in a tab of its own.
+    """A page in a separate tab.
 
     Attributes:
-        page: To be looked at.
-        errors: What it wrote to the console as an error, and what it threw.
-        requests: Addresses that it asked for, its own first.
+        page: Playwright page.
+        errors: Console errors and uncaught exceptions of the page.
+        requests: Requested URLs, the page's own first.
     """
 
     def __init__(

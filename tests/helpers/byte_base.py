@@ -1,4 +1,4 @@
-"""A base model's tokenizer without a model: a token for each byte, and a ChatML template."""
+"""A base model's tokenizer without the model: one token per byte and a ChatML template."""
 
 import json
 from pathlib import Path

@@ -15,13 +15,13 @@ FILES = ("dvc.yaml", "prefect.yaml", "pyproject.toml", ".dvcignore", ".gitignore
 
 
 class Checkout:
-    """A folder, and the commands that a user types in it."""
+    """A folder and the commands that a user runs in it."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.environment = folder, environment
 
     def type(self, *command: str, code: int = 0) -> str:
-        """Run a command to its end, require its exit code, and return what it printed."""
+        """Run a command to completion, assert its exit code and return its output."""
         done = subprocess.run(
             command,
             cwd=self.folder,
@@ -37,7 +37,7 @@ class Checkout:
 
 
 def small_params(base: Path) -> dict[str, Any]:
-    """The shipped parameters, made small: a few steps of the small model on few rows."""
+    """Return the shipped parameters, reduced to a few steps of the small model on few rows."""
     params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["base"] |= {"model": str(base), "dtype": "float32"}
     params["snapshot"]["sources"] = {"elements": "package:mendeleev"}
@@ -49,7 +49,7 @@ def small_params(base: Path) -> dict[str, Any]:
 
 
 def make_checkout(folder: Path, base: Path) -> Path:
-    """Make a git and DVC checkout with the project's code and small parameters."""
+    """Create a git and DVC checkout with the project's code and small parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FOLDERS:
         ignored = shutil.ignore_patterns("__pycache__")

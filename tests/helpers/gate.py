@@ -1,4 +1,4 @@
-"""Parameters of the gate in tests: those that are shipped, with fewer resamples."""
+"""Gate parameters for tests: the shipped ones with fewer resamples."""
 
 from tasks.gate import GateParams
 

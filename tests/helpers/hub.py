@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback interface: what its client asks to list and download files."""
+"""A Hugging Face Hub on the loopback interface: the endpoints for listing and downloading files."""
 
 import json
 import os
@@ -14,13 +14,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What it holds, and what it was asked.
+    """Contents of the Hub and the requests it received.
 
     Attributes:
         files: `models/owner/name` or `datasets/owner/name` -> path -> bytes, all at `COMMIT`.
-        refusals: Repository, in the same form -> status and X-Error-Code of every answer.
+        refusals: Repository, in the same form -> status and X-Error-Code of every response.
         asked: Paths of all requests so far.
-        url: Where it listens.
+        url: Base URL of the Hub.
     """
 
     files: Mapping[str, Mapping[str, bytes]]
@@ -46,7 +46,7 @@ class Hub:
         return 404, "RepoNotFound", b"{}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """This process's environment, led to this Hub with an empty cache in `home`."""
+        """Return this process's environment, pointed at this Hub with an empty cache in `home`."""
         kept = {
             key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))
         }
@@ -57,7 +57,7 @@ class Hub:
 def served(
     files: Mapping[str, Mapping[str, bytes]], refusals: Mapping[str, tuple[int, str]] | None = None
 ) -> Iterator[Hub]:
-    """Serve a Hub on a free port; it is gone after the block."""
+    """Serve a Hub on a free port until the block ends."""
     hub = Hub(files, refusals or {})
 
     class Handler(BaseHTTPRequestHandler):
@@ -75,7 +75,7 @@ def served(
         do_HEAD = do_GET  # noqa: N815 - http.server's name
 
         def log_message(self, *_: object) -> None:
-            """Stay silent."""
+            """Suppress request logging."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"

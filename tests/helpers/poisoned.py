@@ -1,6 +1,6 @@
-"""The stage sft with a fault in its ranks, named by POISON: a broken kernel, a hard row, a bad chip.
+"""The sft stage with a fault in its ranks, selected by POISON: broken kernel, hard row, faulty chip.
 
-Without an argument it is the stage, with one the rank of that job.
+Without an argument, run the stage; with a job file, run as a rank of that job.
 """
 
 import itertools
@@ -11,12 +11,12 @@ from typing import Any
 
 from nightshift.core.stage import run_main
 
-# A label of the row that is poisoned.
+# A label that only the poisoned row has.
 LABEL = 2500
 
 
 def main(job_file: Path | None) -> None:
-    """Run the stage, whose ranks come back here, or be one of them."""
+    """Run the stage with ranks that start this module, or run as one of these ranks."""
     if job_file:
         rank(job_file)
         return
@@ -33,7 +33,7 @@ def main(job_file: Path | None) -> None:
 
 
 def rank(job_file: Path) -> None:
-    """Plant the fault, and train."""
+    """Inject the fault and train."""
     from tasks.sft import worker
 
     FAULTS[os.environ["POISON"]]()
@@ -41,7 +41,7 @@ def rank(job_file: Path) -> None:
 
 
 def poison_loss(gradient: float | None, loss: float = 0.0) -> None:
-    """Give the loss of the poisoned row another gradient, and add to its value."""
+    """Scale the gradient of the poisoned row's loss and add to its value."""
     from tasks.sft.fused import LossHead
 
     real = LossHead.__call__
@@ -57,7 +57,7 @@ def poison_loss(gradient: float | None, loss: float = 0.0) -> None:
 
 
 def poison_state() -> None:
-    """Spoil the optimiser's state in memory after the third step."""
+    """Corrupt the optimizer state in memory after the third step."""
     from tasks.sft.guard import Guard
 
     on_step_end = Guard.on_step_end
@@ -65,7 +65,7 @@ def poison_state() -> None:
     def spoil(self: Any, args: Any, state: Any, control: Any, optimizer: Any, **more: Any) -> None:
         if state.global_step == 3:
             second = next(iter(optimizer.state.values()))["exp_avg_sq"]
-            # FSDP2 divides it; its own share is what a rank can spoil.
+            # FSDP2 shards the state; a rank can corrupt only its own shard.
             mine = second.to_local() if hasattr(second, "to_local") else second
             mine.view(-1)[0] = float("inf")
         on_step_end(self, args, state, control, optimizer=optimizer, **more)
@@ -74,7 +74,7 @@ def poison_state() -> None:
 
 
 def poison_file() -> None:
-    """Spoil a weight while the trained model is written."""
+    """Corrupt a weight while the trained model is written."""
     from safetensors.torch import load_file, save_file
 
     from tasks.sft import worker
@@ -92,7 +92,7 @@ def poison_file() -> None:
 
 
 def poison_scaler(skips: Collection[int]) -> None:
-    """Leave out optimiser steps, counted from 1, as fp16's scaler does where gradients overflow."""
+    """Skip optimizer steps, counted from 1, as the fp16 scaler does when gradients overflow."""
     from accelerate.optimizer import AcceleratedOptimizer
 
     step, steps = AcceleratedOptimizer.step, itertools.count(1)

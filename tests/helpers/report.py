@@ -1,4 +1,4 @@
-"""A checkout as a night leaves it, small and made by hand: files of every stage, run and registry."""
+"""A small handmade checkout after a nightly run: files of every stage, MLflow run and registry."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ REJECTED = pa.schema(
     ]
 )
 SIMILARITY = pa.schema([("id", pa.string()), ("source_similarity", pa.float64())])
-# Ends with an error in the console and a request, if a browser takes it for anything but text.
+# Causes a console error and a request if a browser interprets it as anything but text.
 HOSTILE = '<script>document.title = "taken"</script><img src="http://127.0.0.1:9/x.png" onerror="alert(1)">'
 SUMMARIES: dict[str, dict[str, Any]] = {
     "snapshot": {},
@@ -73,7 +73,7 @@ GATE = {
 
 
 def messages(question: str, answer: str) -> list[dict[str, Any]]:
-    """One question and its answer."""
+    """Return a question and its answer."""
     turn = {"tool_calls": None, "name": None}
     return [
         {"role": "user", "content": question, **turn},
@@ -82,7 +82,7 @@ def messages(question: str, answer: str) -> list[dict[str, Any]]:
 
 
 def score(model: str, item: int, value: float | None, **more: Any) -> dict[str, Any]:
-    """One row of the table of scores: a question with four choices."""
+    """Return one row of the score table: a question with four choices."""
     return {
         "model": model,
         "benchmark": "facts",
@@ -100,14 +100,14 @@ def score(model: str, item: int, value: float | None, **more: Any) -> dict[str, 
 
 
 def heldout(model: str, item: str, loss: float, tokens: int) -> dict[str, Any]:
-    """One held-out example: its loss is a sum over its tokens, and there is no answer."""
+    """Return the row of a held-out example: a loss summed over its tokens, and no answer."""
     texts = {"question": None, "expected": None, "answer": None}
     example = {"benchmark": "test", "item": item, "slice": "facts", "tokens": tokens, "choices": None}
     return {**score(model, 0, loss), **texts, **example}
 
 
 def night_scores() -> list[dict[str, Any]]:
-    """Scores of four models: the candidate answers 8 of 10, the champion 5, the base 2, retrieval 6."""
+    """Return scores of four models; correct of 10: candidate 8, champion 5, base 2, retrieval 6."""
     right = {"base": (0, 1), "champion": range(5), "candidate": range(1, 9), "retrieval": range(6)}
     rows = [score(model, i, float(i in known)) for model, known in right.items() for i in range(10)]
     losses = {"base": (12.0, 30.0), "champion": (10.0, 24.0), "candidate": (8.0, 25.0)}
@@ -117,11 +117,11 @@ def night_scores() -> list[dict[str, Any]]:
 
 
 def make_night(folder: Path, *, champion: bool = True) -> None:
-    """Make the current folder a checkout after a night on which the gate said promote.
+    """Turn the current folder into a checkout after a night with the verdict promote.
 
     Args:
         folder: The current folder.
-        champion: There was one already, version 1; else the gate compared with the base.
+        champion: Whether version 1 is already champion; otherwise the gate compared with the base.
     """
     write_text(folder / "params.yaml", (ROOT / "params.yaml").read_text(encoding="utf-8"))
     write_text(folder / "dvc.yaml", (ROOT / "dvc.yaml").read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ def make_night(folder: Path, *, champion: bool = True) -> None:
 
 
 def write_examples(data: Path) -> None:
-    """Write six examples, one of them hostile and one paraphrase, a rejected one, and two held-out ones."""
+    """Write six examples (one hostile), an accepted and a rejected paraphrase, two held-out examples."""
     example = {"tools": None, "source": "facts", "arrival": 1}
     original = {"parent_id": None, "style": None, "ordinal": None}
     rows = [
@@ -172,7 +172,7 @@ def write_examples(data: Path) -> None:
 
 
 def write_packed(data: Path, ids: list[str], shards: list[str]) -> None:
-    """Write which examples trained, all of the last shard, and the shards that were there."""
+    """Write the packed examples, all from the last shard, and the digests of the existing shards."""
     row = {"input_ids": [1], "labels": [1], "seq_lengths": [1] * len(ids), "starts": [0] * len(ids)}
     origins = [f"{shards[-1]}:{one}" for one in ids]
     write_rows(data / "pack" / "train.parquet", [{**row, "example_ids": ids, "origins": origins}], ROWS)
@@ -180,7 +180,7 @@ def write_packed(data: Path, ids: list[str], shards: list[str]) -> None:
 
 
 def write_mlflow(folder: Path, *, champion: bool) -> None:
-    """Write the run that trained, and the registry: the champion, if any, and the candidate after it."""
+    """Write the training run and the registry: the champion, if any, then the candidate."""
     client, name = versions.open_registry()
     run = client.create_run(experiment_id(client)).info.run_id
     for step, (loss, rate) in enumerate([(3.0, 0.0), (2.5, 0.001), (2.0, 0.0005)], start=1):
@@ -193,7 +193,7 @@ def write_mlflow(folder: Path, *, champion: bool) -> None:
     client.create_registered_model(name)
     params = (folder / "params.yaml").read_text(encoding="utf-8")
     if champion:
-        # What the champion was made of: another learning rate, five of the examples, and one that is gone.
+        # The champion used another learning rate, five of the examples and one that is gone.
         (folder / "params.yaml").write_text(params.replace("1.0e-3", "2.0e-3"), encoding="utf-8")
         write_packed(data, ["e1", "e2", "e3", "e4", "e5", "gone"], ["facts/000001.jsonl"])
         write_lineage(folder / "versions" / "1" / "artifacts" / "lineage")
@@ -207,7 +207,7 @@ def write_mlflow(folder: Path, *, champion: bool) -> None:
 
 
 def write_version(client: MlflowClient, name: str, folder: Path, digest: str) -> None:
-    """Register a version that became champion."""
+    """Register a version and make it champion."""
     number = len(versions.registered(client, name)) + 1
     source = folder / "versions" / str(number)
     source.mkdir(parents=True, exist_ok=True)
@@ -216,5 +216,4 @@ def write_version(client: MlflowClient, name: str, folder: Path, digest: str) ->
 
 
 def write_scores(data: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the table of scores."""
     write_rows(data / "evaluate" / "scores.parquet", rows, ALL_SCORES)

@@ -1,4 +1,4 @@
-"""The stage sft in tests: a folder with a small model and few rows, and short parameters."""
+"""Helpers for tests of the sft stage: a folder with a small model and few rows, and short parameters."""
 
 import random
 import shutil
@@ -49,7 +49,7 @@ WHOLE_SET = {
     "attn_implementation": "sdpa_per_example",
     "save_steps": 100,
 }
-# What a machine without a GPU chooses for one process.
+# The backend that a machine without a GPU chooses for one process.
 BACKEND = Backend(
     device="cpu",
     devices=(),
@@ -67,12 +67,12 @@ LENGTHS = (9, 31, 14, 40, 22, 27, 11, 36)
 
 
 def sft_params(**changes: Any) -> SftParams:
-    """The shipped parameters, made short, with changes."""
+    """Return the shipped parameters, shortened, with changes."""
     return SftParams(**{**shipped_params(), **SHORT, **changes})
 
 
 def make_job(params: SftParams, **backend: Any) -> Job:
-    """A job of two steps, as the stage writes it, with another backend."""
+    """Return a two-step job as the stage writes it, with changes to the backend."""
     return Job(
         requested=params,
         params=params,
@@ -91,18 +91,18 @@ def make_job(params: SftParams, **backend: Any) -> Job:
 
 
 def shipped_params() -> dict[str, Any]:
-    """The section sft of params.yaml."""
+    """Return the sft section of params.yaml."""
     section: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["sft"]
     return section
 
 
 def make_folder(folder: Path, base: Path, rows: Sequence[Sequence[int]] = ((0,), (1,), (2,))) -> Path:
-    """Make a folder in which `python -m tasks.sft` finds all that it reads.
+    """Fill a folder with all inputs of `python -m tasks.sft`.
 
     Args:
-        folder: Where.
-        base: A model.
-        rows: Numbers of the examples (of `LENGTHS`) in each packed row.
+        folder: Folder to fill.
+        base: Folder of the base model.
+        rows: Numbers of the examples (indices into `LENGTHS`) in each packed row.
     """
     shutil.copytree(base, folder / "data" / "base" / "model")
     write_json(folder / "data" / "base" / "base.json", {"files": {}, "model": str(base)})
@@ -112,7 +112,7 @@ def make_folder(folder: Path, base: Path, rows: Sequence[Sequence[int]] = ((0,),
 
 
 def packed_row(numbers: Sequence[int]) -> dict[str, Any]:
-    """A row of examples: random tokens, the second half of each with labels."""
+    """Return a row of examples with random tokens; the second half of each example has labels."""
     row: dict[str, Any] = {key: [] for key in ROWS.names}
     for number in numbers:
         length = LENGTHS[number]
@@ -127,7 +127,7 @@ def packed_row(numbers: Sequence[int]) -> dict[str, Any]:
 
 
 def conversation(number: int) -> dict[str, Any]:
-    """An example of the validation side."""
+    """Return an example of the validation set."""
     turns = {"user": f"What is {number}?", "assistant": f"It is the number {number} and no other."}
     messages = [
         {"role": role, "content": content, "tool_calls": None, "name": None}
@@ -140,7 +140,7 @@ def conversation(number: int) -> dict[str, Any]:
 def run_sft(
     folder: Path, environment: Mapping[str, str], state: str, **changes: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run the stage as a program, with its own state, and the section sft changed."""
+    """Run the stage as a program with its own state and changes to the sft section."""
     process = start_sft(folder, environment, state, **changes)
     output, _ = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, output, "")
@@ -153,9 +153,9 @@ def start_sft(
     before: Callable[[], None] | None = None,
     **changes: Any,
 ) -> subprocess.Popen[str]:
-    """Start the stage; its output is to be read. `before` is called in its process first.
+    """Start the stage with piped output; `before` is called first, in its process.
 
-    An environment with POISON plants a fault in its ranks; see `tests.helpers.poisoned`.
+    POISON in the environment injects a fault into the ranks; see `tests.helpers.poisoned`.
     """
     section = {**shipped_params(), **WHOLE_SET, **changes}
     (folder / "params.yaml").write_text(yaml.safe_dump({"sft": section}), encoding="utf-8")
@@ -171,7 +171,7 @@ def start_sft(
 
 
 def only_run(uri: str) -> "tuple[MlflowClient, Run]":
-    """A client of a tracker, and the only run that it has."""
+    """Return a client of the MLflow server and its only run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
@@ -182,7 +182,7 @@ def only_run(uri: str) -> "tuple[MlflowClient, Run]":
 
 
 def history(folder: Path, state: str, key: str = "loss") -> list[float]:
-    """All values of a metric of the last training, by step."""
+    """Return all values of a metric of the last training run, by step."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder / state / 'mlflow.db'}")

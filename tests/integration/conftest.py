@@ -1,4 +1,4 @@
-"""The trainer of one process, in the process of the test."""
+"""A fixture that builds the single-process trainer inside the test process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ ROWS = ((0, 1), (2, 3), (4, 5), (6, 7))
 
 @pytest.fixture
 def build(in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Build the trainer, with its proofs, in a folder of its own."""
+    """Return a function that builds the trainer with its self-tests in a separate folder."""
     from transformers import set_seed
 
     from nightshift.core.files import read_rows

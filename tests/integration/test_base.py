@@ -1,4 +1,4 @@
-"""The base model, as the stage writes it."""
+"""The files that the base stage writes."""
 
 import os
 import subprocess

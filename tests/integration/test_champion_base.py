@@ -1,4 +1,4 @@
-"""A champion stands on the base that it was trained on, whatever `base.model` is by now."""
+"""A champion is always evaluated on the base it was trained on, even after `base.model` changes."""
 
 import shutil
 from pathlib import Path
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def make_base(folder: Path, tokenizer: Path, seed: int) -> Path:
-    """A model of the size of `tiny_base` with other random weights, so that adapters fit on both."""
+    """Create a model of the size of `tiny_base` with other random weights, so that adapters fit both."""
     config = LlamaConfig.from_pretrained(tokenizer)
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -40,7 +40,7 @@ def make_base(folder: Path, tokenizer: Path, seed: int) -> Path:
 
 
 def put_base(base: Path, name: str) -> dict[str, str]:
-    """Let data/base hold a base, as the stage does after a change of base.model; return its digests."""
+    """Write a base to data/base as the stage does after base.model changes; return its file digests."""
     shutil.rmtree(evaluate.BASE, ignore_errors=True)
     shutil.copytree(base, evaluate.BASE)
     files = {path.name: file_digest(path) for path in sorted(evaluate.BASE.iterdir())}
@@ -49,7 +49,7 @@ def put_base(base: Path, name: str) -> dict[str, str]:
 
 
 def night(seed: int) -> str:
-    """Snapshot, a candidate, its scores and the verdict; return the candidate's digest."""
+    """Run snapshot, candidate, evaluation and gate; return the candidate's digest."""
     versions.write_champion(evaluate.CHAMPION)
     digest = candidate(seed)
     evaluate.main()
@@ -58,7 +58,7 @@ def night(seed: int) -> str:
 
 
 def promoted(seed: int) -> int:
-    """Register a candidate and make it the champion; return its version."""
+    """Register a candidate and make it champion; return its version."""
     candidate(seed)
     write_json(register.GATE, {"verdict": "promote", "reason": "better"})
     register.main()
@@ -68,21 +68,21 @@ def promoted(seed: int) -> int:
 
 
 def champion_scores() -> list[tuple[str, str, float | None, str | None]]:
-    """What the champion answered, and how well."""
+    """Return benchmark, item, score and answer of each champion row."""
     rows = [row for row in read_rows(evaluate.SCORES) if row["model"] == "champion"]
     return [(row["benchmark"], row["item"], row["score"], row["answer"]) for row in rows]
 
 
 @pytest.fixture(scope="module")
 def other_bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two further bases."""
+    """Create two other bases."""
     root = tmp_path_factory.mktemp("bases")
     return [make_base(root / str(seed), tiny_base, seed) for seed in (7, 8)]
 
 
 @pytest.fixture(scope="module")
 def first_night(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A checkout whose champion, version 1, was trained on data/base, and was scored on it."""
+    """Create a checkout whose champion, version 1, was trained and scored on data/base."""
     folder = tmp_path_factory.mktemp("champion")
     make_checkout(folder, tiny_base)
     with pytest.MonkeyPatch.context() as patch:
@@ -98,14 +98,14 @@ def first_night(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pa
         put_base(tiny_base, "package:first")
         promoted(1)
         night(2)
-        # Versions remember this place, where no copy of the checkout may find its base.
+        # Versions record this path, and no copy of the checkout may find its base here.
         shutil.rmtree(evaluate.BASE)
     return folder
 
 
 @pytest.fixture
 def checkout(in_tmp: Path, first_night: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the checkout with its state; the artefacts of MLflow stay where they are."""
+    """Return a copy of the checkout with its state; MLflow's artifacts stay where they are."""
     enter(monkeypatch, in_tmp)
     shutil.copytree(first_night, in_tmp, dirs_exist_ok=True)
     put_base(tiny_base, "package:first")
@@ -113,7 +113,7 @@ def checkout(in_tmp: Path, first_night: Path, tiny_base: Path, monkeypatch: pyte
 
 
 def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Work in a checkout with its own state."""
+    """Enter a checkout with its own state."""
     patch.chdir(folder)
     patch.setenv("PYTHONPATH", str(ROOT))
     for name in ("NIGHTSHIFT_HOME", "NIGHTSHIFT_BASE", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
@@ -211,7 +211,7 @@ def test_a_base_that_is_gone_is_an_error_with_its_remedy_until_it_is_found(
 
 
 def tree_files(folder: Path) -> dict[str, str]:
-    """Name -> digest of the files of a folder."""
+    """Return file name -> digest for a folder."""
     return {path.name: file_digest(path) for path in folder.iterdir()}
 
 
@@ -224,7 +224,7 @@ def test_a_kept_base_that_was_damaged_is_never_scored_and_is_looked_for_again(
     whole = tree_files(kept)
     (kept / "model.safetensors").unlink()
     (kept / "model.safetensors").write_bytes(b"x")
-    # The old base is in its place still.
+    # data/base still holds the old base.
     versions.write_champion(evaluate.CHAMPION)
     assert tree_files(kept) == whole
     put_base(other_bases[0], "package:second")
@@ -256,7 +256,7 @@ def test_a_rollback_goes_back_to_the_older_base_and_only_needed_bases_are_kept(
 
 
 def kept_bases() -> set[str]:
-    """Digests of the bases in the state folder."""
+    """Return the digests of the bases in the state folder."""
     return {path.name for path in KEPT.glob("*/*")}
 
 

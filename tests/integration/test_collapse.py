@@ -1,6 +1,6 @@
-"""No stage of the way of the data empties a data set, or takes a whole source away, and goes on.
+"""A data stage fails instead of silently emptying a dataset or dropping a whole source.
 
-The stages run one after another with the shipped limits on rows that are made here.
+The stages run in sequence, with the shipped limits, on rows generated here.
 """
 
 import json
@@ -25,44 +25,44 @@ Run = Callable[..., dict[str, Any]]
 
 
 def chat(*contents: str) -> Row:
-    """A conversation: user and assistant in turn."""
+    """Return a conversation with alternating user and assistant turns."""
     return {
         "messages": [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
     }
 
 
 def texts(count: int, size: int = 12, seed: int = 0) -> list[str]:
-    """Random texts, no two of them alike."""
+    """Return distinct random texts."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=size)) for _ in range(count)]
 
 
 def distinct(count: int, seed: int = 0) -> list[Row]:
-    """Conversations, no two of them alike."""
+    """Return distinct random conversations."""
     questions, answers = texts(count, seed=seed), texts(count, seed=seed + 1000)
     return [chat(question, answer) for question, answer in zip(questions, answers, strict=True)]
 
 
 def unreadable(count: int) -> list[Row]:
-    """Rows in no known format."""
+    """Return rows in an unknown format."""
     return [{"question": text} for text in texts(count)]
 
 
 def templated(count: int) -> list[Row]:
-    """Short questions, no two of them alike, behind one long context."""
+    """Return distinct short questions behind one long shared context."""
     (context,) = texts(1, size=200, seed=5)
     return [chat(f"{context} {question}", "yes") for question in texts(count, size=4, seed=6)]
 
 
 def edited(row: Row) -> Row:
-    """The same conversation with another first word."""
+    """Return the conversation with a changed answer."""
     first, answer = (turn["content"] for turn in row["messages"])
     return chat(first, answer + " edited")
 
 
 @pytest.fixture
 def run(in_tmp: Path) -> Run:
-    """Run the stages up to one of them on shards in order of arrival; return its summary."""
+    """Return a function that runs the stages up to `last` on shards in arrival order."""
     make_byte_base(in_tmp / "data/base/model")
     (in_tmp / "data/benchmarks").mkdir(parents=True)
 
@@ -131,7 +131,7 @@ def test_chats_under_one_long_system_prompt_stop_dedupe(run: Run) -> None:
 
 
 def test_rows_that_differ_in_signs_only_stop_dedupe(run: Run) -> None:
-    """The canonical form has words only, so abs(-5) and abs(5) are one text."""
+    """The canonical form keeps only words, so abs(-5) and abs(5) are the same text."""
     rows = [
         chat(f"What is {sign * 7}{mark}?", "seven") for mark in "!%&/()=+*#;:,.-'<>|~" for sign in ("", "-")
     ]
@@ -153,14 +153,14 @@ def test_a_source_that_collapses_a_few_rows_a_night_stops_dedupe(run: Run, size:
 
 
 def test_a_full_export_each_night_stops_nothing(run: Run) -> None:
-    """Nor do the rows that are edited or added between two of them."""
+    """Rows edited or added between two exports do not stop the stage either."""
     nights, rows = [], distinct(300)
     for night in range(8):
         nights.append(("chats", list(rows)))
         rows[night * 30 : night * 30 + 30] = [edited(row) for row in rows[night * 30 : night * 30 + 30]]
         rows += distinct(10, seed=100 + night)
     summary = run("dedupe", nights)
-    # 300 rows and 10 a night stay. Of each export but the first, 30 rows are new versions.
+    # 300 rows plus 10 per night remain. In each export after the first, 30 rows are new versions.
     assert summary["rows_out"] == 300 + 7 * 10
     assert summary["dropped"] == {"new_version": 7 * 30, "repeat": 2680 - 370 - 210}
     assert summary["dropped_by_source"] == {"chats": summary["dropped"]}
@@ -173,7 +173,7 @@ def test_a_source_that_an_earlier_one_contains_stops_nothing(run: Run) -> None:
 
 
 def test_a_source_that_an_earlier_one_nearly_contains_stops_dedupe(run: Run) -> None:
-    """What stays is the older version of every row: a corrected data set would never be learned."""
+    """The older version of every row would be kept, so a corrected dataset would never be learned."""
     rows = distinct(200)
     with pytest.raises(DataError, match=r"50 of 50 rows of fixed are dropped \(near_duplicate 50\)"):
         run("dedupe", [("all", rows), ("fixed", [edited(row) for row in rows[50:100]])])

@@ -1,4 +1,4 @@
-"""What holds between dvc.yaml, params.yaml and the code, so that DVC never serves a stale hit."""
+"""Contracts between dvc.yaml, params.yaml and the code that keep DVC from serving stale results."""
 
 import ast
 import json
@@ -19,19 +19,19 @@ from tests.helpers.checkouts import BIN, ROOT
 from tests.helpers.checkouts import FOLDERS as PACKAGES
 
 STAGES = read_stages(ROOT / "dvc.yaml")
-# Libraries that stages import and that have no part in a result: formats, processes, output.
+# Libraries that stages import but that do not affect results: formats, processes, output.
 DECIDES_NOTHING = {"mlflow", "psutil", "pyarrow", "pydantic", "pyyaml", "rich", "tqdm"}
 NEEDS_NO_TORCH = ("ingest", "dedupe", "split", "augment", "decontaminate", "gate")
 
 
 def sources_of(stage: str) -> list[Path]:
-    """Files that make up a stage: its module, or all modules of its folder."""
+    """Return the files of a stage: its module, or all modules in its folder."""
     folder = ROOT / "tasks" / stage
     return sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
 def imported(file: Path) -> Iterator[Path]:
-    """Files of the project that a file imports, at any level of its code."""
+    """Yield the project files that a file imports, at any nesting level."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -46,13 +46,13 @@ def imported(file: Path) -> Iterator[Path]:
 
 
 def does_something(file: Path) -> bool:
-    """Whether a file holds more than a docstring."""
+    """Return whether a file contains more than a docstring."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
     return any(not isinstance(node, ast.Expr) for node in body)
 
 
 def closure(stage: str) -> set[str]:
-    """Paths, relative to the root, of all code that a stage runs."""
+    """Return the paths, relative to the root, of all code that a stage runs."""
     seen: set[Path] = set()
     todo = sources_of(stage)
     while todo:
@@ -110,7 +110,7 @@ def test_a_library_that_a_stage_imports_is_an_engine(stage: str, engines: tuple[
 
 
 def test_a_training_takes_no_result_from_code_that_is_not_in_its_key() -> None:
-    """What shows, tracks or estimates is used in these places, none of which trains by it."""
+    """Code for display, tracking and estimates is used only here, where it does not affect training."""
     beside, taken = set(sft.BESIDE), dict[str, set[str]]()
     code = closure("sft")
     assert beside < code
@@ -136,7 +136,7 @@ def test_a_stage_is_one_word_everywhere(stage: str, monkeypatch: pytest.MonkeyPa
     assert stage in section_schemas()
     assert f"data/{stage}/summary.json" in outputs(STAGES[stage])
     if stage == "snapshot":
-        # It asks the registry, and what it brings in has names of its own.
+        # It queries the registry, and its outputs have their own names.
         assert STAGES[stage]["params"] == ["registry.model_name", "snapshot"]
         assert set(outputs(STAGES[stage])) == {
             *("data/benchmarks", "data/champion", "data/raw", "data/snapshot/summary.json")
@@ -147,7 +147,7 @@ def test_a_stage_is_one_word_everywhere(stage: str, monkeypatch: pytest.MonkeyPa
 
 
 def data_paths(file: Path) -> set[str]:
-    """The paths below data/ that a file imports by their names."""
+    """Return the paths below data/ that a file imports by name."""
     names = {
         alias.name
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
@@ -191,7 +191,7 @@ def test_dvc_neither_removes_what_the_snapshot_keeps_nor_restores_an_earlier_one
 
 
 def loaded_modules(code: str) -> set[str]:
-    """Modules that a program has loaded at its end, in a process of its own."""
+    """Return the modules loaded at the end of a program that runs in a separate process."""
     program = f"{code}\nimport json, sys\nprint(json.dumps(list(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
@@ -211,7 +211,7 @@ def test_data_stages_flows_and_the_command_line_do_not_load_torch() -> None:
 
 
 def modules_of(package: str) -> list[str]:
-    """Names of all modules of a package that can be imported without being run."""
+    """Return the names of all modules of a package that can be imported without being run."""
     files = sorted((ROOT / package).rglob("*.py"))
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
     return [name.removesuffix(".__init__") for name in names]

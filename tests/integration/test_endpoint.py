@@ -1,4 +1,4 @@
-"""The backend `openai` against a real server of transformers on the loopback interface, with faults."""
+"""The `openai` backend against a real transformers server on the loopback interface, with faults."""
 
 import json
 import os
@@ -60,7 +60,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def brief_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model, made to end its answer after the first word: nearly every token ends it."""
+    """Create a small model whose answers end after one word: nearly every token is an EOS token."""
     folder = tmp_path_factory.mktemp("brief") / "model"
     shutil.copytree(tiny_base, folder)
     vocabulary = read_json(folder / "config.json")["vocab_size"]
@@ -76,7 +76,7 @@ def server(brief_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Passes requests on to the real server, but for the faults that a test plants first."""
+    """A proxy that first returns the faults queued by a test, then forwards to the real server."""
 
     target: ClassVar[int] = 0
     faults: ClassVar[list[str]] = []
@@ -130,7 +130,7 @@ class Proxy(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Suppress request logging."""
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def requests(count: int) -> list[Request]:
 
 
 def run(server: Server, base_url: str, count: int, **changes: Any) -> tuple[list[Any], list[int]]:
-    """Ask `count` requests; return the results and the numbers that were reported on the way."""
+    """Send `count` requests; return the results and the request numbers reported meanwhile."""
     reported: list[int] = []
     endpoint = Endpoint(server.model, SAMPLING, params(base_url, **changes), "augment")
     return endpoint(requests(count), lambda number, reply: reported.append(number)), reported
@@ -246,7 +246,7 @@ def test_requests_keep_to_the_rate_over_all_calls(server: Server, proxy: str) ->
     )
     for _ in range(2):
         endpoint(requests(2), lambda number, reply: None)
-    # Four requests at one a second: the last starts three seconds after the first.
+    # Four requests at one per second: the last starts three seconds after the first.
     assert len(Proxy.seen) == 4
     assert Proxy.seen[3] - Proxy.seen[0] >= 2.5
 

@@ -1,4 +1,4 @@
-"""The stage evaluate on a small random model: every kind of benchmark, the memo, broken models."""
+"""The evaluate stage on a small random model: every kind of benchmark, the cache, broken models."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def model(tiny_base: Path, tokenizer: Any) -> Callable[..., Model]:
 
 @pytest.fixture
 def folder(in_tmp: Path, tiny_base: Path) -> Path:
-    """All that the stage reads; the candidate is the base, with another last layer."""
+    """Create all inputs of the stage; the candidate is the base with a changed last layer."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["evaluate"] = {
         "limit": 2,
@@ -114,7 +114,7 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
         math.exp(found["base"]["test"]["loss"]), rel=1e-3
     )
     assert sorted(read_json(evaluate.MODELS)) == ["base", "candidate"]
-    # A champion with the bytes of the candidate has its scores already.
+    # A champion that is bit-identical to the candidate already has scores.
     shutil.copytree(evaluate.MODEL, evaluate.CHAMPION / "model")
     printed = capfd.readouterr().out
     assert "step 1/12 " in printed
@@ -128,7 +128,7 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
 
 
 def evaluated(adapter: Path | None, *benchmarks: str) -> evaluate.EvaluatedModel:
-    """A model on the base of the folder."""
+    """Return a model to evaluate on the folder's base."""
     return evaluate.EvaluatedModel(evaluate.BASE, "digest", adapter, 0, list(benchmarks))
 
 
@@ -152,7 +152,7 @@ def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path)
 
 def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path) -> None:
     params = EvaluateParams(limit=None, batch_size=4, retrieval=None)
-    # The second benchmark takes long enough to be killed in.
+    # The second benchmark takes long enough to be interrupted.
     put_benchmarks(evaluate.BENCHMARKS, items=500)
     item = (evaluate.BENCHMARKS / "facts" / "items.jsonl").read_text().splitlines()[0]
     write_text(evaluate.BENCHMARKS / "facts" / "items.jsonl", item)

@@ -1,4 +1,4 @@
-"""A row is forgotten in a real checkout: gone from every file of DVC's, and it does not come in again."""
+"""A row is forgotten in a real checkout: gone from every DVC file, and not ingested again."""
 
 import html
 import json
@@ -19,7 +19,7 @@ SECRET = "Zephyrine Quillfeather"
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
-    """A conversation of two turns."""
+    """Return a conversation of two turns."""
     turns = (("user", question), ("assistant", answer))
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
@@ -36,9 +36,9 @@ ROWS = [
 def checkout(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
 ) -> Checkout:
-    """A checkout that knows its examples and their duplicates, with all of it in a remote too.
+    """Create a checkout with examples and their duplicates, also pushed to a remote.
 
-    A second source, which says the same as a row of the first, is not in use any more, but will be.
+    A second source repeats a row of the first. It was used once, then removed, and is configured again.
     """
     folder = make_checkout(tmp_path_factory.mktemp("forget") / "checkout", tiny_base)
     params = yaml.safe_load((folder / "params.yaml").read_text())
@@ -57,7 +57,7 @@ def checkout(
 
 
 def places(folder: Path, text: str) -> Iterator[str]:
-    """Yield the files of a checkout that hold a text, whatever their format; the user's own files aside."""
+    """Yield the files of a checkout that contain a text, in any format, except the user's own files."""
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.name in ("mine.jsonl", "other.jsonl") or ".git" in path.parts:
             continue
@@ -69,7 +69,7 @@ def places(folder: Path, text: str) -> Iterator[str]:
 
 
 def log_page(folder: Path, client: MlflowClient, row: dict[str, Any]) -> str:
-    """Log a report that shows a row, as a night before would have."""
+    """Log a report that shows a row, as an earlier night would have."""
     page = folder / "report.html"
     page.write_text("<p>" + "</p><p>".join(html.escape(turn["content"]) for turn in row["messages"]))
     found = client.get_experiment_by_name("nightshift")
@@ -90,18 +90,18 @@ def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Checkout) -
     assert any(name.startswith(".dvc/cache") for name in found)
     assert any(name.startswith(".nightshift/remote") for name in found)
     before = {row["origin"]: row["id"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
-    # Named by its id; its near-duplicate would take its place, and goes with it.
+    # The row is given by its id. Its near-duplicate would replace it and is removed too.
     output = checkout.type("nightshift", "forget", before["mine/000001.jsonl:2"], "--yes")
     origins = ["mine/000001.jsonl:2", "mine/000001.jsonl:4", "other/000002.jsonl:1"]
     assert output.splitlines()[:3] == origins
     assert list(places(checkout.folder, SECRET)) == []
-    # DVC knows the shards as they are now, and that the snapshot did not run with today's parameters yet.
+    # DVC has recorded the erased shards; snapshot has not yet run with the current parameters.
     status = checkout.type("dvc", "status", "snapshot")
     assert "modified:           snapshot" in status
     assert "data/raw" not in status
     assert [len(client.list_artifacts(run_id)) for run_id in pages] == [1, 0]
 
-    # The source offers the same file again, and then one that has grown by a line.
+    # The source offers the same file again, then a file with one more line.
     checkout.type("nightshift", "snapshot")
     assert [path.name for path in (checkout.folder / "data/raw/mine").iterdir()] == ["000001.jsonl"]
     assert [path.name for path in (checkout.folder / "data/raw/other").iterdir()] == ["000002.jsonl"]

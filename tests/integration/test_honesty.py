@@ -1,4 +1,4 @@
-"""The whole stage gate on planted frauds: each gets the verdict that an honest evaluation would."""
+"""The gate stage on planted frauds: each gets the verdict of an honest evaluation."""
 
 import json
 import re
@@ -46,13 +46,13 @@ def answers(model: str, right: np.ndarray) -> list[dict[str, Any]]:
 
 
 def chance(share: float, seed: int) -> np.ndarray:
-    """Right answers to so many of all items."""
+    """Return correct answers to this share of all items, at random."""
     return np.random.default_rng(seed).random(ITEMS) < share
 
 
 @pytest.fixture
 def judge(in_tmp: Path) -> Judge:
-    """Write all that the stage reads, run it, and return its verdict."""
+    """Return a function that writes the stage's inputs, runs it and returns its verdict."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["gate"] |= {"retention": {}, "behaviour": []}
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
@@ -91,7 +91,7 @@ def test_a_model_that_learned_is_promoted_and_swapped_with_its_base_rejected(jud
 
 
 def test_a_model_trained_on_shuffled_labels_is_rejected(judge: Judge) -> None:
-    # It answers by chance, one of four.
+    # Accuracy at chance level, one of four choices.
     verdict = judge(answers("candidate", chance(0.25, 3)) + answers("base", chance(0.45, 2)))
     assert verdict["verdict"] == "reject"
     assert verdict["reason"].startswith("gain: worse: -")

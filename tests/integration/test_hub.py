@@ -1,4 +1,4 @@
-"""Who may ask the Hugging Face Hub, and what they say when it gives nothing: a real client and a Hub here."""
+"""Which programs may access the Hugging Face Hub, and their errors: a real client and a local Hub."""
 
 import ast
 import json
@@ -24,17 +24,17 @@ REFUSALS = {
     "models/owner/gated": (403, "GatedRepo"),
     "models/owner/broken": (403, ""),
 }
-# They start with what keeps them offline in their environment, since they load the client before `run_main`.
+# Started with the offline variables set, since they load the Hub client before `run_main`.
 STARTED_OFFLINE = {"tasks/sft/worker.py", "tasks/evaluate/score.py"}
 
 
 def model_files(base: Path) -> dict[str, bytes]:
-    """The files of a model's folder."""
+    """Return file name -> content for a model's folder."""
     return {path.name: path.read_bytes() for path in base.iterdir()}
 
 
 def run_base(folder: Path, model: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run the stage base as the worker of the local stack does."""
+    """Run the base stage as the worker of the local stack does."""
     folder.mkdir(exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(small_params(Path(model))))
     of_stack = settings.environment(settings.Stack(folder / "state", 1, 1))
@@ -50,7 +50,7 @@ def run_base(folder: Path, model: str, environment: dict[str, str]) -> subproces
 
 @pytest.fixture(autouse=True)
 def no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shell of a user who has not said whether the Hub may be asked."""
+    """Unset all variables that configure access to the Hub."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
@@ -66,7 +66,7 @@ def test_a_model_of_the_hub_is_downloaded_under_the_stack_and_kept_in_its_cache(
         assert any(path.endswith("/model.safetensors") for path in hub.asked)
         assert not any(path.endswith((".bin", ".py")) for path in hub.asked)
     assert read_json(tmp_path / "online/data/base/base.json")["model"] == MODEL
-    # The commit is in the cache by now: it needs no Hub any more.
+    # The commit is cached now, so the Hub is no longer needed.
     again = run_base(tmp_path / "gone", MODEL, environment)
     assert again.returncode == 0, again.stderr
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -122,14 +122,14 @@ def test_a_hub_that_is_gone_or_may_not_be_asked_is_an_error_with_its_remedy(
 
 
 def require_one_error(done: subprocess.CompletedProcess[str], message: str) -> None:
-    """Require exit code 2 and a last line that matches, without a traceback."""
+    """Require exit code 2, a matching last line and no traceback."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert re.fullmatch(message + ".*", done.stderr.splitlines()[-1]), done.stderr.splitlines()[-1]
 
 
 def programs() -> dict[str, bool]:
-    """Return path -> whether it may be online, of all programs of the stages that end with `run_main`."""
+    """Return path -> whether it may be online, for all stage programs that end with `run_main`."""
     found = {}
     for path in sorted((ROOT / "tasks").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -180,7 +180,7 @@ def test_every_other_program_is_offline_whoever_starts_it(users: dict[str, str])
 def test_a_served_model_asks_no_hub_even_where_nothing_keeps_it_from_it(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    """MLflow serves it in a process of its own, whose environment is the user's."""
+    """MLflow serves the model in a separate process with the user's environment."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), LoraConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     code = (

@@ -1,4 +1,4 @@
-"""The stage with the demo's data, template and tokenizer, from the snapshot to the examples."""
+"""The ingest stage with the demo's data, template and tokenizer, from snapshot to examples."""
 
 import json
 from pathlib import Path

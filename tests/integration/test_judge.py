@@ -1,4 +1,4 @@
-"""A judge behind a real HTTP server: asked in both orders, kept, and never a reason to stop."""
+"""A judge behind a real HTTP server: asked in both orders, cached, never a reason to stop."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ from tasks import judge
 from tasks.evaluate.scores import ALL_SCORES
 from tests.helpers.checkouts import ROOT
 
-# Item -> the candidate's and the base's answer.
+# Item -> answers of the candidate and the base.
 ANSWERS = {
     "q1": ("a long and right answer", "short"),
     "q2": ("brief", "a long and right answer"),
@@ -27,7 +27,7 @@ ANSWERS = {
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Prefers the longer answer; between equally long ones, whichever stands first."""
+    """A judge that prefers the longer answer, or the first one if both are equally long."""
 
     asked: ClassVar[list[str]] = []
 
@@ -52,12 +52,12 @@ class Judge(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Stay quiet."""
+        """Suppress request logging."""
 
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """The judge's address."""
+    """Yield the base URL of the judge."""
     Judge.asked.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as found:
         thread = threading.Thread(target=found.serve_forever)
@@ -68,7 +68,7 @@ def server() -> Iterator[str]:
 
 
 def make_checkout(base_url: str, **changes: Any) -> None:
-    """Make the current folder a checkout after the gate, with one benchmark of written answers."""
+    """Turn the current folder into a checkout after the gate, with one generation benchmark."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["judge"] |= {"model": "judge", **changes}
     params["judge"]["endpoint"] |= {"base_url": base_url, "max_retries": 0, "timeout_seconds": 5}
@@ -101,7 +101,7 @@ def test_only_what_is_preferred_in_both_orders_counts(server: str) -> None:
     }
     assert found["counts"] == {"written": {"better": 1, "worse": 1, "undecided": 1, "unanswered": 1}}
     assert len(Judge.asked) == 8
-    # Asked once: replies are kept.
+    # Replies are cached, so nothing is asked again.
     judge.main()
     assert len(Judge.asked) == 8
 

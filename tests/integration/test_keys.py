@@ -1,4 +1,4 @@
-"""Scores, trainings and memos are kept by all that decides them: code, versions, inputs; by nothing else."""
+"""Cache keys of scores, training runs and memos cover code, versions and inputs, and nothing else."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ from tests.helpers.sft import BACKEND, conversation, make_folder, sft_params
 from tests.integration.test_evaluate import put_benchmarks
 
 SCORING = EvaluateParams(limit=2, batch_size=4, retrieval=None)
-# What shows, tracks or estimates a training, and has no part in its result.
+# Code that displays, tracks or estimates a training run and does not affect its result.
 BESIDE_TRAINING = {
     "tasks/sft/callbacks.py",
     "tasks/sft/memory.py",
@@ -40,7 +40,7 @@ BESIDE_TRAINING = {
     "nightshift/tracking/runs.py",
 }
 TRIPLE = '"""'
-# Prints edit -> whether it gives another key; the code that is edited was loaded before.
+# Prints edit -> whether it changes the key; the edited code was loaded before.
 PROGRAM = """
 import json, sys
 from dataclasses import replace
@@ -60,19 +60,19 @@ print(json.dumps(found))
 
 
 def training_key() -> str:
-    """The key of a training in the current folder."""
+    """Return the key of a training run in the current folder."""
     return sft.training_key(sft_params(eval_steps=1), BACKEND)
 
 
 def score_keys() -> str:
-    """The keys of the scores of base and champion in the current folder."""
+    """Return the keys of all models' scores in the current folder, as JSON."""
     found = evaluate.find_models(SCORING)
     return json.dumps({name: str(evaluate.memo_files(found[name], SCORING)) for name in sorted(found)})
 
 
 @pytest.fixture
 def folder(in_tmp: Path, tiny_base: Path) -> Path:
-    """All that decides about a training and about scores; with a champion."""
+    """Create all inputs that determine a training run and its scores, with a champion."""
     make_folder(in_tmp, tiny_base)
     shutil.copy(ROOT / "params.yaml", in_tmp)
     write_json(evaluate.MODEL / "adapter_config.json", {})
@@ -88,7 +88,7 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
 
 
 def edited(folder: Path, key: str, files: list[str]) -> set[str]:
-    """Return the files of which an edit gives another key, or `words`, which edits what is said in all."""
+    """Return the edits that change the key: files, or `words`, an edit of all module docstrings."""
     for name in ("nightshift", "tasks", "tests", "infra", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
@@ -114,7 +114,7 @@ def edited(folder: Path, key: str, files: list[str]) -> set[str]:
 
 
 def code_of(*places: str) -> list[str]:
-    """Paths, relative to the root, of the files of code in some places."""
+    """Return the paths, relative to the root, of the code files in these places."""
     files = [
         file
         for place in places
@@ -129,7 +129,7 @@ def test_a_training_keeps_its_checkpoints_unless_code_changes_that_decides_it(fo
         "nightshift/data/text.py",
     )
     assert len(files) > 25
-    # What a training does not run is no part of it either.
+    # Code that a training run does not execute is not part of its key either.
     decides = set(files) - BESIDE_TRAINING - {"nightshift/data/text.py"}
     assert edited(folder, "training_key", files) == decides
 
@@ -143,7 +143,7 @@ def test_scores_are_kept_unless_code_changes_that_decides_them(folder: Path) -> 
 
 
 def upgrade(patch: pytest.MonkeyPatch, name: str) -> None:
-    """Let a library have another version; one that is missing is installed now."""
+    """Report another version of a library; a missing library then counts as installed."""
     known = importlib.metadata.version
 
     def version(asked: str) -> str:
@@ -195,7 +195,7 @@ def test_an_upgrade_gives_champion_and_candidate_new_scores_alike(monkeypatch: p
 
 
 def memo_method(memo: Memo) -> dict[str, Any]:
-    """The manifest of a memo."""
+    """Return the manifest of a memo."""
     with memo:
         (text,) = memo._database.execute("SELECT text FROM manifest").fetchone()
     method: dict[str, Any] = json.loads(text)
@@ -224,7 +224,7 @@ def test_signatures_are_made_again_by_another_engine(name: str, monkeypatch: pyt
 
 
 def replies_asked(params: AugmentParams, base: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    """Names under which replies are kept, as `nightshift.replies.ask` gets them."""
+    """Return the model names under which replies are cached, as passed to `nightshift.replies.ask`."""
     asked: list[str] = []
 
     def ask(requests: Any, model: str, *_: Any) -> list[Failure]:

@@ -1,7 +1,7 @@
-"""What may import what: the library nothing above it, the stages no orchestration, the flows no torch.
+"""Import rules: the library imports nothing above it, stages no orchestration, flows no torch.
 
-nightshift <- tasks <- flows, infra. A stage takes no code of another one: what two of them need is a part of
-the library.
+nightshift <- tasks <- flows, infra. A stage imports no code of another stage; shared code belongs to the
+library.
 """
 
 import ast
@@ -11,27 +11,27 @@ from pathlib import Path
 
 from tests.helpers.checkouts import FOLDERS, ROOT
 
-# What a package may import of the others.
+# Other packages that a package may import.
 MAY_IMPORT = {
     "nightshift": set[str](),
     "tasks": {"nightshift"},
     "flows": {"nightshift", "tasks"},
     "infra": {"nightshift", "tasks"},
 }
-# Within the library, from the bottom up: each may import those before it.
+# Parts of the library, bottom up: each may import the parts before it.
 LIBRARY = ("core", "hub", "data", "raw", "replies", "tracking", "pipeline", "registry")
-# Libraries that a package never imports.
+# Libraries that a package must not import.
 NEVER = {
     "nightshift": {"prefect", "deepspeed", "trl"},
     "tasks": {"prefect"},
     "flows": {"torch", "transformers", "trl", "peft", "deepspeed"},
 }
-# Where a command reads the parameters of a stage beside its own.
+# Commands that read the parameters of a stage in addition to their own.
 SHARED_PARAMETERS = {("register", "gate"), ("report", "gate"), ("report", "judge")}
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Yield the modules that a file imports, at any level of its code."""
+    """Yield the modules that a file imports, at any nesting level."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module

@@ -1,4 +1,4 @@
-"""No library may fetch code: what would bring it from a hub cannot be imported."""
+"""No library may download code: the package that fetches code from a hub cannot be imported."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.checkouts import ROOT
 
-# bitsandbytes calls it on CPUs with bf16 instructions, transformers where a package for attention is missing.
+# bitsandbytes calls it on CPUs with bf16, transformers when an attention package is missing.
 PLANTED = "def get_kernel(*_, **__):\n    raise SystemExit('fetched code from a hub')\n"
 
 

@@ -1,4 +1,4 @@
-"""Models in this process: a local one that paraphrases, and an embedder that compares meanings."""
+"""In-process models: a local paraphraser and an embedder that compares meanings."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(tiny_base: Path) -> None:
     assert [number for number, _ in reported] == [0, 1]
     assert together[1] == alone[0]
     assert isinstance(alone[0], Reply)
-    # A model of random weights does not end its answers within twelve tokens: they were cut off.
+    # With random weights no answer ends within twelve tokens, so all answers were truncated.
     assert alone[0].texts == ("", "", "")
     assert alone[0].tokens == together[1].tokens > 36
 

@@ -1,4 +1,4 @@
-"""`nightshift plan` on a folder: what it says and refuses, and that it needs no torch to say it."""
+"""`nightshift plan` in a folder: its output and refusals, without loading torch."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ print("torch" in sys.modules)
 
 
 def write_params(folder: Path, section: str = "sft", **changes: Any) -> None:
-    """Write the shipped parameters, with those of the plan and some changes."""
+    """Write the shipped parameters with fixed sft values and some changes."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["sft"] |= {"strategy": "auto", "precision": "fp32", "warmup_steps": 0}
     params[section] |= changes
@@ -35,7 +35,7 @@ def write_params(folder: Path, section: str = "sft", **changes: Any) -> None:
 def planned(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
 ) -> Path:
-    """A DVC checkout in which `pack` and `base` are up to date: the graph's names, without what they read."""
+    """Create a DVC checkout with `pack` and `base` up to date; its other stages have no dependencies."""
     folder = make_folder(tmp_path_factory.mktemp("planned"), tiny_base, ((0, 1), (2, 3), (4, 5)))
     write_params(folder)
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -71,7 +71,7 @@ def test_the_plan_is_printed_without_torch(folder: Path, clean_environment: dict
     done = plan(folder, clean_environment)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
-    # Two processes, so two steps of two rows; the lengths of the six examples are 9, 31, 14, 40, 22, 27.
+    # Two processes, so two steps of two rows; the six examples have 9, 31, 14, 40, 22 and 27 tokens.
     assert "steps 2 of 2 rows tokens 143 supervised tokens 73" in said
     assert "time unknown" in said
     assert "largest micro-batch: 54 tokens, 27 of them with labels" in said
@@ -134,7 +134,7 @@ def test_a_folder_of_which_dvc_cannot_tell_what_has_changed_gives_no_plan(
 
 
 def with_driver(programs: Path, script: str, environment: dict[str, str]) -> dict[str, str]:
-    """An environment whose nvidia-smi is a script."""
+    """Return an environment in which nvidia-smi runs the given script."""
     fake = programs / "nvidia-smi"
     fake.parent.mkdir()
     fake.write_text(f"#!/bin/sh\n{script}\n")
@@ -174,7 +174,7 @@ def test_what_the_driver_says_is_told_in_the_plan(
 def test_what_fits_with_activations_computed_again_only_is_planned_so(
     folder: Path, tmp_path: Path, clean_environment: dict[str, str]
 ) -> None:
-    """It takes 535.29 MiB with kept activations, and 534.82 MiB without."""
+    """Training takes 535.29 MiB with stored activations and 534.82 MiB with recomputed ones."""
     script = "echo 'NVIDIA L4, 535.05, 8.9, 0, GPU-1'"
     done = plan(folder, with_driver(tmp_path / "bin", script, clean_environment))
     assert done.returncode == 0, done.stderr

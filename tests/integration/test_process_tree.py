@@ -1,7 +1,7 @@
-"""Fault tests: a real tree of processes, one of them is killed, and none may stay behind.
+"""Fault tests on a real process tree: one process is killed, and none may be left behind.
 
-The tree is that of a training: caller of `run` -> supervisor -> launcher -> two ranks. Processes
-are told apart by pid and start time (`psutil.Process` compares both), not by pid alone.
+The tree is that of a training run: caller of `run` -> supervisor -> launcher -> two ranks. Processes
+are identified by pid and start time (`psutil.Process` compares both), not by pid alone.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from tests.helpers.checkouts import ROOT
 
 pytestmark = pytest.mark.timeout(60)
 
-# Traits: setsid (ranks leave the session), bare (and lose their environment), deaf (nobody obeys
-# SIGTERM), leave (the launcher ends when told, its ranks stay), tied (ranks call die_with_parent).
+# Traits: setsid (ranks leave the session), bare (ranks lose their environment), deaf (all ignore
+# SIGTERM), leave (the launcher exits on request, its ranks stay), tied (ranks call die_with_parent).
 TREE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -50,7 +50,7 @@ else:
     os.wait()
     sys.exit(9)
 """
-# A supervisor that hangs is given up sooner here.
+# Gives up on a hung supervisor sooner than the default.
 CALLER = """
 import signal, sys
 from pathlib import Path
@@ -63,7 +63,7 @@ code = supervise.run(command, on_line=print, grace_seconds=float(grace_seconds))
 Path(folder, "code").write_text(str(code))
 """
 ROLES = ("launcher", "rank0", "rank1")
-# Who stands above the launcher, from the nearest on.
+# Ancestors of the launcher, nearest first.
 SHAPES = {
     "run": ["supervisor", "caller"],
     "program": ["supervisor"],
@@ -76,11 +76,11 @@ Tree = dict[str, psutil.Process]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tree]]:
-    """Start a tree and wait until it stands; kill what is left of it after the test."""
+    """Yield a function that starts a tree and waits until it is up; kill leftovers after the test."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "tree.py").write_text(TREE)
     (tmp_path / "caller.py").write_text(CALLER)
-    # A shell that runs the tests in the background ignores SIGINT, nohup SIGHUP, and so would the tree.
+    # A background shell ignores SIGINT and nohup ignores SIGHUP; the tree would inherit both.
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     inherited = {signum: signal.signal(signum, handler) for signum, handler in defaults.items()}
     started: list[subprocess.Popen[bytes]] = []
@@ -118,14 +118,14 @@ def read_int(path: Path) -> int:
 
 
 def wait_until(is_met: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for a condition; the assertion after it says what is missing."""
+    """Wait for a condition; the caller's next assertion reports a timeout."""
     deadline = time.monotonic() + seconds
     while not is_met() and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def find_alive(tree: Tree) -> list[str]:
-    """Names of the processes that run. A zombie is dead: who reaps it is its parent's business."""
+    """Return the names of running processes. A zombie counts as dead: reaping is its parent's job."""
     alive = []
     for name, process in tree.items():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -162,7 +162,7 @@ def test_sigterm_to_the_supervisor_ends_all(
 def test_the_supervisor_hands_on_the_signal_that_it_got(
     start: Callable[..., Tree], signum: int, code: int
 ) -> None:
-    # Without `run` above, which would find what the supervisor forgets.
+    # Without `run` above, which would end what the supervisor misses.
     tree = start("setsid", shape="program")
     tree["supervisor"].send_signal(signum)
     assert tree["supervisor"].wait(timeout=5) == code

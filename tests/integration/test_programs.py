@@ -1,7 +1,7 @@
-"""The command lines of all programs: help is only help, and what a program does not know it refuses.
+"""Command lines of all programs: `--help` has no side effects, unknown arguments are refused.
 
-Each program runs in a process and an empty folder of its own. All are forked from one process that has
-imported their modules before, so that torch and its kin are loaded once.
+Each program runs in a separate process and an empty folder. All are forked from one process that has
+already imported their modules, so that torch and similar libraries are loaded once.
 """
 
 import ast
@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.checkouts import ROOT
 
-# Reads {module: [command lines]} on stdin, writes {module: [[exit code, stdout, stderr, files], ...]}.
+# Reads {module: [command lines]} from stdin, writes {module: [[exit code, stdout, stderr, files], ...]}.
 RUNNER = '''
 import importlib, json, os, runpy, signal, sys, tempfile
 
@@ -54,7 +54,7 @@ FOLDERS = ("nightshift", "tasks", "flows", "infra", "benchmarks")
 
 
 def is_program(file: Path) -> bool:
-    """Whether a module does something when it is run."""
+    """Return whether a module does something when it is run."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
     return any(isinstance(n, ast.If) and ast.unparse(n.test) == "__name__ == '__main__'" for n in body)
 

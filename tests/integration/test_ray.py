@@ -1,4 +1,4 @@
-"""The same survivors, byte for byte, on one machine and on a Ray cluster of two nodes."""
+"""Deduplication output is byte-identical on one machine and on a Ray cluster of two nodes."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ OUTPUTS = ("examples.parquet", "removed.parquet", "conflicts.parquet")
 
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
-    """Start a cluster of two nodes on this machine; Ray's nodes do not find each other on loopback."""
+    """Start a two-node cluster on this machine; Ray nodes do not find each other on loopback."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray.cluster_utils import Cluster
@@ -37,7 +37,7 @@ def ray_address() -> Iterator[str]:
 
 
 def write_examples(folder: Path) -> None:
-    """Write 12,000 conversations of every kind: unique, equal, near, short, contradicting."""
+    """Write 12,000 conversations: unique, equal, near-duplicate, short and contradicting."""
     (folder / "data" / "ingest").mkdir(parents=True)
 
     def example(number: int, prompt: str, answer: str) -> dict[str, object]:
@@ -61,7 +61,7 @@ def write_examples(folder: Path) -> None:
 
 
 def run_dedupe(folder: Path, **environment: str) -> dict[str, str]:
-    """Run the stage with an empty memo, and return the digest of each file it wrote."""
+    """Run the stage with an empty cache and return the digest of each output file."""
     shutil.rmtree(folder / "data" / "dedupe", ignore_errors=True)
     env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Registering, promoting and going back against a real MLflow: reload, expected champion, record, drill."""
+"""Register, promote and roll back against a real MLflow: reload, expected champion, record, drill."""
 
 import os
 import re
@@ -31,12 +31,12 @@ DATABASE = Path(".nightshift/mlflow.db")
 
 
 def adapter(seed: int) -> Path:
-    """Where an adapter lies that may be the candidate."""
+    """Return the path of an adapter that can become the candidate."""
     return Path("adapters") / str(seed) / "model"
 
 
 def make_checkout(folder: Path, base: Path) -> None:
-    """Make a folder as it is after the gate, with three adapters to be candidates."""
+    """Create a folder as it is after the gate, with three candidate adapters."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, folder)
     digests = {"data/benchmarks": f"{'c' * 32}.dir", "data/raw": f"{'a' * 32}.dir"}
@@ -51,7 +51,7 @@ def make_checkout(folder: Path, base: Path) -> None:
     files = {p.name: file_digest(p) for p in (folder / "data/base/model").iterdir()}
     write_json(folder / "data/base/base.json", {"model": "tiny", "dtype": "float32", "files": files})
     for seed in (1, 2, 3):
-        # Weights that change the answer, as a training would.
+        # Weights that change the answer, as training would.
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -62,7 +62,7 @@ def make_checkout(folder: Path, base: Path) -> None:
 
 
 def write_summaries(data: Path) -> None:
-    """Write what lineage reads of the stages: two packed rows of three examples, one of them a paraphrase."""
+    """Write the outputs that lineage reads: two packed rows of three examples, one a paraphrase."""
     empty: dict[str, Any] = {"input_ids": [1], "labels": [1], "seq_lengths": [1]}
     rows = [
         {
@@ -78,7 +78,7 @@ def write_summaries(data: Path) -> None:
 
 
 def candidate(seed: int) -> str:
-    """Put an adapter where the training would, and return its digest."""
+    """Put an adapter where training would write it and return its digest."""
     target = Path("data/sft/model")
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(adapter(seed), target)
@@ -90,7 +90,7 @@ def candidate(seed: int) -> str:
 
 
 def night(seed: int, verdict: str = "promote") -> dict[str, Any]:
-    """Train a candidate, register it, and do what the gate says."""
+    """Train a candidate, register it and apply the gate's verdict."""
     candidate(seed)
     write_json(register.GATE, {"verdict": verdict, "reason": "better"})
     champion()
@@ -101,26 +101,26 @@ def night(seed: int, verdict: str = "promote") -> dict[str, Any]:
 
 
 def champion() -> dict[str, object]:
-    """The champion as the next night sees it."""
+    """Return the champion as the next night sees it."""
     versions.write_champion(Path("data/champion"))
     found: dict[str, object] = read_json(Path("data/champion/champion.json"))
     return found
 
 
 def alias(name: str) -> int | None:
-    """The version that an alias names."""
+    """Return the version that an alias points to, or None."""
     found = versions.find_alias(*versions.open_registry(), name)
     return int(found.version) if found else None
 
 
 def record() -> Record:
-    """The record of promotions, verified."""
+    """Return the verified record of promotions."""
     return open_record(*versions.open_registry())
 
 
 @pytest.fixture(scope="module")
 def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A checkout in which version 1 and then version 2 became champion, and version 3 is registered."""
+    """Create a checkout in which version 1, then 2, became champion and version 3 is registered."""
     folder = tmp_path_factory.mktemp("registry")
     make_checkout(folder, tiny_base)
     with pytest.MonkeyPatch.context() as patch:
@@ -136,14 +136,14 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
         assert champion() == {"version": 1, "digest": first, "base": base, "looks": []}
         assert is_base(Path(".nightshift") / base["kept"], base["files"])
         assert tree_digest(Path("data/champion/model")) == first
-        # What the gate holds is registered, and counts as a look from then on.
+        # A held candidate is registered and counts as a look from then on.
         assert night(2, "hold") == {"promoted": False, "waits": None}
         second = candidate(2)
         assert champion() == {"version": 1, "digest": first, "base": base, "looks": [second]}
         promote.move(2, "promote", "by hand")
         assert champion() == {"version": 2, "digest": second, "base": base, "looks": []}
         assert night(3, "hold") == {"promoted": False, "waits": None}
-        # Registered once: the same adapter keeps its version.
+        # The same adapter is registered once and keeps its version.
         register.main()
         assert read_json(register.VERSION) == {"version": 3}
     return folder
@@ -151,7 +151,7 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
 
 @pytest.fixture
 def checkout(in_tmp: Path, two_nights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the checkout, with a registry of its own; the artefacts stay where they are."""
+    """Return a copy of the checkout with its own registry; the artifacts stay where they are."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name in ("data", "adapters"):
         shutil.copytree(two_nights / name, in_tmp / name)
@@ -316,7 +316,7 @@ def test_a_version_leads_to_its_data_and_a_row_to_its_versions() -> None:
 def test_forgetting_a_row_names_the_versions_that_were_trained_on_it() -> None:
     client, name = versions.open_registry()
     assert forget.find(["e2"], client, name) == forget.Found(["facts/000002.jsonl:1"], {1: 1, 2: 1, 3: 1})
-    # A paraphrase comes from the row of its parent.
+    # A paraphrase belongs to the row of its parent.
     assert forget.find(["p1"], client, name) == forget.Found(["facts/000001.jsonl:7"], {1: 2, 2: 2, 3: 2})
     client.set_model_version_tag(name, "1", versions.FORGOTTEN, "2")
     with pytest.raises(GateError, match="2 examples of version 1 were forgotten since; its data is gone"):

@@ -1,4 +1,4 @@
-"""The report of a night: written against a real MLflow, read in a real browser, shown in a real Prefect."""
+"""The nightly report: written against a real MLflow, read in a real browser, shown in a real Prefect."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from tests.helpers.checkouts import ROOT
 from tests.helpers.report import GATE, HOSTILE, make_night, messages, night_scores, score, write_scores
 
 DATABASE = Path(".nightshift/mlflow.db")
-# Returns the texts whose contrast with what is behind them is below WCAG's 4.5.
+# Returns the texts whose contrast with their background is below WCAG's 4.5.
 FAINT = """() => {
   const parts = (color) => color.match(/[\\d.]+/g).map(Number)
   const light = (color) => {
@@ -48,7 +48,7 @@ FAINT = """() => {
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout after a night on which version 2 took over from version 1."""
+    """Create a checkout after a night on which version 2 replaced version 1 as champion."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -60,7 +60,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(in_tmp: Path, night: Path) -> Path:
-    """A copy of that checkout, with an MLflow of its own; the artefacts stay where they are."""
+    """Return a copy of that checkout with its own MLflow; the artifacts stay where they are."""
     shutil.copytree(night / "data", in_tmp / "data")
     for name in ("params.yaml", "dvc.yaml", "dvc.lock", DATABASE):
         (in_tmp / name).parent.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ def test_a_phone_and_a_desk_by_day_and_night_show_all_of_it_and_nothing_else_hap
                 "Loss, in nats per token. training: 3 at step 1, lowest 2 at step 3, 2 at step 3; "
                 "validation: 2.2 at step 3, lowest 2.2 at step 3, 2.2 at step 3"
             )
-            # Once as a source, once as a paraphrase: as text.
+            # Shown as text, once as a source and once as a paraphrase.
             assert page.locator("body").inner_text().count(HOSTILE) == 2
             assert page.locator("script, img, article svg").count() == 0
             assert visit.errors == []
@@ -231,7 +231,7 @@ def test_what_a_judge_said_of_these_models_stands_beside_the_scores(checkout: Pa
     said = {"model": "judge-1", "reference": "champion", "candidate": GATE["candidate"], "judged": []}
     write_json(report.JUDGED, {**said, "counts": {"facts": {"better": 7, "undecided": 2}}})
     assert "benchmark better worse equal undecided unanswered facts 7 0 0 2 0" in plain(write_page())
-    # Another night's judgement is no news of this one.
+    # A judgement of another night does not apply to this one.
     write_json(report.JUDGED, {**said, "candidate": "d" * 64, "counts": {}})
     assert "judge-1" not in plain(write_page())
     assert checkout.is_dir()
@@ -326,7 +326,7 @@ with prefect_test_harness(server_startup_timeout=120):
 
 
 def plain(page: str) -> str:
-    """Return the text of a page, in one line."""
+    """Return the text of a page as one line."""
     from html import unescape
     from re import DOTALL, sub
 

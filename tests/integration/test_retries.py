@@ -1,4 +1,4 @@
-"""The flow tries a training again for as long as another attempt may get further, and nothing else."""
+"""The flow retries a training run while another attempt may get further, and retries nothing else."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import yaml
 
 from tests.helpers.checkouts import ROOT
 
-# Ends as its file says, one attempt after the other.
+# Each attempt ends as the stage's file specifies.
 STAGE = """
 import os
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_each_kind_of_a_training_error_is_tried_again_and_a_wrong_configuration_
     attempts = {name: len((tmp_path / f"{name}.attempts").read_text()) for name in ends}
     assert attempts == {"recovers": 5, "misconfigured": 1, "killed": 1}
     recovered, misconfigured, killed = ast.literal_eval(done.stdout.splitlines()[-1])
-    # The second time, DVC has its result.
+    # In the second run, DVC has the result cached.
     assert recovered[0] == "Cached"
     assert misconfigured[0] == killed[0] == "Failed"
     assert "misconfigured failed with exit code 2: misconfigured: attempt 1" in misconfigured[1]

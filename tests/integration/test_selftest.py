@@ -1,4 +1,4 @@
-"""The proofs before step 1 refuse a model that would train wrong without an error: each fault is planted."""
+"""The self-tests before step 1 refuse a model that would silently train wrong; each fault is planted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def selftest_file(trainer: Trainer) -> Path:
 def test_a_right_model_passes_and_trains(
     build: Callable[..., Trainer], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without such instructions torch computes the same in software; a user is told that this takes too long.
+    # Without bf16 instructions torch emulates them; users get an error, since that is too slow.
     monkeypatch.setattr("tasks.sft.machine.processor_has_bf16", lambda: True)
     trainer = build(**changes)
     trainer.train()
@@ -50,7 +50,7 @@ def test_a_quantised_base_passes_and_trains(build: Callable[..., Trainer]) -> No
     assert last < first
     proof = read_json(selftest_file(trainer))
     assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
-    # Two layers, seven matrices each, A and B.
+    # A and B for each of seven matrices in two layers.
     assert proof["saving"] == {"weights": 28}
 
 
@@ -90,7 +90,7 @@ def test_the_proofs_leave_weights_and_random_numbers_as_they_were(build: Callabl
 
 
 def refuse(trainer: Trainer, message: str) -> None:
-    """Training refuses, before any weight has changed."""
+    """Require that training refuses to start before any weight has changed."""
     with pytest.raises(StageError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -98,7 +98,7 @@ def refuse(trainer: Trainer, message: str) -> None:
 
 
 def change_batches(trainer: Trainer, change: Callable[[dict[str, Any]], None]) -> None:
-    """Let a change happen to every batch."""
+    """Apply a change to every batch."""
     collate = trainer.data_collator
 
     def changed(rows: Any) -> dict[str, Any]:

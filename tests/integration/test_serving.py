@@ -1,4 +1,4 @@
-"""Using a registered version: its card, chat, export, and real servers on the loopback interface."""
+"""Using a registered version: model card, chat, export, and real servers on the loopback interface."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ ASKED = [{"role": "user", "content": "What is the chemical symbol of Gold?"}]
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A checkout whose only version is the champion, on a base that is full after 64 tokens."""
+    """Create a checkout whose only version is the champion, on a base with a 64-token context."""
     folder = tmp_path_factory.mktemp("serving")
     base = shutil.copytree(tiny_base, tmp_path_factory.mktemp("short") / "base")
     write_json(base / "config.json", read_json(base / "config.json") | {"max_position_embeddings": 64})
@@ -65,13 +65,13 @@ def registered(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
 
 @pytest.fixture
 def checkout(registered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, entered."""
+    """Enter the checkout and return it."""
     enter(monkeypatch, registered)
     return registered
 
 
 def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Work in a checkout with its own state."""
+    """Enter a checkout with its own state."""
     patch.chdir(folder)
     patch.setenv("PYTHONPATH", str(ROOT))
     for name in ("NIGHTSHIFT_HOME", "NIGHTSHIFT_BASE", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
@@ -79,7 +79,7 @@ def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def register_champion(seed: int) -> None:
-    """Register an adapter and make it the champion."""
+    """Register an adapter and make it champion."""
     candidate(seed)
     write_json(register.GATE, GATE)
     register.main()
@@ -88,7 +88,7 @@ def register_champion(seed: int) -> None:
 
 
 def expected(limit: int) -> str:
-    """What the files that were trained answer."""
+    """Return the answer of the trained files."""
     model, tokenizer = load(register.BASE, register.MODEL)
     return str(tokenizer.decode(generate(model, tokenizer, ASKED, limit)[1], skip_special_tokens=True))
 
@@ -274,7 +274,7 @@ def test_a_full_fine_tune_is_exported_in_the_type_of_its_base(
 
 @pytest.fixture
 def mlflow_server(checkout: Path, tmp_path: Path) -> Iterator[str]:
-    """`mlflow models serve` with the champion; its address."""
+    """Run `mlflow models serve` with the champion and yield its URL."""
     port, log = free_port(), tmp_path / "mlflow.log"
     options = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as output:
@@ -299,7 +299,7 @@ def mlflow_server(checkout: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until a server answers."""
+    """Wait until a server responds."""
     with httpx.Client(transport=httpx.HTTPTransport(retries=0)) as client:
         for _ in range(600):
             if process.poll() is not None:

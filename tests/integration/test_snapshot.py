@@ -1,6 +1,6 @@
-"""The stage that looks outside, as users meet it: clones with one remote, sources that come and go.
+"""The snapshot stage in real use: clones that share a remote, sources that come and go.
 
-The tests share two checkouts and run in the order of the file.
+The tests share two checkouts and run in file order.
 """
 
 import json
@@ -37,18 +37,18 @@ def set_params(folder: Path, section: str, **changes: Any) -> None:
 
 
 def digests(folder: Path) -> list[str]:
-    """What the snapshot brought in, byte by byte."""
+    """Return the digests of the snapshot's outputs."""
     return [tree_digest(folder / path) for path in BROUGHT_IN]
 
 
 def shards(checkout: Checkout) -> list[str]:
-    """The shards on disk."""
+    """Return the shards on disk."""
     raw = checkout.folder / "data/raw"
     return sorted(path.relative_to(raw).as_posix() for path in raw.glob("*/*"))
 
 
 def trained_sources(checkout: Checkout) -> set[str]:
-    """The sources of the examples that ingest wrote."""
+    """Return the sources of the examples that ingest wrote."""
     return {row["source"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
 
 
@@ -56,7 +56,7 @@ def trained_sources(checkout: Checkout) -> set[str]:
 def first(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
 ) -> Checkout:
-    """A clone in which `dvc repro` was typed, and nothing else; its remote is a folder beside it."""
+    """Create a clone in which only `dvc repro` was run; its remote is a folder next to it."""
     folder = make_checkout(tmp_path_factory.mktemp("snapshot") / "first", tiny_base)
     made = Checkout(folder, clean_environment)
     made.type("dvc", "remote", "modify", "local", "url", str(folder.parent / "remote"))
@@ -71,7 +71,7 @@ def first(
 def checkout(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
 ) -> Checkout:
-    """A checkout with two small sources and one benchmark, in which nothing has run."""
+    """Create a checkout with two small sources and one benchmark, in which nothing has run."""
     folder = make_checkout(tmp_path_factory.mktemp("sources") / "checkout", tiny_base)
     chats(folder, "mine/a.jsonl", "Which animal barks at night?", "Who lives in the old mill?")
     chats(folder, "yours/b.jsonl", "Where does the river end?", "How deep is the lake?")
@@ -87,7 +87,7 @@ def checkout(
 def test_dvc_repro_alone_leads_from_a_clean_checkout_to_the_verdict(first: Checkout) -> None:
     assert read_json(first.folder / "data/gate/gate.json")["verdict"] in ("promote", "hold", "reject")
     assert "Running stage" not in first.type("dvc", "repro")
-    # Forced, as every night, and nothing is new: nothing else has to run.
+    # Forced, as every night, but without new data: no other stage has to run.
     before = digests(first.folder)
     assert "Running stage 'snapshot'" in first.type("nightshift", "snapshot")
     assert digests(first.folder) == before
@@ -132,7 +132,7 @@ def test_a_source_that_is_not_named_does_not_train_and_comes_back_as_it_was(chec
     assert trained_sources(checkout) == {"mine", "yours"}
     before = tree_digest(checkout.folder / "data/raw"), tree_digest(checkout.folder / "data/ingest")
     set_params(checkout.folder, "snapshot", sources={"mine": "mine/*.jsonl"})
-    # What it offered is gone meanwhile.
+    # Meanwhile the source's file is replaced by another one.
     chats(checkout.folder, "yours/c.jsonl", "Is the lake salty?")
     (checkout.folder / "yours/b.jsonl").unlink()
     checkout.type("dvc", "repro", "ingest")
@@ -155,7 +155,7 @@ def test_a_source_that_is_not_named_does_not_train_and_comes_back_as_it_was(chec
 def test_parameters_that_go_back_bring_no_earlier_data_back(checkout: Checkout) -> None:
     set_params(checkout.folder, "snapshot", sources={"mine": "mine/*.jsonl"})
     checkout.type("dvc", "repro", "snapshot")
-    # The next day one file has replaced another.
+    # The next day, one file has replaced another.
     (checkout.folder / "mine/a.jsonl").unlink()
     chats(checkout.folder, "mine/d.jsonl", "Who keeps the bees?")
     checkout.type("nightshift", "snapshot")
@@ -174,7 +174,7 @@ def test_a_clone_without_its_data_goes_on_with_them_or_refuses(checkout: Checkou
     checkout.type("nightshift", "snapshot")
     before = tree_digest(raw), tree_digest(benchmarks)
     checkout.type("rm", "-r", "data")
-    # Only the cache has the shards that came first, and the benchmark that is not named.
+    # Only DVC's cache has the first shards and the benchmark that params.yaml does not name.
     checkout.type("dvc", "repro", "snapshot")
     assert (tree_digest(raw), tree_digest(benchmarks)) == before
     assert shards(checkout) == ["mine/000001.jsonl", "mine/000003.jsonl", "yours/000002.jsonl"]

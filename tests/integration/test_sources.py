@@ -1,4 +1,4 @@
-"""Sources that others serve: an object store, the Hub and a database, each real and on this machine."""
+"""Remote sources: an object store, the Hub and a database, each real and on this machine."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ def contents(location: Any) -> list[tuple[str, bytes]]:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """A bucket of an S3 server on a free port of the loopback, and the environment that leads to it."""
+    """Create a bucket on a local S3 server on a free port and point the environment to it."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -50,7 +50,7 @@ def test_objects_of_a_bucket_come_in_by_glob_and_by_name(bucket: Any, tmp_path: 
     for key, body in (("n/b.jsonl", b"2\n"), ("n/a.jsonl.gz", b"1"), ("n/x.txt", b"x"), ("big.jsonl", large)):
         bucket.put_object(Bucket="chats", Key=key, Body=body)
     assert contents("s3://chats/n/*.jsonl*") == [(".jsonl.gz", b"1"), (".jsonl", b"2\n")]
-    # More than one piece of 4 MiB.
+    # More than one chunk of 4 MiB.
     (shard,) = write_shards("s", read_offers("s3://chats/big.jsonl"), tmp_path)
     assert shard.read_bytes() == large
     assert write_shards("s", read_offers("s3://chats/big.jsonl"), tmp_path) == []
@@ -100,7 +100,7 @@ HUB_FILES = {
 
 
 def ask_hub(location: str, environment: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
-    """Read a location in a process of its own: the client reads its endpoint once, when it is imported."""
+    """Read a location in a separate process, since the client reads its endpoint only on import."""
     code = (
         "import sys\n"
         "from tasks.snapshot.sources.locations import read_offers\n"

@@ -1,6 +1,6 @@
-"""One real stack on free ports: started twice at once, broken in several ways, mended and ended.
+"""One real stack on free ports: started twice at once, broken in several ways, repaired and stopped.
 
-The tests share the stack and run in the order of the file; each leaves it running but the last.
+The tests share the stack and run in file order; all but the last leave it running.
 """
 
 import json
@@ -31,7 +31,7 @@ from tests.helpers.checkouts import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 PREFECT = Path(sys.executable).with_name("prefect")
-# A second process in a session of its own, as ranks are started by a launcher.
+# Starts a second process in its own session, as a launcher starts ranks.
 FLOW = """
 import subprocess, time
 from prefect import flow
@@ -54,7 +54,7 @@ deployments:
     entrypoint: JANITOR:janitor
     work_pool: {name: nightshift, work_queue_name: janitor}
 """.replace("JANITOR", str(ROOT / "flows" / "janitor.py"))
-# A shell that starts `make run &` ignores SIGINT, and so do the processes below it.
+# A shell that runs `make run &` ignores SIGINT, and the processes below it inherit that.
 UP = """
 import logging, signal
 from infra.local import stack
@@ -66,7 +66,7 @@ stack.up()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with one deployment, where two `up` at once have started the stack."""
+    """Create a folder in which two concurrent `up` calls have started the stack."""
     folder = tmp_path_factory.mktemp("night shift")
     (folder / "flow.py").write_text(FLOW)
     (folder / "prefect.yaml").write_text(DEPLOYMENTS)
@@ -90,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def running(folder: Path) -> Stack:
-    """The stack of `folder`."""
+    """Return the stack of `folder`."""
     assert Path.cwd() == folder
     return stack.read_stack(folder / ".nightshift")
 
@@ -104,7 +104,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    """Every process that was started by the stack or below it."""
+    """Return every process started by the stack, at any depth."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -126,7 +126,7 @@ def kill(pid: int | None) -> None:
 
 
 def prefect(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A prefect command as typed in a fresh shell: nothing but PATH and HOME is set."""
+    """Run a prefect command as in a fresh shell, with only PATH and HOME set."""
     return subprocess.run(
         [PREFECT, *arguments],
         cwd=folder,
@@ -157,7 +157,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def long_run(running: Stack) -> str:
-    """The run that is under way."""
+    """Return the id of the run in progress."""
     (run,) = [run["id"] for run in runs.active_runs(running) if run["parameters"].get("seconds")]
     return str(run)
 
@@ -215,7 +215,7 @@ def test_the_servers_listen_on_loopback_only(folder: Path) -> None:
     assert set(listening) == {"127.0.0.1"}
 
 
-# What a page of another site can have a browser send: its own name, or the server's under another name.
+# Headers that a page of another site can make a browser send: its own origin, or another host name.
 PAGES = [
     {"Origin": "http://evil.example"},
     {"Origin": "null"},
@@ -242,7 +242,7 @@ def test_a_page_cannot_speak_to_prefect(headers: dict[str, str], running: Stack)
 
 
 def open_socket(running: Stack, headers: dict[str, str]) -> None:
-    """Open Prefect's stream of events, as a page would."""
+    """Open Prefect's event stream as a web page would."""
     host = {"Host": f"127.0.0.1:{running.prefect_port}"} | headers
     address = ("127.0.0.1", running.prefect_port)
     url = f"ws://{host.pop('Host')}/api/events/out"
@@ -318,7 +318,7 @@ def test_a_run_outlasts_its_server(folder: Path, running: Stack) -> None:
     run = submit(folder, "--param", "seconds=20")
     wait_until(lambda: state_of(running, run)[0] == "RUNNING")
     kill(before["prefect"])
-    time.sleep(25)  # the flow ends meanwhile, and has nobody to tell
+    time.sleep(25)  # the flow ends meanwhile and cannot report it
     assert stack.up() == running
     assert pids()["worker"] == before["worker"]
     assert pids()["prefect"] != before["prefect"]
@@ -386,7 +386,7 @@ def test_the_janitor_crashes_a_run_whose_process_is_dead_and_no_other(
     (process, *_) = run_processes(running, alive)
     held = {**leases.identify(process.pid), "host": platform.node()}
     write_json(leases.lease_file(alive), held)
-    # Its pid was given to another process since.
+    # Its pid has since been reused by another process.
     write_json(leases.lease_file(dead), {**held, "start_ticks": held["start_ticks"] - 1})
     running.prefect("POST", f"/flow_runs/{dead}/set_state", {"state": {"type": "RUNNING"}, "force": True})
     assert prefect(folder, "deployment", "run", "janitor/local", "--watch").returncode == 0

@@ -1,4 +1,4 @@
-"""Training against a real MLflow server that is not there, hangs, dies and comes back."""
+"""Training against a real MLflow server that is down, hangs, dies and comes back."""
 
 import contextlib
 import os
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, tiny_base: Path) -> Path:
 
 @contextlib.contextmanager
 def server(folder: Path, port: int) -> Iterator[psutil.Process]:
-    """Start an MLflow server on loopback; end it and what it started, whatever happens."""
+    """Start an MLflow server on loopback and always stop it with its child processes."""
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
         *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
@@ -80,7 +80,7 @@ def test_a_server_that_was_never_up_gets_everything_once_when_it_comes(
     environment = {**clean_environment, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     done = run_sft(folder, environment, "state", eval_steps=1)
     assert done.returncode == 0, done.stdout
-    # One each by the start of the stage, the rank, and the end of the stage.
+    # One each from the start of the stage, the rank and the end of the stage.
     assert done.stdout.count("tracking: MLflow did not take") == 3
     (path,) = (folder / "state" / "tracking").glob("*.jsonl")
     kinds = [entry["kind"] for entry in spool.read_spool(path)[1:]]
@@ -127,7 +127,7 @@ def test_a_server_that_hangs_and_dies_delays_no_step_and_misses_none(
                     os.kill(one.pid, signum)
         assert training.wait() == 0, "".join(output)
     gaps = [arrived[step] - arrived[step - 1] for step in range(2, 41)]
-    # A step that waited for the tracker would have taken 5 s.
+    # A step that waited for MLflow would have taken 5 s.
     assert max(gaps) < 4, gaps
     assert read_json(folder / "data/sft/mlflow_run.json")["run_id"]
     assert len(list((folder / "state" / "tracking").glob("*.jsonl"))) == 1

@@ -1,4 +1,4 @@
-"""Training through the real launcher: killed at any level it leaves nothing behind, and goes on exactly."""
+"""Training through the real launcher: killed at any level, it leaves no process and resumes exactly."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ MODEL = Path("data/sft/model")
 def prepared(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
 ) -> Path:
-    """A checkout whose data is packed; nothing is trained."""
+    """Create a checkout with packed data and without a trained model."""
     folder = make_checkout(tmp_path_factory.mktemp("training") / "checkout", tiny_base)
     subprocess.run([str(BIN / "dvc"), "repro", "pack", "-q"], cwd=folder, env=clean_environment, check=True)
     return folder
@@ -31,18 +31,18 @@ def prepared(
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared: Path, clean_environment: dict[str, str]) -> str:
-    """Digest of the adapter of a training that nobody disturbed."""
+    """Return the adapter digest of an uninterrupted training run."""
     train(prepared, clean_environment, "undisturbed")
     return tree_digest(prepared / MODEL)
 
 
 def environment(base: dict[str, str], state: Path) -> dict[str, str]:
-    """A state of its own, so that a training finds no checkpoint of another test."""
+    """Return an environment with its own state, so that training finds no other test's checkpoint."""
     return {**base, "NIGHTSHIFT_HOME": str(state)}
 
 
 def train(folder: Path, base: dict[str, str], name: str) -> str:
-    """Train as a user would, and return the output."""
+    """Train as a user would and return the output."""
     state = folder.parent / name
     command = [str(BIN / "dvc"), "repro", "--single-item", "--force", "sft"]
     done = subprocess.run(
@@ -61,12 +61,12 @@ def train(folder: Path, base: dict[str, str], name: str) -> str:
 def training(
     folder: Path, base: dict[str, str], name: str
 ) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """Start a training, wait until it has written a checkpoint, and clean up whatever happens.
+    """Start a training run, wait until it has written a checkpoint, and always clean up.
 
-    One rank is then held: no other can step without it, so no training ends before it is disturbed.
+    One rank is then suspended. The others cannot step without it, so training cannot end undisturbed.
 
     Yields:
-        The process of `dvc`, and the rank that is held; see `release`.
+        The `dvc` process and the suspended rank; see `release`.
     """
     process = subprocess.Popen(
         [str(BIN / "dvc"), "repro", "--single-item", "--force", "sft"],
@@ -101,12 +101,12 @@ def members(root: int) -> list[psutil.Process]:
 
 
 def victim(processes: list[psutil.Process], word: str) -> psutil.Process:
-    """The process whose command line holds the word, deepest first."""
+    """Return the deepest process whose command line contains the word."""
     return next(p for p in reversed(processes) if word in " ".join(p.cmdline()))
 
 
 def release(held: psutil.Process) -> None:
-    """Let a held rank go on once it is gone or has been asked to end."""
+    """Resume a suspended rank once it is gone or has received SIGTERM."""
     deadline = time.monotonic() + 30
     with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         while held.status() != "zombie":
@@ -146,13 +146,13 @@ def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_goes_on_exa
         output = process.stdout.read() if process.stdout else ""
         assert process.wait(timeout=60) != 0, output
         require_gone(processes)
-    # Ranks that still could have saved their step; the message is theirs then.
+    # If the ranks could still save their step, the message is theirs.
     assert re.search(r"error: sft: (the ranks ended with code|asked to end; saved at step)", output)
     assert (prepared / "dvc.lock").read_bytes() == before
     assert not (prepared / MODEL).exists()
     assert "going on from checkpoint-" in train(prepared, clean_environment, name)
     assert tree_digest(prepared / MODEL) == undisturbed
-    # Step 3 was trained twice, or 4: told once, in the run of the first attempt.
+    # Step 3 or 4 was trained twice but logged once, in the MLflow run of the first attempt.
     client, run = only_run(f"sqlite:///{prepared.parent / name / 'mlflow.db'}")
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
     assert steps == [1, 2, 3, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""What can go wrong in the middle of a training, planted: each ends with its code, and goes on rightly."""
+"""Faults injected during training: each ends with its exit code, and training resumes correctly."""
 
 import random
 import resource
@@ -21,7 +21,7 @@ from tests.helpers import sft
 from tests.helpers.sft import history, make_folder, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
-# One row a step, a checkpoint each second one.
+# One row per step, a checkpoint every second step.
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "num_train_epochs": 3,
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path, clean_environment: dict[str, str]) -> tuple[str, list[float]]:
-    """Digest of the model, and losses, of a training that nobody disturbed."""
+    """Return the model digest and the losses of an uninterrupted training run."""
     done = run_sft(folder, clean_environment, "undisturbed", **STEPS)
     assert done.returncode == 0, done.stdout
     return tree_digest(folder / "data/sft/model"), history(folder, "undisturbed")
@@ -58,7 +58,7 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
 
 
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes that train."""
+    """Return the training processes."""
     below = psutil.Process(process.pid).children(recursive=True)
     return [p for p in below if p.cmdline()[-3:-1] == ["-m", "tasks.sft.worker"] and "--" not in p.cmdline()]
 
@@ -86,7 +86,7 @@ def test_kill_9_while_a_checkpoint_is_written_goes_on_from_the_one_before(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     left = sorted(path.name for path in training_folder(folder, "killed-saving").glob("checkpoint-*"))
-    # It was killed before the checkpoint had its name, or, on a quick machine, just after.
+    # It was killed before the checkpoint got its final name or, on a fast machine, just after.
     assert left[0] == "checkpoint-2"
     goes_on_exactly(folder, clean_environment, "killed-saving", undisturbed)
 
@@ -111,7 +111,7 @@ def test_kill_9_at_a_random_moment_changes_neither_losses_nor_weights(
 def test_decisions_that_follow_from_the_losses_are_the_same_after_a_resume(
     folder: Path, clean_environment: dict[str, str]
 ) -> None:
-    # No loss falls by nine tenths or by 100 nats: every evaluation halves the rate, the fourth is the last.
+    # No loss falls by 90% or 100 nats: each evaluation halves the learning rate, the fourth is the last.
     watched = {
         **STEPS,
         "eval_steps": 2,
@@ -123,7 +123,7 @@ def test_decisions_that_follow_from_the_losses_are_the_same_after_a_resume(
     }
     done = run_sft(folder, clean_environment, "watched", **watched)
     assert done.returncode == 0, done.stdout
-    # A rate is set at the end of the step before, when its evaluation is still to come.
+    # A step's learning rate is set at the end of the previous step, before that step's evaluation.
     rates = [1e-3] * 5 + [5e-4] * 2 + [2.5e-4]
     assert history(folder, "watched", "learning_rate") == pytest.approx(rates)
     expected = tree_digest(folder / "data/sft/model")
@@ -156,7 +156,7 @@ def test_sigterm_saves_at_the_next_step_and_ends_as_resumable(
 
 @pytest.fixture
 def poisoned(tmp_path: Path, tiny_base: Path) -> Path:
-    """A folder whose base has a broken weight of one token, which one row holds."""
+    """Create a folder whose base has a NaN embedding for one token, which one row contains."""
     folder = make_folder(tmp_path, tiny_base, PACKED)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     model.config.tie_word_embeddings = False
@@ -202,7 +202,7 @@ def test_a_bad_loss_names_its_step_even_if_nothing_is_logged(
 
 @pytest.fixture
 def marked(tmp_path: Path, tiny_base: Path) -> Path:
-    """A folder of which one row has the label by which `tests.helpers.poisoned` knows it."""
+    """Create a folder in which one row has the label that `tests.helpers.poisoned` looks for."""
     folder = make_folder(tmp_path, tiny_base, PACKED)
     rows = read_rows(folder / "data/pack/train.parquet")
     rows[2]["labels"][-1] = poison.LABEL
@@ -261,7 +261,7 @@ def test_every_strategy_stops_at_a_gradient_of_the_last_step_that_is_not_finite(
 
 
 def require_named(done: subprocess.CompletedProcess[str], folder: Path, step: int, rows: str) -> None:
-    """Require that a training ended at a gradient, named its own step, and accepted no model."""
+    """Require that training stopped at a gradient, reported its exact step and accepted no model."""
     assert done.returncode == 11, done.stdout
     assert "gradient norm " in done.stdout
     assert f"of a finite loss at step {step}, rows {rows} of data/pack/train.parquet" in done.stdout
@@ -274,7 +274,7 @@ def require_named(done: subprocess.CompletedProcess[str], folder: Path, step: in
 def test_an_infinite_loss_whose_gradient_is_finite_is_found_on_saving(
     marked: Path, clean_environment: dict[str, str]
 ) -> None:
-    # Nothing is logged before the end, so the checkpoint of step 4 is the first to be told.
+    # Nothing is logged before the end, so the checkpoint at step 4 is the first to detect the loss.
     rare = {"logging_steps": 100}
     for _ in range(2):
         done = run_poisoned(marked, clean_environment, "loss is infinite", **rare)
@@ -319,7 +319,7 @@ def test_a_trained_model_with_a_weight_that_is_not_finite_is_not_accepted(
 
 @pytest.mark.long
 def test_the_second_bad_loss_fails_for_good(poisoned: Path, clean_environment: dict[str, str]) -> None:
-    # Two epochs hold the row twice: after the first is left out, the second is one too many.
+    # Two epochs contain the row twice: the first is skipped, the second is one too many.
     twice = {**STEPS, "num_train_epochs": 2}
     assert run_sft(poisoned, clean_environment, "nan-twice", **twice).returncode == 11
     last = run_sft(poisoned, clean_environment, "nan-twice", **twice)
@@ -373,7 +373,7 @@ def test_a_step_that_hangs_ends_with_where_it_stood(folder: Path, clean_environm
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(
     tmp_path: Path, tiny_base: Path, clean_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Logits of 600 labelled tokens a row: four rows take 3.2 GiB, two rows 2.4 GiB.
+    # Logits of 600 labelled tokens per row: four rows take 3.2 GiB, two rows 2.4 GiB.
     monkeypatch.setattr(sft, "LENGTHS", (1200,) * 8)
     folder = make_folder(tmp_path, tiny_base, [(i,) for i in range(8)])
     one_epoch = {"num_train_epochs": 1}
@@ -410,7 +410,7 @@ def test_a_full_disk_is_told_plainly_and_loses_no_checkpoint(
 ) -> None:
     process = start_sft(folder, clean_environment, "full", **STEPS)
     wait_for_line(process, "step 3/12")
-    # No file may grow beyond a few bytes: what a full disk does to a checkpoint.
+    # Limit files to a few bytes, which affects a checkpoint like a full disk.
     (rank,) = ranks(process)
     resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (100, 100))
     output, _ = process.communicate(timeout=60)

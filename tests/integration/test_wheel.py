@@ -1,4 +1,4 @@
-"""The built wheel without the checkout, and what the project tells people to install."""
+"""The built wheel without the checkout, and the project's installation instructions."""
 
 import os
 import re
@@ -16,14 +16,14 @@ from tests.helpers.checkouts import FOLDERS, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = set(PROJECT["optional-dependencies"])
-# Without `site` no .pth file is read, so the editable installation of the checkout is not found.
+# Without `site` no .pth file is read, so the editable install of the checkout is not found.
 PYTHON = (sys.executable, "-S")
 NEEDS_THE_CHECKOUT = {"infra/install.sh", "infra/gpu_kit/enter.sh", "infra/gpu_kit/fill.sh"}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the checkout, with what is installed."""
+    """Build the wheel from a copy of the checkout with the installed packages only."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in (*FOLDERS, "benchmarks", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -45,7 +45,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_installed(installed: Path, folder: Path, code: str) -> str:
-    """Run code with the installed wheel in a folder that holds nothing of the project."""
+    """Run code with the installed wheel in a folder without project files."""
     paths = [str(installed), sysconfig.get_paths()["purelib"]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -56,7 +56,7 @@ def run_installed(installed: Path, folder: Path, code: str) -> str:
 
 
 def project_files() -> set[str]:
-    """All files of the packages, relative to the root."""
+    """Return all files of the packages, relative to the root."""
     files = (path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file())
     return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
 
@@ -90,14 +90,14 @@ def test_the_wheel_finds_its_data_and_its_command(installed: Path, tmp_path: Pat
 
 
 def project_texts() -> dict[str, str]:
-    """All texts of the checkout that tell people something, by path; not this test."""
+    """Return path -> text of the checkout's tracked files, without benchmark results and this test."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = [name for name in listed.splitlines() if not name.startswith("benchmarks/results/")]
     texts = {name: (ROOT / name).read_text("utf-8") for name in names if (ROOT / name).is_file()}
     return {name: text for name, text in texts.items() if name != Path(__file__).relative_to(ROOT).as_posix()}
 
 
-# On PyPI `nightshift` is another project; this one is installed from its checkout.
+# On PyPI `nightshift` is another project; this one is installed from a checkout.
 STRANGER = re.compile(r"\bnightshift\\?\[|\bpip install [^\n]*\bnightshift\b")
 OWN_EXTRA = re.compile(r"(?:-e|--editable) ['\"]?\\?\.\\?\[([a-z0-9{}]+)\\?\]")
 NAMED_EXTRA = re.compile(r"\b(?:the extra|extra `|, extra) ?([a-z0-9]+)")

@@ -1,4 +1,4 @@
-"""What a rank does around the steps."""
+"""What a rank does before and after the training steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from tasks.sft.worker import finish
 
 
 def adapter_b(trainer: Any) -> torch.Tensor:
-    """The matrices B of the adapter, which begin with zeros, in one piece."""
+    """Return the adapter's B matrices, initially zero, flattened into one tensor."""
     parameters = trainer.model.named_parameters()
     return torch.cat([p.detach().flatten() for name, p in sorted(parameters) if "lora_B" in name])
 

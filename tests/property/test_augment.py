@@ -1,4 +1,4 @@
-"""Laws of the quality gate: a changed number or name never passes."""
+"""Properties of the quality gate: a changed number or name never passes."""
 
 import random
 import string
@@ -12,7 +12,7 @@ from tasks.augment.quality import find_violation
 PEOPLE = ("Lecoq", "Curie", "Ramsay", "Nilson", "Seaborg", "Klaproth", "Åkerman", "Dalton")
 PLACES = ("Paris", "Berkeley", "London", "Uppsala", "Dubna", "Ytterby")
 ELEMENTS = ("Gallium", "Radium", "Argon", "Scandium", "Plutonium", "Uranium")
-# Pairs of a source and a faithful paraphrase, each with the same facts.
+# Pairs of a source and a faithful paraphrase with the same facts.
 TEMPLATES = (
     (
         ("Who discovered {element}?",
@@ -50,7 +50,7 @@ def build(case: tuple[Any, ...]) -> tuple[list[dict[str, str]], list[dict[str, s
 
 
 def mutate(text: str, spans: list[tuple[int, int]], alphabet: str, rng: random.Random) -> str:
-    """Replace one character of one span by another."""
+    """Replace one character of one span."""
     start, end = rng.choice(spans)
     at = rng.randrange(start, end)
     new = rng.choice([c for c in alphabet if c.casefold() != text[at].casefold()])

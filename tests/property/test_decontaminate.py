@@ -1,4 +1,4 @@
-"""Laws of decontamination: the index finds what a search through everything finds."""
+"""Properties of decontamination: the index finds the same hits as an exhaustive search."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ TEXTS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=12).map(" ".join
 
 
 def is_hit(text: str, questions: list[str]) -> bool:
-    """Compare a text with every question, by the definition."""
+    """Return whether the text hits any question, by definition."""
     words = text.split()
     for question in questions:
         asked = question.split()

@@ -1,4 +1,4 @@
-"""Laws of deduplication."""
+"""Properties of deduplication."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Laws of scoring."""
+"""Properties of scoring."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

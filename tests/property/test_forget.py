@@ -1,4 +1,4 @@
-"""Laws of forgetting: what was taken out is gone from every format, and all other rows are as they were."""
+"""Properties of forgetting: erased rows are gone from every format, all other rows are unchanged."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ FORMATS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.zst", ".json.zst", ".pa
 
 
 def write(path: Path, texts: list[str], bom: bytes) -> None:
-    """Write a shard with a bad row among others, and rows of several lines where the format has them."""
+    """Write a shard with a malformed row and multi-line rows, where the format allows them."""
     if path.suffix == ".parquet":
         table = pa.table({"text": texts, "meta": [{"n": len(text)} for text in texts]})
         pq.write_table(table, path, row_group_size=2)
@@ -38,7 +38,7 @@ def write(path: Path, texts: list[str], bom: bytes) -> None:
 
 
 def rows(path: Path) -> dict[int, Any]:
-    """Rows of a shard by number; a fault as its reason."""
+    """Return the rows of a shard by number; a bad row as its reason."""
     return {n: row.reason if isinstance(row, RowError) else row for n, row in read_shard(path, NO_LIMITS)}
 
 
@@ -57,7 +57,7 @@ def test_other_rows_keep_their_numbers_and_what_they_say(
     assert {n: row for n, row in after.items() if n not in numbers} == {
         n: row for n, row in before.items() if n not in numbers
     }
-    # What is left of a row says nothing.
+    # An erased row keeps none of its content.
     nothing = ("not_an_object", {"text": None, "meta": None})
     assert all(after[n] in nothing for n in numbers & after.keys())
 
@@ -73,7 +73,7 @@ def test_what_is_affected_is_closed_and_nothing_more(runs: list[Run], start: set
     for run in runs:
         if run.deps & (found | start):
             assert run.outs <= found
-    # Each was made by a run that read something affected before it.
+    # Each affected path was written by a run that read a path affected before it.
     reached: set[str] = set()
     while True:
         grown = {o for run in runs if run.deps & (start | reached) for o in run.outs}

@@ -1,4 +1,4 @@
-"""Laws of the gate."""
+"""Properties of the gate."""
 
 import math
 from typing import Any
@@ -49,7 +49,7 @@ def test_a_model_is_never_promoted_over_itself_or_for_fewer_right_answers(
 
 
 def alternating(items: int, spread: float) -> Any:
-    """Differences with this spread, and no mean if their number is even."""
+    """Return differences with this spread; their mean is 0 if their number is even."""
     return np.resize([spread, -spread], items)
 
 
@@ -71,7 +71,7 @@ def test_power_is_a_probability_and_grows_with_items_gain_and_alpha(
         assert here >= alpha * (1 - 1e-9)
     assert power(found, min(1.0, 2 * gain), alpha) >= here - 1e-12
     assert power(found, gain, min(0.5, 2 * alpha)) >= here - 1e-12
-    # Of twice as many such items the sample's own spread is a little less, never more.
+    # With twice as many such items the sample standard deviation is slightly smaller, never larger.
     assert power(np.tile(found, 2), gain, alpha) >= here - 1e-12
 
 
@@ -88,7 +88,7 @@ def test_so_many_items_have_the_power_and_fewer_do_not(gain: float, alpha: float
             one = alternating(items, 1.0)
             return power(one / one.std(ddof=1) * spread, gain, alpha)
 
-        # The power counts losses that look like gains too: less than a ten-thousandth here.
+        # The power also counts losses that look like gains: less than 1e-4 here.
         assert reached(int(needed)) >= wanted
         assert reached(int(needed) - 1) <= wanted + 1e-4
 

@@ -1,4 +1,4 @@
-"""A thousand nights: how often chance is promoted, and how often a real gain is."""
+"""A thousand simulated nights: how often chance is promoted, and how often a real gain."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ ITEMS, ALPHA = 180, 0.05
 
 
 def promoted(chance: np.random.Generator, gain: float, look: int) -> bool:
-    """Answer all items with two models that differ on three in ten, and one of them by so much more."""
+    """Return whether a candidate is promoted that differs on 30% of the items and has this mean gain."""
     won, lost = 0.15 + gain / 2, 0.15 - gain / 2
     differences = chance.choice([1.0, -1.0, 0.0], size=ITEMS, p=[won, lost, 0.7])
     return bool(p_value(differences, 1000, 0) <= spent_alpha(ALPHA, look) and differences.mean() > 0)
@@ -17,9 +17,9 @@ def promoted(chance: np.random.Generator, gain: float, look: int) -> bool:
 def test_of_many_stretches_of_nights_without_a_gain_fewer_than_alpha_end_in_a_promotion() -> None:
     chance = np.random.default_rng(0)
     stretches = [any(promoted(chance, 0.0, look) for look in range(1, 21)) for _ in range(400)]
-    # Two-sided tests: the other half of alpha would be spent on losses.
+    # The tests are two-sided: the other half of alpha would be spent on losses.
     assert sum(stretches) / 400 < ALPHA / 2
-    # Without correction chance would be promoted in a fifth of them.
+    # Without correction, chance would be promoted in a fifth of the series.
     uncorrected = [any(promoted(chance, 0.0, 1) for _ in range(20)) for _ in range(100)]
     assert sum(uncorrected) / 100 > 0.15
 
@@ -34,5 +34,5 @@ def test_a_real_gain_is_promoted_as_often_as_the_power_says() -> None:
     found = [promoted(chance, 0.1, 1) for _ in range(1000)]
     differences = chance.choice([1.0, -1.0, 0.0], size=100_000, p=[0.2, 0.1, 0.7])[:ITEMS]
     said = power(differences, 0.1, spent_alpha(ALPHA, 1))
-    # McNemar's exact test is a little stricter than the t-test by which the power is foretold.
+    # McNemar's exact test is slightly stricter than the t-test that estimates the power.
     assert said - 0.12 < sum(found) / 1000 < said + 0.05

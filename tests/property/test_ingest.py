@@ -1,4 +1,4 @@
-"""Laws of ingest: no row is lost or doubled, no text is changed, no redacted value stays."""
+"""Properties of ingest: no row is lost or duplicated, no text is changed, no redacted value remains."""
 
 import io
 import json
@@ -102,7 +102,7 @@ def test_one_digit_of_ten_completes_a_luhn_number(digits: str) -> None:
 
 
 def iban(country: str, account: str) -> str:
-    """An IBAN with its check digits, by ISO 13616."""
+    """Return an IBAN with its check digits (ISO 13616)."""
     body = (account * 34)[: IBAN_LENGTHS[country] - 4]
     rest = int("".join(str(int(sign, 36)) for sign in f"{body}{country}00")) % 97
     return f"{country}{98 - rest:02d}{body}"
@@ -115,7 +115,7 @@ ACCOUNT = st.text("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=1, max_size=3
 def test_an_iban_is_found_and_a_changed_sign_is_not(country: str, account: str, at: int) -> None:
     number = iban(country, account)
     assert iban_length(number) == len(number)
-    # A letter counts as two digits: one more or less would move all others.
+    # A letter counts as two digits, so swapping a letter and a digit would shift all other digits.
     first, second = "01" if number[at].isdigit() else "AB"
     other = second if number[at] == first else first
     assert iban_length(number[:at] + other + number[at + 1 :]) == 0

@@ -1,4 +1,4 @@
-"""Laws of packing."""
+"""Properties of packing."""
 
 from itertools import accumulate
 
@@ -21,7 +21,7 @@ EXAMPLES = st.lists(
 def test_packing_conserves_tokens_and_never_overfills(
     examples: list[tuple[int, int]], policy: OverLength
 ) -> None:
-    """An example is (length, first labelled token); its tokens are unique in the corpus."""
+    """Each example is (length, index of the first labelled token); tokens are unique in the corpus."""
     encoded = []
     for number, (length, first_label) in enumerate(examples):
         ids = (np.arange(length) + 1000 * number).astype(np.int32)

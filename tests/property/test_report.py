@@ -1,4 +1,4 @@
-"""Laws of what the report draws and compares."""
+"""Properties of the report's charts and comparisons."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Laws of the split."""
+"""Properties of the train, validation and test split."""
 
 from hypothesis import given
 from hypothesis import strategies as st

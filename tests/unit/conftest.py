@@ -1,4 +1,4 @@
-"""A model that answers each conversation in another way."""
+"""A model that answers each conversation differently."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def lively(tiny_base: Path) -> tuple[Any, Any]:
-    """The small random model, whose layers say so little that it repeats the last token, made louder."""
+    """Return the small random model with scaled-up layers; unscaled, it only repeats the last token."""
     from nightshift.registry.served_model import load
 
     model, tokenizer = load(tiny_base, tiny_base, "float32")

@@ -1,9 +1,9 @@
-"""Turn an Axolotl file into params.yaml: `nightshift import axolotl.yml`.
+"""Convert an Axolotl config file to params.yaml: `nightshift import axolotl.yml`.
 
-Every key of the file gets a finding: what it sets, why it is not needed, or why it cannot be mapped and what
-to do. A key that the file does not name has Axolotl's default where that changes what is learned: without
-it, a full fine-tune would become the LoRA that params.yaml names. Nothing is written unless the whole result
-is right.
+Every key of the file gets a finding: what it sets, why it is not needed, or why it cannot be mapped and
+what to do. For a missing key, Axolotl's default is applied if it changes the training result: otherwise
+a full fine-tune would become the LoRA that params.yaml configures. Nothing is written unless the whole
+result is valid.
 """
 
 import re
@@ -37,7 +37,7 @@ from nightshift.core.files import write_text
 from nightshift.pipeline.params_yaml import edit
 from tasks.check import check
 
-# Keys that decide together -> who decides.
+# Keys that are interpreted together -> the function that maps them.
 GROUPS: dict[tuple[str, ...], Callable[[Config], Findings]] = {
     data.MODEL_KEYS: data.model,
     data.DATA_KEYS: data.data,
@@ -60,21 +60,21 @@ HEADINGS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read an Axolotl file.
+    """Read an Axolotl config file.
 
     Raises:
-        ConfigError: It is missing, is not YAML, or is not a mapping.
+        ConfigError: The file is missing, is not YAML, or is not a mapping.
     """
     values = read_params(path)
     return {str(key): value for key, value in values.items()}
 
 
 def translate(config: Config, folder: Path) -> list[Finding]:
-    """Find out what becomes of every key.
+    """Return the findings for every key.
 
     Args:
-        config: The Axolotl file.
-        folder: Where it is.
+        config: Axolotl config, key -> value.
+        folder: Folder of the Axolotl file.
 
     Example:
         >>> found = translate({"learning_rate": "1e-4", "sequence_length": 8, "output_dir": "out"}, Path())
@@ -102,7 +102,7 @@ def translate(config: Config, folder: Path) -> list[Finding]:
 
 
 def _clashes(found: Sequence[Finding]) -> list[Finding]:
-    """Find two keys of the file that set one of ours to two values."""
+    """Return the contradictions: two keys of the file set the same parameter to different values."""
     given = [one for one in found if one.kind == "mapped" and not one.is_default]
     first: dict[str, Finding] = {}
     for one in given:
@@ -119,7 +119,7 @@ def _clashes(found: Sequence[Finding]) -> list[Finding]:
 
 
 def _forgotten(given: Config, found: Sequence[Finding]) -> list[Finding]:
-    """Tell of keys that nobody spoke of, because their value has an unexpected form."""
+    """Return findings for the keys that no rule matched, because their value has an unexpected form."""
     told = {word for one in found if not one.is_default for word in re.split(r" and |, |[.\[]", one.key)}
     return [
         unmapped(key, f"{show(given[key])} is not understood; correct it") for key in given if key not in told
@@ -127,16 +127,16 @@ def _forgotten(given: Config, found: Sequence[Finding]) -> list[Finding]:
 
 
 def values_of(found: Sequence[Finding]) -> dict[str, Any]:
-    """Return `section.key` -> value of all that is mapped; what the file names beats a default."""
+    """Return `section.key` -> value of all mapped findings; keys of the file override defaults."""
     ordered = sorted((one for one in found if one.kind == "mapped"), key=lambda one: not one.is_default)
     return {one.target: one.value for one in ordered}
 
 
 def convert(path: Path, params: Path = PARAMS) -> tuple[list[Finding], str]:
-    """Translate a file, and return the findings and the text that params.yaml would have.
+    """Translate a file, and return the findings and the resulting text of params.yaml.
 
     Raises:
-        ConfigError: A file cannot be read, or the Axolotl file contradicts itself; all is told at once.
+        ConfigError: A file cannot be read, or the Axolotl file has contradictions; all are listed.
     """
     found = translate(read_config(path), path.parent)
     if wrong := [f"{one.key}: {one.note}" for one in found if one.kind == "contradiction"]:
@@ -146,10 +146,10 @@ def convert(path: Path, params: Path = PARAMS) -> tuple[list[Finding], str]:
 
 
 def require_right(text: str) -> None:
-    """Check the whole of a new params.yaml.
+    """Validate the complete text of a new params.yaml.
 
     Raises:
-        ConfigError: Something is wrong; every problem is listed.
+        ConfigError: The parameters are invalid; every problem is listed.
     """
     try:
         check(yaml.safe_load(text))
@@ -161,22 +161,22 @@ def require_right(text: str) -> None:
 
 
 def write(text: str, params: Path = PARAMS) -> None:
-    """Write a new params.yaml, if the whole of it is right.
+    """Validate and write a new params.yaml.
 
     Raises:
-        ConfigError: Something is wrong; every problem is listed and nothing is written.
+        ConfigError: The parameters are invalid; every problem is listed and nothing is written.
     """
     require_right(text)
     write_text(params, text)
 
 
 def tables(found: Sequence[Finding], config: Config, present: dict[str, Any]) -> Group:
-    """Show the findings in three tables.
+    """Render the findings as tables, one for each kind.
 
     Args:
-        found: The findings; a default that params.yaml has already is not shown.
-        config: The Axolotl file.
-        present: The parameters as they are.
+        found: Findings; defaults that params.yaml already has are not shown.
+        config: Axolotl config, key -> value.
+        present: Current parameters, section -> key -> value.
     """
     shown: list[Table | Text] = []
     for kind, (title, *columns) in HEADINGS.items():
@@ -203,7 +203,7 @@ def tables(found: Sequence[Finding], config: Config, present: dict[str, Any]) ->
 
 
 def show(value: Any) -> str:
-    """Write a value as YAML does, on one line.
+    """Format a value as YAML on one line.
 
     Example:
         >>> show(None), show(True), show(0.0002), show({"min_lr_rate": 0.1})
@@ -214,7 +214,7 @@ def show(value: Any) -> str:
 
 
 def _said(key: str, config: Config) -> str:
-    """Return the key with its value, if that is short."""
+    """Return the key, with its value if that is a scalar."""
     value = config.get(key)
     return key if value is None or isinstance(value, dict | list) else f"{key}: {show(value)}"
 
@@ -228,7 +228,7 @@ def _direct(given: Config) -> Findings:
 
 
 def _alone(key: str, value: Any) -> Finding:
-    """Judge a key that no group and no converter reads."""
+    """Return the finding for a key that no group and no converter reads."""
     if (why := _lookup(key, keys.NOT_NEEDED)) is not None:
         return not_needed(key, why)
     if (why := _lookup(key, keys.UNMAPPED)) is not None:
@@ -240,5 +240,5 @@ def _alone(key: str, value: Any) -> Finding:
 
 
 def _lookup(key: str, table: dict[str, str]) -> str | None:
-    """Return the entry of a key, or of the pattern that it fits."""
+    """Return the entry of a key or of the glob pattern that it matches, or None."""
     return table.get(key) or next((why for name, why in table.items() if fnmatchcase(key, name)), None)

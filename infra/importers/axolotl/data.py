@@ -1,4 +1,4 @@
-"""The base, the data and how rows become text."""
+"""Map the base model, the datasets and how rows become text."""
 
 import re
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ DATA_KEYS = ("datasets", "test_datasets", "val_set_size")
 TEXT_KEYS = ("train_on_inputs", "chat_template", "special_tokens", "shuffle_merged_datasets")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Kinds whose rows ingest tells apart by their keys.
+# Dataset types that ingest recognises by the keys of a row.
 TYPES = ("alpaca", "chat_template", "sharegpt", "completion")
-# Values that say what ingest does anyway.
+# Values that match what ingest does by default.
 USUAL: dict[str, tuple[Any, ...]] = {
     "ds_type": ("json", "jsonl", "csv", "parquet"),
     "field_messages": ("messages", "conversations"),
@@ -59,7 +59,7 @@ BUILDERS = ("json", "csv", "parquet")
 
 
 def model(config: Config) -> Findings:
-    """The base: a local folder, or a model of the Hub at a commit."""
+    """Map the base model: a local folder, or a Hub model at a commit."""
     name = str(config.get("base_model", ""))
     for key in ("base_model_config", "tokenizer_config"):
         if key in config and config[key] == config.get("base_model"):
@@ -92,12 +92,12 @@ def model(config: Config) -> Findings:
 
 
 def is_local(name: str) -> bool:
-    """Tell whether a name is a path rather than an id of the Hub."""
+    """Return whether a name is a local path rather than a Hub id."""
     return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
 
 
 def data(config: Config) -> Findings:
-    """Sources, and the share that is held out."""
+    """Map the data sources and the validation share."""
     share = config.get("val_set_size")
     if share and "test_datasets" in config:
         yield contradiction("val_set_size", "test_datasets", "choose one; a share is held out by split")
@@ -136,7 +136,7 @@ def _validation(share: Any) -> Finding:
 
 
 def _dataset(where: str, row: Any) -> Findings:
-    """Yield one mapped finding for each location of a data set, or why it cannot be read."""
+    """Yield one mapped finding for each location of a dataset, or why the dataset cannot be read."""
     row = (
         {key: value for key, value in row.items() if value is not None}
         if isinstance(row, dict)
@@ -161,10 +161,10 @@ def _dataset(where: str, row: Any) -> Findings:
 
 
 def locate(row: dict[str, Any]) -> list[str]:
-    """Return the locations of a data set for snapshot.sources.
+    """Return the locations of a dataset for snapshot.sources.
 
     Raises:
-        ValueError: It cannot be named there.
+        ValueError: snapshot.sources cannot express the dataset.
 
     Example:
         >>> locate({"path": "json", "data_files": ["chats.jsonl", "more.jsonl.gz"]})
@@ -215,7 +215,7 @@ def _hub(path: str, row: dict[str, Any], files: list[str]) -> list[str]:
 
 
 def name_sources(locations: Sequence[str]) -> dict[str, str]:
-    """Give each location a name that can be a folder.
+    """Give each location a unique name that is valid as a folder name.
 
     Example:
         >>> name_sources(["data/My-Chats.jsonl", "old/my_chats.jsonl", "2024.csv"])
@@ -245,7 +245,7 @@ def _column(where: str, key: str, value: Any) -> Finding:
 
 
 def text(config: Config) -> Findings:
-    """How rows become tokens: the base's template, answers only."""
+    """Map how rows become tokens: the base's chat template, loss on answers only."""
     if "train_on_inputs" in config:
         yield _only_if(
             "train_on_inputs",
@@ -279,5 +279,5 @@ def text(config: Config) -> Findings:
 
 
 def _only_if(key: str, why: str, remedy: str, *, is_so: bool) -> Finding:
-    """Judge a key that has one value here."""
+    """Return the finding for a key that has a single supported value."""
     return not_needed(key, why) if is_so else unmapped(key, f"{why}; {remedy}")

@@ -1,4 +1,4 @@
-"""What becomes of a key of an Axolotl file, and how its values are read."""
+"""Findings for the keys of an Axolotl file, and converters for their values."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ DEFAULT = "Axolotl's default"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What becomes of one key.
+    """Import result of one key.
 
     Attributes:
-        kind: mapped: it sets `target`; not_needed: nothing is lost; unmapped: somebody must decide;
-            contradiction: the file says two things.
-        key: Axolotl's key.
-        note: Why, and what to do.
+        kind: mapped: the key sets `target`; not_needed: nothing is lost; unmapped: the user must decide;
+            contradiction: two keys of the file conflict.
+        key: Axolotl key.
+        note: Reason, and what to do.
         target: `section.key` of params.yaml.
-        value: What it is set to.
-        is_default: The file does not name the key; Axolotl's default holds.
+        value: Value of the target.
+        is_default: Whether the key is missing from the file, so that Axolotl's default applies.
     """
 
     kind: Literal["mapped", "not_needed", "unmapped", "contradiction"]
@@ -34,32 +34,32 @@ Findings = Iterator[Finding]
 
 
 def mapped(key: str, target: str, value: Any, note: str = "") -> Finding:
-    """Say that a key sets `section.key`."""
+    """Return the finding for a key that sets `section.key`."""
     return Finding("mapped", key, note, target, value)
 
 
 def default(key: str, target: str, value: Any, note: str = DEFAULT) -> Finding:
-    """Say that a key which is not there has a default that sets `section.key`."""
+    """Return the finding for a missing key whose default sets `section.key`."""
     return Finding("mapped", key, note, target, value, is_default=True)
 
 
 def not_needed(key: str, why: str) -> Finding:
-    """Say that nothing is lost without a key."""
+    """Return the finding for a key that can be dropped without loss."""
     return Finding("not_needed", key, why)
 
 
 def unmapped(key: str, why: str) -> Finding:
-    """Say that a key has no counterpart, and what to do."""
+    """Return the finding for a key without a counterpart; `why` includes what to do."""
     return Finding("unmapped", key, why)
 
 
 def contradiction(key: str, other: str, why: str) -> Finding:
-    """Say that two keys exclude each other."""
+    """Return the finding for two keys that exclude each other."""
     return Finding("contradiction", f"{key} and {other}", why)
 
 
 def read(key: str, target: str, value: Any, convert: Callable[[Any], Any], note: str = "") -> Finding:
-    """Map a value, or say why it cannot be read."""
+    """Convert and map a value, or return why it cannot be converted."""
     try:
         return mapped(key, target, convert(value), note)
     except ValueError as err:
@@ -67,10 +67,10 @@ def read(key: str, target: str, value: Any, convert: Callable[[Any], Any], note:
 
 
 def number(value: Any) -> float:
-    """Read a number; PyYAML takes `1e-4` for a text.
+    """Parse a number; PyYAML loads `1e-4` as a string.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not a number.
 
     Example:
         >>> number("1e-4"), number(2)
@@ -85,10 +85,10 @@ def number(value: Any) -> float:
 
 
 def whole(value: Any) -> int:
-    """Read a whole number.
+    """Parse an integer.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not an integer.
 
     Example:
         >>> whole(3.0), whole("1e3")
@@ -101,10 +101,10 @@ def whole(value: Any) -> int:
 
 
 def switch(value: Any) -> bool:
-    """Read true or false.
+    """Parse a boolean.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: The value is neither true nor false.
     """
     if not isinstance(value, bool):
         raise ValueError(f"{value!r} is neither true nor false; choose one in params.yaml")
@@ -112,19 +112,19 @@ def switch(value: Any) -> bool:
 
 
 def above_zero(value: Any) -> float | None:
-    """Read a number of which 0 means none.
+    """Parse a number; 0 becomes None.
 
     Raises:
-        ValueError: It is no number.
+        ValueError: The value is not a number.
     """
     return number(value) or None
 
 
 def steps(value: Any) -> int:
-    """Read a number of optimiser steps.
+    """Parse a number of optimizer steps.
 
     Raises:
-        ValueError: It is a share of all steps, which are known after packing only.
+        ValueError: The value is a share of all steps, whose number is known only after packing.
     """
     if 0 < number(value) < 1:
         raise ValueError(f"{value} is a share of all steps; {AFTER_PACKING}")

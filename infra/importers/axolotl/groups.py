@@ -1,4 +1,4 @@
-"""Keys of the training that decide something together, each group in one function."""
+"""Map the training keys that are interpreted together, one function for each group."""
 
 import re
 from typing import Any, get_args
@@ -27,7 +27,7 @@ BATCH_KEYS = ("gradient_accumulation_steps", "batch_size")
 NOISE_KEYS = ("neftune_noise_alpha", "noisy_embedding_alpha")
 HALF = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "float32": "fp32"}
 PRECISION_KEYS = (*HALF, "tf32")
-# Flags that Axolotl has deprecated, and what they mean.
+# Deprecated Axolotl flags -> attention kernel.
 ATTENTION_FLAGS = {
     "flash_attention": "flash_attention_2",
     "xformers_attention": "xformers",
@@ -41,7 +41,7 @@ CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing", "gra
 ADAPTER_KEYS = ("adapter", "load_in_4bit", "lora_target_modules", "lora_target_linear", *ADAPTER)
 EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
 LIGER = "axolotl.integrations.liger.LigerPlugin"
-# Those that Liger puts in place when transformers asks it to.
+# Flags of the Liger kernels that transformers applies.
 LIGER_FLAGS = (
     *("liger_rope", "liger_rms_norm", "liger_layer_norm", "liger_glu_activation", "liger_swiglu"),
     *("liger_cross_entropy", "liger_fused_linear_cross_entropy"),
@@ -60,7 +60,7 @@ EVALUATION_KEYS = (
 
 
 def batches(config: Config) -> Findings:
-    """Rows of an optimiser step: the old `batch_size` is micro-batch times accumulation."""
+    """Map rows per optimizer step: the old `batch_size` is micro-batch size times accumulation steps."""
     key, target = "gradient_accumulation_steps", "sft.gradient_accumulation_steps"
     rows, micro = config.get("batch_size"), config.get("micro_batch_size", 1)
     if key in config:
@@ -84,7 +84,7 @@ def batches(config: Config) -> Findings:
 
 
 def noise(config: Config) -> Findings:
-    """NEFTune, under its new and its old name."""
+    """Map the NEFTune noise, under its current and its deprecated name."""
     new, old = NOISE_KEYS
     target = "sft.neftune_noise_alpha"
     if new in config and old in config and config[new] != config[old]:
@@ -100,7 +100,7 @@ def noise(config: Config) -> Findings:
 
 
 def precision(config: Config) -> Findings:
-    """Arithmetic: one of five, where Axolotl has six switches."""
+    """Map Axolotl's six precision switches to one of five values."""
     target = "sft.precision"
     on = [key for key in HALF if config.get(key) in (True, "auto", "full")]
     odd = [key for key in HALF if key not in on and config.get(key, False) is not False]
@@ -135,7 +135,7 @@ def precision(config: Config) -> Findings:
 
 
 def attention(config: Config) -> Findings:
-    """Attention kernel: one name, or one of five deprecated flags."""
+    """Map the attention kernel: one name, or one of five deprecated flags."""
     target, name = "sft.attn_implementation", config.get("attn_implementation")
     on = [key for key in ATTENTION_FLAGS if config.get(key)]
     yield from (not_needed(key, "off") for key in ATTENTION_FLAGS if key in config and key not in on)
@@ -157,7 +157,7 @@ def attention(config: Config) -> Findings:
 
 
 def checkpointing(config: Config) -> Findings:
-    """Activations computed again in the backward pass."""
+    """Map activation checkpointing."""
     new, old = config.get("activation_checkpointing"), config.get("gradient_checkpointing")
     key = "gradient_checkpointing" if old is not None else "activation_checkpointing"
     value = old if old is not None else new
@@ -199,7 +199,7 @@ def _reentrant(config: Config, *, is_on: bool) -> Findings:
 
 
 def adapter(config: Config) -> Findings:
-    """LoRA, QLoRA, or all weights; and the numbers of the adapter."""
+    """Map LoRA, QLoRA or full fine-tuning, and the hyperparameters of the adapter."""
     kind, four_bits = config.get("adapter"), config.get("load_in_4bit")
     if kind not in (None, "lora", "qlora"):
         yield unmapped("adapter", f"{kind} is not here; set sft.adapter to lora, qlora or null")
@@ -263,7 +263,7 @@ def _modules(config: Config) -> Findings:
 
 
 def plugins(config: Config) -> Findings:
-    """Liger's kernels; other plug-ins have no counterpart."""
+    """Map Liger's kernels; other plugins have no counterpart."""
     names = config.get("plugins") or []
     names = names if isinstance(names, list) else [names]
     is_liger = any("liger" in str(name).lower() for name in names)
@@ -285,7 +285,7 @@ def plugins(config: Config) -> Findings:
 
 
 def evaluation(config: Config) -> Findings:
-    """When the model is evaluated and saved."""
+    """Map when the model is evaluated and saved."""
     for key, other, target in (
         ("eval_steps", "evals_per_epoch", "sft.eval_steps"),
         ("save_steps", "saves_per_epoch", "sft.save_steps"),
@@ -307,10 +307,10 @@ def evaluation(config: Config) -> Findings:
 
 
 def above_zero_steps(value: Any) -> int | None:
-    """Read a number of steps of which 0 means never.
+    """Parse a number of steps; 0 (never) becomes None.
 
     Raises:
-        ValueError: It is a share of all steps, or no number.
+        ValueError: The value is a share of all steps, or not a number.
     """
     return steps(value) or None
 
@@ -319,7 +319,7 @@ def _strategy(config: Config, key: str, number_key: str) -> Findings:
     value = config.get(key)
     if value is None:
         return
-    # YAML reads a bare `no` as false.
+    # YAML parses a bare `no` as false.
     is_off = value in (False, "no")
     if is_off and config.get(number_key):
         yield contradiction(key, number_key, f"{key} is no, but {number_key} is {config[number_key]}")

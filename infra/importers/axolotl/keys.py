@@ -1,6 +1,6 @@
-"""Axolotl's keys that can be judged one by one: `key -> target`, `key -> why not`.
+"""Axolotl keys that are mapped one by one: `key -> target`, `key -> reason`.
 
-Names: the schemas of Axolotl 0.4 to 0.18 (src/axolotl/utils/schemas), deprecated ones included.
+Names: the schemas of Axolotl 0.4 to 0.18 (src/axolotl/utils/schemas), including deprecated keys.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,10 @@ SCHEDULE_FREE = ("schedule_free_radam", "schedule_free_sgd")
 
 
 def optimizer(value: Any) -> str:
-    """Read the name of an optimiser.
+    """Map the name of an optimizer.
 
     Raises:
-        ValueError: It has no counterpart.
+        ValueError: The optimizer has no counterpart.
 
     Example:
         >>> optimizer("adamw_bnb_8bit")
@@ -47,7 +47,7 @@ def optimizer(value: Any) -> str:
 
 
 def over_length(value: Any) -> str:
-    """Read what happens to an example that is longer than a row.
+    """Map the handling of examples that are longer than a row.
 
     Raises:
         ValueError: The value is unknown.
@@ -59,10 +59,10 @@ def over_length(value: Any) -> str:
 
 
 def compiled(value: Any) -> bool:
-    """Read torch_compile; `auto` is on from PyTorch 2.6.
+    """Parse torch_compile; `auto` is on from PyTorch 2.6.
 
     Raises:
-        ValueError: It is neither true, false nor auto.
+        ValueError: The value is not true, false or auto.
     """
     return True if value == "auto" else switch(value)
 
@@ -91,7 +91,7 @@ DIRECT: dict[str, tuple[str, Convert]] = {
     "logging_steps": ("sft.logging_steps", whole),
     "seed": ("sft.seed", whole),
 }
-# Read with an adapter only.
+# Keys that apply only with an adapter.
 ADAPTER: dict[str, tuple[str, Convert]] = {
     "lora_r": ("sft.lora_r", whole),
     "lora_alpha": ("sft.lora_alpha", whole),
@@ -100,7 +100,7 @@ ADAPTER: dict[str, tuple[str, Convert]] = {
     "peft_use_rslora": ("sft.use_rslora", switch),
     "loraplus_lr_ratio": ("sft.loraplus_lr_ratio", above_zero),
 }
-# What holds in Axolotl when the file does not say so, for keys that change what is learned.
+# Axolotl's defaults for keys that change the training result.
 DEFAULTS: dict[str, Any] = {
     "sequence_len": 512,
     "sample_packing": False,

@@ -1,4 +1,4 @@
-"""How the ranks share the work: DeepSpeed's files and FSDP's options as a strategy."""
+"""Map DeepSpeed configs and FSDP options to a distributed training strategy."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from nightshift.core.config import suggestion
 
 MEMORY_KEYS = ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type")
 TARGETS = ("sft.strategy", "sft.offload_optimizer", "sft.offload_param")
-# Files that Axolotl ships: strategy, device of the optimiser's state, device of the weights.
+# DeepSpeed configs that Axolotl ships -> strategy, device of the optimizer state, device of the weights.
 SHIPPED = {
     "zero1.json": ("zero1", "none", "none"),
     "zero1_torch_compile.json": ("zero1", "none", "none"),
@@ -31,7 +31,7 @@ SHIPPED = {
     "zero3_bf16_cpuoffload_params.json": ("zero3", "none", "cpu"),
     "zero3_cpuoffload.json": ("zero3", "cpu", "cpu"),
 }
-# Of FSDP1 and FSDP2: here they are constants, or FSDP2 has no such choice.
+# Options of FSDP1 and FSDP2 that are constant here, or that FSDP2 does not offer.
 FSDP_CONSTANT = (
     *("limit_all_gathers", "sync_module_states", "use_orig_params", "cpu_ram_efficient_loading"),
     *("auto_wrap_policy", "transformer_layer_cls_to_wrap", "state_dict_type", "final_state_dict_type"),
@@ -48,11 +48,11 @@ SHARDING = {"FULL_SHARD": "fsdp2", "NO_SHARD": "ddp", "SHARD_GRAD_OP": "zero2"}
 
 
 def memory(config: Config, folder: Path) -> Findings:
-    """Strategy and offloading.
+    """Map the distributed strategy and offloading.
 
     Args:
-        config: Axolotl's keys.
-        folder: Where the Axolotl file is; a file of DeepSpeed is looked for there and in the present folder.
+        config: Axolotl config, key -> value.
+        folder: Folder of the Axolotl file, searched for DeepSpeed configs before the current folder.
     """
     deepspeed, is_fsdp = config.get("deepspeed"), "fsdp" in config or "fsdp_config" in config
     if deepspeed is not None and is_fsdp:
@@ -93,7 +93,7 @@ def _deepspeed(value: Any, folder: Path) -> Findings:
 
 
 def _read(name: str, folder: Path) -> dict[str, Any] | None:
-    """Return the content of a DeepSpeed file, None if it is not there."""
+    """Return the content of a DeepSpeed config, or None if the file does not exist."""
     for path in (folder / name, Path(name)):
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Learning rate over time: Axolotl's names and numbers, and ours.
+"""Map Axolotl's learning rate schedules and their parameters.
 
-What transformers and Axolotl compute for a name decides, not the name: their `constant` has no warm-up, their
-`one_cycle` takes its warm-up as the share in which the rate rises.
+The mapping follows what transformers and Axolotl compute, not the name of a schedule: their `constant`
+has no warmup, and their `one_cycle` uses the warmup as the share of steps in which the rate rises.
 """
 
 from collections.abc import Iterator
@@ -44,9 +44,9 @@ NEAREST = {
     "greedy": "reduce_lr_on_plateau",
     "log_sweep": "exponential",
 }
-# Schedules of transformers that ignore a warm-up.
+# Schedules of transformers that ignore warmup.
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
-# Numbers that transformers or PyTorch set, and that differ from ours.
+# Defaults of transformers or PyTorch that differ from ours.
 PRESET: dict[str, dict[str, Any]] = {
     "cosine_with_restarts": {"num_cycles": 1},
     "reduce_lr_on_plateau": {"patience": 10},
@@ -54,12 +54,12 @@ PRESET: dict[str, dict[str, Any]] = {
 }
 COUNTS = ("num_cycles", "timescale", "num_decay_steps", "patience", "step_size")
 RENAMED = {"min_lr_ratio": "min_lr_rate"}
-# Keys of their own -> the schedule that Axolotl reads them for, and the number that they are.
+# Separate keys -> the schedule that Axolotl reads them for, and the parameter that they set.
 OF_THEIR_OWN = {
     "cosine_min_lr_ratio": ("cosine", "min_lr_rate"),
     "lr_div_factor": ("one_cycle", "div_factor"),
 }
-# Values that are so here as well.
+# Values that match the behaviour here.
 SAME = {
     "anneal_strategy": "cos",
     "decay_type": "cosine",
@@ -71,7 +71,7 @@ SAME = {
 
 
 def schedule(config: Config) -> Findings:
-    """Shape of the rate, its numbers and its warm-up."""
+    """Map the learning rate schedule, its parameters and its warmup."""
     name = str(config.get("lr_scheduler", "cosine"))
     if name not in SCHEDULES:
         nearest = NEAREST.get(name, "one of " + ", ".join(SCHEDULE_KWARGS))
@@ -90,7 +90,7 @@ def schedule(config: Config) -> Findings:
 
 
 def _numbers(config: Config, name: str) -> Findings:
-    """Collect lr_scheduler_kwargs, the older keys of their own, and the presets."""
+    """Map lr_scheduler_kwargs, the older separate keys, and the presets."""
     values: dict[str, Any] = {}
     sources = []
     for key, field, value in _given_numbers(config, name):
@@ -115,8 +115,8 @@ def _numbers(config: Config, name: str) -> Findings:
 
 
 def _given_numbers(config: Config, name: str) -> Iterator[tuple[str, str, Any]]:
-    """Yield key, name of the number, and value."""
-    # A share that lr_scheduler_kwargs names goes before this one.
+    """Yield key, name of the parameter, and value."""
+    # A pct_start in lr_scheduler_kwargs overrides this value.
     if name == "one_cycle" and config.get("warmup_ratio"):
         yield "warmup_ratio", "pct_start", config["warmup_ratio"]
     given = config.get("lr_scheduler_kwargs", {})
@@ -128,7 +128,7 @@ def _given_numbers(config: Config, name: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _number(key: str, value: Any, config: Config, name: str) -> dict[str, Any] | str | None:
-    """Return the number under our name, None if it is so here, or why it cannot be mapped."""
+    """Return the parameter under our name, None if it matches already, or why it cannot be mapped."""
     kind, field = SCHEDULES[name], RENAMED.get(key, key)
     if SAME.get(key) == value or (name == "cosine_with_min_lr" and key == "num_cycles" and value == 0.5):
         return None

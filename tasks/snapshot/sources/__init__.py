@@ -1,6 +1,6 @@
-"""Where training data comes from: files, object stores, the Hub, databases, installed packages.
+"""Sources of training data: files, object stores, the Hub, databases, installed packages.
 
-Each kind of location offers its files as streams of bytes; `tasks.snapshot` keeps those that are new.
+Each kind of location offers its files as byte streams; `tasks.snapshot` keeps the new ones.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ class Offer:
 
     Attributes:
         suffix: Format and compression, such as `.jsonl.gz`; see `nightshift.raw.formats`.
-        chunks: The bytes, piece by piece; read once.
+        chunks: Content in chunks of bytes; can be read once.
     """
 
     suffix: str

@@ -1,6 +1,6 @@
-"""What a general model knows about countries, from the installed package `countryinfo` (MIT).
+"""General knowledge about countries, from the installed package `countryinfo` (MIT).
 
-A benchmark of retention: none of it is trained, so a training that loses it has made the model forget.
+A retention benchmark: none of these facts are in the training data, so a loss here is forgetting.
 """
 
 import random
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 CHOICES = 4
-# Few models know more than these; the demo's base is small.
+# Few models know more countries; the base model of the demo is small.
 COUNTRIES = 90
 # Former names and parts of other countries in the list.
 LEFT_OUT = ("Burma", "Hong Kong", "Serbia and Montenegro")
 
 
 def country_items(seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield two multiple-choice items for each of the most populous countries: its capital and its continent.
+    """Yield two multiple-choice items for each of the most populous countries: capital and continent.
 
     Yields:
-        id, slice (capital or continent), question, choices (4 full answers), answer (index of the true one).
+        id, slice (capital or continent), question, choices (4 full answers), answer (correct index).
     """
     countries = _countries()
     capitals = sorted({capital for _, capital, _ in countries})
@@ -41,7 +41,7 @@ def country_items(seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def _countries() -> list[tuple[str, str, str]]:
-    """Return (name, capital, continent) of the most populous countries, by population."""
+    """Return (name, capital, continent) of the most populous countries, most populous first."""
     from countryinfo import all_countries
 
     found = []
@@ -54,7 +54,7 @@ def _countries() -> list[tuple[str, str, str]]:
 
 
 def _item(name: str, question: str, answer: str, value: tuple[str, list[str]], seed: int) -> dict[str, Any]:
-    """Put the true value among others, drawn with a seed that depends on the item alone."""
+    """Build an item; the distractors are drawn with a seed that depends only on the item."""
     true, values = value
     rng = random.Random(f"{seed}/{name}")
     options = [true, *rng.sample([other for other in values if other != true], CHOICES - 1)]

@@ -1,4 +1,4 @@
-"""Rows of a database query, as JSON Lines. The URL with its password stays in the environment."""
+"""Rows of a database query as JSON Lines. The URL with its password stays in the environment."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from nightshift.core.errors import ConfigError, DataError
 from tasks.snapshot.sources import Offer
 
 ROWS_PER_CHUNK = 5_000
-# Module of a driver -> package on PyPI, where the names differ.
+# Driver module -> PyPI package, where the names differ.
 DRIVERS = {"MySQLdb": "mysqlclient", "mysql": "mysql-connector-python"}
 
 
 def query_offer(sql: str, url_env: str) -> Offer:
-    """Offer the rows of a query.
+    """Return the rows of a query as an offer.
 
     Args:
-        sql: One SELECT.
-        url_env: Environment variable that holds the database's URL for SQLAlchemy.
+        sql: One SELECT statement.
+        url_env: Environment variable with the SQLAlchemy URL of the database.
 
     Raises:
         ConfigError: The variable is not set.
@@ -34,11 +34,11 @@ def query_offer(sql: str, url_env: str) -> Offer:
 
 
 def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:
-    """Run a query and yield its rows as JSON Lines, keys sorted. Nothing is committed.
+    """Run a query and yield its rows as JSON Lines with sorted keys. Nothing is committed.
 
     Raises:
-        ConfigError: The URL is wrong, or its driver is not installed.
-        DataError: The database refuses, or a value has no form in JSON.
+        ConfigError: The URL is invalid, or its driver is not installed.
+        DataError: The database rejects the query, or a value has no JSON form.
     """
     from sqlalchemy import create_engine
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -50,14 +50,14 @@ def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:
         raise ConfigError(
             f"snapshot.sources: {url_env} needs the driver {err.name}; run `pip install {driver}`"
         ) from err
-    # The text of this error and of its causes can hold the URL.
+    # The message of this error and of its causes may contain the URL.
     except (ArgumentError, ValueError):
         raise ConfigError(
             f"snapshot.sources: {url_env}: no URL that SQLAlchemy reads; write dialect://user:password@host/name"
         ) from None
     try:
         with engine.connect() as connection:
-            # no_parameters: a % in the query is no placeholder.
+            # no_parameters: a % in the query is not a placeholder.
             streaming = connection.execution_options(stream_results=True, no_parameters=True)
             result = streaming.exec_driver_sql(sql)
             if not result.returns_rows:
@@ -77,7 +77,7 @@ def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:
 
 
 def without_secrets(message: str, url: Any) -> str:
-    """Return a driver's message without the password, plain or as the URL writes it, and the options.
+    """Mask the password and the options of the URL, plain or URL-encoded, in a driver's message.
 
     Example:
         >>> from sqlalchemy import make_url
@@ -92,15 +92,15 @@ def without_secrets(message: str, url: Any) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    """Write one row as a line of JSON."""
+    """Format one row as a line of JSON."""
     return json.dumps(row, sort_keys=True, ensure_ascii=False, default=_text) + "\n"
 
 
 def _text(value: object) -> str:
-    """Write a value that JSON does not know as text.
+    """Convert a value without a JSON type to text.
 
     Raises:
-        TypeError: The type has no usual text.
+        TypeError: The type has no standard text form.
     """
     if isinstance(value, datetime | date | time):
         return value.isoformat()

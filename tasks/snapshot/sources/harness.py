@@ -1,4 +1,4 @@
-"""Tasks that lm-eval knows by name: their items become files, so that no later stage asks a hub."""
+"""Items of lm-eval tasks, saved as files so that no later stage accesses the Hub."""
 
 import logging
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ log = logging.getLogger(__name__)
 
 
 def harness_items(name: str, manager: Any = None) -> Iterator[dict[str, Any]]:
-    """Yield the items of a task, or of each task of a group, with the task's own wording and no examples.
+    """Yield the zero-shot items of a task, or of each task in a group, in the task's own wording.
 
     Args:
-        name: Of a multiple-choice task or group of lm-eval.
-        manager: lm-eval's TaskManager; by default that of the tasks that come with it.
+        name: Name of a multiple-choice task or group of lm-eval.
+        manager: lm-eval TaskManager; by default that of the built-in tasks.
 
     Yields:
         id, slice (the task), question, choices, answer (index).
 
     Raises:
-        DataError: There is no such task, it is not multiple choice, or its data cannot be fetched.
+        DataError: The task does not exist, is not multiple choice, or its data cannot be fetched.
     """
     from lm_eval.tasks import TaskManager
 
-    # The harness logs at INFO what it does for each item.
+    # lm-eval logs every item at INFO.
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     try:
         tasks = (manager or TaskManager()).load([name])["tasks"]

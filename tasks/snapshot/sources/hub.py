@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub: the Parquet files of one commit. No script of a repository runs."""
+"""Datasets of the Hugging Face Hub: the Parquet files of one commit. No repository script is run."""
 
 import re
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})(?:/(?P<g
 
 
 def hub_offers(location: str) -> Iterator[Offer]:
-    """Download the Parquet files of a data set, in the order of their paths.
+    """Download the Parquet files of a dataset, ordered by path.
 
     Args:
-        location: `hub:<owner>/<name>@<commit>`, with `/<glob>` to take only some of the files.
+        location: `hub:<owner>/<name>@<commit>`, with an optional `/<glob>` to select files.
 
     Raises:
-        DataError: The Hub cannot be reached or refuses, or no Parquet file fits.
+        DataError: The Hub is unreachable or rejects the request, or no Parquet file matches.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -37,10 +37,10 @@ def hub_offers(location: str) -> Iterator[Offer]:
 
 
 def choose_parquet(files: list[str], pattern: str, location: str) -> list[str]:
-    """Return the Parquet files that fit a pattern, sorted.
+    """Return the Parquet files that match a pattern, sorted.
 
     Raises:
-        DataError: None fits.
+        DataError: No file matches.
 
     Example:
         >>> choose_parquet(["README.md", "load.py", "data/train-0.parquet"], "data/train-*", "hub:a/b@c")

@@ -1,11 +1,11 @@
-"""How a location in params.yaml is written, and who reads it.
+"""Location formats in params.yaml, and their readers.
 
 | location | meaning |
 |---|---|
 | `package:<name>` | data inside an installed package |
 | `s3://bucket/key`, `gs://bucket/key` | object store; the key may be a glob |
-| `hub:<owner>/<name>@<commit>[/<glob>]` | Parquet files of a Hub data set at a commit |
-| `{sql: SELECT ..., url_env: NAME}` | rows of a query; the environment variable holds the database's URL |
+| `hub:<owner>/<name>@<commit>[/<glob>]` | Parquet files of a Hub dataset at a commit |
+| `{sql: SELECT ..., url_env: NAME}` | rows of a query; the environment variable has the database URL |
 | anything else | path or glob of local files |
 """
 
@@ -23,11 +23,11 @@ ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
 class SqlQuery(StageParams):
-    """Rows of a database.
+    """A database query.
 
     Attributes:
-        sql: One SELECT with ORDER BY: equal rows must come in equal order.
-        url_env: Environment variable that holds the database's URL for SQLAlchemy.
+        sql: One SELECT with ORDER BY: the same rows must always come in the same order.
+        url_env: Environment variable with the SQLAlchemy URL of the database.
     """
 
     sql: str
@@ -38,10 +38,10 @@ Location = str | SqlQuery
 
 
 def require_location(location: str) -> None:
-    """Check how a location is written. Its text is told back only when no password can stand in it.
+    """Validate the format of a location. An error quotes it only if it cannot contain a password.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The location is invalid.
     """
     if location.startswith("package:") and location.removeprefix("package:") not in PACKAGES:
         raise ValueError(f"{location!r} is unknown; known packages: {', '.join(PACKAGES)}")
@@ -58,10 +58,10 @@ def require_location(location: str) -> None:
 
 
 def require_query(query: object) -> None:
-    """Check a query as it stands in params.yaml; no value is told back, it could hold a password.
+    """Validate a query in params.yaml. An error quotes no value, which could contain a password.
 
     Raises:
-        ValueError: A key is missing, unknown or wrong.
+        ValueError: A key is missing, unknown or invalid.
     """
     if not isinstance(query, dict) or query.keys() != {"sql", "url_env"}:
         raise ValueError("a query has the keys sql and url_env, no others")
@@ -72,11 +72,11 @@ def require_query(query: object) -> None:
 
 
 def read_offers(location: Location) -> Iterator[Offer]:
-    """Yield what a location offers now.
+    """Yield the files that a location currently offers.
 
     Raises:
-        DataError: It offers nothing, or nothing that ingest can read.
-        ConfigError: A library or a variable of the environment is missing.
+        DataError: The location offers no file, or a file that ingest cannot read.
+        ConfigError: A library or an environment variable is missing.
     """
     if isinstance(location, SqlQuery):
         yield query_offer(location.sql, location.url_env)

@@ -1,7 +1,7 @@
-"""The data that comes inside installed packages: element facts and everyday dialogs.
+"""Data from installed packages: element facts and everyday dialogs.
 
-`mendeleev` (MIT) holds facts about 118 chemical elements; each becomes a question and an answer for
-training, and an item in another wording for each kind of benchmark. `chatterbot-corpus` (BSD) holds
+`mendeleev` (MIT) contains facts about 118 chemical elements; each becomes a question and an answer for
+training, and an item with another wording for each kind of benchmark. `chatterbot-corpus` (BSD) contains
 2,026 English dialogs, more than half of them repeated.
 """
 
@@ -26,10 +26,10 @@ ENGLISH_WORDS = ("am", "as", "at", "be", "he", "i", "in", "no")
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """One column of the element table, with the wordings that ask for it.
+    """One column of the element table, with the wordings of its questions.
 
-    The training wording and the benchmark wording differ on purpose: the benchmark asks whether the
-    fact was learned, not whether the sentence was.
+    The training wording and the benchmark wording differ on purpose: the benchmark tests whether the
+    fact was learned, not the sentence.
     """
 
     column: str
@@ -86,9 +86,9 @@ ATTRIBUTES = (
 
 
 def elements() -> Iterator[Row]:
-    """Yield one conversation for each element, a turn for each known fact, as `{"messages": [...]}`.
+    """Yield one conversation per element, an exchange per known fact, as `{"messages": [...]}`.
 
-    The first question moves on from element to element, so that no fact is learned only as the
+    The first question rotates from element to element, so that no fact is learned only as the
     continuation of another.
     """
     by_name: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -102,13 +102,13 @@ def elements() -> Iterator[Row]:
 
 
 def element_items(seed: int = 0) -> Iterator[Row]:
-    """Yield one multiple-choice item for each known fact, in a wording that training never uses.
+    """Yield one multiple-choice item per known fact, in a wording that training never uses.
 
-    The three distractors are other values of the same column, drawn with a seed that depends on the
-    item alone, so an item does not change when others are added.
+    The three distractors are other values of the same column, drawn with a seed that depends only on
+    the item, so an item does not change when others are added.
 
     Yields:
-        id, slice (the column), question, choices (4 full answers), answer (index of the true one).
+        id, slice (the column), question, choices (4 full answers), answer (index of the right one).
     """
     facts = list(_facts())
     values = {a.column: sorted({v for b, _, v in facts if b is a}) for a in ATTRIBUTES}
@@ -127,13 +127,13 @@ def element_items(seed: int = 0) -> Iterator[Row]:
 
 
 def symbol_items() -> Iterator[Row]:
-    """Yield one item for each second element: the model must write its symbol.
+    """Yield one item for every second element: the model must generate its symbol.
 
     Yields:
         id, question, references.
     """
     for name, symbol in _symbols()[::2]:
-        # `In` and `As` are found in many a wrong answer.
+        # `In` and `As` occur in many wrong answers.
         if symbol.lower() not in ENGLISH_WORDS:
             yield {
                 "id": f"written/{name}",
@@ -143,7 +143,7 @@ def symbol_items() -> Iterator[Row]:
 
 
 def reworded_items(seed: int = 0) -> Iterator[Row]:
-    """Yield one item for each other element: its symbol, asked in two ways. Short answers are read fast.
+    """Yield one item for each remaining element: its symbol in two wordings. Short choices score fast.
 
     Yields:
         id, question, variants, choices.
@@ -170,14 +170,14 @@ def dialogs() -> Iterator[Row]:
 
 
 def _facts() -> Iterator[tuple[Attribute, str, str]]:
-    """Yield (attribute, element name, value) for every value that the table knows."""
+    """Yield (attribute, element name, value) for every value in the table."""
     from mendeleev.fetch import fetch_table
 
     table = fetch_table("elements")
     for attribute in ATTRIBUTES:
         known = table[["name", attribute.column]].dropna()
         for name, value in known.itertuples(index=False):
-            # Thirteen elements have no discoverer: the cell then says "Known to the ancients."
+            # Thirteen elements have no discoverer: the cell contains "Known to the ancients."
             if not str(value).startswith("Known to"):
                 yield attribute, str(name), _render(value)
 
@@ -188,7 +188,7 @@ def _symbols() -> list[tuple[str, str]]:
 
 
 def _render(value: object) -> str:
-    """Write a cell as it stands in a sentence: whole numbers without `.0`, no final full stop.
+    """Format a cell for a sentence: whole numbers without `.0`, no final full stop.
 
     Example:
         >>> _render(1875.0), _render("Known to the ancients. ")
@@ -206,13 +206,13 @@ def _conversation(*turns: str) -> Row:
 
 
 def package_offer(name: str) -> Offer:
-    """Offer the training rows of a package."""
+    """Return the training rows of a package as an offer."""
     return Offer(".jsonl", [jsonl(PACKAGES[name]()).encode()])
 
 
 # Package -> its training rows.
 PACKAGES: dict[str, Callable[[], Iterable[Row]]] = {"mendeleev": elements, "chatterbot-corpus": dialogs}
-# Package, or a part of it -> how it asks (task.yaml), and its evaluation items.
+# Package, or a part of it -> its task.yaml, and its evaluation items.
 BENCHMARK_PACKAGES: dict[str, tuple[Row, Callable[[], Iterable[Row]]]] = {
     "mendeleev": (CHOICE_TASK, element_items),
     "mendeleev/written": ({"kind": "generation", "metric": "contains", "max_new_tokens": 16}, symbol_items),

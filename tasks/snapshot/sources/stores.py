@@ -1,4 +1,4 @@
-"""Files: local ones, and those of object stores through fsspec."""
+"""Local files, and objects in object stores through fsspec."""
 
 import glob
 from collections.abc import Iterable, Iterator
@@ -10,15 +10,15 @@ from nightshift.raw.formats import READABLE, shard_suffix
 from tasks.snapshot.sources import Offer
 
 CHUNK = 4 * 2**20
-# Scheme -> extra of this project that installs its file system.
+# Scheme -> extra of this project that installs its fsspec file system.
 EXTRAS = {"s3": "s3", "gs": "gcs"}
 
 
 def local_offers(location: str) -> Iterator[Offer]:
-    """Yield the files of a path or glob, in the order of their names.
+    """Yield the files of a path or glob, ordered by name.
 
     Raises:
-        DataError: No file, or a file that ingest cannot read.
+        DataError: No file matches, or ingest cannot read one of them.
     """
     found = (Path(p) for p in glob.glob(location, recursive=True))  # noqa: PTH207 - absolute globs
     files = [path.as_posix() for path in found if path.is_file()]
@@ -27,13 +27,13 @@ def local_offers(location: str) -> Iterator[Offer]:
 
 
 def remote_offers(location: str) -> Iterator[Offer]:
-    """Yield the objects of a URL or of a glob in it, in the order of their names.
+    """Yield the objects of a URL, which may contain a glob, ordered by name.
 
-    Credentials, region and endpoint come from the environment, as the store's own tools read them.
+    Credentials, region and endpoint come from the environment, as for the store's own tools.
 
     Raises:
         ConfigError: The store's library is not installed.
-        DataError: The store refuses, there is no object, or one that ingest cannot read.
+        DataError: The store rejects the request, no object matches, or ingest cannot read one of them.
     """
     import fsspec
 
@@ -52,10 +52,10 @@ def remote_offers(location: str) -> Iterator[Offer]:
 
 
 def require_readable(names: Iterable[str], location: str) -> list[tuple[str, str]]:
-    """Return (name, suffix) of the files, sorted.
+    """Return (name, suffix) of the files, sorted by name.
 
     Raises:
-        DataError: There is none, or ingest cannot read one of them.
+        DataError: There are no files, or ingest cannot read one of them.
     """
     found = [(name, shard_suffix(name)) for name in sorted(names)]
     if not found:
@@ -74,10 +74,10 @@ def read_file(path: Path) -> Iterator[bytes]:
 
 
 def read_object(store: Any, name: str) -> Iterator[bytes]:
-    """Yield the bytes of an object of a store.
+    """Yield the bytes of an object in a store.
 
     Raises:
-        DataError: The store refuses.
+        DataError: The store rejects the request.
     """
     try:
         with store.open(name, "rb") as file:
@@ -88,7 +88,7 @@ def read_object(store: Any, name: str) -> Iterator[bytes]:
 
 
 def refused(location: str, err: Exception) -> DataError:
-    """Build the error for what a store does not give."""
+    """Build the error for a request that a store rejected."""
     return DataError(
         f"snapshot.sources: {location}: {type(err).__name__}: {err}; check the location, and the credentials "
         "in the environment"

@@ -1,4 +1,4 @@
-"""The checks and measurements for a GPU are right before there is one; `make rehearse-gpu` runs some."""
+"""GPU checks and benchmarks are valid without a GPU; `make rehearse-gpu` runs some of them."""
 
 import zipfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A measurement is written down wherever it was made."""
+"""A measurement is recorded wherever it was made."""
 
 import json
 from pathlib import Path

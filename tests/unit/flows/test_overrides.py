@@ -1,4 +1,4 @@
-"""Overrides hold for one run, and are checked before anything changes."""
+"""Overrides apply to one run and are checked before anything changes."""
 
 import os
 import shutil

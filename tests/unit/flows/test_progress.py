@@ -1,4 +1,4 @@
-"""Progress in Prefect is reported beside the work: it may be late or fail, the work goes on."""
+"""Progress is reported to Prefect in the background; late or failed reports do not affect the stage."""
 
 import logging
 import threading
@@ -14,7 +14,7 @@ ARTEFACT = UUID(int=1)
 
 
 class Server:
-    """Prefect's artefacts: holds the first answer back until the test releases it."""
+    """Prefect's progress artifacts; the first response is delayed until the test releases it."""
 
     def __init__(self) -> None:
         self.release, self.asked = threading.Event(), threading.Event()

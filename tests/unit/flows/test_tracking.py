@@ -1,4 +1,4 @@
-"""The MLflow run of a flow run: a server that is away when the night is over does not undo it."""
+"""The MLflow run of a flow run: an unreachable server at the end of a night does not fail the night."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Where a base model comes from."""
+"""How references to a base model are resolved."""
 
 from pathlib import Path
 

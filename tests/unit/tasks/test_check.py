@@ -1,4 +1,4 @@
-"""The whole of params.yaml, checked before anything runs."""
+"""All of params.yaml is checked before anything runs."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def test_every_key_of_the_shipped_file_has_a_comment() -> None:
     lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
     keys = [i for i, line in enumerate(lines) if line.startswith("  ") and line[2].isalpha()]
     assert len(keys) > 40
-    # Keys that share a comment stand under it without a gap.
+    # Keys that share a comment follow it without a gap.
     shared = {"rows_per_band:", "test_share:", "lora_alpha:"}
     bare = [
         lines[i].split()[0] for i in keys if "#" not in lines[i - 1] and lines[i].split()[0] not in shared

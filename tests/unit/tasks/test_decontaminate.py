@@ -1,4 +1,4 @@
-"""Evaluation questions must not be in train."""
+"""Evaluation questions must not be in the training set."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def test_an_equal_question_is_a_hit_whatever_its_spelling() -> None:
 
 def test_a_question_inside_a_longer_text_is_a_hit_by_its_ngram() -> None:
     assert hit(f"Please tell me: {LONG}, now") == ("q2", "shared_ngram")
-    # 13 of its 15 words in a row are enough, 12 are not (10 of 13 shingles are contained).
+    # 13 of its 15 words in sequence are enough, 12 are not (10 of 13 shingles are contained).
     assert hit(" ".join(["so", *LONG.split()[:13], "end"])) == ("q2", "shared_ngram")
     assert hit(" ".join(["so", *LONG.split()[:12], "end"])) is None
 
@@ -52,7 +52,7 @@ def test_a_question_shorter_than_the_ngram_is_a_hit_by_all_its_words() -> None:
 
 
 def test_a_question_that_is_scattered_over_a_text_is_a_hit_by_containment() -> None:
-    # 11 of its 13 shingles are there, but never 13 words in a row.
+    # 11 of its 13 shingles are contained, but never 13 words in sequence.
     words = LONG.split()
     assert hit(" ".join([*words[:8], "and", "then", *words[6:]])) == ("q2", "contained_question")
 

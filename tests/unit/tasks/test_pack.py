@@ -1,4 +1,4 @@
-"""Spans and rows, with TRL's packer."""
+"""Spans and packed rows, with TRL's packer."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from tasks.pack import PackParams, Span, build_rows, fit, join, pack, require_fi
 
 
 def example(tokens: list[int], first_label: int) -> Encoded:
-    """Tokens of which those from `first_label` on carry a label."""
+    """Return tokens that carry labels from index `first_label` on."""
     ids = np.array(tokens, dtype=np.int32)
     return Encoded(ids, np.where(np.arange(len(ids)) >= first_label, ids, np.int32(-100)))
 

@@ -1,4 +1,4 @@
-"""Where each example goes."""
+"""The split to which each example is assigned."""
 
 from pathlib import Path
 

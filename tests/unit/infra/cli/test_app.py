@@ -1,4 +1,4 @@
-"""What the verbs say and exit with; what they do is tested where it is done."""
+"""Output and exit codes of the commands; their effects are tested with the code that implements them."""
 
 from pathlib import Path
 

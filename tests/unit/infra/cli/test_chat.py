@@ -1,4 +1,4 @@
-"""A conversation in the terminal, with a small random model."""
+"""A terminal conversation with a small random model."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ Talk = Callable[[str], str]
 def talk(
     lively: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Talk:
-    """Say something on stdin and return what comes on stdout."""
+    """Return a function that sends text to stdin and returns stdout."""
     monkeypatch.setattr(chat, "MAX_NEW_TOKENS", 8)
 
     def said(text: str) -> str:
@@ -28,7 +28,7 @@ def talk(
 
 
 def answer(lively: tuple[Any, Any], *texts: str) -> str:
-    """The answer to a conversation, which begins and ends with the user."""
+    """Return the answer to a conversation that begins and ends with a user turn."""
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
     model, tokenizer = lively

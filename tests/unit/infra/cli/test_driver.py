@@ -1,4 +1,4 @@
-"""What nvidia-smi answers, on a machine without one."""
+"""Handling of nvidia-smi output, on a machine without nvidia-smi."""
 
 import subprocess
 from pathlib import Path
@@ -14,7 +14,7 @@ ASSUMED = "that torch can use it is assumed"
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The place of nvidia-smi on a path that has nothing else."""
+    """Return the path for nvidia-smi in a PATH without other programs."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(plan, "processor_has_bf16", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -146,7 +146,7 @@ def test_an_answer_without_a_device_is_told_with_its_remedy(driver: Path, script
 
 def test_a_driver_that_hangs_is_given_up(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "DRIVER_SECONDS", 0.3)
-    # Its child holds the pipe open.
+    # Its child process keeps the pipe open.
     machine = answer(driver, "/bin/sleep 5; echo 'NVIDIA L4, 23034, 8.9, 0, GPU-1'")
     assert (machine.device, machine.source) == (
         "cpu",

@@ -1,4 +1,4 @@
-"""What an export refuses, and what it leaves behind."""
+"""What an export refuses and which files it leaves."""
 
 import math
 from copy import deepcopy
@@ -50,7 +50,7 @@ def test_logits_that_are_no_numbers_are_refused_whichever_probe_has_them(lively:
 def test_a_weight_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
     save_file({"used": torch.ones(2)}, tmp_path / "a.safetensors")
     export.require_finite(tmp_path, "the version must not be used")
-    # No probe reads the row of this token, so no answer would tell.
+    # No probe uses the row of this token, so no answer would reveal it.
     save_file({"embed": torch.tensor([1.0, math.inf])}, tmp_path / "b.safetensors")
     with pytest.raises(GateError, match="export: embed is not finite; nothing is written; the version must"):
         export.require_finite(tmp_path, "the version must not be used")

@@ -1,4 +1,4 @@
-"""A version is rebuilt as it was trained, whatever this machine would choose."""
+"""A version is rebuilt as it was trained, regardless of what this machine would choose."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from nightshift.core.files import write_json
 
 
 def ran(processes: int, kernel: str, device: str = "0") -> dict[str, Any]:
-    """What effective.json says."""
+    """Return the contents of effective.json."""
     return {
         "num_processes": {"requested": "auto", "effective": processes},
         "attn_implementation": {"requested": "auto", "effective": kernel},

@@ -1,4 +1,4 @@
-"""Axolotl files become params.yaml: expected values are literals, and nothing is lost in silence."""
+"""Axolotl configs become params.yaml: expected values are literals, no key is lost silently."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ from tasks.check import section_schemas
 from tasks.sft import SftParams
 from tests.helpers.checkouts import ROOT
 
-# After examples/llama-3/lora-1b.yml of Axolotl.
+# Based on Axolotl's examples/llama-3/lora-1b.yml.
 LORA = """
 base_model: NousResearch/Llama-3.2-1B
 revision_of_model: 2f7c4f8bc10f4a3fd5d3d5c0f3d0f7b4b52c1a3e
@@ -75,7 +75,7 @@ plugins:
 liger_rms_norm: true
 """
 
-# After examples/llama-3/qlora-fsdp-70b.yaml of Axolotl.
+# Based on Axolotl's examples/llama-3/qlora-fsdp-70b.yaml.
 QLORA_FSDP = """
 base_model: ./models/llama-3-70b
 load_in_4bit: true
@@ -116,7 +116,7 @@ fsdp_config:
   fsdp_sharding_strategy: FULL_SHARD
 """
 
-# As they were written in 2023.
+# A config file in the format of 2023.
 OLD = """
 base_model: ./llama-7b
 base_model_config: ./llama-7b
@@ -157,7 +157,7 @@ def checkout(in_tmp: Path) -> Path:
 
 
 def translated(text: str) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """What is set; what is not needed; what could not be mapped."""
+    """Return the values set, and the notes by key of unneeded keys and of unmapped keys."""
     found = translate(yaml.safe_load(text), Path())
     notes = {
         kind: {one.key: one.note for one in found if one.kind == kind} for kind in ("not_needed", "unmapped")
@@ -251,7 +251,7 @@ def test_a_qlora_fsdp_file_is_mapped() -> None:
         "sft.warmup_ratio": 0.0,
         "sft.precision": "bf16",
         "sft.attn_implementation": "flash_attention_2",
-        # Axolotl asks for reentrant; with an adapter ours would have no gradients, and the two are equal.
+        # Axolotl sets reentrant, which gives no gradients with an adapter here; both are equivalent.
         "sft.use_reentrant": False,
     }
     assert {key: values.get(key) for key in expected} == expected
@@ -271,7 +271,7 @@ def test_an_old_file_is_mapped() -> None:
         "sft.num_train_epochs": 3,
         "sft.optim": "adamw_torch",
         "sft.lr_scheduler_type": "constant",
-        # transformers' constant has no warm-up.
+        # transformers' constant schedule has no warmup.
         "sft.warmup_steps": 0,
         "sft.warmup_ratio": 0.0,
         "sft.neftune_noise_alpha": 5.0,
@@ -282,7 +282,7 @@ def test_an_old_file_is_mapped() -> None:
         "sft.strategy": "zero3",
         "sft.offload_optimizer": "none",
         "sft.offload_param": "cpu",
-        # No adapter is named: Axolotl trains all weights.
+        # Without an adapter key, Axolotl trains all weights.
         "sft.adapter": None,
     }
     assert {key: values.get(key, "missing") for key in expected} == expected
@@ -452,7 +452,7 @@ def test_write_changes_the_values_and_keeps_every_comment(checkout: Path) -> Non
     after = (checkout / "params.yaml").read_text().splitlines()
     comments = [line for line in before if line.lstrip().startswith("#")]
     assert [line for line in after if line.lstrip().startswith("#")] == comments
-    # Each comment stands above the key that it explains.
+    # Each comment stays above the key that it explains.
     assert after[after.index("  # Modules that get an adapter: all-linear, or a list of names.") + 1] == (
         "  lora_target_modules: [gate_proj, down_proj, up_proj, q_proj, v_proj, k_proj, o_proj]"
     )
@@ -505,7 +505,7 @@ def test_no_key_is_dropped_in_silence_whatever_its_value(value: Any) -> None:
 
 
 def targets() -> set[str]:
-    """Every `section.key` that the code may set."""
+    """Return every `section.key` that the code may set."""
     schemas = "|".join(section_schemas())
     text = "".join(path.read_text() for path in (ROOT / "infra" / "importers" / "axolotl").glob("*.py"))
     return set(re.findall(rf'"((?:{schemas})\.[a-z0-9_]+)"', text))

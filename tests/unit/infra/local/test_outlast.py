@@ -1,4 +1,4 @@
-"""A Prefect client of a run waits for its server instead of ending the run."""
+"""A run's Prefect client waits for its server instead of ending the run."""
 
 import asyncio
 import threading
@@ -16,19 +16,19 @@ OUTAGE_SECONDS = 1.0
 
 
 class Answer(BaseHTTPRequestHandler):
-    """Answers everything."""
+    """A server that answers every request."""
 
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Keep the test's output clean."""
+        """Suppress request logging."""
 
 
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server that comes up a second after the test has begun."""
+    """Yield the URL of a server that comes up a second after the test starts."""
     with HTTPServer(("127.0.0.1", 0), Answer) as probe:
         port = probe.server_port
     servers: list[HTTPServer] = []

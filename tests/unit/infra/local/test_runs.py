@@ -1,4 +1,4 @@
-"""The automation that wakes the janitor, judged by Prefect's own code."""
+"""The automation that wakes the janitor, evaluated by Prefect's own code."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ JANITOR = {"id": "a-deployment"}
 
 
 class Server:
-    """Prefect's API as far as automations go."""
+    """The automations part of Prefect's API."""
 
     def __init__(self) -> None:
         self.automations: list[dict[str, Any]] = []
@@ -32,7 +32,7 @@ class Server:
 
 
 def watches(trigger: dict[str, Any], flow: str) -> bool:
-    """Whether a trigger looks at the events of a flow's runs."""
+    """Return whether a trigger matches the events of a flow's runs."""
     run = Resource({"prefect.resource.id": "prefect.flow-run.1"})
     related = [
         {
@@ -46,7 +46,7 @@ def watches(trigger: dict[str, Any], flow: str) -> bool:
 
 
 def test_the_janitor_looks_after_every_run_but_its_own() -> None:
-    """Its last heartbeat comes behind its end, so it would wake itself for ever."""
+    """The janitor's last heartbeat arrives after its end, so it would wake itself forever."""
     server = Server()
     create_automation(server)  # type: ignore[arg-type]
     (automation,) = server.automations

@@ -1,4 +1,4 @@
-"""The logs of the services are read, and what they report is not overlooked."""
+"""The logs of the services are read, and no error in them is missed."""
 
 from pathlib import Path
 

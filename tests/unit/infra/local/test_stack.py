@@ -1,4 +1,4 @@
-"""The stack's ports, environment and settings, and whom it never ends."""
+"""The stack's ports, environment and settings, and the processes that it never ends."""
 
 import json
 import os
@@ -26,7 +26,7 @@ STACK = Stack(Path("/srv/night shift"), 4300, 5100)
 
 @pytest.fixture
 def folder(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with something to deploy, and no variable of the stack."""
+    """Return a folder with something to deploy, with the stack's variables unset."""
     for variable, _ in stack.PORTS.values():
         monkeypatch.delenv(variable, raising=False)
     (in_tmp / "prefect.yaml").write_text("deployments: []\n")
@@ -43,7 +43,7 @@ def taken_port() -> Iterator[int]:
 
 @pytest.fixture
 def bystander() -> Iterator[psutil.Process]:
-    """A process that does not belong to the stack."""
+    """Yield a process that does not belong to the stack."""
     process = subprocess.Popen(["sleep", "60"])
     yield psutil.Process(process.pid)
     process.kill()
@@ -315,7 +315,7 @@ def test_a_busy_server_is_asked_again_and_said_so(
             self.wfile.write(b'{"ok": true}')
 
         def log_message(self, *_: object) -> None:
-            """Keep the test's output clean."""
+            """Suppress request logging."""
 
     monkeypatch.setattr(prefect_api.time, "sleep", lambda _: None)
     with HTTPServer(("127.0.0.1", 0), Busy) as server, caplog.at_level("INFO"):

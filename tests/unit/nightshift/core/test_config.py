@@ -1,4 +1,4 @@
-"""params.yaml: typed, complete, and told about all at once."""
+"""params.yaml is typed and complete, and all errors are reported at once."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Values by content, and the manifest that empties them."""
+"""The cache of values by content, and the manifest that clears it."""
 
 import logging
 import sqlite3

@@ -1,4 +1,4 @@
-"""How a program ends: its exit code, its last line, and the file with its result."""
+"""How a program ends: exit code, last line and result file."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_a_program_leaves_its_result(end: str, code: int, result: object, tmp_pa
     assert done.returncode == code
     assert (json.loads(file.read_text()) if file.exists() else None) == result
     if end != "--help":
-        # What the program starts would write there too.
+        # Unset, or child processes would write to the same file.
         assert done.stdout == "None\n"
     if code == 2:
         assert done.stderr.splitlines()[-1] == f"error: {result['error']}"  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Benchmark files: what they may hold, and that every fault is told at once."""
+"""Benchmark files: valid contents, and all errors reported at once."""
 
 from pathlib import Path
 from typing import Any

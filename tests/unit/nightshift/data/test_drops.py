@@ -1,4 +1,4 @@
-"""When a stage has dropped too much."""
+"""When a stage has dropped too many rows."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,7 +10,7 @@ from nightshift.data.drops import Drops, require_drop_rate
 
 
 def check(read: dict[str, int], dropped: dict[str, dict[str, int]], limit: float = 0.5) -> None:
-    """Check counts of read and dropped rows; the rows of reason `known` are harmless."""
+    """Check counts of read and dropped rows; rows dropped with reason `known` are harmless."""
     drops = Drops(Counter(read))
     for source, counts in dropped.items():
         for reason, count in counts.items():

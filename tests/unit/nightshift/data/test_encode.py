@@ -1,4 +1,4 @@
-"""Tokens and labels: the template is transformers' own, the mask covers the answers."""
+"""Tokens and labels: transformers' own chat template, and an assistant mask that covers the answers."""
 
 import json
 import shutil

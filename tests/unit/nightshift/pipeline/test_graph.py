@@ -1,4 +1,4 @@
-"""The graph as dvc.yaml tells it."""
+"""The stage graph defined in dvc.yaml."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A process is known by what neither the clock nor a recycled pid can change."""
+"""A process is identified by properties that neither clock changes nor reused pids affect."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The ledger balances, within a stage and between stages."""
+"""The row counts of the ledger balance, within a stage and between stages."""
 
 from pathlib import Path
 

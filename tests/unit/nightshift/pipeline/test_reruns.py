@@ -1,4 +1,4 @@
-"""Which stages may run, as DVC tells it."""
+"""Which stages may run, according to DVC."""
 
 from pathlib import Path
 

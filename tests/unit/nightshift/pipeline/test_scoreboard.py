@@ -1,4 +1,4 @@
-"""The last page of a run."""
+"""The scoreboard at the end of a run."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `run` hands on and returns. Who is killed when, is in integration/test_process_tree.py."""
+"""Output and exit codes of `run`; which processes it kills: integration/test_process_tree.py."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(30)
 
 
 def run_shell(script: str, *, grace_seconds: float = 5.0) -> tuple[int, list[str]]:
-    """Run a shell script; return its exit code and its lines."""
+    """Run a shell script and return its exit code and output lines."""
     lines: list[str] = []
     code = run(["sh", "-c", script], on_line=lines.append, grace_seconds=grace_seconds)
     return code, lines
@@ -36,7 +36,7 @@ def test_a_line_arrives_while_the_command_still_runs(tmp_path: Path) -> None:
         lines.append(line)
         go.touch()
 
-    # The command waits for the answer to its first line: without streaming it never ends.
+    # The command waits for a reaction to its first line, so without streaming it never ends.
     script = f"echo ready; while [ ! -e {go} ]; do sleep 0.05; done; echo done"
     assert run(["sh", "-c", script], on_line=answer) == 0
     assert lines == ["ready", "done"]
@@ -182,7 +182,7 @@ def test_what_the_command_says_in_its_grace_arrives(stop: type[BaseException]) -
     script = "trap 'echo checkpoint saved; exit 75' TERM; echo ready; while :; do sleep 0.05; done"
     with pytest.raises(stop):
         run(["sh", "-c", script], on_line=interrupt)
-    # Between the two the shell may report that its `sleep` was terminated.
+    # Between the two lines the shell may report that its `sleep` was terminated.
     assert (lines[0], lines[-1]) == ("ready", "checkpoint saved")
 
 
@@ -221,7 +221,7 @@ def test_a_process_that_outlives_its_command_is_ended_and_named() -> None:
 
 
 def test_a_command_that_kills_its_own_group_does_not_kill_the_supervisor() -> None:
-    # Only a supervisor that lives can name the sleeper.
+    # Only a live supervisor can report the sleep process.
     code, lines = run_shell("setsid sleep 63 & echo $!; sleep 0.2; kill -9 0")
     assert code == 137
     assert lines[1:] == [f"supervise: pid {lines[0]} (sleep 63) outlived its command; ended"]

@@ -1,4 +1,4 @@
-"""Rows of every usual shape become the same turns."""
+"""Rows in every common format become the same turns."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Personal data is found by its form and its checksum, and what only looks like it is left alone."""
+"""Personal data is found by format and checksum; text that only looks similar is left unchanged."""
 
 import sys
 from pathlib import Path
@@ -107,7 +107,7 @@ def test_presidio_adds_names_to_what_the_rules_find(tmp_path: Path) -> None:
     find = load_presidio(str(tmp_path / "model"))
     text = "Ada wrote Ada@example.org"
     assert [(f.kind, f.start, f.end) for f in find(text)] == [("person", 0, 3), ("email", 10, 25)]
-    # The model would take the placeholder for a name, too.
+    # The model would also match the placeholder as a name.
     assert redact(text, find) == "[PERSON] wrote [EMAIL]"
 
 

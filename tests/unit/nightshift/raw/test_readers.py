@@ -1,4 +1,4 @@
-"""Every format gives its rows one by one; what is damaged stops the stage, what is bad alone does not."""
+"""Every format yields rows one by one; a damaged file stops the stage, a single bad row does not."""
 
 import gzip
 import io
@@ -20,7 +20,7 @@ LIMITS = Limits(row_bytes=1000, shard_bytes=10**9, ratio=200)
 
 
 def read(path: Path, content: bytes, limits: Limits = LIMITS) -> list[tuple[int, Any]]:
-    """Rows of a shard; a fault as its reason."""
+    """Return the numbered rows of a shard; a bad row as its reason."""
     path.write_bytes(content)
     rows = read_shard(path, limits)
     return [(number, row.reason if isinstance(row, RowError) else row) for number, row in rows]
@@ -52,7 +52,7 @@ def test_a_gzip_file_with_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_stopped_by_its_ratio_and_by_its_size(tmp_path: Path) -> None:
-    # 80 MiB of spaces in 80 kB.
+    # 80 MiB of spaces compressed to 80 kB.
     bomb = gzip.compress(b" " * (80 * 2**20))
     with pytest.raises(DataError, match=r"expand to \d+ or more.*max_compression_ratio=200"):
         read(tmp_path / "a.jsonl.gz", bomb)
@@ -109,7 +109,7 @@ def test_an_empty_array_has_no_row(tmp_path: Path) -> None:
 
 
 class OneByteAtATime(io.BufferedReader):
-    """A stream whose chunks end at every place that there is."""
+    """A stream whose chunks end at every possible position."""
 
     def read(self, size: int | None = -1) -> bytes:
         return super().read(1)
@@ -142,7 +142,7 @@ def test_an_open_quote_and_a_double_column_are_errors(tmp_path: Path) -> None:
 
 def test_parquet_rows_fail_one_by_one(tmp_path: Path) -> None:
     texts = pa.array([b"a", b"\xff", b"x" * 2000, None], pa.binary()).view(pa.binary())
-    # A cast without the check of UTF-8, as a foreign writer does it.
+    # A cast without UTF-8 validation, as other writers do it.
     table = pa.table({"text": texts.view(pa.string())})
     pq.write_table(table, tmp_path / "b")
     found = read(tmp_path / "a.parquet", (tmp_path / "b").read_bytes())

@@ -1,4 +1,4 @@
-"""What stays on disk without being used is told by name and size."""
+"""Unused data on disk is reported by name and size."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from nightshift.raw.unused import unused_by_params, unused_by_snapshot
 
 @pytest.fixture
 def data(in_tmp: Path) -> Path:
-    """Two sources and two benchmarks, of which the last snapshot used one each."""
+    """Create two sources and two benchmarks; the last snapshot used one of each."""
     write_text(in_tmp / "params.yaml", "snapshot: {sources: {new: x, old: y}, benchmarks: {}}")
     for name in ("new/000002.jsonl", "old/000001.jsonl", "old/000003.jsonl.gz"):
         write_text(in_tmp / "data/raw" / name, "x" * 600)
-    # Left by an attempt that broke off.
+    # Left by an aborted attempt.
     (in_tmp / "data/raw/none").mkdir()
     write_json(in_tmp / "data/raw/used.json", ["new"])
     for name in ("asked", "rested"):

@@ -24,7 +24,7 @@ def score(model: str, benchmark: str, value: float | None, item: int) -> dict[st
 
 @pytest.fixture
 def folder(in_tmp: Path) -> Path:
-    """A checkout after a gate that had nothing to compare."""
+    """Return a checkout after a gate that had nothing to compare."""
     write_text(Path("params.yaml"), (ROOT / "params.yaml").read_text(encoding="utf-8"))
     write_json(card.BASE_RECORD, {"model": f"hub:owner/name@{COMMIT}"})
     write_json(card.GATE, {"verdict": "hold", "reason": "the candidate is the champion"})

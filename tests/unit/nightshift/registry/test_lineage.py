@@ -1,4 +1,4 @@
-"""What a version's lineage says of its code."""
+"""Code changes recorded in a version's lineage."""
 
 import subprocess
 from pathlib import Path

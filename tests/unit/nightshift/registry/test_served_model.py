@@ -1,4 +1,4 @@
-"""Generating, whole and in pieces, with a small random model."""
+"""Generation, complete and streamed, with a small random model."""
 
 import subprocess
 import sys

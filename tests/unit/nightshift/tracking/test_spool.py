@@ -1,4 +1,4 @@
-"""What a run is told is on the disk first, goes out in order, and arrives once whatever is killed."""
+"""Logged data is on disk first, is sent in order and arrives once, whichever process is killed."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from nightshift.tracking import spool
 
 
 class Tracker:
-    """MLflow's answers, and what it was told: metrics of equal key, step, time and value are one."""
+    """A fake MLflow that records what is logged; metrics of equal key, step, time and value are one."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
@@ -72,7 +72,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
 
 
 def tell(path: Path, *steps: int) -> None:
-    """Tell the losses of some steps, as one attempt of a training does."""
+    """Log the losses of some steps, as one attempt of a training run does."""
     writer = spool.Spool(path, "")
     for step in steps:
         writer.tell("metrics", values={"loss": 1 / step}, step=step)
@@ -106,7 +106,7 @@ def test_everything_arrives_in_order_and_the_spool_of_an_ended_run_is_removed(
     spool.replay(tmp_path, "")
     assert not path.exists()
     assert spool.find_run_id(path) == "abc"
-    assert tracker.ended == []  # its owner decides
+    assert tracker.ended == []  # left to the run's owner
 
 
 def test_telling_does_not_wait_for_a_tracker_that_hangs(
@@ -205,7 +205,7 @@ def test_a_run_that_could_not_be_created_is_created_once_by_the_replay(
     spool.replay(tmp_path, "")
     assert path.exists()
     tracker.failure = None
-    spool.position_file(path).unlink(missing_ok=True)  # as after a kill behind the creation
+    spool.position_file(path).unlink(missing_ok=True)  # as after a kill just after creation
     tracker.runs[path.stem] = "run-of-the-first-attempt"
     spool.replay(tmp_path, "")
     assert spool.find_run_id(path) == "run-of-the-first-attempt"

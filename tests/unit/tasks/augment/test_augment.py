@@ -1,4 +1,4 @@
-"""Paraphrases: what is asked, what the quality gate lets through, what is counted."""
+"""Paraphrasing: requests, the quality gate and the counts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -117,7 +117,7 @@ def test_a_paraphrase_stays_in_its_parents_group_and_is_never_padded() -> None:
 
 
 class Script:
-    """A proposer that gives what the test wrote down, and notes what it was asked."""
+    """A proposer that returns scripted rounds and records its requests."""
 
     def __init__(self, *rounds: Proposal) -> None:
         self.rounds = list(rounds)
@@ -251,7 +251,7 @@ def test_the_prompt_holds_the_conversation_the_style_and_what_to_avoid() -> None
 
 
 class Counting:
-    """A backend of the test: it numbers its answers, and fails where it is told to."""
+    """A test backend that numbers its answers, or always fails."""
 
     def __init__(self, fail: bool = False) -> None:  # noqa: FBT001, FBT002
         self.fail = fail

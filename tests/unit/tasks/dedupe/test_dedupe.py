@@ -1,4 +1,4 @@
-"""Duplicates: what goes, what stays, and why."""
+"""Duplicates: which texts are removed, which are kept, and why."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ FAR = " ".join(f"v{i}" for i in range(60))
 
 @pytest.fixture(autouse=True)
 def _own_state(in_tmp: Path) -> None:
-    """Each test has a memo of its own."""
+    """Give each test its own memo."""
 
 
 def duplicates(texts: Sequence[str | Text], params: DedupeParams = PARAMS) -> dict[int, Removal]:
@@ -34,7 +34,7 @@ def test_the_first_of_equal_texts_stays() -> None:
 
 
 def test_a_near_duplicate_goes_with_its_exact_similarity() -> None:
-    # 57 of 58 shingles are shared: 57 / 59.
+    # Each text has 58 shingles and 57 are shared: 57 / 59.
     assert duplicates([TEXT, NEAR]) == {1: Removal(0, 57 / 59, "near_duplicate", (0,))}
 
 
@@ -44,7 +44,7 @@ def test_a_copy_of_a_removed_text_goes_for_the_same_reason() -> None:
 
 
 def test_a_text_that_only_resembles_a_removed_one_stays() -> None:
-    # B is near A, and C is near B but not near A: keep-first compares with survivors only.
+    # B is near A; C is near B but not A. Keep-first compares with survivors only.
     a = WORDS
     b = [*WORDS[:54], *(f"b{i}" for i in range(6))]
     c = [*WORDS[:48], *(f"c{i}" for i in range(6)), *(f"b{i}" for i in range(6))]
@@ -53,7 +53,7 @@ def test_a_text_that_only_resembles_a_removed_one_stays() -> None:
 
 
 def test_a_text_near_two_survivors_names_both() -> None:
-    # The bridge shares 7/8 of its shingles with each, which share 6/8 with each other.
+    # TEXT has similarity 58/61 to both others, which have 58/64 to each other.
     left, right = ["l"] * 4 + WORDS, WORDS + ["r"] * 4
     params = PARAMS.model_copy(update={"jaccard_threshold": 0.93})
     removed = duplicates([" ".join(left), " ".join(right), TEXT], params)
@@ -61,7 +61,7 @@ def test_a_text_near_two_survivors_names_both() -> None:
 
 
 def test_short_texts_are_compared_by_their_characters() -> None:
-    # 65 characters have 61 5-grams, of which 5 hold the letter that goes. By words, 3 of 5 shingles differ.
+    # 5 of the 61 5-grams of 65 characters contain the removed letter. By words, 3 of 5 shingles differ.
     british = "internationally recognised colours of photographic silver halides"
     removed = duplicates([british, british.replace("ou", "o")])
     assert {i: removal.jaccard for i, removal in removed.items()} == {1: 56 / 65}

@@ -1,4 +1,4 @@
-"""The baseline that looks up instead of learning."""
+"""The retrieval baseline, which looks answers up instead of learning them."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_of_an_example_and_its_paraphrases_the_first_that_is_left_counts() -> No
     rows = [
         row("a", ("user", "A?"), ("assistant", "1")),
         row("a1", ("user", "A again?"), ("assistant", "1"), parent="a"),
-        # The example itself asked an evaluation question, and is gone.
+        # The example itself asked an evaluation question and was removed.
         row("b1", ("user", "B again?"), ("assistant", "2"), parent="b"),
         row("b2", ("user", "B once more?"), ("assistant", "2"), parent="b"),
     ]

@@ -1,4 +1,4 @@
-"""Aggregates over items."""
+"""Metrics aggregated over items."""
 
 from typing import Any
 

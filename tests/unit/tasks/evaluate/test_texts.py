@@ -1,4 +1,4 @@
-"""Written answers against references."""
+"""Scores of generated answers against references."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_contains_wants_whole_words_with_their_capitals(answer: str, score: floa
 
 
 def test_token_f1_counts_each_shared_word_once() -> None:
-    # Two of three words are right, two of two are found: 2 * (2/3 * 1) / (2/3 + 1).
+    # Two of three words are right, and both reference words are found: 2 * (2/3 * 1) / (2/3 + 1).
     assert compare("token_f1", "in London England", ["London, England"]) == pytest.approx(0.8)
     assert compare("token_f1", "gold gold", ["gold"]) == pytest.approx(2 / 3)
     assert compare("token_f1", "", ["gold"]) == 0
@@ -32,6 +32,6 @@ def test_token_f1_counts_each_shared_word_once() -> None:
 
 
 def test_rouge_l_is_that_of_the_longest_common_subsequence() -> None:
-    # Four of seven words in order, of six wanted: precision 4/7, recall 4/6.
+    # Four words match in order, of seven generated and six expected: precision 4/7, recall 4/6.
     score = compare("rouge_l", "the cat was found under the bed", ["the cat sat under a bed"])
     assert score == pytest.approx(2 * 4 / (7 + 6))

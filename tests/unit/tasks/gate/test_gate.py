@@ -1,4 +1,4 @@
-"""Each check of the gate, its verdict, and that errors fail closed."""
+"""Checks and verdicts of the gate; errors fail closed."""
 
 import math
 import shutil
@@ -25,7 +25,7 @@ DIGESTS = {"base": None, "candidate": "c"}
 def scores(
     model: str, right: int, items: int = 100, loss: float = 2.0, benchmark: str = "facts", parts: int = 1
 ) -> list[dict[str, Any]]:
-    """The first items are right; slices are stretches of equal length."""
+    """Return scores in which the first items are correct; slices are contiguous and equally long."""
     rows = [
         {
             "model": model,
@@ -70,7 +70,7 @@ def test_a_small_difference_is_held_and_a_clear_loss_rejected() -> None:
 
 
 def test_cannot_tell_says_how_many_items_could() -> None:
-    # Five of 60 items won, two lost: a spread of 0.34, so a gain of 0.05 would rarely show.
+    # Five of 60 items won, two lost: standard deviation 0.34, so a gain of 0.05 would rarely show.
     base = scores("base", 20, 60)
     candidate = scores("candidate", 25, 60)
     candidate[0]["score"] = candidate[1]["score"] = 0.0
@@ -92,7 +92,7 @@ def test_a_floor_holds_whatever_the_gain() -> None:
 
 
 def test_a_slice_that_became_worse_rejects_a_gain() -> None:
-    # Of five slices with 40 items each one is lost, from 40 to 20 right answers; all others are won.
+    # One of five slices with 40 items each falls from 40 to 20 correct answers; the others rise.
     candidate = scores("candidate", 200, 200, parts=5)
     for row in candidate[:20]:
         row["score"] = 0.0
@@ -105,7 +105,7 @@ def test_a_slice_that_is_worse_by_chance_does_not() -> None:
     candidate = scores("candidate", 200, 200, parts=5)
     for row in candidate[:4]:
         row["score"] = 0.0
-    # Four of 40 lost alone have p = 0.06, which Holm makes 0.31.
+    # Four of 40 lost have p = 0.06, which Holm's correction raises to 0.31.
     assert verdict(candidate, scores("base", 40, 200, parts=5)) == "promote"
 
 
@@ -118,7 +118,7 @@ def test_what_the_base_could_do_must_be_shown_to_be_kept() -> None:
         return str(judge(gain + rows, retention={"general": 0.05})["verdict"])
 
     assert [kept(200), kept(196), kept(182), kept(150)] == ["promote", "promote", "hold", "reject"]
-    # What is accepted is said for each benchmark: 50 of 400 items are lost, and 20 % may be.
+    # The accepted loss is set per benchmark: 50 of 400 items are lost, and 20% may be.
     rows = [row for row in scores("candidate", 150, 400, benchmark="general") if "tokens" not in row]
     rows += [row for row in scores("base", 200, 400, benchmark="general") if "tokens" not in row]
     assert judge(gain + rows, retention={"general": 0.2})["verdict"] == "promote"
@@ -141,7 +141,7 @@ def test_losses_are_compared_on_the_same_texts_whatever_the_tokenizers() -> None
     ours, theirs = scores("candidate", 70, loss=2.0), scores("base", 40, loss=2.0)
     for row in theirs:
         if "tokens" in row:
-            # The same texts in half as many tokens, and by a fifth less likely: 4.8 nats for each of them.
+            # The same texts in half as many tokens with a 20% higher loss: 4.8 nats per token.
             row |= {"tokens": 5, "score": 24.0}
     decision = judge(ours + theirs)
     assert (decision["loss"], decision["reference_loss"]) == (2.0, 2.4)
@@ -182,7 +182,7 @@ def test_a_behaviour_test_only_rejects() -> None:
         more = [row for row in more if "tokens" not in row]
         return str(judge(rows + more, behaviour=["reworded"], **changes)["verdict"])
 
-    # Of 60 items five lost prove nothing; twelve do; and a gain there is none.
+    # Of 60 items, five lost prove nothing, twelve do; a gain here does not count.
     assert [behaves(45, 50), behaves(38, 50), behaves(60, 0)] == ["promote", "reject", "promote"]
     assert behaves(45, 50, floors={"reworded": 0.8}) == "reject"
     only = [row for row in rows if row["benchmark"] == "test"]
@@ -214,7 +214,7 @@ def test_an_item_that_is_too_long_is_left_out_for_both_or_it_is_an_error() -> No
     theirs[99] |= {"status": "skipped", "score": None}
     decision = judge(ours + theirs)
     assert (decision["verdict"], decision["gain"]["items"]) == ("promote", 99)
-    # Too many of them, and too few are left.
+    # If too many are skipped, too few items are left.
     for row in (*ours[50:99], *theirs[50:99]):
         row |= {"status": "skipped", "score": None}
     assert judge(ours + theirs, min_items=51)["verdict"] == "error"
@@ -279,7 +279,7 @@ def test_later_looks_need_a_clearer_gain() -> None:
     rows = scores("candidate", 55) + scores("base", 40)
     spent = [decide(rows, DIGESTS, ["a"] * k, [], PARAMS)["gain"]["spent"] for k in range(3)]
     assert spent == pytest.approx([0.030396, 0.007599, 0.003377], abs=1e-6)
-    # Fifteen items won and none lost: p = 0.00006, which the 23rd look may no longer spend.
+    # Fifteen items won, none lost: p = 0.00006, more than the 23rd look may spend.
     looks = [str(k) for k in range(22)]
     assert decide(rows, DIGESTS, looks[:21], [], PARAMS)["verdict"] == "promote"
     assert decide(rows, DIGESTS, looks, [], PARAMS)["verdict"] == "hold"
@@ -291,7 +291,7 @@ def test_a_candidate_that_was_judged_before_keeps_its_look() -> None:
 
 
 def test_other_scores_than_right_and_wrong_are_tested_by_flipped_signs() -> None:
-    # Eight equal gains: of 2^8 ways to flip signs, two are as far from zero.
+    # Eight equal gains: two of the 2^8 sign flips are as far from zero.
     assert p_value(np.full(8, 0.3), 2000, 0) == pytest.approx(2 / 2**8)
     assert p_value(np.asarray([0.3, -0.3]), 2000, 0) == 1
     low, high = interval(np.asarray([0.1, 0.3, 0.2, 0.4] * 10), 0.05, 2000, 0)
@@ -320,7 +320,7 @@ def test_equal_differences_that_round_differently_have_an_interval() -> None:
 
 @pytest.mark.parametrize(
     ("effect", "items", "alpha", "expected"),
-    # Noncentral t, integrated by hand; the first is in Cohen (1988), table 2.3.5.
+    # Noncentral t, integrated manually; the first value is in Cohen (1988), table 2.3.5.
     [
         (0.5, 34, 0.05, 0.808),
         (0.2, 100, 0.05, 0.508),
@@ -347,7 +347,7 @@ def test_power_and_items_are_numbers_at_every_edge() -> None:
 
 @pytest.fixture
 def checkout(in_tmp: Path) -> Path:
-    """What the stage reads, but for the scores."""
+    """Create the inputs of the stage except the scores."""
     shutil.copy(ROOT / "params.yaml", in_tmp)
     data = in_tmp / "data"
     (data / "benchmarks").mkdir(parents=True)
@@ -359,7 +359,7 @@ def checkout(in_tmp: Path) -> Path:
 
 
 def write_scores(candidate: list[dict[str, Any]], base: list[dict[str, Any]]) -> None:
-    # The shipped gate names these two.
+    # The shipped gate parameters name these two benchmarks.
     for model, rows in (("candidate", candidate), ("base", base)):
         for name in ("countries", "elements_written"):
             rows += [row for row in scores(model, 50, 120, benchmark=name) if "tokens" not in row]
@@ -368,7 +368,7 @@ def write_scores(candidate: list[dict[str, Any]], base: list[dict[str, Any]]) ->
 
 @pytest.mark.usefixtures("checkout")
 def test_an_ordinary_gain_ends_with_its_verdict_written() -> None:
-    # Of 1000 items 150 won and 50 lost: an input for which statsmodels' power is NaN at the fifth look.
+    # 150 of 1000 items won, 50 lost: an input whose power is NaN in statsmodels at the fifth look.
     candidate, base = scores("candidate", 550, 1000), scores("base", 450, 1000)
     for row in candidate[:50]:
         row["score"] = 0.0
@@ -448,12 +448,12 @@ def test_heldout_examples_without_a_token_are_an_error() -> None:
 
 
 def written(items: int, gain: float) -> list[dict[str, Any]]:
-    """Scores such as token F1: every item has another one, and the candidate's are higher by the gain."""
+    """Return scores like token F1: different for each item, higher by about `gain` for the candidate."""
     base = scores("base", 0, items)
     rows = scores("candidate", 0, items)
     for i, (ours, theirs) in enumerate(zip(rows[:items], base[:items], strict=True)):
         theirs["score"] = (i * 37 % items) / items
-        # By half of the gain to one and a half times as much.
+        # Higher by 0.5 to 1.5 times the gain.
         ours["score"] = theirs["score"] + gain * (0.5 + (i * 11 % items) / items)
     return rows + base
 
@@ -477,7 +477,7 @@ def test_right_and_wrong_answers_can_promote_when_a_look_may_spend_less_than_a_m
 
 @pytest.mark.parametrize("alpha", [0.03, 1e-3, 1e-6])
 def test_the_p_of_flipped_signs_is_right_wherever_it_lies(alpha: float) -> None:
-    # Equal sizes, so what McNemar's exact test says of 40 won and 20 lost, 33 and 27, is right here too.
+    # Equal sizes, so McNemar's exact p for 40 won and 20 lost, or 33 and 27, applies here too.
     for won, lost, expected in ((40, 20, 0.013489), (33, 27, 0.51888)):
         found = np.asarray([0.3] * won + [-0.3] * lost)
         assert p_value(found, 10_000, 0, alpha=alpha) == pytest.approx(expected, rel=0.15)
@@ -488,9 +488,9 @@ def test_the_p_of_flipped_signs_is_right_wherever_it_lies(alpha: float) -> None:
 
 def test_the_p_of_flipped_signs_has_no_lower_limit() -> None:
     found = np.full(60, 0.3)
-    # Of 2^60 ways to flip signs two are as far from zero: 1.7e-18.
+    # Two of the 2^60 sign flips are as far from zero: 1.7e-18.
     assert p_value(found, 1000, 0, alpha=2e-18) == pytest.approx(1.7e-18, rel=0.15)
-    # Drawn for another level it is too high, which errs on the safe side, but far below one in a thousand.
+    # Sampled for another significance level, p is too high, the safe side, but far below 0.001.
     assert 1.7e-18 <= p_value(found, 1000, 0, alpha=1e-4) < 1e-7
 
 
@@ -504,7 +504,7 @@ def test_a_level_is_crossed_by_chance_no_more_often_than_it_says() -> None:
 
 
 def test_one_of_many_slices_is_found_with_the_fewest_resamples() -> None:
-    # Of 60 slices one lost three tenths on each of its 20 items: Holm's correction allows it a p of 0.0008.
+    # One of 60 slices loses 0.3 on each of its 20 items: Holm's correction allows a p of 0.0008.
     base, candidate = scores("base", 0, 1200, parts=60), scores("candidate", 0, 1200, parts=60)
     for i, (ours, theirs) in enumerate(zip(candidate[:1200], base[:1200], strict=True)):
         theirs["score"], ours["score"] = 0.5, 0.8 + (i % 7) / 100
@@ -517,7 +517,7 @@ def test_one_of_many_slices_is_found_with_the_fewest_resamples() -> None:
 def test_an_interval_of_a_small_alpha_has_resamples_beyond_its_ends() -> None:
     found = np.random.default_rng(0).normal(0.0, 0.4, 400)
     low, high = interval(found, 0.0002, 1000, 0)
-    # A normal mean: 3.72 standard errors of 0.02 to each side; a thousand resamples reach about 3.2.
+    # Normal mean: 3.72 standard errors of 0.02 on each side; 1000 resamples reach about 3.2.
     assert (low, high) == pytest.approx((found.mean() - 0.074, found.mean() + 0.074), abs=0.004)
 
 

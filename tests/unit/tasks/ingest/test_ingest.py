@@ -1,4 +1,4 @@
-"""Each row becomes an example or stands in quarantine, with its place and reason."""
+"""Each row becomes an example or is quarantined with its origin and reason."""
 
 import datetime
 import io
@@ -38,7 +38,7 @@ def chat(*turns: tuple[str, object]) -> bytes:
 
 @pytest.fixture
 def run(in_tmp: Path) -> Run:
-    """Run the stage on shards, given by name and bytes; return its outputs."""
+    """Return a function that runs the stage on shards (name -> bytes) and returns its outputs."""
     make_byte_base(in_tmp / "data/base/model")
 
     def run_stage(shards: dict[str, bytes], **params: Any) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def test_repaired_rows_are_counted(run: Run) -> None:
 
 
 def test_tokens_are_counted_and_longer_examples_are_quarantined(run: Run) -> None:
-    # A token for each byte: 5 bytes and the stop token.
+    # One token per byte: 5 bytes and the stop token.
     found = run({"a/000001.jsonl": b'{"text": "12345"}\n{"text": "123456789"}\n'}, max_tokens=6)
     assert found["summary"]["tokens"] == {"total": 6, "min": 6, "p50": 6, "p90": 6, "p99": 6, "max": 6}
     assert found["quarantine"] == [

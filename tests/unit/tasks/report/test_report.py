@@ -1,4 +1,4 @@
-"""What the report computes: intervals, differences, the items that moved, curves, changes, examples."""
+"""What the report computes: intervals, differences, moved items, curves, changes and examples."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.helpers.report import REJECTED, heldout, messages, night_scores, scor
 
 
 def lines(rows: list[dict[str, Any]], benchmark: str = "facts", group: int = 0) -> dict[str, Any]:
-    """Label -> items, mean, low, high of one group of a benchmark."""
+    """Return label -> (items, mean, low, high) for one group of a benchmark."""
     found = {one.name: one for one in compare(rows, "champion", PARAMS)}[benchmark].groups[group]
     return {
         line.label: (line.items, *(round(value, 3) for value in (line.mean, line.low, line.high)))
@@ -25,7 +25,7 @@ def lines(rows: list[dict[str, Any]], benchmark: str = "facts", group: int = 0) 
 
 def test_right_and_wrong_answers_have_wilsons_interval() -> None:
     found = lines(night_scores())
-    # Wilson (1927) for 2, 5 and 8 of 10, at 95 %.
+    # Wilson (1927) intervals for 2, 5 and 8 of 10 at 95%.
     assert found["base"] == (10, 0.2, 0.057, 0.51)
     assert found["champion"] == (10, 0.5, 0.237, 0.763)
     assert found["candidate"] == (10, 0.8, 0.49, 0.943)
@@ -41,10 +41,10 @@ def test_scores_in_between_have_an_interval_around_their_mean() -> None:
 
 def test_a_held_out_loss_is_weighted_by_tokens_and_less_is_better() -> None:
     found = lines(night_scores(), "test")
-    # 33 nats over 14 tokens; the examples alone have 8 over 4, and 25 over 10.
+    # 33 nats over 14 tokens: 8 over 4 in one example, 25 over 10 in the other.
     assert found["candidate"] == (2, 2.357, 2.0, 2.5)
     label = "candidate \N{MINUS SIGN} champion"
-    # One nat less over 14 tokens; one example lost two over 4, the other gained one over 10.
+    # One nat less over 14 tokens: two less over 4 in one example, one more over 10 in the other.
     assert found[label] == (2, -0.071, -0.5, 0.1)
     moves = find_moves(pair([row for row in night_scores() if row["benchmark"] == "test"], "champion"))
     assert [(move["item"], move["score_before"], move["score_after"]) for move in moves.gains] == [
@@ -121,7 +121,7 @@ def test_the_items_that_moved_most_stand_first_and_ten_at_most_of_each_side() ->
         f"champion says {first['item'][1:]}",
         f"candidate says {first['item'][1:]}",
     )
-    # Equals are not in the order of their names.
+    # Ties are not sorted by name.
     assert [move["item"] for move in moves.regressions] != sorted(move["item"] for move in moves.regressions)
 
 
@@ -131,7 +131,7 @@ def test_a_curve_leaves_out_what_is_no_number_and_none_is_drawn_without_points()
     chart = draw("loss", {"training": [(1, math.inf), (2, 2.0), (3, 1.0)], "validation": []})
     assert chart
     assert [line.label for line in chart.lines] == ["training"]
-    # The corners of the drawing: SVG counts from the top.
+    # The corners of the plot area; SVG's y axis starts at the top.
     assert chart.lines[0].points == [(48.0, 10.0), (350.0, 184.0)]
     assert chart.said == "training: 2 at step 2, lowest 1 at step 3, 1 at step 3"
 
@@ -164,7 +164,7 @@ def test_each_reason_of_a_rejection_has_its_examples(tmp_path: Path) -> None:
             "parent_id": "e3",
             "style": "reword",
             "reason": reason,
-            # A reply that cannot be read holds no messages.
+            # An unparsable reply has no messages.
             "messages": [] if reason == "malformed_reply" else messages("Ask three", str(number)),
             "source_similarity": None,
         }

@@ -1,4 +1,4 @@
-"""Example by example, attention is what one mask over the whole row makes it."""
+"""Per-example attention equals attention with one mask over the whole row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ SHAPE = {
     "make",
     [
         lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-        # The longest example does not fit into the window, so that the mask is needed.
+        # The longest example exceeds the sliding window, so the mask is needed.
         lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)),
     ],
     ids=["causal", "sliding window"],
@@ -82,7 +82,7 @@ def test_only_pairs_within_an_example_are_computed(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("told", ["boundaries", "positions"])
 def test_xformers_gets_the_examples_of_a_row(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # xFormers has no kernel for a processor: torch computes what the mask of xFormers says.
+    # xFormers has no CPU kernel, so torch computes attention with the mask of xFormers.
     def reference(query: Any, key: Any, value: Any, attn_bias: Any, p: float, scale: float) -> torch.Tensor:
         assert p == 0.0
         mask = attn_bias.materialize((sum(LENGTHS), sum(LENGTHS)))
@@ -111,7 +111,7 @@ def test_xformers_refuses_a_window_that_it_does_not_know() -> None:
 
 
 def varlen_2_13(query: Any, key: Any, value: Any, *rest: Any, enable_gqa: bool = False, **more: Any) -> Any:
-    """Compute what torch's kernel is asked for with a mask, since it runs on a GPU only."""
+    """Compute torch's varlen attention with a mask, since the kernel runs on a GPU only."""
     cu_q, cu_k, *longest = rest
     assert torch.equal(cu_q, cu_k)
     assert (cu_q.dtype, longest) == (torch.int32, [13, 13])
@@ -125,7 +125,7 @@ def varlen_2_13(query: Any, key: Any, value: Any, *rest: Any, enable_gqa: bool =
 
 
 def varlen_2_11(*states_and_lengths: Any, **more: Any) -> Any:
-    """Do so as torch 2.11, where queries share no heads."""
+    """Emulate torch 2.11, which does not support grouped-query attention."""
     return varlen_2_13(*states_and_lengths, **more)
 
 
@@ -158,7 +158,7 @@ def test_torchs_own_kernel_gets_the_examples_of_a_row(
 def test_kernels_of_one_type_get_one_type(
     kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Autocast over full-precision weights gives queries and keys in full precision, values in half."""
+    """Autocast over full-precision weights yields queries and keys in full precision, values in half."""
     types = set()
 
     def note(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> torch.Tensor:

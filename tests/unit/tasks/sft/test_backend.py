@@ -1,4 +1,4 @@
-"""What the machine cannot do is told before anything runs; devices and processes are decided in one place."""
+"""Missing capabilities are reported before any run; devices and processes are chosen in one place."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Only a checkpoint that verifies is resumed."""
+"""Training resumes only from a checkpoint that passes verification."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Values of sft that cannot work together are refused, each with its remedy."""
+"""Incompatible sft values are refused, each with a fix."""
 
 from typing import Any
 

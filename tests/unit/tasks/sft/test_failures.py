@@ -1,4 +1,4 @@
-"""Why a training stopped decides what the next attempt does."""
+"""The reason why training stopped determines the next attempt."""
 
 from pathlib import Path
 

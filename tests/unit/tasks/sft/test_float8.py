@@ -1,4 +1,4 @@
-"""Products with frozen weights in float8: near to bf16's, each row by itself, and none in silence."""
+"""Float8 products with frozen weights: close to bf16, independent per row, never skipped silently."""
 
 from typing import Any
 
@@ -28,14 +28,14 @@ def test_each_row_keeps_three_bits_whatever_its_size(exponent: int, at: int) -> 
     values, scales = quantize(x)
     assert (values.dtype, scales.shape) == (FLOAT8, (4, 1))
     found = values.float() * scales
-    # Half a step of three bits, and below the smallest normal number half a step of that.
+    # Half a step of three mantissa bits, and below the smallest normal number half of its step.
     bound = torch.maximum(x.abs() * 2**-4, scales * 2**-10)
     assert ((found - x).abs() <= bound * 1.001).all()
 
 
 def test_both_products_are_those_of_bf16_but_for_the_rounding() -> None:
     weight, x = torch.randn(32, 64).bfloat16(), torch.randn(48, 64).bfloat16()
-    # Outputs and inputs of unequal size, for which one scale would not do.
+    # Outputs and inputs of very different magnitude, for which one scale would not suffice.
     weight *= torch.logspace(-3, 3, 32)[:, None].bfloat16()
     slope = torch.randn(48, 32).bfloat16()
     found = Float8Weight(weight)
@@ -53,7 +53,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 
 
 def half(model: Any) -> Any:
-    """The base in bf16, the adapter in full precision, as they train on one GPU."""
+    """Convert the base to bf16 and the adapter to full precision, as in training on one GPU."""
     model.get_base_model().to(torch.bfloat16)
     for name, weight in model.named_parameters():
         if "lora" in name:

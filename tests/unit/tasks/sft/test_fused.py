@@ -1,4 +1,4 @@
-"""The fused loss and adapter compute what all logits and PEFT compute."""
+"""The fused loss and adapter match the loss on all logits and PEFT's adapter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ SHAPE: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    # Seven positions at a time, so that there is more than one chunk.
+    # Seven positions per chunk, so that there is more than one chunk.
     monkeypatch.setitem(fused.LOGITS, "cpu", 7 * 4 * 300)
 
 
@@ -42,12 +42,12 @@ def llama() -> LlamaForCausalLM:
 
 
 def qwen() -> Qwen2ForCausalLM:
-    """With biases on queries, keys and values."""
+    """Return a model with biases on queries, keys and values."""
     return Qwen2ForCausalLM(Qwen2Config(**SHAPE))
 
 
 def adapted(model: Any, **changes: Any) -> Any:
-    """A model with an adapter that does something."""
+    """Return the model with an adapter that changes its output."""
     config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
     model = get_peft_model(model, LoraConfig(**config))
     for name, weight in model.named_parameters():
@@ -57,7 +57,7 @@ def adapted(model: Any, **changes: Any) -> Any:
 
 
 def row(length: int = 40, labelled: int = 25) -> dict[str, torch.Tensor]:
-    """One example whose last tokens have labels."""
+    """Return one example whose last tokens have labels."""
     ids = torch.randint(SHAPE["vocab_size"], (1, length))
     labels = ids.clone()
     labels[0, : length - labelled] = -100
@@ -73,7 +73,7 @@ def loss_and_gradients(
 
 
 def largest_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Relative to each tensor's norm."""
+    """Return the largest error relative to each tensor's norm."""
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
 
 
@@ -212,7 +212,7 @@ def test_a_layer_of_another_kind_stays_pefts() -> None:
 
 @pytest.fixture(params=[llama, qwen])
 def twins(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """Two models with equal weights."""
+    """Return two models with equal weights."""
     made = []
     for _ in range(2):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the stage writes, its ranks read: every value, to the last bit, and nothing else."""
+"""Ranks read what the stage writes: every value, bit-identical, and nothing else."""
 
 import json
 from pathlib import Path

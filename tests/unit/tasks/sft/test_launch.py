@@ -1,4 +1,4 @@
-"""The ranks' command line, on one machine and on several, and what the environment has to say for that."""
+"""The ranks' command line on one and on several machines, and the environment variables it requires."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def world(command: Sequence[str]) -> Any:
-    """The devices of each machine, as DeepSpeed's launcher gets them."""
+    """Return the devices of each machine as passed to DeepSpeed's launcher."""
     return json.loads(base64.urlsafe_b64decode(command[4].partition("=")[2]))
 
 
@@ -80,10 +80,10 @@ def test_what_the_environment_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("devices", [("3",), ("2", "5"), ("GPU-8932f937", "MIG-41b1")])
 def test_the_ranks_see_the_visible_devices_and_no_others(devices: tuple[str, ...], tmp_path: Path) -> None:
-    """DeepSpeed's own `--num_gpus` would take the first GPUs of the machine, whoever uses them."""
+    """DeepSpeed's `--num_gpus` would take the machine's first GPUs, even if others use them."""
     command = launcher(make_job(sft_params(), strategy="zero2", devices=devices), "127.0.0.1", 29500)
     assert world(command) == {"localhost": list(devices)}
-    # In the place of the module, a program that tells what it sees.
+    # Instead of the module, run a program that writes its visible devices.
     launch = [*command[: command.index("--module")], "--no_python"]
     told = 'echo "$CUDA_VISIBLE_DEVICES" > "$0/$RANK"'
     subprocess.run([*launch, "sh", "-c", told, str(tmp_path)], check=True)
@@ -109,7 +109,7 @@ def test_how_a_gpus_memory_is_managed_is_the_users_to_say(monkeypatch: pytest.Mo
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     assert rank_environment("cuda", ["0"])["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    # By its older name too, which torch reads only without the newer one.
+    # The older name works too; torch reads it only if the newer one is unset.
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     assert rank_environment("cuda", ["0"])["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:32")

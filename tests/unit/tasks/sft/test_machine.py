@@ -1,4 +1,4 @@
-"""What the machine has is found by a process of its own; a kernel is trusted only after it ran."""
+"""A separate process detects the machine's capabilities; a kernel is trusted only after it ran."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,14 +35,14 @@ GEMMA2 = {
 
 
 def attend(query: Any, key: Any, value: Any) -> tuple[Any, None]:
-    """Attend causally over the whole row, whatever is in it."""
+    """Attend causally over the whole row, ignoring example boundaries."""
     output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return output.transpose(1, 2).contiguous(), None
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels() -> Iterator[None]:
-    """Kernels with a fault each."""
+    """Register kernels with one fault each."""
 
     def leaking(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> Any:
         return attend(query, key, value)
@@ -91,7 +91,7 @@ def test_a_kernel_that_ignores_the_soft_cap_fails() -> None:
 
 
 def test_a_kernel_is_tried_with_the_types_that_train() -> None:
-    """Autocast over full-precision weights gives queries and keys in full precision, values in half."""
+    """Autocast over full-precision weights yields queries and keys in full precision, values in half."""
     assert "see each other" in str(try_kernel("with_one_type", LLAMA, "bf16", strategy="ddp"))
     full = try_kernel("with_one_type", LLAMA, "bf16", strategy="ddp", adapter=None)
     assert full == "ValueError: Query/Key/Value should either all have the same dtype"
@@ -155,7 +155,7 @@ def test_what_that_process_refuses_is_an_error_here() -> None:
         (None, 2, ("0", "1")),
         ("3", 1, ("3",)),
         ("GPU-8932f937, 1", 2, ("GPU-8932f937", "1")),
-        # CUDA stops at a name that it does not know.
+        # CUDA stops at the first unknown device.
         ("1,99,0", 1, ("1",)),
         ("", 0, ()),
     ],

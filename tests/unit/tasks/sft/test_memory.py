@@ -1,4 +1,4 @@
-"""The estimate of memory: counts that are known from published models, and what each strategy divides."""
+"""Memory estimates: parameter counts of published models, and what each strategy shards."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -87,7 +87,7 @@ def test_a_full_fine_tune_takes_sixteen_bytes_for_each_parameter_and_zero_divide
     assert whole.moment == "step"
     assert whole.weights == whole.gradients - 4 * 8_030_261_248 == 32_121_044_992
     assert whole.optimizer == 64_242_089_984
-    # Half precision and a full-precision copy; states of 12 bytes are divided by 4.
+    # Half-precision weights; the full-precision copy and optimizer states, 12 bytes, are divided by 4.
     stage1 = memory(LLAMA3_8B, "zero1")
     assert (stage1.weights, stage1.optimizer) == (16_060_522_496, 24_090_783_744)
     sizes = [memory(LLAMA3_8B, name).total for name in ("ddp", "zero1", "zero2", "zero3")]
@@ -107,7 +107,7 @@ def test_checkpointing_keeps_the_input_of_each_layer_only() -> None:
         estimate(LLAMA3_8B, sft_params(activation_checkpointing=on), "ddp", "bf16", batch, "cuda").activations
         for on in (False, True)
     ]
-    # Inputs: 32 layers x 8192 tokens x 4096 values of 2 bytes, and one layer that is computed again.
+    # Inputs: 32 layers x 8192 tokens x 4096 values of 2 bytes, plus one recomputed layer.
     assert kept[1] == 32 * 8192 * 4096 * 2 + kept[0] // 32
 
 
@@ -139,7 +139,7 @@ TOKENS = 120
 
 
 def kept_of_a_layer(strategy: str, precision: str, *, fused: bool, **changes: Any) -> int:
-    """Bytes that autograd keeps of one layer, weights aside: what a third one adds to two."""
+    """Return the bytes that autograd keeps per layer, without weights: three layers minus two."""
     params = sft_params(strategy=strategy, **changes)
     dtype = torch.bfloat16 if keeps_half(params, strategy, precision) else torch.float32
     found = []
@@ -168,7 +168,7 @@ def kept_of_a_layer(strategy: str, precision: str, *, fused: bool, **changes: An
             torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(),
         ):
             _outputs = model(**row, use_cache=False)
-        # Autocast's copies of weights have no token in their shape.
+        # Autocast's copies of weights have no token dimension.
         of_tokens = [t for key, t in kept.items() if key not in weights and TOKENS in t.shape]
         found.append(sum(tensor.untyped_storage().nbytes() for tensor in of_tokens))
     return found[1] - found[0]

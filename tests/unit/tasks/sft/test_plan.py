@@ -19,7 +19,7 @@ def test_every_row_trains_once_an_epoch_and_fillers_only_end_the_last_step() -> 
 
 
 def test_rows_that_train_side_by_side_cost_about_the_same() -> None:
-    # Attention costs the sum of the squares: from 64 * 1 (many short examples) to 64 * 64 (one long one).
+    # Attention cost is the sum of squared lengths: 64 * 1 (many short examples) to 64 * 64 (one long).
     kinds = [[1] * 64, [8] * 8, [16] * 4, [32, 32], [64]]
     rows = [kinds[i % 5] for i in range(400)]
     plan = compile_plan(params(num_processes=4, gradient_accumulation_steps=1), rows, [1] * 400)
@@ -27,7 +27,7 @@ def test_rows_that_train_side_by_side_cost_about_the_same() -> None:
     groups = [[cost[row] for row in plan.order[i : i + 4]] for i in range(0, 800, 4)]
     waiting = sum(4 * max(group) for group in groups) / sum(sum(group) for group in groups)
     assert waiting < 1.1
-    # In one shuffled order without regard to cost, the mean group waits for twice its work.
+    # In a shuffled order that ignores cost, the average group waits for twice its work.
     by_rank = [sum(cost[row] for row in plan.order[rank::4]) for rank in range(4)]
     assert max(by_rank) / min(by_rank) < 1.1
 

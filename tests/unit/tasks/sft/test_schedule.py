@@ -1,4 +1,4 @@
-"""Learning rates: equal to those of transformers and torch, step by step."""
+"""Learning rates equal those of transformers and torch at every step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +64,7 @@ def test_schedules_equal_those_of_transformers(
             scheduler_specific_kwargs=specific,
         )
     )
-    # transformers' warm-up to a stable rate starts at the minimum; ours, like all others, at 0.
+    # transformers' warmup_stable_decay starts at the minimum; ours, like all other schedules, at 0.
     start = warmup if kind == "warmup_stable_decay" else 0
     assert rates(kind, warmup, **kwargs)[start:] == pytest.approx(expected[start:])
 

@@ -1,4 +1,4 @@
-"""What the proof of the gradients takes for rounding, and what for a fault."""
+"""What the gradient self-test accepts as rounding and what it reports as a fault."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ WORDS = 150_000
 
 
 def test_a_sum_over_the_vocabulary_may_be_added_up_in_any_order() -> None:
-    """Kernels for few positions add up one word after the other, those for many add up blocks."""
+    """Kernels for few positions sum token by token; kernels for many positions sum in blocks."""
     generator = torch.Generator().manual_seed(0)
     terms = torch.rand(WORDS, 4, generator=generator)
-    # The gradient of the true word takes away most of what all others add.
+    # The gradient of the target token cancels most of the sum of all others.
     terms[0] = -0.99 * terms.sum(0)
     one_by_one = torch.from_numpy(terms.numpy().cumsum(0))[-1]
     in_blocks = terms.double().sum(0).float()

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told."""
+"""The generated DeepSpeed config."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def zero(device: str, strategy: str = "zero3", **changes: Any) -> dict[str, Any]
 
 @pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
 def test_the_bucket_of_gradients_is_no_larger_than_a_model_needs(strategy: str) -> None:
-    """DeepSpeed allocates it at once: a gigabyte of bf16 by its own default."""
+    """DeepSpeed allocates the bucket upfront: a gigabyte of bf16 by default."""
     assert zero("cuda", strategy)["reduce_bucket_size"] == 50_000_000
 
 

@@ -1,4 +1,4 @@
-"""A pipe gets the lines as they are; a terminal gets a bar with the figures of the last step."""
+"""A pipe gets the lines unchanged; a terminal gets a progress bar with the last step's metrics."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""New data comes in once, as shards that never change."""
+"""New data is added once, as immutable shards."""
 
 import hashlib
 import json

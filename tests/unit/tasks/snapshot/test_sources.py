@@ -1,4 +1,4 @@
-"""The data inside the installed packages."""
+"""The data in the installed packages."""
 
 from collections import Counter
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_each_item_has_four_different_choices_and_one_of_them_is_true() -> None:
         assert len(set(item["choices"])) == 4
     gold = next(item for item in items if item["id"] == "symbol/Gold")
     assert gold["choices"][gold["answer"]] == "The symbol for Gold is Au."
-    # The true answer has no favourite place.
+    # The correct answer is spread evenly over the positions.
     places = Counter(item["answer"] for item in items)
     assert all(120 < places[place] < 200 for place in range(4))
 
