@@ -18,9 +18,7 @@ def test_a_job_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, ra
     file = tmp_path_factory.mktemp("job") / "job.json"
     ones = [1] * len(rates)
     plan = Plan(len(rates), 1, 0, ones, ones, ones, rates)
-    params = sft_params(
-        activation_checkpointing=False, num_processes=2, lr_scheduler_kwargs={"min_lr_rate": 0.1}
-    )
+    params = sft_params(activation_checkpointing=False, num_processes=2)
     job = make_job(params, devices=("GPU-1", "3"), strategy="zero2").model_copy(update={"plan": plan})
     job.write(file)
     assert read_job(file) == job
