@@ -17,6 +17,7 @@ from tasks.evaluate import __main__ as evaluate
 from tasks.sft import __main__ as sft
 from tests.helpers.checkouts import BIN, ROOT
 from tests.helpers.checkouts import FOLDERS as PACKAGES
+from tests.helpers.imports import imports
 
 STAGES = read_stages(ROOT / "dvc.yaml")
 # Libraries that stages import but that do not affect results: formats, processes, output.
@@ -32,17 +33,11 @@ def sources_of(stage: str) -> list[Path]:
 
 def imported(file: Path) -> Iterator[Path]:
     """Yield the project files that a file imports, at any nesting level."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            path = ROOT.joinpath(*name.split("."))
-            for found in (path.with_suffix(".py"), path / "__init__.py"):
-                if name.startswith(("nightshift.", "tasks.")) and found.is_file() and does_something(found):
-                    yield found
+    for name in imports(file):
+        path = ROOT.joinpath(*name.split("."))
+        for found in (path.with_suffix(".py"), path / "__init__.py"):
+            if name.startswith(("nightshift.", "tasks.")) and found.is_file() and does_something(found):
+                yield found
 
 
 def does_something(file: Path) -> bool:
@@ -93,13 +88,7 @@ def test_a_stage_declares_no_code_that_it_does_not_run(stage: str) -> None:
 @pytest.mark.parametrize(("stage", "engines"), [("evaluate", evaluate.ENGINES), ("sft", sft.ENGINES)])
 def test_a_library_that_a_stage_imports_is_an_engine(stage: str, engines: tuple[str, ...]) -> None:
     known = packages_distributions()
-    names = set()
-    for path in closure(stage):
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom):
-                names.add((node.module or "").partition(".")[0])
-            elif isinstance(node, ast.Import):
-                names |= {alias.name.partition(".")[0] for alias in node.names}
+    names = {name.partition(".")[0] for path in closure(stage) for name in imports(ROOT / path)}
     libraries = {name: {one.lower().replace("_", "-") for one in known.get(name, ())} for name in names}
     libraries = {
         name: found for name, found in libraries.items() if found and name not in ("nightshift", "tasks")

@@ -4,12 +4,10 @@ nightshift <- tasks <- flows, infra. A stage imports no code of another stage; s
 library.
 """
 
-import ast
 from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
 
 from tests.helpers.checkouts import FOLDERS, ROOT
+from tests.helpers.imports import imports
 
 # Other packages that a package may import.
 MAY_IMPORT = {
@@ -26,18 +24,8 @@ NEVER = {
     "tasks": {"prefect"},
     "flows": {"torch", "transformers", "trl", "peft", "deepspeed"},
 }
-# Commands that read the parameters of a stage in addition to their own.
-SHARED_PARAMETERS = {("register", "gate"), ("report", "gate"), ("report", "judge")}
-
-
-def imports(file: Path) -> Iterator[str]:
-    """Yield the modules that a file imports, at any nesting level."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+# Programs after the graph that read another one's parameters or words.
+SHARED = {("register", "gate"), ("report", "gate"), ("report", "judge")}
 
 
 def imported_by(package: str) -> dict[str, set[str]]:
@@ -72,4 +60,4 @@ def test_a_stage_takes_no_code_of_another() -> None:
     for part, modules in imported_by("tasks").items():
         others = {module.split(".")[1] for module in modules if module.startswith("tasks.")} - {part}
         taken |= {(part, other) for other in others}
-    assert taken == SHARED_PARAMETERS
+    assert taken == SHARED

@@ -77,6 +77,20 @@ def largest_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> fl
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
 
 
+def gradient_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return the error of all gradients behind the loss, relative to their norm."""
+    joined = [torch.cat([one.flatten() for one in many[1:]]) for many in (found, expected)]
+    return largest_error([joined[0]], [joined[1]])
+
+
+def convert_to_half(model: Any) -> None:
+    """Convert the base to bf16 and the adapter to full precision, as in training on one GPU."""
+    model.get_base_model().to(torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if "lora" in name:
+            weight.data = weight.data.float()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("count", [1, 7, 8, 50])
 def test_the_loss_in_chunks_is_that_of_all_logits(count: int, smoothing: float) -> None:
@@ -163,16 +177,11 @@ def test_an_adapted_model_computes_what_peft_computes(make: Callable[[], Any]) -
 def test_in_half_precision_it_is_as_near_to_the_truth_as_peft() -> None:
     model, inputs = adapted(llama()), row()
     truth = loss_and_gradients(model, **inputs)
-    model.get_base_model().to(torch.bfloat16)
-    for name, weight in model.named_parameters():
-        if "lora" in name:
-            weight.data = weight.data.float()
+    convert_to_half(model)
 
     def error() -> float:
         with torch.autocast("cpu", torch.bfloat16):
-            found = loss_and_gradients(model, **inputs)
-        joined = [torch.cat([one.flatten() for one in many[1:]]) for many in (found, truth)]
-        return largest_error([joined[0]], [joined[1]])
+            return gradient_error(loss_and_gradients(model, **inputs), truth)
 
     by_peft = error()
     fuse_adapter(model)
