@@ -197,8 +197,8 @@ def test_data_on_disk_that_was_not_used_is_listed(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("verdict", "headline"),
     [
-        ("hold", "The data cannot tell: what runs now stays"),
-        ("reject", "Worse: what runs now stays"),
+        ("hold", "Inconclusive: the current model stays"),
+        ("reject", "Worse: the current model stays"),
         ("error", "No verdict: the scores cannot be trusted"),
     ],
 )
@@ -213,6 +213,14 @@ def test_what_was_not_promoted_is_reported_too(checkout: Path, verdict: str, hea
     assert headline in page
     assert "The candidate is not registered. Version 1 stays the champion." in page
     assert ("candidate 10 error" in page) == (verdict == "error")
+
+
+def test_a_night_without_anything_new_is_not_called_inconclusive(checkout: Path) -> None:
+    checks = [{"name": "candidate", "verdict": "hold", "said": "the candidate is the champion"}]
+    write_json(report.GATE, {**GATE, "verdict": "hold", "checks": checks})
+    page = plain(write_page())
+    assert "Nothing new: the champion stays" in page
+    assert "Inconclusive" not in page
 
 
 def test_a_version_that_waits_says_for_what(checkout: Path) -> None:
