@@ -33,7 +33,7 @@ def run_deployment(deployment: str, overrides: str, stack: "Stack") -> None:
     """
     active = find_active(stack, deployment)
     if active and overrides:
-        raise StageError(f"{deployment}: run {active['name']} is under way; wait for it or cancel it")
+        raise StageError(f"{deployment}: run {active['name']} is active; wait for it or cancel it")
     before = {run["id"] for run in list_runs(stack, deployment)} - {active and active["id"]}
     if active:
         command = ["flow-run", "watch", active["id"]]
@@ -46,13 +46,13 @@ def run_deployment(deployment: str, overrides: str, stack: "Stack") -> None:
         while not prefect(stack, *command):
             run = next((run for run in await_runs(stack, deployment) if run["id"] not in before), None)
             if run is None:
-                raise StageError(f"{deployment}: no run was started; the reason stands above")
+                raise StageError(f"{deployment}: no run was started; see the output above")
             if run["state_type"] not in ACTIVE:
                 raise StageError(f"{deployment}: {describe_failure(stack, run)}")
             command = ["flow-run", "watch", run["id"]]
     except KeyboardInterrupt as err:
         raise StageError(
-            f"{deployment}: no longer watched, but the run goes on: `make run` joins it, "
+            f"{deployment}: no longer watched, but the run continues: `make run` joins it, "
             "`make down` cancels it"
         ) from err
     finally:
@@ -67,16 +67,16 @@ def prefect(stack: "Stack", *arguments: str) -> bool:
 
 def await_runs(stack: "Stack", deployment: str) -> list[dict[str, Any]]:
     """Return the runs of the deployment, newest first; wait while the server is unreachable."""
-    is_told = False
+    is_warned = False
     while True:
         try:
             return list_runs(stack, deployment, sort="EXPECTED_START_TIME_DESC")
         except StageError:
-            if not is_told:
+            if not is_warned:
                 sys.stderr.write(
-                    "Prefect does not answer; the run goes on, `nightshift up` starts it again\n"
+                    "Prefect does not respond; the run continues, `nightshift up` restarts the server\n"
                 )
-            is_told = True
+            is_warned = True
             time.sleep(POLL_SECONDS)
 
 
