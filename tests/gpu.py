@@ -340,7 +340,9 @@ def find_fault(check: Check, results: dict[str, Any]) -> str | None:
     """Return why a check failed, or None."""
     result = results[check.name]
     if "error" in result:
-        message = next((line for line in reversed(result["error"]) if line.startswith("error:")), "")
+        # An error may go on below its first line, as the list of what the machine lacks does.
+        _, start, rest = "\n".join(["", *result["error"]]).rpartition("\nerror:")
+        message = f"error:{rest}" if start else ""
         if check.may_lack and ("does not work on this machine" in message or " needs " in message):
             return None
         return f"codes {result['codes']}: {message or result['error'][-1:]}"

@@ -56,6 +56,14 @@ def test_losses_are_compared_with_those_of_another_check() -> None:
 def test_a_check_may_fail_only_for_a_missing_package() -> None:
     lacks = result(codes=[2], error=["error: sft.attn_implementation=x does not work on this machine: y"])
     assert verdict(lacks, may_lack=True) is None
+    # What is missing is listed below the first line.
+    error = [
+        "12:00:00 a log line",
+        "error: params.yaml: this machine cannot do what sft requests",
+        "  sft.adapter=qlora needs bitsandbytes; run `pip install -e '.[gpu]'`",
+    ]
+    assert verdict({**lacks, "error": error}, may_lack=True) is None
+    assert "needs bitsandbytes" in str(verdict({**lacks, "error": error}))
     assert "does not work on this machine" in str(verdict(lacks))
     crashed = result(codes=[1], error=["Traceback", "RuntimeError: CUDA error"])
     assert verdict(crashed, may_lack=True) == "codes [1]: ['RuntimeError: CUDA error']"
