@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from infra.local.processes import read_records
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json
 from nightshift.core.paths import DATA, GATE, OUTCOME, PAGE, VERSION
@@ -116,7 +117,11 @@ def start_run(stack: "Stack", deployment: str, overrides: dict[str, Any]) -> dic
 
 
 def follow(stack: "Stack", run_id: str, console: Console) -> tuple[dict[str, Any], list[Stage]]:
-    """Show the stages of a run until it has ended; return the run and its stages."""
+    """Show the stages of a run until it has ended; return the run and its stages.
+
+    Raises:
+        StageError: The servers were stopped.
+    """
     is_warned = False
     with shown_stages(console) as show:
         while True:
@@ -124,7 +129,9 @@ def follow(stack: "Stack", run_id: str, console: Console) -> tuple[dict[str, Any
                 # In this order: the stages of a run that has ended are final.
                 run = stack.prefect("GET", f"/flow_runs/{run_id}")
                 stages = read_stages(stack, run_id)
-            except StageError:
+            except StageError as err:
+                if not read_records(stack.state_dir):
+                    raise StageError("the servers were stopped; `make run` starts them again") from err
                 if not is_warned:
                     console.print(
                         "Prefect does not respond; the run continues, `nightshift up` restarts the server"

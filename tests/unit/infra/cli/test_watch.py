@@ -31,6 +31,7 @@ class Server:
     """Prefect's API for one flow run, whose states and task runs change with each poll."""
 
     prefect_ui = "http://127.0.0.1:4200"
+    state_dir = Path(".nightshift")
 
     def __init__(self, polls: Polls, active: list[dict[str, Any]] | None = None) -> None:
         self.polls, self.active = iter(polls), active or []
@@ -143,9 +144,16 @@ def test_overrides_that_are_no_json_object_start_nothing(text: str) -> None:
         follow([("RUNNING", [])], overrides=text)
 
 
-def test_an_outage_of_the_server_is_reported_once_and_outlasted() -> None:
+def test_an_outage_of_the_server_is_reported_once_and_outlasted(in_tmp: Path) -> None:
+    # The record of a process that was killed stays.
+    write_json(in_tmp / ".nightshift" / "stack.json", {"prefect": {"pid": 1, "boot_id": "b", "port": 4200}})
     shown, _, _ = follow([("RUNNING", []), ("AWAY", []), ("AWAY", []), ("RUNNING", []), ("COMPLETED", [])])
     assert shown.count("Prefect does not respond; the run continues") == 1
+
+
+def test_servers_that_were_stopped_are_not_waited_for(in_tmp: Path) -> None:
+    with pytest.raises(StageError, match="the servers were stopped; `make run` starts them again"):
+        follow([("RUNNING", []), ("AWAY", [])])
 
 
 def test_a_failed_run_is_an_error_with_its_reason() -> None:
