@@ -224,8 +224,8 @@ def main(engine: str, corpus: Path) -> None:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("engine", choices=ENGINES, help="what removes the duplicates")
-    parser.add_argument("corpus", type=Path, help="a JSON list of texts")
+    parser.add_argument("engine", choices=ENGINES, help="deduplication engine")
+    parser.add_argument("corpus", type=Path, help="JSON file with a list of texts")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--way", choices=WAYS, help="train one step of a base and print the peak memory in MiB"
     )
-    parser.add_argument("--base", help="the base of --way")
+    parser.add_argument("--base", help="folder of the base, for --way")
 
 
 def measure(base: str) -> list[Record]:
@@ -74,14 +74,12 @@ def measure(base: str) -> list[Record]:
     mib = {}
     for way in WAYS:
         command = [sys.executable, "-m", "benchmarks.fused", "--way", way, "--base", base]
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        mib[way] = float(told.splitlines()[-1])
+        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        mib[way] = float(output.splitlines()[-1])
     plain, fused = (statistics.median(seconds[way]) for way in WAYS)
     difference = abs(losses["fused"] / losses["plain"] - 1)
     return [
-        record(
-            "processor time of a step, plain / fused", plain / fused, "ratio", at_least=1.0, seconds=seconds
-        ),
+        record("CPU time of a step, plain / fused", plain / fused, "ratio", at_least=1.0, seconds=seconds),
         record("peak memory, fused / plain", mib["fused"] / mib["plain"], "ratio", at_most=1.0, mib=mib),
         record("relative difference of the losses", difference, "ratio", at_most=1e-5),
     ]

@@ -123,28 +123,28 @@ def main(*, rehearse: bool, seconds: float, out: Path) -> None:
     """Run all rungs, write their results, and report claims that do not hold."""
     begin = time.monotonic()
     if not rehearse and not torch.cuda.is_available():
-        raise StageError("no NVIDIA GPU; --rehearse tries the benchmark on a small model")
+        raise StageError("no NVIDIA GPU; use --rehearse to try the benchmark with a small model")
     size = Size(REHEARSAL, 256, 2) if rehearse else Size(LLAMA_8B, 4096, 5)
     climber = Climber(size, "cuda" if torch.cuda.is_available() else "cpu")
     records: list[Record] = []
     for rung in LADDER:
         left = seconds - (time.monotonic() - begin)
         needs = COMPILE_SECONDS if rung.torch_compile else RUNG_SECONDS
-        result = climber.climb(rung) if left > needs else {"error": f"not begun: {left:.0f} s were left"}
+        result = climber.climb(rung) if left > needs else {"error": f"not started: only {left:.0f} s left"}
         records.append(describe(climber, rung, result))
         log.info("%s: %s", records[-1]["claim"], result)
         write_records("gpu", records, PACKAGES, out)
     if "H100" in records[0]["device"]:
         best = max(one["utilisation_as_anchor"] for one in records)
-        records.append(record("use of the arithmetic, as the anchor counts", best, "share", at_least=0.45))
+        records.append(record("MFU, as the anchor counts it", best, "share", at_least=0.45))
         write_records("gpu", records, PACKAGES, out)
     require_bounds(records)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--rehearse", action="store_true", help="a small model, anywhere")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="begin no rung that would end later")
+    parser.add_argument("--rehearse", action="store_true", help="use a small model, on any machine")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start no rung that would end later")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.json (benchmarks/results)")
 
 
@@ -182,7 +182,7 @@ class Climber:
         except Exception as err:  # noqa: BLE001 - kernels raise various exceptions
             found = {"error": f"{type(err).__name__}: {str(err)[:300]}"}
         finally:
-            self.change_back()
+            self.restore()
         if rung == Rung(rung.attention) and "tokens_per_second" in found:
             self.speeds[rung.attention] = found["tokens_per_second"]
         return {"attention": rung.attention, **found, "seconds": round(time.monotonic() - begin, 1)}
@@ -207,7 +207,7 @@ class Climber:
             for layer in self.base.model.layers:
                 layer.compile(dynamic=False)
 
-    def change_back(self) -> None:
+    def restore(self) -> None:
         """Undo all changes except Liger and float8, and free the memory."""
         for module in self.model.modules():
             if isinstance(module, LoraLayer):

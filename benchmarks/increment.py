@@ -52,7 +52,7 @@ def measure(folder: Path) -> list[Record]:
     seconds = {"cold": total(first), "night": total(night)}
     return [
         record(
-            "1 % new data: cost of dedupe to pack against a preparation from nothing",
+            "1 % new data: cost of dedupe to pack against a preparation from scratch",
             seconds["night"] / seconds["cold"],
             "ratio",
             at_most=0.05,

@@ -12,7 +12,7 @@ from benchmarks.throughput import Training, make_job, speed
 from nightshift.core.files import read_json, tree_digest
 from nightshift.tracking import spool
 from tasks.sft.job import Job, read_job
-from tasks.sft.launch import free_port, launcher, rank_environment
+from tasks.sft.launch import build_command, free_port, rank_environment
 
 TRAINING_SECONDS = 600.0
 FLOW = """
@@ -56,7 +56,7 @@ def measure(folder: Path) -> tuple[Path, Training, Record]:
         subprocess.run([*nightshift, "down"], cwd=job, env=shell, check=True)
     marker = read_json(bare_job.folder / "output" / "finished.json")
     if marker["digest"] != tree_digest(job / "data" / "sft" / "model"):
-        raise SystemExit("the two trainings differ; they cannot be compared")
+        raise SystemExit("the two training runs differ and cannot be compared")
     bare_speed = marker["tokens_per_second"]
     tokens = sum(bare_job.plan.tokens)
     around = (through_flow - tokens / flow_speed) - (alone - tokens / bare_speed)
@@ -80,7 +80,7 @@ def bare_training(job: Path) -> tuple[list[str], Job]:
     (bare / "output").mkdir(parents=True)
     spec = read_job(file).model_copy(update={"folder": bare, "spool": spool.begin(bare, "bare", None)})
     spec.write(bare / "job.json")
-    return [*launcher(spec, "127.0.0.1", free_port()), str(bare / "job.json")], spec
+    return [*build_command(spec, "127.0.0.1", free_port()), str(bare / "job.json")], spec
 
 
 def timed(command: list[str], folder: Path, shell: dict[str, str]) -> float:

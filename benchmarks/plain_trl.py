@@ -53,7 +53,7 @@ def read_arguments() -> Path:
     """Return the path of the settings file from the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("settings_file", type=Path, help="model, rows and rates, as JSON")
+    parser.add_argument("settings_file", type=Path, help="JSON file with model, rows and hyperparameters")
     return Path(parser.parse_args().settings_file)
 
 

@@ -66,7 +66,7 @@ def require_bounds(records: Sequence[Record]) -> None:
         SystemExit: A measurement is not; all violations are listed.
     """
     if broken := [one["claim"] for one in records if not one["holds"]]:
-        raise SystemExit(f"does not hold: {'; '.join(broken)}")
+        raise SystemExit(f"out of bounds: {'; '.join(broken)}")
 
 
 def cpu_model() -> str:

@@ -161,7 +161,7 @@ def run_trl(folder: Path, job: Path, tokens: int) -> Training:
     seconds = run_program([sys.executable, script, "settings.json"], folder)
     result = read_json(folder / "result.json")
     if result["tokens"] != tokens:
-        raise SystemExit(f"TRL sees {result['tokens']} tokens, not {tokens}: it does not train the same job")
+        raise SystemExit(f"TRL trained on {result['tokens']} tokens instead of {tokens}: not the same job")
     lengths = [len(row["input_ids"]) for row in rows]
     computed = sum(BATCH * max(lengths[at : at + BATCH]) for at in range(0, CHATS, BATCH))
     padding = round(1 - tokens / computed, 4)
@@ -211,7 +211,7 @@ def install_llamafactory(folder: Path) -> bool:
     for command in commands:
         done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
         if done.returncode:
-            log.warning("LLaMA-Factory cannot be installed: %s", done.stderr[-500:])
+            log.warning("LLaMA-Factory could not be installed: %s", done.stderr[-500:])
             return False
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
     # LLaMA-Factory always imports torchaudio.

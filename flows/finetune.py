@@ -46,16 +46,16 @@ def ship(run_id: str) -> None:
     try:
         run_program("register", run_id)
         run_program("promote", run_id)
-        ask_judge(run_id)
+        run_judge(run_id)
     finally:
         report(run_id)
 
 
-def ask_judge(run_id: str) -> None:
+def run_judge(run_id: str) -> None:
     """Let the judge model, if set, compare the generated answers; its failure never fails the night."""
     if read_params()["judge"]["model"] is None:
         return
     try:
         run_program("judge", run_id)
     except StageError as err:
-        get_run_logger().warning("%s; the night goes on without the judge", err)
+        get_run_logger().warning("%s; the run continues without the judge", err)

@@ -27,7 +27,7 @@ def janitor() -> None:
             except ObjectNotFound:
                 state = None  # on another Prefect server, or deleted
             if state and not state.is_final():
-                message = "its process has ended without reporting"
+                message = "the process ended without reporting its state"
                 client.set_flow_run_state(UUID(run), Crashed(message=message), force=True)
-                log.warning("flow run %s: its process has ended, marked as crashed", run)
+                log.warning("flow run %s: the process has ended; marked as crashed", run)
             lease_file(run).unlink(missing_ok=True)

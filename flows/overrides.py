@@ -38,8 +38,8 @@ def override_params(overrides: Mapping[str, Any], path: Path = PARAMS) -> Iterat
         ConfigError: The file or an override is invalid; lists every problem and changes nothing.
         StageError: Another run is active in this checkout.
     """
-    with sole_run():
-        take_back(path)
+    with exclusive_run():
+        revert(path)
         text = edit(path.read_text(encoding="utf-8"), overrides) if overrides else None
         check(yaml.safe_load(text) if text else read_params(path))
         if text is None:
@@ -51,11 +51,11 @@ def override_params(overrides: Mapping[str, Any], path: Path = PARAMS) -> Iterat
         try:
             yield
         finally:
-            take_back(path)
+            revert(path)
 
 
 @contextmanager
-def sole_run() -> Iterator[None]:
+def exclusive_run() -> Iterator[None]:
     """Keep other runs out of the checkout, where files of two runs would mix.
 
     Raises:
@@ -69,7 +69,7 @@ def sole_run() -> Iterator[None]:
         except BlockingIOError as err:
             lock.seek(0)
             raise StageError(
-                f"{Path.cwd()}: another run is at work here (pid {lock.read()}); wait for it, or cancel it"
+                f"{Path.cwd()}: another run is active here (pid {lock.read()}); wait for it, or cancel it"
             ) from err
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -87,7 +87,7 @@ def written_file() -> Path:
     return state_dir() / "params.with-overrides.yaml"
 
 
-def take_back(path: Path) -> None:
+def revert(path: Path) -> None:
     """Revert the overrides of this or of a killed run; do nothing if there are none."""
     before, written = before_file(), written_file()
     if before.is_file():
@@ -97,7 +97,7 @@ def take_back(path: Path) -> None:
         elif path.read_bytes() != before.read_bytes():
             write_text(path, merge(path, written, before))
             log.warning(
-                "%s was edited during a run with overrides; they are taken back, the edit is kept", path
+                "%s was edited during a run with overrides; they are reverted, the edit is kept", path
             )
     # In reverse order of creation: `written` has no effect without `before`.
     before.unlink(missing_ok=True)
@@ -115,6 +115,6 @@ def merge(edited: Path, written: Path, before: Path) -> str:
     if done.returncode:
         raise StageError(
             f"{edited}: was edited during a run with overrides, and cannot be merged: {done.stderr.strip()}; "
-            f"the file without them is {before}: put it right by hand, then delete {written}"
+            f"the file without them is {before}: merge the edit manually, then delete {written}"
         )
     return done.stdout

@@ -17,10 +17,10 @@ def report(run_id: str) -> None:
     """
     run_program("report", run_id)
     try:
-        create_link_artifact(page_url(run_id), "the whole report", key="report-page", description="finetune")
+        create_link_artifact(page_url(run_id), "full report", key="report-page", description="finetune")
         create_markdown_artifact(SHORT.read_text(encoding="utf-8"), key="report", description="finetune")
     except Exception as err:  # noqa: BLE001 - reporting must not fail the night
-        get_run_logger().warning("the report is not linked: %s; it is at %s", err, PAGE)
+        get_run_logger().warning("the report could not be linked: %s; it is at %s", err, PAGE)
 
 
 def page_url(run_id: str) -> str:

@@ -40,7 +40,7 @@ Step = tuple[float, str]  # percent, description
 PROGRESS_THREAD = "progress"
 
 
-def may_get_further(_task: object, _run: object, state: State[None]) -> bool:
+def is_retryable(_task: object, _run: object, state: State[None]) -> bool:
     """Return whether a retry makes sense: only for the kinds of `TrainingError`."""
     error = state.result(raise_on_failure=False)
     return getattr(error, "exit_code", None) in TrainingError.EXIT_CODES.values()
@@ -51,7 +51,7 @@ def may_get_further(_task: object, _run: object, state: State[None]) -> bool:
     cache_policy=NO_CACHE,
     persist_result=False,
     retries=RETRIES,
-    retry_condition_fn=may_get_further,
+    retry_condition_fn=is_retryable,
 )
 def run_stage(stage: str, run_id: str, *, may_run: bool = True, force: bool = False) -> State[None]:
     """Bring one stage up to date.
@@ -109,9 +109,9 @@ def run_command(command: list[str], name: str, run_id: str) -> bool:
         result: dict[str, Any] | None = read_json(result_file) if result_file.is_file() else None
     if code:
         # A crashed or killed program leaves no result.
-        told: dict[str, Any] = result if result and result["code"] else {"code": code, "error": last}
-        error = StageError(f"{name} failed with exit code {told['code']}: {told['error']}")
-        error.exit_code = told["code"]
+        failure: dict[str, Any] = result if result and result["code"] else {"code": code, "error": last}
+        error = StageError(f"{name} failed with exit code {failure['code']}: {failure['error']}")
+        error.exit_code = failure["code"]
         raise error
     return result is not None
 
@@ -167,7 +167,7 @@ def send_progress(name: str, steps: SimpleQueue[Step | None], ended: threading.E
                 update_progress_artifact(artifact, progress=percent, description=figures)
         except Exception as err:  # noqa: BLE001 - reporting must not stop the computation
             if not ended.is_set():
-                get_run_logger().warning("%s: its progress is not shown: %s", name, err)
+                get_run_logger().warning("%s: progress is not shown: %s", name, err)
             return
 
 

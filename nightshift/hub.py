@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nightshift.core.errors import DataError
-from nightshift.core.stage import NO_ROOM
+from nightshift.core.stage import DISK_ERRORS
 
 
 @contextmanager
-def asking_hub(what: str) -> Iterator[None]:
+def explain_hub_errors(what: str) -> Iterator[None]:
     """Turn a Hub error in the block into an error with a fix.
 
     Args:
@@ -25,12 +25,12 @@ def asking_hub(what: str) -> Iterator[None]:
     try:
         yield
     except hub_errors() as err:
-        if getattr(err, "errno", None) in NO_ROOM:
+        if getattr(err, "errno", None) in DISK_ERRORS:
             raise
         # "Not in the cache" is only a consequence; report why the Hub returned nothing.
         cause = (isinstance(err, LocalEntryNotFoundError) and err.__cause__) or err
-        said = str(cause).strip().partition("\n")[0].rstrip(".")
-        raise DataError(f"{what}: {type(cause).__name__}: {said}; {find_remedy(cause)}") from err
+        message = str(cause).strip().partition("\n")[0].rstrip(".")
+        raise DataError(f"{what}: {type(cause).__name__}: {message}; {find_remedy(cause)}") from err
 
 
 def hub_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
@@ -47,15 +47,15 @@ def find_remedy(err: BaseException) -> str:
 
     if is_offline_mode():
         return (
-            f"it is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE=1 keeps the Hub out; "
+            f"it is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE=1 blocks the Hub; "
             "unset it and run again"
         )
     if isinstance(err, GatedRepoError):
-        return "its owner asks for consent: accept its terms on the Hub, and set HF_TOKEN"
+        return "gated repository: accept its terms on the Hub, and set HF_TOKEN"
     # 401: the Hub hides from unauthenticated users whether a repository exists.
     status = getattr(getattr(err, "response", None), "status_code", None)
     if isinstance(err, RepositoryNotFoundError) or status == 401:
-        return "there is no such repository, or it is private; correct the name, or set HF_TOKEN"
+        return "the repository does not exist or is private; correct the name, or set HF_TOKEN"
     if isinstance(err, RevisionNotFoundError):
         return "correct the commit"
-    return f"{constants.ENDPOINT} does not answer as it should; check network, HF_ENDPOINT and HF_TOKEN"
+    return f"the request to {constants.ENDPOINT} failed; check the network, HF_ENDPOINT and HF_TOKEN"

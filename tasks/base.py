@@ -19,7 +19,7 @@ from nightshift.core.errors import DataError
 from nightshift.core.files import file_digest, write_json
 from nightshift.core.paths import BASE, BASE_RECORD
 from nightshift.core.stage import run_main, write_summary
-from nightshift.hub import asking_hub
+from nightshift.hub import explain_hub_errors
 
 HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def locate(model: str) -> tuple[Path, str | None]:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        with asking_hub(f"base.model: {model}"):
+        with explain_hub_errors(f"base.model: {model}"):
             folder = Path(snapshot_download(found["id"], revision=found["commit"], allow_patterns=patterns))
     else:
         folder = Path(model)
@@ -84,8 +84,8 @@ def locate(model: str) -> tuple[Path, str | None]:
     if not any(folder.glob("*.safetensors")):
         names = ", ".join(sorted(path.name for path in folder.iterdir()))
         raise DataError(
-            f"base.model: {model}: no safetensors in {folder}, which holds {names}; convert the weights, "
-            "other formats are not read"
+            f"base.model: {model}: no safetensors in {folder}, which contains {names}; convert the weights, "
+            "other formats are not supported"
         )
     return folder, None
 
@@ -112,8 +112,8 @@ def load(reference: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         reason = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
         raise DataError(
-            f"base.model: {reference}: cannot be loaded from {folder} ({reason}); name a causal language "
-            "model that transformers knows, with all of its files"
+            f"base.model: {reference}: cannot be loaded from {folder} ({reason}); use a causal language "
+            "model supported by transformers, with all of its files"
         ) from err
     if not tokenizer.chat_template:
         raise DataError(f"base.model: {reference}: the tokenizer has no chat template; use an instruct model")

@@ -108,10 +108,10 @@ def main() -> None:
         drops,
         params.max_drop_rate,
         (HITS, "decontaminate.max_drop_rate"),
-        "see there what train and evaluation share, take it out of the rows or of snapshot.benchmarks",
+        "see the overlaps in this file, remove them from the rows or from snapshot.benchmarks",
     )
     clean = (
-        batch.filter(pa.array([one not in hits for one in batch["id"].to_pylist()]))
+        batch.filter(pa.array([id_ not in hits for id_ in batch["id"].to_pylist()]))
         for batch in iterate_batches(AUGMENTED_TRAIN)
     )
     write_batches(CLEAN_TRAIN, clean, AUGMENTED)

@@ -39,7 +39,7 @@ SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Affected:
     """Rows to delete, and the model versions trained on them.
 
     Attributes:
@@ -51,7 +51,7 @@ class Found:
     versions: dict[int, int]
 
 
-def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Found:
+def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Affected:
     """Find rows, their duplicates, and the model versions trained on any of them.
 
     Args:
@@ -62,36 +62,36 @@ def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Found:
     Raises:
         DataError: An id or origin does not exist.
     """
-    trained = {int(one.version): trained_on(name, one) for one in registered(client, name)}
+    trained = {int(one.version): read_trained_rows(name, one) for one in registered(client, name)}
     examples = list(iterate_pairs(INGESTED)) if INGESTED.is_file() else []
     known = {*examples, *chain.from_iterable(trained.values())}
-    meant = {one: {pair for pair in known if one in pair} for one in wanted}
-    if missing := [one for one, pairs in meant.items() if not pairs and not is_place(one)]:
+    matches = {text: {pair for pair in known if text in pair} for text in wanted}
+    if missing := [text for text, pairs in matches.items() if not pairs and not is_origin(text)]:
         raise DataError(
-            f"{', '.join(missing)}: no example has this id, and no row this place (source/shard:number); "
+            f"{', '.join(missing)}: no example with this id and no row at this origin (source/shard:number); "
             "`nightshift trace --row` shows both"
         )
-    pairs = set().union(*meant.values())
-    origins = {origin for _, origin in pairs} | {one for one in wanted if is_place(one)}
+    pairs = set().union(*matches.values())
+    origins = {origin for _, origin in pairs} | {text for text in wanted if is_origin(text)}
     removed = read_rows(REMOVED) if REMOVED.is_file() else []
-    same = duplicates({one for one, _ in pairs}, removed)
-    origins |= {origin for one, origin in examples if one in same}
-    origins |= copies(origins)
-    counts = {number: sum(origin in origins for _, origin in of) for number, of in trained.items()}
-    return Found(sorted(origins), {number: count for number, count in counts.items() if count})
+    same = find_duplicates({example for example, _ in pairs}, removed)
+    origins |= {origin for example, origin in examples if example in same}
+    origins |= find_copies(origins)
+    counts = {number: sum(origin in origins for _, origin in rows) for number, rows in trained.items()}
+    return Affected(sorted(origins), {number: count for number, count in counts.items() if count})
 
 
-def is_place(text: str) -> bool:
+def is_origin(text: str) -> bool:
     """Return whether a text is the origin of a row in an existing shard."""
     shard, _, number = text.rpartition(":")
     return bool(shard) and (RAW / shard).is_file() and number.isdecimal()
 
 
-def duplicates(ids: Set[str], removed: Iterable[Mapping[str, Any]]) -> set[str]:
+def find_duplicates(ids: Set[str], removed: Iterable[Mapping[str, Any]]) -> set[str]:
     """Return these examples and all that deduplication merged with them, which would replace them.
 
     Example:
-        >>> found = duplicates({"b"}, [{"id": "b", "kept_id": "a"}, {"id": "c", "kept_id": "a"}])
+        >>> found = find_duplicates({"b"}, [{"id": "b", "kept_id": "a"}, {"id": "c", "kept_id": "a"}])
         >>> sorted(found)
         ['a', 'b', 'c']
     """
@@ -100,33 +100,35 @@ def duplicates(ids: Set[str], removed: Iterable[Mapping[str, Any]]) -> set[str]:
     return kept | {one for one, by in pairs if by in kept}
 
 
-def copies(origins: Set[str]) -> set[str]:
+def find_copies(origins: Set[str]) -> set[str]:
     """Return the origins of rows with the same content as these, in all shards, in use or not."""
-    said = {content_digest(one) for _, _, one in said_by(origins)}
+    digests = {content_digest(conversation) for _, _, conversation in conversations_at(origins)}
     return {
         f"{shard.relative_to(RAW).as_posix()}:{number}"
         for _, shard in find_shards(RAW)
-        for number, one in conversations(shard)
-        if content_digest(one) in said
+        for number, conversation in conversations(shard)
+        if content_digest(conversation) in digests
     }
 
 
-def said_by(origins: Iterable[str]) -> Iterator[tuple[str, int, Conversation]]:
+def conversations_at(origins: Iterable[str]) -> Iterator[tuple[str, int, Conversation]]:
     """Yield (shard, number, conversation) of the rows at these origins that contain a conversation."""
-    for shard, numbers in by_shard(origins).items():
-        yield from ((shard, number, one) for number, one in conversations(RAW / shard) if number in numbers)
+    for shard, numbers in group_by_shard(origins).items():
+        for number, conversation in conversations(RAW / shard):
+            if number in numbers:
+                yield shard, number, conversation
 
 
-def by_shard(origins: Iterable[str]) -> dict[str, set[int]]:
+def group_by_shard(origins: Iterable[str]) -> dict[str, set[int]]:
     """Return shard name -> row numbers, for the origins whose shard exists."""
     rows: dict[str, set[int]] = defaultdict(set)
-    for origin in filter(is_place, origins):
+    for origin in filter(is_origin, origins):
         shard, _, number = origin.rpartition(":")
         rows[shard].add(int(number))
     return rows
 
 
-def trained_on(name: str, version: ModelVersion) -> list[tuple[str, str]]:
+def read_trained_rows(name: str, version: ModelVersion) -> list[tuple[str, str]]:
     """Return (id, origin) of all examples that a version was trained on."""
     with open_lineage(name, int(version.version)) as folder:
         return list(iterate_pairs(folder / "rows.parquet"))
@@ -138,19 +140,19 @@ def iterate_pairs(path: Path) -> Iterator[tuple[str, str]]:
         yield row["id"], row["origin"]
 
 
-def erase(found: Found, client: MlflowClient, name: str) -> None:
+def erase(found: Affected, client: MlflowClient, name: str) -> None:
     """Delete the rows everywhere. An interrupted call can be repeated.
 
     Raises:
         StageError: DVC is running in this checkout.
     """
-    rows = by_shard(found.origins)
-    said = [one for _, _, one in said_by(found.origins)]
-    remove_pages(client, said)
+    rows = group_by_shard(found.origins)
+    erased = [conversation for _, _, conversation in conversations_at(found.origins)]
+    remove_pages(client, erased)
     purge({md5(RAW / shard) for shard in rows})
     forgotten = read_forgotten(RAW)
     forgotten.rows.update(found.origins)
-    forgotten.contents.update(map(content_digest, said))
+    forgotten.contents.update(map(content_digest, erased))
     for shard, numbers in rows.items():
         forget_rows(RAW / shard, numbers, RAW, forgotten)
     record(RAW)
@@ -159,9 +161,9 @@ def erase(found: Found, client: MlflowClient, name: str) -> None:
         client.set_model_version_tag(name, str(version), FORGOTTEN, str(examples))
 
 
-def remove_pages(client: MlflowClient, said: Sequence[Conversation]) -> None:
+def remove_pages(client: MlflowClient, erased: Sequence[Conversation]) -> None:
     """Delete the MLflow reports that show one of these conversations, matched by its last two turns."""
-    texts = [[str(escape(turn.content[:SHOWN])) for turn in one.turns[-2:]] for one in said]
+    texts = [[str(escape(turn.content[:SHOWN])) for turn in one.turns[-2:]] for one in erased]
     token = None
     while token != "":
         runs = client.search_runs([experiment_id(client)], page_token=token)
@@ -177,12 +179,12 @@ def remove_pages(client: MlflowClient, said: Sequence[Conversation]) -> None:
 def remove_derivatives() -> None:
     """Delete what this checkout derived from raw data: outputs, caches, checkpoints, rebuilds."""
     stages = read_stages()
-    made: list[dict[str, Any]] = [{"outs": [RAW.as_posix()]}]
+    derived: list[dict[str, Any]] = [{"outs": [RAW.as_posix()]}]
     for stage in stage_order():
-        if any(reads(stages[stage], other) for other in made):
-            made.append(stages[stage])
-    gone = [PAGE.parent, *(Path(path) for stage in made[1:] for path in outputs(stage))]
-    for path in (*gone, *(state_dir() / name for name in ("memo", "checkpoints", "reproduce"))):
+        if any(reads(stages[stage], other) for other in derived):
+            derived.append(stages[stage])
+    targets = [PAGE.parent, *(Path(path) for stage in derived[1:] for path in outputs(stage))]
+    for path in (*targets, *(state_dir() / name for name in ("memo", "checkpoints", "reproduce"))):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -53,13 +53,13 @@ def main() -> None:
     """Judge the answers on which the gate's two models differ, and write the verdicts."""
     params = load_params(JudgeParams, "judge")
     if params.model is None:
-        log.info("judge.model is null: nobody is asked")
+        log.info("judge.model is null: the judge is disabled")
         return
     gate = read_json(GATE)
-    written = {one.name for one in read_benchmarks(BENCHMARKS) if one.kind == "generation"}
-    pairs = find_pairs(read_rows(SCORES), written, gate["reference"], params.limit)
+    generated = {one.name for one in read_benchmarks(BENCHMARKS) if one.kind == "generation"}
+    pairs = find_pairs(read_rows(SCORES), generated, gate["reference"], params.limit)
     judged = compare_answers(pairs, params)
-    counts: dict[str, Counter[str]] = {name: Counter() for name in sorted(written)}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in sorted(generated)}
     for row in judged:
         counts[row["benchmark"]][row["verdict"]] += 1
     write_json(
@@ -86,16 +86,16 @@ def find_pairs(
         reference: `champion` or `base`.
         limit: Pairs per benchmark, at most.
     """
-    written = [row for row in rows if row["benchmark"] in benchmarks and row["status"] == "ok"]
-    theirs = {(row["benchmark"], row["item"]): row for row in written if row["model"] == reference}
+    generated = [row for row in rows if row["benchmark"] in benchmarks and row["status"] == "ok"]
+    references = {(row["benchmark"], row["item"]): row for row in generated if row["model"] == reference}
     found: list[tuple[Row, Row]] = []
-    taken: Counter[str] = Counter()
-    for row in sorted(written, key=lambda one: (one["benchmark"], one["item"])):
-        other = theirs.get((row["benchmark"], row["item"]))
+    counts: Counter[str] = Counter()
+    for row in sorted(generated, key=lambda one: (one["benchmark"], one["item"])):
+        other = references.get((row["benchmark"], row["item"]))
         if row["model"] != "candidate" or other is None or row["answer"] == other["answer"]:
             continue
-        taken[row["benchmark"]] += 1
-        if taken[row["benchmark"]] <= limit:
+        counts[row["benchmark"]] += 1
+        if counts[row["benchmark"]] <= limit:
             found.append((row, other))
     return found
 
@@ -116,30 +116,33 @@ def compare_answers(pairs: Sequence[tuple[Row, Row]], params: JudgeParams) -> li
 
     backend = Endpoint(str(params.model), SAMPLING, params.endpoint, "judge")
     requests = [
-        build_request(ours["question"], *answers)
-        for ours, theirs in pairs
-        for answers in ((ours["answer"], theirs["answer"]), (theirs["answer"], ours["answer"]))
+        build_request(candidate["question"], *answers)
+        for candidate, reference in pairs
+        for answers in (
+            (candidate["answer"], reference["answer"]),
+            (reference["answer"], candidate["answer"]),
+        )
     ]
     with open_memo() as memo:
         name = json.dumps(["judge", params.endpoint.base_url, params.model, SAMPLING])
         letters = [read_letter(result) for result in ask(requests, name, backend, memo)]
     return [
         {
-            "benchmark": ours["benchmark"],
-            "item": ours["item"],
-            "question": ours["question"],
-            "candidate": ours["answer"],
-            "reference": theirs["answer"],
+            "benchmark": candidate["benchmark"],
+            "item": candidate["item"],
+            "question": candidate["question"],
+            "candidate": candidate["answer"],
+            "reference": reference["answer"],
             "verdict": combine(first, second),
         }
-        for (ours, theirs), first, second in zip(pairs, letters[::2], letters[1::2], strict=True)
+        for (candidate, reference), first, second in zip(pairs, letters[::2], letters[1::2], strict=True)
     ]
 
 
 def build_request(question: str, first: str, second: str) -> Request:
     """Build the request that asks which of two answers is better."""
-    asked = f"Question:\n{question}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}"
-    turns = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": asked}]
+    content = f"Question:\n{question}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}"
+    turns = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
     return Request(turns, answers=1, ordinal=0)
 
 

@@ -163,7 +163,7 @@ def join(encoded: Sequence[Encoded], ids: list[str], origins: list[str]) -> Corp
         DataError: There are no examples.
     """
     if not encoded:
-        raise DataError(f"{CLEAN_TRAIN}: no examples to pack; see the summaries of the stages before")
+        raise DataError(f"{CLEAN_TRAIN}: no examples to pack; see the summaries of the preceding stages")
     lengths = [len(one.input_ids) for one in encoded]
     return Corpus(
         np.concatenate([one.input_ids for one in encoded]),

@@ -27,7 +27,7 @@ from nightshift.registry.versions import (
     ANSWERS,
     DIGEST,
     RegistryParams,
-    ask,
+    answer_probes,
     drop_bases,
     find_alias,
     find_version,
@@ -42,36 +42,36 @@ ANY_CHAMPION = -1
 log = logging.getLogger(__name__)
 
 
-def main(version: int | None, reason: str, *, rollback: bool, ends_hold: bool) -> None:
+def main(version: int | None, reason: str, *, rollback: bool, acknowledge: bool) -> None:
     """Run the requested change; without arguments, apply the gate's verdict.
 
     Raises:
         ConfigError: A manual move has no reason.
     """
-    is_by_hand = ends_hold or rollback or version is not None
-    if is_by_hand and not reason.strip():
-        raise ConfigError("--reason is empty; say why, the record keeps it")
-    if ends_hold:
-        acknowledge(reason)
+    is_manual = acknowledge or rollback or version is not None
+    if is_manual and not reason.strip():
+        raise ConfigError("--reason is required; it is stored in the promotion record")
+    if acknowledge:
+        release_hold(reason)
     elif rollback:
         roll_back(version, reason)
     elif version is not None:
         move(version, "promote", reason)
     else:
-        follow_gate()
+        apply_verdict()
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command-line arguments."""
-    parser.add_argument("--version", type=int, help="the version to move to")
-    parser.add_argument("--rollback", action="store_true", help="bring back the previous champion")
+    parser.add_argument("--version", type=int, help="version to promote or restore")
+    parser.add_argument("--rollback", action="store_true", help="restore the previous champion")
     parser.add_argument(
-        "--acknowledge", dest="ends_hold", action="store_true", help="allow automatic promotion again"
+        "--acknowledge", action="store_true", help="allow automatic promotion again after a rollback"
     )
-    parser.add_argument("--reason", default="", help="why, in words; the record keeps it")
+    parser.add_argument("--reason", default="", help="reason, stored in the promotion record")
 
 
-def follow_gate() -> None:
+def apply_verdict() -> None:
     """Promote the latest registered version, or mark it as waiting for approval.
 
     Raises:
@@ -80,11 +80,11 @@ def follow_gate() -> None:
     decision, version = read_json(GATE), int(read_json(VERSION)["version"])
     client, name = open_registry()
     approval = load_params(RegistryParams, "registry").approval
-    waits = find_wait(decision["verdict"], version, approval, open_record(client, name))
+    waits = find_wait_reason(decision["verdict"], version, approval, open_record(client, name))
     promoted = decision["verdict"] == "promote" and waits is None
     if waits:
         client.set_registered_model_alias(name, "challenger", str(version))
-        log.info("version %d waits for `nightshift promote %d`: %s", version, version, waits)
+        log.info("version %d is waiting for `nightshift promote %d`: %s", version, version, waits)
     elif promoted:
         move(
             version, "promote", f"gate: {decision['reason']}", expected=read_json(CHAMPION_RECORD)["version"]
@@ -92,7 +92,7 @@ def follow_gate() -> None:
     write_json(OUTCOME, {"promoted": promoted, "waits": waits})
 
 
-def find_wait(verdict: str, version: int, approval: str, record: Record) -> str | None:
+def find_wait_reason(verdict: str, version: int, approval: str, record: Record) -> str | None:
     """Return why a version must wait for manual approval, or None.
 
     Args:
@@ -126,12 +126,12 @@ def roll_back(version: int | None, reason: str) -> None:
         client, name = open_registry()
         previous = find_alias(client, name, "previous-champion")
         if previous is None:
-            raise GateError(f"registry: {name} has no previous champion; name a version: --version N")
+            raise GateError(f"registry: {name} has no previous champion; pass a version with --version N")
         version = int(previous.version)
     move(version, "rollback", reason)
 
 
-def acknowledge(reason: str) -> None:
+def release_hold(reason: str) -> None:
     """Allow automatic promotion again after a rollback."""
     client, name = open_registry()
     with promotion_lock(name):
@@ -156,14 +156,14 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
     with promotion_lock(name):
         current = find_alias(client, name, "champion")
         now = int(current.version) if current else None
-        record = note_outside(open_record(client, name), current)
+        record = record_outside_move(open_record(client, name), current)
         if now == version:
-            log.info("version %d is the champion already", version)
+            log.info("version %d is already the champion", version)
             return
         if expected not in (ANY_CHAMPION, now):
             raise GateError(
                 f"registry: the champion of {name} is version {now}, but the gate compared with {expected}; "
-                "somebody moved the alias: run the flow again"
+                "the alias was moved meanwhile; rerun the flow"
             )
         following = find_version(client, name, version)
         verify_version(following)
@@ -179,7 +179,7 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
         client.set_registered_model_alias(name, "champion", str(version))
         moved = find_alias(client, name, "champion")
         if moved is None or int(moved.version) != version:
-            raise GateError(f"registry: champion of {name} should be {version}, is {moved}; see MLflow")
+            raise GateError(f"registry: the champion of {name} is {moved} instead of {version}; check MLflow")
         drop_bases(name, needed)
     log.info("%s: version %d (%s) is the champion of %s", action, version, following.tags[DIGEST][:12], name)
 
@@ -198,17 +198,22 @@ def promotion_lock(name: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             raise GateError(
-                f"registry: the champion of {name} is being moved by another process; wait for it"
+                f"registry: the champion of {name} is being moved by another process; retry later"
             ) from err
         yield
 
 
-def note_outside(record: Record, current: ModelVersion | None) -> Record:
+def record_outside_move(record: Record, current: ModelVersion | None) -> Record:
     """Record an outside move if the alias does not match the record."""
     now, known = int(current.version) if current else None, record.champion
     if now != known:
-        log.warning("the champion of %s is version %s, not %s: moved from outside", record.name, now, known)
-        record.append("outside", current, None, f"found at version {now}, the record says {known}")
+        log.warning(
+            "the champion of %s is version %s, not %s: it was moved outside Nightshift",
+            record.name,
+            now,
+            known,
+        )
+        record.append("outside", current, None, f"found at version {now}, expected {known}")
     return record
 
 
@@ -220,11 +225,11 @@ def verify_version(version: ModelVersion) -> None:
     """
     uri = f"models:/{version.name}/{version.version}"
     with open_model(version) as (base, _):
-        answers = text_digest(*ask(base, uri)[0])
+        answers = text_digest(*answer_probes(base, uri)[0])
     if answers != version.tags.get(ANSWERS):
         raise GateError(
-            f"registry: {uri} loads, but its answers (digest {answers}) are not those of its registration "
-            f"({version.tags.get(ANSWERS)}); the base or the libraries changed: evaluate it again"
+            f"registry: {uri} loads, but its answers (digest {answers}) differ from those at registration "
+            f"({version.tags.get(ANSWERS)}); the base or the libraries changed, so evaluate it again"
         )
 
 

@@ -37,14 +37,14 @@ from nightshift.registry import served_model
 from nightshift.registry.bases import kept_place
 from nightshift.registry.card import write_card
 from nightshift.registry.lineage import write_lineage
-from nightshift.registry.versions import ANSWERS, DIGEST, ask, open_registry, registered
+from nightshift.registry.versions import ANSWERS, DIGEST, answer_probes, open_registry, registered
 from nightshift.tracking.runs import dataset_input, git_commit
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
 
 BASE_DIGEST = "nightshift.base_digest"
 # Folder written by snapshot -> its context in MLflow.
-BROUGHT_IN = {RAW: "training", BENCHMARKS: "evaluation"}
+DATASET_CONTEXTS = {RAW: "training", BENCHMARKS: "evaluation"}
 # The served model always decodes greedily, so there are no sampling parameters.
 EXAMPLE = {
     "messages": [{"role": "user", "content": "What is the chemical symbol of Gold?"}],
@@ -84,7 +84,7 @@ def register(verdict: str) -> int:
     digest, base = tree_digest(MODEL), file_digest(BASE_RECORD)
     for version in registered(client, name):
         if (version.tags[DIGEST], version.tags.get(BASE_DIGEST)) == (digest, base):
-            log.info("the candidate is version %s already", version.version)
+            log.info("the candidate is already registered as version %s", version.version)
             return int(version.version)
     number = log_model(client, name)
     tags = {
@@ -118,13 +118,13 @@ def require_same_answers(model_uri: str) -> str:
     Raises:
         GateError: The answers differ, or the model does not load.
     """
-    registered, trained = ask(BASE, model_uri, str(BASE), str(MODEL))
+    registered, trained = answer_probes(BASE, model_uri, str(BASE), str(MODEL))
     if registered != trained:
         raise GateError(
-            f"registry: {model_uri} answers {registered}, but the trained files answer {trained}; "
-            "the saved model is broken and no alias moves"
+            f"registry: {model_uri} returns {registered}, but the trained files return {trained}; "
+            "the registered model is broken, so no alias was moved"
         )
-    log.info("reloaded in a fresh process, three answers are the same: %s", registered)
+    log.info("reloaded in a fresh process: the three answers are identical: %s", registered)
     return text_digest(*registered)
 
 
@@ -163,7 +163,7 @@ def log_data(client: MlflowClient, run: str) -> None:
     outputs = locked_outputs()["snapshot"]
     datasets = [
         dataset_input(folder.name, outputs[folder.as_posix()], folder.as_posix(), context)
-        for folder, context in BROUGHT_IN.items()
+        for folder, context in DATASET_CONTEXTS.items()
     ]
     client.log_inputs(run, datasets=datasets)
 

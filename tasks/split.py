@@ -24,7 +24,7 @@ from nightshift.data.schemas import GROUPED
 BRIDGES_SCHEMA = pa.schema(
     [("id", pa.string()), ("near_ids", pa.list_(pa.string())), ("sides", pa.list_(pa.string()))]
 )
-SIDES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 BUCKETS = 10_000
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class SplitParams(StageParams):
     seed: Annotated[int, Field(strict=True, ge=0)]
 
     @model_validator(mode="after")
-    def _something_is_left_to_train(self) -> "SplitParams":
+    def _training_set_is_not_empty(self) -> "SplitParams":
         if self.validation_share + self.test_share >= 1:
             raise ValueError(
                 "validation_share + test_share must be below 1, got "
@@ -58,28 +58,28 @@ def main() -> None:
     """Write one Parquet file per split, and the removed examples that bridge two splits."""
     params = load_params(SplitParams, "split")
     counts: Counter[str] = Counter()
-    sides: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for row in iterate_rows(DEDUPED, ["id", "source", "group_id"]):
         by_phrasing = row["source"] in params.by_phrasing
-        sides[row["id"]] = "train" if by_phrasing else side(row["group_id"], params)
-        counts[sides[row["id"]]] += 1
-    require_sides(counts)
-    for name, target in SIDES.items():
-        write_batches(target, select(iterate_batches(DEDUPED), sides, name), GROUPED)
-    bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), sides))
+        splits[row["id"]] = "train" if by_phrasing else split_of(row["group_id"], params)
+        counts[splits[row["id"]]] += 1
+    require_splits(counts)
+    for name, target in SPLITS.items():
+        write_batches(target, select(iterate_batches(DEDUPED), splits, name), GROUPED)
+    bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), splits))
     write_rows(BRIDGES, bridges, BRIDGES_SCHEMA)
     if bridges:
-        log.info("%s: %d removed example(s) were near both sides of the split", BRIDGES, len(bridges))
+        log.info("%s: %d removed example(s) were near-duplicates across splits", BRIDGES, len(bridges))
     write_summary(
         "split",
-        rows_in=len(sides),
+        rows_in=len(splits),
         rows_out=counts.total(),
-        rows_out_by_side={name: counts[name] for name in SIDES},
+        rows_out_by_side={name: counts[name] for name in SPLITS},
         bridges=len(bridges),
     )
 
 
-def require_sides(counts: Mapping[str, int]) -> None:
+def require_splits(counts: Mapping[str, int]) -> None:
     """Fail if the training or test set is empty; sft checks the validation set if it needs one.
 
     Args:
@@ -92,20 +92,20 @@ def require_sides(counts: Mapping[str, int]) -> None:
     for name, change in (("train", "lower"), ("test", "raise")):
         if not counts.get(name):
             raise DataError(
-                f"{SIDES[name]}: 0 of {total} examples; {change} split.test_share, add data, or "
-                "name fewer sources in split.by_phrasing"
+                f"{SPLITS[name]}: 0 of {total} examples; {change} split.test_share, add data, or "
+                "list fewer sources in split.by_phrasing"
             )
 
 
 def select(
-    batches: Iterable[pa.RecordBatch], sides: Mapping[str, str], name: str
+    batches: Iterable[pa.RecordBatch], splits: Mapping[str, str], name: str
 ) -> Iterator[pa.RecordBatch]:
     """Yield the examples of one split."""
     for batch in batches:
-        yield batch.filter(pa.array([sides[one] == name for one in batch["id"].to_pylist()]))
+        yield batch.filter(pa.array([splits[id_] == name for id_ in batch["id"].to_pylist()]))
 
 
-def find_bridges(removed: Iterable[dict[str, Any]], sides: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def find_bridges(removed: Iterable[dict[str, Any]], splits: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield the removed examples that are near survivors in different splits.
 
     Such an example would leak held-out content into another split. Deduplication dropped it, because it
@@ -116,12 +116,12 @@ def find_bridges(removed: Iterable[dict[str, Any]], sides: Mapping[str, str]) ->
         [{'id': 'c', 'near_ids': ['a', 'b'], 'sides': ['train', 'test']}]
     """
     for row in removed:
-        found = [sides[near] for near in row["near_ids"]]
+        found = [splits[near] for near in row["near_ids"]]
         if len(set(found)) > 1:
             yield {**row, "sides": found}
 
 
-def side(group_id: str, params: SplitParams) -> str:
+def split_of(group_id: str, params: SplitParams) -> str:
     """Return the split of a group; a pure function of the seed and the group id."""
     digest = hashlib.blake2b(f"{params.seed}|{group_id}".encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "big") % BUCKETS / BUCKETS

@@ -178,7 +178,7 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
         StageError: A check failed, or there is no GPU.
     """
     if not rehearse and not torch.cuda.is_available():
-        raise StageError("no NVIDIA GPU; --rehearse runs some of the checks on a processor")
+        raise StageError("no NVIDIA GPU; --rehearse runs some of the checks on a CPU")
     deadline = time.monotonic() + seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = list(rehearsal() if rehearse else checks())
@@ -191,9 +191,9 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
 
     def run(check: Check) -> None:
         results[check.name] = train(check, work, deadline)
-        told = results[check.name]
-        said = told.get("error", [f"losses {told['losses']}, {told['gib']:.2f} GiB"])[-1]
-        log.info("%s: codes %s, %s s: %s", check.name, told["codes"], told["seconds"], said)
+        result = results[check.name]
+        summary = result.get("error", [f"losses {result['losses']}, {result['gib']:.2f} GiB"])[-1]
+        log.info("%s: codes %s, %s s: %s", check.name, result["codes"], result["seconds"], summary)
         write_json(out / "gpu-checks.json", {**measured, "results": dict(results)})
 
     small, wide = ([check for check in wanted if check.wide is size] for size in (False, True))
@@ -204,18 +204,16 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
     found = [f"{check.name}: {fault}" for check in wanted if (fault := find_fault(check, results))]
     write_json(out / "gpu-checks.json", {**measured, "results": results, "found": found})
     if found:
-        raise StageError("\n  ".join([f"{len(found)} of {len(wanted)} checks", *found]))
+        raise StageError("\n  ".join([f"{len(found)} of {len(wanted)} checks failed", *found]))
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command-line arguments."""
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu-checks.json")
-    parser.add_argument("--work", type=Path, required=True, help="an empty folder for the trainings")
-    parser.add_argument(
-        "--seconds", type=float, default=480.0, help="begin and leave no training running later"
-    )
-    parser.add_argument("--at-once", type=int, default=8, help="small trainings side by side")
-    parser.add_argument("--rehearse", action="store_true", help="some of the checks, on a processor")
+    parser.add_argument("--work", type=Path, required=True, help="empty folder for the training runs")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time limit of all training runs")
+    parser.add_argument("--at-once", type=int, default=8, help="number of small training runs in parallel")
+    parser.add_argument("--rehearse", action="store_true", help="run some of the checks on a CPU")
 
 
 def make_base(folder: Path, shape: dict[str, Any], device: str) -> None:
@@ -251,7 +249,7 @@ def train(check: Check, work: Path, deadline: float) -> dict[str, Any]:
     for _ in range(check.attempts + 1):
         left = min(check.seconds, deadline - time.monotonic())
         if left < 1:
-            codes.append("not begun")
+            codes.append("not started")
             break
         codes.append(run_stage(folder, {**state, **hidden, **check.environment}, left))
         if codes[-1] != 10:
@@ -321,8 +319,8 @@ def read_back(folder: Path, check: Check) -> dict[str, Any]:
 def metric(folder: Path, key: str) -> list[float]:
     """Return all values of a metric from the spool, by step."""
     entries = [entry for path in folder.glob("state/tracking/*.jsonl") for entry in read_spool(path)[1:]]
-    told = [entry for entry in entries if entry["kind"] == "metrics" and key in entry["values"]]
-    return [entry["values"][key] for entry in sorted(told, key=lambda entry: int(entry["step"]))]
+    logged = [entry for entry in entries if entry["kind"] == "metrics" and key in entry["values"]]
+    return [entry["values"][key] for entry in sorted(logged, key=lambda entry: int(entry["step"]))]
 
 
 def planned(folder: Path, job: Job) -> float:
@@ -342,12 +340,14 @@ def find_fault(check: Check, results: dict[str, Any]) -> str | None:
     """Return why a check failed, or None."""
     result = results[check.name]
     if "error" in result:
-        said = next((line for line in reversed(result["error"]) if line.startswith("error:")), "")
-        if check.may_lack and ("does not work on this machine" in said or " needs " in said):
+        # An error may go on below its first line, as the list of what the machine lacks does.
+        _, start, rest = "\n".join(["", *result["error"]]).rpartition("\nerror:")
+        message = f"error:{rest}" if start else ""
+        if check.may_lack and ("does not work on this machine" in message or " needs " in message):
             return None
-        return f"codes {result['codes']}: {said or result['error'][-1:]}"
+        return f"codes {result['codes']}: {message or result['error'][-1:]}"
     if check.attempts and result["codes"][0] != 10:
-        return f"codes {result['codes']}: it never ran out of memory"
+        return f"codes {result['codes']}: never ran out of memory"
     if "proven" not in result["selftest"]["isolation"] and check.lengths is None:
         return "isolation is not proven"
     if check.like:
@@ -355,9 +355,9 @@ def find_fault(check: Check, results: dict[str, Any]) -> str | None:
         if not others:
             return f"{check.like} has no losses to compare"
         pairs = zip(result["losses"], others, strict=False)
-        worst = max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
+        worst = max(abs(loss - other) / abs(other) for loss, other in pairs)
         if len(others) != len(result["losses"]) or worst > check.within:
-            return f"losses are off by {worst:.2g} of those of {check.like}, more than {check.within}"
+            return f"losses differ by {worst:.2g} from those of {check.like}, more than {check.within}"
     if check.wide and not 0.9 <= result["planned_gib"] / result["gib"] <= 1.1:
         return f"{result['gib']:.2f} GiB were allocated, {result['planned_gib']:.2f} planned"
     return None

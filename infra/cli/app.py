@@ -42,7 +42,7 @@ def report_errors(verb: Callable[..., None]) -> Callable[..., None]:
     """Report an error that the user can fix in one line, with exit code 2."""
 
     @wraps(verb)
-    def told(*args: Any, **kwargs: Any) -> None:
+    def wrapper(*args: Any, **kwargs: Any) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         try:
             verb(*args, **kwargs)
@@ -50,7 +50,7 @@ def report_errors(verb: Callable[..., None]) -> Callable[..., None]:
             sys.stderr.write(f"error: {err}\n")
             raise typer.Exit(2) from err
 
-    return told
+    return wrapper
 
 
 @app.command()
@@ -81,7 +81,7 @@ def status() -> None:
         log_file = stack.find_log(service)
         console.print(f"{service}: {len(errors)} error(s) in {log_file}, the last: {escape(errors[-1])}")
     for line in unused_by_params():
-        console.print(f"not named in params.yaml, not used: {line}")
+        console.print(f"not listed in params.yaml, unused: {line}")
 
 
 @app.command()
@@ -103,13 +103,17 @@ def plan() -> None:
 @app.command()
 @report_errors
 def run(
-    overrides: str = typer.Option("", help='JSON, such as {"sft.num_train_epochs": 2}'),
+    overrides: str = typer.Option("", help='Parameters as JSON, such as {"sft.num_train_epochs": 2}.'),
 ) -> None:
     """Retrain once, or join the active run, and show the scoreboard."""
     check(read_params())
     running = stack.up()
-    watch.run_deployment("finetune/prod", overrides, running)
+    stages = watch.run_deployment("finetune/prod", overrides, running, console)
     print_scoreboard(running)
+    board = read_json(scoreboard_file())
+    champion = board["version"] if board["promoted"] else board["champion"]
+    if message := watch.describe_nothing_new(stages, GATE, champion):
+        console.print(message)
 
 
 @app.command()
@@ -128,8 +132,8 @@ def gate() -> None:
 @app.command()
 @report_errors
 def promote(
-    version: Annotated[int, typer.Argument(help="The version to make the champion.")],
-    reason: Annotated[str, typer.Option(help="Why; the record keeps it.")],
+    version: Annotated[int, typer.Argument(help="Version to make the champion.")],
+    reason: Annotated[str, typer.Option(help="Reason, stored in the record.")],
 ) -> None:
     """Make a version the champion, for example one that awaits manual approval."""
     move_champion(f"--version={version}", f"--reason={reason}")
@@ -138,8 +142,8 @@ def promote(
 @app.command()
 @report_errors
 def rollback(
-    reason: Annotated[str, typer.Option(help="Why; the record keeps it.")],
-    to: Annotated[str, typer.Option(help="`previous`, or the number of a version.")] = "previous",
+    reason: Annotated[str, typer.Option(help="Reason, stored in the record.")],
+    to: Annotated[str, typer.Option(help="`previous`, or a version number.")] = "previous",
 ) -> None:
     """Restore the previous champion, and suspend automatic promotion."""
     target = () if to == "previous" else (f"--version={to}",)
@@ -148,7 +152,7 @@ def rollback(
 
 @app.command()
 @report_errors
-def acknowledge(reason: Annotated[str, typer.Option(help="Why; the record keeps it.")]) -> None:
+def acknowledge(reason: Annotated[str, typer.Option(help="Reason, stored in the record.")]) -> None:
     """Resume automatic promotion after a rollback."""
     move_champion("--acknowledge", f"--reason={reason}")
 
@@ -179,15 +183,15 @@ def history() -> None:
 @app.command()
 @report_errors
 def trace(
-    version: Annotated[int | None, typer.Argument(help="A version of the model.")] = None,
-    row: Annotated[str, typer.Option(help="An example's id, or its place: source/shard:line.")] = "",
+    version: Annotated[int | None, typer.Argument(help="Version number.")] = None,
+    row: Annotated[str, typer.Option(help="Id of an example, or its origin: source/shard:line.")] = "",
 ) -> None:
     """Show the lineage of a version, or with --row the versions that were trained on a row."""
     from infra.cli import trace as lineage
 
     hide_downloads()
     if (version is None) == (not row):
-        raise ConfigError("nightshift trace takes a version, or --row; give one of the two")
+        raise ConfigError("nightshift trace: needs either a version or --row; give exactly one")
     if version is None:
         lineage.show_row(console, row)
     else:
@@ -196,7 +200,7 @@ def trace(
 
 @app.command()
 @report_errors
-def reproduce(version: Annotated[int, typer.Argument(help="A version of the model.")]) -> None:
+def reproduce(version: Annotated[int, typer.Argument(help="Version number.")]) -> None:
     """Rebuild a version from its data, code and parameters in a separate folder, and compare digests."""
     from infra.cli.reproduce import rebuild
 
@@ -206,9 +210,9 @@ def reproduce(version: Annotated[int, typer.Argument(help="A version of the mode
 @app.command()
 @report_errors
 def forget(
-    rows: Annotated[list[str], typer.Argument(help="Ids of examples, or their places: source/shard:line.")],
+    rows: Annotated[list[str], typer.Argument(help="Ids of examples, or their origins: source/shard:line.")],
     *,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """Erase rows and their near-duplicates from the raw data and everything derived from it."""
     from nightshift.registry.versions import open_registry
@@ -220,11 +224,14 @@ def forget(
     for origin in found.origins:
         console.print(escape(origin))
     trained = ", ".join(f"{version} ({count:,})" for version, count in found.versions.items())
-    console.print(f"versions of {name} to train again (examples from these rows): {trained or 'none'}")
+    console.print(f"versions of {name} to retrain (examples from these rows): {trained or 'none'}")
     if not yes:
-        typer.confirm("These rows, and all outputs, memos and checkpoints, go for good. Go on?", abort=True)
+        typer.confirm(
+            "This permanently deletes these rows and all outputs, caches and checkpoints. Continue?",
+            abort=True,
+        )
     erase(found, client, name)
-    console.print("gone; `nightshift run` trains without them")
+    console.print("deleted; `nightshift run` trains without them")
 
 
 def hide_downloads() -> None:
@@ -235,10 +242,10 @@ def hide_downloads() -> None:
 @app.command("import")
 @report_errors
 def import_config(
-    config: Annotated[Path, typer.Argument(help="An Axolotl configuration, such as axolotl.yml.")],
+    config: Annotated[Path, typer.Argument(help="Axolotl config file, such as axolotl.yml.")],
     *,
     write: Annotated[
-        bool, typer.Option("--write", help="Write params.yaml; else only show the result.")
+        bool, typer.Option("--write", help="Write params.yaml; otherwise only show the result.")
     ] = False,
 ) -> None:
     """Convert an Axolotl config file to params.yaml."""
@@ -246,10 +253,10 @@ def import_config(
     console.print(axolotl.tables(found, axolotl.read_config(config), read_params()))
     if write:
         axolotl.write(text)
-        console.print("params.yaml is written; `git diff params.yaml` shows what changed")
+        console.print("params.yaml was written; `git diff params.yaml` shows the changes")
     else:
-        axolotl.require_right(text)
-        console.print("nothing is written; --write does it")
+        axolotl.require_valid(text)
+        console.print("nothing was written; use --write to write params.yaml")
 
 
 def print_scoreboard(running: Stack) -> None:
@@ -268,7 +275,7 @@ def print_scoreboard(running: Stack) -> None:
 @report_errors
 def chat(
     model: Annotated[
-        str, typer.Argument(help="models:/NAME@ALIAS, an alias, a version's number, or an exported folder.")
+        str, typer.Argument(help="Version number, alias, models:/NAME@ALIAS, or exported folder.")
     ] = "champion",
 ) -> None:
     """Chat with a version of the model; with piped input, each line is a question."""
@@ -282,16 +289,14 @@ def chat(
 @app.command()
 @report_errors
 def export(
-    model: Annotated[
-        str, typer.Argument(help="A version's number, an alias, or models:/NAME@ALIAS.")
-    ] = "champion",
+    model: Annotated[str, typer.Argument(help="Version number, alias, or models:/NAME@ALIAS.")] = "champion",
     *,
-    to: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    to: Annotated[Path, typer.Option(help="Output folder; must not exist yet.")],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Of the weights; else the base's."),
+        typer.Option(help="Dtype of the weights (default: the base's)."),
     ] = None,
-    gguf: Annotated[bool, typer.Option("--gguf", help="Write model.gguf too, for llama.cpp.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also write model.gguf for llama.cpp.")] = False,
 ) -> None:
     """Export a version as full weights for vLLM, `transformers serve` or llama.cpp."""
     os.environ.update(OFFLINE)
@@ -301,5 +306,5 @@ def export(
     record = write(find_model(model), to, dtype, with_gguf=gguf)
     console.print(f"version {record['version']} of {record['model']} is in {to}")
     for what, found in record["differences"].items():
-        said = "logits differ by up to {largest:.2g} of their standard deviation, allowed is {bound:.2g}"
-        console.print(f"{what}: {said.format(**found) if found else 'not checked, see above'}")
+        text = "logits differ by up to {largest:.2g} of their standard deviation (limit: {bound:.2g})"
+        console.print(f"{what}: {text.format(**found) if found else 'not checked, see above'}")

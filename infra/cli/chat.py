@@ -16,7 +16,7 @@ from nightshift.registry.served_model import MAX_NEW_TOKENS, TooLongError, faste
 from nightshift.registry.versions import DIGEST, find_model, open_model
 
 # Answers go to stdout and everything else to stderr, so that a pipe receives only the answers.
-aside = Console(stderr=True, highlight=False)
+stderr_console = Console(stderr=True, highlight=False)
 
 
 def chat(address: str) -> None:
@@ -28,23 +28,23 @@ def chat(address: str) -> None:
     Raises:
         GateError: The version does not exist, or its files differ from the registered ones.
     """
-    quieten()
+    silence_libraries()
     if (Path(address) / "config.json").is_file():
-        aside.print(f"exported model in {escape(address)}")
+        stderr_console.print(f"exported model in {escape(address)}")
         model, tokenizer = load(Path(address), Path(address))
     else:
         version = find_model(address)
         with open_model(version) as folders:
             model, tokenizer = load(*folders)
-        also = "".join(f", {alias}" for alias in version.aliases)
-        aside.print(f"version {version.version} of {version.name}{also}")
-        aside.print(f"adapter {version.tags[DIGEST]}, as registered")
+        aliases = "".join(f", {alias}" for alias in version.aliases)
+        stderr_console.print(f"version {version.version} of {version.name}{aliases}")
+        stderr_console.print(f"adapter {version.tags[DIGEST]}, as registered")
     if sys.stdin.isatty():
-        aside.print("Ctrl-C ends an answer, Ctrl-D or /exit the chat")
+        stderr_console.print("Ctrl-C stops an answer, Ctrl-D or /exit ends the chat")
     converse(model.to(fastest_device()), tokenizer)
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Disable progress bars and warnings of the libraries during the chat."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -58,22 +58,22 @@ def converse(model: Any, tokenizer: Any) -> None:
     turns: list[dict[str, str]] = []
     for question in questions():
         turns.append({"role": "user", "content": question})
-        said: list[str] = []
+        answer: list[str] = []
         try:
             with closing(stream(model, tokenizer, turns, MAX_NEW_TOKENS)) as pieces:
                 for piece in pieces:
-                    said.append(piece)
+                    answer.append(piece)
                     sys.stdout.write(printable(piece))
                     sys.stdout.flush()
         except KeyboardInterrupt:
-            aside.print(" (ended)", end="")
+            stderr_console.print(" (interrupted)", end="")
         except TooLongError as err:
-            aside.print(f"{err}; the next question starts one", end="")
+            stderr_console.print(f"{err} (the next question does)", end="")
             turns.clear()
             continue
         finally:
             sys.stdout.write("\n")
-        turns.append({"role": "assistant", "content": "".join(said).strip()})
+        turns.append({"role": "assistant", "content": "".join(answer).strip()})
 
 
 def questions() -> Iterator[str]:

@@ -28,7 +28,7 @@ from nightshift.core.stage import OFFLINE
 from nightshift.core.state import tools_environment
 from nightshift.registry.served_model import PROBES, generate, load
 from nightshift.registry.versions import DIGEST, open_model
-from tasks.sft.checkpoints import find_broken
+from tasks.sft.checkpoints import find_non_finite
 
 ANSWER_TOKENS = 32
 # Allowed difference of logits, as a share of their standard deviation. With thirty layers in float32,
@@ -63,24 +63,26 @@ def export(
         StageError: The GGUF converter is missing or fails.
     """
     if target.exists():
-        raise GateError(f"{target}: is there already; remove it or name another folder")
+        raise GateError(f"{target}: already exists; remove it or choose another folder")
     converter = find_converter() if with_gguf else None
     with atomic_directory(target) as folder, open_model(version) as (base, adapter):
         stored = getattr(torch, dtype) if dtype else AutoConfig.from_pretrained(base).dtype
         bound = MERGE_BOUND + ROUNDING_BOUND * torch.finfo(stored).eps
-        require_finite(adapter, "the version must not be used")
+        require_finite(adapter, "do not use this version")
         model, tokenizer = load(base, adapter, "float32")
         answers = [answer(model, tokenizer, question) for question in PROBES]
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload(safe_merge=True)
-        differences: dict[str, Any] = {"merged": compare("the merge", model, tokenizer, answers, MERGE_BOUND)}
+        differences: dict[str, Any] = {
+            "merged": compare("merged model", model, tokenizer, answers, MERGE_BOUND)
+        }
         # Training disables the KV cache.
         model.config.use_cache = True
         model.to(stored).save_pretrained(folder)
         # Otherwise this loading option would be saved with the tokenizer.
         tokenizer.init_kwargs.pop("local_files_only", None)
         tokenizer.save_pretrained(folder)
-        require_finite(folder, "with --dtype float32 no weight is rounded")
+        require_finite(folder, "use --dtype float32, which rounds no weight")
         model, tokenizer = load(folder, folder, "float32")
         differences["stored"] = compare(f"{stored} weights", model, tokenizer, answers, bound)
         if converter:
@@ -106,8 +108,8 @@ def require_finite(folder: Path, remedy: str) -> None:
     Raises:
         GateError: A weight is NaN or infinite.
     """
-    if name := find_broken(folder):
-        raise GateError(f"export: {name} is not finite; nothing is written; {remedy}")
+    if name := find_non_finite(folder):
+        raise GateError(f"export: {name} is not finite; nothing was written; {remedy}")
 
 
 @contextmanager
@@ -132,11 +134,11 @@ def answer(model: Any, tokenizer: Any, question: str) -> tuple[Any, Any]:
         (n_tokens, n_vocabulary), float32.
     """
     turns = [{"role": "user", "content": question}]
-    asked = tokenizer.apply_chat_template(
+    prompt = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
     _, new = generate(model, tokenizer, turns, ANSWER_TOKENS)
-    ids = torch.cat([asked[0], new])[None]
+    ids = torch.cat([prompt[0], new])[None]
     return ids, model(input_ids=ids).logits[0]
 
 
@@ -171,9 +173,9 @@ def compare(
     largest = float(np.max(shares))
     if not largest <= bound or same < len(expected):
         raise GateError(
-            f"export: {what}: logits differ by up to {largest:.2g} of their standard deviation, allowed "
-            f"is {bound:.2g}, and {same} of {len(expected)} greedy answers are the same; nothing is written; "
-            "with --dtype float32 no weight is rounded"
+            f"export: {what}: logits differ by up to {largest:.2g} of their standard deviation (limit: "
+            f"{bound:.2g}), and {same} of {len(expected)} greedy answers are identical; nothing was written; "
+            "use --dtype float32, which rounds no weight"
         )
     return {"largest": float(f"{largest:.3g}"), "bound": float(f"{bound:.3g}")}
 
@@ -189,7 +191,7 @@ def find_converter() -> list[str]:
             return [sys.executable, found] if name.endswith(".py") else [found]
     raise StageError(
         f"export: none of {', '.join(CONVERTERS)} is on PATH; clone https://github.com/ggml-org/llama.cpp, "
-        "put its folder on PATH and install `sentencepiece` beside Nightshift, or leave --gguf out"
+        "add its folder to PATH and install `sentencepiece` in Nightshift's environment, or omit --gguf"
     )
 
 
@@ -212,7 +214,7 @@ def load_gguf(folder: Path) -> Any | None:
             folder, gguf_file="model.gguf", dtype=torch.float32, trust_remote_code=False
         ).eval()
     except ValueError as err:
-        log.warning("export: model.gguf is not checked: %s", err)
+        log.warning("export: model.gguf was not checked: %s", err)
         return None
 
 

@@ -25,8 +25,8 @@ from nightshift.pipeline.graph import changed_stages, find_reruns
 from nightshift.pipeline.scoreboard import scoreboard_file
 from tasks.check import check
 from tasks.sft import SftParams
-from tasks.sft.backend import fit, fits, with_processes
-from tasks.sft.machine import VISIBLE, Machine, processor_has_bf16
+from tasks.sft.backend import find_fitting_strategy, fits, with_processes
+from tasks.sft.machine import VISIBLE, Machine, cpu_has_bf16
 from tasks.sft.memory import Batch, Memory, estimate_all, largest_batch, totals
 from tasks.sft.plan import Plan, compile_plan
 from tasks.sft.strategy import GIB
@@ -53,7 +53,7 @@ DEVICE = re.compile(
 QUERY = "name,memory.total,compute_cap,index,uuid"
 # Timeout of nvidia-smi; it takes a second or two if no daemon keeps the driver loaded.
 DRIVER_SECONDS = 20
-REPAIR = "a GPU that is there cannot be used until its driver is repaired"
+REPAIR = "GPUs of this machine are unusable until the driver is repaired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def show(console: Console) -> None:
     if stale := [stage for stage in READS.values() if stage in reruns]:
         print_reruns(console, reruns)
         raise DataError(
-            f"data/{' and data/'.join(stale)}: made of other parameters, code or data than these; run "
+            f"data/{' and data/'.join(stale)}: built from other parameters, code or data; run "
             f"`dvc repro {' '.join(stale)}` first"
         )
     lengths, labelled = read_lengths(PACKED)
@@ -101,7 +101,7 @@ def show(console: Console) -> None:
     plan = compile_plan(params, lengths, labelled)
     size = params.per_device_train_batch_size
     batch = largest_batch(plan.order, [sum(one) for one in lengths], labelled, size)
-    print_course(console, params, plan)
+    print_training(console, params, plan)
     print_reruns(console, reruns)
     print_choice(console, params, found, batch)
 
@@ -117,15 +117,11 @@ def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
 
 def find_devices() -> Devices:
     """Query the driver for its devices; without a visible GPU, training runs on the CPU."""
-    found = ask_driver()
-    return (
-        Devices("cpu", 0, None, processor_has_bf16(), f"nvidia-smi {found}")
-        if isinstance(found, str)
-        else found
-    )
+    found = query_driver()
+    return Devices("cpu", 0, None, cpu_has_bf16(), f"nvidia-smi {found}") if isinstance(found, str) else found
 
 
-def ask_driver() -> Devices | str:
+def query_driver() -> Devices | str:
     """Return the visible devices that nvidia-smi lists, or why there are none."""
     query = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
@@ -148,14 +144,14 @@ def ask_driver() -> Devices | str:
         # A hung driver can make the process unkillable, so do not wait for its end.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)
-        return f"gives no answer within {DRIVER_SECONDS} seconds; {REPAIR}"
+        return f"did not respond within {DRIVER_SECONDS} seconds; {REPAIR}"
     # nvidia-smi may print warnings in addition to the devices, and then exits with a code other than 0.
     lines = [found for line in answer.splitlines() if (found := DEVICE.fullmatch(line.strip()))]
     if lines:
         visible = visible_lines(lines, os.environ.get(VISIBLE))
-        return describe(visible) if visible else f"shows no GPU that {VISIBLE}={os.environ[VISIBLE]} names"
-    said = " ".join(answer.split())[:200] or "nothing"
-    return f"ended with code {process.returncode} and said: {said}; {REPAIR}"
+        return describe(visible) if visible else f"lists no GPU of {VISIBLE}={os.environ[VISIBLE]}"
+    output = " ".join(answer.split())[:200] or "no output"
+    return f"exited with code {process.returncode}: {output}; {REPAIR}"
 
 
 def visible_lines(lines: Sequence[re.Match[str]], visible: str | None) -> list[re.Match[str]]:
@@ -195,15 +191,15 @@ def describe(lines: Sequence[re.Match[str]]) -> Devices:
     found = lines[0]
     name, memory, capability = found["name"], read_number(found["memory"]), read_number(found["capability"])
     unknown = [
-        told
-        for told, value in (
-            ("its memory is not known, so what fits is not checked", memory),
-            ("its capability is not known, so bf16 is assumed", capability),
+        note
+        for note, value in (
+            ("memory unknown, so fit is not checked", memory),
+            ("compute capability unknown, so bf16 is assumed", capability),
         )
         if value is None
     ]
     name = name if len(lines) == 1 else f"{len(lines)} x {name}"
-    source = "; ".join([f"{name}, as nvidia-smi says", *unknown, "that torch can use it is assumed"])
+    source = "; ".join([f"{name}, as reported by nvidia-smi", *unknown, "assuming torch can use it"])
     has_bf16 = capability is None or capability >= 8
     size = None if memory is None else int(memory * 2**20)
     return Devices("cuda", len(lines), size, has_bf16, source)
@@ -231,7 +227,7 @@ def as_machine(found: Devices, precision: str, params: SftParams) -> Machine:
     return Machine(found.device, names, found.memory, precision, kernel, head=None, has_liger=False)
 
 
-def print_course(console: Console, params: SftParams, plan: Plan) -> None:
+def print_training(console: Console, params: SftParams, plan: Plan) -> None:
     """Print the length of the training run and its learning rate."""
     tokens, rates = sum(plan.tokens), plan.learning_rate
     picture = state_dir() / "plan.svg"
@@ -255,7 +251,9 @@ def print_choice(console: Console, params: SftParams, found: Devices, batch: Bat
     """
     config, precision = read_json(CONFIG), choose_precision(params.precision, found)
     try:
-        name, reason, checkpointing = fit(params, as_machine(found, precision, params), config, batch)
+        name, reason, checkpointing = find_fitting_strategy(
+            params, as_machine(found, precision, params), config, batch
+        )
     except ConfigError:
         # The table shows how much memory is missing.
         print_memory(console, estimate_all(config, params, precision, batch, found.device))
@@ -263,24 +261,24 @@ def print_choice(console: Console, params: SftParams, found: Devices, batch: Bat
     known = params.model_copy(update={"activation_checkpointing": checkpointing})
     sizes = estimate_all(config, known, precision, batch, found.device)
     print_memory(console, sizes)
-    console.print(f"largest micro-batch: {batch.tokens:,} tokens, {batch.labelled:,} of them with labels")
+    console.print(f"largest micro-batch: {batch.tokens:,} tokens, {batch.labelled:,} of them labelled")
     console.print(f"device: {found.device}, precision {precision} ({found.source})")
     if params.attn_implementation == "auto":
         kernel = "sdpa" if found.gpus else "sdpa_per_example"
-        console.print(f"attention: {kernel} is assumed; which one runs is tried out when the training starts")
+        console.print(f"attention: {kernel} is assumed; kernels are tested when training starts")
     if checkpointing and params.activation_checkpointing == "auto":
-        console.print("activation checkpointing: on, since it does not fit otherwise")
+        console.print("activation checkpointing: on, since the run does not fit without it")
     is_fit = fits(name, totals(sizes), found.memory)
     console.print(
         f"strategy: [bold]{name}[/bold] ({reason}), {params.ranks} processes, "
         f"micro-batch {params.per_device_train_batch_size} rows"
-        + ("" if is_fit else "; [bold]it does not fit into the device's memory[/bold]")
+        + ("" if is_fit else "; [bold]it does not fit into device memory[/bold]")
     )
 
 
 def print_memory(console: Console, sizes: Mapping[str, Memory]) -> None:
     """Print the memory of each strategy, by kind."""
-    table = Table(title="Memory of one device at its peak, in GiB", box=None)
+    table = Table(title="Peak memory of one device, in GiB", box=None)
     table.add_column("strategy")
     for heading in KINDS.values():
         table.add_column(heading, justify="right")
@@ -295,8 +293,10 @@ def expected_time(tokens: int) -> str:
     for path in (TRAINING_RUN, scoreboard_file()):
         if path.is_file() and (speed := read_json(path).get("tokens_per_second")):
             minutes = tokens / speed / 60
-            return f"{minutes:,.1f} minutes at the {speed:,.0f} tokens/s of the last training ({path.name})"
-    return "unknown: no training has been measured here"
+            return (
+                f"{minutes:,.1f} minutes at the {speed:,.0f} tokens/s of the last training run ({path.name})"
+            )
+    return "unknown: no training run was measured here"
 
 
 def sparkline(values: Sequence[float], width: int = 50) -> str:

@@ -21,7 +21,7 @@ from nightshift.pipeline.params_yaml import edit
 from nightshift.registry.lineage import KEPT, open_lineage
 from nightshift.registry.versions import DIGEST, FORGOTTEN, find_version, open_registry
 
-BROUGHT_IN = ("data/raw", "data/benchmarks")
+FETCHED = ("data/raw", "data/benchmarks")
 # Contains a run id and a throughput.
 VARYING = ("data/sft/mlflow_run.json",)
 
@@ -41,25 +41,25 @@ def rebuild(console: Console, version: int) -> bool:
     found = find_version(client, name, version)
     if FORGOTTEN in found.tags:
         raise GateError(
-            f"registry: {found.tags[FORGOTTEN]} examples of version {version} were forgotten since; "
-            "its data is gone for good: train a new version"
+            f"registry: {found.tags[FORGOTTEN]} examples of version {version} were forgotten, so its "
+            "training data no longer exists; train a new version"
         )
     folder = state_dir() / "reproduce" / f"{name}-{version}"
     shutil.rmtree(folder, ignore_errors=True)
     with open_lineage(name, version) as lineage:
-        told = read_json(lineage / "lineage.json")
-        commit = str(told["code"])
+        lineage_data = read_json(lineage / "lineage.json")
+        commit = str(lineage_data["code"])
         before = locked_outputs(lineage / "dvc.lock")
         if "snapshot" not in before:
             raise GateError(
-                f"registry: version {version} was registered before the snapshot was a stage; "
+                f"registry: version {version} was registered before the snapshot became a stage; "
                 f"run `git checkout {commit}`, then `nightshift reproduce {version}`"
             )
         make_workspace(folder, commit)
         for path in KEPT:
             shutil.copyfile(lineage / path.name, folder / path)
     # The lineage of a 0.1.0 version has no effective settings.
-    trained = told.get("effective", {})
+    trained = lineage_data.get("effective", {})
     pin_processes(folder / PARAMS, trained)
     fetch_data(folder)
     stages = stages_to_rebuild(folder)
@@ -73,13 +73,13 @@ def rebuild(console: Console, version: int) -> bool:
     rows = {
         "registered adapter": found.tags[DIGEST],
         "rebuilt adapter": adapter,
-        "verdict": "the same, bit for bit" if is_same else "different",
-        "computed otherwise": ", ".join(differences(trained, folder)) or "no",
+        "verdict": "bit-identical" if is_same else "different",
+        "different settings": ", ".join(differences(trained, folder)) or "none",
         "outputs that differ": ", ".join(sorted(different)) or f"none of {len(compared)}",
     }
     table = Table(title=f"Version {version} of {name}, rebuilt in {folder}", box=None, show_header=False)
-    for what, said in rows.items():
-        table.add_row(what, said)
+    for label, value in rows.items():
+        table.add_row(label, value)
     console.print(table)
     return is_same
 
@@ -125,10 +125,10 @@ def fetch_data(folder: Path) -> None:
         StageError: Neither contains the data.
     """
     cache = str(Path(".dvc/cache").absolute())
-    require(dvc(folder, "config", "--local", "cache.dir", cache), f"{folder} is no DVC repository")
-    if dvc(folder, "checkout", "--quiet", *BROUGHT_IN):
-        wanted = ", ".join(BROUGHT_IN)
-        require(dvc(folder, "pull", *BROUGHT_IN), f"{wanted}: neither in DVC's cache nor in its remote")
+    require(dvc(folder, "config", "--local", "cache.dir", cache), f"{folder} is not a DVC repository")
+    if dvc(folder, "checkout", "--quiet", *FETCHED):
+        wanted = ", ".join(FETCHED)
+        require(dvc(folder, "pull", *FETCHED), f"{wanted}: neither in DVC's cache nor in its remote")
 
 
 def stages_to_rebuild(folder: Path) -> list[str]:
@@ -156,4 +156,4 @@ def require(code: int, problem: str) -> None:
         StageError: The command failed.
     """
     if code:
-        raise StageError(f"{problem} (exit code {code}); the reason stands above")
+        raise StageError(f"{problem} (exit code {code}); see the output above")

@@ -56,10 +56,10 @@ def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
     table.add_row("adapter", version.tags[DIGEST])
     table.add_row("aliases", ", ".join(version.aliases) or "none")
     if FORGOTTEN in version.tags:
-        table.add_row("forgotten since", f"{version.tags[FORGOTTEN]} of its examples; train it again")
+        table.add_row("forgotten since", f"{version.tags[FORGOTTEN]} of its examples; retrain it")
     table.add_row("code", lineage["code"])
     if lineage["changed"]:
-        table.add_row("but changed", ", ".join(lineage["changed"]))
+        table.add_row("uncommitted changes", ", ".join(lineage["changed"]))
     table.add_row("base", f"{base['model']}, {len(base['files'])} files")
     table.add_row("trained by", f"run {lineage['training']['run_id']}")
     table.add_row("environment", environment)
@@ -89,7 +89,9 @@ def checks(gate: dict[str, Any]) -> Table:
     """Return a table of the gate's checks."""
     table = Table("check", "verdict", "why", title=f"Gate: {gate['verdict']}", box=None)
     for check in gate.get("checks", ()):
-        table.add_row(check["name"], check["verdict"], escape(check["said"]))
+        # Lineages of earlier releases use the key `said`.
+        message = check["message"] if "message" in check else check["said"]
+        table.add_row(check["name"], check["verdict"], escape(message))
     return table
 
 

@@ -1,125 +1,305 @@
-"""Run a deployment from the terminal: start it or join the active run, and show its training steps."""
+"""Run a deployment from the terminal: start it or join the active run, and show its stages as they run."""
 
-import os
-import subprocess
-import sys
-import threading
+import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.local.settings import environment
-from nightshift.core.errors import StageError
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from infra.local.processes import read_records
+from nightshift.core.errors import ConfigError, StageError
+from nightshift.core.files import read_json
+from nightshift.core.paths import DATA, GATE, OUTCOME, PAGE, VERSION
 
 if TYPE_CHECKING:
     from infra.local.settings import Stack
 
-POLL_SECONDS = 2.0
+POLL_SECONDS = 1.0
+# States of a flow run that has not ended.
 ACTIVE = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
-def run_deployment(deployment: str, overrides: str, stack: "Stack") -> None:
+@dataclass(slots=True)
+class Stage:
+    """One stage or program of the run, as Prefect reports it.
+
+    Attributes:
+        name: Stage name.
+        state: State in words, such as running, completed, skipped or failed.
+        seconds: Run time so far, in seconds.
+        has_ended: Whether it has ended.
+        percent: Progress, 0 to 100, or None if it reports none.
+        figures: Key figures: progress while it runs, its result afterwards.
+    """
+
+    name: str
+    state: str
+    seconds: float
+    has_ended: bool
+    percent: float | None = None
+    figures: str = ""
+
+
+def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Console) -> list[Stage]:
     """Start a run of the deployment, or join the active run, and follow it to its end.
 
-    An outage of the Prefect server does not end the run: it is joined again when the server is back.
+    An outage of the Prefect server does not end the run: it is followed again when the server is back.
 
     Args:
         deployment: Name of the deployment, `flow/deployment`.
         overrides: JSON for the flow parameter `overrides`, or an empty string.
         stack: Local stack.
+        console: Terminal, file or pipe to print to.
+
+    Returns:
+        The stages of the run.
 
     Raises:
+        ConfigError: The overrides are not a JSON object.
         StageError: The run did not start or complete, or a run is active and cannot take overrides.
     """
-    active = find_active(stack, deployment)
-    if active and overrides:
-        raise StageError(f"{deployment}: run {active['name']} is under way; wait for it or cancel it")
-    before = {run["id"] for run in list_runs(stack, deployment)} - {active and active["id"]}
-    if active:
-        command = ["flow-run", "watch", active["id"]]
-    else:
-        command = ["deployment", "run", deployment, "--watch"]
-        command += ["--param", f"overrides={overrides}"] if overrides else []
-    ended = threading.Event()
-    threading.Thread(target=show_steps, args=(stack, ended), daemon=True).start()
+    values = parse_overrides(overrides)
+    run = find_active(stack, deployment)
+    if run and values:
+        raise StageError(f"{deployment}: run {run['name']} is active; wait for it or cancel it")
+    is_joined = run is not None
+    run = run or start_run(stack, deployment, values)
+    page = f"{stack.prefect_ui}/runs/flow-run/{run['id']}"
+    console.print(f"{'joined' if is_joined else 'started'} run {run['name']}: {page}", highlight=False)
     try:
-        while not prefect(stack, *command):
-            run = next((run for run in await_runs(stack, deployment) if run["id"] not in before), None)
-            if run is None:
-                raise StageError(f"{deployment}: no run was started; the reason stands above")
-            if run["state_type"] not in ACTIVE:
-                raise StageError(f"{deployment}: {describe_failure(stack, run)}")
-            command = ["flow-run", "watch", run["id"]]
+        run, stages = follow(stack, run["id"], console)
     except KeyboardInterrupt as err:
         raise StageError(
-            f"{deployment}: no longer watched, but the run goes on: `make run` joins it, "
+            f"{deployment}: no longer watched, but the run continues: `make run` joins it, "
             "`make down` cancels it"
         ) from err
-    finally:
-        ended.set()
+    if run["state_type"] != "COMPLETED":
+        reason = f"{run['state_name']}: {run['state']['message']}"
+        raise StageError(f"{deployment}: run {run['name']} {reason}; its log is at {page}")
+    return stages
 
 
-def prefect(stack: "Stack", *arguments: str) -> bool:
-    """Run a `prefect` command in this terminal, and return whether it succeeded."""
-    command = [str(Path(sys.executable).with_name("prefect")), *arguments]
-    return not subprocess.run(command, env={**os.environ, **environment(stack)}, check=False).returncode
+def parse_overrides(text: str) -> dict[str, Any]:
+    """Return the overrides of a run; the flow checks keys and values.
+
+    Raises:
+        ConfigError: The text is not a JSON object.
+
+    Example:
+        >>> parse_overrides('{"sft.seed": 7}'), parse_overrides("")
+        ({'sft.seed': 7}, {})
+    """
+    try:
+        values = json.loads(text or "{}")
+    except json.JSONDecodeError as err:
+        raise ConfigError(f"--overrides: not JSON: {err}; write it as '{{\"sft.seed\": 7}}'") from err
+    if not isinstance(values, dict):
+        raise ConfigError(f"--overrides: {text} is not a JSON object; write it as '{{\"sft.seed\": 7}}'")
+    return values
 
 
-def await_runs(stack: "Stack", deployment: str) -> list[dict[str, Any]]:
-    """Return the runs of the deployment, newest first; wait while the server is unreachable."""
-    is_told = False
-    while True:
-        try:
-            return list_runs(stack, deployment, sort="EXPECTED_START_TIME_DESC")
-        except StageError:
-            if not is_told:
-                sys.stderr.write(
-                    "Prefect does not answer; the run goes on, `nightshift up` starts it again\n"
-                )
-            is_told = True
+def start_run(stack: "Stack", deployment: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Start a run of the deployment and return it."""
+    found = stack.prefect("GET", f"/deployments/name/{deployment}")
+    body = {"parameters": {"overrides": overrides}} if overrides else {}
+    run: dict[str, Any] = stack.prefect("POST", f"/deployments/{found['id']}/create_flow_run", body)
+    return run
+
+
+def follow(stack: "Stack", run_id: str, console: Console) -> tuple[dict[str, Any], list[Stage]]:
+    """Show the stages of a run until it has ended; return the run and its stages.
+
+    Raises:
+        StageError: The servers were stopped.
+    """
+    is_warned = False
+    with shown_stages(console) as show:
+        while True:
+            try:
+                # In this order: the stages of a run that has ended are final.
+                run = stack.prefect("GET", f"/flow_runs/{run_id}")
+                stages = read_stages(stack, run_id)
+            except StageError as err:
+                if not read_records(stack.state_dir):
+                    raise StageError("the servers were stopped; `make run` starts them again") from err
+                if not is_warned:
+                    console.print(
+                        "Prefect does not respond; the run continues, `nightshift up` restarts the server"
+                    )
+                is_warned = True
+                time.sleep(POLL_SECONDS)
+                continue
+            show(stages)
+            if run["state_type"] in ENDED:
+                return run, stages
             time.sleep(POLL_SECONDS)
 
 
-def describe_failure(stack: "Stack", run: dict[str, Any]) -> str:
-    """Describe why a run did not complete, and where its log is."""
-    page = f"{stack.prefect_ui}/runs/flow-run/{run['id']}"
-    return f"run {run['name']} {run['state_name']}: {run['state']['message']}; its log is at {page}"
+@contextmanager
+def shown_stages(console: Console) -> Iterator[Callable[[list[Stage]], None]]:
+    """Yield a function that shows the stages of a run.
+
+    In a terminal, a stage is one line that changes until it has ended, with a progress bar if it reports
+    progress. Elsewhere (a pipe, a file), a line is printed when a stage starts and when it has ended.
+    """
+    started, ended = set[str](), set[str]()
+
+    def print_lines(stages: list[Stage]) -> None:
+        for stage in stages:
+            if not (console.is_terminal or stage.has_ended or stage.name in started):
+                console.print(f"{stage.name:<14}started", highlight=False)
+            if stage.has_ended and stage.name not in ended:
+                console.print(escape(describe(stage)), highlight=False, soft_wrap=True)
+                ended.add(stage.name)
+            started.add(stage.name)
+
+    if not console.is_terminal:
+        yield print_lines
+        return
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+
+        def show(stages: list[Stage]) -> None:
+            print_lines(stages)
+            live.update(running_table(stages), refresh=True)
+
+        yield show
 
 
-def show_steps(stack: "Stack", ended: threading.Event) -> None:
-    """Print the latest training step whenever it changes, until the run has ended."""
-    latest = None
-    while not ended.wait(POLL_SECONDS):
-        try:
-            line = read_progress(stack)
-        except StageError:
+def running_table(stages: list[Stage]) -> Table:
+    """Lay out the stages that are running, with a progress bar if they report progress."""
+    table = Table.grid(padding=(0, 1))
+    for stage in stages:
+        if not stage.has_ended:
+            cells: list[Any] = [
+                f"{stage.name:<13}",
+                f"{stage.state:<10}",
+                f"{format_seconds(stage.seconds):>8}",
+            ]
+            if stage.percent is not None:
+                cells.append(ProgressBar(total=100, completed=stage.percent, width=20))
+            table.add_row(*cells, escape(stage.figures))
+    return table
+
+
+def read_stages(stack: "Stack", run_id: str) -> list[Stage]:
+    """Return the stages of a run in the order in which they started, with their figures."""
+    this_run = {"flow_runs": {"id": {"any_": [run_id]}}}
+    runs = stack.prefect("POST", "/task_runs/filter", {**this_run, "sort": "EXPECTED_START_TIME_ASC"})
+    progress = {
+        found["key"].removesuffix("-progress"): found
+        for found in stack.prefect(
+            "POST",
+            "/artifacts/filter",
+            {**this_run, "artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_ASC"},
+        )
+        if found["key"]
+    }
+    stages = []
+    for run in runs:
+        if run["start_time"] is None and run["state_type"] not in ENDED:
             continue
-        if latest not in (None, line):
-            sys.stdout.write(f"  {line}\n")
-            sys.stdout.flush()
-        latest = line
+        stage = Stage(
+            name=run["name"],
+            state=run["state_name"].lower(),
+            seconds=run["total_run_time"] if run["state_type"] in ENDED else run["estimated_run_time"],
+            has_ended=run["state_type"] in ENDED,
+        )
+        if stage.has_ended:
+            # The run may be one whose files are not here, or no longer.
+            with suppress(OSError, KeyError):
+                stage.figures = result_of(stage.name) if run["state_type"] == "COMPLETED" else ""
+        elif found := progress.get(stage.name):
+            stage.percent, stage.figures = float(found["data"]), str(found["description"])
+        stages.append(stage)
+    return stages
 
 
-def read_progress(stack: "Stack") -> str:
-    """Return the text of the latest progress artifact, or an empty string."""
-    body = {"artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_DESC", "limit": 1}
-    found = stack.prefect("POST", "/artifacts/filter", body)
-    return str(found[0]["description"]) if found else ""
+def describe(stage: Stage) -> str:
+    """Describe a stage that has ended in one line.
+
+    Example:
+        >>> describe(Stage("dedupe", "completed", 1.24, has_ended=True, figures="2,100 → 970 rows"))
+        'dedupe        completed      1.2 s  2,100 → 970 rows'
+    """
+    return f"{stage.name:<14}{stage.state:<11}{format_seconds(stage.seconds):>9}  {stage.figures}".rstrip()
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a duration.
+
+    Example:
+        >>> format_seconds(1.24), format_seconds(64), format_seconds(3725)
+        ('1.2 s', '1:04', '1:02:05')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def result_of(stage: str) -> str:
+    """Return the key figures of a completed stage, from the files that it wrote; empty without any."""
+    match stage:
+        case "gate":
+            return str(read_json(GATE)["verdict"])
+        case "register":
+            return f"version {read_json(VERSION)['version']}"
+        case "promote":
+            return "promoted" if read_json(OUTCOME)["promoted"] else "not promoted"
+        case "report":
+            return str(PAGE)
+    file = DATA / stage / "summary.json"
+    summary = read_json(file) if file.is_file() else {}
+    match stage:
+        case "snapshot":
+            return f"{sum(summary['shards'].values())} shards"
+        case "sft":
+            return f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
+        case "evaluate":
+            return f"{summary['rows_out']:,} scores"
+    rows_in, rows_out = summary.get("rows_in"), summary.get("rows_out")
+    return f"{rows_in:,} → {rows_out:,} rows" if rows_in else ""
+
+
+def describe_nothing_new(stages: list[Stage], gate_file: Path, champion: int | None) -> str | None:
+    """Return a message if no stage had anything to compute, or None.
+
+    Args:
+        stages: Stages of the run.
+        gate_file: The last verdict.
+        champion: Version of the champion, or None.
+    """
+    states = {stage.name: stage.state for stage in stages}
+    graph = {name: state for name, state in states.items() if (DATA / name / "summary.json").is_file()}
+    if any(state != "skipped" for name, state in graph.items() if name != "snapshot"):
+        return None
+    moment = datetime.fromtimestamp(gate_file.stat().st_mtime).astimezone()
+    stays = f"version {champion} stays the champion" if champion else "there is no champion yet"
+    return f"nothing new since {moment:%Y-%m-%d %H:%M}: {stays}"
 
 
 def find_active(stack: "Stack", deployment: str) -> dict[str, Any] | None:
-    """Return the oldest running or waiting run of the deployment, or None.
+    """Return the oldest active or queued run of the deployment, or None.
 
-    A run that is scheduled for a later night does not count.
+    A run that the schedule has planned for a later night does not count.
     """
-    active = {"state": {"type": {"any_": list(ACTIVE)}}}
-    runs = list_runs(stack, deployment, sort="EXPECTED_START_TIME_ASC", flow_runs=active)
-    return next((run for run in runs if not run["auto_scheduled"]), None)
-
-
-def list_runs(stack: "Stack", deployment: str, **more: Any) -> list[dict[str, Any]]:
-    """List the flow runs of `flow/deployment`, sorted and filtered by Prefect."""
     flow, name = deployment.split("/")
-    body = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [name]}}, **more}
-    runs: list[dict[str, Any]] = stack.prefect("POST", "/flow_runs/filter", body)
-    return runs
+    body = {
+        "flows": {"name": {"any_": [flow]}},
+        "deployments": {"name": {"any_": [name]}},
+        "flow_runs": {"state": {"type": {"any_": list(ACTIVE)}}},
+        "sort": "EXPECTED_START_TIME_ASC",
+    }
+    runs = stack.prefect("POST", "/flow_runs/filter", body)
+    return next((run for run in runs if not run["auto_scheduled"]), None)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Create an environment from the machine's own Python and torch; the kit's wheels override its packages.
 set -euo pipefail
-KIT=${1:?the folder that fill.sh filled}
-ENVIRONMENT=${2:?where the environment goes}
+KIT=${1:?folder created by fill.sh}
+ENVIRONMENT=${2:?folder of the new environment}
 python3 -m venv --without-pip "$ENVIRONMENT"
 SITE=$("$ENVIRONMENT/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 # A .pth file, because ranks and subprocesses lose PYTHONPATH more easily.

@@ -27,8 +27,8 @@ def main(wheel: Path, folder: Path, pattern: str) -> None:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("wheel", type=Path, help="the wheel")
-    parser.add_argument("folder", type=Path, help="where the smaller one goes")
+    parser.add_argument("wheel", type=Path, help="wheel to repack")
+    parser.add_argument("folder", type=Path, help="output folder of the smaller wheel")
     parser.add_argument("pattern", help="regular expression for the paths of files to leave out")
 
 

@@ -31,23 +31,23 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("module", choices=("prefect", "prefect.engine"))
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the module")
-    told = parser.parse_args()
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the module")
+    arguments = parser.parse_args()
     outlast_outages()
-    sys.argv = [told.module, *told.arguments]
+    sys.argv = [arguments.module, *arguments.arguments]
     # Do not import `tasks` here: a flow run imports it from its own checkout.
-    runpy.run_module(told.module, run_name="__main__", alter_sys=True)
+    runpy.run_module(arguments.module, run_name="__main__", alter_sys=True)
 
 
 def outlast_outages() -> None:
     """Make every Prefect client of this process retry while its server is unreachable."""
-    ask, ask_async = PrefectHttpxSyncClient.send, PrefectHttpxAsyncClient.send
+    original, original_async = PrefectHttpxSyncClient.send, PrefectHttpxAsyncClient.send
     outage = Outage()
 
     def send(self: Any, request: httpx.Request, *args: Any, **kwargs: Any) -> Any:
         while True:
             try:
-                answer = ask(self, request, *args, **kwargs)
+                answer = original(self, request, *args, **kwargs)
             except httpx.TransportError as err:
                 outage.begin(err)
                 time.sleep(RETRY_SECONDS)
@@ -58,7 +58,7 @@ def outlast_outages() -> None:
     async def send_async(self: Any, request: httpx.Request, *args: Any, **kwargs: Any) -> Any:
         while True:
             try:
-                answer = await ask_async(self, request, *args, **kwargs)
+                answer = await original_async(self, request, *args, **kwargs)
             except httpx.TransportError as err:
                 outage.begin(err)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -80,7 +80,7 @@ class Outage:
         """Record a failed request."""
         if not self.is_on:
             self.is_on = True
-            log.warning("the Prefect server is away (%s: %s); waiting for it", type(err).__name__, err)
+            log.warning("the Prefect server is unreachable (%s: %s); retrying", type(err).__name__, err)
 
     def end(self) -> None:
         """Record a response."""

@@ -78,6 +78,6 @@ def request(
                 isinstance(err, urllib.error.HTTPError) and err.code == http.HTTPStatus.SERVICE_UNAVAILABLE
             )
             if not is_busy or time.monotonic() > deadline:
-                raise StageError(f"{method} {url}: {err}; the logs in {state_dir()} may say why") from err
-            log.info("%s is busy; asking again", url)
+                raise StageError(f"{method} {url}: {err}; see the logs in {state_dir()}") from err
+            log.info("%s is busy; retrying", url)
             time.sleep(1)

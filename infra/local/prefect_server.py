@@ -15,7 +15,7 @@ from infra.local.processes import HOST
 from nightshift.core.stage import build_parser
 
 LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
-REFUSED = b"Only this machine may ask, and only Prefect's own pages."
+REFUSED = b"Only requests from this machine and from Prefect's own UI are allowed."
 
 
 def main() -> None:
@@ -23,14 +23,14 @@ def main() -> None:
     parser = build_parser(sys.modules[__name__])
     parser.add_argument("--port", type=int, required=True)
     port = parser.parse_args().port
-    uvicorn.run(closed(create_app(final=True)), host=HOST, port=port, log_level="warning")
+    uvicorn.run(with_origin_check(create_app(final=True)), host=HOST, port=port, log_level="warning")
 
 
-def closed(app: Any) -> Any:
+def with_origin_check(app: Any) -> Any:
     """Wrap an ASGI application in a check of Host and Origin, for HTTP and WebSocket."""
 
     async def check(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] in ("http", "websocket") and not is_own(scope["headers"]):
+        if scope["type"] in ("http", "websocket") and not is_local_request(scope["headers"]):
             await refuse(scope["type"], send)
         else:
             await app(scope, receive, send)
@@ -38,17 +38,17 @@ def closed(app: Any) -> Any:
     return check
 
 
-def is_own(headers: list[tuple[bytes, bytes]]) -> bool:
+def is_local_request(headers: list[tuple[bytes, bytes]]) -> bool:
     """Return whether a request has a loopback host and no foreign origin.
 
     Example:
-        >>> is_own([(b"host", b"127.0.0.1:4200")])
+        >>> is_local_request([(b"host", b"127.0.0.1:4200")])
         True
-        >>> is_own([(b"host", b"localhost:4200"), (b"origin", b"http://localhost:4200")])
+        >>> is_local_request([(b"host", b"localhost:4200"), (b"origin", b"http://localhost:4200")])
         True
-        >>> is_own([(b"host", b"localhost:4200"), (b"origin", b"http://localhost:3000")])
+        >>> is_local_request([(b"host", b"localhost:4200"), (b"origin", b"http://localhost:3000")])
         False
-        >>> is_own([(b"host", b"evil.example:4200")])
+        >>> is_local_request([(b"host", b"evil.example:4200")])
         False
     """
     named = [value.decode("latin-1") for name, value in headers if name == b"host"]

@@ -29,7 +29,7 @@ def locked(home: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another up or down is at work in %s; waiting for it", home)
+            log.info("another `nightshift up` or `down` is running in %s; waiting for it", home)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield home
 

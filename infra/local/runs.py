@@ -87,7 +87,7 @@ def create_automation(stack: "Stack") -> None:
     signs += ["Paused", "AwaitingRetry", "Suspended"]
     automation = {
         "name": AUTOMATION,
-        "description": "Three heartbeats in a row are missing: the janitor looks whether the process lives.",
+        "description": "Three consecutive heartbeats are missing: the janitor checks the process.",
         "enabled": is_enabled,
         "trigger": {
             "type": "event",
@@ -139,11 +139,11 @@ def recover_runs(stack: "Stack") -> None:
     for run in active_runs(stack):
         holder = lease_holder(run["id"])
         if holder in ("alive", "elsewhere") or (holder is None and run["id"] in begun):
-            log.info("flow run %s goes on without the worker that started it", run["name"])
+            log.info("flow run %s continues without the worker that started it", run["name"])
         elif holder is None and run["state"]["type"] == "PENDING":
-            set_state(stack, run, "Scheduled", "the worker was gone before it began")
+            set_state(stack, run, "Scheduled", "the worker ended before the run started")
         else:
-            set_state(stack, run, "Crashed", "its process was gone when the stack came up")
+            set_state(stack, run, "Crashed", "its process was gone when the stack started")
             lease_file(run["id"]).unlink(missing_ok=True)
 
 
@@ -166,7 +166,7 @@ def cancel(stack: "Stack", worker: psutil.Process | None) -> None:
         stack.prefect("PATCH", pool, {"is_paused": True})
         try:
             for run in active_runs(stack):
-                set_state(stack, run, "Cancelling", "the stack goes down")
+                set_state(stack, run, "Cancelling", "the stack is shutting down")
             deadline = time.monotonic() + CANCEL_SECONDS
             while active_runs(stack) and time.monotonic() < deadline:
                 time.sleep(0.5)
@@ -179,5 +179,5 @@ def cancel(stack: "Stack", worker: psutil.Process | None) -> None:
         # A terminated process reports a crash itself, but without the reason.
         now = stack.prefect("GET", f"/flow_runs/{run['id']}")["state"]["type"]
         if now in (*ACTIVE, "CRASHED"):
-            set_state(stack, run, "Crashed", "the stack went down")
+            set_state(stack, run, "Crashed", "the stack was shut down")
             lease_file(run["id"]).unlink(missing_ok=True)

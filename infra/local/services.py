@@ -55,11 +55,11 @@ def wait_until_healthy(service: str, stack: Stack) -> None:
     while True:
         if not find_process(record):
             text = _tail(output.read_text(errors="replace"))
-            raise StageError(f"{service}: ended at its start; the end of {output} says why:\n{text}")
+            raise StageError(f"{service}: exited during startup; last lines of {output}:\n{text}")
         if is_healthy(service, stack):
             return log.info("%s: %s, pid %d", service, url_of(service, stack), record["pid"])
         if time.monotonic() > deadline:
-            raise StageError(f"{service}: not healthy after {START_SECONDS} s; read {output}")
+            raise StageError(f"{service}: not healthy after {START_SECONDS} s; see {output}")
         time.sleep(0.2)
 
 
@@ -132,7 +132,7 @@ def call(stack: Stack, *arguments: str) -> None:
     )
     if done.returncode:
         failure = f"{' '.join(arguments)}: exit code {done.returncode}"
-        raise StageError(f"{failure}; correct what its last lines say:\n{_tail(done.stdout)}")
+        raise StageError(f"{failure}; fix the error in its last lines:\n{_tail(done.stdout)}")
 
 
 def _tail(text: str) -> str:

@@ -36,10 +36,10 @@ def up() -> Stack:
         StageError: A service or the deployment failed; the message ends with its last lines.
     """
     if not Path("prefect.yaml").is_file():
-        raise ConfigError(f"{Path.cwd()}: no prefect.yaml; run from the folder that holds it")
+        raise ConfigError(f"{Path.cwd()}: no prefect.yaml; run from the folder that contains it")
     with processes.locked(state_dir()) as home:
         if PREFECT_TOML.exists() and not _is_own(PREFECT_TOML):
-            raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move it out of the way")
+            raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move or rename it")
         records = processes.read_records(home)
         stack = Stack(home, *(_choose_port(name, records.get(name)) for name in PORTS))
         worker = _end_lost_worker(stack, find_process(records.get("worker")))
@@ -59,7 +59,7 @@ def up() -> Stack:
         runs.create_automation(stack)
         services.wait_until_healthy("mlflow", stack)
         if stack.prefect("GET", f"/work_pools/{POOL}")["is_paused"]:
-            log.warning("no run starts; to change it: prefect work-pool resume %s", POOL)
+            log.warning("the work pool is paused, so no run starts; run `prefect work-pool resume %s`", POOL)
     _warn_of_ignored_variables(stack)
     return stack
 
@@ -76,7 +76,7 @@ def down() -> list[str]:
             if "prefect" in live:
                 runs.cancel(read_stack(home), live.get("worker"))
         except StageError as err:
-            log.warning("active runs are left to the next `nightshift up`: %s", err)
+            log.warning("the next `nightshift up` handles the active runs: %s", err)
         processes.end([live[name] for name in live if name == "worker"])
         runs.end_run_processes(home)
         processes.end([live[name] for name in live if name != "worker"])
@@ -127,17 +127,21 @@ def _choose_port(service: str, record: processes.Record | None) -> int:
         raise ConfigError(f"{variable}: must be a port from 1 to 65535, got {named!r}")
     if record and find_process(record):
         if named and int(named) != record["port"]:
-            log.warning("%s stays on port %d; to move it, take the stack down", service, record["port"])
+            log.warning(
+                "%s stays on port %d; to change it, run `nightshift down` first", service, record["port"]
+            )
         return int(record["port"])
     wanted = int(named or (record or {}).get("port") or default)
     if not (holder := processes.port_holder(wanted)):
         return wanted
     if named:
-        raise ConfigError(f"{variable}: port {wanted} is taken: {holder}; end that or name another")
+        raise ConfigError(
+            f"{variable}: port {wanted} is in use: {holder}; end that process or choose another port"
+        )
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = int(free.getsockname()[1])
-    log.info("%s: port %d is taken: %s; using %d", service, wanted, holder, port)
+    log.info("%s: port %d is in use: %s; using %d", service, wanted, holder, port)
     return port
 
 
@@ -151,7 +155,7 @@ def _warn_of_ignored_variables(stack: Stack) -> None:
     ]
     if ignored:
         log.warning(
-            "the stack has settings of its own; ignored: %s; prefect and mlflow typed here follow them",
+            "the stack ignores %s, but `prefect` and `mlflow` commands in this shell use them",
             ", ".join(ignored),
         )
 
@@ -182,8 +186,8 @@ def _end_lost_worker(stack: Stack, worker: psutil.Process | None) -> psutil.Proc
         return worker
     if runs.run_processes(stack.state_dir):
         raise ConfigError(
-            f"a run is under way and reports to {before.prefect_ui} and {before.mlflow_url}, but a port is "
-            "taken by another program; free it, or end the run with `nightshift down`"
+            f"a run is active and reports to {before.prefect_ui} and {before.mlflow_url}, but another "
+            "program uses one of these ports; free it, or end the run with `nightshift down`"
         )
     processes.end([worker] if worker else [])
     return None

@@ -35,9 +35,9 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
-        raise ConfigError(f"{path}: not found; run from the folder that holds it") from err
+        raise ConfigError(f"{path}: not found; run from the folder that contains it") from err
     except yaml.YAMLError as err:
-        raise ConfigError(f"{path}: not valid YAML: {err}; correct the line it names") from err
+        raise ConfigError(f"{path}: not valid YAML: {err}; fix the reported line") from err
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must map sections to values, got {type(values).__name__}")
     return values

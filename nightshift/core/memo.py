@@ -80,7 +80,7 @@ class Memo:
         if known != manifest:
             changed = sorted(k for k in known.keys() | manifest.keys() if known.get(k) != manifest.get(k))
             log.warning(
-                "%s: made with another method, emptied; everything is computed again: %s",
+                "%s: the cache was filled by another method and was emptied; all values are recomputed: %s",
                 path,
                 ", ".join(f"{key} was {known.get(key)!r}, is {manifest.get(key)!r}" for key in changed),
             )

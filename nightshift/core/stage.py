@@ -21,7 +21,7 @@ from nightshift.core.files import write_figures
 from nightshift.core.paths import DATA
 
 # The disk is full or not writable.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 # Keeps a program and its child processes off the Hugging Face Hub; huggingface_hub reads it on import.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 # Environment variable with the path of the next program's result file.
@@ -60,9 +60,9 @@ def run_main(
     except PipelineError as err:
         error = err
     except OSError as err:
-        if err.errno not in NO_ROOM:
+        if err.errno not in DISK_ERRORS:
             raise
-        error = StageError(f"{err}; make room there or give the rights to write, then run again")
+        error = StageError(f"{err}; free disk space or fix the write permissions, then run again")
     if result_file:
         result = {"code": error.exit_code, "error": str(error)} if error else {"code": 0, "error": None}
         Path(result_file).write_text(json.dumps(result), encoding="utf-8")

@@ -47,9 +47,9 @@ class ChoiceTask(StageParams):
     metric_list: list[dict[str, Any]] = Field(default=[{"metric": "acc"}])
 
     @model_validator(mode="after")
-    def _right_and_wrong_are_told(self) -> "ChoiceTask":
+    def _require_accuracy(self) -> "ChoiceTask":
         if "acc" not in (metric.get("metric") for metric in self.metric_list):
-            raise ValueError("metric_list must hold acc, which is what the score is; add it")
+            raise ValueError("metric_list must contain acc, which is the score; add it")
         return self
 
 
@@ -114,11 +114,11 @@ class GenerationItem(Item):
     references: Annotated[list[Text], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _something_is_asked(self) -> "GenerationItem":
+    def _require_question(self) -> "GenerationItem":
         if (self.question is None) == (self.messages is None):
-            raise ValueError("needs either question or messages; give one of them")
+            raise ValueError("needs either question or messages; give exactly one")
         if self.messages and self.messages[-1].role != "user":
-            raise ValueError("messages must end with the user's turn; leave the answer to references")
+            raise ValueError("messages must end with a user turn; move the answer to references")
         return self
 
 
@@ -156,7 +156,7 @@ KINDS: dict[Kind, tuple[type[StageParams], type[Item]]] = {
 def require_choice(answer: int, choices: list[str]) -> None:
     """Raise ValueError if the answer is not the index of a choice."""
     if answer >= len(choices):
-        raise ValueError(f"answer {answer} is none of {len(choices)} choices; count from 0")
+        raise ValueError(f"answer {answer} is out of range for {len(choices)} choices; count from 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ def read_benchmarks(root: Path) -> list[Benchmark]:
     used = [root / name for name in sorted(read_used(root))]
     found = [read_benchmark(folder, faults) for folder in used if (folder / "task.yaml").is_file()]
     alone = [folder for folder in used if not (folder / "task.yaml").is_file()]
-    faults += [f"{folder}: has no task.yaml; say there how to ask" for folder in alone]
+    faults += [f"{folder}: has no task.yaml; add one that defines how to ask" for folder in alone]
     if faults:
         raise DataError("\n  ".join([f"{root}: {len(faults)} problem(s) with the benchmarks", *faults]))
     return found
@@ -191,26 +191,26 @@ def read_benchmark(folder: Path, faults: list[str]) -> Benchmark:
     try:
         task = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as err:
-        faults.append(f"{file}: not valid YAML: {err}; correct the line it names")
+        faults.append(f"{file}: not valid YAML: {err}; fix the reported line")
         task = {}
     task = task if isinstance(task, dict) else {}
     kind = task.get("kind", "choice")
     if kind not in KINDS:
         faults.append(
-            f"{file}: kind {kind!r} is unknown; use generation, invariance or direction, or lm-eval"
+            f"{file}: unknown kind {kind!r}; use generation, invariance or direction, or omit it for lm-eval"
         )
         return Benchmark(folder.name, "choice", {}, [])
     task_schema, item_schema = KINDS[kind]
     faults += problems(task_schema, str(file), task)
     if folder.name == HELDOUT:
-        faults.append(f"{folder}: the name is that of the held-out examples; use another one")
+        faults.append(f"{folder}: this name is reserved for the held-out examples; use another one")
     return Benchmark(folder.name, kind, task, read_items(folder / "items.jsonl", item_schema, faults))
 
 
 def read_items(file: Path, schema: type[Item], faults: list[str]) -> list[dict[str, Any]]:
     """Read the items of a benchmark; append their problems to `faults`."""
     if not file.is_file():
-        faults.append(f"{file}: not found; a benchmark needs its items")
+        faults.append(f"{file}: not found; add the benchmark's items")
         return []
     items: list[dict[str, Any]] = []
     seen: dict[Any, int] = {}
@@ -221,18 +221,20 @@ def read_items(file: Path, schema: type[Item], faults: list[str]) -> list[dict[s
         try:
             item = json.loads(line)
         except json.JSONDecodeError as err:
-            faults.append(f"{where}: not valid JSON: {err.msg}; one object in each line")
+            faults.append(f"{where}: not valid JSON: {err.msg}; write one object per line")
             continue
         found = problems(schema, where, item)
         faults += found
         if found:
             continue
         if item["id"] in seen:
-            faults.append(f"{where}: id {item['id']!r} stands in line {seen[item['id']]} too; rename one")
+            faults.append(
+                f"{where}: duplicate id {item['id']!r}, also in line {seen[item['id']]}; rename one"
+            )
         seen.setdefault(item["id"], number)
         items.append(item)
     if not seen and not any(fault.startswith(f"{file}:") for fault in faults):
-        faults.append(f"{file}: no items; a benchmark needs at least one")
+        faults.append(f"{file}: no items; add at least one")
     return items
 
 

@@ -26,10 +26,10 @@ IGNORED = -100
 DATE = "26 Jul 2024"
 # Reason why a conversation cannot be encoded -> fix.
 FAULTS = {
-    "template_fails": "mend the turns as the base's chat template asks",
-    "template_drops_turn": "the base's chat template leaves out part of it; use another template",
-    "template_changes_turns": "the base's chat template does not add turn by turn; use another template",
-    "no_supervised_token": "give the assistant's turn some text",
+    "template_fails": "fix the turns to match the base's chat template",
+    "template_drops_turn": "the base's chat template omits part of the conversation; use another template",
+    "template_changes_turns": "the base's chat template changes earlier turns; use another template",
+    "no_supervised_token": "add text to the assistant turn",
 }
 Message = Mapping[str, Any]
 Conversation = tuple[Sequence[Message], str | None]
@@ -86,8 +86,8 @@ def load_encoder(folder: Path) -> Encoder:
         raise DataError(f"{folder}: needs a chat template and an eos_token; use an instruction-tuned base")
     if "strftime_now" in template and "date_string" not in template:
         raise DataError(
-            f"{folder}: the chat template prints today's date, so a row would have other tokens every night; "
-            "write a fixed date into a copy of the template"
+            f"{folder}: the chat template prints today's date, so a row would have different tokens every "
+            "night; use a copy of the template with a fixed date"
         )
     return Encoder(
         tokenizer,

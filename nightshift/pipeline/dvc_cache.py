@@ -39,12 +39,12 @@ def restore(folder: Path) -> None:
         if done.returncode:
             reason = "".join(line for line in done.stderr.splitlines() if line.startswith("ERROR: "))
             raise StageError(
-                f"{folder}: {LOCK} names it, but neither DVC's cache nor its remote has all of it "
-                f"({reason.removeprefix('ERROR: ')}); name the remote that has it in .dvc/config, or remove "
-                f"{LOCK} to start without it"
+                f"{folder}: {LOCK} lists it, but neither DVC's cache nor its remote contains all of it "
+                f"({reason.removeprefix('ERROR: ')}); add the remote that contains it to .dvc/config, or "
+                f"remove {LOCK} to start without it"
             )
         Path(incoming, folder.name).replace(folder)
-    log.info("%s: brought back as %s names it", folder, LOCK)
+    log.info("%s: restored from %s", folder, LOCK)
 
 
 def record(folder: Path) -> None:
@@ -80,7 +80,7 @@ def locked_repo() -> Iterator[Any]:
             with repo.lock:
                 yield repo
         except LockError as err:
-            raise StageError("DVC is at work in this checkout; wait for the run, or cancel it") from err
+            raise StageError("DVC is running in this checkout; wait for the run, or cancel it") from err
 
 
 def purge(shards: Set[str]) -> None:
@@ -102,7 +102,7 @@ def purge(shards: Set[str]) -> None:
         for store in (cache, *(repo.cloud.get_remote_odb(remote) for remote in repo.config["remote"])):
             for oid in filter(store.exists, sorted(gone)):
                 store.delete(oid)
-    log.info("%d outputs in DVC's cache were made of these shards, and are gone", len(bad))
+    log.info("DVC's cache: removed %d outputs derived from these shards", len(bad))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ def read_stages(path: Path = GRAPH) -> dict[str, dict[str, Any]]:
         ConfigError: The file is missing or defines no stage.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: not found; run from the folder that holds it")
+        raise ConfigError(f"{path}: not found; run from the folder that contains it")
     stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages")
     if not stages:
         raise ConfigError(f"{path}: defines no stage; restore it from git")
@@ -44,7 +44,7 @@ def stage_order(path: Path = GRAPH) -> list[str]:
     try:
         sorter.prepare()
     except graphlib.CycleError as err:
-        raise ConfigError(f"{path}: stages depend on each other: {err.args[1]}; cut one") from err
+        raise ConfigError(f"{path}: stages form a cycle: {err.args[1]}; remove one dependency") from err
     order: list[str] = []
     ready: set[str] = set()
     while sorter.is_active():
@@ -94,8 +94,8 @@ def changed_stages() -> dict[str, str]:
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no reason given"]
-        raise ConfigError(f"dvc status: {said[-1]}; type `dvc status` to see all of it")
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        raise ConfigError(f"dvc status: {lines[-1]}; run `dvc status` for the full output")
     return {name: ", ".join(_changes(entries)) for name, entries in json.loads(done.stdout).items()}
 
 
@@ -107,7 +107,7 @@ def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
         if name in changed:
             reasons[name] = changed[name]
         elif sources:
-            reasons[name] = f"if {', '.join(sources)} gives something else"
+            reasons[name] = f"if the output of {', '.join(sources)} changes"
     return reasons
 
 

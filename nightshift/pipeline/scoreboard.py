@@ -73,7 +73,7 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         ("gate", f"{gate['verdict']}: {gate['reason']}"),
         ("registered version", f"{board['version']}"),
         ("champion", f"version {champion}" if champion else "none yet"),
-        *([("waits for a person", board["waits"])] if board["waits"] else []),
+        *([("awaiting approval", board["waits"])] if board["waits"] else []),
     ]
     for stage, found in board["dropped"].items():
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in found["dropped"].items())

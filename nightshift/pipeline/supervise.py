@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
         # Separate process group: `kill 0` in the command must not reach the supervisor.
         child = subprocess.Popen(command, process_group=0, preexec_fn=partial(_before_exec, os.getpid()))
     except OSError as err:
-        _say([f"{command[0]}: cannot be started: {err.strerror}"])
+        _report([f"{command[0]}: cannot be started: {err.strerror}"])
         return 127
     notes: list[str] = []
     killed: dict[psutil.Process, str] = {}
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
         _run_to_end(child, options.grace, notes)
     finally:
         _wait_childless(child, KILL_SECONDS, partial(_kill, killed))
-        _say(notes + [f"{name} did not end in its grace; killed" for name in killed.values()])
+        _report(notes + [f"{name} did not end within its grace period; killed" for name in killed.values()])
     code = -signal.SIGKILL if child.returncode is None else child.returncode
     return code if code >= 0 else 128 - code
 
@@ -155,9 +155,7 @@ def _require_program(name: str, path: str | None) -> None:
         # Imported here: the supervisor runs as a file and cannot import the package.
         from nightshift.core.errors import StageError
 
-        raise StageError(
-            f"{name}: no such program on PATH; install it, or put the folder that holds it on PATH"
-        )
+        raise StageError(f"{name}: not found on PATH; install it, or add its folder to PATH")
 
 
 def _start(
@@ -268,7 +266,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]
         usage="%(prog)s [--grace SECONDS] [--parent PID] -- COMMAND...",
     )
     parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
-    parser.add_argument("--parent", type=int, default=os.getppid(), help="process id; its death ends all")
+    parser.add_argument(
+        "--parent", type=int, default=os.getppid(), help="process id; its death ends the tree"
+    )
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:at])
     if not arguments[at + 1 :]:
@@ -292,18 +292,18 @@ def _run_to_end(child: subprocess.Popen[bytes], grace_seconds: float, notes: lis
         if not _wait_childless(child, SETTLE_SECONDS, lambda: None):
             left = psutil.Process().children(recursive=True)
             notes += [f"{_describe(process)} outlived its command; ended" for process in left]
-    told: set[psutil.Process] = set()
-    _wait_childless(child, grace_seconds, partial(_tell, told, signum))
+    signaled: set[psutil.Process] = set()
+    _wait_childless(child, grace_seconds, partial(_send_signal, signaled, signum))
 
 
-def _tell(told: set[psutil.Process], signum: int) -> None:
+def _send_signal(signaled: set[psutil.Process], signum: int) -> None:
     """Send the signal to all descendants at first, later only to new orphans.
 
     A child that a process starts in its grace period, to save work, stays while its parent lives.
     """
-    for process in psutil.Process().children(recursive=not told):
-        if process not in told:
-            told.add(process)
+    for process in psutil.Process().children(recursive=not signaled):
+        if process not in signaled:
+            signaled.add(process)
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signum)
 
@@ -348,7 +348,7 @@ def _describe(process: psutil.Process) -> str:
         return f"pid {process.pid}"
 
 
-def _say(notes: Sequence[str]) -> None:
+def _report(notes: Sequence[str]) -> None:
     """Write lines to stderr, whose reader may be dead."""
     with contextlib.suppress(OSError):
         sys.stderr.write("".join(f"supervise: {note}\n" for note in notes))

@@ -42,9 +42,9 @@ def split_array(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
         if depth == 0:
             break
     else:
-        raise ValueError("the array does not end")
+        raise ValueError("the array is not closed")
     if any(piece.strip() for piece, _ in pieces):
-        raise ValueError("something stands behind the array")
+        raise ValueError("unexpected data after the array")
 
 
 def _pieces(file: io.BufferedReader) -> Iterator[tuple[bytes, bytes]]:

@@ -72,7 +72,7 @@ def check(conversation: Conversation, special: re.Pattern[str]) -> Conversation:
         if turn.role not in ROLES and (turn.role != "text" or len(turns) > 1):
             raise RowError("unknown_role", f"turn {number}")
         if turn.calls and turn.role != "assistant":
-            raise RowError("malformed_tool_call", f"turn {number} is no assistant's")
+            raise RowError("malformed_tool_call", f"turn {number} is not an assistant turn")
         if not (turn.calls or turn.content.strip()):
             raise RowError("empty_content", f"turn {number}")
         _check_text(turn.content, special, number)

@@ -87,7 +87,7 @@ def _sharegpt_turn(turn: Row) -> Turn:
     word, value = turn["from"], turn.get("value")
     role = SHAREGPT_ROLES.get(word) if isinstance(word, str) else None
     if role is None:
-        raise RowError("unknown_role", f"from is none of {', '.join(SHAREGPT_ROLES)}")
+        raise RowError("unknown_role", f"from is not one of {', '.join(SHAREGPT_ROLES)}")
     if word == "function_call":
         return Turn(role, "", parse_sharegpt_calls(value))
     return Turn(role, _text(value), name=_word(turn.get("name")))
@@ -97,7 +97,7 @@ def _alpaca(row: Row) -> list[Turn]:
     """Join instruction and input to one question; earlier turns come from `history`."""
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(r, list) and len(r) == 2 for r in history):
-        raise RowError("no_messages", "history is a list of [question, answer]")
+        raise RowError("no_messages", "history is not a list of [question, answer]")
     turns = [
         Turn(role, _text(text))
         for round_ in history
@@ -140,7 +140,7 @@ def _text(value: object) -> str:
         raise RowError("not_text", type(value).__name__)
     texts = [part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if len(texts) < len(value):
-        raise RowError("not_text", "a part is no text")
+        raise RowError("not_text", "a part is not text")
     return "".join(texts)
 
 

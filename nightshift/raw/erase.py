@@ -34,11 +34,13 @@ def erase_known(shard: Path, raw: Path) -> None:
     forgotten = read_forgotten(raw)
     if not forgotten.contents:
         return
-    said = conversations(shard)
-    numbers = {number for number, one in said if content_digest(one) in forgotten.contents}
+    found = conversations(shard)
+    numbers = {number for number, row in found if content_digest(row) in forgotten.contents}
     if numbers:
         log.warning(
-            "%s: %d rows were forgotten before and go again; take them out of the source", shard, len(numbers)
+            "%s: %d previously forgotten rows arrived again and are erased; remove them from the source",
+            shard,
+            len(numbers),
         )
         forget_rows(shard, numbers, raw, forgotten)
 
@@ -64,11 +66,11 @@ def conversations(shard: Path) -> Iterator[tuple[int, Conversation]]:
 
 def content_digest(conversation: Conversation) -> str:
     """Return the digest of a conversation's content, whatever its origin: BLAKE2b, 32 bytes in hex."""
-    said = [
+    contents = [
         [turn.role, turn.content, turn.name, [[call.name, call.arguments] for call in turn.calls]]
         for turn in conversation.turns
     ]
-    return text_digest(dumps(said), dumps(conversation.tools), size=32)
+    return text_digest(dumps(contents), dumps(conversation.tools), size=32)
 
 
 def erase_rows(path: Path, numbers: Set[int]) -> None:

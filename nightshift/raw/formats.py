@@ -28,5 +28,5 @@ def split_suffix(suffix: str) -> tuple[str, str | None]:
     """
     found = SUFFIX.fullmatch(suffix)
     if not found:
-        raise ValueError(f"{suffix!r} is none of {READABLE}")
+        raise ValueError(f"{suffix!r} is not one of {READABLE}")
     return found["text"] or found["table"], CODECS.get(found["codec"] or "")

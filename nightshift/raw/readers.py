@@ -150,7 +150,7 @@ def read_csv(path: Path, file: io.BufferedReader, limit: int) -> Numbered:
         if header is None:
             header = fields
             if not any(header) or len(set(header)) < len(header):
-                raise damaged(path, "line 1, the header, names no column or one twice")
+                raise damaged(path, "line 1: the header has no column names or a duplicate")
         elif fields:
             yield lines.number, _csv_row(header, fields)
 

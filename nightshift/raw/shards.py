@@ -23,7 +23,7 @@ def find_shards(raw: Path) -> list[tuple[int, Path]]:
         suffix = shard_suffix(path.name)
         stem = path.name.removesuffix(suffix or "")
         if suffix is None or not re.fullmatch(r"\d{1,9}", stem):
-            raise DataError(f"{path}: no shard: its name is not a number with {READABLE}; remove it")
+            raise DataError(f"{path}: not a shard: its name is not a number with {READABLE}; remove it")
         found.append((int(stem), path))
     return sorted(found, key=lambda shard: (shard[0], shard[1].parent.name))
 

@@ -79,17 +79,17 @@ def require_size(path: Path, size: int, limits: Limits) -> None:
     on_disk = path.stat().st_size
     if size > limits.shard_bytes or size > max(RATIO_FREE_BYTES, limits.ratio * on_disk):
         raise DataError(
-            f"{path}: {on_disk} bytes expand to {size} or more; if the file is honest raise "
+            f"{path}: {on_disk} bytes expand to {size} or more; if the file is trusted, raise "
             f"ingest.max_shard_bytes={limits.shard_bytes} or ingest.max_compression_ratio={limits.ratio}, "
-            "else remove the shard"
+            "otherwise remove the shard"
         )
 
 
 def damaged(path: Path, err: object) -> DataError:
     """Build the error for a shard that cannot be read any further."""
     return DataError(
-        f"{path}: damaged or cut off: {err}; remove this shard and run `nightshift snapshot` "
-        "when the source file is whole"
+        f"{path}: damaged or truncated: {err}; remove this shard and run `nightshift snapshot` "
+        "when the source file is complete"
     )
 
 

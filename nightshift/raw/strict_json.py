@@ -29,5 +29,5 @@ def _finite(text: str) -> float:
     """Parse a finite number."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no number of JSON")
+        raise ValueError(f"{text} is not a valid JSON number")
     return number

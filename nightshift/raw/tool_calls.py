@@ -25,7 +25,7 @@ def parse_calls(value: object) -> tuple[Call, ...]:
     """
     calls = from_json(value)
     if not isinstance(calls, list):
-        raise RowError("malformed_tool_call", "tool_calls is no list")
+        raise RowError("malformed_tool_call", "tool_calls is not a list")
     return tuple(_call(call) for call in calls)
 
 
@@ -47,7 +47,7 @@ def parse_tools(value: object) -> list[dict[str, Any]]:
     """
     tools = from_json(value) if value else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("malformed_tool_call", "tools is no list of objects")
+        raise RowError("malformed_tool_call", "tools is not a list of objects")
     _require_json(tools)
     return tools
 
@@ -114,7 +114,7 @@ def _call(value: object) -> Call:
         raise RowError("malformed_tool_call", "a call has no name")
     arguments = from_json(function.get("arguments") or {})
     if not isinstance(arguments, dict):
-        raise RowError("malformed_tool_call", "arguments are no JSON object")
+        raise RowError("malformed_tool_call", "arguments are not a JSON object")
     _require_json(arguments)
     call_id = call.get("id")
     return Call(function["name"], arguments, call_id if isinstance(call_id, str) and call_id else None)
@@ -127,7 +127,7 @@ def _require_json(value: object) -> None:
     try:
         dumps(value)
     except (TypeError, ValueError) as err:
-        raise RowError("malformed_tool_call", "a value is no JSON") from err
+        raise RowError("malformed_tool_call", "a value is not valid JSON") from err
 
 
 def _depth(value: object) -> int:

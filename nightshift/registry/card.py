@@ -30,7 +30,11 @@ def write_card(path: Path, name: str, how: Resampling) -> None:
 
     base, gate = read_json(BASE_RECORD)["model"], read_json(GATE)
     adapter = read_params()["sft"]["adapter"]
-    checks = ((check["name"], check["verdict"], check["said"]) for check in gate.get("checks", ()))
+    # A gate.json of an earlier release uses the key `said`.
+    checks = (
+        (check["name"], check["verdict"], check["message"] if "message" in check else check["said"])
+        for check in gate.get("checks", ())
+    )
     scores = list(score_models(read_rows(SCORES) if SCORES.is_file() else [], how))
     head = ModelCardData(
         base_model=base_name(base),
@@ -62,7 +66,7 @@ def write_card(path: Path, name: str, how: Resampling) -> None:
 
 {heldout(gate)}
 
-## Verdict of the gate: {gate["verdict"]}
+## Gate verdict: {gate["verdict"]}
 
 {gate["reason"]}
 
@@ -70,16 +74,16 @@ def write_card(path: Path, name: str, how: Resampling) -> None:
 
 ## Data
 
-Rows of each stage, from the sources to the training; `lineage/` beside this card names every shard and
+Rows of each stage, from the sources to training; `lineage/` next to this card lists every shard and
 example.
 
 {table(("stage", "in", "added", "out", "dropped"), data_cells())}
 
 ## Use
 
-For questions like those of the data and the benchmarks above, in their language. The scores say nothing
-about other questions, other languages, long conversations or safety. The model can state what is false, and
-keeps the limits and the licence of its base. An adapter belongs to the very base it was trained on, whose
+For questions similar to the data and the benchmarks above, in the same language. The scores do not cover
+other questions, other languages, long conversations or safety. The model can make false statements, and has
+the limits and the license of its base. An adapter works only with the exact base it was trained on, whose
 digests are in `base_reference.json`.
 """
     write_text(path, str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}")))

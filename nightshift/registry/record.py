@@ -24,7 +24,7 @@ from nightshift.registry.versions import DIGEST
 Action = Literal["promote", "rollback", "acknowledge", "outside"]
 PREFIX, HEAD = "nightshift.promotion.", "nightshift.promotions"
 FIRST = "0" * 64
-HELD = "automatic promotion is held since a rollback; `nightshift acknowledge` ends that"
+HELD = "automatic promotion is on hold since a rollback; run `nightshift acknowledge` to resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +132,15 @@ def verified(tags: Mapping[str, str], name: str) -> list[Entry]:
         entry = Entry(**json.loads(tags[key]))
         if key != tag(number) or entry.last != last:
             raise GateError(
-                f"registry: the record of {name} is broken before {key}: an entry was changed, taken out or "
-                "put in; compare `nightshift history` with a backup of MLflow's database"
+                f"registry: the record of {name} is broken before {key}: an entry was changed, removed or "
+                "inserted; compare `nightshift history` with a backup of MLflow's database"
             )
         entries.append(entry)
         last = digest(tags[key])
     if tags.get(HEAD, FIRST) != last:
         raise GateError(
             f"registry: the record of {name} is broken at its end: the last of {len(keys)} entries was "
-            "changed, or one was taken out; compare `nightshift history` with a backup of MLflow's database"
+            "changed, or one was removed; compare `nightshift history` with a backup of MLflow's database"
         )
     return entries
 

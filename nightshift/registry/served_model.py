@@ -53,18 +53,22 @@ class AdapterChat(ChatModel):
         """Answer a conversation."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
         if params and (params.custom_inputs or {}).get("probe"):
-            asked, new = generate(self.model, self.tokenizer, turns, PROBE_TOKENS, forced=True)
+            n_prompt, new = generate(self.model, self.tokenizer, turns, PROBE_TOKENS, forced=True)
             text = str(self.tokenizer.decode(new))
         else:
             limit = (params.max_tokens if params else None) or MAX_NEW_TOKENS
-            asked, new = generate(self.model, self.tokenizer, turns, limit)
+            n_prompt, new = generate(self.model, self.tokenizer, turns, limit)
             text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
             "finish_reason": "stop" if has_stopped(self.model, new) else "length",
         }
-        usage = {"prompt_tokens": asked, "completion_tokens": len(new), "total_tokens": asked + len(new)}
+        usage = {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": len(new),
+            "total_tokens": n_prompt + len(new),
+        }
         return ChatCompletionResponse.from_dict(
             {"id": uuid.uuid4().hex, "model": "nightshift", "choices": [choice], "usage": usage}
         )
@@ -163,14 +167,17 @@ def generate(
     inputs = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
-    asked = inputs["input_ids"].shape[1]
-    most = getattr(model.config, "max_position_embeddings", sys.maxsize)
-    if asked >= most:
-        raise TooLongError(f"the conversation has {asked} tokens, the model takes {most}; start a new one")
-    limit = min(limit, most - asked)
+    n_prompt = inputs["input_ids"].shape[1]
+    context = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    if n_prompt >= context:
+        raise TooLongError(
+            f"the conversation has {n_prompt} tokens, the model's context is {context} tokens; "
+            "start a new one"
+        )
+    limit = min(limit, context - n_prompt)
     least = limit if forced else 0
     output = model.generate(**inputs, min_new_tokens=least, max_new_tokens=limit, do_sample=False, **options)
-    return asked, output[0, asked:]
+    return n_prompt, output[0, n_prompt:]
 
 
 def has_stopped(model: Any, new: Any) -> bool:
@@ -210,8 +217,8 @@ def main(model_uri: str, folders: list[Path] | None) -> None:
 
     conversations = [[{"role": "user", "content": question}] for question in PROBES]
     served = mlflow.pyfunc.load_model(model_uri)
-    asked = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
-    found = [[served.predict(one)["choices"][0]["message"]["content"] for one in asked]]
+    requests = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
+    found = [[served.predict(request)["choices"][0]["message"]["content"] for request in requests]]
     if folders:
         base, adapter = folders
         model, tokenizer = load(base, adapter)
@@ -222,9 +229,9 @@ def main(model_uri: str, folders: list[Path] | None) -> None:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model_uri", help="the model to ask, as MLflow names it")
+    parser.add_argument("model_uri", help="MLflow URI of the model to query")
     parser.add_argument(
-        "--folders", type=Path, nargs=2, metavar=("BASE", "ADAPTER"), help="of a model to ask too"
+        "--folders", type=Path, nargs=2, metavar=("BASE", "ADAPTER"), help="folders of another model to query"
     )
 
 

@@ -120,13 +120,13 @@ def find_model(address: str) -> ModelVersion:
     client, name = open_registry()
     found = ADDRESS.fullmatch(address)
     if found is None:
-        raise GateError(f"{address}: no version's number, alias, or models:/NAME@ALIAS; correct it")
+        raise GateError(f"{address}: not a version number, an alias or models:/NAME@ALIAS; correct it")
     name, which = found["name"] or name, found["which"]
     if which.isdigit():
         return find_version(client, name, int(which))
     version = find_alias(client, name, which)
     if version is None:
-        raise GateError(f"registry: no version of {name} is its {which}; see `nightshift history`")
+        raise GateError(f"registry: no version of {name} has the alias {which}; see `nightshift history`")
     return find_version(client, name, int(version.version))
 
 
@@ -163,8 +163,8 @@ def read_reference(version: ModelVersion) -> dict[str, Any]:
         reference: dict[str, Any] = read_json(Path(download_artifacts(uri)))
     except (MlflowException, OSError) as err:
         raise GateError(
-            f"registry: version {version.version} of {version.name} does not name its base ({err}); promote "
-            "another version"
+            f"registry: version {version.version} of {version.name} has no base_reference.json ({err}); "
+            "promote another version"
         ) from err
     return reference
 
@@ -211,18 +211,18 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
     shutil.copytree(where, target)
     if (found := tree_digest(target)) != expected:
         raise GateError(
-            f"registry: version {version.version} of {version.name} holds an adapter with digest "
-            f"{found}, registered was {expected}; it was changed: promote another version"
+            f"registry: version {version.version} of {version.name} contains an adapter with digest "
+            f"{found}, but {expected} was registered; it was changed: promote another version"
         )
 
 
-def ask(base: Path, model_uri: str, *folders: str) -> list[list[str]]:
+def answer_probes(base: Path, model_uri: str, *folders: str) -> list[list[str]]:
     """Return the models' probe answers from a separate process; decoding is greedy, so they never vary.
 
     Args:
         base: Folder of the base of the model.
         model_uri: URI of a registered model.
-        folders: Folders of a base and an adapter that are asked too.
+        folders: Folders of another base and adapter to query.
 
     Returns:
         Answers of each model, including special tokens.

@@ -104,7 +104,7 @@ def ask(requests: Sequence[Request], model: str, generate: Generate, memo: Memo)
             list(new.values()), lambda number, reply: memo.write([(names[number], _to_bytes(reply))])
         )
         results |= zip(names, replies, strict=True)
-    log.info("%d of %d replies were known, %d asked for", len(requests) - len(new), len(requests), len(new))
+    log.info("%d of %d replies from cache, %d requested", len(requests) - len(new), len(requests), len(new))
     return [results[key] for key in keys]
 
 

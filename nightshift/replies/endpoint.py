@@ -51,8 +51,8 @@ class Endpoint:
         self._key = os.environ.get(params.api_key_env, "") if params.api_key_env else "none"
         if not self._key:
             raise ConfigError(
-                f"params.yaml: {section}.endpoint.api_key_env names {params.api_key_env}, which is not set; "
-                "set it in the environment, or null for a server without a key"
+                f"params.yaml: {section}.endpoint.api_key_env is {params.api_key_env}, but this variable is "
+                "not set; set it in the environment, or use null for a server without a key"
             )
         self._model, self._sampling, self._params, self._section = model, sampling, params, section
         # One event loop for all calls, so the limits apply across calls.
@@ -78,13 +78,13 @@ class Endpoint:
         """
         results = self._loop.run_until_complete(self._ask_all(requests, on_reply))
         if self._retries:
-            log.warning("%s: asked again: %s", self._params.base_url, dict(self._retries))
+            log.warning("%s: retried: %s", self._params.base_url, dict(self._retries))
             self._retries.clear()
         if self._error:
             raise self._error
         reasons = [result.reason for result in results if isinstance(result, Failure)]
         if len(reasons) == len(results) and set(reasons) - {"budget_spent"}:
-            raise self._server_gone(f"none of {len(results)} requests was answered", reasons[-1])
+            raise self._server_down(f"none of {len(results)} requests was answered", reasons[-1])
         return results
 
     async def _ask_all(self, requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
@@ -95,7 +95,7 @@ class Endpoint:
         )
         with tqdm(total=len(requests), desc=self._section, unit="call", disable=None) as progress:
 
-            async def one(number: int, request: Request) -> Result:
+            async def send_one(number: int, request: Request) -> Result:
                 async with self._running:
                     result = await self._ask_within_budget(client, request)
                 if isinstance(result, Reply):
@@ -104,7 +104,7 @@ class Endpoint:
                 return result
 
             async with client:
-                return await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
+                return await asyncio.gather(*(send_one(i, request) for i, request in enumerate(requests)))
 
     async def _ask_within_budget(self, client: AsyncOpenAI, request: Request) -> Result:
         """Send the request if the token budget allows it, and count the tokens used."""
@@ -128,7 +128,7 @@ class Endpoint:
         else:
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= BREAKER:
-                self._error = self._error or self._server_gone(
+                self._error = self._error or self._server_down(
                     f"{BREAKER} requests in a row failed", result.reason
                 )
         return result
@@ -181,11 +181,11 @@ class Endpoint:
 
     def _hold_back(self, err: openai.APIStatusError, wait: float) -> float:
         """Return the wait that the server asks for, if any; all other calls wait for it too."""
-        asked = retry_after(err.response.headers)
-        if asked is None:
+        requested = retry_after(err.response.headers)
+        if requested is None:
             return wait
-        self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + asked)
-        return asked
+        self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + requested)
+        return requested
 
     def _status_reason(self, err: openai.APIStatusError) -> str:
         """Return the reason for an HTTP status that is worth a retry.
@@ -198,7 +198,7 @@ class Endpoint:
         if err.status_code in (408, 409) or err.status_code >= 500:
             return "server_error"
         raise ConfigError(
-            f"{self._section}.endpoint: {self._params.base_url} answers {err.status_code} for model "
+            f"{self._section}.endpoint: {self._params.base_url} returned {err.status_code} for model "
             f"{self._model!r}; check {self._section}.model, {self._section}.endpoint.base_url and the key"
         ) from err
 
@@ -207,11 +207,11 @@ class Endpoint:
         characters = sum(len(message["content"]) for message in request.prompt)
         return int(characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS + self._sampling["max_new_tokens"])
 
-    def _server_gone(self, what: str, reason: str) -> StageError:
+    def _server_down(self, what: str, reason: str) -> StageError:
         """Build the error for a server that no longer answers."""
         return StageError(
-            f"{self._section}: {self._params.base_url}: {what} ({reason}); see that the server runs. Replies "
-            "so far are kept: the next run goes on from them"
+            f"{self._section}: {self._params.base_url}: {what} ({reason}); check that the server is "
+            "running. Replies so far are cached; the next run continues from them"
         )
 
 

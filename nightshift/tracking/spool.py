@@ -42,19 +42,19 @@ Entry = dict[str, Any]
 
 
 class Spool:
-    """Writing end of a spool, for a training run: `tell` returns immediately, whatever MLflow does."""
+    """Writing end of a spool, for a training run: `log` returns immediately, whatever MLflow does."""
 
     def __init__(self, path: Path, uri: str) -> None:
         """Resume the spool of an earlier attempt, and start sending."""
         self.path, self.uri = path, uri
-        self.told = {name for entry in read_spool(path)[1:] for name in names(entry)}
+        self.logged = {name for entry in read_spool(path)[1:] for name in names(entry)}
         self.is_written = True
         self.pending, self.closing = threading.Event(), threading.Event()
         limit_requests()
         self.thread = threading.Thread(target=self.send_all, name="tracking", daemon=True)
         self.thread.start()
 
-    def tell(self, kind: str, **entry: Any) -> None:
+    def log(self, kind: str, **entry: Any) -> None:
         """Append an entry; values that were logged before a resume are skipped.
 
         Args:
@@ -63,19 +63,21 @@ class Spool:
         """
         if kind == "metrics":
             step = entry["step"]
-            values = {key: value for key, value in entry["values"].items() if (key, step) not in self.told}
+            values = {key: value for key, value in entry["values"].items() if (key, step) not in self.logged}
             entry |= {"values": values, "time": now()}
-        new = names({"kind": kind, **entry}) - self.told
+        new = names({"kind": kind, **entry}) - self.logged
         if not new:
             return
         try:
             append(self.path, {"kind": kind, **entry})
         except OSError as err:
             if self.is_written:
-                log.warning("tracking: cannot write: %s; make room, until then MLflow misses values", err)
+                log.warning(
+                    "tracking: cannot write: %s; free disk space, or values are missing in MLflow", err
+                )
             self.is_written = False
         else:
-            self.told |= new
+            self.logged |= new
             self.pending.set()
 
     def close(self) -> None:
@@ -114,7 +116,7 @@ class Spool:
                 log.warning("%s", describe_failure(self.path, err))
             return False
         if was_down:
-            log.info("tracking: MLflow is back, and has all that was kept for it")
+            log.info("tracking: MLflow is back and has received all buffered values")
         return True
 
 
@@ -203,7 +205,7 @@ def send(path: Path, client: "MlflowClient", deadline: float = math.inf) -> None
         os.fsync(file.fileno())
         for batch in batches(lines):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"it took longer than {REPLAY_SECONDS:.0f} s")
+                raise TimeoutError(f"sending took longer than {REPLAY_SECONDS:.0f} s")
             entries = [json.loads(line) for line in batch]
             if entries[0]["kind"] == "end":
                 if header["run_id"] is None:
@@ -257,7 +259,7 @@ def deliver(client: "MlflowClient", run_id: str, entries: list[Entry]) -> None:
     except MlflowException as err:
         if err.error_code not in REFUSED:
             raise
-        log.warning("tracking: MLflow refused %s of run %s: %s; left out", entries, run_id, err)
+        log.warning("tracking: MLflow rejected %s of run %s: %s; skipped", entries, run_id, err)
 
 
 def batches(lines: list[bytes]) -> Iterator[list[bytes]]:
@@ -325,8 +327,9 @@ def describe_failure(path: Path, err: BaseException) -> str:
     """Describe what MLflow did not receive, why, and what happens to it."""
     reason = f"{type(err).__name__}: {err}".partition("\n")[0][:300]
     return (
-        f"tracking: MLflow did not take all of {path}: {reason}; training goes on, and the next `python -m "
-        "tasks.sft` sends what is kept there at the latest; see `nightshift status` and MLFLOW_TRACKING_URI"
+        f"tracking: MLflow did not receive all of {path}: {reason}; training continues, and the rest is sent "
+        "later, at the latest by the next `python -m tasks.sft`; check `nightshift status` and "
+        "MLFLOW_TRACKING_URI"
     )
 
 
@@ -358,5 +361,5 @@ def training_run(client: "MlflowClient", record_file: Path) -> str:
     try:
         return str(client.get_run(str(trained_by)).info.run_id)
     except MlflowException:
-        log.warning("MLflow has no run %s: it was trained against another server", trained_by)
+        log.warning("MLflow has no run %s: the model was trained with another server", trained_by)
         return run_id(client)

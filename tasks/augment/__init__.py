@@ -56,9 +56,9 @@ class AugmentParams(StageParams):
     endpoint: EndpointParams
 
     @model_validator(mode="after")
-    def _something_can_be_asked(self) -> "AugmentParams":
+    def _styles_and_model_are_set(self) -> "AugmentParams":
         if not self.styles:
-            raise ValueError("styles must hold at least one style with a weight")
+            raise ValueError("styles must contain at least one style with a weight")
         if self.backend == "openai" and not self.model:
-            raise ValueError("backend openai needs augment.model, the name that the endpoint knows it by")
+            raise ValueError("backend openai needs augment.model, the model name on the endpoint")
         return self

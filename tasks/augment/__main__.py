@@ -21,7 +21,7 @@ from nightshift.replies import open_memo
 from tasks.augment import AugmentParams, Style
 from tasks.augment.meaning import load_embedder
 from tasks.augment.prompts import SPEAKERS
-from tasks.augment.propose import Proposal, Propose, Wanted, by_model, by_rules
+from tasks.augment.propose import CandidateRequest, Proposal, Propose, by_model, by_rules
 from tasks.augment.quality import CompareMeaning, Messages, Scores, check_paraphrase
 
 _SCORE_FIELDS = [
@@ -117,8 +117,8 @@ def augment(
     """Yield each original followed by its paraphrases; log rejected candidates and scores."""
     for batch in iterate_batches(TRAIN):
         works = [Work(row) for row in batch.to_pylist()]
-        asked = [work for work in works if _is_asked(work.example, params, tally)]
-        paraphrase(asked, propose, params, compare, tally)
+        selected = [work for work in works if _is_selected(work.example, params, tally)]
+        paraphrase(selected, propose, params, compare, tally)
         for work in works:
             tally.rows_in += 1
             yield {**work.example, "parent_id": None, "style": None, "ordinal": None}
@@ -141,7 +141,7 @@ def paraphrase(
         short = [work for work in works if len(work.accepted) < wanted and work.failure is None]
         if not short:
             break
-        calls = [(work, call) for work in short for call in _want(work, number, params)]
+        calls = [(work, call) for work in short for call in _plan_calls(work, number, params)]
         proposals = propose([call for _, call in calls])
         for (work, call), proposal in zip(calls, proposals, strict=True):
             accept_candidates(work, call, proposal, params, compare)
@@ -159,7 +159,11 @@ def paraphrase(
 
 
 def accept_candidates(
-    work: Work, call: Wanted, proposal: Proposal, params: AugmentParams, compare: CompareMeaning | None
+    work: Work,
+    call: CandidateRequest,
+    proposal: Proposal,
+    params: AugmentParams,
+    compare: CompareMeaning | None,
 ) -> None:
     """Check the candidates of one call; accept as many as are missing."""
     example = work.example
@@ -170,10 +174,10 @@ def accept_candidates(
         if len(work.accepted) == params.paraphrases_per_example:
             work.surplus += 1
             continue
-        messages = _put_back(example["messages"], texts)
-        siblings = [_spoken(row["messages"]) for row in work.accepted]
+        messages = _replace_texts(example["messages"], texts)
+        siblings = [_paraphrased_turns(row["messages"]) for row in work.accepted]
         reason, scores = check_paraphrase(
-            call.turns, _spoken(messages), call.style, siblings, params, compare
+            call.turns, _paraphrased_turns(messages), call.style, siblings, params, compare
         )
         if reason:
             work.rejected.append(_rejected(example, call.style, reason, messages, scores))
@@ -219,11 +223,11 @@ def require_acceptance(accepted: Counter[str], rejected: Counter[str], limit: fl
     if found:
         raise DataError(
             f"{REJECTED}: {', '.join(found)} passed the quality gate, less than "
-            f"augment.min_acceptance_rate={limit}; read the reasons there, or choose other sources"
+            f"augment.min_acceptance_rate={limit}; see the reasons in this file, or choose other sources"
         )
 
 
-def _is_asked(example: Row, params: AugmentParams, tally: Tally) -> bool:
+def _is_selected(example: Row, params: AugmentParams, tally: Tally) -> bool:
     """Return whether an example is paraphrased; count the examples that cannot be."""
     if example["source"] not in params.sources or not params.paraphrases_per_example:
         return False
@@ -234,29 +238,29 @@ def _is_asked(example: Row, params: AugmentParams, tally: Tally) -> bool:
     return True
 
 
-def _want(work: Work, number: int, params: AugmentParams) -> list[Wanted]:
+def _plan_calls(work: Work, number: int, params: AugmentParams) -> list[CandidateRequest]:
     """Build the requests of one round, one per style that is due."""
     wanted = params.paraphrases_per_example
     numbers = range(number * wanted, number * wanted + wanted - len(work.accepted))
     styles = Counter(choose_style(work.example["id"], one, params) for one in numbers)
-    turns = _spoken(work.example["messages"])
+    turns = _paraphrased_turns(work.example["messages"])
     avoid = tuple(
-        tuple(turn["content"] for turn in _spoken(row["messages"]))
+        tuple(turn["content"] for turn in _paraphrased_turns(row["messages"]))
         for row in work.rejected
         if row["messages"]
     )
     return [
-        Wanted(turns, style, count + params.over_generation, avoid, number)
+        CandidateRequest(turns, style, count + params.over_generation, avoid, number)
         for style, count in sorted(styles.items())
     ]
 
 
-def _spoken(messages: Messages) -> Messages:
+def _paraphrased_turns(messages: Messages) -> Messages:
     """Return the turns to paraphrase: all but the system turn."""
     return [turn for turn in messages if turn["role"] in SPEAKERS]
 
 
-def _put_back(messages: Messages, texts: Sequence[str]) -> Messages:
+def _replace_texts(messages: Messages, texts: Sequence[str]) -> Messages:
     """Replace the texts of the paraphrased turns; a system turn stays unchanged."""
     remaining = iter(texts)
     return [{**turn, "content": next(remaining)} if turn["role"] in SPEAKERS else turn for turn in messages]

@@ -114,13 +114,13 @@ def read_facts(text: str) -> Facts:
         >>> read_facts("May 3rd, 1990: fifty-first").numbers == read_facts("1990-05-03: 51st").numbers
         True
     """
-    code, text = _take(CODE, text, lambda found: found[0])
-    urls, text = _take(URL, text, lambda found: found[0].rstrip(".,;:!?)]}'\""))
-    quotes, text = _take(QUOTE, text, lambda found: " ".join(found[0][1:-1].split()).rstrip(".,;!?"))
+    code, text = _extract(CODE, text, lambda found: found[0])
+    urls, text = _extract(URL, text, lambda found: found[0].rstrip(".,;:!?)]}'\""))
+    quotes, text = _extract(QUOTE, text, lambda found: " ".join(found[0][1:-1].split()).rstrip(".,;!?"))
     text = digits_for_words(text)
     dates: Counter[str] = Counter()
     for pattern, groups in DATES:
-        found, text = _take(pattern, text, lambda match, groups=groups: _iso_date(match, groups))  # type: ignore[misc]
+        found, text = _extract(pattern, text, lambda match, groups=groups: _iso_date(match, groups))  # type: ignore[misc]
         dates += found
     numbers = Counter(_number(found) for found in NUMBER.finditer(text))
     numbers += Counter(word.casefold() for word in QUANTITY.findall(text))
@@ -144,7 +144,7 @@ def find_changed_fact(source: Facts, candidate: Facts) -> str | None:
     return next((reason for reason, before, after in kinds if before != after), None)
 
 
-def _take(
+def _extract(
     pattern: re.Pattern[str], text: str, normalise: Callable[[re.Match[str]], str]
 ) -> tuple[Counter[str], str]:
     """Return the normalised matches of a pattern, and the text without them."""

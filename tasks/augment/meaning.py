@@ -23,7 +23,7 @@ def load_embedder(location: str) -> CompareMeaning:
     except ImportError as err:
         raise ConfigError(
             f"params.yaml: augment.embedder={location}: {err.name} is not installed; "
-            "run `pip install -e '.[meaning]'`, or set null"
+            "run `pip install -e '.[meaning]'`, or set it to null"
         ) from err
     model = SentenceTransformer(str(folder), trust_remote_code=False, local_files_only=True)
 

@@ -93,7 +93,7 @@ def names_differ(source: Names, candidate: Names) -> bool:
         >>> names_differ(read_names("Found by Lecoq."), read_names("Found by Lecog."))
         True
     """
-    if _is_missing(source, candidate) or _is_missing(candidate, source):
+    if _lacks_name(source, candidate) or _lacks_name(candidate, source):
         return True
     names = set(source.inner) | set(candidate.inner)
     names |= set(source.openers) & set(candidate.words) | set(candidate.openers) & set(source.words)
@@ -111,7 +111,7 @@ def count_negations(text: str) -> int:
     return len(NEGATION.findall(text))
 
 
-def _is_missing(names: Names, other: Names) -> bool:
+def _lacks_name(names: Names, other: Names) -> bool:
     """Return whether the other text lacks a name of this one.
 
     A name that is also a common word (the element symbols In, He, At) must stay inside a sentence:

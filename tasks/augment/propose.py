@@ -17,7 +17,7 @@ from tasks.augment.rules import propose
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class CandidateRequest:
     """A request for candidates for one example.
 
     Attributes:
@@ -52,12 +52,12 @@ class Proposal:
     failure: str | None = None
 
 
-Propose = Callable[[Sequence[Wanted]], list[Proposal]]
+Propose = Callable[[Sequence[CandidateRequest]], list[Proposal]]
 
 
-def by_rules(wanted: Sequence[Wanted]) -> list[Proposal]:
+def by_rules(calls: Sequence[CandidateRequest]) -> list[Proposal]:
     """Propose candidates by rules: immediate, deterministic, style `reword` only."""
-    return [Proposal(list(propose(one.turns, one.count))) for one in wanted]
+    return [Proposal(list(propose(call.turns, call.count))) for call in calls]
 
 
 def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
@@ -87,10 +87,10 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
             backend = load_backend(params, folder, name, sampling)
         return backend(requests, on_reply)
 
-    def propose_all(wanted: Sequence[Wanted]) -> list[Proposal]:
-        requests = [build_request(one, local=local) for one in wanted]
+    def propose_all(calls: Sequence[CandidateRequest]) -> list[Proposal]:
+        requests = [build_request(call, local=local) for call in calls]
         results = ask(requests, json.dumps([name, *makers]), generate, memo)
-        return [_read(one, result) for one, result in zip(wanted, results, strict=True)]
+        return [_parse_result(call, result) for call, result in zip(calls, results, strict=True)]
 
     return propose_all
 
@@ -106,18 +106,18 @@ def load_backend(params: AugmentParams, folder: Path, name: str, sampling: dict[
     return Endpoint(str(params.model), sampling, params.endpoint, "augment")
 
 
-def build_request(wanted: Wanted, *, local: bool) -> Request:
+def build_request(call: CandidateRequest, *, local: bool) -> Request:
     """Build a request for one version several times (local), or for several versions at once."""
-    versions = 1 if local else wanted.count
-    prompt = build_prompt(wanted.turns, wanted.style, versions, wanted.avoid)
-    return Request(prompt, wanted.count if local else 1, wanted.ordinal)
+    versions = 1 if local else call.count
+    prompt = build_prompt(call.turns, call.style, versions, call.avoid)
+    return Request(prompt, call.count if local else 1, call.ordinal)
 
 
-def _read(wanted: Wanted, result: Result) -> Proposal:
+def _parse_result(call: CandidateRequest, result: Result) -> Proposal:
     """Parse the versions in all answers."""
     if isinstance(result, Failure):
         return Proposal([], failure=result.reason)
-    roles = [turn["role"] for turn in wanted.turns]
+    roles = [turn["role"] for turn in call.turns]
     found = [version for text in result.texts for version in read_versions(text, roles)]
     versions = [version for version in found if version is not None]
     return Proposal(versions, len(found) - len(versions), result.tokens)

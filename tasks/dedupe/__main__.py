@@ -19,7 +19,7 @@ from nightshift.data.text import canonical_messages
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.candidates import Removal, Text, keep_first
 from tasks.dedupe.reasons import HARMLESS, classify_removals
-from tasks.dedupe.signatures import open_memo, sign_known
+from tasks.dedupe.signatures import open_memo, sign_cached
 
 # near_ids: all survivors above the threshold for the removed example, `kept_id` first.
 REMOVED_SCHEMA = pa.schema(
@@ -54,7 +54,7 @@ def main() -> None:
         drops,
         params.max_drop_rate,
         (REMOVED, "dedupe.max_drop_rate"),
-        "see there which rows are merged, change them or dedupe.jaccard_threshold",
+        "see the merged rows in this file, change them or dedupe.jaccard_threshold",
         harmless=HARMLESS,
     )
     sources: Counter[str] = Counter()
@@ -98,7 +98,7 @@ def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> 
     first: dict[str, int] = {}
     roots = [first.setdefault(text.whole, i) for i, text in enumerate(texts)]
     unique = list(first.values())
-    keys = sign_known(list(first), params, memo)
+    keys = sign_cached(list(first), params, memo)
     near = keep_first([texts[i] for i in unique], keys, params)
     removals = {
         unique[i]: Removal(

@@ -44,7 +44,7 @@ def open_memo(params: DedupeParams) -> Memo:
     )
 
 
-def sign_known(texts: Sequence[str], params: DedupeParams, memo: Memo) -> Keys:
+def sign_cached(texts: Sequence[str], params: DedupeParams, memo: Memo) -> Keys:
     """Return the band keys of texts, computing only those that are not cached.
 
     Args:
@@ -77,8 +77,8 @@ def sign(texts: Sequence[str], params: DedupeParams) -> Keys:
     """
     short = np.fromiter((is_short(text) for text in texts), dtype=bool, count=len(texts))
     keys = np.empty((len(texts), params.bands), dtype=np.uint64)
-    words = [text for text, is_one in zip(texts, short, strict=True) if not is_one]
-    grams = [_spell(text) for text, is_one in zip(texts, short, strict=True) if is_one]
+    words = [text for text, is_char in zip(texts, short, strict=True) if not is_char]
+    grams = [_spell(text) for text, is_char in zip(texts, short, strict=True) if is_char]
     keys[~short] = _band_keys(_minhash(words, params.shingle_size, params), params.bands)
     keys[short] = ~_band_keys(_minhash(grams, 1, params), params.bands)
     return keys

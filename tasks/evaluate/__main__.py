@@ -80,7 +80,7 @@ def main() -> None:
     ]
     write_rows(SCORES, rows, ALL_SCORES)
     write_figures(METRICS, metrics(rows))
-    write_json(MODELS, name_models(models))
+    write_json(MODELS, digest_models(models))
     write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(models))
 
 
@@ -93,16 +93,16 @@ def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
     """
     known = [benchmark.name for benchmark in read_benchmarks(BENCHMARKS)]
     everything = [*known, HELDOUT]
-    ours = (BASE, base_digest(read_json(BASE_RECORD)["files"]))
+    base = (BASE, base_digest(read_json(BASE_RECORD)["files"]))
     found = {
-        "base": EvaluatedModel(*ours, None, 0, everything),
-        "candidate": EvaluatedModel(*ours, MODEL, 0, everything),
+        "base": EvaluatedModel(*base, None, 0, everything),
+        "candidate": EvaluatedModel(*base, MODEL, 0, everything),
     }
     champion = read_json(CHAMPION / "champion.json")
     if champion["version"] is not None:
-        theirs = base_digest(champion["base"]["files"])
-        if folder := BASE if theirs == ours[1] else find_kept(champion):
-            found["champion"] = EvaluatedModel(folder, theirs, CHAMPION / "model", 0, everything)
+        of_champion = base_digest(champion["base"]["files"])
+        if folder := BASE if of_champion == base[1] else find_kept_base(champion):
+            found["champion"] = EvaluatedModel(folder, of_champion, CHAMPION / "model", 0, everything)
     if params.retrieval:
         if unknown := sorted(set(params.retrieval.benchmarks) - set(known)):
             raise ConfigError(
@@ -110,12 +110,12 @@ def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
                 f"{suggestion(unknown[0], known)}"
             )
         found[RETRIEVAL] = EvaluatedModel(
-            *ours, None, params.retrieval.documents, params.retrieval.benchmarks
+            *base, None, params.retrieval.documents, params.retrieval.benchmarks
         )
     return found
 
 
-def find_kept(champion: dict[str, Any]) -> Path | None:
+def find_kept_base(champion: dict[str, Any]) -> Path | None:
     """Return the kept base of a champion on another base; None if snapshot did not find it.
 
     Raises:
@@ -123,27 +123,27 @@ def find_kept(champion: dict[str, Any]) -> Path | None:
     """
     base = champion["base"]
     if base["kept"] is None:
-        log.warning("the champion is not scored: its base %s is gone", base["model"])
+        log.warning("the champion is not scored: its base %s was not found", base["model"])
         return None
     folder = state_dir() / str(base["kept"])
     if is_base(folder, base["files"]):
         return folder
     raise DataError(
-        f"{folder}: not the base {base['model']} of the champion, version {champion['version']}, that was "
-        "kept there; run `nightshift snapshot`, which looks for it again"
+        f"{folder}: does not contain the base {base['model']} of the champion, version "
+        f"{champion['version']}; run `nightshift snapshot` to look for it again"
     )
 
 
-def name_models(models: dict[str, EvaluatedModel]) -> dict[str, str | None]:
+def digest_models(models: dict[str, EvaluatedModel]) -> dict[str, str | None]:
     """Return the adapter digest of each model for the gate; a champion on another base adds its base."""
-    names = {name: digest(one) for name, one in models.items() if name != RETRIEVAL}
+    digests = {name: digest(model) for name, model in models.items() if name != RETRIEVAL}
     champion = read_json(CHAMPION / "champion.json")
     if champion["version"] is not None:
         base = base_digest(champion["base"]["files"])
         is_same = base == models["candidate"].base_digest
         adapter = tree_digest(CHAMPION / "model")
-        names["champion"] = adapter if is_same else f"{adapter} on the base {base}"
-    return names
+        digests["champion"] = adapter if is_same else f"{adapter} on the base {base}"
+    return digests
 
 
 def memo_files(model: EvaluatedModel, params: EvaluateParams) -> dict[str, Path]:
@@ -189,8 +189,8 @@ def score_missing(
     if not missing:
         return
     done = count(1)
-    at_once = count_at_once(len(missing))
-    threads = (os.cpu_count() or 1) // at_once
+    workers = count_workers(len(missing))
+    threads = (os.cpu_count() or 1) // workers
 
     def show(name: str, line: str) -> None:
         if line.startswith(DONE):
@@ -202,7 +202,7 @@ def score_missing(
         job = build_job(models[name], missing[name], params)
         run_job(name, job, threads, partial(show, name))
 
-    with ThreadPoolExecutor(max_workers=at_once) as pool:
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         for _ in pool.map(score, missing):
             pass
 
@@ -214,7 +214,7 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def count_at_once(models: int) -> int:
+def count_workers(models: int) -> int:
     """Return how many models are scored at once: one per CPU core, or one on a GPU."""
     return min(models, os.cpu_count() or 1) if device() == "cpu" else 1
 
@@ -257,8 +257,8 @@ def run_job(name: str, job: dict[str, Any], threads: int, on_line: Callable[[str
         )
     if code or not all(Path(target).is_file() for target in job["targets"].values()):
         raise StageError(
-            f"evaluate: scoring {name} ended with code {code}; the reason stands above. "
-            "What is done is kept: run again"
+            f"evaluate: scoring {name} exited with code {code}, see the error above; "
+            "finished benchmarks are cached, rerun to resume"
         )
 
 

@@ -17,11 +17,11 @@ Row = dict[str, Any]
 
 def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int | None) -> Iterator[Row]:
     """Run a benchmark and yield one row per item; with a limit, items are evenly spread over it."""
-    asked = spread(len(benchmark.items), limit)
-    items = [benchmark.items[i] for i in asked]
+    indices = spread(len(benchmark.items), limit)
+    items = [benchmark.items[i] for i in indices]
     match benchmark.kind:
         case "choice":
-            found = score_choice(model, benchmark, folder, asked)
+            found = score_choice(model, benchmark, folder, indices)
         case "generation":
             found = score_generation(model, benchmark.task, items)
         case "invariance":
@@ -38,7 +38,7 @@ def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int
         }
 
 
-def score_choice(model: Model, benchmark: Benchmark, folder: Path, asked: list[int]) -> Iterator[Row]:
+def score_choice(model: Model, benchmark: Benchmark, folder: Path, indices: list[int]) -> Iterator[Row]:
     """Score multiple choice by log-likelihood: the metric `acc` of an lm-eval task."""
     task = {
         **{key: value for key, value in benchmark.task.items() if not key.endswith("_split")},
@@ -51,21 +51,22 @@ def score_choice(model: Model, benchmark: Benchmark, folder: Path, asked: list[i
         model=model,
         tasks=[task],
         task_manager=TaskManager(include_defaults=False),
-        samples={benchmark.name: asked},
+        samples={benchmark.name: indices},
         apply_chat_template=True,
         bootstrap_iters=0,
         random_seed=0,
         numpy_random_seed=0,
         torch_random_seed=0,
     )
-    for place, sample in zip(asked, results["samples"][benchmark.name], strict=True):
-        item = benchmark.items[place]
+    for index, sample in zip(indices, results["samples"][benchmark.name], strict=True):
+        item = benchmark.items[index]
         choices = item["choices"]
         # The choices come first; other metrics may have added requests.
         likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]]
         row = {"choices": len(choices), "expected": choices[item["answer"]]}
         yield row | (
-            fault(model, likelihoods) or scored_row(float(sample["acc"]), choices[likeliest(likelihoods)])
+            find_fault(model, likelihoods)
+            or scored_row(float(sample["acc"]), choices[likeliest(likelihoods)])
         )
 
 
@@ -75,7 +76,7 @@ def score_generation(model: Model, task: Any, items: Sequence[Row]) -> Iterator[
         model.apply_chat_template(item.get("messages") or [{"role": "user", "content": item["question"]}])
         for item in items
     ]
-    for item, answer in zip(items, model.write(prompts, task["max_new_tokens"]), strict=True):
+    for item, answer in zip(items, model.generate_greedy(prompts, task["max_new_tokens"]), strict=True):
         row = {"choices": None, "expected": " | ".join(item["references"])}
         if answer is None:
             yield row | skipped_row(model)
@@ -93,7 +94,7 @@ def score_invariance(model: Model, items: Sequence[Row]) -> Iterator[Row]:
     )
     for item, texts in zip(items, wordings, strict=True):
         likelihoods = [next(answers) for _ in texts]
-        if found := fault(model, [one for wording in likelihoods for one in wording]):
+        if found := find_fault(model, [one for wording in likelihoods for one in wording]):
             yield {"choices": None, "expected": None, **found}
             continue
         first, *others = [item["choices"][likeliest(one)] for one in likelihoods]
@@ -112,7 +113,7 @@ def score_direction(model: Model, items: Sequence[Row]) -> Iterator[Row]:
         before, after = next(answers), next(answers)
         answer = item["choices"][item["answer"]]
         row = {"choices": None, "expected": f"{answer}: {item['expect']}"}
-        if found := fault(model, [*before, *after]):
+        if found := find_fault(model, [*before, *after]):
             yield row | found
             continue
         old, new = probability(before, item["answer"]), probability(after, item["answer"])
@@ -137,7 +138,7 @@ def likeliest(likelihoods: Sequence[float]) -> int:
     return max(range(len(likelihoods)), key=lambda i: likelihoods[i])
 
 
-def probability(likelihoods: Sequence[float], place: int) -> float:
+def probability(likelihoods: Sequence[float], index: int) -> float:
     """Return the probability of one choice, normalised over all choices.
 
     Example:
@@ -146,7 +147,7 @@ def probability(likelihoods: Sequence[float], place: int) -> float:
     """
     highest = max(likelihoods)
     weights = [math.exp(one - highest) for one in likelihoods]
-    return weights[place] / sum(weights)
+    return weights[index] / sum(weights)
 
 
 def scored_row(score: float, answer: str) -> Row:
@@ -154,7 +155,7 @@ def scored_row(score: float, answer: str) -> Row:
     return {"score": score, "status": "ok", "answer": answer, "tokens": None}
 
 
-def fault(model: Model, likelihoods: Sequence[float]) -> Row | None:
+def find_fault(model: Model, likelihoods: Sequence[float]) -> Row | None:
     """Return the fields of an item without a score, or None if all likelihoods are finite."""
     if any(math.isnan(one) for one in likelihoods):
         return error_row("a log-likelihood is not a number")
@@ -168,5 +169,5 @@ def error_row(reason: str) -> Row:
 
 def skipped_row(model: Model) -> Row:
     """Return the fields of an item that is too long for the model."""
-    reason = f"longer than the {model.max_length} tokens that the model reads"
+    reason = f"longer than the model's context of {model.max_length} tokens"
     return {"score": None, "status": "skipped", "answer": reason, "tokens": None}

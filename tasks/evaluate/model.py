@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tasks.evaluate.retrieval import with_documents
+from tasks.evaluate.retrieval import add_documents
 
 # Result for a sequence that exceeds the context length; the model does not run on it.
 TOO_LONG = (-math.inf, False)
@@ -52,37 +52,37 @@ class Model(HFLM):
         """Render a conversation, with the retrieved documents before its last question."""
         *before, last = chat_history
         if self._find and last["role"] == "user":
-            found = with_documents(last["content"], self._find(last["content"]))
+            found = add_documents(last["content"], self._find(last["content"]))
             chat_history = [*before, {**last, "content": found}]
         return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
-    def choice_likelihoods(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+    def choice_likelihoods(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """Return the log-likelihood (nats) of each choice after its question; -inf if too long.
 
         Args:
-            asked: (question, choices) pairs.
+            questions: (question, choices) pairs.
         """
         requests = [
-            Instance("loglikelihood", {}, (self.prompt(question), choice), idx=0)
-            for question, choices in asked
+            Instance("loglikelihood", {}, (self.render_prompt(question), choice), idx=0)
+            for question, choices in questions
             for choice in choices
         ]
         answers = iter(self.loglikelihood(requests))
-        return [[next(answers)[0] for _ in choices] for _, choices in asked]
+        return [[next(answers)[0] for _ in choices] for _, choices in questions]
 
-    def write(self, prompts: Sequence[str], max_new_tokens: int) -> list[str | None]:
+    def generate_greedy(self, prompts: Sequence[str], max_new_tokens: int) -> list[str | None]:
         """Generate greedy continuations; None if prompt and answer exceed the context length."""
         fits = [len(self.tok_encode(prompt)) + max_new_tokens <= self.max_length for prompt in prompts]
         options = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False}
         requests = [
             Instance("generate_until", {}, (prompt, options), idx=0)
-            for prompt, is_short in zip(prompts, fits, strict=True)
-            if is_short
+            for prompt, does_fit in zip(prompts, fits, strict=True)
+            if does_fit
         ]
         texts = iter(self.generate_until(requests))
-        return [next(texts).strip() if is_short else None for is_short in fits]
+        return [next(texts).strip() if does_fit else None for does_fit in fits]
 
-    def prompt(self, question: str) -> str:
+    def render_prompt(self, question: str) -> str:
         """Render a single question with the chat template."""
         return self.apply_chat_template([{"role": "user", "content": question}])
 
@@ -94,14 +94,14 @@ class Model(HFLM):
     ) -> list[Answer]:
         """Return the likelihoods of lm-eval requests (texts, prompt tokens, continuation tokens)."""
         fits = [len(prompt) + len(rest) <= self.max_length for _, prompt, rest in requests]
-        asked = [request for request, is_short in zip(requests, fits, strict=True) if is_short]
-        if all(len(prompt) > 1 for _, prompt, _ in asked) and self._keeps_all_keys():
-            answers = iter(self._by_prompt(asked))
+        fitting = [request for request, does_fit in zip(requests, fits, strict=True) if does_fit]
+        if all(len(prompt) > 1 for _, prompt, _ in fitting) and self._has_full_cache():
+            answers = iter(self._by_prompt(fitting))
         else:
-            answers = iter(super()._loglikelihood_tokens(asked, disable_tqdm, override_bs))
-        return [next(answers) if is_short else TOO_LONG for is_short in fits]
+            answers = iter(super()._loglikelihood_tokens(fitting, disable_tqdm, override_bs))
+        return [next(answers) if does_fit else TOO_LONG for does_fit in fits]
 
-    def _keeps_all_keys(self) -> bool:
+    def _has_full_cache(self) -> bool:
         """Return whether the cache keeps all tokens; a sliding window or a state cannot skip padding."""
         layers = DynamicCache(config=self.model.config).layers
         return all(type(layer) is DynamicLayer for layer in layers)
@@ -118,7 +118,7 @@ class Model(HFLM):
             for batch in self._batches(groups):
                 numbers = [number for _, members in batch for number in members]
                 rests = [requests[number][2] for number in numbers]
-                answers |= zip(numbers, self._read(batch, rests), strict=True)
+                answers |= zip(numbers, self._score_batch(batch, rests), strict=True)
                 progress.update(len(numbers))
         return [answers[number] for number in range(len(requests))]
 
@@ -136,7 +136,7 @@ class Model(HFLM):
             yield batch
 
     @torch.inference_mode()
-    def _read(
+    def _score_batch(
         self, batch: Sequence[tuple[tuple[int, ...], list[int]]], rests: Sequence[list[int]]
     ) -> list[Answer]:
         """Return the likelihoods of the continuations of a batch of prompts.
@@ -159,10 +159,10 @@ class Model(HFLM):
         ).logits
         found = []
         for row, rest in zip(logits, rests, strict=True):
-            wanted = torch.tensor(rest, device=self.device)
+            target = torch.tensor(rest, device=self.device)
             likelihoods = row[: len(rest)].float().log_softmax(-1)
-            is_likeliest = bool((likelihoods.argmax(-1) == wanted).all())
-            found.append((float(likelihoods.gather(1, wanted[:, None]).sum()), is_likeliest))
+            is_likeliest = bool((likelihoods.argmax(-1) == target).all())
+            found.append((float(likelihoods.gather(1, target[:, None]).sum()), is_likeliest))
         return found
 
     def _padded(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,10 +176,10 @@ class Model(HFLM):
 def load_model(base: str, adapter: str | None) -> Any:
     """Load the base with its adapter, if any, or the fully fine-tuned weights, for scoring."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    is_whole = adapter and not (Path(adapter) / "adapter_config.json").is_file()
+    is_full_model = adapter and not (Path(adapter) / "adapter_config.json").is_file()
     model = AutoModelForCausalLM.from_pretrained(
-        adapter if is_whole else base, dtype="auto", trust_remote_code=False
+        adapter if is_full_model else base, dtype="auto", trust_remote_code=False
     )
-    if adapter and not is_whole:
+    if adapter and not is_full_model:
         model = PeftModel.from_pretrained(model, adapter)
     return model.to(device).eval()

@@ -12,7 +12,7 @@ WORDS_PER_DOCUMENT = 200
 Find = Callable[[str], list[str]]
 
 
-def documents(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+def build_documents(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield the documents: each question with its answer, or each chunk of a plain text.
 
     Of an example and its paraphrases only the first is used: the others would displace other facts.
@@ -64,11 +64,11 @@ def build_index(texts: Iterable[str], count: int) -> Find:
     return find
 
 
-def with_documents(question: str, found: Iterable[str]) -> str:
+def add_documents(question: str, found: Iterable[str]) -> str:
     r"""Prepend documents to a question.
 
     Example:
-        >>> with_documents("Who?", ["It was me."])
+        >>> add_documents("Who?", ["It was me."])
         'Answer with the help of these notes.\n\nIt was me.\n\nWho?'
     """
     notes = list(found)

@@ -17,7 +17,7 @@ from nightshift.data.benchmarks import HELDOUT, read_benchmarks
 from nightshift.data.encode import FAULTS, IGNORED, Encoder, encode_batch, load_encoder
 from tasks.evaluate.kinds import score_benchmark
 from tasks.evaluate.model import Model, load_model
-from tasks.evaluate.retrieval import build_index, documents
+from tasks.evaluate.retrieval import build_documents, build_index
 from tasks.evaluate.scores import DONE, SCORES
 
 
@@ -28,7 +28,7 @@ def main(job_file: Path) -> None:
     find = None
     if job["documents"]:
         rows = iterate_rows(Path(job["train"]), ["id", "messages", "parent_id"])
-        find = build_index(documents(rows), job["documents"])
+        find = build_index(build_documents(rows), job["documents"])
     loaded = load_model(job["base"], job["adapter"])
     model = Model(loaded, AutoTokenizer.from_pretrained(job["base"]), job["batch_size"], find)
     root = Path(job["benchmarks"])
@@ -45,7 +45,7 @@ def main(job_file: Path) -> None:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command-line arguments."""
-    parser.add_argument("job_file", type=Path, help="what to score, as tasks.evaluate writes it")
+    parser.add_argument("job_file", type=Path, help="job file written by tasks.evaluate")
 
 
 @torch.inference_mode()
@@ -83,7 +83,7 @@ def heldout_losses(
         labels = torch.tensor(one.labels[1:], dtype=torch.long, device=model.device)
         row["tokens"] = int((labels != IGNORED).sum())
         if len(one.input_ids) > longest:
-            reason = f"{len(one.input_ids)} tokens, the model reads {longest}"
+            reason = f"{len(one.input_ids)} tokens exceed the model's context of {longest}"
             yield row | {"status": "skipped", "answer": reason}
             continue
         ids = torch.tensor(one.input_ids[None], dtype=torch.long, device=model.device)

@@ -31,17 +31,17 @@ def exact_match(answer: str, reference: str) -> float:
 
 def contains(answer: str, reference: str) -> float:
     """Return 1.0 if the answer contains the reference's words in sequence, case-sensitive, else 0.0."""
-    words, wanted = (f" {' '.join(WORD.findall(text))} " for text in (answer, reference))
-    return float(wanted in words)
+    words, expected = (f" {' '.join(WORD.findall(text))} " for text in (answer, reference))
+    return float(expected in words)
 
 
 def token_f1(answer: str, reference: str) -> float:
     """Return the F1 score of the words (SQuAD, Rajpurkar et al. 2016, arXiv 1606.05250)."""
-    ours, theirs = normalised(answer).split(), normalised(reference).split()
-    shared = sum((Counter(ours) & Counter(theirs)).values())
-    if not ours or not theirs:
-        return float(ours == theirs)
-    return 2 * shared / (len(ours) + len(theirs))
+    words, expected = normalised(answer).split(), normalised(reference).split()
+    shared = sum((Counter(words) & Counter(expected)).values())
+    if not words or not expected:
+        return float(words == expected)
+    return 2 * shared / (len(words) + len(expected))
 
 
 def rouge_l(answer: str, reference: str) -> float:

@@ -64,5 +64,5 @@ class GateParams(StageParams):
     @model_validator(mode="after")
     def _each_benchmark_has_one_use(self) -> "GateParams":
         if both := sorted(set(self.retention) & set(self.behaviour)):
-            raise ValueError(f"{both[0]} stands under retention and under behaviour; choose one")
+            raise ValueError(f"{both[0]} is listed in both gate.retention and gate.behaviour; choose one")
         return self

@@ -30,29 +30,29 @@ def main() -> None:
     rows, champion = read_rows(SCORES), read_json(CHAMPION_RECORD)
     overlaps = find_overlaps(CLEAN_TRAIN, TEST, BENCHMARKS)
     models = read_json(MODELS)
-    if lost := find_lost(champion, rows):
+    if missing := find_missing_base(champion, rows):
         known = {"reference": "champion", "candidate": models["candidate"]}
-        decision = {**known, **conclude([Check("champion", "error", lost)])}
+        decision = {**known, **conclude([Check("champion", "error", missing)])}
     else:
-        is_one_base = (
+        is_same_base = (
             champion["version"] is None or champion["base"]["files"] == read_json(BASE_RECORD)["files"]
         )
-        decision = decide(rows, models, champion["looks"], overlaps, params, is_one_base=is_one_base)
+        decision = decide(rows, models, champion["looks"], overlaps, params, is_same_base=is_same_base)
     write_figures(GATE, decision)
     write_summary("gate", rows_in=len(rows), rows_out=len(rows), verdict=decision["verdict"])
 
 
-def find_lost(champion: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
+def find_missing_base(champion: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Return why the champion could not be scored and how to fix it, or None if it was scored."""
     if champion["version"] is None or any(row["model"] == "champion" for row in rows):
         return None
     base = champion["base"]
     name = f"{base['model']} ({base['dtype']}, digest {base_digest(base['files'])})"
     return (
-        f"version {champion['version']} has no scores, because its base {name} is gone: it is neither in "
-        "data/base/model, nor kept in the state folder, nor where it was at registration; run "
-        "`NIGHTSHIFT_BASE=FOLDER nightshift snapshot` with a folder that holds its files, or `dvc repro "
-        "base` with this base.model and `nightshift snapshot`, then run again; or promote another version"
+        f"version {champion['version']} has no scores, because its base {name} was not found in "
+        "data/base/model, in the state folder, or where it was at registration; run "
+        "`NIGHTSHIFT_BASE=FOLDER nightshift snapshot` with a folder that contains its files, or `dvc repro "
+        "base` with this base.model and `nightshift snapshot`, then rerun; or promote another version"
     )
 
 
@@ -62,12 +62,14 @@ def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:
     The stage decontaminate removes exact matches and looser overlaps. This check also covers a benchmark
     that was added after that stage, or a training set from elsewhere.
     """
-    asked = {canonical(text): f"{name}/{item}" for name, item, text in evaluation_questions(test, benchmarks)}
+    evaluated = {
+        canonical(text): f"{name}/{item}" for name, item, text in evaluation_questions(test, benchmarks)
+    }
     return [
-        f"{row['origin']} asks {asked[text]}"
+        f"{row['origin']} matches {evaluated[text]}"
         for row in iterate_rows(train, ["origin", "messages"])
         for question in questions_of(row)
-        if (text := canonical(question)) in asked and text
+        if (text := canonical(question)) in evaluated and text
     ]
 
 

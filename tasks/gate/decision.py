@@ -36,12 +36,12 @@ class Check:
     Attributes:
         name: Name of the check.
         verdict: Verdict of the check.
-        said: Reason, with figures.
+        message: Reason, with figures.
     """
 
     name: str
     verdict: Verdict
-    said: str
+    message: str
 
 
 def decide(
@@ -51,7 +51,7 @@ def decide(
     overlaps: Sequence[str],
     params: GateParams,
     *,
-    is_one_base: bool = True,
+    is_same_base: bool = True,
 ) -> dict[str, Any]:
     """Run all checks and return the verdict.
 
@@ -61,7 +61,7 @@ def decide(
         looks: Digests of the candidates judged since the last promotion, oldest first.
         overlaps: Training rows that contain an evaluation question.
         params: Thresholds.
-        is_one_base: Whether candidate and reference share a base, so that they can read the same items.
+        is_same_base: Whether candidate and reference share a base, so that they can read the same items.
 
     Returns:
         verdict, reason, reference, candidate, all checks, and the figures of gain and loss.
@@ -69,13 +69,16 @@ def decide(
     reference = "champion" if "champion" in digests else "base"
     known = {"reference": reference, "candidate": digests.get("candidate")}
     if digests.get("candidate") == digests.get(reference):
-        return {**known, **conclude([Check("candidate", "hold", f"the candidate is the {reference}")])}
-    if faults := list(find_faults(rows, reference, overlaps, params, is_one_base=is_one_base)):
+        return {
+            **known,
+            **conclude([Check("candidate", "hold", f"the candidate is identical to the {reference}")]),
+        }
+    if faults := list(find_faults(rows, reference, overlaps, params, is_same_base=is_same_base)):
         return {**known, **conclude(faults)}
     look = count_look(str(digests["candidate"]), looks)
     pairs = pair(rows, reference)
-    asked = [both for both in pairs if both[0]["benchmark"] != HELDOUT]
-    learned = [both for both in asked if both[0]["benchmark"] not in params.retention]
+    answered = [both for both in pairs if both[0]["benchmark"] != HELDOUT]
+    learned = [both for both in answered if both[0]["benchmark"] not in params.retention]
     primary = [both for both in learned if both[0]["benchmark"] not in params.behaviour]
     heldout = [both for both in pairs if both[0]["benchmark"] == HELDOUT]
     losses = compare_losses(heldout)
@@ -84,10 +87,13 @@ def decide(
     retained = pair([row for row in rows if row["benchmark"] in params.retention], "base")
     checks = [
         check_gain(gain, found, params),
-        *check_floors(asked, params),
-        *(not_worse(name, reference, group, params.margin, params) for name, group in by_benchmark(primary)),
+        *check_floors(answered, params),
         *(
-            not_worse(name, "base", group, params.retention[name], params)
+            check_non_inferiority(name, reference, group, params.margin, params)
+            for name, group in by_benchmark(primary)
+        ),
+        *(
+            check_non_inferiority(name, "base", group, params.retention[name], params)
             for name, group in by_benchmark(retained)
         ),
         *check_slices(learned, params),
@@ -106,23 +112,23 @@ def conclude(checks: Sequence[Check]) -> dict[str, Any]:
         'b: unclear'
     """
     verdict = max((check.verdict for check in checks), key=VERDICTS.index)
-    reason = "; ".join(f"{check.name}: {check.said}" for check in checks if check.verdict == verdict)
+    reason = "; ".join(f"{check.name}: {check.message}" for check in checks if check.verdict == verdict)
     if verdict == "promote":
         # All checks agree; the first one gives the reason.
-        reason = f"{checks[0].name}: {checks[0].said}"
+        reason = f"{checks[0].name}: {checks[0].message}"
     return {"verdict": verdict, "reason": reason, "checks": [asdict(check) for check in checks]}
 
 
-def decided(name: str, verdict: Verdict, said: str, *figures: float) -> Check:
+def check_figures(name: str, verdict: Verdict, message: str, *figures: float) -> Check:
     """Build a check from figures; a figure that is not finite makes the verdict an error.
 
     Example:
-        >>> decided("gain", "promote", "better: +nan%", math.nan).verdict
+        >>> check_figures("gain", "promote", "better: +nan%", math.nan).verdict
         'error'
     """
     if all(math.isfinite(figure) for figure in figures):
-        return Check(name, verdict, said)
-    return Check(name, "error", f"not a finite number: {said}; look for broken scores in data/evaluate")
+        return Check(name, verdict, message)
+    return Check(name, "error", f"not a finite number: {message}; check the scores in data/evaluate")
 
 
 def find_faults(
@@ -131,25 +137,23 @@ def find_faults(
     overlaps: Sequence[str],
     params: GateParams,
     *,
-    is_one_base: bool,
+    is_same_base: bool,
 ) -> Iterator[Check]:
     """Yield the faults that make the scores unusable."""
     if overlaps:
-        several = f"{len(overlaps)} training rows ask what is evaluated, first: {overlaps[0]}"
-        yield Check("contamination", "error", f"{several}; run decontaminate again")
+        message = f"{len(overlaps)} training rows contain an evaluation question, first: {overlaps[0]}"
+        yield Check("contamination", "error", f"{message}; rerun decontaminate")
     compared = ("candidate", reference)
     skipped = {key(row) for row in rows if row["model"] in compared and row["status"] == "skipped"}
     keys = {
         name: {key(row) for row in rows if row["model"] == name and row["status"] != "skipped"}
-        - (set() if is_one_base else skipped)
+        - (set() if is_same_base else skipped)
         for name in (*compared, "base")
     }
-    alone = keys["candidate"] ^ keys[reference]
-    alone |= {one for one in keys["candidate"] ^ keys["base"] if one[0] in params.retention}
-    if alone:
-        yield Check(
-            "scores", "error", f"{len(alone)} items have a score from one model only; run evaluate again"
-        )
+    unpaired = keys["candidate"] ^ keys[reference]
+    unpaired |= {one for one in keys["candidate"] ^ keys["base"] if one[0] in params.retention}
+    if unpaired:
+        yield Check("scores", "error", f"{len(unpaired)} items are scored for only one model; rerun evaluate")
     counted = [
         row
         for row in rows
@@ -169,7 +173,7 @@ def find_faults(
     if not counts.keys() - {*params.retention, *params.behaviour}:
         yield Check("scores", "error", "no benchmark has a score; see snapshot.benchmarks")
     for name in sorted({*params.floors, *params.retention, *params.behaviour} - counts.keys()):
-        yield Check(name, "error", "named in gate, but no such benchmark was scored")
+        yield Check(name, "error", "listed in gate, but no benchmark with this name was scored")
     for name, count in sorted(counts.items()):
         if count < params.min_items:
             yield Check(
@@ -186,9 +190,9 @@ def pair(rows: Sequence[Row], reference: str) -> Pairs:
     """Pair the candidate's scores with another model's by benchmark and item, in a fixed order."""
     scored = [row for row in rows if row["status"] == "ok"]
     other = {key(row): row for row in scored if row["model"] == reference}
-    ours = sorted((row for row in scored if row["model"] == "candidate"), key=key)
+    candidates = sorted((row for row in scored if row["model"] == "candidate"), key=key)
     # With different bases, one of the two models may have skipped an item.
-    return [(row, other[key(row)]) for row in ours if key(row) in other]
+    return [(row, other[key(row)]) for row in candidates if key(row) in other]
 
 
 def by_benchmark(pairs: Pairs, *, and_slice: bool = False) -> list[tuple[str, Pairs]]:
@@ -202,7 +206,7 @@ def by_benchmark(pairs: Pairs, *, and_slice: bool = False) -> list[tuple[str, Pa
 
 def differences(pairs: Pairs) -> Differences:
     """Return candidate minus reference per item, shape (n,)."""
-    return np.asarray([ours["score"] - theirs["score"] for ours, theirs in pairs], dtype=np.float64)
+    return np.asarray([candidate["score"] - other["score"] for candidate, other in pairs], dtype=np.float64)
 
 
 def count_look(candidate: str, looks: Sequence[str]) -> int:
@@ -245,45 +249,52 @@ def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str,
 
 def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> Check:
     """Check whether the gain is significant at the level that this look may spend."""
-    said = (
+    message = (
         f"{gain['mean']:+.1%} accuracy, interval {gain['low']:+.1%} to {gain['high']:+.1%}, "
-        f"p {gain['p_value']:.2g} of {gain['spent']:.2g} at look {gain['look']}"
+        f"p {gain['p_value']:.2g}, level {gain['spent']:.2g} at look {gain['look']}"
     )
     band = seed_band(params.seed_noise, params.alpha)
     figures = (gain["p_value"], gain["spent"], gain["mean"], band)
     if gain["p_value"] > gain["spent"]:
-        able = f"a gain of {params.detectable_gain:.0%} would show with probability {gain['power']:.0%}"
+        detectable = (
+            f"a gain of {params.detectable_gain:.0%} is detected with probability {gain['power']:.0%}"
+        )
         if gain["power"] < params.power:
             needed = items_needed(found, params.detectable_gain, gain["spent"], params.power)
-            able += f", with {needed:,.0f} items instead of {gain['items']:,} with {params.power:.0%}"
-        return decided("gain", "hold", f"cannot tell: {said}; {able}", *figures)
+            detectable += f", or {params.power:.0%} with {needed:,.0f} items instead of {gain['items']:,}"
+        return check_figures("gain", "hold", f"inconclusive: {message}; {detectable}", *figures)
     if gain["mean"] < 0:
-        return decided("gain", "reject", f"worse: {said}", *figures)
+        return check_figures("gain", "reject", f"worse: {message}", *figures)
     if gain["mean"] <= band:
-        return decided("gain", "hold", f"no more than seeds differ ({band:.1%}): {said}", *figures)
-    return decided("gain", "promote", f"better: {said}", *figures)
+        return check_figures("gain", "hold", f"within seed noise ({band:.1%}): {message}", *figures)
+    return check_figures("gain", "promote", f"better: {message}", *figures)
 
 
 def check_floors(pairs: Pairs, params: GateParams) -> Iterator[Check]:
     """Compare the candidate with the lowest allowed accuracy."""
     for name, group in by_benchmark(pairs):
         if name in params.floors:
-            accuracy, floor = sum(ours["score"] for ours, _ in group) / len(group), params.floors[name]
+            accuracy, floor = (
+                sum(candidate["score"] for candidate, _ in group) / len(group),
+                params.floors[name],
+            )
             verdict: Verdict = "promote" if accuracy >= floor else "reject"
-            yield decided(f"{name}, floor", verdict, f"{accuracy:.1%}, at least {floor:.1%}", accuracy)
+            yield check_figures(f"{name}, floor", verdict, f"{accuracy:.1%}, minimum {floor:.1%}", accuracy)
 
 
-def not_worse(name: str, reference: str, pairs: Pairs, margin: float, params: GateParams) -> Check:
+def check_non_inferiority(
+    name: str, reference: str, pairs: Pairs, margin: float, params: GateParams
+) -> Check:
     """Check non-inferiority: the whole confidence interval must be at or above minus the margin."""
     found = differences(pairs)
     low, high = interval(found, params.alpha, params.n_resamples, params.seed)
-    said = f"{found.mean():+.1%}, interval {low:+.1%} to {high:+.1%}, margin {margin:.1%}"
+    message = f"{found.mean():+.1%}, interval {low:+.1%} to {high:+.1%}, margin {margin:.1%}"
     name = f"{name}, against {reference}"
     if low >= -margin:
-        return decided(name, "promote", f"not worse: {said}", low, high)
+        return check_figures(name, "promote", f"not worse: {message}", low, high)
     if high < -margin:
-        return decided(name, "reject", f"worse: {said}", low, high)
-    return decided(name, "hold", f"cannot tell: {said}", low, high)
+        return check_figures(name, "reject", f"worse: {message}", low, high)
+    return check_figures(name, "hold", f"inconclusive: {message}", low, high)
 
 
 def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
@@ -301,22 +312,22 @@ def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
         if is_worse and one.mean() < -params.margin
     ]
     verdict: Verdict = "reject" if worse else "promote"
-    said = f"none of {len(found)} is worse by more than {params.margin:.1%}"
+    message = f"none of {len(found)} is worse by more than {params.margin:.1%}"
     if worse:
-        said = f"worse: {', '.join(worse)}; Holm's correction for {len(found)}"
-    yield decided("slices", verdict, said, *p_values, *(float(one.mean()) for one in found.values()))
+        message = f"worse: {', '.join(worse)}; Holm's correction for {len(found)}"
+    yield check_figures("slices", verdict, message, *p_values, *(float(one.mean()) for one in found.values()))
 
 
-def check_loss(ours: float, theirs: float, max_increase: float) -> Check:
+def check_loss(loss: float, reference_loss: float, max_increase: float) -> Check:
     """Compare the held-out losses.
 
     Example:
         >>> check_loss(2.0, 2.1, 0.05).verdict, check_loss(2.3, 2.1, 0.05).verdict
         ('promote', 'reject')
     """
-    said = f"{ours:.3f} nats per token, the reference has {theirs:.3f}"
-    verdict: Verdict = "reject" if ours > theirs * (1 + max_increase) else "promote"
-    return decided("held-out loss", verdict, said, ours, theirs)
+    message = f"{loss:.3f} nats per token, reference {reference_loss:.3f}"
+    verdict: Verdict = "reject" if loss > reference_loss * (1 + max_increase) else "promote"
+    return check_figures("held-out loss", verdict, message, loss, reference_loss)
 
 
 def compare_losses(pairs: Pairs) -> tuple[float, float]:
@@ -329,11 +340,11 @@ def compare_losses(pairs: Pairs) -> tuple[float, float]:
         >>> compare_losses([({"score": 6.0, "tokens": 4}, {"score": 8.0, "tokens": 2})])
         (1.5, 2.0)
     """
-    tokens = sum(ours["tokens"] for ours, _ in pairs)
+    tokens = sum(candidate["tokens"] for candidate, _ in pairs)
     if not tokens:
         return math.nan, math.nan
-    ours, theirs = (sum(both[side]["score"] for both in pairs) / tokens for side in (0, 1))
-    return round(float(ours), 6), round(float(theirs), 6)
+    loss, reference_loss = (sum(both[i]["score"] for both in pairs) / tokens for i in (0, 1))
+    return round(float(loss), 6), round(float(reference_loss), 6)
 
 
 def check_unread(rows: Sequence[Row], reference: str) -> Iterator[Check]:
@@ -342,5 +353,7 @@ def check_unread(rows: Sequence[Row], reference: str) -> Iterator[Check]:
     unread = [row for row in rows if row["model"] == "candidate" and row["status"] == "skipped"]
     if lost := [row for row in unread if key(row) in read]:
         first = f"{'/'.join(key(lost[0]))}: {lost[0]['answer']}"
-        said = f"{len(lost)} items that the {reference} answered count for neither, first: {first}"
-        yield Check("unread", "hold", said)
+        message = (
+            f"{len(lost)} items that the {reference} answered were skipped for both models, first: {first}"
+        )
+        yield Check("unread", "hold", message)

@@ -96,9 +96,9 @@ def separate(
     """Yield the examples; write faults to `bad` and positions of personal data to `personal`."""
     for outcome, tokens in measured:
         tally.drops.read[outcome.source] += 1
-        for place in outcome.places:
-            tally.pii[outcome.source, place.kind] += 1
-            write_line(personal, {"origin": outcome.origin, **asdict(place)})
+        for span in outcome.pii_spans:
+            tally.pii[outcome.source, span.kind] += 1
+            write_line(personal, {"origin": outcome.origin, **asdict(span)})
         if isinstance(outcome.result, RowError):
             fault = outcome.result
             row = {"origin": outcome.origin, "reason": fault.reason, "remedy": fault.remedy}
@@ -143,7 +143,7 @@ def require_rows(drops: Drops, limit: float) -> None:
         drops,
         limit,
         (QUARANTINE, "ingest.max_drop_rate"),
-        "mend the rows, take the source out of snapshot.sources",
+        "fix the rows, remove the source from snapshot.sources",
         harmless=("empty_file",),
         fewest=1,
     )

@@ -56,7 +56,7 @@ def measure(
         if isinstance(outcome.result, RowError):
             yield outcome, 0
             continue
-        fault, count = _judge(next(encoded), max_tokens)
+        fault, count = _check_length(next(encoded), max_tokens)
         yield (replace(outcome, result=fault, repaired=frozenset()) if fault else outcome), count
 
 
@@ -75,7 +75,7 @@ def describe(counts: Sequence[int]) -> dict[str, Any]:
     return {"total": sum(ordered), "min": ordered[0], **percentiles, "max": ordered[-1]}
 
 
-def _judge(encoded: Encoded | str, max_tokens: int | None) -> tuple[RowError | None, int]:
+def _check_length(encoded: Encoded | str, max_tokens: int | None) -> tuple[RowError | None, int]:
     """Return the fault of an encoded example, or its token count."""
     if isinstance(encoded, str):
         return RowError(encoded), 0

@@ -10,7 +10,7 @@ from nightshift.raw.turns import Conversation, Turn
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PiiSpan:
     """Position of personal data; the value itself is never stored.
 
     Attributes:
@@ -28,10 +28,10 @@ class Place:
     end: int
 
 
-def find_places(conversation: Conversation, find: Find) -> list[Place]:
+def find_pii_spans(conversation: Conversation, find: Find) -> list[PiiSpan]:
     """Find personal data in contents, call arguments and tools."""
     return [
-        Place(finding.kind, turn, field, finding.start, finding.end)
+        PiiSpan(finding.kind, turn, field, finding.start, finding.end)
         for turn, field, text in _texts(conversation)
         for finding in find(text)
     ]

@@ -19,7 +19,7 @@ from nightshift.raw.shards import read_digests, require_digest, used_shards
 from nightshift.raw.streams import Limits
 from nightshift.raw.strict_json import dumps
 from nightshift.raw.turns import Conversation, Turn
-from tasks.ingest.personal import Place, calls_json, find_places, redact_conversation
+from tasks.ingest.personal import PiiSpan, calls_json, find_pii_spans, redact_conversation
 
 Example = dict[str, Any]
 
@@ -41,14 +41,14 @@ class Outcome:
         source: Name of the source.
         result: Example (see `nightshift.data.schemas.EXAMPLES`), or fault.
         repaired: Repairs made to the row.
-        places: Positions of personal data.
+        pii_spans: Positions of personal data.
     """
 
     origin: str
     source: str
     result: Example | RowError
     repaired: frozenset[str] = frozenset()
-    places: tuple[Place, ...] = ()
+    pii_spans: tuple[PiiSpan, ...] = ()
 
 
 def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: Privacy) -> Iterator[Outcome]:
@@ -82,19 +82,19 @@ def convert_row(
             raise row
         conversation, repaired = repair(convert(row))
         conversation = check(conversation, special)
-        places = tuple(find_places(conversation, privacy.find))
-        if places and privacy.mode == "redact":
+        spans = tuple(find_pii_spans(conversation, privacy.find))
+        if spans and privacy.mode == "redact":
             conversation = redact_conversation(conversation, privacy.find)
         example = build_example(conversation, origin, source, arrival)
     except RowError as fault:
         return Outcome(origin, source, fault)
     except RecursionError:
         return Outcome(origin, source, RowError("too_deep"))
-    if places and privacy.mode == "drop":
-        counts = sorted(Counter(place.kind for place in places).items())
+    if spans and privacy.mode == "drop":
+        counts = sorted(Counter(span.kind for span in spans).items())
         detail = ", ".join(f"{count} {kind}" for kind, count in counts)
-        return Outcome(origin, source, RowError("pii", detail), places=places)
-    return Outcome(origin, source, example, frozenset(repaired), places)
+        return Outcome(origin, source, RowError("pii", detail), pii_spans=spans)
+    return Outcome(origin, source, example, frozenset(repaired), spans)
 
 
 def build_example(conversation: Conversation, origin: str, source: str, arrival: int) -> Example:

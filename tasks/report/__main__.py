@@ -81,7 +81,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
     gate, champion = read_json(GATE), read_json(CHAMPION_RECORD)
     rows = read_scores(SCORES)
     pairs = pair(rows, gate["reference"])
-    asked = find_moves([both for both in pairs if both[0]["benchmark"] != HELDOUT])
+    answered = find_moves([both for both in pairs if both[0]["benchmark"] != HELDOUT])
     heldout = find_moves([both for both in pairs if both[0]["benchmark"] == HELDOUT])
     summaries = {stage: read_json(DATA / stage / "summary.json") for stage in stage_order()}
     with tempfile.TemporaryDirectory() as folder:
@@ -95,10 +95,10 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "outcome": describe_outcome(client, name, gate["candidate"], champion["version"]),
         "champion": champion,
         "judged": read_judged(gate),
-        "judge_words": VERDICTS,
+        "judge_verdicts": VERDICTS,
         "benchmarks": compare(rows, gate["reference"], params),
         "alpha": params.alpha,
-        "moves": {"Benchmarks": asked, "Held-out examples": heldout},
+        "moves": {"Benchmarks": answered, "Held-out examples": heldout},
         "heldout_texts": read_heldout(TEST, heldout),
         "changes": changes,
         "summaries": summaries,
@@ -146,20 +146,20 @@ def describe_outcome(client: MlflowClient, name: str, candidate: str | None, cha
         candidate: Digest of the candidate's adapter.
         champion: Version that the gate compared with; None before the first champion.
     """
-    stays = f"Version {champion} stays the champion." if champion else "There is no champion yet."
+    unchanged = f"Version {champion} remains the champion." if champion else "There is no champion yet."
     same = [version for version in registered(client, name) if version.tags[DIGEST] == candidate]
     if not same:
-        return f"The candidate is not registered. {stays}"
+        return f"The candidate is not registered. {unchanged}"
     number = int(same[0].version)
     aliases = client.get_model_version(name, str(number)).aliases
     if number == champion:
-        return stays
+        return unchanged
     if "champion" in aliases:
-        return f"Version {number} is the champion now{f', after version {champion}' if champion else ''}."
+        return f"Version {number} is now the champion{f', replacing version {champion}' if champion else ''}."
     if "challenger" in aliases and OUTCOME.is_file():
         waits = read_json(OUTCOME)["waits"]
-        return f"Version {number} waits for `nightshift promote {number}`: {waits}. {stays}"
-    return f"The candidate is registered as version {number}. {stays}"
+        return f"Version {number} is waiting for `nightshift promote {number}`: {waits}. {unchanged}"
+    return f"The candidate is registered as version {number}. {unchanged}"
 
 
 def find_changes_since(name: str, champion: int | None, after: Path) -> dict[str, Any]:
@@ -181,13 +181,13 @@ def read_heldout(path: Path, moves: Moves) -> dict[str, Any]:
 
 def draw_training(client: MlflowClient, trained_by: str) -> list[Chart]:
     """Draw the logged losses, and the planned and used learning rates."""
-    told = {
+    logged = {
         key: sorted((one.step, one.value) for one in client.get_metric_history(trained_by, key))
         for key in ("loss", "eval_loss", "learning_rate")
     }
     planned = list(enumerate(read_json(PLAN)["learning_rate"], start=1))
-    losses = {"training": told["loss"], "validation": told["eval_loss"]}
-    rates = {"used": told["learning_rate"], "planned": planned}
+    losses = {"training": logged["loss"], "validation": logged["eval_loss"]}
+    rates = {"used": logged["learning_rate"], "planned": planned}
     charts = (
         draw("Loss, in nats per token", losses),
         draw("Learning rate", rates, from_zero=True),

@@ -33,14 +33,14 @@ class Chart:
 
     Attributes:
         title: Title, with the unit.
-        said: Text description, for screen readers.
+        description: Text description, for screen readers.
         lines: Curves.
         across: (position, label) of the step ticks.
         up: (position, label) of the value ticks.
     """
 
     title: str
-    said: str
+    description: str
     lines: list[Line]
     across: list[tuple[float, str]]
     up: list[tuple[float, str]]
@@ -133,5 +133,5 @@ def describe(name: str, curve: Curve) -> str:
         'loss: 3 at step 1, lowest 1.5 at step 2, 2 at step 3'
     """
     lowest = min(curve, key=lambda at: at[1])
-    said = ((curve[0], ""), (lowest, "lowest "), (curve[-1], ""))
-    return f"{name}: " + ", ".join(f"{word}{value:.4g} at step {step:.0f}" for (step, value), word in said)
+    points = ((curve[0], ""), (lowest, "lowest "), (curve[-1], ""))
+    return f"{name}: " + ", ".join(f"{word}{value:.4g} at step {step:.0f}" for (step, value), word in points)

@@ -130,9 +130,9 @@ def _group(name: str, rows: Sequence[Row], reference: str, params: GateParams) -
     order = [*(one for one in MODELS if one in models), *sorted(models.difference(MODELS))]
     lines = []
     for model in order:
-        its = [row for row in rows if row["model"] == model]
-        scored = [row for row in its if row["status"] == "ok"]
-        unscored = dict(Counter(row["status"] for row in its if row["status"] != "ok"))
+        of_model = [row for row in rows if row["model"] == model]
+        scored = [row for row in of_model if row["status"] == "ok"]
+        unscored = dict(Counter(row["status"] for row in of_model if row["status"] != "ok"))
         if scored:
             lines.append(Line(model, len(scored), *estimate(scored, params), unscored))
         else:
@@ -179,8 +179,13 @@ def find_moves(pairs: Sequence[tuple[Row, Row]]) -> Moves:
     Ties are ordered by the digest of the item, so that no slice fills the list because of its name.
     """
     moves = [
-        {**ours, "before": theirs["answer"], "score_before": worth(theirs), "score_after": worth(ours)}
-        for ours, theirs in pairs
+        {
+            **candidate,
+            "before": reference["answer"],
+            "score_before": item_score(reference),
+            "score_after": item_score(candidate),
+        }
+        for candidate, reference in pairs
     ]
     moves.sort(key=lambda move: (-abs(_gain(move)), text_digest(move["benchmark"], move["item"])))
     gains = [move for move in moves if _gain(move) > 0]
@@ -189,11 +194,11 @@ def find_moves(pairs: Sequence[tuple[Row, Row]]) -> Moves:
     return Moves(gains[:ITEMS], regressions[:ITEMS], len(gains), len(regressions), equal)
 
 
-def worth(row: Row) -> float:
+def item_score(row: Row) -> float:
     """Return the score of an answer, or the loss per token of a held-out example.
 
     Example:
-        >>> worth({"benchmark": "test", "score": 6.0, "tokens": 4})
+        >>> item_score({"benchmark": "test", "score": 6.0, "tokens": 4})
         1.5
     """
     return float(row["score"] / row["tokens"] if row["benchmark"] == HELDOUT else row["score"])

@@ -42,17 +42,17 @@ from nightshift.tracking.runs import tracking_uri
 from tasks.sft import SftParams
 from tasks.sft.backend import Backend, choose_backend, with_processes
 from tasks.sft.checkpoints import SAVING
-from tasks.sft.failures import clear, micro_batch_size, plan_next_attempt, read_attempt
+from tasks.sft.failures import clear_failure, micro_batch_size, plan_next_attempt, read_attempt
 from tasks.sft.job import Job, read_job
 from tasks.sft.launch import launch, node_rank
-from tasks.sft.machine import VISIBLE, inspect
+from tasks.sft.machine import VISIBLE, probe_in_subprocess
 from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
 
 ENGINES = (*MODEL_ENGINES, "deepspeed", "schedulefree", "trl")
 # Code that only displays, tracks or estimates. It does not affect the result, so an unfinished training
 # run keeps its checkpoints when this code changes.
-BESIDE = (
+NO_EFFECT_ON_RESULT = (
     # Progress line and metrics of a step.
     "tasks/sft/callbacks.py",
     # Memory estimates. They choose the strategy if it is auto, and the key contains the chosen strategy.
@@ -77,11 +77,11 @@ def main() -> None:
     if node := node_rank(params):
         # Multi-node run without ssh: this node only trains; the first one tracks, saves and publishes.
         if code := launch(job, folder / f"job-{node}.json"):
-            raise StageError(f"sft: node {node}: the ranks ended with code {code}; the reason stands above")
+            raise StageError(f"sft: node {node}: the ranks exited with code {code}; see the output above")
         return
     is_trained = is_finished(folder)
-    told = open_spool(folder, is_trained)
-    job = job.model_copy(update={"spool": told})
+    spool_file = open_spool(folder, is_trained)
+    job = job.model_copy(update={"spool": spool_file})
     # Create the MLflow run of this training, and send what earlier ones could not.
     spool.limit_requests()
     spool.replay(state_dir() / "tracking", job.tracking_uri)
@@ -89,11 +89,11 @@ def main() -> None:
         if job.eval_rows:
             longest = max(sum(row["seq_lengths"]) for row in rows)
             write_eval_rows(job.eval_rows, longest if params.eval_packing else 0)
-        clear(folder)
+        clear_failure(folder)
         code = launch(job, folder / "job.json")
         if not is_finished(folder):
             raise plan_next_attempt(folder, params.per_device_train_batch_size, code)
-    publish(job, told)
+    publish(job, spool_file)
     plan = job.plan
     write_summary(
         "sft",
@@ -109,11 +109,11 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
     """Build the job of the ranks, with the changes from earlier attempts."""
     lengths = [row["seq_lengths"] for row in rows]
     config = read_json(BASE / "config.json")
-    machine = inspect(params, config, longest=max(map(max, lengths)))
+    machine = probe_in_subprocess(params, config, longest=max(map(max, lengths)))
     requested, params = params, with_processes(params, len(machine.devices))
     labelled = [count_supervised(row["labels"]) for row in rows]
     plan = compile_plan(params, lengths, labelled)
-    tokens, size = [sum(one) for one in lengths], params.per_device_train_batch_size
+    tokens, size = [sum(row_lengths) for row_lengths in lengths], params.per_device_train_batch_size
     batch = largest_batch(plan.order, tokens, labelled, size)
     backend = choose_backend(params, machine, config, batch)
     folder = state_dir() / "checkpoints" / training_key(params, backend)
@@ -121,7 +121,7 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
     micro = micro_batch_size(params.per_device_train_batch_size, attempt.halvings)
     return Job(
         requested=requested,
-        params=chosen(params, backend),
+        params=resolve_auto(params, backend),
         backend=backend,
         plan=without_steps(plan, attempt.skipped),
         visible=os.environ.get(VISIBLE, "all"),
@@ -136,7 +136,7 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
     )
 
 
-def chosen(params: SftParams, backend: Backend) -> SftParams:
+def resolve_auto(params: SftParams, backend: Backend) -> SftParams:
     """Return the parameters with `auto` replaced by the backend's choice."""
     names = ("activation_checkpointing", "num_processes", "use_liger_kernel")
     return params.model_copy(update={name: getattr(backend, name) for name in names})
@@ -144,7 +144,7 @@ def chosen(params: SftParams, backend: Backend) -> SftParams:
 
 def training_key(params: SftParams, backend: Backend) -> str:
     """Digest everything that decides the result: code, engines, rows, base, parameters, and backend."""
-    code = code_digest("sft", ENGINES, BESIDE)
+    code = code_digest("sft", ENGINES, NO_EFFECT_ON_RESULT)
     base = file_digest(BASE_RECORD)
     heldout = file_digest(VALIDATION) if params.eval_steps else ""
     # GPUs of one kind compute the same result; the reason for a strategy is text and estimates.
@@ -152,7 +152,7 @@ def training_key(params: SftParams, backend: Backend) -> str:
     return text_digest(code, file_digest(PACKED), heldout, base, params.model_dump_json(), machine)
 
 
-def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a fact, not a mode
+def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a value, not a mode
     """Return the spool of a training run: the previous attempt's, or one for this night's MLflow run.
 
     Args:
@@ -179,14 +179,14 @@ def write_eval_rows(path: Path, max_length: int) -> None:
     with open_memo(encoder) as memo:
         encoded = encode_known([(row["messages"], row["tools"]) for row in examples], encoder, memo)
     rows: list[dict[str, list[int]]] = []
-    for one, example in zip(encoded, examples, strict=True):
-        if isinstance(one, str):
-            raise DataError(f"{VALIDATION}: {example['origin']}: {one}; {FAULTS[one]}")
-        if not rows or sum(rows[-1]["seq_lengths"]) + len(one.input_ids) > max_length:
+    for result, example in zip(encoded, examples, strict=True):
+        if isinstance(result, str):
+            raise DataError(f"{VALIDATION}: {example['origin']}: {result}; {FAULTS[result]}")
+        if not rows or sum(rows[-1]["seq_lengths"]) + len(result.input_ids) > max_length:
             rows.append({"input_ids": [], "labels": [], "seq_lengths": []})
-        rows[-1]["input_ids"] += one.input_ids.tolist()
-        rows[-1]["labels"] += one.labels.tolist()
-        rows[-1]["seq_lengths"].append(len(one.input_ids))
+        rows[-1]["input_ids"] += result.input_ids.tolist()
+        rows[-1]["labels"] += result.labels.tolist()
+        rows[-1]["seq_lengths"].append(len(result.input_ids))
     write_rows(path, rows, EVAL_ROWS)
 
 
@@ -196,7 +196,7 @@ def is_finished(folder: Path) -> bool:
     return marker.is_file() and bool(read_json(marker)["digest"] == tree_digest(folder / "output" / "model"))
 
 
-def publish(job: Job, told: Path) -> None:
+def publish(job: Job, spool_file: Path) -> None:
     """Copy the result to data/sft, and delete the checkpoints."""
     folder, output = job.folder, job.folder / "output"
     shutil.rmtree(MODEL, ignore_errors=True)
@@ -205,11 +205,11 @@ def publish(job: Job, told: Path) -> None:
         shutil.copyfile(output / path.name, path)
     write_json(PLAN, asdict(job.plan))
     marker = read_json(output / "finished.json")
-    spool.finish(told)
-    spool.replay(told.parent, job.tracking_uri)
+    spool.finish(spool_file)
+    spool.replay(spool_file.parent, job.tracking_uri)
     # No stage depends on this file, so it may contain a run id and a speed. Without an id the run does
     # not exist yet, and can be found later by its key.
-    run = {"run_id": spool.find_run_id(told), "tracking_key": told.stem}
+    run = {"run_id": spool.find_run_id(spool_file), "tracking_key": spool_file.stem}
     write_json(TRAINING_RUN, {**run, "tokens_per_second": marker["tokens_per_second"]})
     for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
         shutil.rmtree(checkpoint, ignore_errors=True)

@@ -55,7 +55,7 @@ def attend_per_example(  # noqa: PLR0913 - transformers' signature
         )
         return whole
     examples = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *one, attention_mask=None, **more)[0] for one in examples]
+    outputs = [sdpa_attention_forward(module, *states, attention_mask=None, **more)[0] for states in examples]
     return torch.cat(outputs, dim=1), None
 
 
@@ -100,10 +100,10 @@ def attend_varlen(  # noqa: PLR0913 - transformers' signature
     attend: Any = varlen.varlen_attn
     if dropout or softcap:
         raise ConfigError(
-            f"params.yaml: sft.attn_implementation=torch_varlen knows neither dropout ({dropout}) nor soft "
-            f"cap ({softcap}); set flash_attention_2 or flex_attention"
+            f"params.yaml: sft.attn_implementation=torch_varlen supports neither dropout ({dropout}) nor "
+            f"softcap ({softcap}); set flash_attention_2 or flex_attention"
         )
-    query, key, value = in_one_type(query, key, value)
+    query, key, value = cast_to_value_dtype(query, key, value)
     if cu_seq_lens_q is None or max_length_q is None:
         lengths = example_lengths(query, cu_seq_lens_q, position_ids)
         cu_seq_lens_q = torch.tensor([0, *lengths], device=query.device).cumsum(0)
@@ -114,7 +114,7 @@ def attend_varlen(  # noqa: PLR0913 - transformers' signature
         more["enable_gqa"] = True
     else:
         key, value = repeat_heads(query, key, value)
-    states = [one[0].transpose(0, 1) for one in (query, key, value)]
+    states = [state[0].transpose(0, 1) for state in (query, key, value)]
     # The kernel's window excludes the token itself, transformers' includes it.
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     output = attend(*states, ends, ends, longest, longest, scale=scaling, window_size=window, **more)
@@ -159,12 +159,12 @@ def attend_with_xformers(  # noqa: PLR0913 - transformers' signature
     lengths = example_lengths(query, cu_seq_lens_q, position_ids)
     if sliding_window is not None and max(lengths) > sliding_window:
         raise ConfigError(
-            "params.yaml: sft.attn_implementation=xformers knows no sliding window, but the model has one of "
-            f"{sliding_window} tokens; set sdpa or flash_attention_2"
+            "params.yaml: sft.attn_implementation=xformers does not support sliding windows, but the model's "
+            f"window is {sliding_window} tokens; set sdpa or flash_attention_2"
         )
-    query, key, value = in_one_type(query, *repeat_heads(query, key, value))
+    query, key, value = cast_to_value_dtype(query, *repeat_heads(query, key, value))
     output = ops.memory_efficient_attention(
-        *(one.transpose(1, 2) for one in (query, key, value)),
+        *(state.transpose(1, 2) for state in (query, key, value)),
         attn_bias=BlockDiagonalCausalMask.from_seqlens(lengths),
         p=dropout,
         scale=scaling,
@@ -172,7 +172,7 @@ def attend_with_xformers(  # noqa: PLR0913 - transformers' signature
     return output, None
 
 
-def attend_flexibly(
+def attend_flex(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -182,18 +182,18 @@ def attend_flexibly(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run transformers' flex_attention, which accepts only states of one dtype."""
     found: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
-        module, *in_one_type(query, key, value), *more, **rest
+        module, *cast_to_value_dtype(query, key, value), *more, **rest
     )
     return found
 
 
-def in_one_type(*states: torch.Tensor) -> list[torch.Tensor]:
+def cast_to_value_dtype(*states: torch.Tensor) -> list[torch.Tensor]:
     """Cast all states to the dtype of the values, which are last.
 
     With full-precision weights, autocast gives half-precision values, but rotated queries and keys stay
     in full precision.
     """
-    return [one.to(states[-1].dtype) for one in states]
+    return [state.to(states[-1].dtype) for state in states]
 
 
 def repeat_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -219,4 +219,4 @@ AttentionInterface.register("sdpa_per_example", attend_per_example)
 AttentionMaskInterface.register("sdpa_per_example", sdpa_mask)
 AttentionInterface.register("torch_varlen", attend_varlen)
 AttentionInterface.register("xformers", attend_with_xformers)
-AttentionInterface.register("flex_attention", attend_flexibly)
+AttentionInterface.register("flex_attention", attend_flex)

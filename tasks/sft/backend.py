@@ -77,11 +77,11 @@ def with_processes(params: SftParams, gpus: int) -> SftParams:
     elif params.strategy == "single":
         number = 1
     elif number == "auto":
-        number = gpus or (2 if processor_memory() >= ROOM_FOR_TWO else 1)
+        number = gpus or (2 if available_memory() >= ROOM_FOR_TWO else 1)
     elif gpus and number > gpus:
-        seen = f"{VISIBLE}={os.environ[VISIBLE]}" if VISIBLE in os.environ else "this machine"
+        where = f"{VISIBLE}={os.environ[VISIBLE]}" if VISIBLE in os.environ else "this machine"
         raise ConfigError(
-            f"params.yaml: sft.num_processes={number}, but {seen} has {gpus} GPUs; set auto, or {gpus}"
+            f"params.yaml: sft.num_processes={number}, but {where} has {gpus} GPUs; set auto, or {gpus}"
         )
     return params.model_copy(update={"num_processes": number})
 
@@ -105,12 +105,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def processor_memory() -> int:
+def available_memory() -> int:
     """Return the bytes of memory available to this process: those of the machine or its container."""
     limit = Path("/sys/fs/cgroup/memory.max")
-    granted = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
+    maximum = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return installed if granted == "max" else min(installed, int(granted))
+    return installed if maximum == "max" else min(installed, int(maximum))
 
 
 def choose_backend(
@@ -132,7 +132,9 @@ def choose_backend(
         "attn_implementation": machine.attention,
         "use_liger_kernel": machine.has_liger and not params.torch_compile if liger == "auto" else liger,
     }
-    strategy, reason, checkpointing = fit(params.model_copy(update=update), machine, config, batch)
+    strategy, reason, checkpointing = find_fitting_strategy(
+        params.model_copy(update=update), machine, config, batch
+    )
     return Backend(
         device=machine.device,
         devices=machine.devices[: params.ranks],
@@ -148,7 +150,7 @@ def choose_backend(
     )
 
 
-def fit(
+def find_fitting_strategy(
     params: SftParams, machine: Machine, config: Mapping[str, Any] | None, batch: Batch | None
 ) -> tuple[str, str, bool]:
     """Choose the strategy, its reason and activation checkpointing; see `choose_backend`.
@@ -158,14 +160,14 @@ def fit(
     Raises:
         ConfigError: No strategy fits in memory.
     """
-    asked = params.activation_checkpointing
-    options = (False, True) if asked == "auto" else (asked,)
+    requested = params.activation_checkpointing
+    options = (False, True) if requested == "auto" else (requested,)
     for option in options:
-        known = params.model_copy(update={"activation_checkpointing": option})
-        needs = memory_needs(known, machine, config, batch)
+        resolved = params.model_copy(update={"activation_checkpointing": option})
+        needs = memory_needs(resolved, machine, config, batch)
         is_last = option == options[-1] or needs is None
         try:
-            strategy, reason = choose_strategy(known, needs, machine.memory)
+            strategy, reason = choose_strategy(resolved, needs, machine.memory)
         except ConfigError:
             if is_last:
                 raise

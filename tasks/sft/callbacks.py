@@ -30,9 +30,9 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero:
             assert self.job.spool
             self.spool = Spool(self.job.spool, self.job.tracking_uri)
-            self.spool.tell("params", values=run_params(self.job))
+            self.spool.log("params", values=run_params(self.job))
             source = str(self.job.rows)
-            self.spool.tell("dataset", name="train", digest=self.job.data_digest, source=source)
+            self.spool.log("dataset", name="train", digest=self.job.data_digest, source=source)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
         """Report a training step or an evaluation."""
@@ -41,13 +41,13 @@ class Progress(TrainerCallback):
         step = state.global_step
         if "loss" in logs:
             # DeepSpeed reports no gradient norm under ZeRO-0 in full precision.
-            told = [key for key in ("loss", "learning_rate", "grad_norm") if key in logs]
+            keys = [key for key in ("loss", "learning_rate", "grad_norm") if key in logs]
             # The gradient norm of a step skipped by the fp16 scaler is infinite.
-            values: dict[str, float] = {key: float(logs[key]) for key in told if math.isfinite(logs[key])}
-            self.spool.tell("metrics", values=values | self.measure(step, values), step=step)
+            values: dict[str, float] = {key: float(logs[key]) for key in keys if math.isfinite(logs[key])}
+            self.spool.log("metrics", values=values | self.measure(step, values), step=step)
         elif "eval_loss" in logs:
             log.info("step %d/%d eval_loss %.4f", step, self.plan.steps, logs["eval_loss"])
-            self.spool.tell("metrics", values={"eval_loss": float(logs["eval_loss"])}, step=step)
+            self.spool.log("metrics", values={"eval_loss": float(logs["eval_loss"])}, step=step)
 
     def measure(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Log the progress line of a step, and return its metrics other than `values`."""
@@ -57,12 +57,12 @@ class Progress(TrainerCallback):
         supervised = sum(self.plan.supervised_tokens[first:step]) / seconds
         memory = peak_memory(self.job.backend.device)
         left = seconds / (step - first) * (self.plan.steps - step)
-        norm = f"{values['grad_norm']:.2e}" if "grad_norm" in values else "untold"
+        norm = f"{values['grad_norm']:.2e}" if "grad_norm" in values else "n/a"
         log.info(
             "step %d/%d loss %.4f lr %.2e grad %s %.0f tok/s, %.0f supervised, "
             "%.2f GiB, %.0f s left, ends %s",
             step, self.plan.steps, values["loss"], values["learning_rate"], norm,
-            self.speed, supervised, memory, left, clock(time.time() + left),
+            self.speed, supervised, memory, left, format_time(time.time() + left),
         )  # fmt: skip
         return {
             "tokens_per_second": self.speed,
@@ -77,7 +77,7 @@ class Progress(TrainerCallback):
             self.spool.close()
 
 
-def clock(moment: float) -> str:
+def format_time(moment: float) -> str:
     """Format a Unix time in seconds as weekday and local time."""
     return time.strftime("%a %H:%M", time.localtime(moment))
 

@@ -23,7 +23,7 @@ SAVING = ".saving"
 log = logging.getLogger(__name__)
 
 
-def close(written: Path, folder: Path) -> Path:
+def finalize(written: Path, folder: Path) -> Path:
     """Flush a written checkpoint to disk, write its manifest, and rename it: from then on it is valid.
 
     Returns:
@@ -80,15 +80,15 @@ def find_newest(folder: Path) -> Path | None:
     """Return the newest intact checkpoint with finite weights, or None; log the rejected ones."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
         if not is_complete(checkpoint):
-            log.warning("%s is incomplete or damaged; trying the one before", checkpoint)
-        elif name := find_broken(checkpoint):
-            log.warning("%s: %s is not finite; trying the one before", checkpoint, name)
+            log.warning("%s is incomplete or damaged; trying the previous one", checkpoint)
+        elif name := find_non_finite(checkpoint):
+            log.warning("%s: %s is not finite; trying the previous one", checkpoint, name)
         else:
             return checkpoint
     return None
 
 
-def find_broken(folder: Path) -> str | None:
+def find_non_finite(folder: Path) -> str | None:
     """Return the name of a non-finite tensor in a folder's safetensors, or None."""
     from safetensors import safe_open
 
@@ -106,10 +106,10 @@ def require_finite(folder: Path) -> None:
     Raises:
         StageError: A weight is NaN or infinite.
     """
-    if name := find_broken(folder):
+    if name := find_non_finite(folder):
         raise StageError(
             f"{folder}: {name} is not finite, so this model must not be used; lower sft.learning_rate, or "
-            "take another sft.precision than fp16"
+            "set sft.precision to another value than fp16"
         )
 
 

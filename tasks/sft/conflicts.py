@@ -37,11 +37,11 @@ def _schedule(params: SftParams) -> Iterator[str]:
         yield f"lr_scheduler_kwargs: {kind} needs {needed}; add it"
     if params.warmup_steps and params.warmup_ratio:
         yield (
-            f"warmup_steps={params.warmup_steps} and warmup_ratio={params.warmup_ratio} exclude each other; "
-            "set one to 0"
+            f"warmup_steps={params.warmup_steps} and warmup_ratio={params.warmup_ratio} are mutually "
+            "exclusive; set one to 0"
         )
     if kind == "one_cycle" and (params.warmup_steps or params.warmup_ratio):
-        yield "one_cycle has a warm-up of its own (pct_start); set warmup_steps and warmup_ratio to 0"
+        yield "one_cycle has its own warmup (pct_start); set warmup_steps and warmup_ratio to 0"
     if params.max_steps is not None and params.warmup_steps >= params.max_steps:
         yield f"warmup_steps={params.warmup_steps} must be below max_steps={params.max_steps}; lower it"
     if params.optim == "schedule_free_adamw" and kind != "constant":
@@ -49,13 +49,13 @@ def _schedule(params: SftParams) -> Iterator[str]:
     if params.optim == "schedule_free_adamw" and params.strategy not in ("single", "ddp"):
         yield f"optim schedule_free_adamw needs strategy single or ddp, got {params.strategy}"
     if kind == "reduce_lr_on_plateau" and params.eval_steps is None:
-        yield "reduce_lr_on_plateau follows the evaluation loss; set eval_steps"
+        yield "reduce_lr_on_plateau depends on the evaluation loss; set eval_steps"
 
 
 def _strategy(params: SftParams) -> Iterator[str]:
     kind, optimizer, weights = params.strategy, params.offload_optimizer, params.offload_param
     if kind == "single" and params.num_processes not in ("auto", 1):
-        yield f"strategy single is one process; set num_processes={params.num_processes} to auto, or take ddp"
+        yield f"strategy single is one process; set num_processes={params.num_processes} to auto, or use ddp"
     if optimizer == "cpu" and kind not in ("zero1", "zero2", "zero3"):
         yield f"offload_optimizer cpu needs strategy zero1, zero2 or zero3, got {kind}"
     if optimizer == "nvme" and kind != "zero3":
@@ -68,13 +68,13 @@ def _strategy(params: SftParams) -> Iterator[str]:
         yield "offloading to nvme needs nvme_path: a folder on a fast disk"
     if optimizer != "none" and params.optim not in ("adamw_torch", "adamw_torch_fused"):
         yield (
-            "offload_optimizer runs DeepSpeed's Adam on the processor; set optim to adamw_torch, "
+            "offload_optimizer runs DeepSpeed's Adam on the CPU; set optim to adamw_torch, "
             f"got {params.optim}"
         )
     if kind == "fsdp2" and params.optim in EIGHT_BIT:
-        yield f"optim {params.optim} cannot divide its state for fsdp2; take adamw_torch"
+        yield f"optim {params.optim} cannot shard its state for fsdp2; use adamw_torch"
     if params.hostfile is not None and kind == "single":
-        yield "hostfile is a list of machines; strategy single is one process"
+        yield "hostfile lists machines, but strategy single is one process; set hostfile to null"
 
 
 def _adapter(params: SftParams) -> Iterator[str]:
@@ -85,17 +85,17 @@ def _adapter(params: SftParams) -> Iterator[str]:
             "loraplus_lr_ratio": params.loraplus_lr_ratio is not None,
         }
         for name in [name for name, is_set in options.items() if is_set]:
-            yield f"{name} belongs to an adapter; set adapter to lora, or take {name} out"
+            yield f"{name} needs an adapter; set adapter to lora, or unset {name}"
     if params.adapter == "qlora" and params.strategy == "zero3":
-        yield "qlora's 4-bit weights cannot be divided by zero3; take zero2, fsdp2 or ddp"
+        yield "qlora's 4-bit weights cannot be sharded by zero3; use zero2, fsdp2 or ddp"
     if params.adapter == "qlora" and params.offload_param != "none":
         yield "qlora's 4-bit weights cannot be offloaded; set offload_param to none"
     if params.fp8_base:
         yield from _float8(params)
     if params.lora_target_modules == []:
-        yield "lora_target_modules is empty; name modules, or write all-linear"
+        yield "lora_target_modules is empty; list modules, or set all-linear"
     if params.loraplus_lr_ratio is not None and params.offload_optimizer != "none":
-        yield "loraplus_lr_ratio needs the optimiser on the device; set offload_optimizer to none"
+        yield "loraplus_lr_ratio needs the optimizer on the device; set offload_optimizer to none"
 
 
 def _float8(params: SftParams) -> Iterator[str]:
@@ -109,7 +109,7 @@ def _float8(params: SftParams) -> Iterator[str]:
         "torch_compile": not params.torch_compile,
     }
     for what in [what for what, is_fit in fits.items() if not is_fit]:
-        yield f"fp8_base does not go with {what}; set it to false, or train plain LoRA in bf16"
+        yield f"fp8_base is incompatible with {what}; set fp8_base to false, or train plain LoRA in bf16"
 
 
 def _evaluation(params: SftParams) -> Iterator[str]:
@@ -119,10 +119,10 @@ def _evaluation(params: SftParams) -> Iterator[str]:
     }
     if params.eval_steps is None:
         for name in [name for name, is_set in needs.items() if is_set]:
-            yield f"{name} follows the evaluation loss; set eval_steps"
+            yield f"{name} depends on the evaluation loss; set eval_steps"
     elif params.load_best_model_at_end and params.optim == "schedule_free_adamw":
         yield (
-            "optim schedule_free_adamw trains, and saves, other weights than it evaluates; set "
+            "optim schedule_free_adamw trains and saves other weights than it evaluates; set "
             "load_best_model_at_end to false"
         )
     elif params.load_best_model_at_end and params.eval_steps % params.save_steps:

@@ -74,15 +74,15 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] = ()) -> None:
     """Write the reason of the first rank that fails; the other ranks fail because of it."""
-    mine = folder / f"failure-{os.getpid()}.json"
+    own_file = folder / f"failure-{os.getpid()}.json"
     # On a full disk the reason appears only in the terminal.
     with contextlib.suppress(OSError):
-        write_json(mine, {"kind": kind, "message": message, "steps": steps})
-        os.link(mine, folder / FAILURE)
-    mine.unlink(missing_ok=True)
+        write_json(own_file, {"kind": kind, "message": message, "steps": steps})
+        os.link(own_file, folder / FAILURE)
+    own_file.unlink(missing_ok=True)
 
 
-def clear(folder: Path) -> None:
+def clear_failure(folder: Path) -> None:
     """Delete the failure of a previous attempt."""
     (folder / FAILURE).unlink(missing_ok=True)
     for path in folder.glob(HANG.format(rank="*")):
@@ -96,7 +96,7 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
         return failure
     hung = [path for path in sorted(folder.glob(HANG.format(rank="*"))) if path.stat().st_size]
     if hung:
-        return {"kind": "hang", "message": f"where each thread stood is in {hung[0]}", "steps": []}
+        return {"kind": "hang", "message": f"stack traces in {hung[0]}", "steps": []}
     return None
 
 
@@ -111,36 +111,36 @@ def plan_next_attempt(folder: Path, rows: int, code: int) -> StageError:
     failure = read_failure(folder)
     if failure is None:
         return StageError(
-            f"sft: the ranks ended with code {code} before their work was done; the reason stands "
-            f"above. Run again: training goes on from the last checkpoint in {folder}"
+            f"sft: the ranks exited with code {code} before training finished; see the output above. "
+            f"Run again to resume from the last checkpoint in {folder}"
         )
     attempt, kind, message = read_attempt(folder), failure["kind"], failure["message"]
-    taken = micro_batch_size(rows, attempt.halvings)
+    rows_now = micro_batch_size(rows, attempt.halvings)
     match kind:
-        case "out_of_memory" if taken > 1:
-            following = replace(attempt, halvings=attempt.halvings + 1)
-            fewer = micro_batch_size(rows, following.halvings)
-            remedy = f"the next attempt takes {fewer} rows at a time, not {taken}"
+        case "out_of_memory" if rows_now > 1:
+            next_attempt = replace(attempt, halvings=attempt.halvings + 1)
+            fewer = micro_batch_size(rows, next_attempt.halvings)
+            remedy = f"the next attempt uses {fewer} rows per forward pass instead of {rows_now}"
         case "out_of_memory":
             return StageError(
-                f"sft: {message}; one row does not fit: set sft.activation_checkpointing, a strategy that "
-                "divides more (zero3 with offloading), or a smaller pack.max_length"
+                f"sft: {message}; one row does not fit; set sft.activation_checkpointing, a strategy that "
+                "shards more (zero3 with offloading), or a smaller pack.max_length"
             )
         case "loss" if not attempt.skipped:
-            following = replace(attempt, skipped=tuple(failure["steps"]))
-            remedy = "the next attempt goes back to the last checkpoint and leaves these rows out"
+            next_attempt = replace(attempt, skipped=tuple(failure["steps"]))
+            remedy = "the next attempt resumes from the last checkpoint and skips these rows"
         case "hang" if not attempt.hangs:
-            following = replace(attempt, hangs=1)
-            remedy = "the next attempt goes on from the last checkpoint"
+            next_attempt = replace(attempt, hangs=1)
+            remedy = "the next attempt resumes from the last checkpoint"
         case "preempted":
-            following, remedy = attempt, "run again: training goes on from there"
+            next_attempt, remedy = attempt, "run again to resume from there"
         case "loss":
-            return StageError(f"sft: {message}; rows were left out once already, lower sft.learning_rate")
+            return StageError(f"sft: {message}; rows were already skipped once; lower sft.learning_rate")
         case "hang":
             return StageError(
                 f"sft: a step hung twice; {message}; raise sft.step_timeout_seconds if it is only slow"
             )
         case _:
             return StageError(f"sft: {message}")
-    write_json(folder / ATTEMPT, asdict(following))
+    write_json(folder / ATTEMPT, asdict(next_attempt))
     return TrainingError(kind, f"sft: {message}; {remedy}")

@@ -15,9 +15,9 @@ from nightshift.core.errors import StageError
 from tasks.sft.fused import fused_layers, project
 
 FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max
+FLOAT8_MAX = torch.finfo(FLOAT8).max
 # The kernels require dimensions that are multiples of this.
-SIDE = 16
+MULTIPLE_OF = 16
 
 
 class Float8Weight:
@@ -36,18 +36,18 @@ class Float8Weight:
         """Compute x W' in bf16, shape (n, outputs); x has shape (n, inputs)."""
         return multiply(x, *self.rows)
 
-    def pull_back(self, slope: torch.Tensor) -> torch.Tensor:
+    def pull_back(self, gradient: torch.Tensor) -> torch.Tensor:
         """Compute g W in bf16, shape (n, inputs); g has shape (n, outputs)."""
-        return multiply(slope, *self.columns)
+        return multiply(gradient, *self.columns)
 
 
 def multiply(x: torch.Tensor, other: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Multiply x of shape (n, k) by the transpose of a quantized factor of shape (m, k)."""
-    rows, own = quantize(x)
+    rows, row_scales = quantize(x)
     return scaled_mm(
         rows,
         other.t(),
-        own,
+        row_scales,
         ScalingType.RowWise,
         scales.t(),
         ScalingType.RowWise,
@@ -64,7 +64,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / LARGEST
+    scales = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / FLOAT8_MAX
     return (x.float() / scales).to(FLOAT8).contiguous(), scales
 
 
@@ -80,7 +80,7 @@ def quantize_base(model: torch.nn.Module) -> int:
     changed = 0
     for layer in fused_layers(model):
         base: Any = layer.base_layer
-        if any(side % SIDE for side in base.weight.shape):
+        if any(size % MULTIPLE_OF for size in base.weight.shape):
             continue
         base.float8 = Float8Weight(base.weight.detach().to(torch.bfloat16))
         # Used while the adapter is disabled; no gradient flows through it.
@@ -89,8 +89,8 @@ def quantize_base(model: torch.nn.Module) -> int:
         changed += 1
     if not changed:
         raise StageError(
-            f"params.yaml: sft.fp8_base=true, but no layer with an adapter has sides that are multiples of "
-            f"{SIDE}; set it to false"
+            f"params.yaml: sft.fp8_base=true, but no layer with an adapter has dimensions that are multiples "
+            f"of {MULTIPLE_OF}; set it to false"
         )
     return changed
 
@@ -100,7 +100,7 @@ def forward_base(base: Any, x: torch.Tensor) -> torch.Tensor:
     return project(x.reshape(-1, x.shape[-1]), base.float8, base.bias).view(*x.shape[:-1], -1)
 
 
-class QuantizedBase(TrainerCallback):
+class QuantizeBase(TrainerCallback):
     """Quantize the base once it is on its device; DeepSpeed would cast back an earlier result."""
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, model: Any, **_: Any) -> None:

@@ -38,31 +38,33 @@ class SummedLoss(torch.autograd.Function):
             labels: Token ids, shape (n,), none of them ignored.
             smoothing: Probability mass spread over the vocabulary, 0 to 1.
         """
-        words = len(head)
-        at_once = max(1, LOGITS[hidden.device.type] // (4 * words))
+        vocab_size = len(head)
+        chunk_size = max(1, LOGITS[hidden.device.type] // (4 * vocab_size))
         total = torch.zeros(1, 1, 1, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(labels), at_once):
-            some = slice(start, start + at_once)
-            logits = (hidden[some] @ head.t()).float()
-            scale = logits.logsumexp(-1, keepdim=True)
-            truth = logits.gather(1, labels[some, None])
-            total += (scale - (1 - smoothing) * truth).sum()
+        for start in range(0, len(labels), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = (hidden[chunk] @ head.t()).float()
+            log_norm = logits.logsumexp(-1, keepdim=True)
+            target_logits = logits.gather(1, labels[chunk, None])
+            total += (log_norm - (1 - smoothing) * target_logits).sum()
             if smoothing:
                 total -= smoothing * logits.mean(-1).sum()
             if gradient is None:
                 continue
-            slope = logits.sub_(scale).exp_().sub_(smoothing / words)
-            slope.scatter_add_(1, labels[some, None], torch.full_like(truth, smoothing - 1))
-            torch.mm(slope.to(hidden.dtype), head, out=gradient[some])
+            logits_gradient = logits.sub_(log_norm).exp_().sub_(smoothing / vocab_size)
+            logits_gradient.scatter_add_(
+                1, labels[chunk, None], torch.full_like(target_logits, smoothing - 1)
+            )
+            torch.mm(logits_gradient.to(hidden.dtype), head, out=gradient[chunk])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of the hidden states, and None for the rest."""
         (gradient,) = ctx.saved_tensors
-        return gradient * slope.reshape(()).to(gradient.dtype), None, None, None
+        return gradient * grad_output.reshape(()).to(gradient.dtype), None, None, None
 
 
 class LossHead:
@@ -76,7 +78,7 @@ class LossHead:
         head.forward = self  # type: ignore[assignment]
 
     @contextmanager
-    def told(self, labels: torch.Tensor, smoothing: float) -> Iterator[None]:
+    def with_labels(self, labels: torch.Tensor, smoothing: float) -> Iterator[None]:
         """Return the summed loss over the labels instead of logits within the block, shape (1, 1, 1).
 
         Args:
@@ -135,17 +137,17 @@ class LoraLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x, A and B; that of the frozen weight is never computed."""
         flat, low, a, b = ctx.saved_tensors
-        slope = slope.reshape(-1, slope.shape[-1])
-        inner = (slope @ b).mul_(ctx.scale)
-        given = None
+        grad_output = grad_output.reshape(-1, grad_output.shape[-1])
+        inner = (grad_output @ b).mul_(ctx.scale)
+        grad_input = None
         if ctx.needs_input_grad[0]:
             weight = ctx.weight
-            given = slope @ weight if torch.is_tensor(weight) else weight.pull_back(slope)
-            given = given.addmm_(inner, a).view(ctx.shape)
-        return given, None, None, inner.t() @ flat, (slope.t() @ low).mul_(ctx.scale), None
+            grad_input = grad_output @ weight if torch.is_tensor(weight) else weight.pull_back(grad_output)
+            grad_input = grad_input.addmm_(inner, a).view(ctx.shape)
+        return grad_input, None, None, inner.t() @ flat, (grad_output.t() @ low).mul_(ctx.scale), None
 
 
 def project(

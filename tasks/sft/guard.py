@@ -15,11 +15,11 @@ from nightshift.core.errors import StageError, TrainingError
 from tasks.sft.failures import HANG
 from tasks.sft.history import is_exhausted, is_spike
 from tasks.sft.job import Job
-from tasks.sft.plan import name_rows
+from tasks.sft.plan import format_rows
 
 # The fp16 gradient scaler halves its scale at each overflow. After this many in a row, from 2**16, the
 # scale is below 2**-3, and the gradients themselves exceed fp16.
-OVERFLOWS = 20
+MAX_OVERFLOWS = 20
 log = logging.getLogger(__name__)
 
 
@@ -29,19 +29,19 @@ class Guard(TrainerCallback):
     def __init__(self, job: Job) -> None:
         """Handle SIGTERM from now on by saving after the current step."""
         self.plan, self.params = job.plan, job.params
-        self.is_asked_to_end = False
+        self.is_preempted = False
         self.checked = 0
         # Steps skipped by the fp16 scaler, in total and in a row; a skipped step does not advance the
         # schedule.
         self.skipped = self.skipped_in_a_row = 0
-        self.rate = 0
+        self.rate_index = 0
         # Written by a C thread, which keeps running when the interpreter hangs.
         self.hang = (job.folder / HANG.format(rank=os.environ.get("RANK", "0"))).open("w")
         signal.signal(signal.SIGTERM, self.on_sigterm)
 
     def on_sigterm(self, _signum: int, _frame: FrameType | None) -> None:
         """Record the request to stop."""
-        self.is_asked_to_end = True
+        self.is_preempted = True
 
     def watch(self) -> None:
         """Restart the step timeout; a step that exceeds it ends this process with a traceback."""
@@ -55,7 +55,7 @@ class Guard(TrainerCallback):
 
     def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Record which planned learning rate the step must use."""
-        self.rate = state.global_step - self.skipped
+        self.rate_index = state.global_step - self.skipped
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
         """Count a step skipped by the scaler; save and stop if any rank received SIGTERM.
@@ -68,16 +68,17 @@ class Guard(TrainerCallback):
         if optimizer.step_was_skipped:
             self.skipped += 1
             log.info(
-                "step %d skipped: its gradients overflowed fp16, the scaler halves its factor (%d so far)",
+                "step %d skipped: gradients overflowed in fp16; the scaler halves its scale "
+                "(%d skipped so far)",
                 *(state.global_step, self.skipped),
             )
-        if self.skipped_in_a_row == OVERFLOWS:
+        if self.skipped_in_a_row == MAX_OVERFLOWS:
             raise StageError(
-                f"the gradients of the last {OVERFLOWS} steps, up to step {state.global_step}, overflowed "
-                "fp16; set sft.precision to bf16 or fp32"
+                f"the gradients of the last {MAX_OVERFLOWS} steps, up to step {state.global_step}, "
+                "overflowed in fp16; set sft.precision to bf16 or fp32"
             )
-        if is_any(self.is_asked_to_end, args.device):
-            self.is_asked_to_end = True
+        if is_any(self.is_preempted, args.device):
+            self.is_preempted = True
             control.should_save = True
             control.should_training_stop = True
 
@@ -119,16 +120,16 @@ class Guard(TrainerCallback):
         steps, self.checked = range(self.checked + 1, step + 1), step
         spike = is_spike(loss, state.log_history[:-1], self.params.max_loss_ratio)
         if spike or not math.isfinite(loss):
-            what = "spike of the loss to" if spike else "loss"
-            raise TrainingError("loss", f"{what} {loss:.4g} at {name_rows(self.plan, steps)}", steps)
-        planned = self.plan.learning_rate[self.rate]
+            what = "loss spike to" if spike else "loss"
+            raise TrainingError("loss", f"{what} {loss:.4g} at {format_rows(self.plan, steps)}", steps)
+        planned = self.plan.learning_rate[self.rate_index]
         if self.params.lr_scheduler_type == "reduce_lr_on_plateau":
             planned = min(planned, rate)
         if not math.isclose(rate, planned, rel_tol=1e-6, abs_tol=1e-12):
-            raise StageError(f"learning rate {rate} at step {step}, but the plan says {planned}")
+            raise StageError(f"learning rate {rate} at step {step}, but {planned} was planned")
 
 
-def is_any(flag: bool, device: torch.device) -> bool:  # noqa: FBT001 - a fact, not a mode
+def is_any(flag: bool, device: torch.device) -> bool:  # noqa: FBT001 - a value, not a mode
     """Return whether a flag is set on any rank; all ranks get the same result."""
     if not torch.distributed.is_initialized():
         return flag

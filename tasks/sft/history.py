@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 # Number of recent losses that a spike is compared with, and the minimum number required.
-SPIKE_WINDOW, SPIKE_LEAST = 20, 5
+SPIKE_WINDOW, SPIKE_MINIMUM = 20, 5
 History = Sequence[dict[str, Any]]
 
 
@@ -82,4 +82,4 @@ def is_spike(loss: float, history: History, ratio: float | None) -> bool:
         (True, False, False)
     """
     losses = [entry["loss"] for entry in history if "loss" in entry][-SPIKE_WINDOW:]
-    return ratio is not None and len(losses) >= SPIKE_LEAST and loss > ratio * median(losses)
+    return ratio is not None and len(losses) >= SPIKE_MINIMUM and loss > ratio * median(losses)

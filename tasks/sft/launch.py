@@ -17,13 +17,13 @@ from nightshift.pipeline import supervise
 from tasks.sft import SftParams
 from tasks.sft.job import Job
 from tasks.sft.machine import VISIBLE
-from tasks.sft.terminal import shown_lines
+from tasks.sft.terminal import line_printer
 
 # On SIGTERM a rank finishes its step and saves. DeepSpeed's launcher gives it 30 seconds.
 GRACE_SECONDS = 40.0
 # Environment variables of torch's GPU allocator, and the value used if neither is set.
-ALLOCATOR, OLDER_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-GROWING = "expandable_segments:True"
+ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+EXPANDABLE = "expandable_segments:True"
 
 
 def launch(job: Job, file: Path) -> int:
@@ -39,10 +39,10 @@ def launch(job: Job, file: Path) -> int:
     (file.parent / "output").mkdir(parents=True, exist_ok=True)
     job.write(file)
     address, port = rendezvous(job.params)
-    command = [*launcher(job, address, port), str(file)]
+    command = [*build_command(job, address, port), str(file)]
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        with shown_lines() as show:
+        with line_printer() as show:
             code = supervise.run(
                 command,
                 on_line=show,
@@ -65,7 +65,7 @@ def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
     """
     # A second SIGTERM, from another supervisor, must not interrupt the shutdown.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise TrainingError("preempted", "sft: asked to end; run again: training goes on from where it was saved")
+    raise TrainingError("preempted", "sft: received SIGTERM; run again to resume from the last checkpoint")
 
 
 def node_rank(params: SftParams) -> int:
@@ -76,11 +76,11 @@ def node_rank(params: SftParams) -> int:
     """
     value = os.environ.get("NODE_RANK", "0")
     if not value.isdecimal():
-        raise ConfigError(f"NODE_RANK={value} is no number from 0; set it to the line of this machine")
-    if int(value) and params.hostfile is None:
         raise ConfigError(
-            f"NODE_RANK={value}, but sft.hostfile is null; name the machines, or unset NODE_RANK"
+            f"NODE_RANK={value} is not an index from 0; set it to this machine's line in the hostfile"
         )
+    if int(value) and params.hostfile is None:
+        raise ConfigError(f"NODE_RANK={value}, but sft.hostfile is null; set it, or unset NODE_RANK")
     return int(value)
 
 
@@ -98,12 +98,12 @@ def rendezvous(params: SftParams) -> tuple[str, int]:
     if "NODE_RANK" in os.environ and not (address and port.isdecimal()):
         raise ConfigError(
             f"NODE_RANK is set, so each machine starts its own ranks; they cannot meet at "
-            f"MASTER_ADDR={address!r}, MASTER_PORT={port!r}: set both, equal on all machines"
+            f"MASTER_ADDR={address!r}, MASTER_PORT={port!r}; set both to the same values on all machines"
         )
     return address, int(port) if port.isdecimal() else free_port()
 
 
-def launcher(job: Job, address: str, port: int) -> list[str]:
+def build_command(job: Job, address: str, port: int) -> list[str]:
     """Build the command that starts the ranks: DeepSpeed's launcher, or a single process.
 
     Args:
@@ -147,7 +147,7 @@ def rank_environment(device: str, devices: Sequence[str]) -> dict[str, str]:
     }
     if device == "cuda":
         # Rows differ in length; expandable segments avoid fragmentation.
-        memory = os.environ.get(ALLOCATOR) or os.environ.get(OLDER_NAME) or GROWING
+        memory = os.environ.get(ALLOCATOR) or os.environ.get(OLD_ALLOCATOR) or EXPANDABLE
         env |= {VISIBLE: ",".join(devices), ALLOCATOR: memory}
     if device == "cpu":
         # One thread per rank makes the arithmetic, and so the adapter, reproducible.

@@ -1,7 +1,7 @@
 """Probe this machine: its GPUs, and which precision and attention kernel run on it.
 
-Probing runs kernels, which occupies GPU memory as long as the process lives. `inspect` therefore probes
-in a separate process (`python -m tasks.sft.machine`), which ends before the ranks start.
+Probing runs kernels, which occupies GPU memory as long as the process lives. `probe_in_subprocess`
+therefore probes in a separate process (`python -m tasks.sft.machine`), which ends before the ranks start.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Machine:
     has_liger: bool
 
 
-def inspect(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
+def probe_in_subprocess(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
     """Probe this machine in a separate process.
 
     Args:
@@ -78,32 +78,32 @@ def inspect(params: SftParams, config: Mapping[str, Any], longest: int) -> Machi
         file = Path(folder) / "machine.json"
         write_json(file, {"params": params.model_dump(), "config": dict(config), "longest": longest})
         code = subprocess.run([sys.executable, "-m", "tasks.sft.machine", str(file)], check=False).returncode
-        answer = read_json(file)
-    if "error" in answer:
-        raise ConfigError(answer["error"])
-    if "device" not in answer:
-        raise StageError(f"sft: the look at this machine ended with code {code}; the reason stands above")
-    return Machine(**{**answer, "devices": tuple(answer["devices"])})
+        result = read_json(file)
+    if "error" in result:
+        raise ConfigError(result["error"])
+    if "device" not in result:
+        raise StageError(f"sft: probing this machine failed with code {code}; see the output above")
+    return Machine(**{**result, "devices": tuple(result["devices"])})
 
 
 def main(file: Path) -> None:
-    """Read the request of `inspect` from a file, and write the result to the same file."""
+    """Read the request of `probe_in_subprocess` from a file, and write the result to the same file."""
     supervise.die_with_parent()
-    asked = read_json(file)
+    request = read_json(file)
     try:
-        answer = asdict(look(SftParams(**asked["params"]), asked["config"], asked["longest"]))
+        result = asdict(probe_machine(SftParams(**request["params"]), request["config"], request["longest"]))
     except ConfigError as err:
-        answer = {"error": str(err)}
-    write_json(file, answer)
+        result = {"error": str(err)}
+    write_json(file, result)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Add the command-line arguments."""
-    parser.add_argument("file", type=Path, help="the question, and where the answer goes")
+    parser.add_argument("file", type=Path, help="request; the result is written to the same file")
 
 
-def look(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
-    """Probe this machine; the process keeps the GPU memory that this takes. See `inspect`.
+def probe_machine(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
+    """Probe this machine; the process keeps the GPU memory that this takes. See `probe_in_subprocess`.
 
     Raises:
         ConfigError: This machine does not support a requested value.
@@ -115,7 +115,7 @@ def look(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
     devices = visible_devices()
     device = "cuda" if devices else "cpu"
     if missing := find_missing(params, device):
-        raise ConfigError("\n  ".join(["params.yaml: this machine cannot do what sft asks for", *missing]))
+        raise ConfigError("\n  ".join(["params.yaml: this machine does not support these values:", *missing]))
     # Before any kernel runs and takes memory itself.
     memory = min((torch.cuda.mem_get_info(i)[0] for i in range(len(devices))), default=None)
     precision = choose_precision(params.precision, device)
@@ -123,7 +123,7 @@ def look(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
         require_float8(precision, device)
     probe = Probe(params, device, precision, config, longest)
     attention = choose_attention(params.attn_implementation, device, probe)
-    has_liger = device == "cuda" and knows_liger(str(config.get("model_type")))
+    has_liger = device == "cuda" and supports_liger(str(config.get("model_type")))
     return Machine(device, devices, memory, precision, attention, probe.find_head(), has_liger)
 
 
@@ -152,15 +152,15 @@ def find_missing(params: SftParams, device: str) -> list[str]:
         "use_liger_kernel=true": (params.use_liger_kernel is True, "liger_kernel", True),
     }
     found = []
-    for what, (is_asked, package, needs_gpu) in needs.items():
-        if is_asked and importlib.util.find_spec(package) is None:
+    for what, (is_requested, package, needs_gpu) in needs.items():
+        if is_requested and importlib.util.find_spec(package) is None:
             found.append(f"sft.{what} needs {package}; run `pip install -e '.[gpu]'`")
-        elif is_asked and needs_gpu and device == "cpu":
-            found.append(f"sft.{what} needs a GPU; take another value")
+        elif is_requested and needs_gpu and device == "cpu":
+            found.append(f"sft.{what} needs a GPU; set another value")
     return found
 
 
-def knows_liger(model_type: str) -> bool:
+def supports_liger(model_type: str) -> bool:
     """Return whether Liger is installed and supports a model type."""
     if importlib.util.find_spec("liger_kernel") is None:
         return False
@@ -181,12 +181,12 @@ def choose_precision(requested: str, device: str) -> str:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         has_tf32 = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        has_bf16, has_tf32 = processor_has_bf16(), False
+        has_bf16, has_tf32 = cpu_has_bf16(), False
     missing = {"bf16": not has_bf16, "tf32": not has_tf32, "fp16": device == "cpu"}
     if missing.get(requested):
         raise ConfigError(
-            f"params.yaml: sft.precision={requested}, but this machine's {device} has no {requested} "
-            "arithmetic; set auto or fp32"
+            f"params.yaml: sft.precision={requested}, but this machine's {device} does not support "
+            f"{requested}; set auto or fp32"
         )
     if requested == "auto":
         return "bf16" if has_bf16 else "fp32"
@@ -205,11 +205,11 @@ def require_float8(precision: str, device: str) -> None:
 
     fault = None
     if precision != "bf16":
-        fault = f"it trains in {precision}, and only bf16 goes with it"
+        fault = f"precision is {precision}, but float8 needs bf16"
     else:
-        one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+        ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
         try:
-            Float8Weight(one).project(one)
+            Float8Weight(ones).project(ones)
         # The device is too old, or a compiler is missing.
         except Exception as err:  # noqa: BLE001
             fault = f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
@@ -219,7 +219,7 @@ def require_float8(precision: str, device: str) -> None:
         )
 
 
-def processor_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Return whether the CPU flags include bf16."""
     return "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 

@@ -49,8 +49,8 @@ FLASH = (
 # The head of Llama-like models, which returns the logits unchanged.
 HEAD = "lm_head"
 # Strategies that shard the optimizer state, and the weights.
-DIVIDES_STATE = ("zero1", "zero2", "zero3", "fsdp2")
-DIVIDES_WEIGHTS = ("zero3", "fsdp2")
+SHARDS_STATE = ("zero1", "zero2", "zero3", "fsdp2")
+SHARDS_WEIGHTS = ("zero3", "fsdp2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def estimate(
     if device == "cuda" and params.offload_optimizer != "none":
         state = 0.0
     if device == "cuda" and params.offload_param != "none":
-        weights -= _divided(shape, params, strategy, precision, trained)
+        weights -= _sharded(shape, params, strategy, precision, trained)
     if device == "cpu" and params.attn_implementation == "auto":
         params = params.model_copy(update={"attn_implementation": "sdpa_per_example"})
     kept, layer = _activations(shape, params, strategy, precision, batch)
@@ -130,14 +130,14 @@ def estimate(
     held, full, at_step = _gradients(params, strategy, precision, trained, device)
     if device == "cuda" and params.optim == "adamw_torch" and params.offload_optimizer == "none":
         # The default implementation of AdamW computes the denominators of all weights at once.
-        at_step += 4 * trained / (ranks if strategy in DIVIDES_STATE else 1)
+        at_step += 4 * trained / (ranks if strategy in SHARDS_STATE else 1)
     overhead = float(CUDA_OVERHEAD)
     if device == "cpu":
         overhead = _process(shape, params, strategy, precision, batch.tokens, layer)
         # The default implementation of AdamW computes the denominators of one tensor at a time, in two
         # copies. Under ZeRO this tensor is a rank's whole shard; else the largest one is the embeddings.
         largest = 0 if params.adapter else shape.vocabulary * shape.hidden
-        at_step += 8 * (trained / ranks if strategy in DIVIDES_STATE else largest)
+        at_step += 8 * (trained / ranks if strategy in SHARDS_STATE else largest)
     if params.adapter is None and shape.is_tied:
         # The gradients of embeddings and head coexist until they are added.
         full += 4 * shape.vocabulary * shape.hidden
@@ -182,7 +182,7 @@ def _weight_bytes(params: SftParams, strategy: str, precision: str) -> int:
     return 2 if keeps_half(params, strategy, precision) else 4
 
 
-def _divided(shape: Shape, params: SftParams, strategy: str, precision: str, trained: int) -> float:
+def _sharded(shape: Shape, params: SftParams, strategy: str, precision: str, trained: int) -> float:
     """Return the bytes of this rank's shard of frozen and trained weights, without gathered ones."""
     size = _weight_bytes(params, strategy, precision)
     count = count_parameters(shape)
@@ -194,12 +194,12 @@ def _divided(shape: Shape, params: SftParams, strategy: str, precision: str, tra
     if params.adapter:
         # PEFT creates adapters in full precision; DeepSpeed casts them to the precision of the job.
         total += trained * (size if strategy in ZERO else 4)
-    return total / params.ranks if strategy in DIVIDES_WEIGHTS else total
+    return total / params.ranks if strategy in SHARDS_WEIGHTS else total
 
 
 def _weights(shape: Shape, params: SftParams, strategy: str, precision: str, trained: int) -> float:
     """Return the bytes of the weights on a rank, with those that are temporarily gathered."""
-    total = _divided(shape, params, strategy, precision, trained)
+    total = _sharded(shape, params, strategy, precision, trained)
     size = 2 if precision in HALF else 4
     if strategy == "zero3":
         total += size * min(count_parameters(shape), MAX_LIVE)
@@ -223,7 +223,7 @@ def _state(shape: Shape, params: SftParams, strategy: str, precision: str, train
     # ZeRO-1 to ZeRO-3 copy the weights in any precision, ZeRO-0 only in half precision.
     if strategy in ("zero1", "zero2", "zero3") or (strategy == "zero0" and precision in HALF):
         total += 4 * trained
-    return total / params.ranks if strategy in DIVIDES_STATE else total
+    return total / params.ranks if strategy in SHARDS_STATE else total
 
 
 def _gradients(

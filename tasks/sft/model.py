@@ -28,7 +28,7 @@ def load_model(base: str, params: SftParams, strategy: str, precision: str, atte
         base,
         dtype=dtype,
         attn_implementation=attention,
-        quantization_config=nf4(dtype) if params.adapter == "qlora" else None,
+        quantization_config=nf4_config(dtype) if params.adapter == "qlora" else None,
         trust_remote_code=False,
         use_safetensors=True,
     )
@@ -45,7 +45,7 @@ def adapt(model: Any, params: SftParams, strategy: str, precision: str) -> Any:
             use_gradient_checkpointing=params.activation_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
         )
-    model = get_peft_model(model, lora(params))
+    model = get_peft_model(model, lora_config(params))
     if uses_autocast(strategy, precision):
         # Autocast casts the adapter input to half precision; PEFT would needlessly upcast it first.
         for module in model.modules():
@@ -59,7 +59,7 @@ def weight_dtype(params: SftParams, strategy: str, precision: str) -> torch.dtyp
     return HALF[precision] if keeps_half(params, strategy, precision) else torch.float32
 
 
-def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return QLoRA's 4-bit quantization config (Dettmers et al., arXiv 2305.14314)."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -71,7 +71,7 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def lora(params: SftParams) -> LoraConfig:
+def lora_config(params: SftParams) -> LoraConfig:
     """Convert the parameters to PEFT's."""
     return LoraConfig(
         r=params.lora_r,

@@ -98,10 +98,10 @@ def row_order(costs: Sequence[int], epochs: int, processes: int, seed: int) -> l
     order = []
     for epoch in range(epochs):
         rng = random.Random(f"{seed}/{epoch}")
-        one = list(range(len(costs)))
-        rng.shuffle(one)
-        for start in range(0, len(one), WINDOW * processes):
-            window = sorted(one[start : start + WINDOW * processes], key=costs.__getitem__)
+        rows = list(range(len(costs)))
+        rng.shuffle(rows)
+        for start in range(0, len(rows), WINDOW * processes):
+            window = sorted(rows[start : start + WINDOW * processes], key=costs.__getitem__)
             groups = [window[i : i + processes] for i in range(0, len(window), processes)]
             # An incomplete group stays last, where fillers complete it.
             full = [group for group in groups if len(group) == processes]
@@ -135,11 +135,11 @@ def without_steps(plan: Plan, steps: Sequence[int]) -> Plan:
     )
 
 
-def name_rows(plan: Plan, steps: range) -> str:
+def format_rows(plan: Plan, steps: range) -> str:
     """Format steps, counted from 1, and their rows for a message.
 
     Example:
-        >>> name_rows(Plan(2, 2, 0, [4, 7, 1, 0], [9, 8], [3, 2], [1, 1]), range(2, 3))
+        >>> format_rows(Plan(2, 2, 0, [4, 7, 1, 0], [9, 8], [3, 2], [1, 1]), range(2, 3))
         'step 2, rows [1, 0] of data/pack/train.parquet'
     """
     size = plan.rows_per_step

@@ -56,11 +56,11 @@ class Probe:
                 shrink(config, longest), attn_implementation="eager", dtype=dtype, trust_remote_code=False
             ).to(device)
             self.examples = [torch.randint(VOCABULARY, (1, n), device=device) for n in LENGTHS]
-            self.reference = self.alone()
+            self.reference = self.run_alone()
         except Exception as err:
             raise ConfigError(
-                f"data/base/model/config.json: a small model of its kind does not run: {describe(err)}; take "
-                "another base"
+                f"data/base/model/config.json: a small model of this architecture does not run: "
+                f"{describe(err)}; use another base"
             ) from err
 
     def try_kernel(self, name: str) -> str | None:
@@ -72,17 +72,17 @@ class Probe:
         packed = torch.cat(self.examples, 1)
         try:
             self.model.set_attn_implementation(name)
-            alone = self.alone()
+            alone = self.run_alone()
             with self.autocast:
                 logits = self.model(packed, **boundaries(self.device), use_cache=False).logits.float()
             logits.sum().backward()
         # Kernels fail in various ways: a missing package, a missing symbol, a device that is too old.
         except Exception as err:  # noqa: BLE001
             return describe(err)
-        if (found := self.differ(alone, self.reference)) > self.tolerance:
-            return f"it computes another attention than eager (logits differ by {found:.2g} deviations)"
-        if (found := self.differ(logits, alone)) > self.tolerance:
-            return f"packed examples see each other (logits differ by {found:.2g} deviations)"
+        if (found := self.max_difference(alone, self.reference)) > self.tolerance:
+            return f"its result differs from eager attention (logits by {found:.2g} standard deviations)"
+        if (found := self.max_difference(logits, alone)) > self.tolerance:
+            return f"packed examples attend to each other (logits differ by {found:.2g} standard deviations)"
         return None
 
     @torch.no_grad()
@@ -100,12 +100,12 @@ class Probe:
         return name.rpartition(".")[2] if len(seen) == 1 and torch.equal(seen[0], logits) else None
 
     @torch.no_grad()
-    def alone(self) -> torch.Tensor:
+    def run_alone(self) -> torch.Tensor:
         """Compute the logits of each example alone, shape (1, sum(LENGTHS), VOCABULARY)."""
         with self.autocast:
             return torch.cat([self.model(ids, use_cache=False).logits.float() for ids in self.examples], 1)
 
-    def differ(self, logits: torch.Tensor, others: torch.Tensor) -> float:
+    def max_difference(self, logits: torch.Tensor, others: torch.Tensor) -> float:
         """Return the largest difference, in standard deviations of the reference logits."""
         return ((logits - others).abs().max() / self.reference.std()).item()
 

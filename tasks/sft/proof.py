@@ -33,16 +33,16 @@ class Proof(TrainerCallback):
         assert self.trainer
         # The checks draw random numbers, which must not affect a resumed run.
         with torch.random.fork_rng():
-            proof = prove(self.trainer, self.job)
+            results = run_checks(self.trainer, self.job)
         if self.job.backend.device == "cpu":
             # glibc keeps memory freed by loading and self-test, in fragments that training hardly
             # reuses.
             ctypes.CDLL(None).malloc_trim(0)
         if self.trainer.is_world_process_zero():
-            write_figures(self.job.folder / "output" / "selftest.json", proof)
+            write_figures(self.job.folder / "output" / "selftest.json", results)
 
 
-def prove(trainer: Trainer, job: Job) -> dict[str, Any]:
+def run_checks(trainer: Trainer, job: Job) -> dict[str, Any]:
     """Run all checks on two examples that share a packed row.
 
     Raises:
@@ -53,42 +53,44 @@ def prove(trainer: Trainer, job: Job) -> dict[str, Any]:
         "activation_checkpointing": trainer.model.is_activation_checkpointing,
         "fp8_base": any(hasattr(module, "float8") for module in trainer.model.modules()),
     }
-    for key, does in runs.items():
-        if does != (asked := getattr(trainer.params, key)):
+    for key, actual in runs.items():
+        if actual != (requested := getattr(trainer.params, key)):
             raise StageError(
-                f"self-test: {key}={asked} was asked for, but the model does otherwise; this is a bug, "
-                "report it"
+                f"self-test: {key}={requested} was requested, but {key}={actual} is active; this is a "
+                "bug, report it"
             )
     folder = job.folder / "rehearsal"
     row = selftest.find_row(trainer.train_dataset)
     if row is None:
         return {
-            "saving": rehearse_saving(trainer, job, None, folder),
-            "isolation": "no row holds two examples",
+            "saving": check_saving(trainer, job, None, folder),
+            "isolation": "no row contains two examples",
         }
     batch = collate(trainer, row)
     trainer.model_wrapped.eval()
     length, vocab_size = row["seq_lengths"][0], trainer.model.config.vocab_size
-    isolation = selftest.isolation(lambda inputs: forward(trainer, inputs), batch, length, vocab_size)
-    selftest.isolation(lambda inputs: forward_by_positions(trainer, inputs), batch, length, vocab_size)
+    isolation = selftest.check_isolation(lambda inputs: forward(trainer, inputs), batch, length, vocab_size)
+    selftest.check_isolation(lambda inputs: forward_by_positions(trainer, inputs), batch, length, vocab_size)
     loss = None
     if trainer.head:
         with torch.no_grad():
             values = forward(trainer, batch)[0].item(), training_loss(trainer, batch).item()
-        loss = selftest.same_loss(*values, job.backend.precision)
+        loss = selftest.check_loss(*values, job.backend.precision)
     batches = [batch, *(collate(trainer, selftest.take(row, i, i + 1)) for i in (0, 1))]
     if job.backend.strategy == "zero3":
-        found: dict[str, Any] = {
+        gradients: dict[str, Any] = {
             "weights": len(trainable(trainer)),
-            "not_compared": "zero3 divides the weights",
+            "not_compared": "zero3 shards the weights",
         }
     else:
         # On a CPU, bitsandbytes multiplies 4-bit weights in bf16, whatever the requested precision.
         precision = "bf16" if trainer.params.adapter == "qlora" else job.backend.precision
-        found = selftest.gradients(lambda one: backward(trainer, one, job), batches, precision)
-    saving = rehearse_saving(trainer, job, batch, folder)
+        gradients = selftest.check_gradients(
+            lambda inputs: backward(trainer, inputs, job), batches, precision
+        )
+    saving = check_saving(trainer, job, batch, folder)
     trainer.model_wrapped.train()
-    return {"isolation": isolation, "loss": loss, "gradients": found, "saving": saving}
+    return {"isolation": isolation, "loss": loss, "gradients": gradients, "saving": saving}
 
 
 def collate(trainer: Trainer, row: Row) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def rehearse_saving(trainer: Trainer, job: Job, batch: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
+def check_saving(trainer: Trainer, job: Job, batch: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
     """Save as at the end of training, and load the result.
 
     Logits are not compared if ZeRO-3 shards the weights or the live base is quantized. The check that
@@ -171,7 +173,7 @@ def rehearse_saving(trainer: Trainer, job: Job, batch: dict[str, Any] | None, fo
         result["weights"] = selftest.require_saved(folder, list(names))
         if batch and live is not None:
             loaded = load_logits(folder, job, batch)
-            result |= selftest.reloaded(live, base, loaded, job.backend.precision)
+            result |= selftest.check_reloaded(live, base, loaded, job.backend.precision)
         shutil.rmtree(folder)
     trainer.accelerator.wait_for_everyone()
     return result

@@ -26,8 +26,8 @@ def learning_rates(steps: int, params: SftParams) -> list[float]:
     decay = params.lr_scheduler_kwargs.num_decay_steps or 0
     if warmup + decay >= steps:
         raise ConfigError(
-            f"params.yaml: sft warms up for {warmup} steps and decays for {decay}, but the training has only "
-            f"{steps} steps; shorten them or train longer"
+            f"params.yaml: sft has {warmup} warmup and {decay} decay steps, but training has only {steps} "
+            "steps; lower them, or train longer"
         )
     return [params.learning_rate * factor(step, steps, warmup, params) for step in range(steps)]
 

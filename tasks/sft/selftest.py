@@ -22,7 +22,7 @@ from nightshift.data.encode import IGNORED
 Forward = Callable[[dict[str, Any]], tuple[torch.Tensor, Any]]
 Row = dict[str, Any]
 # Number of rows searched for the shortest pair of examples.
-SOUGHT = 64
+SEARCHED_ROWS = 64
 # Maximum relative difference of two sums in different order. In fp32 a sum over 150,000 tokens may be
 # off by 1e-2 (n * 2**-24); one over 49,152 was off by 1e-4 (sequential CPU kernel). Thirty bf16 layers
 # gave 0.05. Examples that attend to each other, or a mean instead of a sum, give more than 0.5.
@@ -51,7 +51,7 @@ def find_row(rows: Sequence[Row]) -> Row | None:
         has_label = has_label or any(labelled)
         if len(row["seq_lengths"]) > 1 and all(labelled):
             pairs.append(take(row, 0, 2))
-        if pairs and number >= SOUGHT:
+        if pairs and number >= SEARCHED_ROWS:
             break
     if not has_label:
         raise StageError("self-test: no row has a label, so nothing would be learned; check data/pack")
@@ -75,7 +75,7 @@ def take(row: Row, start: int, stop: int) -> Row:
 
 
 @torch.no_grad()
-def isolation(forward: Forward, batch: dict[str, Any], length: int, vocab_size: int) -> dict[str, Any]:
+def check_isolation(forward: Forward, batch: dict[str, Any], length: int, vocab_size: int) -> dict[str, Any]:
     """Change every token of the first example: the logits of the second must stay bit-identical.
 
     Both passes have equal shapes and kernels, so an exact comparison holds in every precision.
@@ -98,13 +98,13 @@ def isolation(forward: Forward, batch: dict[str, Any], length: int, vocab_size: 
     difference = (before - after).abs().max().item()
     if difference != 0:
         raise StageError(
-            f"self-test: packed examples see each other (logits move by {difference:.3g} when only "
-            "another example changes); set sft.attn_implementation to a backend that isolates"
+            f"self-test: packed examples attend to each other (logits change by {difference:.3g} when only "
+            "another example changes); set another sft.attn_implementation"
         )
     return {"max_logit_difference": difference, "proven": True}
 
 
-def same_loss(given: float, found: float, precision: str) -> dict[str, Any]:
+def check_loss(given: float, found: float, precision: str) -> dict[str, Any]:
     """Compare the training loss with the loss of the full logits.
 
     Args:
@@ -118,13 +118,13 @@ def same_loss(given: float, found: float, precision: str) -> dict[str, Any]:
     relative = abs(found - given) / max(abs(given), 1e-6)
     if not relative <= TOLERANCE[precision]:
         raise StageError(
-            f"self-test: the loss {found:.6g} is not that of the logits, {given:.6g}: the model does more "
-            "with its head than was seen; this is a bug, report it"
+            f"self-test: the loss {found:.6g} differs from that of the logits, {given:.6g}: the model does "
+            "more with its head than the probe detected; this is a bug, report it"
         )
     return {"relative_difference": float(f"{relative:.2g}"), "proven": True}
 
 
-def gradients(
+def check_gradients(
     backward: Callable[[dict[str, Any]], list[torch.Tensor | None]],
     batches: Sequence[dict[str, Any]],
     precision: str,
@@ -143,8 +143,8 @@ def gradients(
     reached = sum(gradient is not None and bool(gradient.any()) for gradient in packed)
     if not reached:
         raise StageError(
-            f"self-test: gradients reach 0 of {len(packed)} weights that should train; the adapter is "
-            "frozen, or not attached to the model that trains"
+            f"self-test: gradients reach 0 of {len(packed)} trainable weights; the adapter is "
+            "frozen, or not attached to the trained model"
         )
     difference = norm = 0.0
     for together, *parts in zip(packed, *alone, strict=True):
@@ -156,7 +156,7 @@ def gradients(
     if not relative <= TOLERANCE[precision]:
         raise StageError(
             f"self-test: the gradient of a packed row differs from that of its examples by {relative:.2g} of "
-            "its norm; the loss is not a sum over tokens, or the examples see each other"
+            "its norm; the loss is not a sum over tokens, or the examples attend to each other"
         )
     return {
         "weights_reached": reached,
@@ -180,7 +180,9 @@ def perturbed(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def reloaded(live: torch.Tensor, base: torch.Tensor, loaded: torch.Tensor, precision: str) -> dict[str, Any]:
+def check_reloaded(
+    live: torch.Tensor, base: torch.Tensor, loaded: torch.Tensor, precision: str
+) -> dict[str, Any]:
     """Compare the logits of the live model with those of the saved and reloaded one.
 
     Args:
@@ -196,8 +198,8 @@ def reloaded(live: torch.Tensor, base: torch.Tensor, loaded: torch.Tensor, preci
     near = (live - loaded).norm().item()
     if not near <= RELOAD_TOLERANCE[precision] * far:
         raise StageError(
-            f"self-test: the saved model gives other logits than the live one (distance {near:.3g}, that of "
-            f"a lost adapter {far:.3g}); what would be saved is not what trains"
+            f"self-test: the logits of the saved model differ from the live model's (distance {near:.3g}; "
+            f"without the adapter {far:.3g}); the saved weights differ from the trained ones"
         )
     return {"relative_difference": float(f"{near / far:.2g}"), "proven": True}
 
@@ -219,7 +221,7 @@ def require_saved(folder: Path, names: Sequence[str]) -> int:
             sizes |= {name: weights.get_slice(name).get_shape()[0] for name in weights.keys()}  # noqa: SIM118
     if lost := sorted(name for name in names if not sizes.get(name)):
         raise StageError(
-            f"self-test: the saved model lacks {len(lost)} of {len(names)} weights, such as {lost[0]}; what "
-            "would be saved is not what trains"
+            f"self-test: the saved model lacks {len(lost)} of {len(names)} weights, such as {lost[0]}; the "
+            "saved weights differ from the trained ones"
         )
     return len(names)

@@ -42,7 +42,7 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         ConfigError: A size is missing, or the model is a mixture of experts.
     """
     if experts := [key for key in config if "experts" in key]:
-        raise ConfigError(f"config.json: {experts[0]}: a mixture of experts; its memory cannot be foretold")
+        raise ConfigError(f"config.json: {experts[0]}: a mixture of experts; its memory cannot be estimated")
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         return Shape(
@@ -58,8 +58,8 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         )
     except KeyError as err:
         raise ConfigError(
-            f"config.json: {err.args[0]} is missing; the memory of models of Llama's kind alone can be "
-            f"foretold, got model_type {config.get('model_type')!r}"
+            f"config.json: {err.args[0]} is missing; memory can be estimated only for Llama-like "
+            f"models, got model_type {config.get('model_type')!r}"
         ) from err
 
 
@@ -104,8 +104,8 @@ def targets(shape: Shape, params: SftParams) -> Linears:
     names = [name.rpartition(".")[2] for name in params.lora_target_modules]
     if unknown := sorted(set(names) - known.keys()):
         raise ConfigError(
-            f"params.yaml: sft.lora_target_modules: {', '.join(unknown)}: no linear layer of a block; "
-            f"it has {', '.join(known)}"
+            f"params.yaml: sft.lora_target_modules: {', '.join(unknown)}: not a linear layer of a "
+            f"block; use {', '.join(known)}"
         )
     return {name: known[name] for name in names}
 

@@ -47,7 +47,7 @@ def choose_strategy(
     if params.strategy == "ddp" and params.ranks == 1:
         return "single", "ddp with one process is single"
     if params.strategy != "auto":
-        return params.strategy, "as params.yaml asks"
+        return params.strategy, "set in params.yaml"
     several = params.ranks > 1
     if needs is None or capacity is None:
         if several:
@@ -56,13 +56,13 @@ def choose_strategy(
     # Sharded weights cannot be in float8.
     last = () if params.fp8_base else ("fsdp2" if params.adapter == "qlora" else "zero3",)
     ladder = ("ddp", "zero1", "zero2", *last) if several else ("single",)
-    said = {name: f"{needs[name] / GIB:.1f} GiB of {capacity / GIB:.1f} GiB" for name in ladder}
+    sizes = {name: f"{needs[name] / GIB:.1f} GiB of {capacity / GIB:.1f} GiB" for name in ladder}
     for before, name in zip(("", *ladder), ladder, strict=False):
         if needs[name] <= capacity:
-            why = f"{before} takes {said[before]}" if before else "dividing would only slow it down"
-            return name, f"{name}: {said[name]}; {why}"
+            why = f"{before} takes {sizes[before]}" if before else "sharding would only slow it down"
+            return name, f"{name}: {sizes[name]}; {why}"
     raise ConfigError(
-        f"params.yaml: sft.strategy=auto: {ladder[-1]} takes {said[ladder[-1]]}; set "
+        f"params.yaml: sft.strategy=auto: {ladder[-1]} takes {sizes[ladder[-1]]}; set "
         "activation_checkpointing: true, more num_processes, or strategy: zero3 with offload_optimizer: cpu"
     )
 

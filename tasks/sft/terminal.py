@@ -15,7 +15,7 @@ STEP = re.compile(r"\bstep (\d+)/(\d+) (.*)")
 
 
 @contextmanager
-def shown_lines() -> Iterator[Callable[[str], None]]:
+def line_printer() -> Iterator[Callable[[str], None]]:
     """Yield a function that prints one line of the ranks.
 
     In a terminal, the line `step 3/10 loss ...` updates a progress bar with these figures, and all other

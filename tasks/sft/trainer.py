@@ -24,7 +24,7 @@ from tasks.sft.failures import is_out_of_memory
 from tasks.sft.fused import LossHead
 from tasks.sft.guard import is_any
 from tasks.sft.history import best_step, plateau_scale
-from tasks.sft.plan import Plan, name_rows
+from tasks.sft.plan import Plan, format_rows
 
 
 class Trainer(SFTTrainer):
@@ -148,7 +148,7 @@ class Trainer(SFTTrainer):
         step = self.state.global_step + 1
         loss = self.accelerator.reduce(self.total_loss, reduction="sum").item()
         what = f"gradient norm {norm:.4g} of a finite loss" if math.isfinite(loss) else f"loss {loss:.4g}"
-        raise TrainingError("loss", f"{what} at {name_rows(self.plan, range(step, step + 1))}", [step])
+        raise TrainingError("loss", f"{what} at {format_rows(self.plan, range(step, step + 1))}", [step])
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Build the optimizer; with LoRA+ the B matrices learn faster than A."""
@@ -209,10 +209,10 @@ class Trainer(SFTTrainer):
         """
         steps, self.saved = range(self.saved + 1, self.state.global_step + 1), self.state.global_step
         if not math.isfinite(self.accelerator.reduce(self.total_loss, reduction="sum").item()):
-            raise TrainingError("loss", f"loss was not finite at {name_rows(self.plan, steps)}", steps)
+            raise TrainingError("loss", f"loss was not finite at {format_rows(self.plan, steps)}", steps)
         if is_any(not has_finite_state(self.optimizer), self.args.device):
-            what = "the optimiser's weights or state became not finite"
-            raise TrainingError("loss", f"{what} at {name_rows(self.plan, steps)}", steps)
+            what = "non-finite optimizer state or weights"
+            raise TrainingError("loss", f"{what} at {format_rows(self.plan, steps)}", steps)
         folder = Path(self.args.output_dir)
         if self.accelerator.is_main_process:
             shutil.rmtree(folder / checkpoints.SAVING, ignore_errors=True)
@@ -227,7 +227,7 @@ class Trainer(SFTTrainer):
             if self.accelerator.is_main_process:
                 written = folder / checkpoints.SAVING / f"checkpoint-{self.state.global_step}"
                 checkpoints.require_finite(written)
-                checkpoints.close(written, folder)
+                checkpoints.finalize(written, folder)
                 checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
         self.accelerator.wait_for_everyone()
 
@@ -254,8 +254,8 @@ def writing(what: str) -> Iterator[None]:
         if is_out_of_memory(err):
             raise
         raise StageError(
-            f"{what} cannot be written: {type(err).__name__}: {str(err).partition(chr(10))[0]}; make room or "
-            "give the rights, then run again: training goes on from the checkpoint before"
+            f"{what} cannot be written: {type(err).__name__}: {str(err).partition(chr(10))[0]}; free disk "
+            "space or fix permissions, then run again to resume from the last complete checkpoint"
         ) from err
 
 
@@ -280,7 +280,7 @@ def summed_loss(
     keep = (labels != IGNORED).nonzero().squeeze(-1)
     given = {key: value for key, value in inputs.items() if key != "labels"}
     if head:
-        with head.told(labels[keep], label_smoothing):
+        with head.with_labels(labels[keep], label_smoothing):
             outputs = model(**given, use_cache=False, logits_to_keep=keep)
         return outputs.logits.sum(), outputs
     outputs = model(**given, use_cache=False, logits_to_keep=keep)
@@ -300,10 +300,12 @@ def has_finite_state(optimizer: Any) -> bool:
     The keys of the state are the weights that the optimizer updates: full-precision copies under ZeRO.
     """
     state = optimizer.state.items()
-    tensors = [one for weight, values in state for one in (weight, *values.values()) if torch.is_tensor(one)]
+    tensors = [
+        part for weight, values in state for part in (weight, *values.values()) if torch.is_tensor(part)
+    ]
     # FSDP2 weights are DTensors with a local shard.
-    shares = (one.to_local() if hasattr(one, "to_local") else one for one in tensors)
-    return all(checkpoints.is_finite(one.detach()) for one in shares)
+    shards = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    return all(checkpoints.is_finite(shard.detach()) for shard in shards)
 
 
 def token_lengths(inputs: dict[str, Any]) -> torch.Tensor:

@@ -72,7 +72,7 @@ def main(job_file: Path) -> None:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Add the command-line arguments."""
-    parser.add_argument("job_file", type=Path, help="what to train, as tasks.sft writes it")
+    parser.add_argument("job_file", type=Path, help="job written by tasks.sft")
 
 
 def train(job: Job) -> None:
@@ -93,7 +93,7 @@ def train(job: Job) -> None:
         trainer.args.max_steps = checkpoints.step(resume)
     if trainer.is_world_process_zero():
         write_json(folder / "output" / "effective.json", effective(trainer, job))
-        log.info("%s", f"going on from {resume.name}" if resume else "starting with step 1")
+        log.info("%s", f"resuming from {resume.name}" if resume else "starting at step 1")
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finish(trainer, job, progress, guard)
@@ -112,8 +112,8 @@ def require_one_job(job: Job) -> None:
     digests = gather_object([text_digest(json.dumps(shared, sort_keys=True))])
     if len(set(digests)) > 1:
         raise StageError(
-            f"the machines train different jobs ({[digest[:8] for digest in digests]}, by rank); give all "
-            "the same code, parameters, data and state folder, and start all of them again"
+            f"the ranks have different jobs (digests by rank: {[digest[:8] for digest in digests]}); use the "
+            "same code, parameters, data and state folder on all machines, and start all of them again"
         )
 
 
@@ -134,9 +134,9 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
     if backend.lora == "fused":
         fuse_adapter(model)
     if params.fp8_base:
-        from tasks.sft.float8 import QuantizedBase
+        from tasks.sft.float8 import QuantizeBase
 
-        callbacks = [QuantizedBase(), *callbacks]
+        callbacks = [QuantizeBase(), *callbacks]
     return Trainer(
         params=params,
         plan=job.plan,
@@ -221,7 +221,7 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
     devices = os.environ[VISIBLE].split(",") if backend.device == "cuda" else []
     if strategy != backend.strategy:
         raise StageError(
-            f"strategy {backend.strategy} was chosen, but {strategy} runs; this is a bug, report it"
+            f"strategy {backend.strategy} was chosen, but {strategy} is active; this is a bug, report it"
         )
     runs = {
         "strategy": strategy,
@@ -248,7 +248,7 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
         if row["requested"] not in ("auto", row["effective"]) and key not in free
     }
     if different:
-        raise StageError(f"requested and effective differ: {different}; this is a bug, report it")
+        raise StageError(f"requested and effective values differ: {different}; this is a bug, report it")
     return {
         **table,
         "device": {"requested": "auto", "effective": backend.device},
@@ -280,9 +280,9 @@ def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None
     history = trainer.state.log_history
     stopped = is_exhausted(history, params.early_stopping_patience, params.early_stopping_min_delta)
     if step != job.plan.steps and not stopped:
-        if guard.is_asked_to_end:
-            raise TrainingError("preempted", f"asked to end; saved at step {step}")
-        raise StageError(f"ended at step {step} of {job.plan.steps}; run again")
+        if guard.is_preempted:
+            raise TrainingError("preempted", f"received SIGTERM; saved at step {step}")
+        raise StageError(f"training ended at step {step} of {job.plan.steps}; run again")
     if hasattr(trainer.optimizer, "eval"):
         # A schedule-free optimizer uses different weights for training and for inference.
         trainer.optimizer.eval()
@@ -298,7 +298,7 @@ def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None
         copy_weights(job.folder / f"checkpoint-{best}", output / "model")
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        tidy(output / "model")
+        remove_extra_files(output / "model")
         checkpoints.require_finite(output / "model")
         write_json(
             output / "finished.json",
@@ -319,7 +319,7 @@ def copy_weights(checkpoint: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def tidy(model: Path) -> None:
+def remove_extra_files(model: Path) -> None:
     """Keep only what is needed to load the weights, and nothing that changes between runs."""
     for path in model.iterdir():
         if path.suffix != ".safetensors" and path.name not in WEIGHT_FILES:

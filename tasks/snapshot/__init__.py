@@ -35,7 +35,7 @@ class SnapshotParams(StageParams):
 
     @field_validator("sources", mode="before")
     @classmethod
-    def _queries_are_whole(cls, values: Any) -> Any:
+    def _queries_are_complete(cls, values: Any) -> Any:
         for location in values.values() if isinstance(values, dict) else ():
             if isinstance(location, dict):
                 require_query(location)
@@ -46,7 +46,9 @@ class SnapshotParams(StageParams):
     def _names_are_folders(cls, values: dict[str, Any]) -> dict[str, Any]:
         for name in values:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                raise ValueError(f"name {name!r} becomes a folder; use a-z, 0-9 and _ only")
+                raise ValueError(
+                    f"{name!r} is used as a folder name; use only a-z, 0-9 and _, and start with a letter"
+                )
         return values
 
     @field_validator("sources")
@@ -61,7 +63,7 @@ class SnapshotParams(StageParams):
     @classmethod
     def _benchmarks_are_known(cls, values: dict[str, str]) -> dict[str, str]:
         if HELDOUT in values:
-            raise ValueError(f"{HELDOUT!r} is the name of the held-out examples; use another one")
+            raise ValueError(f"{HELDOUT!r} is reserved for the held-out examples; use another name")
         for location in values.values():
             name = location.removeprefix("package:")
             if location.startswith("package:") and name not in BENCHMARK_PACKAGES:

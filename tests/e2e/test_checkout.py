@@ -84,8 +84,11 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: ServedCheckout) -> None:
+def test_make_run_registers_a_version(checkout: ServedCheckout) -> None:
     output = checkout.make_run()
+    assert re.search(r"\ndedupe +started\ndedupe +completed +\d+\.\d s  [\d,]+ → [\d,]+ rows\n", output)
+    assert re.search(r"\nsft +completed +\S+( s)?  6 steps, [\d,]+ tokens\n", output)
+    assert "nothing new" not in output
     assert "elements: chance" in output
     assert "25.0%" in output
     assert re.search(r"gate +(hold|promote|reject): ", output)
@@ -98,17 +101,17 @@ def test_make_run_leads_from_a_clone_to_a_registered_version(checkout: ServedChe
 
 def test_the_run_links_to_its_report(checkout: ServedCheckout) -> None:
     body = {"flow_runs": {"id": {"any_": [checkout.last_run()["id"]]}}}
-    artefacts = {one["key"]: one["data"] for one in checkout.api("/artifacts/filter", body)}
-    link = r"\[the whole report\]\((http://127\.0\.0\.1:\d+)/#/experiments/\d+/runs/(\w+)/artifacts/report\.html\)"
-    found = re.fullmatch(link, artefacts["report-page"])
+    artifacts = {one["key"]: one["data"] for one in checkout.api("/artifacts/filter", body)}
+    link = r"\[full report\]\((http://127\.0\.0\.1:\d+)/#/experiments/\d+/runs/(\w+)/artifacts/report\.html\)"
+    found = re.fullmatch(link, artifacts["report-page"])
     assert found
     server, run = found.groups()
     page = httpx.get(f"{server}/get-artifact", params={"path": "report.html", "run_uuid": run}, timeout=30)
     assert page.content == (checkout.folder / "data/report/report.html").read_bytes()
-    assert "| held-out loss | candidate |" in artefacts["report"]
+    assert "| held-out loss | candidate |" in artifacts["report"]
 
 
-def test_bad_lines_stand_in_quarantine_with_their_place(checkout: ServedCheckout) -> None:
+def test_bad_lines_are_quarantined_with_their_origin(checkout: ServedCheckout) -> None:
     lines = (checkout.folder / "data/ingest/quarantine.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [(row["origin"], row["reason"]) for row in rows] == [
@@ -130,13 +133,13 @@ def test_after_dvc_repro_the_flow_has_nothing_to_compute(checkout: ServedCheckou
     params = checkout.folder / "params.yaml"
     params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 9999"))
     assert "Running stage 'gate'" in checkout.type("dvc", "repro")
-    checkout.make_run()
+    assert re.search(r"\nnothing new since 20\S+ \S+: there is no champion yet\n", checkout.make_run())
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Skipped"}
     # The snapshot stage still checked the sources.
     assert checkout.task_states()["snapshot"] == "Completed"
 
 
-def test_a_wrong_override_fails_before_anything_runs_and_names_the_right_key(
+def test_an_invalid_override_fails_before_anything_runs(
     checkout: ServedCheckout,
 ) -> None:
     before = (checkout.folder / "params.yaml").read_bytes()
@@ -164,7 +167,7 @@ def test_kill_9_of_the_flow_leaves_no_process_and_the_next_run_completes(checkou
     assert (checkout.folder / "params.yaml").read_bytes() == before
 
 
-def test_mlflow_knows_the_version_and_where_it_came_from(checkout: ServedCheckout) -> None:
+def test_mlflow_stores_the_version_and_its_origin(checkout: ServedCheckout) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{checkout.folder / '.nightshift' / 'mlflow.db'}")
@@ -181,10 +184,10 @@ def test_mlflow_knows_the_version_and_where_it_came_from(checkout: ServedCheckou
 
 
 @pytest.mark.long
-def test_a_version_is_rebuilt_from_its_lineage_to_the_same_adapter(checkout: ServedCheckout) -> None:
+def test_a_version_is_rebuilt_bit_identically_from_its_lineage(checkout: ServedCheckout) -> None:
     checkout.make_run()
     output = checkout.type("nightshift", "reproduce", "1")
-    assert "the same, bit for bit" in output
+    assert "bit-identical" in output
     for stage in STAGES[: STAGES.index("sft") + 1]:
         assert f"Running stage '{stage}'" in output
     assert re.search(r"outputs that differ +none of \d\d", output)

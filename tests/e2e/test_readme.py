@@ -15,12 +15,12 @@ def test_the_first_commands_are_make_run_and_make_test() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_file_that_the_readme_links_to_is_there() -> None:
+def test_all_links_in_the_readme_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert len(links) >= 5
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_the_first_success_fits_one_screen() -> None:
+def test_the_quick_start_fits_on_one_screen() -> None:
     assert len(README.splitlines()) < 120
     assert len(README[: README.index("make run")].splitlines()) < 30

@@ -56,7 +56,7 @@ TWO = {"num_processes": 2, "per_device_train_batch_size": 2}
         ("fsdp2", {"strategy": "fsdp2", **TWO}),
     ],
 )
-def test_losses_do_not_depend_on_how_the_work_is_divided(
+def test_losses_do_not_depend_on_strategy_or_micro_batches(
     packed: Path, expected: list[float], clean_environment: dict[str, str], name: str, changes: dict[str, Any]
 ) -> None:
     done = run_sft(packed, clean_environment, name, **changes)
@@ -75,7 +75,7 @@ def test_losses_do_not_depend_on_packing(
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
-def test_losses_do_not_depend_on_machines_that_each_start_their_own_ranks(
+def test_losses_do_not_depend_on_the_number_of_machines(
     packed: Path, expected: list[float], clean_environment: dict[str, str], strategy: str
 ) -> None:
     (packed / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")

@@ -55,7 +55,7 @@ class Visit:
         self.page: Any = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         self.errors: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("console", lambda log: self.errors.append(log.text) if log.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.absolute().as_uri())

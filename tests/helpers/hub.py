@@ -19,18 +19,18 @@ class Hub:
     Attributes:
         files: `models/owner/name` or `datasets/owner/name` -> path -> bytes, all at `COMMIT`.
         refusals: Repository, in the same form -> status and X-Error-Code of every response.
-        asked: Paths of all requests so far.
+        requests: Paths of all requests so far.
         url: Base URL of the Hub.
     """
 
     files: Mapping[str, Mapping[str, bytes]]
     refusals: Mapping[str, tuple[int, str]]
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     url: str = ""
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
         """Return status, error code and body for a path."""
-        self.asked.append(path)
+        self.requests.append(path)
         for repository, (status, code) in self.refusals.items():
             if repository.removeprefix("models/") in path:
                 return status, code, b"{}"
@@ -54,7 +54,7 @@ class Hub:
 
 
 @contextmanager
-def served(
+def serve_hub(
     files: Mapping[str, Mapping[str, bytes]], refusals: Mapping[str, tuple[int, str]] | None = None
 ) -> Iterator[Hub]:
     """Serve a Hub on a free port until the block ends."""

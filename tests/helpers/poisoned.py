@@ -23,12 +23,14 @@ def main(job_file: Path | None) -> None:
     from tasks.sft import __main__ as stage
     from tasks.sft import launch
 
-    launcher = launch.launcher
+    build_command = launch.build_command
 
     def poisoned(*arguments: Any) -> list[str]:
-        return [part.replace("tasks.sft.worker", "tests.helpers.poisoned") for part in launcher(*arguments)]
+        return [
+            part.replace("tasks.sft.worker", "tests.helpers.poisoned") for part in build_command(*arguments)
+        ]
 
-    launch.launcher = poisoned
+    launch.build_command = poisoned
     stage.main()
 
 
@@ -66,8 +68,8 @@ def poison_state() -> None:
         if state.global_step == 3:
             second = next(iter(optimizer.state.values()))["exp_avg_sq"]
             # FSDP2 shards the state; a rank can corrupt only its own shard.
-            mine = second.to_local() if hasattr(second, "to_local") else second
-            mine.view(-1)[0] = float("inf")
+            shard = second.to_local() if hasattr(second, "to_local") else second
+            shard.view(-1)[0] = float("inf")
         on_step_end(self, args, state, control, optimizer=optimizer, **more)
 
     Guard.on_step_end = spoil  # type: ignore[method-assign, assignment]
@@ -79,16 +81,16 @@ def poison_file() -> None:
 
     from tasks.sft import worker
 
-    tidy = worker.tidy
+    remove_extra_files = worker.remove_extra_files
 
     def spoil(model: Any) -> None:
-        tidy(model)
+        remove_extra_files(model)
         for path in model.glob("*.safetensors"):
             weights = load_file(path)
             weights[min(weights)].view(-1)[-1] = float("-inf")
             save_file(weights, path)
 
-    worker.tidy = spoil
+    worker.remove_extra_files = spoil
 
 
 def poison_scaler(skips: Collection[int]) -> None:
@@ -97,12 +99,12 @@ def poison_scaler(skips: Collection[int]) -> None:
 
     step, steps = AcceleratedOptimizer.step, itertools.count(1)
 
-    def leave_out(self: Any, closure: Any = None) -> None:
+    def skip(self: Any, closure: Any = None) -> None:
         self._is_overflow = next(steps) in skips
         if not self._is_overflow:
             step(self, closure)
 
-    AcceleratedOptimizer.step = leave_out
+    AcceleratedOptimizer.step = skip
 
 
 FAULTS: dict[str, Callable[[], None]] = {

@@ -66,8 +66,8 @@ GATE = {
     "reference": "champion",
     "candidate": "c" * 64,
     "checks": [
-        {"name": "gain", "verdict": "promote", "said": "better: +30.0% accuracy"},
-        {"name": "slices", "verdict": "promote", "said": "none of 2 is worse | by more than 5.0%"},
+        {"name": "gain", "verdict": "promote", "message": "better: +30.0% accuracy"},
+        {"name": "slices", "verdict": "promote", "message": "none of 2 is worse | by more than 5.0%"},
     ],
 }
 

@@ -20,12 +20,12 @@ def build(in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     from nightshift.core.files import read_rows
     from tasks.sft import SftParams
     from tasks.sft.__main__ import build_job
-    from tasks.sft.machine import look
+    from tasks.sft.machine import probe_machine
     from tasks.sft.proof import Proof
     from tasks.sft.worker import build_trainer
 
     make_folder(in_tmp, tiny_base, ROWS)
-    monkeypatch.setattr("tasks.sft.__main__.inspect", look)
+    monkeypatch.setattr("tasks.sft.__main__.probe_in_subprocess", probe_machine)
 
     def build_one(**changes: Any) -> Any:
         params = SftParams(**{**shipped_params(), **WHOLE_SET, **changes})

@@ -11,7 +11,7 @@ from nightshift.core.files import tree_digest
 from tests.helpers.checkouts import ROOT, small_params
 
 
-def test_its_files_are_the_same_with_and_without_a_hub(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_files_are_identical_online_and_offline(tiny_base: Path, tmp_path: Path) -> None:
     digests = set()
     for offline in "01":
         folder = tmp_path / offline

@@ -121,7 +121,7 @@ def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_champion_is_scored_on_its_own_base_after_a_change_of_the_base(other_bases: list[Path]) -> None:
+def test_a_champion_is_scored_on_its_own_base_after_base_model_changes(other_bases: list[Path]) -> None:
     before = champion_scores()
     assert len(before) == 15
     known = read_json(evaluate.CHAMPION / "champion.json")["base"]
@@ -146,7 +146,7 @@ def test_a_champion_is_scored_on_its_own_base_after_a_change_of_the_base(other_b
 
 
 @pytest.mark.usefixtures("checkout")
-def test_scores_of_a_champion_are_kept_by_its_own_base(other_bases: list[Path]) -> None:
+def test_cached_scores_of_a_champion_are_keyed_by_its_own_base(other_bases: list[Path]) -> None:
     params = evaluate.load_params(evaluate.EvaluateParams, "evaluate")
 
     def keys() -> dict[str, Any]:
@@ -161,14 +161,14 @@ def test_scores_of_a_champion_are_kept_by_its_own_base(other_bases: list[Path]) 
 
 
 @pytest.mark.usefixtures("checkout")
-def test_the_champions_adapter_on_another_base_is_another_model(other_bases: list[Path]) -> None:
+def test_the_champions_adapter_on_another_base_is_a_different_model(other_bases: list[Path]) -> None:
     candidate(1)
-    models = evaluate.name_models(
+    models = evaluate.digest_models(
         evaluate.find_models(evaluate.load_params(evaluate.EvaluateParams, "evaluate"))
     )
     assert models["candidate"] == models["champion"]
     put_base(other_bases[0], "package:second")
-    models = evaluate.name_models(
+    models = evaluate.digest_models(
         evaluate.find_models(evaluate.load_params(evaluate.EvaluateParams, "evaluate"))
     )
     assert models["candidate"] != models["champion"]
@@ -177,7 +177,7 @@ def test_the_champions_adapter_on_another_base_is_another_model(other_bases: lis
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_base_that_is_gone_is_an_error_with_its_remedy_until_it_is_found(
+def test_a_missing_base_is_an_error_with_a_remedy_until_it_is_found(
     other_bases: list[Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(KEPT)
@@ -216,7 +216,7 @@ def tree_files(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_kept_base_that_was_damaged_is_never_scored_and_is_looked_for_again(
+def test_a_damaged_kept_base_is_not_scored_and_is_restored(
     other_bases: list[Path],
 ) -> None:
     versions.write_champion(evaluate.CHAMPION)
@@ -229,12 +229,12 @@ def test_a_kept_base_that_was_damaged_is_never_scored_and_is_looked_for_again(
     assert tree_files(kept) == whole
     put_base(other_bases[0], "package:second")
     (kept / "config.json").unlink()
-    with pytest.raises(DataError, match="not the base package:first of the champion, version 1"):
+    with pytest.raises(DataError, match="does not contain the base package:first of the champion, version 1"):
         evaluate.main()
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_rollback_goes_back_to_the_older_base_and_only_needed_bases_are_kept(
+def test_a_rollback_restores_the_older_base_and_only_needed_bases_are_kept(
     other_bases: list[Path], tiny_base: Path
 ) -> None:
     first = tree_files(tiny_base)
@@ -251,7 +251,7 @@ def test_a_rollback_goes_back_to_the_older_base_and_only_needed_bases_are_kept(
     with pytest.raises(
         GateError, match=r"version 2 of nightshift: .*NIGHTSHIFT_BASE .* the base package:second"
     ):
-        promote.move(2, "rollback", "its base is gone")
+        promote.move(2, "rollback", "its base is missing")
     assert alias("champion") == 3
 
 
@@ -261,7 +261,7 @@ def kept_bases() -> set[str]:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_served_version_finds_its_kept_base_by_itself(other_bases: list[Path], tmp_path: Path) -> None:
+def test_a_served_version_finds_its_kept_base(other_bases: list[Path], tmp_path: Path) -> None:
     put_base(other_bases[0], "package:second")
     promoted(2)
     put_base(other_bases[1], "package:third")
@@ -272,7 +272,7 @@ def test_a_served_version_finds_its_kept_base_by_itself(other_bases: list[Path],
     assert tree_files(found) == reference["files"]
 
 
-def test_a_kept_base_takes_no_room_and_survives_the_stage_that_replaces_it(
+def test_a_kept_base_is_hard_linked_and_survives_a_rerun_of_the_stage(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, kept = shutil.copytree(tiny_base, tmp_path / "base"), tmp_path / "state/kept"

@@ -90,13 +90,13 @@ def run(in_tmp: Path) -> Run:
     return run_stages
 
 
-def test_a_source_that_ingest_cannot_read_stops_it(run: Run) -> None:
+def test_an_unreadable_source_fails_ingest(run: Run) -> None:
     with pytest.raises(DataError) as caught:
         run("ingest", [("good", distinct(1000)), ("bad", unreadable(50))])
     first, *shown = str(caught.value).splitlines()
     assert first == (
         "data/ingest/quarantine.jsonl: 50 of 50 rows of bad are dropped (unknown_format 50), more "
-        "than ingest.max_drop_rate=0.05; mend the rows, take the source out of snapshot.sources, or raise "
+        "than ingest.max_drop_rate=0.05; fix the rows, remove the source from snapshot.sources, or raise "
         "the limit"
     )
     assert shown[0].startswith("  data/raw/bad/000002.jsonl:1: unknown_format; use messages, conversations")
@@ -104,18 +104,18 @@ def test_a_source_that_ingest_cannot_read_stops_it(run: Run) -> None:
     assert not Path("data/ingest/examples.parquet").exists()
 
 
-def test_a_source_of_few_rows_cannot_vanish_in_ingest_either(run: Run) -> None:
+def test_an_unreadable_source_with_few_rows_fails_ingest_too(run: Run) -> None:
     with pytest.raises(DataError, match=r"2 of 2 rows of bad are dropped \(unknown_format 2\)"):
         run("ingest", [("good", distinct(1000)), ("bad", unreadable(2))])
 
 
-def test_some_bad_rows_of_a_small_source_and_an_empty_file_stop_nothing(run: Run) -> None:
+def test_some_bad_rows_of_a_small_source_and_an_empty_file_are_accepted(run: Run) -> None:
     small = [*distinct(5, seed=7), *unreadable(2)]
     summary = run("ingest", [("good", distinct(1000)), ("small", small), ("later", [])])
     assert summary["dropped_by_source"] == {"later": {"empty_file": 1}, "small": {"unknown_format": 2}}
 
 
-def test_chats_under_one_long_system_prompt_stop_dedupe(run: Run) -> None:
+def test_chats_with_one_long_system_prompt_fail_dedupe(run: Run) -> None:
     (prompt,) = texts(1, size=450, seed=5)
     rows = [{"messages": [{"role": "system", "content": prompt}, *row["messages"]]} for row in distinct(1000)]
     with pytest.raises(DataError) as caught:
@@ -123,14 +123,14 @@ def test_chats_under_one_long_system_prompt_stop_dedupe(run: Run) -> None:
     first, *shown = str(caught.value).splitlines()
     assert first == (
         "data/dedupe/removed.parquet: 998 of 1000 rows of all sources are dropped (near_duplicate 998), more "
-        "than dedupe.max_drop_rate=0.5; see there which rows are merged, change them or "
+        "than dedupe.max_drop_rate=0.5; see the merged rows in this file, change them or "
         "dedupe.jaccard_threshold, or raise the limit"
     )
     assert shown[0].startswith("  chats/000001.jsonl:2: near_duplicate of chats/000001.jsonl:1, Jaccard 0.9")
     assert not Path("data/dedupe/examples.parquet").exists()
 
 
-def test_rows_that_differ_in_signs_only_stop_dedupe(run: Run) -> None:
+def test_rows_that_differ_only_in_punctuation_fail_dedupe(run: Run) -> None:
     """The canonical form keeps only words, so abs(-5) and abs(5) are the same text."""
     rows = [
         chat(f"What is {sign * 7}{mark}?", "seven") for mark in "!%&/()=+*#;:,.-'<>|~" for sign in ("", "-")
@@ -139,20 +139,20 @@ def test_rows_that_differ_in_signs_only_stop_dedupe(run: Run) -> None:
         run("dedupe", [("signs", rows)])
 
 
-def test_one_collapsing_source_among_others_stops_dedupe(run: Run) -> None:
+def test_one_collapsing_source_among_others_fails_dedupe(run: Run) -> None:
     with pytest.raises(DataError, match=r"99 of 100 rows of rag are dropped \(near_duplicate 99\)"):
         run("dedupe", [("good", distinct(1000)), ("rag", templated(100))])
 
 
 @pytest.mark.parametrize("size", [5, 1])
-def test_a_source_that_collapses_a_few_rows_a_night_stops_dedupe(run: Run, size: int) -> None:
+def test_a_source_that_collapses_a_few_rows_per_night_fails_dedupe(run: Run, size: int) -> None:
     rag = templated(30)
     nights = [("rag", rag[start : start + size]) for start in range(0, 30, size)]
     with pytest.raises(DataError, match=r"29 of 30 rows of rag are dropped"):
         run("dedupe", [("good", distinct(1000)), *nights])
 
 
-def test_a_full_export_each_night_stops_nothing(run: Run) -> None:
+def test_a_full_export_each_night_is_accepted(run: Run) -> None:
     """Rows edited or added between two exports do not stop the stage either."""
     nights, rows = [], distinct(300)
     for night in range(8):
@@ -166,20 +166,20 @@ def test_a_full_export_each_night_stops_nothing(run: Run) -> None:
     assert summary["dropped_by_source"] == {"chats": summary["dropped"]}
 
 
-def test_a_source_that_an_earlier_one_contains_stops_nothing(run: Run) -> None:
+def test_a_source_contained_in_an_earlier_source_is_accepted(run: Run) -> None:
     rows = distinct(200)
     summary = run("dedupe", [("all", rows), ("some", rows[50:100])])
     assert summary["dropped_by_source"] == {"some": {"repeat": 50}}
 
 
-def test_a_source_that_an_earlier_one_nearly_contains_stops_dedupe(run: Run) -> None:
+def test_a_source_nearly_contained_in_an_earlier_source_fails_dedupe(run: Run) -> None:
     """The older version of every row would be kept, so a corrected dataset would never be learned."""
     rows = distinct(200)
     with pytest.raises(DataError, match=r"50 of 50 rows of fixed are dropped \(near_duplicate 50\)"):
         run("dedupe", [("all", rows), ("fixed", [edited(row) for row in rows[50:100]])])
 
 
-def test_templated_rows_in_a_full_export_stop_dedupe(run: Run) -> None:
+def test_templated_rows_in_a_full_export_fail_dedupe(run: Run) -> None:
     rag = templated(400)
     rows, nights = distinct(100), []
     for night in range(4):
@@ -189,14 +189,14 @@ def test_templated_rows_in_a_full_export_stop_dedupe(run: Run) -> None:
         run("dedupe", nights)
 
 
-def test_two_duplicates_of_three_rows_stop_nothing(run: Run) -> None:
+def test_two_duplicates_of_three_rows_are_accepted(run: Run) -> None:
     (row,) = distinct(1)
     rows = [row, edited(row), edited(edited(row))]
     summary = run("dedupe", [("tiny", rows)])
     assert (summary["rows_out"], summary["dropped"]) == (1, {"near_duplicate": 2})
 
 
-def test_chats_that_end_alike_stop_decontaminate(run: Run) -> None:
+def test_chats_with_the_same_ending_fail_decontaminate(run: Run) -> None:
     rows = [
         {"messages": [*row["messages"], *chat("No, that is all for today, thanks!", "Bye!")["messages"]]}
         for row in distinct(500)
@@ -213,21 +213,21 @@ def test_chats_that_end_alike_stop_decontaminate(run: Run) -> None:
     assert len(read_rows(Path("data/decontaminate/hits.parquet"))) > 400
 
 
-def test_chats_of_one_template_stop_decontaminate(run: Run) -> None:
+def test_chats_of_one_template_fail_decontaminate(run: Run) -> None:
     (template,) = texts(1, size=26, seed=5)
     rows = [chat(f"{template} {text}", "yes") for text in texts(1000, size=40, seed=6)]
     with pytest.raises(DataError, match=r"rows of all sources are dropped \(shared_ngram "):
         run("decontaminate", [("chats", rows)])
 
 
-def test_one_source_that_asks_what_is_evaluated_stops_decontaminate(run: Run) -> None:
+def test_one_source_of_evaluation_questions_fails_decontaminate(run: Run) -> None:
     alike = [chat("No, that is all for today, thanks!", text) for text in texts(60, seed=5)]
     shards = [("good", distinct(1000)), ("alike", alike)]
     with pytest.raises(DataError, match=r"(\d+) of \1 rows of alike are dropped \(same_question \1\)"):
         run("decontaminate", shards, {"dedupe": {"max_drop_rate": 1.0}})
 
 
-def test_a_source_whose_rows_are_all_too_long_stops_pack(run: Run) -> None:
+def test_a_source_whose_rows_are_all_too_long_fails_pack(run: Run) -> None:
     long = [chat(question, answer) for question, answer in zip(texts(15, 40), texts(15, 40, 9), strict=True)]
     changes = {"pack": {"max_length": 512, "max_lost_token_share": 0.2}}
     with pytest.raises(DataError, match=r"(\d+) of \1 rows of long are dropped \(over_length \1\)") as caught:
@@ -236,7 +236,7 @@ def test_a_source_whose_rows_are_all_too_long_stops_pack(run: Run) -> None:
     assert not Path("data/pack/train.parquet").exists()
 
 
-def test_a_split_that_holds_nothing_out_or_trains_nothing_stops(run: Run) -> None:
+def test_an_empty_training_or_test_set_fails_split(run: Run) -> None:
     with pytest.raises(DataError, match=r"data/split/test.parquet: 0 of 3 examples; raise split.test_share"):
         run("split", [("chats", distinct(3))], {"split": {"test_share": 0.0001}})
     with pytest.raises(DataError, match=r"data/split/train.parquet: 0 of 3 examples; lower split.test_share"):
@@ -245,7 +245,7 @@ def test_a_split_that_holds_nothing_out_or_trains_nothing_stops(run: Run) -> Non
         run("split", [("chats", distinct(3))], {"split": {"by_phrasing": ["chats"]}})
 
 
-def test_ordinary_data_lose_nothing_and_say_so(run: Run) -> None:
+def test_ordinary_data_loses_no_rows(run: Run) -> None:
     summary = run("pack", [("a", distinct(200)), ("b", distinct(100, seed=50))])
     assert summary["dropped"] == summary["dropped_by_source"] == {}
     kept = json.loads(Path("data/dedupe/summary.json").read_text(encoding="utf-8"))["rows_out_by_source"]

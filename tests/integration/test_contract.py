@@ -21,7 +21,7 @@ from tests.helpers.imports import imports
 
 STAGES = read_stages(ROOT / "dvc.yaml")
 # Libraries that stages import but that do not affect results: formats, processes, output.
-DECIDES_NOTHING = {"mlflow", "psutil", "pyarrow", "pydantic", "pyyaml", "rich", "tqdm"}
+NO_EFFECT_ON_RESULTS = {"mlflow", "psutil", "pyarrow", "pydantic", "pyyaml", "rich", "tqdm"}
 NEEDS_NO_TORCH = ("ingest", "dedupe", "split", "augment", "decontaminate", "gate")
 
 
@@ -58,7 +58,7 @@ def closure(stage: str) -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in seen}
 
 
-def test_there_are_eleven_stages_and_dvc_sees_the_same_order() -> None:
+def test_there_are_eleven_stages_in_the_same_order_as_in_dvc() -> None:
     assert len(STAGES) == 11
     order = stage_order(ROOT / "dvc.yaml")
     dot = subprocess.run(
@@ -94,32 +94,32 @@ def test_a_library_that_a_stage_imports_is_an_engine(stage: str, engines: tuple[
         name: found for name, found in libraries.items() if found and name not in ("nightshift", "tasks")
     }
     assert len(libraries) > 10
-    accounted = {*engines, *DECIDES_NOTHING}
+    accounted = {*engines, *NO_EFFECT_ON_RESULTS}
     assert [name for name, found in libraries.items() if not found & accounted] == []
 
 
-def test_a_training_takes_no_result_from_code_that_is_not_in_its_key() -> None:
+def test_code_outside_the_training_key_does_not_affect_the_result() -> None:
     """Code for display, tracking and estimates is used only here, where it does not affect training."""
-    beside, taken = set(sft.BESIDE), dict[str, set[str]]()
+    excluded, imported_names = set(sft.NO_EFFECT_ON_RESULT), dict[str, set[str]]()
     code = closure("sft")
-    assert beside < code
-    for path in code - beside:
+    assert excluded < code
+    for path in code - excluded:
         for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
                 for name in (alias.name for alias in node.names):
                     module = f"{node.module}.{name}".replace(".", "/")
-                    if f"{node.module.replace('.', '/')}.py" in beside or f"{module}.py" in beside:
-                        taken.setdefault(path, set()).add(name)
-    assert taken == {
+                    if f"{node.module.replace('.', '/')}.py" in excluded or f"{module}.py" in excluded:
+                        imported_names.setdefault(path, set()).add(name)
+    assert imported_names == {
         "tasks/sft/__main__.py": {"largest_batch", "spool", "tracking_uri"},
         "tasks/sft/backend.py": {"Batch", "estimate_all", "totals"},
-        "tasks/sft/launch.py": {"shown_lines"},
+        "tasks/sft/launch.py": {"line_printer"},
         "tasks/sft/worker.py": {"Progress"},
     }
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_is_one_word_everywhere(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_has_the_same_name_everywhere(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert STAGES[stage]["cmd"] == f"python -m tasks.{stage}"
     assert stage in section_schemas()
@@ -155,7 +155,7 @@ def test_every_data_path_in_the_code_is_declared(stage: str) -> None:
         assert any(path == d or path.startswith(f"{d}/") or d.startswith(f"{path}/") for d in declared), path
 
 
-def test_a_data_path_is_written_down_once() -> None:
+def test_a_data_path_is_defined_once() -> None:
     named = [path.as_posix() for name, path in vars(paths).items() if name.isupper() and name != "DATA"]
     assert len(named) == len(set(named)) > 30
     for package in PACKAGES:
@@ -166,14 +166,14 @@ def test_a_data_path_is_written_down_once() -> None:
                 assert "Path('data/" not in text, file
 
 
-def test_no_stage_but_the_snapshot_has_an_output_that_switches_the_run_cache_off() -> None:
+def test_only_the_snapshot_has_outputs_that_disable_the_run_cache() -> None:
     for stage, definition in STAGES.items():
         for entry in [*definition["outs"], *definition["metrics"]]:
             if stage != "snapshot":
                 assert isinstance(entry, str), f"{entry}: persist and cache: false re-run the stage"
 
 
-def test_dvc_neither_removes_what_the_snapshot_keeps_nor_restores_an_earlier_one() -> None:
+def test_the_outputs_of_the_snapshot_persist() -> None:
     assert STAGES["snapshot"]["outs"] == [
         {name: {"persist": True}} for name in ("data/benchmarks", "data/champion", "data/raw")
     ]

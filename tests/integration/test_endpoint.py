@@ -176,7 +176,7 @@ def run(server: Server, base_url: str, count: int, **changes: Any) -> tuple[list
     return endpoint(requests(count), lambda number, reply: reported.append(number)), reported
 
 
-def test_a_real_server_answers_many_requests_at_once(server: Server) -> None:
+def test_a_real_server_answers_concurrent_requests(server: Server) -> None:
     url = f"http://127.0.0.1:{server.port}/v1"
     results, reported = run(server, url, 6, max_concurrency=3, timeout_seconds=60)
     assert [type(result) for result in results] == [Reply] * 6
@@ -185,20 +185,20 @@ def test_a_real_server_answers_many_requests_at_once(server: Server) -> None:
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "garbage", "hang", "drop"])
-def test_what_may_pass_is_asked_again(server: Server, proxy: str, fault: str) -> None:
+def test_a_transient_fault_is_retried(server: Server, proxy: str, fault: str) -> None:
     Proxy.faults = [fault]
     results, _ = run(server, proxy, 1)
     assert isinstance(results[0], Reply)
     assert len(Proxy.seen) == 2
 
 
-def test_the_server_says_how_long_to_wait(server: Server, proxy: str) -> None:
+def test_retry_after_is_respected(server: Server, proxy: str) -> None:
     Proxy.faults = ["429"]
     run(server, proxy, 1)
     assert Proxy.seen[1] - Proxy.seen[0] >= 0.7
 
 
-def test_a_request_that_fails_for_good_is_counted_and_the_others_go_on(server: Server, proxy: str) -> None:
+def test_a_request_that_fails_permanently_does_not_stop_the_others(server: Server, proxy: str) -> None:
     Proxy.faults = ["500", "500", "500"]
     results, reported = run(server, proxy, 3)
     assert results[0] == Failure("server_error")
@@ -206,15 +206,15 @@ def test_a_request_that_fails_for_good_is_counted_and_the_others_go_on(server: S
     assert reported == [1, 2]
 
 
-def test_a_refusal_stops_at_once_and_names_the_remedy(server: Server, proxy: str) -> None:
+def test_an_authentication_error_stops_at_once_with_a_remedy(server: Server, proxy: str) -> None:
     Proxy.faults = ["401"]
-    with pytest.raises(ConfigError, match="answers 401"):
+    with pytest.raises(ConfigError, match="returned 401"):
         run(server, proxy, 1)
     assert len(Proxy.seen) == 1
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("400", "refused"), ("truncated", "truncated")])
-def test_a_request_that_fails_by_itself_is_not_asked_again(
+def test_a_bad_request_and_a_truncated_answer_are_not_retried(
     server: Server, proxy: str, fault: str, reason: str
 ) -> None:
     Proxy.faults = [fault]
@@ -224,7 +224,7 @@ def test_a_request_that_fails_by_itself_is_not_asked_again(
     assert len(Proxy.seen) == 2
 
 
-def test_a_server_that_answers_nothing_at_all_is_an_error_however_few_the_requests(
+def test_a_server_that_answers_no_request_is_an_error_even_for_few_requests(
     server: Server, proxy: str
 ) -> None:
     Proxy.faults = ["500"] * 2
@@ -232,7 +232,7 @@ def test_a_server_that_answers_nothing_at_all_is_an_error_however_few_the_reques
         run(server, proxy, 2, max_retries=0)
 
 
-def test_a_spent_budget_is_a_clean_stop_with_the_rest_counted(server: Server, proxy: str) -> None:
+def test_a_spent_token_budget_stops_cleanly_and_the_rest_is_counted(server: Server, proxy: str) -> None:
     results, reported = run(server, proxy, 12, max_total_tokens=100, max_concurrency=4)
     answered = [result for result in results if isinstance(result, Reply)]
     assert 1 <= len(answered) == len(reported) < 12
@@ -240,7 +240,7 @@ def test_a_spent_budget_is_a_clean_stop_with_the_rest_counted(server: Server, pr
     assert results[-1] == Failure("budget_spent")
 
 
-def test_requests_keep_to_the_rate_over_all_calls(server: Server, proxy: str) -> None:
+def test_the_rate_limit_applies_across_calls(server: Server, proxy: str) -> None:
     endpoint = Endpoint(
         server.model, SAMPLING, params(proxy, requests_per_minute=60, timeout_seconds=30), "augment"
     )
@@ -255,11 +255,11 @@ def test_the_key_comes_from_the_environment_and_is_required(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NIGHTSHIFT_TEST_KEY", raising=False)
-    with pytest.raises(ConfigError, match="NIGHTSHIFT_TEST_KEY, which is not set"):
+    with pytest.raises(ConfigError, match="NIGHTSHIFT_TEST_KEY, but this variable is not set"):
         run(server, "http://127.0.0.1:1/v1", 1, api_key_env="NIGHTSHIFT_TEST_KEY")
 
 
-def test_the_death_of_the_server_midway_keeps_what_was_paid_for(brief_base: Path, tmp_path: Path) -> None:
+def test_replies_received_before_the_server_died_are_kept(brief_base: Path, tmp_path: Path) -> None:
     mortal = Server(brief_base, tmp_path / "log")
     url = f"http://127.0.0.1:{mortal.port}/v1"
     endpoint = Endpoint(mortal.model, SAMPLING, params(url, max_retries=0, timeout_seconds=30), "augment")

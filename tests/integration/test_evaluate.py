@@ -86,7 +86,7 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     return in_tmp
 
 
-def test_every_item_of_every_kind_has_a_row_and_a_second_run_asks_nothing(
+def test_every_item_of_every_kind_has_a_row_and_a_second_run_scores_nothing(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     evaluate.main()
@@ -132,7 +132,7 @@ def evaluated(adapter: Path | None, *benchmarks: str) -> evaluate.EvaluatedModel
     return evaluate.EvaluatedModel(evaluate.BASE, "digest", adapter, 0, list(benchmarks))
 
 
-def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path) -> None:
+def test_scores_are_keyed_by_everything_that_affects_them_and_nothing_else(folder: Path) -> None:
     params = EvaluateParams(limit=2, batch_size=4, retrieval=None)
     base, candidate = (evaluated(adapter, *TASKS) for adapter in (None, evaluate.MODEL))
     kept = evaluate.memo_files(base, params)
@@ -150,7 +150,7 @@ def test_scores_are_kept_by_all_that_decides_them_and_nothing_else(folder: Path)
     assert changed["facts"] != kept["facts"]
 
 
-def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path) -> None:
+def test_a_killed_stage_keeps_finished_benchmarks(folder: Path) -> None:
     params = EvaluateParams(limit=None, batch_size=4, retrieval=None)
     # The second benchmark takes long enough to be interrupted.
     put_benchmarks(evaluate.BENCHMARKS, items=500)
@@ -170,18 +170,20 @@ def test_a_stage_that_is_killed_keeps_what_is_done(folder: Path) -> None:
     assert not files["reworded"].is_file()
 
 
-def test_choices_that_share_a_prompt_are_as_likely_as_one_by_one(model: Callable[..., Model]) -> None:
+def test_choices_that_share_a_prompt_have_the_same_likelihoods_as_scored_separately(
+    model: Callable[..., Model],
+) -> None:
     shared = model()
     asked = [(f"What is {'very ' * i}it?", CHOICES[: 2 + i % 3]) for i in range(5)]
     found = shared.choice_likelihoods(asked)
-    shared._keeps_all_keys = lambda: False  # type: ignore[method-assign]
+    shared._has_full_cache = lambda: False  # type: ignore[method-assign]
     expected = shared.choice_likelihoods(asked)
     assert [len(one) for one in found] == [2, 3, 4, 2, 3]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-3)
+    for likelihoods, alone in zip(found, expected, strict=True):
+        assert likelihoods == pytest.approx(alone, abs=1e-3)
 
 
-def test_a_direction_and_an_invariance_are_those_of_the_likelihoods(
+def test_direction_and_invariance_follow_from_the_likelihoods(
     model: Callable[..., Model], tmp_path: Path
 ) -> None:
     put_benchmarks(tmp_path)
@@ -203,7 +205,7 @@ def test_a_direction_and_an_invariance_are_those_of_the_likelihoods(
         assert row["score"] == float(len({one.index(max(one)) for one in found}) == 1)
 
 
-def test_a_broken_model_gives_errors_and_a_short_one_skips(
+def test_a_broken_model_gives_errors_and_a_short_context_skips(
     model: Callable[..., Model], tmp_path: Path
 ) -> None:
     put_benchmarks(tmp_path, 1)
@@ -213,14 +215,14 @@ def test_a_broken_model_gives_errors_and_a_short_one_skips(
     for benchmark in read_benchmarks(tmp_path):
         (row,) = score_benchmark(short, benchmark, tmp_path / benchmark.name, None)
         assert (row["status"], row["score"]) == ("skipped", None), benchmark.name
-        assert row["answer"] == "longer than the 20 tokens that the model reads"
+        assert row["answer"] == "longer than the model's context of 20 tokens"
         if benchmark.kind != "generation":
             (row,) = score_benchmark(broken, benchmark, tmp_path / benchmark.name, None)
             assert (row["status"], row["score"]) == ("error", None), benchmark.name
             assert row["answer"] == "a log-likelihood is not a number"
 
 
-def test_documents_stand_before_the_last_question_only(model: Callable[..., Model]) -> None:
+def test_documents_are_added_only_to_the_last_question(model: Callable[..., Model]) -> None:
     looks_up = model(find=lambda question: [f"A note on {question}"])
     turns = [
         {"role": "user", "content": "One?"},
@@ -233,14 +235,14 @@ def test_documents_stand_before_the_last_question_only(model: Callable[..., Mode
     assert "A note on" not in model().apply_chat_template(turns)
 
 
-def test_a_baseline_on_an_unknown_benchmark_is_refused_before_anything_runs(folder: Path) -> None:
+def test_a_baseline_on_an_unknown_benchmark_is_rejected_before_anything_runs(folder: Path) -> None:
     retrieval = {"documents": 1, "benchmarks": ["fact"]}
     params = EvaluateParams(limit=2, batch_size=4, retrieval=retrieval)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no benchmark is named fact; did you mean facts"):
         evaluate.find_models(params)
 
 
-def test_a_task_of_the_harness_becomes_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_lm_eval_task_is_converted_to_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -272,5 +274,7 @@ def test_a_task_of_the_harness_becomes_items(tmp_path: Path, monkeypatch: pytest
     }
     with pytest.raises(DataError, match="lm-eval has no task 'wether'"):
         list(harness_items("wether", manager))
-    with pytest.raises(DataError, match=r"lm-eval:away: its data cannot be fetched .*reach the hub"):
+    with pytest.raises(
+        DataError, match=r"lm-eval:away: its data cannot be downloaded .*unset HF_HUB_OFFLINE"
+    ):
         list(harness_items("away", manager))

@@ -81,7 +81,7 @@ def log_page(folder: Path, client: MlflowClient, row: dict[str, Any]) -> str:
     return run_id
 
 
-def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Checkout) -> None:
+def test_a_forgotten_row_is_erased_everywhere_and_does_not_return(checkout: Checkout) -> None:
     client = MlflowClient(f"sqlite:///{checkout.folder / '.nightshift' / 'mlflow.db'}")
     pages = [log_page(checkout.folder, client, ROWS[number]) for number in (0, 1)]
     found = list(places(checkout.folder, SECRET))
@@ -108,7 +108,7 @@ def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Checkout) -
     with (checkout.folder / "mine.jsonl").open("a") as file:
         file.write(json.dumps(chat("And who keeps the bees?", "The sisters at the end of the lane.")) + "\n")
     output = checkout.type("nightshift", "snapshot")
-    assert "data/raw/mine/000003.jsonl: 2 rows were forgotten before and go again" in output
+    assert "data/raw/mine/000003.jsonl: 2 previously forgotten rows arrived again" in output
     shards = sorted(path.name for path in (checkout.folder / "data/raw/mine").iterdir())
     assert shards == ["000001.jsonl", "000003.jsonl"]
     checkout.type("dvc", "repro", "--quiet", "ingest")
@@ -124,9 +124,9 @@ def test_a_forgotten_row_is_nowhere_and_does_not_come_back(checkout: Checkout) -
     assert list(places(checkout.folder, SECRET)) == []
 
 
-def test_a_row_that_is_nowhere_is_an_error_and_a_no_changes_nothing(checkout: Checkout) -> None:
+def test_an_unknown_row_is_an_error_and_answering_no_changes_nothing(checkout: Checkout) -> None:
     wrong = checkout.type("nightshift", "forget", "mine/000009.jsonl:1", "--yes", code=2)
-    assert "mine/000009.jsonl:1: no example has this id, and no row this place" in wrong
+    assert "mine/000009.jsonl:1: no example with this id and no row at this origin" in wrong
     before = (checkout.folder / "dvc.lock").read_bytes()
     checkout.type("nightshift", "forget", "mine/000001.jsonl:1", code=1)
     assert (checkout.folder / "dvc.lock").read_bytes() == before

@@ -84,7 +84,7 @@ def judge(in_tmp: Path) -> Judge:
     return run
 
 
-def test_a_model_that_learned_is_promoted_and_swapped_with_its_base_rejected(judge: Judge) -> None:
+def test_a_model_that_learned_is_promoted_and_rejected_when_swapped_with_its_base(judge: Judge) -> None:
     learned, base = chance(0.7, 1), chance(0.45, 2)
     assert judge(answers("candidate", learned) + answers("base", base))["verdict"] == "promote"
     assert judge(answers("candidate", base) + answers("base", learned))["verdict"] == "reject"
@@ -101,11 +101,11 @@ def test_a_model_trained_on_the_benchmark_itself_is_an_error(judge: Judge) -> No
     rows = answers("candidate", chance(0.99, 1)) + answers("base", chance(0.45, 2))
     verdict = judge(rows, asked="what is ELEMENT 12 ?")
     assert verdict["verdict"] == "error"
-    assert "first: facts/000001.jsonl:7 asks facts/012" in verdict["reason"]
+    assert "first: facts/000001.jsonl:7 matches facts/012" in verdict["reason"]
 
 
 def test_an_empty_benchmark_is_an_error(judge: Judge) -> None:
-    with pytest.raises(DataError, match="no items; a benchmark needs at least one"):
+    with pytest.raises(DataError, match="no items; add at least one"):
         judge([], items=0)
     only_test = [row for row in answers("candidate", chance(0.7, 1)) if row["benchmark"] == "test"]
     only_test += [row for row in answers("base", chance(0.7, 1)) if row["benchmark"] == "test"]
@@ -116,7 +116,7 @@ def test_an_empty_benchmark_is_an_error(judge: Judge) -> None:
     )
 
 
-def test_a_model_that_gives_no_numbers_is_an_error(judge: Judge, tiny_base: Path) -> None:
+def test_a_model_that_returns_nan_is_an_error(judge: Judge, tiny_base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")

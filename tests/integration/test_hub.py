@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from infra.local import settings
 from nightshift.core.files import read_json, tree_digest
 from tests.helpers.checkouts import ROOT, small_params
-from tests.helpers.hub import COMMIT, served
+from tests.helpers.hub import COMMIT, serve_hub
 
 MODEL = f"hub:owner/name@{COMMIT}"
 REFUSALS = {
@@ -55,16 +55,16 @@ def no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_model_of_the_hub_is_downloaded_under_the_stack_and_kept_in_its_cache(
+def test_a_hub_model_is_downloaded_with_the_stacks_settings_and_cached(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = {"pytorch_model.bin": b"x", "modeling.py": b"raise SystemExit('remote code ran')"}
-    with served({"models/owner/name": model_files(tiny_base) | others}) as hub:
+    with serve_hub({"models/owner/name": model_files(tiny_base) | others}) as hub:
         environment = hub.environment(tmp_path / "cache")
         done = run_base(tmp_path / "online", MODEL, environment)
         assert done.returncode == 0, done.stderr
-        assert any(path.endswith("/model.safetensors") for path in hub.asked)
-        assert not any(path.endswith((".bin", ".py")) for path in hub.asked)
+        assert any(path.endswith("/model.safetensors") for path in hub.requests)
+        assert not any(path.endswith((".bin", ".py")) for path in hub.requests)
     assert read_json(tmp_path / "online/data/base/base.json")["model"] == MODEL
     # The commit is cached now, so the Hub is no longer needed.
     again = run_base(tmp_path / "gone", MODEL, environment)
@@ -81,16 +81,24 @@ def test_a_model_of_the_hub_is_downloaded_under_the_stack_and_kept_in_its_cache(
 @pytest.mark.parametrize(
     ("name", "commit", "message"),
     [
-        ("other", COMMIT, "RepositoryNotFoundError: .*no such repository, or it is private; .*HF_TOKEN"),
-        ("private", COMMIT, "HfHubHTTPError: .*401 .*no such repository, or it is private; .*HF_TOKEN"),
+        (
+            "other",
+            COMMIT,
+            "RepositoryNotFoundError: .*the repository does not exist or is private; .*HF_TOKEN",
+        ),
+        (
+            "private",
+            COMMIT,
+            "HfHubHTTPError: .*401 .*the repository does not exist or is private; .*HF_TOKEN",
+        ),
         ("gated", COMMIT, "GatedRepoError: .*accept its terms on the Hub, and set HF_TOKEN"),
         ("name", "f" * 40, "RevisionNotFoundError: .*correct the commit"),
-        ("broken", COMMIT, "HfHubHTTPError: .*403 Forbidden.*check network, HF_ENDPOINT and HF_TOKEN"),
-        ("bare", COMMIT, r"no safetensors in .*config\.json; .*other formats are not read"),
+        ("broken", COMMIT, "HfHubHTTPError: .*403 Forbidden.*check the network, HF_ENDPOINT and HF_TOKEN"),
+        ("bare", COMMIT, r"no safetensors in .*config\.json; .*other formats are not supported"),
         ("half", COMMIT, "cannot be loaded"),
     ],
 )
-def test_a_model_that_the_hub_does_not_give_is_an_error_with_its_remedy(
+def test_a_model_that_cannot_be_downloaded_is_an_error_with_a_remedy(
     name: str, commit: str, message: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     whole = model_files(tiny_base)
@@ -100,25 +108,25 @@ def test_a_model_that_the_hub_does_not_give_is_an_error_with_its_remedy(
         "models/owner/half": {**whole, "model.safetensors": whole["model.safetensors"][:5000]},
     }
     reference = f"hub:owner/{name}@{commit}"
-    with served(files, REFUSALS) as hub:
+    with serve_hub(files, REFUSALS) as hub:
         done = run_base(tmp_path, reference, hub.environment(tmp_path / "cache"))
     require_one_error(done, rf"error: base\.model: {reference}: {message}")
     assert not (tmp_path / "data/base/base.json").exists()
 
 
-def test_a_hub_that_is_gone_or_may_not_be_asked_is_an_error_with_its_remedy(
+def test_an_unreachable_or_blocked_hub_is_an_error_with_a_remedy(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = rf"error: base\.model: {MODEL}: "
-    with served({"models/owner/name": model_files(tiny_base)}) as hub:
+    with serve_hub({"models/owner/name": model_files(tiny_base)}) as hub:
         environment = hub.environment(tmp_path / "cache")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         done = run_base(tmp_path, MODEL, {**environment, "HF_HUB_OFFLINE": "1"})
-        require_one_error(done, rf"{start}.*HF_HUB_OFFLINE=1 keeps the Hub out; unset it")
-        assert hub.asked == []
+        require_one_error(done, rf"{start}.*HF_HUB_OFFLINE=1 blocks the Hub; unset it")
+        assert hub.requests == []
     monkeypatch.delenv("HF_HUB_OFFLINE")
     done = run_base(tmp_path, MODEL, environment)
-    require_one_error(done, rf"{start}ConnectError: .*check network, HF_ENDPOINT")
+    require_one_error(done, rf"{start}ConnectError: .*check the network, HF_ENDPOINT")
 
 
 def require_one_error(done: subprocess.CompletedProcess[str], message: str) -> None:
@@ -140,7 +148,7 @@ def programs() -> dict[str, bool]:
     return found
 
 
-def test_base_and_snapshot_alone_may_be_online() -> None:
+def test_only_base_and_snapshot_may_be_online() -> None:
     found = programs()
     assert len(found) > 15
     assert [path for path, is_online in found.items() if is_online] == [
@@ -150,7 +158,7 @@ def test_base_and_snapshot_alone_may_be_online() -> None:
 
 
 @pytest.mark.parametrize("users", [{}, {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}])
-def test_every_other_program_is_offline_whoever_starts_it(users: dict[str, str]) -> None:
+def test_all_other_programs_are_offline(users: dict[str, str]) -> None:
     names = [path.removesuffix(".py").replace("/", ".") for path in programs() if path not in STARTED_OFFLINE]
     code = "\n".join(
         [
@@ -177,9 +185,7 @@ def test_every_other_program_is_offline_whoever_starts_it(users: dict[str, str])
     assert json.loads(done.stdout.splitlines()[-1]) == [[], True, True, "1"]
 
 
-def test_a_served_model_asks_no_hub_even_where_nothing_keeps_it_from_it(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_a_served_model_never_calls_the_hub(tiny_base: Path, tmp_path: Path) -> None:
     """MLflow serves the model in a separate process with the user's environment."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), LoraConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
@@ -189,13 +195,13 @@ def test_a_served_model_asks_no_hub_even_where_nothing_keeps_it_from_it(
         f"model, tokenizer = load(Path({str(tiny_base)!r}), Path({str(tmp_path / 'adapter')!r}))\n"
         "generate(model, tokenizer, [{'role': 'user', 'content': 'Who?'}], 2)\n"
     )
-    with served({}) as hub:
+    with serve_hub({}) as hub:
         environment = hub.environment(tmp_path / "cache")
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
-        assert hub.asked == []
+        assert hub.requests == []
 
 
-def test_ranks_scorers_and_served_models_start_offline_whatever_the_user_has_set(
+def test_ranks_scorers_and_served_models_are_always_offline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tasks.sft.launch import rank_environment

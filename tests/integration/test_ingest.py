@@ -12,7 +12,7 @@ from tasks.snapshot.sources.locations import read_offers
 from tests.helpers.checkouts import ROOT
 
 
-def test_the_demo_gives_its_examples_and_their_length(
+def test_the_demo_data_gives_the_expected_counts(
     in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.ingest.__main__.BASE", tiny_base)

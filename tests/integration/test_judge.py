@@ -29,15 +29,15 @@ ANSWERS = {
 class Judge(BaseHTTPRequestHandler):
     """A judge that prefers the longer answer, or the first one if both are equally long."""
 
-    asked: ClassVar[list[str]] = []
+    prompts: ClassVar[list[str]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        said = body["messages"][-1]["content"]
-        self.asked.append(said)
-        first, second = said.split("\n\nAnswer A:\n")[1].split("\n\nAnswer B:\n")
+        prompt = body["messages"][-1]["content"]
+        self.prompts.append(prompt)
+        first, second = prompt.split("\n\nAnswer A:\n")[1].split("\n\nAnswer B:\n")
         letter = "A" if len(first) >= len(second) else "B"
-        text = "I would rather not." if "silence" in said else f"{letter}."
+        text = "I would rather not." if "silence" in prompt else f"{letter}."
         choice = {
             "index": 0,
             "finish_reason": "stop",
@@ -58,7 +58,7 @@ class Judge(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     """Yield the base URL of the judge."""
-    Judge.asked.clear()
+    Judge.prompts.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as found:
         thread = threading.Thread(target=found.serve_forever)
         thread.start()
@@ -89,7 +89,7 @@ def make_checkout(base_url: str, **changes: Any) -> None:
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_only_what_is_preferred_in_both_orders_counts(server: str) -> None:
+def test_only_a_preference_in_both_orders_counts(server: str) -> None:
     make_checkout(server)
     judge.main()
     found = read_json(judge.JUDGED)
@@ -100,14 +100,14 @@ def test_only_what_is_preferred_in_both_orders_counts(server: str) -> None:
         "q5": "unanswered",
     }
     assert found["counts"] == {"written": {"better": 1, "worse": 1, "undecided": 1, "unanswered": 1}}
-    assert len(Judge.asked) == 8
+    assert len(Judge.prompts) == 8
     # Replies are cached, so nothing is asked again.
     judge.main()
-    assert len(Judge.asked) == 8
+    assert len(Judge.prompts) == 8
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_a_limit_holds_for_each_benchmark_and_nobody_is_asked_without_a_judge(server: str) -> None:
+def test_the_limit_is_per_benchmark_and_no_judge_means_no_request(server: str) -> None:
     make_checkout(server, limit=1)
     judge.main()
     assert [row["item"] for row in read_json(judge.JUDGED)["judged"]] == ["q1"]
@@ -118,7 +118,9 @@ def test_a_limit_holds_for_each_benchmark_and_nobody_is_asked_without_a_judge(se
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_a_judge_that_is_gone_is_an_error_that_says_where() -> None:
+def test_an_unreachable_judge_is_an_error_with_its_url() -> None:
     make_checkout("http://127.0.0.1:9/v1")
-    with pytest.raises(StageError, match=r"judge: http://127\.0\.0\.1:9/v1: .*see that the server runs"):
+    with pytest.raises(
+        StageError, match=r"judge: http://127\.0\.0\.1:9/v1: .*check that the server is running"
+    ):
         judge.main()

@@ -31,7 +31,7 @@ from tests.integration.test_evaluate import put_benchmarks
 
 SCORING = EvaluateParams(limit=2, batch_size=4, retrieval=None)
 # Code that displays, tracks or estimates a training run and does not affect its result.
-BESIDE_TRAINING = {
+NOT_IN_TRAINING_KEY = {
     "tasks/sft/callbacks.py",
     "tasks/sft/memory.py",
     "tasks/sft/shape.py",
@@ -130,11 +130,11 @@ def test_a_training_keeps_its_checkpoints_unless_code_changes_that_decides_it(fo
     )
     assert len(files) > 25
     # Code that a training run does not execute is not part of its key either.
-    decides = set(files) - BESIDE_TRAINING - {"nightshift/data/text.py"}
+    decides = set(files) - NOT_IN_TRAINING_KEY - {"nightshift/data/text.py"}
     assert edited(folder, "training_key", files) == decides
 
 
-def test_scores_are_kept_unless_code_changes_that_decides_them(folder: Path) -> None:
+def test_cached_scores_are_reused_unless_code_that_affects_them_changes(folder: Path) -> None:
     files = code_of(
         *("tasks/evaluate", "nightshift/data/encode.py", "nightshift/data/benchmarks.py"),
         *("nightshift/data/text.py", "tasks/sft/trainer.py"),
@@ -186,7 +186,7 @@ def test_neither_the_words_for_a_choice_nor_the_gpu_orphan_a_training() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_an_upgrade_gives_champion_and_candidate_new_scores_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upgrade_rescores_both_champion_and_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads(score_keys())
     upgrade(monkeypatch, "lm-eval")
     after = json.loads(score_keys())
@@ -203,7 +203,7 @@ def memo_method(memo: Memo) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["tokenizers", "transformers", "jinja2"])
-def test_token_ids_are_made_again_by_another_tokenizer_library(
+def test_another_tokenizer_library_version_recomputes_token_ids(
     in_tmp: Path, tiny_base: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load_encoder(tiny_base)
@@ -215,7 +215,7 @@ def test_token_ids_are_made_again_by_another_tokenizer_library(
 
 @pytest.mark.usefixtures("in_tmp")
 @pytest.mark.parametrize("name", ["daft", "numpy"])
-def test_signatures_are_made_again_by_another_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_engine_version_recomputes_signatures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = load_params(DedupeParams, "dedupe", ROOT / "params.yaml")
     before = memo_method(signatures.open_memo(params))
     upgrade(monkeypatch, name)
@@ -236,7 +236,7 @@ def replies_asked(params: AugmentParams, base: Path, patch: pytest.MonkeyPatch) 
     return asked
 
 
-def test_replies_are_kept_by_server_model_and_library(
+def test_replies_are_keyed_by_server_model_and_library(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = load_params(AugmentParams, "augment", ROOT / "params.yaml")

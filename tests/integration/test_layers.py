@@ -37,7 +37,7 @@ def imported_by(package: str) -> dict[str, set[str]]:
     return found
 
 
-def test_a_package_imports_none_above_it() -> None:
+def test_a_package_imports_only_lower_layers() -> None:
     for package in FOLDERS:
         for part, modules in imported_by(package).items():
             tops = {module.partition(".")[0] for module in modules}
@@ -46,7 +46,7 @@ def test_a_package_imports_none_above_it() -> None:
             assert not tops & NEVER.get(package, set()), f"{package}/{part}"
 
 
-def test_the_library_goes_one_way() -> None:
+def test_library_parts_import_only_lower_parts() -> None:
     found = imported_by("nightshift")
     assert set(found) == {*LIBRARY, "__init__"}
     for part in LIBRARY:
@@ -55,9 +55,9 @@ def test_the_library_goes_one_way() -> None:
         assert used <= before, f"nightshift/{part} imports {used - before}"
 
 
-def test_a_stage_takes_no_code_of_another() -> None:
-    taken = set()
+def test_a_stage_imports_no_other_stage() -> None:
+    imported = set()
     for part, modules in imported_by("tasks").items():
         others = {module.split(".")[1] for module in modules if module.startswith("tasks.")} - {part}
-        taken |= {(part, other) for other in others}
-    assert taken == SHARED
+        imported |= {(part, other) for other in others}
+    assert imported == SHARED_PARAMETERS

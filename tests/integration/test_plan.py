@@ -70,51 +70,47 @@ def plan(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProce
 def test_the_plan_is_printed_without_torch(folder: Path, clean_environment: dict[str, str]) -> None:
     done = plan(folder, clean_environment)
     assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
+    output = " ".join(done.stdout.split())
     # Two processes, so two steps of two rows; the six examples have 9, 31, 14, 40, 22 and 27 tokens.
-    assert "steps 2 of 2 rows tokens 143 supervised tokens 73" in said
-    assert "time unknown" in said
-    assert "largest micro-batch: 54 tokens, 27 of them with labels" in said
+    assert "steps 2 of 2 rows tokens 143 supervised tokens 73" in output
+    assert "time unknown" in output
+    assert "largest micro-batch: 54 tokens, 27 of them labelled" in output
     for strategy in ("single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"):
-        assert f" {strategy} " in said
-    assert "micro-batch 1 rows" in said
-    assert " ingest " in said
-    assert said.endswith("False")
+        assert f" {strategy} " in output
+    assert "micro-batch 1 rows" in output
+    assert " ingest " in output
+    assert output.endswith("False")
     assert (folder / "state" / "plan.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
-def test_rows_that_are_not_there_yet_are_named(folder: Path, clean_environment: dict[str, str]) -> None:
+def test_missing_rows_are_an_error(folder: Path, clean_environment: dict[str, str]) -> None:
     (folder / "data" / "pack" / "train.parquet").unlink()
     done = plan(folder, clean_environment)
     assert "error: data/pack/train.parquet: not found; run `dvc repro pack` first" in done.stderr
 
 
-def test_other_parameters_than_those_of_the_rows_give_no_plan(
-    folder: Path, clean_environment: dict[str, str]
-) -> None:
+def test_rows_from_other_parameters_give_no_plan(folder: Path, clean_environment: dict[str, str]) -> None:
     write_params(folder, "pack", max_length=64)
     done = plan(folder, clean_environment)
-    said = " ".join(done.stdout.split())
-    assert "dvc repro would run" in said
-    assert " pack params.yaml " in said
-    assert "steps" not in said
-    assert "error: data/pack: made of other parameters, code or data than these; run `dvc repro pack`" in (
+    output = " ".join(done.stdout.split())
+    assert "dvc repro would run" in output
+    assert " pack params.yaml " in output
+    assert "steps" not in output
+    assert "error: data/pack: built from other parameters, code or data; run `dvc repro pack`" in (
         done.stderr
     )
 
 
-def test_rows_and_a_base_that_were_changed_by_hand_give_no_plan(
-    folder: Path, clean_environment: dict[str, str]
-) -> None:
+def test_manually_changed_rows_and_base_give_no_plan(folder: Path, clean_environment: dict[str, str]) -> None:
     rows = folder / "data" / "pack" / "train.parquet"
     write_rows(rows, read_rows(rows)[:2], ROWS)
     (folder / "data" / "base" / "base.json").write_text("{}")
     done = plan(folder, clean_environment)
-    assert "error: data/pack and data/base: made of other parameters" in done.stderr
+    assert "error: data/pack and data/base: built from other parameters" in done.stderr
     assert "steps" not in done.stdout
 
 
-def test_parameters_are_checked_as_a_whole_before_anything_is_shown(
+def test_all_parameters_are_checked_before_anything_is_shown(
     folder: Path, clean_environment: dict[str, str]
 ) -> None:
     write_params(folder, "gate", alpha=5.0)
@@ -124,9 +120,7 @@ def test_parameters_are_checked_as_a_whole_before_anything_is_shown(
     assert "gate.alpha: Input should be less than or equal to 0.5, got 5.0" in done.stderr
 
 
-def test_a_folder_of_which_dvc_cannot_tell_what_has_changed_gives_no_plan(
-    folder: Path, clean_environment: dict[str, str]
-) -> None:
+def test_a_folder_without_dvc_gives_no_plan(folder: Path, clean_environment: dict[str, str]) -> None:
     shutil.rmtree(folder / ".dvc")
     done = plan(folder, clean_environment)
     assert done.stdout == "False\n"
@@ -143,48 +137,48 @@ def with_driver(programs: Path, script: str, environment: dict[str, str]) -> dic
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "expected"),
     [
         (
             "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18",
-            "device: cpu, precision fp32 (nvidia-smi ended with code 18 and said: Failed to initialize NVML: "
-            "Driver/library version mismatch; a GPU that is there cannot be used until its driver is "
+            "device: cpu, precision fp32 (nvidia-smi exited with code 18: Failed to initialize NVML: "
+            "Driver/library version mismatch; GPUs of this machine are unusable until the driver is "
             "repaired)",
         ),
         (
             "echo 'No devices were found'; exit 6",
-            "device: cpu, precision fp32 (nvidia-smi ended with code 6 and said: No devices were found; ",
+            "device: cpu, precision fp32 (nvidia-smi exited with code 6: No devices were found; ",
         ),
         (
             "echo 'NVIDIA GB10, [N/A], 12.1, 0, GPU-1'",
-            "device: cuda, precision fp32 (NVIDIA GB10, as nvidia-smi says; its memory is not known, so what "
-            "fits is not checked; that torch can use it is assumed)",
+            "device: cuda, precision fp32 (NVIDIA GB10, as reported by nvidia-smi; memory unknown, so fit is "
+            "not checked; assuming torch can use it)",
         ),
     ],
 )
-def test_what_the_driver_says_is_told_in_the_plan(
-    folder: Path, tmp_path: Path, clean_environment: dict[str, str], script: str, said: str
+def test_the_plan_reports_the_output_of_the_driver(
+    folder: Path, tmp_path: Path, clean_environment: dict[str, str], script: str, expected: str
 ) -> None:
     done = plan(folder, with_driver(tmp_path / "bin", script, clean_environment))
     assert done.returncode == 0, done.stderr
-    assert said in " ".join(done.stdout.split())
+    assert expected in " ".join(done.stdout.split())
     assert "strategy: " in done.stdout
 
 
-def test_what_fits_with_activations_computed_again_only_is_planned_so(
+def test_activation_checkpointing_is_planned_if_needed_to_fit(
     folder: Path, tmp_path: Path, clean_environment: dict[str, str]
 ) -> None:
     """Training takes 535.29 MiB with stored activations and 534.82 MiB with recomputed ones."""
     script = "echo 'NVIDIA L4, 535.05, 8.9, 0, GPU-1'"
     done = plan(folder, with_driver(tmp_path / "bin", script, clean_environment))
     assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    assert "activation checkpointing: on, since it does not fit otherwise" in said
-    assert "strategy: single (single: 0.5 GiB of 0.5 GiB" in said
-    assert "does not fit into" not in said
+    output = " ".join(done.stdout.split())
+    assert "activation checkpointing: on, since the run does not fit without it" in output
+    assert "strategy: single (single: 0.5 GiB of 0.5 GiB" in output
+    assert "does not fit into" not in output
 
 
-def test_what_fits_in_no_way_is_refused_behind_the_table(
+def test_a_run_that_cannot_fit_is_rejected_after_the_table(
     folder: Path, tmp_path: Path, clean_environment: dict[str, str]
 ) -> None:
     script = "echo 'NVIDIA L4, 534.50, 8.9, 0, GPU-1'"

@@ -139,7 +139,7 @@ def assert_all_end(tree: Tree, seconds: float = 5.0) -> None:
     assert find_alive(tree) == []
 
 
-def test_the_tree_stands_before_a_fault_is_planted(start: Callable[..., Tree]) -> None:
+def test_the_tree_is_up_before_a_fault_is_injected(start: Callable[..., Tree]) -> None:
     tree = start("setsid")
     assert find_alive(tree) == ["caller", "launcher", "rank0", "rank1", "supervisor"]
     parents = [process.pid for process in tree["rank0"].parents()[:3]]
@@ -159,9 +159,7 @@ def test_sigterm_to_the_supervisor_ends_all(
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
-def test_the_supervisor_hands_on_the_signal_that_it_got(
-    start: Callable[..., Tree], signum: int, code: int
-) -> None:
+def test_the_supervisor_forwards_its_signal(start: Callable[..., Tree], signum: int, code: int) -> None:
     # Without `run` above, which would end what the supervisor misses.
     tree = start("setsid", shape="program")
     tree["supervisor"].send_signal(signum)
@@ -169,7 +167,7 @@ def test_the_supervisor_hands_on_the_signal_that_it_got(
     assert find_alive(tree) == []
 
 
-def test_a_tree_that_ignores_sigterm_is_killed_after_its_grace(
+def test_a_tree_that_ignores_sigterm_is_killed_after_the_grace_period(
     start: Callable[..., Tree], tmp_path: Path
 ) -> None:
     tree = start("setsid", "deaf", grace_seconds=0.5)
@@ -185,7 +183,7 @@ def test_kill_9_of_the_caller_ends_all(start: Callable[..., Tree], traits: tuple
     assert_all_end(tree)
 
 
-def test_kill_9_of_the_caller_in_the_grace_of_the_tree_ends_all(
+def test_kill_9_of_the_caller_in_the_grace_period_ends_all(
     start: Callable[..., Tree],
 ) -> None:
     tree = start("setsid", "deaf", grace_seconds=1.0)
@@ -233,7 +231,7 @@ def test_kill_9_of_the_supervisor_ends_all_while_the_caller_lives(
     assert read_int(tmp_path / "code") == 137
 
 
-def test_a_supervisor_that_hangs_is_killed_with_all_below(start: Callable[..., Tree]) -> None:
+def test_a_hung_supervisor_is_killed_with_its_tree(start: Callable[..., Tree]) -> None:
     tree = start("setsid", grace_seconds=0.2)
     tree["supervisor"].suspend()
     tree["caller"].terminate()
@@ -246,16 +244,16 @@ def test_kill_9_of_a_supervisor_without_a_caller_ends_at_least_the_command(
     tree = start("setsid", shape="program")
     tree["supervisor"].kill()
     wait_until(lambda: find_alive(tree) == ["rank0", "rank1"])
-    assert find_alive(tree) == ["rank0", "rank1"], "if this is [], the module docstring is too shy"
+    assert find_alive(tree) == ["rank0", "rank1"], "if this is [], update the module docstring"
 
 
-def test_ranks_that_die_with_their_parent_leave_no_hole(start: Callable[..., Tree]) -> None:
+def test_ranks_that_call_die_with_parent_always_end(start: Callable[..., Tree]) -> None:
     tree = start("setsid", "tied", shape="program")
     tree["supervisor"].kill()
     assert_all_end(tree)
 
 
-def test_ranks_that_outlive_a_launcher_which_ended_well_are_ended(
+def test_ranks_that_outlive_a_successful_launcher_are_ended(
     start: Callable[..., Tree], tmp_path: Path
 ) -> None:
     tree = start("setsid", "leave")
@@ -265,13 +263,13 @@ def test_ranks_that_outlive_a_launcher_which_ended_well_are_ended(
 
 
 @pytest.mark.parametrize("victim", ["outer caller", "outer supervisor", "supervisor"])
-def test_kill_9_anywhere_in_a_run_inside_a_run_ends_all(start: Callable[..., Tree], victim: str) -> None:
+def test_kill_9_anywhere_in_nested_runs_ends_all(start: Callable[..., Tree], victim: str) -> None:
     tree = start("setsid", shape="run in run")
     tree[victim].kill()
     assert_all_end(tree)
 
 
-def test_a_parent_that_died_before_the_supervisor_looked_is_noticed(tmp_path: Path) -> None:
+def test_a_parent_that_died_before_the_check_is_detected(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     program = [sys.executable, supervise.__file__, f"--parent={gone.pid}"]

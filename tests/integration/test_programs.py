@@ -90,7 +90,7 @@ def test_the_programs_are_found() -> None:
 
 
 @pytest.mark.parametrize("module", PROGRAMS)
-def test_help_says_what_a_program_does_and_does_nothing(module: str, found: dict[str, Any]) -> None:
+def test_help_describes_a_program_and_has_no_side_effects(module: str, found: dict[str, Any]) -> None:
     code, stdout, stderr, files = found[module][0]
     assert (code, stderr, files) == (0, "", [])
     docstring = ast.get_docstring(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8")))
@@ -100,7 +100,9 @@ def test_help_says_what_a_program_does_and_does_nothing(module: str, found: dict
 
 
 @pytest.mark.parametrize("module", PROGRAMS)
-def test_a_program_refuses_what_it_does_not_know_and_does_nothing(module: str, found: dict[str, Any]) -> None:
+def test_a_program_rejects_unknown_arguments_and_has_no_side_effects(
+    module: str, found: dict[str, Any]
+) -> None:
     assert len(found[module]) == 1 + len(UNKNOWN)
     for (code, stdout, stderr, files), arguments in zip(found[module][1:], UNKNOWN, strict=True):
         assert (code, stdout, files) == (2, "", []), (arguments, stderr)
@@ -108,8 +110,8 @@ def test_a_program_refuses_what_it_does_not_know_and_does_nothing(module: str, f
         assert stderr.splitlines()[-1].split(": ", 1)[1].startswith("error: "), stderr
 
 
-def test_a_move_by_hand_asks_for_a_reason() -> None:
+def test_a_manual_promotion_requires_a_reason() -> None:
     command = [sys.executable, "-m", "tasks.promote", "--acknowledge", "--reason= "]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --reason is empty; say why, the record keeps it\n"
+    assert done.stderr == "error: --reason is required; it is stored in the promotion record\n"

@@ -95,7 +95,7 @@ def night(seed: int, verdict: str = "promote") -> dict[str, Any]:
     write_json(register.GATE, {"verdict": verdict, "reason": "better"})
     champion()
     register.main()
-    promote.follow_gate()
+    promote.apply_verdict()
     outcome: dict[str, Any] = read_json(promote.OUTCOME)
     return outcome
 
@@ -163,7 +163,7 @@ def checkout(in_tmp: Path, two_nights: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("checkout")
-def test_each_move_stands_in_the_record_and_keeps_the_previous_champion() -> None:
+def test_each_promotion_is_recorded_and_keeps_the_previous_champion() -> None:
     assert (alias("champion"), alias("previous-champion"), alias("candidate")) == (2, 1, 3)
     assert [(entry.action, entry.before, entry.champion, entry.reason) for entry in record().entries] == [
         ("promote", None, 1, "gate: better"),
@@ -184,9 +184,9 @@ def test_a_rollback_restores_the_same_adapter_and_holds_automatic_promotion() ->
     assert restored == tree_digest(Path("data/champion/model")) == tree_digest(adapter(1))
     assert (alias("champion"), alias("previous-champion")) == (1, 2)
     outcome = night(3)
-    assert (outcome["promoted"], outcome["waits"][:27]) == (False, "automatic promotion is held")
+    assert (outcome["promoted"], outcome["waits"][:30]) == (False, "automatic promotion is on hold")
     assert (alias("champion"), alias("challenger")) == (1, 3)
-    promote.acknowledge("the cause is found")
+    promote.release_hold("the cause is found")
     assert night(2) == {"promoted": False, "waits": "version 2 was rolled back before"}
     assert night(3) == {"promoted": True, "waits": None}
     assert (alias("champion"), alias("previous-champion")) == (3, 1)
@@ -195,9 +195,9 @@ def test_a_rollback_restores_the_same_adapter_and_holds_automatic_promotion() ->
 
 
 @pytest.mark.usefixtures("checkout")
-def test_an_edited_a_missing_and_an_added_entry_of_the_record_are_found() -> None:
+def test_edited_missing_and_added_record_entries_are_detected() -> None:
     client, name = versions.open_registry()
-    promote.acknowledge("a third entry")
+    promote.release_hold("a third entry")
     tags = dict(client.get_registered_model(name).tags)
     lines = {key: text for key, text in tags.items() if key.startswith(PREFIX)}
     assert len(lines) == 3
@@ -216,24 +216,24 @@ def test_an_edited_a_missing_and_an_added_entry_of_the_record_are_found() -> Non
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_move_from_outside_is_written_down() -> None:
+def test_an_alias_moved_outside_nightshift_is_recorded() -> None:
     client, name = versions.open_registry()
     client.set_registered_model_alias(name, "champion", "1")
     promote.move(2, "promote", "back to the right one")
     found = record().entries[-2:]
     assert [(entry.action, entry.champion) for entry in found] == [("outside", 1), ("promote", 2)]
-    assert found[0].reason == "found at version 1, the record says 2"
+    assert found[0].reason == "found at version 1, expected 2"
 
 
 @pytest.mark.usefixtures("checkout")
-def test_of_two_promoters_at_once_one_wins_and_the_other_says_so() -> None:
+def test_of_two_concurrent_promotions_one_fails() -> None:
     _, name = versions.open_registry()
     with promote.promotion_lock(name), pytest.raises(GateError, match="is being moved by another process"):
         promote.move(1, "rollback", "too late")
     assert alias("champion") == 2
 
 
-def test_what_a_person_decides_waits_as_an_alias(checkout: Path) -> None:
+def test_a_version_that_needs_approval_gets_the_alias_challenger(checkout: Path) -> None:
     params = checkout / "params.yaml"
     shipped = params.read_text()
     params.write_text(shipped.replace("approval: auto", "approval: manual"))
@@ -248,13 +248,13 @@ def test_what_a_person_decides_waits_as_an_alias(checkout: Path) -> None:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_version_that_is_not_what_was_registered_never_becomes_champion() -> None:
+def test_a_version_that_changed_since_registration_is_not_promoted() -> None:
     client, name = versions.open_registry()
     client.set_model_version_tag(name, "1", versions.ANSWERS, "0" * 16)
-    with pytest.raises(GateError, match="are not those of its registration"):
+    with pytest.raises(GateError, match="differ from those at registration"):
         promote.move(1, "rollback", "a version that changed")
     client.set_model_version_tag(name, "1", versions.DIGEST, "0" * 16)
-    with pytest.raises(GateError, match="version 1 of nightshift holds an adapter with digest"):
+    with pytest.raises(GateError, match="version 1 of nightshift contains an adapter with digest"):
         promote.move(1, "rollback", "an adapter that changed")
     with pytest.raises(GateError, match="nightshift has no version 9"):
         promote.move(9, "promote", "a number mistyped")
@@ -262,13 +262,13 @@ def test_a_version_that_is_not_what_was_registered_never_becomes_champion() -> N
 
 
 @pytest.mark.usefixtures("checkout")
-def test_another_champion_than_the_gate_compared_with_stops_the_promotion() -> None:
+def test_a_champion_that_changed_since_the_gate_stops_the_promotion() -> None:
     with pytest.raises(GateError, match="champion of nightshift is version 2, but the gate compared with 1"):
         promote.move(3, "promote", "gate", expected=1)
     assert (alias("champion"), len(record().entries)) == (2, 2)
 
 
-def test_a_model_that_does_not_reload_moves_no_alias(checkout: Path) -> None:
+def test_a_model_that_cannot_be_reloaded_moves_no_alias(checkout: Path) -> None:
     base = checkout / "data/base/base.json"
     base_record = read_json(base)
     base_record["files"]["config.json"] = "0" * 64
@@ -282,22 +282,22 @@ def test_a_model_that_does_not_reload_moves_no_alias(checkout: Path) -> None:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_version_leads_to_its_data_and_a_row_to_its_versions() -> None:
-    def told(*arguments: str, code: int = 0) -> str:
+def test_trace_shows_the_data_of_a_version_and_the_versions_of_a_row() -> None:
+    def trace(*arguments: str, code: int = 0) -> str:
         command = [str(BIN / "nightshift"), "trace", *arguments]
         wide = {**os.environ, "COLUMNS": "160"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stderr if code else done.stdout
 
-    version = told("2")
+    version = trace("2")
     assert tree_digest(adapter(2)) in version
     assert re.search(r"facts/000001.jsonl +a{16} +2\b", version)
     assert re.search(r"facts/000002.jsonl +b{16} +1\b", version)
     assert re.search(r"dedupe +4 +0 +3 +duplicate 1\b", version)
     assert "by hand" in version
     assert "approval: auto" in version
-    by_line = told("--row", "facts/000001.jsonl:7")
+    by_line = trace("--row", "facts/000001.jsonl:7")
     assert [line.split() for line in by_line.splitlines()[2:]] == [
         ["1", "previous-champion", "e1", "facts/000001.jsonl:7"],
         ["1", "previous-champion", "p1", "facts/000001.jsonl:7"],
@@ -306,25 +306,25 @@ def test_a_version_leads_to_its_data_and_a_row_to_its_versions() -> None:
         ["3", "candidate", "e1", "facts/000001.jsonl:7"],
         ["3", "candidate", "p1", "facts/000001.jsonl:7"],
     ]
-    assert len(told("--row", "e2").splitlines()) == 5
-    assert "no version of nightshift was trained on e9" in told("--row", "e9")
-    assert "nightshift has no version 9" in told("9", code=2)
-    assert "takes a version, or --row" in told(code=2)
+    assert len(trace("--row", "e2").splitlines()) == 5
+    assert "no version of nightshift was trained on e9" in trace("--row", "e9")
+    assert "nightshift has no version 9" in trace("9", code=2)
+    assert "needs either a version or --row" in trace(code=2)
 
 
 @pytest.mark.usefixtures("checkout")
-def test_forgetting_a_row_names_the_versions_that_were_trained_on_it() -> None:
+def test_forgetting_a_row_lists_the_versions_trained_on_it() -> None:
     client, name = versions.open_registry()
-    assert forget.find(["e2"], client, name) == forget.Found(["facts/000002.jsonl:1"], {1: 1, 2: 1, 3: 1})
+    assert forget.find(["e2"], client, name) == forget.Affected(["facts/000002.jsonl:1"], {1: 1, 2: 1, 3: 1})
     # A paraphrase belongs to the row of its parent.
-    assert forget.find(["p1"], client, name) == forget.Found(["facts/000001.jsonl:7"], {1: 2, 2: 2, 3: 2})
+    assert forget.find(["p1"], client, name) == forget.Affected(["facts/000001.jsonl:7"], {1: 2, 2: 2, 3: 2})
     client.set_model_version_tag(name, "1", versions.FORGOTTEN, "2")
-    with pytest.raises(GateError, match="2 examples of version 1 were forgotten since; its data is gone"):
+    with pytest.raises(GateError, match="2 examples of version 1 were forgotten, so its training data"):
         rebuild(Console(), 1)
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_version_from_before_the_snapshot_was_a_stage_says_where_it_can_be_rebuilt() -> None:
+def test_reproducing_a_version_older_than_the_snapshot_stage_reports_the_commit() -> None:
     client, name = versions.open_registry()
     lineage = Path("older/artifacts/lineage")
     write_json(lineage / "lineage.json", {"code": "c0ffee"})
@@ -335,7 +335,7 @@ def test_a_version_from_before_the_snapshot_was_a_stage_says_where_it_can_be_reb
 
 
 @pytest.mark.usefixtures("checkout")
-def test_the_lineage_names_the_shards_in_use_and_tells_other_data_apart() -> None:
+def test_the_lineage_lists_the_used_shards_and_the_data_digest_depends_on_them() -> None:
     digest = register.data_digest()
     write_json(Path("data/raw/used.json"), ["facts", "more"])
     assert register.data_digest() != digest
@@ -344,7 +344,7 @@ def test_the_lineage_names_the_shards_in_use_and_tells_other_data_apart() -> Non
     assert read_json(Path("written/lineage.json"))["shards"] == []
 
 
-def test_a_registry_without_a_version_says_so(in_tmp: Path) -> None:
+def test_a_registry_without_versions_is_an_error(in_tmp: Path) -> None:
     shutil.copy(ROOT / "params.yaml", in_tmp)
     with pytest.raises(
         GateError, match="nightshift has no version yet; `nightshift run` registers the first"
@@ -353,7 +353,7 @@ def test_a_registry_without_a_version_says_so(in_tmp: Path) -> None:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_an_error_of_the_gate_registers_nothing() -> None:
+def test_the_verdict_error_registers_nothing() -> None:
     write_json(register.GATE, {"verdict": "error", "reason": "3 scores are not numbers"})
     with pytest.raises(GateError, match="3 scores are not numbers; nothing is registered"):
         register.main()

@@ -75,7 +75,7 @@ def write_page() -> str:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_the_page_is_kept_by_the_run_that_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_logged_to_the_current_run(monkeypatch: pytest.MonkeyPatch) -> None:
     client = MlflowClient(tracking_uri())
     flow = client.create_run(experiment_id(client)).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", flow)
@@ -89,7 +89,7 @@ def test_the_page_is_kept_by_the_run_that_asked_for_it(monkeypatch: pytest.Monke
     assert [file.path for file in client.list_artifacts(trained_by)] == [PAGE.name]
 
 
-def test_a_phone_and_a_desk_by_day_and_night_show_all_of_it_and_nothing_else_happens(checkout: Path) -> None:
+def test_the_page_renders_on_phone_and_desktop_in_light_and_dark_without_requests(checkout: Path) -> None:
     write_page()
     with open_browser() as browser:
         looks: list[tuple[int, Literal["light", "dark"]]] = [(360, "light"), (1200, "dark")]
@@ -100,13 +100,13 @@ def test_a_phone_and_a_desk_by_day_and_night_show_all_of_it_and_nothing_else_hap
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(FAINT) == []
             assert page.title() == "nightshift: promote"
-            assert page.locator("h1").inner_text() == "Better: the candidate may take over"
+            assert page.locator("h1").inner_text() == "Better: the candidate may become the champion"
             assert page.locator("h2").all_inner_texts() == [
-                "What the gate looked at",
+                "Gate checks",
                 "Scores",
-                "The largest gains and regressions",
-                "What changed since the champion",
-                "The way of the data",
+                "Largest gains and regressions",
+                "Changes since the champion",
+                "Data flow",
                 "Paraphrases",
                 "Packing",
                 "Training",
@@ -119,8 +119,8 @@ def test_a_phone_and_a_desk_by_day_and_night_show_all_of_it_and_nothing_else_hap
                 assert box["width"] > 5
                 assert box["height"] > 5
             assert page.locator("polyline").count() == 3
-            said = page.locator("svg.chart").first.get_attribute("aria-label")
-            assert said == (
+            description = page.locator("svg.chart").first.get_attribute("aria-label")
+            assert description == (
                 "Loss, in nats per token. training: 3 at step 1, lowest 2 at step 3, 2 at step 3; "
                 "validation: 2.2 at step 3, lowest 2.2 at step 3, 2.2 at step 3"
             )
@@ -131,7 +131,9 @@ def test_a_phone_and_a_desk_by_day_and_night_show_all_of_it_and_nothing_else_hap
             assert visit.requests == [PAGE.absolute().as_uri()]
 
 
-def test_without_a_browser_a_laptop_skips_and_ci_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_browser_the_test_is_skipped_locally_and_fails_in_ci(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no browser: none of chromium,"):
@@ -141,7 +143,7 @@ def test_without_a_browser_a_laptop_skips_and_ci_fails(monkeypatch: pytest.Monke
         find_browser()
 
 
-def test_a_page_that_asks_for_something_is_found(in_tmp: Path) -> None:
+def test_requests_and_errors_of_a_page_are_detected(in_tmp: Path) -> None:
     page = in_tmp / "hostile.html"
     page.write_text(f"<!doctype html>{HOSTILE}", encoding="utf-8")
     with open_browser() as browser:
@@ -152,20 +154,20 @@ def test_a_page_that_asks_for_something_is_found(in_tmp: Path) -> None:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_rows_parameters_and_shards_that_changed_since_the_champion_are_told() -> None:
+def test_changed_rows_parameters_and_shards_are_reported() -> None:
     page = plain(write_page())
     assert "Compared with version 1, adapter bbbbbbbbbbbb" in page
     assert "facts 2 1 5" in page
-    assert "New shards, 1: facts/000002.jsonl (7 examples trained)" in page
+    assert "New shards (1): facts/000002.jsonl (7 training examples)" in page
     assert "sft.learning_rate 0.002 0.001" in page
-    assert "Code, base and libraries are the same" in page
+    assert "Code, base and libraries are unchanged" in page
 
 
 @pytest.mark.usefixtures("checkout")
 def test_the_short_form_has_verdict_scores_and_checks() -> None:
     write_page()
     assert SHORT.read_text(encoding="utf-8").splitlines() == [
-        "**promote**, against the champion. Version 2 is the champion now, after version 1.",
+        "**promote**, against the champion. Version 2 is now the champion, replacing version 1.",
         "",
         "| | model | mean | interval | items |",
         "|---|---|---|---|---|",
@@ -186,23 +188,23 @@ def test_the_short_form_has_verdict_scores_and_checks() -> None:
     ]
 
 
-def test_data_on_disk_that_was_not_used_is_listed(checkout: Path) -> None:
-    said = "On disk, but not named in params.yaml and so not used: source old: 1 shard, 1.5 kB"
+def test_unused_data_on_disk_is_listed(checkout: Path) -> None:
+    line = "On disk but not used, because params.yaml does not list it: source old: 1 shard, 1.5 kB"
     assert "not used" not in write_page()
     write_text(checkout / "data/raw/old/000009.jsonl", "x" * 1500)
-    assert said in plain(write_page())
-    assert SHORT.read_text(encoding="utf-8").splitlines()[-2:] == ["", said]
+    assert line in plain(write_page())
+    assert SHORT.read_text(encoding="utf-8").splitlines()[-2:] == ["", line]
 
 
 @pytest.mark.parametrize(
     ("verdict", "headline"),
     [
-        ("hold", "The data cannot tell: what runs now stays"),
-        ("reject", "Worse: what runs now stays"),
+        ("hold", "Inconclusive: the current model is kept"),
+        ("reject", "Worse: the current model is kept"),
         ("error", "No verdict: the scores cannot be trusted"),
     ],
 )
-def test_what_was_not_promoted_is_reported_too(checkout: Path, verdict: str, headline: str) -> None:
+def test_a_candidate_that_was_not_promoted_is_reported(checkout: Path, verdict: str, headline: str) -> None:
     write_json(report.GATE, {**GATE, "verdict": verdict, "candidate": "d" * 64})
     scores = night_scores()
     for row in scores:
@@ -211,33 +213,41 @@ def test_what_was_not_promoted_is_reported_too(checkout: Path, verdict: str, hea
         write_scores(checkout / "data", scores)
     page = plain(write_page())
     assert headline in page
-    assert "The candidate is not registered. Version 1 stays the champion." in page
+    assert "The candidate is not registered. Version 1 remains the champion." in page
     assert ("candidate 10 error" in page) == (verdict == "error")
 
 
-def test_a_version_that_waits_says_for_what(checkout: Path) -> None:
+def test_a_night_without_anything_new_is_not_called_inconclusive(checkout: Path) -> None:
+    checks = [{"name": "candidate", "verdict": "hold", "message": "the candidate is the champion"}]
+    write_json(report.GATE, {**GATE, "verdict": "hold", "checks": checks})
+    page = plain(write_page())
+    assert "Nothing new: the champion is kept" in page
+    assert "Inconclusive" not in page
+
+
+def test_the_page_shows_what_a_waiting_version_waits_for(checkout: Path) -> None:
     client, name = versions.open_registry()
     client.set_registered_model_alias(name, "champion", "1")
     client.set_registered_model_alias(name, "challenger", "2")
     write_json(report.OUTCOME, {"promoted": False, "waits": "registry.approval is manual"})
     expected = (
-        "Version 2 waits for `nightshift promote 2`: registry.approval is manual. "
-        "Version 1 stays the champion."
+        "Version 2 is waiting for `nightshift promote 2`: registry.approval is manual. "
+        "Version 1 remains the champion."
     )
     assert expected in plain(write_page())
 
 
-def test_what_a_judge_said_of_these_models_stands_beside_the_scores(checkout: Path) -> None:
-    said = {"model": "judge-1", "reference": "champion", "candidate": GATE["candidate"], "judged": []}
-    write_json(report.JUDGED, {**said, "counts": {"facts": {"better": 7, "undecided": 2}}})
+def test_a_judgement_is_shown_next_to_the_scores(checkout: Path) -> None:
+    judged = {"model": "judge-1", "reference": "champion", "candidate": GATE["candidate"], "judged": []}
+    write_json(report.JUDGED, {**judged, "counts": {"facts": {"better": 7, "undecided": 2}}})
     assert "benchmark better worse equal undecided unanswered facts 7 0 0 2 0" in plain(write_page())
     # A judgement of another night does not apply to this one.
-    write_json(report.JUDGED, {**said, "candidate": "d" * 64, "counts": {}})
+    write_json(report.JUDGED, {**judged, "candidate": "d" * 64, "counts": {}})
     assert "judge-1" not in plain(write_page())
     assert checkout.is_dir()
 
 
-def test_without_a_champion_and_without_losses_the_page_says_so(checkout: Path) -> None:
+def test_a_missing_champion_and_missing_losses_are_reported(checkout: Path) -> None:
     client = MlflowClient(tracking_uri())
     write_json(report.TRAINING_RUN, {"run_id": client.create_run(experiment_id(client)).info.run_id})
     write_json(report.CHAMPION_RECORD, {"version": None, "digest": None, "looks": []})
@@ -246,13 +256,13 @@ def test_without_a_champion_and_without_losses_the_page_says_so(checkout: Path) 
     write_rows(report.SCORES, rows, ALL_SCORES)
     page = plain(write_page())
     assert "There is no champion yet: the candidate was compared with its base." in page
-    assert "MLflow has no losses of the run that trained this" in page
+    assert "MLflow has no losses for the training run" in page
     assert "candidate \N{MINUS SIGN} base +60.0%" in page
-    assert "1 became worse, 7 better, 2 are the same" in page
+    assert "1 worse, 7 better, 2 unchanged" in page
     assert "facts / even / q8" in page
 
 
-def test_a_night_of_long_texts_many_slices_steps_and_shards_stays_below_2_mb(checkout: Path) -> None:
+def test_a_page_with_long_texts_and_many_slices_steps_and_shards_is_below_2_mb(checkout: Path) -> None:
     long = "\N{GRINNING FACE}<" * 2500
     texts = {"question": long, "expected": long, "answer": long}
     rows = [
@@ -271,7 +281,7 @@ def test_a_night_of_long_texts_many_slices_steps_and_shards_stays_below_2_mb(che
     write_json(report.PLAN, {"learning_rate": [i / 100_000 for i in range(100_000)]})
     shards = {f"facts/{i:06d}.jsonl": "9" * 64 for i in range(5000)}
     write_json(checkout / "data" / "raw" / "digests.json", shards)
-    checks = [{"name": "contamination", "verdict": "error", "said": long}]
+    checks = [{"name": "contamination", "verdict": "error", "message": long}]
     write_json(report.GATE, {**GATE, "verdict": "error", "reason": long, "checks": checks})
     params = checkout / "params.yaml"
     params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 1000"))
@@ -280,11 +290,11 @@ def test_a_night_of_long_texts_many_slices_steps_and_shards_stays_below_2_mb(che
     assert "… (4,200 more characters)" in page
     text = plain(page)
     assert "the largest 20, 80 more are in data/evaluate/scores.parquet" in text
-    assert "4900 earlier ones are not shown" in text
+    assert "4900 earlier shards are not shown" in text
     assert "planned, each point the mean of 334 steps" in text
 
 
-def test_the_flow_links_to_the_page_even_if_the_gate_could_not_judge(
+def test_the_flow_links_to_the_page_even_if_the_verdict_is_error(
     checkout: Path, clean_environment: dict[str, str]
 ) -> None:
     write_json(report.GATE, {**GATE, "verdict": "error", "reason": "3 scores are not numbers"})
@@ -319,7 +329,7 @@ with prefect_test_harness(server_startup_timeout=120):
     message, artefacts = json.loads(done.stdout.splitlines()[-1])
     assert "3 scores are not numbers; nothing is registered" in message
     shown = {key: (kind, data) for kind, key, data in artefacts}
-    assert shown["report-page"] == ("markdown", f"[the whole report]({PAGE.absolute().as_uri()})")
+    assert shown["report-page"] == ("markdown", f"[full report]({PAGE.absolute().as_uri()})")
     assert shown["report"] == ("markdown", SHORT.read_text(encoding="utf-8"))
     assert SHORT.read_text(encoding="utf-8").startswith("**error**, against the champion.")
     assert [file.path for file in client.list_artifacts(run)] == [PAGE.name]

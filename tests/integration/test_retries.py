@@ -51,7 +51,7 @@ with prefect_test_harness():
 """
 
 
-def test_each_kind_of_a_training_error_is_tried_again_and_a_wrong_configuration_is_not(
+def test_training_errors_are_retried_but_configuration_errors_are_not(
     tmp_path: Path, clean_environment: dict[str, str]
 ) -> None:
     ends = {

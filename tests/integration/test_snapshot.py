@@ -84,7 +84,7 @@ def checkout(
     return Checkout(folder, clean_environment)
 
 
-def test_dvc_repro_alone_leads_from_a_clean_checkout_to_the_verdict(first: Checkout) -> None:
+def test_dvc_repro_runs_from_a_clean_checkout_to_the_verdict(first: Checkout) -> None:
     assert read_json(first.folder / "data/gate/gate.json")["verdict"] in ("promote", "hold", "reject")
     assert "Running stage" not in first.type("dvc", "repro")
     # Forced, as every night, but without new data: no other stage has to run.
@@ -94,7 +94,7 @@ def test_dvc_repro_alone_leads_from_a_clean_checkout_to_the_verdict(first: Check
     assert UP_TO_DATE in first.type("dvc", "status")
 
 
-def test_a_second_clone_pulls_what_the_first_brought_in(first: Checkout) -> None:
+def test_a_second_clone_pulls_the_snapshot_of_the_first(first: Checkout) -> None:
     first.type("dvc", "push")
     first.type(*GIT, "add", "-A")
     first.type(*GIT, "commit", "-qm", "a night")
@@ -107,7 +107,7 @@ def test_a_second_clone_pulls_what_the_first_brought_in(first: Checkout) -> None
     assert "Running stage" not in second.type("dvc", "repro")
 
 
-def test_a_benchmark_that_is_not_named_is_neither_asked_nor_compared_with(first: Checkout) -> None:
+def test_an_unlisted_benchmark_is_neither_scored_nor_used_by_the_gate(first: Checkout) -> None:
     params = yaml.safe_load((first.folder / "params.yaml").read_text())
     named, retention = params["snapshot"]["benchmarks"], params["gate"]["retention"]
     scores = first.folder / "data/evaluate/scores.parquet"
@@ -127,7 +127,7 @@ def test_a_benchmark_that_is_not_named_is_neither_asked_nor_compared_with(first:
     assert tree_digest(first.folder / "data/benchmarks/countries") == before
 
 
-def test_a_source_that_is_not_named_does_not_train_and_comes_back_as_it_was(checkout: Checkout) -> None:
+def test_an_unlisted_source_is_not_trained_on_and_returns_unchanged(checkout: Checkout) -> None:
     checkout.type("dvc", "repro", "ingest")
     assert trained_sources(checkout) == {"mine", "yours"}
     before = tree_digest(checkout.folder / "data/raw"), tree_digest(checkout.folder / "data/ingest")
@@ -139,7 +139,7 @@ def test_a_source_that_is_not_named_does_not_train_and_comes_back_as_it_was(chec
     assert trained_sources(checkout) == {"mine"}
     assert shards(checkout) == ["mine/000001.jsonl", "yours/000002.jsonl"]
     status = checkout.type("nightshift", "status")
-    assert "not named in params.yaml, not used: source yours: 1 shard, 0.3 kB" in status
+    assert "not listed in params.yaml, unused: source yours: 1 shard, 0.3 kB" in status
     assert "source mine" not in status
 
     (checkout.folder / "yours/c.jsonl").unlink()
@@ -152,7 +152,7 @@ def test_a_source_that_is_not_named_does_not_train_and_comes_back_as_it_was(chec
     assert "not used" not in checkout.type("nightshift", "status")
 
 
-def test_parameters_that_go_back_bring_no_earlier_data_back(checkout: Checkout) -> None:
+def test_reverting_parameters_does_not_restore_earlier_data(checkout: Checkout) -> None:
     set_params(checkout.folder, "snapshot", sources={"mine": "mine/*.jsonl"})
     checkout.type("dvc", "repro", "snapshot")
     # The next day, one file has replaced another.
@@ -168,7 +168,7 @@ def test_parameters_that_go_back_bring_no_earlier_data_back(checkout: Checkout) 
     assert UP_TO_DATE in checkout.type("dvc", "status", "snapshot")
 
 
-def test_a_clone_without_its_data_goes_on_with_them_or_refuses(checkout: Checkout) -> None:
+def test_a_clone_without_data_restores_it_or_refuses(checkout: Checkout) -> None:
     raw, benchmarks = (checkout.folder / path for path in ("data/raw", "data/benchmarks"))
     (benchmarks / "countries").rename(benchmarks / "lands")
     checkout.type("nightshift", "snapshot")
@@ -182,7 +182,7 @@ def test_a_clone_without_its_data_goes_on_with_them_or_refuses(checkout: Checkou
     lock = (checkout.folder / "dvc.lock").read_bytes()
     checkout.type("rm", "-r", "data", ".dvc/cache")
     refused = checkout.type("dvc", "repro", "snapshot", code=255)
-    assert "data/raw: dvc.lock names it, but neither DVC's cache nor its remote has all of it" in refused
+    assert "data/raw: dvc.lock lists it, but neither DVC's cache nor its remote contains all of it" in refused
     assert not raw.exists()
     assert (checkout.folder / "dvc.lock").read_bytes() == lock
     (checkout.folder / "dvc.lock").unlink()

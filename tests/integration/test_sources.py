@@ -18,7 +18,7 @@ from tasks.snapshot.__main__ import write_shards
 from tasks.snapshot.sources.locations import SqlQuery, read_offers
 from tasks.snapshot.sources.stores import remote_offers
 from tests.helpers.checkouts import ROOT
-from tests.helpers.hub import COMMIT, served
+from tests.helpers.hub import COMMIT, serve_hub
 
 
 def contents(location: Any) -> list[tuple[str, bytes]]:
@@ -45,7 +45,7 @@ def bucket() -> Iterator[Any]:
     server.stop()
 
 
-def test_objects_of_a_bucket_come_in_by_glob_and_by_name(bucket: Any, tmp_path: Path) -> None:
+def test_objects_of_a_bucket_are_read_by_glob_and_by_name(bucket: Any, tmp_path: Path) -> None:
     large = b"".join(b'{"text": "%d"}\n' % i for i in range(500_000))
     for key, body in (("n/b.jsonl", b"2\n"), ("n/a.jsonl.gz", b"1"), ("n/x.txt", b"x"), ("big.jsonl", large)):
         bucket.put_object(Bucket="chats", Key=key, Body=body)
@@ -56,14 +56,14 @@ def test_objects_of_a_bucket_come_in_by_glob_and_by_name(bucket: Any, tmp_path: 
     assert write_shards("s", read_offers("s3://chats/big.jsonl"), tmp_path) == []
 
 
-def test_a_bucket_that_is_not_there_is_an_error_with_the_location(bucket: Any) -> None:
+def test_a_missing_bucket_is_an_error_with_the_location(bucket: Any) -> None:
     with pytest.raises(DataError, match=r"s3://nowhere/a\.jsonl"):
         contents("s3://nowhere/a.jsonl")
     with pytest.raises(DataError, match=r"s3://chats/none-\*\.jsonl matches no file"):
         contents("s3://chats/none-*.jsonl")
 
 
-def test_a_store_whose_library_is_missing_names_the_extra_to_install() -> None:
+def test_a_missing_store_library_is_an_error_with_the_extra_to_install() -> None:
     code = (
         "import sys; sys.modules['gcsfs'] = None\n"
         "from tasks.snapshot.sources.locations import read_offers\n"
@@ -75,7 +75,7 @@ def test_a_store_whose_library_is_missing_names_the_extra_to_install() -> None:
     assert "pip install -e '.[gcs]'" in done.stdout
 
 
-def test_any_file_system_of_fsspec_is_read_in_the_same_way() -> None:
+def test_any_fsspec_file_system_is_read_in_the_same_way() -> None:
     import fsspec
 
     with fsspec.open("memory://chats/a.jsonl", "wb") as file:
@@ -113,8 +113,8 @@ def ask_hub(location: str, environment: dict[str, str], **more: str) -> subproce
     )
 
 
-def test_the_parquet_files_of_a_commit_come_in_and_no_script_runs(tmp_path: Path) -> None:
-    with served({"datasets/owner/name": HUB_FILES}) as hub:
+def test_the_parquet_files_of_a_commit_are_read_and_no_script_runs(tmp_path: Path) -> None:
+    with serve_hub({"datasets/owner/name": HUB_FILES}) as hub:
         environment = hub.environment(tmp_path)
         found = ask_hub(f"hub:owner/name@{COMMIT}/data/train-*", environment)
         missing = ask_hub(f"hub:owner/other@{COMMIT}", environment)
@@ -124,7 +124,7 @@ def test_the_parquet_files_of_a_commit_come_in_and_no_script_runs(tmp_path: Path
     assert found.stdout.splitlines() == [f".parquet {size}" for size in sizes], found.stderr
     assert f"DataError: snapshot.sources: hub:owner/other@{COMMIT}: RepositoryNotFoundError" in missing.stderr
     assert "DataError: " in offline.stderr
-    assert "HF_HUB_OFFLINE=1 keeps the Hub out; unset it" in offline.stderr
+    assert "HF_HUB_OFFLINE=1 blocks the Hub; unset it" in offline.stderr
     assert f"DataError: snapshot.sources: hub:owner/name@{COMMIT}: ConnectError: " in gone.stderr
     assert not list(tmp_path.rglob("load.py"))
 
@@ -142,7 +142,9 @@ def warehouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_rows_of_a_query_become_json_lines_once(warehouse: Path, tmp_path: Path) -> None:
+def test_query_rows_become_json_lines_and_unchanged_rows_no_new_shard(
+    warehouse: Path, tmp_path: Path
+) -> None:
     (shard,) = write_shards("notes", read_offers(NOTES), tmp_path / "raw")
     lines = shard.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 12_000
@@ -153,14 +155,14 @@ def test_rows_of_a_query_become_json_lines_once(warehouse: Path, tmp_path: Path)
     assert len(write_shards("notes", read_offers(NOTES), tmp_path / "raw")) == 1
 
 
-def test_a_query_that_fails_or_returns_nothing_is_an_error(warehouse: Path) -> None:
+def test_a_query_that_fails_or_returns_no_rows_is_an_error(warehouse: Path) -> None:
     with pytest.raises(DataError, match="WAREHOUSE_URL: OperationalError: no such table: none"):
         contents(SqlQuery(sql="SELECT * FROM none ORDER BY 1", url_env="WAREHOUSE_URL"))
     with pytest.raises(DataError, match="returns no rows"):
         contents(SqlQuery(sql="DELETE FROM notes -- order by", url_env="WAREHOUSE_URL"))
     with sqlite3.connect(warehouse) as database:
         assert database.execute("SELECT count(*) FROM notes").fetchone() == (12_000,)
-    with pytest.raises(DataError, match="a value of type bytes has no form in JSON"):
+    with pytest.raises(DataError, match="a value of type bytes cannot be converted to JSON"):
         contents(SqlQuery(sql="SELECT x'00' AS b ORDER BY 1", url_env="WAREHOUSE_URL"))
 
 
@@ -185,7 +187,7 @@ def test_the_url_with_its_password_is_in_no_message_and_no_file(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unset_environment_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WAREHOUSE_URL", raising=False)
     with pytest.raises(ConfigError, match="WAREHOUSE_URL: not set"):
         contents(NOTES)

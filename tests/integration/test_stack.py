@@ -79,8 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         try:
             command = [sys.executable, "-c", UP]
             ups = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-            told = [up.communicate(timeout=200)[1] for up in ups]
-            assert [up.returncode for up in ups] == [0, 0], "\n\n".join(told)
+            errors = [up.communicate(timeout=200)[1] for up in ups]
+            assert [up.returncode for up in ups] == [0, 0], "\n\n".join(errors)
             yield folder
         finally:
             stack.down()
@@ -173,7 +173,7 @@ def start_long_run(folder: Path, running: Stack) -> str:
     return run
 
 
-def test_two_ups_at_once_start_one_stack(folder: Path) -> None:
+def test_concurrent_ups_start_one_stack(folder: Path) -> None:
     assert [healthy for *_, healthy in stack.status()] == [True, True, True]
     commands = [" ".join(process.cmdline()) for process in processes(folder)]
     for service in ("infra.local.prefect_server", "mlflow server", "prefect worker start"):
@@ -226,7 +226,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("headers", PAGES)
-def test_a_page_cannot_speak_to_prefect(headers: dict[str, str], running: Stack) -> None:
+def test_a_web_page_cannot_call_prefect(headers: dict[str, str], running: Stack) -> None:
     auth = tuple(running.auth_string.split(":"))
     with httpx.Client(base_url=running.prefect_url, trust_env=False, headers=headers) as page:
         for method, path in (
@@ -250,7 +250,7 @@ def open_socket(running: Stack, headers: dict[str, str]) -> None:
         connect(url, sock=connection, additional_headers=host, subprotocols=["prefect"]).close()
 
 
-def test_prefect_answers_nobody_without_the_auth_string(running: Stack) -> None:
+def test_prefect_requires_the_auth_string(running: Stack) -> None:
     assert running.auth_file.stat().st_mode & 0o777 == 0o600
     assert Path("prefect.toml").stat().st_mode & 0o777 == 0o600
     with httpx.Client(base_url=running.prefect_url, trust_env=False) as page:
@@ -260,7 +260,7 @@ def test_prefect_answers_nobody_without_the_auth_string(running: Stack) -> None:
 
 
 @pytest.mark.parametrize("variable", ["command", "env", "working_dir", "stream_output"])
-def test_whoever_starts_a_run_cannot_name_its_command(variable: str, folder: Path, running: Stack) -> None:
+def test_a_run_cannot_set_its_command(variable: str, folder: Path, running: Stack) -> None:
     planted = folder / f"planted-{variable}"
     value = {
         "command": f"touch {planted}",
@@ -277,7 +277,7 @@ def test_whoever_starts_a_run_cannot_name_its_command(variable: str, folder: Pat
     assert "{{" not in json.dumps(pool["job_configuration"])
 
 
-def test_mlflow_knows_its_names_and_takes_nothing_from_a_page(running: Stack) -> None:
+def test_mlflow_checks_host_and_origin(running: Stack) -> None:
     names = {"localhost": 200, f"localhost:{running.mlflow_port}": 200, "127.0.0.1": 200}
     for path in ("api", "ajax-api"):
         url = f"{running.mlflow_url}/{path}/2.0/mlflow/experiments"
@@ -298,7 +298,7 @@ def test_a_plain_prefect_command_reaches_the_stack(folder: Path) -> None:
     assert not (folder / ".prefect").exists()
 
 
-def test_the_worker_obeys_although_its_starter_ignored_sigint() -> None:
+def test_the_worker_does_not_inherit_an_ignored_sigint() -> None:
     worker = pids()["worker"]
     status = Path(f"/proc/{worker}/status").read_text()
     ignored = int(re.findall(r"SigIgn:\s*(\w+)", status)[0], 16)
@@ -313,7 +313,7 @@ def test_a_broken_deployment_is_reported_with_its_reason(folder: Path) -> None:
     stack.up()
 
 
-def test_a_run_outlasts_its_server(folder: Path, running: Stack) -> None:
+def test_a_run_survives_an_outage_of_its_server(folder: Path, running: Stack) -> None:
     before = pids()
     run = submit(folder, "--param", "seconds=20")
     wait_until(lambda: state_of(running, run)[0] == "RUNNING")
@@ -325,7 +325,7 @@ def test_a_run_outlasts_its_server(folder: Path, running: Stack) -> None:
     wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
 
 
-def test_a_run_whose_server_dies_while_it_begins_completes(folder: Path, running: Stack) -> None:
+def test_a_run_completes_if_its_server_dies_during_startup(folder: Path, running: Stack) -> None:
     run = submit(folder)
     wait_until(lambda: state_of(running, run)[0] == "PENDING")
     kill(pids()["prefect"])
@@ -334,11 +334,11 @@ def test_a_run_whose_server_dies_while_it_begins_completes(folder: Path, running
     wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
 
 
-def test_the_logs_hold_no_error_that_is_not_explained(running: Stack) -> None:
+def test_the_logs_contain_no_unexplained_errors(running: Stack) -> None:
     assert stack.problems() == {}
 
 
-def test_a_run_waits_for_those_of_its_own_queue_only(folder: Path, running: Stack) -> None:
+def test_a_run_waits_only_for_runs_of_its_queue(folder: Path, running: Stack) -> None:
     active = {"id": start_long_run(folder, running)}
     assert prefect(folder, "deployment", "run", "tiny/beside", "--watch").returncode == 0
     assert state_of(running, active["id"])[0] == "RUNNING"
@@ -347,7 +347,7 @@ def test_a_run_waits_for_those_of_its_own_queue_only(folder: Path, running: Stac
     assert limits == {"default": 1, "other": 1, "janitor": 1}
 
 
-def test_a_run_outlives_its_worker(folder: Path, running: Stack) -> None:
+def test_a_run_survives_its_worker(folder: Path, running: Stack) -> None:
     run = long_run(running)
     processes_before = run_processes(running, run)
     kill(pids()["worker"])
@@ -356,7 +356,7 @@ def test_a_run_outlives_its_worker(folder: Path, running: Stack) -> None:
     assert run_processes(running, run) == processes_before
 
 
-def test_a_run_whose_process_died_with_its_worker_is_crashed_and_frees_its_slot(
+def test_a_run_that_died_with_its_worker_is_marked_as_crashed_and_frees_its_slot(
     folder: Path, running: Stack
 ) -> None:
     run = long_run(running)
@@ -364,13 +364,11 @@ def test_a_run_whose_process_died_with_its_worker_is_crashed_and_frees_its_slot(
     for process in run_processes(running, run):
         kill(process.pid)
     stack.up()
-    assert state_of(running, run) == ("CRASHED", "its process was gone when the stack came up")
+    assert state_of(running, run) == ("CRASHED", "its process was gone when the stack started")
     assert prefect(folder, "deployment", "run", "tiny/prod", "--watch").returncode == 0
 
 
-def test_a_run_that_its_worker_took_but_never_began_is_begun_by_the_next(
-    folder: Path, running: Stack
-) -> None:
+def test_a_pending_run_of_a_killed_worker_is_started_by_the_next(folder: Path, running: Stack) -> None:
     kill(pids()["worker"])
     run = submit(folder)
     running.prefect("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "PENDING"}, "force": True})
@@ -378,7 +376,7 @@ def test_a_run_that_its_worker_took_but_never_began_is_begun_by_the_next(
     wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
 
 
-def test_the_janitor_crashes_a_run_whose_process_is_dead_and_no_other(
+def test_the_janitor_marks_only_dead_runs_as_crashed(
     folder: Path, running: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive, dead = start_long_run(folder, running), submit(folder)
@@ -391,7 +389,7 @@ def test_the_janitor_crashes_a_run_whose_process_is_dead_and_no_other(
     running.prefect("POST", f"/flow_runs/{dead}/set_state", {"state": {"type": "RUNNING"}, "force": True})
     assert prefect(folder, "deployment", "run", "janitor/local", "--watch").returncode == 0
     assert state_of(running, alive)[0] == "RUNNING"
-    assert state_of(running, dead) == ("CRASHED", "its process has ended without reporting")
+    assert state_of(running, dead) == ("CRASHED", "the process ended without reporting its state")
     assert leases.leased_runs() == [alive]
     kill(process.pid)
     wait_until(lambda: state_of(running, alive)[0] == "CRASHED")

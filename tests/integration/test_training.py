@@ -89,9 +89,9 @@ def training(
         yield process, held
     finally:
         with contextlib.suppress(psutil.Error):
-            for one in [*tree.children(recursive=True), tree]:
+            for member in [*tree.children(recursive=True), tree]:
                 with contextlib.suppress(psutil.Error):
-                    one.kill()
+                    member.kill()
         process.stdout.close()
         process.wait()
 
@@ -133,7 +133,7 @@ def require_gone(processes: list[psutil.Process]) -> None:
         "deepspeed.launcher.launch",
     ],
 )
-def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_goes_on_exactly(
+def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_resumes_exactly(
     prepared: Path, undisturbed: str, clean_environment: dict[str, str], word: str
 ) -> None:
     name = f"killed-{word.replace('/', '-')}"
@@ -147,10 +147,10 @@ def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_goes_on_exa
         assert process.wait(timeout=60) != 0, output
         require_gone(processes)
     # If the ranks could still save their step, the message is theirs.
-    assert re.search(r"error: sft: (the ranks ended with code|asked to end; saved at step)", output)
+    assert re.search(r"error: sft: (the ranks exited with code|received SIGTERM; saved at step)", output)
     assert (prepared / "dvc.lock").read_bytes() == before
     assert not (prepared / MODEL).exists()
-    assert "going on from checkpoint-" in train(prepared, clean_environment, name)
+    assert "resuming from checkpoint-" in train(prepared, clean_environment, name)
     assert tree_digest(prepared / MODEL) == undisturbed
     # Step 3 or 4 was trained twice but logged once, in the MLflow run of the first attempt.
     client, run = only_run(f"sqlite:///{prepared.parent / name / 'mlflow.db'}")
@@ -159,7 +159,7 @@ def test_kill_9_leaves_no_process_and_no_finished_stage_and_training_goes_on_exa
 
 
 @pytest.mark.long
-def test_kill_9_of_dvc_itself_leaves_no_process_and_training_goes_on_exactly(
+def test_kill_9_of_the_stage_leaves_no_process_and_training_resumes_exactly(
     prepared: Path, undisturbed: str, clean_environment: dict[str, str]
 ) -> None:
     with training(prepared, clean_environment, "killed-stage") as (process, held):
@@ -168,11 +168,11 @@ def test_kill_9_of_dvc_itself_leaves_no_process_and_training_goes_on_exactly(
         stage.kill()
         release(held)
         require_gone(processes)
-    assert "going on from checkpoint-" in train(prepared, clean_environment, "killed-stage")
+    assert "resuming from checkpoint-" in train(prepared, clean_environment, "killed-stage")
     assert tree_digest(prepared / MODEL) == undisturbed
 
 
-def test_the_plan_the_proofs_and_what_really_ran_are_written_down(prepared: Path, undisturbed: str) -> None:
+def test_plan_selftest_and_effective_values_are_written(prepared: Path, undisturbed: str) -> None:
     assert undisturbed
     plan = read_json(prepared / "data/sft/plan.json")
     summary = read_json(prepared / "data/sft/summary.json")

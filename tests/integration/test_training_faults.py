@@ -63,17 +63,17 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [p for p in below if p.cmdline()[-3:-1] == ["-m", "tasks.sft.worker"] and "--" not in p.cmdline()]
 
 
-def goes_on_exactly(
+def require_exact_resume(
     folder: Path, environment: dict[str, str], state: str, undisturbed: tuple[str, list[float]]
 ) -> None:
     done = run_sft(folder, environment, state, **STEPS)
     assert done.returncode == 0, done.stdout
-    assert "going on from checkpoint-" in done.stdout
+    assert "resuming from checkpoint-" in done.stdout
     assert tree_digest(folder / "data/sft/model") == undisturbed[0]
 
 
 @pytest.mark.long
-def test_kill_9_while_a_checkpoint_is_written_goes_on_from_the_one_before(
+def test_kill_9_while_writing_a_checkpoint_resumes_from_the_previous_one(
     folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str]
 ) -> None:
     process = start_sft(folder, clean_environment, "killed-saving", **STEPS)
@@ -88,7 +88,7 @@ def test_kill_9_while_a_checkpoint_is_written_goes_on_from_the_one_before(
     left = sorted(path.name for path in training_folder(folder, "killed-saving").glob("checkpoint-*"))
     # It was killed before the checkpoint got its final name or, on a fast machine, just after.
     assert left[0] == "checkpoint-2"
-    goes_on_exactly(folder, clean_environment, "killed-saving", undisturbed)
+    require_exact_resume(folder, clean_environment, "killed-saving", undisturbed)
 
 
 @pytest.mark.long
@@ -103,12 +103,12 @@ def test_kill_9_at_a_random_moment_changes_neither_losses_nor_weights(
     ranks(process)[0].kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
-    goes_on_exactly(folder, clean_environment, state, undisturbed)
+    require_exact_resume(folder, clean_environment, state, undisturbed)
     assert history(folder, state) == undisturbed[1]
 
 
 @pytest.mark.long
-def test_decisions_that_follow_from_the_losses_are_the_same_after_a_resume(
+def test_decisions_based_on_losses_are_the_same_after_a_resume(
     folder: Path, clean_environment: dict[str, str]
 ) -> None:
     # No loss falls by 90% or 100 nats: each evaluation halves the learning rate, the fourth is the last.
@@ -134,12 +134,12 @@ def test_decisions_that_follow_from_the_losses_are_the_same_after_a_resume(
     assert process.returncode == 2, output
     again = run_sft(folder, clean_environment, "watched-killed", **watched)
     assert again.returncode == 0, again.stdout
-    assert "going on from checkpoint-" in again.stdout
+    assert "resuming from checkpoint-" in again.stdout
     assert history(folder, "watched-killed", "learning_rate") == pytest.approx(rates)
     assert tree_digest(folder / "data/sft/model") == expected
 
 
-def test_sigterm_saves_at_the_next_step_and_ends_as_resumable(
+def test_sigterm_saves_at_the_next_step_and_training_can_resume(
     folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str]
 ) -> None:
     process = start_sft(folder, clean_environment, "preempted", **{**STEPS, "save_steps": 2})
@@ -147,11 +147,11 @@ def test_sigterm_saves_at_the_next_step_and_ends_as_resumable(
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    assert "error: sft: asked to end; run again" in output
+    assert "error: sft: received SIGTERM; run again" in output
     newest = checkpoints.find_newest(training_folder(folder, "preempted"))
     assert newest is not None
     assert checkpoints.step(newest) >= 3
-    goes_on_exactly(folder, clean_environment, "preempted", undisturbed)
+    require_exact_resume(folder, clean_environment, "preempted", undisturbed)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def poisoned(tmp_path: Path, tiny_base: Path) -> Path:
     return folder
 
 
-def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
+def test_a_nan_loss_is_reported_with_its_row_which_is_skipped_once(
     poisoned: Path, clean_environment: dict[str, str]
 ) -> None:
     folder = poisoned
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_a_number_names_the_row_and_leaves_it_out_once(
 
 
 @pytest.mark.long
-def test_a_bad_loss_names_its_step_even_if_nothing_is_logged(
+def test_a_bad_loss_is_reported_with_its_step_even_if_nothing_is_logged(
     poisoned: Path, clean_environment: dict[str, str]
 ) -> None:
     rare = {**STEPS, "num_train_epochs": 1, "logging_steps": 100, "seed": 1}
@@ -197,7 +197,7 @@ def test_a_bad_loss_names_its_step_even_if_nothing_is_logged(
         attempt = training_folder(poisoned, "nan-unlogged") / "attempt.json"
         assert read_json(attempt)["skipped"] == [3]
         attempt.unlink()
-    assert "going on from checkpoint-2" in done.stdout
+    assert "resuming from checkpoint-2" in done.stdout
 
 
 @pytest.fixture
@@ -234,33 +234,36 @@ def run_poisoned(
         ),
     ],
 )
-def test_a_gradient_that_is_not_finite_names_its_own_row_and_spoils_nothing(
+def test_a_non_finite_gradient_is_reported_with_its_row_and_corrupts_nothing(
     marked: Path, clean_environment: dict[str, str], fault: str, changes: dict[str, Any], step: int, rows: str
 ) -> None:
     done = run_poisoned(marked, clean_environment, fault, **changes)
-    require_named(done, marked, step, rows)
+    require_reported(done, marked, step, rows)
     again = run_poisoned(marked, clean_environment, fault, **changes)
     assert again.returncode == 0, again.stdout
     assert read_json(marked / "data/sft/plan.json")["tokens"][step - 1] == 0
-    assert checkpoints.find_broken(marked / "data/sft/model") is None
+    assert checkpoints.find_non_finite(marked / "data/sft/model") is None
 
 
 @pytest.mark.parametrize(
     "strategy",
-    ["zero2", *(pytest.param(one, marks=pytest.mark.long) for one in ("ddp", "zero0", "zero3", "fsdp2"))],
+    [
+        "zero2",
+        *(pytest.param(strategy, marks=pytest.mark.long) for strategy in ("ddp", "zero0", "zero3", "fsdp2")),
+    ],
 )
-def test_every_strategy_stops_at_a_gradient_of_the_last_step_that_is_not_finite(
+def test_every_strategy_stops_at_a_non_finite_gradient_in_the_last_step(
     marked: Path, clean_environment: dict[str, str], strategy: str
 ) -> None:
     changes = {"strategy": strategy, "num_processes": 2, "seed": 3, "save_steps": 1}
     done = run_poisoned(marked, clean_environment, "gradient is NaN", **changes)
-    require_named(done, marked, 2, "[0, 2]")
+    require_reported(done, marked, 2, "[0, 2]")
     newest = checkpoints.find_newest(training_folder(marked, "poisoned"))
     assert newest is not None
     assert newest.name == "checkpoint-1"
 
 
-def require_named(done: subprocess.CompletedProcess[str], folder: Path, step: int, rows: str) -> None:
+def require_reported(done: subprocess.CompletedProcess[str], folder: Path, step: int, rows: str) -> None:
     """Require that training stopped at a gradient, reported its exact step and accepted no model."""
     assert done.returncode == 11, done.stdout
     assert "gradient norm " in done.stdout
@@ -271,7 +274,7 @@ def require_named(done: subprocess.CompletedProcess[str], folder: Path, step: in
 
 
 @pytest.mark.long
-def test_an_infinite_loss_whose_gradient_is_finite_is_found_on_saving(
+def test_an_infinite_loss_with_a_finite_gradient_is_found_on_saving(
     marked: Path, clean_environment: dict[str, str]
 ) -> None:
     # Nothing is logged before the end, so the checkpoint at step 4 is the first to detect the loss.
@@ -283,7 +286,7 @@ def test_an_infinite_loss_whose_gradient_is_finite_is_found_on_saving(
         attempt = training_folder(marked, "poisoned") / "attempt.json"
         assert read_json(attempt)["skipped"] == [3, 4]
         attempt.unlink()
-    assert "going on from checkpoint-2" in done.stdout
+    assert "resuming from checkpoint-2" in done.stdout
 
 
 @pytest.mark.long
@@ -295,19 +298,19 @@ def test_an_infinite_loss_whose_gradient_is_finite_is_found_on_saving(
         {"strategy": "fsdp2", "num_processes": 2, "num_train_epochs": 2},
     ],
 )
-def test_a_state_of_the_optimiser_that_is_not_finite_is_never_saved(
+def test_a_non_finite_optimizer_state_is_never_saved(
     marked: Path, clean_environment: dict[str, str], changes: dict[str, Any]
 ) -> None:
     done = run_poisoned(marked, clean_environment, "state", **changes)
     assert done.returncode == 11, done.stdout
-    assert "the optimiser's weights or state became not finite at steps 3 to 4" in done.stdout
+    assert "non-finite optimizer state or weights at steps 3 to 4" in done.stdout
     newest = checkpoints.find_newest(training_folder(marked, "poisoned"))
     assert newest is not None
     assert newest.name == "checkpoint-2"
 
 
 @pytest.mark.long
-def test_a_trained_model_with_a_weight_that_is_not_finite_is_not_accepted(
+def test_a_trained_model_with_a_non_finite_weight_is_rejected(
     marked: Path, clean_environment: dict[str, str]
 ) -> None:
     done = run_poisoned(marked, clean_environment, "file")
@@ -318,16 +321,16 @@ def test_a_trained_model_with_a_weight_that_is_not_finite_is_not_accepted(
 
 
 @pytest.mark.long
-def test_the_second_bad_loss_fails_for_good(poisoned: Path, clean_environment: dict[str, str]) -> None:
+def test_the_second_bad_loss_fails_permanently(poisoned: Path, clean_environment: dict[str, str]) -> None:
     # Two epochs contain the row twice: the first is skipped, the second is one too many.
     twice = {**STEPS, "num_train_epochs": 2}
     assert run_sft(poisoned, clean_environment, "nan-twice", **twice).returncode == 11
     last = run_sft(poisoned, clean_environment, "nan-twice", **twice)
     assert last.returncode == 2, last.stdout
-    assert "rows were left out once already" in last.stdout
+    assert "rows were already skipped once" in last.stdout
 
 
-def test_a_step_that_fp16_skips_is_counted_and_the_rates_wait_for_it(
+def test_a_step_skipped_in_fp16_is_counted_and_does_not_advance_the_schedule(
     folder: Path, clean_environment: dict[str, str]
 ) -> None:
     poisoned = {**clean_environment, "POISON": "overflow"}
@@ -341,30 +344,30 @@ def test_a_step_that_fp16_skips_is_counted_and_the_rates_wait_for_it(
     done = run_sft(folder, poisoned, "overflow", **changes)
     assert done.returncode == 0, done.stdout
     assert [line for line in done.stdout.splitlines() if " skipped: " in line][-1].endswith(
-        "step 5 skipped: its gradients overflowed fp16, the scaler halves its factor (3 so far)"
+        "step 5 skipped: gradients overflowed in fp16; the scaler halves its scale (3 skipped so far)"
     )
     plan = read_json(training_folder(folder, "overflow") / "job.json")["plan"]["learning_rate"]
     applied = [0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
     assert history(folder, "overflow", "learning_rate") == pytest.approx([plan[i] for i in applied])
 
 
-def test_fp16_that_skips_every_step_is_given_up(folder: Path, clean_environment: dict[str, str]) -> None:
+def test_fp16_that_skips_every_step_fails(folder: Path, clean_environment: dict[str, str]) -> None:
     done = run_sft(
         folder, {**clean_environment, "POISON": "overflows"}, "overflows", **{**STEPS, "num_train_epochs": 9}
     )
     assert done.returncode == 2
-    assert "the gradients of the last 20 steps, up to step 23, overflowed fp16; set sft." in done.stdout
+    assert "the gradients of the last 20 steps, up to step 23, overflowed in fp16; set sft." in done.stdout
 
 
 @pytest.mark.long
-def test_a_step_that_hangs_ends_with_where_it_stood(folder: Path, clean_environment: dict[str, str]) -> None:
+def test_a_hung_step_ends_with_a_stack_trace(folder: Path, clean_environment: dict[str, str]) -> None:
     two = {**STEPS, "strategy": "ddp", "num_processes": 2, "step_timeout_seconds": 8}
     process = start_sft(folder, clean_environment, "hung", **two)
     wait_for_line(process, "step 3/6")
     ranks(process)[1].suspend()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 12, output
-    assert "the next attempt goes on from the last checkpoint" in output
+    assert "the next attempt resumes from the last checkpoint" in output
     trace = next(training_folder(folder, "hung").glob("hang-*.txt"))
     assert "Timeout" in output + trace.read_text()
 
@@ -395,7 +398,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(
 
     code, output = run_limited()
     assert code == 10, output
-    assert "the next attempt takes 2 rows at a time, not 4" in output
+    assert "the next attempt uses 2 rows per forward pass instead of 4" in output
     code, output = run_limited()
     assert code == 0, output
     effective = read_json(folder / "data/sft/effective.json")
@@ -405,7 +408,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(
 
 
 @pytest.mark.long
-def test_a_full_disk_is_told_plainly_and_loses_no_checkpoint(
+def test_a_full_disk_is_reported_and_loses_no_checkpoint(
     folder: Path, undisturbed: tuple[str, list[float]], clean_environment: dict[str, str]
 ) -> None:
     process = start_sft(folder, clean_environment, "full", **STEPS)
@@ -416,15 +419,13 @@ def test_a_full_disk_is_told_plainly_and_loses_no_checkpoint(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert "cannot be written" in output
-    assert "training goes on from the checkpoint before" in output
-    goes_on_exactly(folder, clean_environment, "full", undisturbed)
+    assert "run again to resume from the last complete checkpoint" in output
+    require_exact_resume(folder, clean_environment, "full", undisturbed)
 
 
-def test_a_state_folder_that_nobody_can_write_is_told_plainly(
-    folder: Path, clean_environment: dict[str, str]
-) -> None:
+def test_an_unwritable_state_folder_is_reported(folder: Path, clean_environment: dict[str, str]) -> None:
     process = start_sft(folder, {**clean_environment}, "../../../../../../sys/nightshift", **STEPS)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert "error: " in output.splitlines()[-1]
-    assert "give the rights to write" in output.splitlines()[-1]
+    assert "fix the write permissions" in output.splitlines()[-1]

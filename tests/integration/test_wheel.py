@@ -61,7 +61,7 @@ def project_files() -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
     files = project_files()
     assert len(files) > 140
     assert "tasks/report/page.html.jinja" in files
@@ -98,16 +98,16 @@ def project_texts() -> dict[str, str]:
 
 
 # On PyPI `nightshift` is another project; this one is installed from a checkout.
-STRANGER = re.compile(r"\bnightshift\\?\[|\bpip install [^\n]*\bnightshift\b")
+PYPI_NAMESAKE = re.compile(r"\bnightshift\\?\[|\bpip install [^\n]*\bnightshift\b")
 OWN_EXTRA = re.compile(r"(?:-e|--editable) ['\"]?\\?\.\\?\[([a-z0-9{}]+)\\?\]")
 NAMED_EXTRA = re.compile(r"\b(?:the extra|extra `|, extra) ?([a-z0-9]+)")
 OTHER_PACKAGE = re.compile(r"\bpip install (?!-)[`'\"]?([\w.{}\[\]-]+)")
 
 
-def test_no_text_installs_a_stranger_or_an_extra_that_does_not_exist() -> None:
+def test_no_text_installs_the_pypi_namesake_or_an_unknown_extra() -> None:
     installs, extras = 0, 0
     for name, text in project_texts().items():
-        assert not STRANGER.search(text), name
+        assert not PYPI_NAMESAKE.search(text), name
         for found in OWN_EXTRA.findall(text):
             installs += 1
             assert found in EXTRAS | {"{extra}"}, name
@@ -118,14 +118,16 @@ def test_no_text_installs_a_stranger_or_an_extra_that_does_not_exist() -> None:
     assert extras >= 5
 
 
-def test_every_store_names_an_extra_that_exists() -> None:
+def test_every_store_has_an_existing_extra() -> None:
     from tasks.snapshot.sources.stores import EXTRAS as STORES
 
     assert STORES == {"s3": "s3", "gs": "gcs"}
     assert set(STORES.values()) <= EXTRAS
 
 
-def test_the_extra_gpu_brings_every_package_that_a_training_can_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extra_gpu_installs_every_optional_package_of_a_training_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from tasks.sft.machine import find_missing
     from tests.helpers.sft import sft_params
 
@@ -140,12 +142,12 @@ def test_the_extra_gpu_brings_every_package_that_a_training_can_lack(monkeypatch
             num_processes=1,
         ),
     ]
-    told = [line for one in params for line in find_missing(one, "cpu")]
+    missing = [line for one in params for line in find_missing(one, "cpu")]
     brought = {re.split("[>=]", one)[0] for one in PROJECT["optional-dependencies"]["gpu"]}
-    packages = {line.split(" needs ")[1].split(";")[0].replace("_", "-") for line in told}
+    packages = {line.split(" needs ")[1].split(";")[0].replace("_", "-") for line in missing}
     assert packages == {"bitsandbytes", "schedulefree", "liger-kernel"}
     assert packages <= brought
-    assert all(line.endswith("run `pip install -e '.[gpu]'`") for line in told)
+    assert all(line.endswith("run `pip install -e '.[gpu]'`") for line in missing)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_the_extra_gpu_brings_every_package_that_a_training_can_lack(monkeypatch
         ("mssql+pymssql://host/x", "pymssql"),
     ],
 )
-def test_a_missing_driver_is_named_as_pypi_names_it(url: str, package: str) -> None:
+def test_a_missing_driver_is_reported_by_its_pypi_name(url: str, package: str) -> None:
     from nightshift.core.errors import ConfigError
     from tasks.snapshot.sources.database import read_query
 
@@ -164,6 +166,6 @@ def test_a_missing_driver_is_named_as_pypi_names_it(url: str, package: str) -> N
         next(read_query("SELECT 1", url, "URL"))
 
 
-def test_no_text_installs_a_package_that_is_not_known_to_exist() -> None:
+def test_no_text_installs_an_unknown_package() -> None:
     found = {(name, one) for name, text in project_texts().items() for one in OTHER_PACKAGE.findall(text)}
     assert found == {("docs/serving.md", "sentencepiece"), ("tasks/snapshot/sources/database.py", "{driver}")}

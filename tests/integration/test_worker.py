@@ -17,7 +17,7 @@ def adapter_b(trainer: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for name, p in sorted(parameters) if "lora_B" in name])
 
 
-def test_a_schedule_free_optimiser_saves_the_weights_to_use_not_those_that_train(
+def test_a_schedule_free_optimizer_saves_inference_weights_not_training_weights(
     build: Callable[..., Any],
 ) -> None:
     trainer = build(optim="schedule_free_adamw")

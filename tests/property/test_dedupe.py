@@ -40,7 +40,7 @@ def test_dedupe_is_idempotent_and_never_removes_without_a_survivor(texts: list[s
 
 @settings(max_examples=40, deadline=None)
 @given(TEXTS, TEXTS)
-def test_new_texts_never_change_what_happened_to_old_ones(old: list[str], new: list[str]) -> None:
+def test_new_texts_never_change_earlier_decisions(old: list[str], new: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, Memo("signatures", {}, Path(folder)) as memo:
         before = duplicates(old, memo)
         after = duplicates(old + new, memo)
@@ -49,7 +49,7 @@ def test_new_texts_never_change_what_happened_to_old_ones(old: list[str], new: l
 
 @settings(max_examples=40, deadline=None)
 @given(TEXTS, st.randoms(use_true_random=False))
-def test_a_memo_filled_in_another_order_gives_the_same_removals(texts: list[str], random: object) -> None:
+def test_a_cache_filled_in_another_order_gives_the_same_removals(texts: list[str], random: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with Memo("signatures", {}, Path(folder) / "a") as memo:
             expected = duplicates(texts, memo)

@@ -14,7 +14,7 @@ DOCUMENTS = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(METRICS)), TEXTS, st.lists(TEXTS, min_size=1, max_size=3), TEXTS)
-def test_a_score_is_a_share_and_another_reference_never_lowers_it(
+def test_a_score_is_between_0_and_1_and_another_reference_never_lowers_it(
     metric: str, answer: str, references: list[str], other: str
 ) -> None:
     score = compare(metric, answer, references)  # type: ignore[arg-type]
@@ -24,7 +24,7 @@ def test_a_score_is_a_share_and_another_reference_never_lowers_it(
 
 @settings(max_examples=200, deadline=None)
 @given(DOCUMENTS, st.sampled_from("abcde"))
-def test_what_is_found_holds_the_word_and_does_not_depend_on_what_was_asked_before(
+def test_retrieved_documents_contain_the_word_and_do_not_depend_on_earlier_queries(
     known: list[str], word: str
 ) -> None:
     find = build_index(known, 3)

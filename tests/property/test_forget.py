@@ -45,7 +45,7 @@ def rows(path: Path) -> dict[int, Any]:
 @pytest.mark.parametrize("suffix", FORMATS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
 @given(texts=st.lists(WORDS, min_size=1, max_size=6, unique=True), data=st.data())
-def test_other_rows_keep_their_numbers_and_what_they_say(
+def test_other_rows_keep_their_numbers_and_content(
     tmp_path: Path, suffix: str, texts: list[str], data: st.DataObject
 ) -> None:
     path = tmp_path / f"000001{suffix}"
@@ -68,7 +68,7 @@ def test_other_rows_keep_their_numbers_and_what_they_say(
     ),
     start=st.sets(st.integers(0, 9).map(str)),
 )
-def test_what_is_affected_is_closed_and_nothing_more(runs: list[Run], start: set[str]) -> None:
+def test_the_affected_outputs_are_the_smallest_closed_set(runs: list[Run], start: set[str]) -> None:
     found = affected(runs, start)
     for run in runs:
         if run.deps & (found | start):

@@ -29,7 +29,7 @@ def verdict(candidate: list[bool], base: list[bool]) -> str:
 
 @settings(max_examples=30, deadline=None)
 @given(ANSWERS)
-def test_what_is_promoted_over_another_is_never_beaten_by_it(
+def test_a_promotion_becomes_a_rejection_when_the_models_are_swapped(
     pairs: list[tuple[bool, bool]],
 ) -> None:
     ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
@@ -39,7 +39,7 @@ def test_what_is_promoted_over_another_is_never_beaten_by_it(
 
 @settings(max_examples=30, deadline=None)
 @given(ANSWERS)
-def test_a_model_is_never_promoted_over_itself_or_for_fewer_right_answers(
+def test_a_model_is_never_promoted_over_itself_or_for_fewer_correct_answers(
     pairs: list[tuple[bool, bool]],
 ) -> None:
     ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
@@ -77,7 +77,7 @@ def test_power_is_a_probability_and_grows_with_items_gain_and_alpha(
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(1e-3, 1.0), st.floats(1e-12, 0.05), st.floats(0.5, 0.99))
-def test_so_many_items_have_the_power_and_fewer_do_not(gain: float, alpha: float, wanted: float) -> None:
+def test_the_needed_items_have_the_power_and_fewer_do_not(gain: float, alpha: float, wanted: float) -> None:
     found = alternating(1000, 1.0)
     needed = items_needed(found, gain, alpha, wanted)
     assert math.isfinite(needed)
@@ -100,7 +100,7 @@ SCORES = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(SCORES, st.integers(1, 4000))
-def test_every_figure_of_scores_is_finite(scores: list[float], look: int) -> None:
+def test_every_statistic_of_finite_scores_is_finite(scores: list[float], look: int) -> None:
     found = np.asarray(scores)
     spent = spent_alpha(0.05, look)
     assert 0 <= p_value(found, 1000, 0, alpha=spent) <= 1

@@ -14,7 +14,7 @@ def promoted(chance: np.random.Generator, gain: float, look: int) -> bool:
     return bool(p_value(differences, 1000, 0) <= spent_alpha(ALPHA, look) and differences.mean() > 0)
 
 
-def test_of_many_stretches_of_nights_without_a_gain_fewer_than_alpha_end_in_a_promotion() -> None:
+def test_the_rate_of_false_promotions_over_many_looks_is_below_alpha() -> None:
     chance = np.random.default_rng(0)
     stretches = [any(promoted(chance, 0.0, look) for look in range(1, 21)) for _ in range(400)]
     # The tests are two-sided: the other half of alpha would be spent on losses.
@@ -24,12 +24,12 @@ def test_of_many_stretches_of_nights_without_a_gain_fewer_than_alpha_end_in_a_pr
     assert sum(uncorrected) / 100 > 0.15
 
 
-def test_a_thousand_nights_in_a_row_without_a_gain_promote_nothing() -> None:
+def test_a_thousand_nights_without_a_gain_promote_nothing() -> None:
     chance = np.random.default_rng(1)
     assert not any(promoted(chance, 0.0, look) for look in range(1, 1001))
 
 
-def test_a_real_gain_is_promoted_as_often_as_the_power_says() -> None:
+def test_a_real_gain_is_promoted_at_the_rate_that_the_power_predicts() -> None:
     chance = np.random.default_rng(2)
     found = [promoted(chance, 0.1, 1) for _ in range(1000)]
     differences = chance.choice([1.0, -1.0, 0.0], size=100_000, p=[0.2, 0.1, 0.7])[:ITEMS]

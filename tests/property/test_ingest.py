@@ -54,7 +54,7 @@ def outcomes(folder: Path, lines: list[bytes], mode: Any = "report") -> list[Any
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(lines=st.lists(LINE, min_size=1, max_size=8), mode=st.sampled_from(["report", "redact", "drop"]))
-def test_every_row_is_an_example_or_a_fault_once_and_in_order(
+def test_every_row_becomes_one_example_or_fault_in_order(
     tmp_path: Path, lines: list[bytes], mode: str
 ) -> None:
     found = outcomes(tmp_path, lines, mode)
@@ -74,7 +74,7 @@ CLEAN = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filt
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(text=CLEAN, escaped=st.booleans())
-def test_any_clean_text_comes_through_unchanged_or_is_counted_as_repaired(
+def test_a_clean_text_is_unchanged_or_counted_as_repaired(
     tmp_path: Path, text: str, *, escaped: bool
 ) -> None:
     row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]}
@@ -86,7 +86,7 @@ def test_any_clean_text_comes_through_unchanged_or_is_counted_as_repaired(
 
 
 @given(rows=st.lists(JSON, max_size=6), indent=st.sampled_from([None, 1]), size=st.integers(1, 9))
-def test_an_array_is_cut_into_its_elements(rows: list[Any], indent: int | None, size: int) -> None:
+def test_an_array_is_split_into_its_elements(rows: list[Any], indent: int | None, size: int) -> None:
     class Chunks(io.BufferedReader):
         def read(self, wanted: int | None = -1) -> bytes:
             return super().read(size)
@@ -97,7 +97,7 @@ def test_an_array_is_cut_into_its_elements(rows: list[Any], indent: int | None, 
 
 
 @given(st.text("0123456789", min_size=12, max_size=18))
-def test_one_digit_of_ten_completes_a_luhn_number(digits: str) -> None:
+def test_exactly_one_check_digit_is_valid(digits: str) -> None:
     assert sum(is_luhn(digits + last) for last in "0123456789") == 1
 
 
@@ -112,7 +112,9 @@ ACCOUNT = st.text("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=1, max_size=3
 
 
 @given(country=st.sampled_from(sorted(IBAN_LENGTHS)), account=ACCOUNT, at=st.integers(4, 14))
-def test_an_iban_is_found_and_a_changed_sign_is_not(country: str, account: str, at: int) -> None:
+def test_an_iban_is_found_and_one_with_a_changed_character_is_not(
+    country: str, account: str, at: int
+) -> None:
     number = iban(country, account)
     assert iban_length(number) == len(number)
     # A letter counts as two digits, so swapping a letter and a digit would shift all other digits.
@@ -139,7 +141,7 @@ PIECE = st.one_of(
 
 
 @given(st.lists(PIECE, max_size=8).map("".join))
-def test_a_redacted_text_holds_no_personal_data_and_keeps_the_rest(text: str) -> None:
+def test_a_redacted_text_contains_no_personal_data_and_keeps_the_rest(text: str) -> None:
     found = find_pii(text)
     redacted = redact(text)
     assert find_pii(redacted) == []
@@ -173,7 +175,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(rows=st.lists(TALK, min_size=1, max_size=4))
-def test_whatever_passes_the_checks_is_encoded_or_a_fault(
+def test_every_checked_row_is_encoded_or_becomes_a_fault(
     tmp_path: Path, encoder: Encoder, rows: list[Any]
 ) -> None:
     checked = outcomes(tmp_path, [json.dumps(row).encode() for row in rows])

@@ -14,7 +14,7 @@ CURVES = st.lists(VALUES, min_size=1, max_size=1000).map(lambda values: list(enu
 
 
 @given(st.floats(-1000, 1000), st.floats(1e-6, 1e6))
-def test_ticks_are_few_rise_and_stay_between_the_ends(low: float, span: float) -> None:
+def test_ticks_are_few_ascending_and_within_the_range(low: float, span: float) -> None:
     found = ticks(low, low + span)
     assert 1 <= len(found) <= 6
     assert sorted(set(found)) == found
@@ -22,7 +22,7 @@ def test_ticks_are_few_rise_and_stay_between_the_ends(low: float, span: float) -
 
 
 @given(CURVES)
-def test_a_curve_stays_inside_its_drawing_and_has_few_points(curve: list[tuple[int, float]]) -> None:
+def test_a_curve_is_inside_the_plot_area_and_has_few_points(curve: list[tuple[int, float]]) -> None:
     chart = draw("loss", {"training": curve})
     assert chart
     points = chart.lines[0].points
@@ -40,7 +40,7 @@ def test_a_thinned_curve_keeps_its_weighted_mean(values: list[float]) -> None:
 
 
 @given(st.text(), st.integers(1, 50))
-def test_a_cut_text_tells_how_much_is_missing(text: str, length: int) -> None:
+def test_a_truncated_text_reports_the_omitted_characters(text: str, length: int) -> None:
     shown = cut(text, length)
     if len(text) <= length:
         assert shown == text
@@ -52,7 +52,7 @@ IDS = st.dictionaries(st.integers(0, 30).map(str), st.sampled_from(["facts", "ch
 
 
 @given(IDS, IDS)
-def test_every_example_came_went_or_stayed(before: dict[str, str], after: dict[str, str]) -> None:
+def test_every_example_is_added_removed_or_kept(before: dict[str, str], after: dict[str, str]) -> None:
     counts = count_rows(before, after).values()
     assert sum(one["removed"] + one["kept"] for one in counts) == len(before)
     assert sum(one["added"] + one["kept"] for one in counts) == len(after)

@@ -24,13 +24,13 @@ from infra.importers.axolotl.findings import (
     Finding,
     Findings,
     contradiction,
+    convert_value,
     default,
     not_needed,
-    read,
     unmapped,
 )
-from infra.importers.axolotl.memory import MEMORY_KEYS, memory
-from infra.importers.axolotl.schedule import SCHEDULE_KEYS, schedule
+from infra.importers.axolotl.memory import MEMORY_KEYS, map_memory
+from infra.importers.axolotl.schedule import SCHEDULE_KEYS, map_schedule
 from nightshift.core.config import PARAMS, config_error, read_params, suggestion
 from nightshift.core.errors import ConfigError
 from nightshift.core.files import write_text
@@ -39,23 +39,23 @@ from tasks.check import check
 
 # Keys that are interpreted together -> the function that maps them.
 GROUPS: dict[tuple[str, ...], Callable[[Config], Findings]] = {
-    data.MODEL_KEYS: data.model,
-    data.DATA_KEYS: data.data,
-    data.TEXT_KEYS: data.text,
-    groups.BATCH_KEYS: groups.batches,
-    groups.NOISE_KEYS: groups.noise,
-    SCHEDULE_KEYS: schedule,
-    groups.PRECISION_KEYS: groups.precision,
-    groups.ATTENTION_KEYS: groups.attention,
-    groups.CHECKPOINTING_KEYS: groups.checkpointing,
-    groups.ADAPTER_KEYS: groups.adapter,
-    groups.PLUGIN_KEYS: groups.plugins,
-    groups.EVALUATION_KEYS: groups.evaluation,
+    data.MODEL_KEYS: data.map_model,
+    data.DATA_KEYS: data.map_data,
+    data.TEXT_KEYS: data.map_text,
+    groups.BATCH_KEYS: groups.map_batches,
+    groups.NOISE_KEYS: groups.map_noise,
+    SCHEDULE_KEYS: map_schedule,
+    groups.PRECISION_KEYS: groups.map_precision,
+    groups.ATTENTION_KEYS: groups.map_attention,
+    groups.CHECKPOINTING_KEYS: groups.map_checkpointing,
+    groups.ADAPTER_KEYS: groups.map_adapter,
+    groups.PLUGIN_KEYS: groups.map_plugins,
+    groups.EVALUATION_KEYS: groups.map_evaluation,
 }
 HEADINGS = {
     "mapped": ("Mapped", "Axolotl", "params.yaml", "note"),
-    "not_needed": ("Not needed here", "Axolotl", "why"),
-    "unmapped": ("Could not be mapped", "Axolotl", "why, and what to do"),
+    "not_needed": ("Not needed", "Axolotl", "reason"),
+    "unmapped": ("Could not be mapped", "Axolotl", "reason and remedy"),
 }
 
 
@@ -85,7 +85,7 @@ def translate(config: Config, folder: Path) -> list[Finding]:
     """
     empty = [key for key, value in config.items() if value is None or value in ("", [], {})]
     given = {key: value for key, value in config.items() if key not in empty}
-    deciders: list[Callable[[Config], Findings]] = [*GROUPS.values(), partial(memory, folder=folder)]
+    deciders: list[Callable[[Config], Findings]] = [*GROUPS.values(), partial(map_memory, folder=folder)]
     found = [finding for decide in deciders for finding in decide(given)]
     found += _direct(given)
     decided = {key for group in (*GROUPS, MEMORY_KEYS) for key in group} | keys.DIRECT.keys()
@@ -95,9 +95,9 @@ def translate(config: Config, folder: Path) -> list[Finding]:
     ]
     found += [_alone(key, None) for key in unknown]
     found += _clashes(found)
-    found += _forgotten(given, found)
+    found += _unmatched(given, found)
     if unset := [key for key in empty if key not in unknown]:
-        found.append(not_needed(", ".join(unset), "empty: Axolotl's default holds"))
+        found.append(not_needed(", ".join(unset), "empty: Axolotl's default applies"))
     return found
 
 
@@ -111,18 +111,20 @@ def _clashes(found: Sequence[Finding]) -> list[Finding]:
         contradiction(
             first[one.target].key,
             one.key,
-            f"{one.target} would be {show(first[one.target].value)} and {show(one.value)}; take one out",
+            f"{one.target} would be {show(first[one.target].value)} and {show(one.value)}; remove one",
         )
         for one in given
         if first[one.target].value != one.value
     ]
 
 
-def _forgotten(given: Config, found: Sequence[Finding]) -> list[Finding]:
+def _unmatched(given: Config, found: Sequence[Finding]) -> list[Finding]:
     """Return findings for the keys that no rule matched, because their value has an unexpected form."""
-    told = {word for one in found if not one.is_default for word in re.split(r" and |, |[.\[]", one.key)}
+    matched = {word for one in found if not one.is_default for word in re.split(r" and |, |[.\[]", one.key)}
     return [
-        unmapped(key, f"{show(given[key])} is not understood; correct it") for key in given if key not in told
+        unmapped(key, f"{show(given[key])} is not a valid value; correct it")
+        for key in given
+        if key not in matched
     ]
 
 
@@ -145,7 +147,7 @@ def convert(path: Path, params: Path = PARAMS) -> tuple[list[Finding], str]:
     return found, edit(params.read_text(encoding="utf-8"), values_of(found))
 
 
-def require_right(text: str) -> None:
+def require_valid(text: str) -> None:
     """Validate the complete text of a new params.yaml.
 
     Raises:
@@ -155,8 +157,8 @@ def require_right(text: str) -> None:
         check(yaml.safe_load(text))
     except ConfigError as err:
         raise ConfigError(
-            f"{err}\nparams.yaml would be so; nothing is written. Correct the Axolotl file, or the other "
-            "keys of params.yaml, and import again"
+            f"{err}\nThe resulting params.yaml is invalid; nothing was written. Correct the Axolotl file, or "
+            "the other keys of params.yaml, and import again"
         ) from err
 
 
@@ -166,7 +168,7 @@ def write(text: str, params: Path = PARAMS) -> None:
     Raises:
         ConfigError: The parameters are invalid; every problem is listed and nothing is written.
     """
-    require_right(text)
+    require_valid(text)
     write_text(params, text)
 
 
@@ -188,7 +190,7 @@ def tables(found: Sequence[Finding], config: Config, present: dict[str, Any]) ->
             now = present.get(section, {}).get(key) if one.target else None
             if one.is_default and now == one.value:
                 continue
-            key_text = f"({one.key})" if one.is_default else _said(one.key, config)
+            key_text = f"({one.key})" if one.is_default else _with_value(one.key, config)
             cells = (
                 [key_text, f"{one.target} = {show(one.value)}", one.note]
                 if one.target
@@ -198,7 +200,7 @@ def tables(found: Sequence[Finding], config: Config, present: dict[str, Any]) ->
         if table.row_count:
             shown += [table, Text()]
     processes = present.get("sft", {}).get("num_processes")
-    stays = Text(f"sft.num_processes = {processes} stays: Axolotl takes it from its launcher")
+    stays = Text(f"sft.num_processes = {processes} is kept: in Axolotl, the launcher sets it")
     return Group(*shown, stays)
 
 
@@ -213,7 +215,7 @@ def show(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _said(key: str, config: Config) -> str:
+def _with_value(key: str, config: Config) -> str:
     """Return the key, with its value if that is a scalar."""
     value = config.get(key)
     return key if value is None or isinstance(value, dict | list) else f"{key}: {show(value)}"
@@ -222,7 +224,7 @@ def _said(key: str, config: Config) -> str:
 def _direct(given: Config) -> Findings:
     for key, (target, converter) in keys.DIRECT.items():
         if key in given:
-            yield read(key, target, given[key], converter, keys.NOTES.get(str(given[key]), ""))
+            yield convert_value(key, target, given[key], converter, keys.NOTES.get(str(given[key]), ""))
         elif key in keys.DEFAULTS:
             yield default(key, target, keys.DEFAULTS[key])
 
@@ -233,10 +235,10 @@ def _alone(key: str, value: Any) -> Finding:
         return not_needed(key, why)
     if (why := _lookup(key, keys.UNMAPPED)) is not None:
         is_off = value is False or value == 0
-        return not_needed(key, "off, as it is here") if is_off else unmapped(key, why)
+        return not_needed(key, "off, as in Nightshift") if is_off else unmapped(key, why)
     known = [*(name for group in (*GROUPS, MEMORY_KEYS) for name in group), *keys.DIRECT, *keys.NOT_NEEDED]
     near = suggestion(key, [name for name in [*known, *keys.UNMAPPED] if not name.endswith("*")])
-    return unmapped(key, f"unknown to Axolotl; {near if near.startswith('did') else 'take it out'}")
+    return unmapped(key, f"unknown to Axolotl; {near if near.startswith('did') else 'remove it'}")
 
 
 def _lookup(key: str, table: dict[str, str]) -> str | None:

@@ -12,7 +12,7 @@ from infra.importers.axolotl.findings import (
     contradiction,
     mapped,
     not_needed,
-    number,
+    parse_float,
     unmapped,
 )
 from nightshift.core.config import suggestion
@@ -58,31 +58,31 @@ OTHER = (
 BUILDERS = ("json", "csv", "parquet")
 
 
-def model(config: Config) -> Findings:
+def map_model(config: Config) -> Findings:
     """Map the base model: a local folder, or a Hub model at a commit."""
     name = str(config.get("base_model", ""))
     for key in ("base_model_config", "tokenizer_config"):
         if key in config and config[key] == config.get("base_model"):
-            yield not_needed(key, "the base's own")
+            yield not_needed(key, "read from the base's files")
         elif key in config:
             yield unmapped(
-                key, f"{config[key]}: the base's own is used; put the file into a local folder of the base"
+                key, f"{config[key]}: read from the base's files; put the file into a local copy of the base"
             )
     revisions = [key for key in MODEL_KEYS[3:] if key in config]
     if len({str(config[key]) for key in revisions}) > 1:
-        yield contradiction(revisions[0], revisions[1], "two revisions; take one out")
+        yield contradiction(revisions[0], revisions[1], "two revisions; remove one")
         return
     revision = str(config[revisions[0]]) if revisions else ""
     reference = f"hub:{name}@{revision}"
     if not name:
-        yield unmapped("base_model", "not named; set base.model")
+        yield unmapped("base_model", "not set; set base.model")
     elif is_local(name):
         yield mapped("base_model", "base.model", name)
         yield from (not_needed(key, "the base is a local folder") for key in revisions)
     elif HUB_MODEL.fullmatch(reference):
         yield mapped(" and ".join(["base_model", *revisions]), "base.model", reference)
     else:
-        what = f"{revision!r} may move" if revision else "no commit is named"
+        what = f"{revision!r} may change" if revision else "no commit is given"
         identity = name if "/" in name else f"<owner>/{name}"
         yield unmapped(
             " and ".join(["base_model", *revisions]),
@@ -96,17 +96,17 @@ def is_local(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
 
 
-def data(config: Config) -> Findings:
+def map_data(config: Config) -> Findings:
     """Map the data sources and the validation share."""
     share = config.get("val_set_size")
     if share and "test_datasets" in config:
-        yield contradiction("val_set_size", "test_datasets", "choose one; a share is held out by split")
+        yield contradiction("val_set_size", "test_datasets", "choose one; the stage split holds out a share")
     elif share is not None:
         yield _validation(share)
     if "test_datasets" in config:
         yield unmapped(
             "test_datasets",
-            "split holds out by group; set split.validation_share, or snapshot.benchmarks",
+            "the stage split holds out groups; set split.validation_share or snapshot.benchmarks",
         )
     rows = config.get("datasets", [])
     locations: list[str] = []
@@ -115,24 +115,27 @@ def data(config: Config) -> Findings:
         locations += [finding.value for finding in found if finding.kind == "mapped"]
         yield from (finding for finding in found if finding.kind != "mapped")
     if rows and not locations:
-        yield unmapped("datasets", "none of them could be mapped: the present snapshot.sources stay")
+        yield unmapped("datasets", "none of them could be mapped: the current snapshot.sources are kept")
     if locations:
-        yield mapped(
-            "datasets", "snapshot.sources", name_sources(locations), "in the place of the present sources"
-        )
+        yield mapped("datasets", "snapshot.sources", name_sources(locations), "replaces the current sources")
         for target in ("split.by_phrasing", "augment.sources"):
-            yield mapped("datasets", target, [], "it named present sources; name new ones if you want it")
+            yield mapped("datasets", target, [], "it listed the replaced sources; list new ones if needed")
 
 
 def _validation(share: Any) -> Finding:
     try:
-        if not 0 <= number(share) < 1:
+        if not 0 <= parse_float(share) < 1:
             raise ValueError(
                 f"{share} is a number of rows; set split.validation_share to a share (0 to 1) of the groups"
             )
     except ValueError as err:
         return unmapped("val_set_size", str(err))
-    return mapped("val_set_size", "split.validation_share", number(share), "of the groups of near-equal rows")
+    return mapped(
+        "val_set_size",
+        "split.validation_share",
+        parse_float(share),
+        "a share of the groups of near-duplicates",
+    )
 
 
 def _dataset(where: str, row: Any) -> Findings:
@@ -144,11 +147,11 @@ def _dataset(where: str, row: Any) -> Findings:
     )
     kind = row.get("type", "chat_template")
     if not isinstance(kind, str) or re.split(r"[.:]", kind)[0] not in TYPES:
-        shown = kind if isinstance(kind, str) else "with a format of its own"
+        shown = kind if isinstance(kind, str) else "custom format"
         yield unmapped(
             f"{where}.type",
-            f"{shown}: such rows are not read; write rows of messages, instruction and output, or text, and "
-            "name the file in snapshot.sources",
+            f"{shown}: not supported; write rows of messages, instruction and output, or text, and list the "
+            "file in snapshot.sources",
         )
         return
     try:
@@ -186,7 +189,7 @@ def locate(row: dict[str, Any]) -> list[str]:
         found = [f"{path.rstrip('/')}/{name}" for name in names] or [path]
     if not found or any(not shard_suffix(name) for name in found if not name.startswith("hub:")):
         raise ValueError(
-            f"{path}: no file that ingest reads ({READABLE}); name such files in snapshot.sources"
+            f"{path}: no file that ingest can read ({READABLE}); list such files in snapshot.sources"
         )
     for name in found:
         require_location(name)
@@ -196,18 +199,18 @@ def locate(row: dict[str, Any]) -> list[str]:
 def _hub(path: str, row: dict[str, Any], files: list[str]) -> list[str]:
     split, revision = str(row.get("split", "")), str(row.get("revision", ""))
     if not COMMIT.fullmatch(revision):
-        what = f"revision {revision!r} may move" if revision else "no commit is named"
+        what = f"revision {revision!r} may change" if revision else "no commit is given"
         raise ValueError(
             f"{path}: {what}; add `revision: <commit>`, the first word of `git ls-remote "
-            f"https://huggingface.co/datasets/{path} refs/convert/parquet`, which holds it as Parquet files"
+            f"https://huggingface.co/datasets/{path} refs/convert/parquet`, which has it as Parquet files"
         )
     if "[" in split or "+" in split:
         raise ValueError(
-            f"{path}: part {split!r} of a split is not read; prepare a file, name it in snapshot.sources"
+            f"{path}: split {split!r} is not supported; prepare a file, list it in snapshot.sources"
         )
     if wrong := [name for name in files if not name.endswith(".parquet")]:
         raise ValueError(
-            f"{path}: {wrong[0]} is not Parquet; take a commit of refs/convert/parquet, without data_files"
+            f"{path}: {wrong[0]} is not Parquet; use a commit of refs/convert/parquet, without data_files"
         )
     words = [str(row[key]) for key in ("name", "split") if key in row]
     globs = files or ([f"*{'*'.join(words)}*"] if words else [])
@@ -236,44 +239,46 @@ def name_sources(locations: Sequence[str]) -> dict[str, str]:
 
 def _column(where: str, key: str, value: Any) -> Finding:
     if key in USUAL and value in USUAL[key]:
-        return not_needed(where, "ingest does so by itself")
+        return not_needed(where, "the default of ingest")
     if key in USUAL or key in OTHER:
         if value in (False, []):
             return not_needed(where, "off")
-        return unmapped(where, f"{value}: ingest tells rows by their keys; write the file as messages")
+        return unmapped(where, f"{value}: the keys of a row determine its format; write the file as messages")
     return unmapped(where, f"unknown; {suggestion(key, [*LOCATED, *USUAL, *OTHER])}")
 
 
-def text(config: Config) -> Findings:
+def map_text(config: Config) -> Findings:
     """Map how rows become tokens: the base's chat template, loss on answers only."""
     if "train_on_inputs" in config:
         yield _only_if(
             "train_on_inputs",
-            "only answers are learned",
-            "give rows of `text` to learn every token",
+            "only assistant turns are labelled",
+            "use rows of `text` to train on every token",
             is_so=config["train_on_inputs"] is False,
         )
     template = str(config.get("chat_template", ""))
     if template:
         yield _only_if(
             "chat_template",
-            "the base's own template counts",
-            f"check that it is {template}, or put chat_template.jinja into a local folder of the base",
+            "the base's chat template is used",
+            f"check that it is {template}, or put chat_template.jinja into a local copy of the base",
             is_so=template.startswith("tokenizer_default"),
         )
     tokens = config.get("special_tokens")
     for name, value in tokens.items() if isinstance(tokens, dict) else ():
         yield _only_if(
             f"special_tokens.{name}",
-            "padding is never learned" if name == "pad_token" else f"{value}: the base's own tokens count",
-            "change them in a local folder of the base, base.model",
+            "padding is never labelled"
+            if name == "pad_token"
+            else f"{value}: the base's special tokens are used",
+            "change them in a local copy of the base and set base.model",
             is_so=name == "pad_token" or value is None,
         )
     if "shuffle_merged_datasets" in config:
         yield _only_if(
             "shuffle_merged_datasets",
             "rows are shuffled with sft.seed",
-            "their order cannot be given",
+            "a fixed order is not supported",
             is_so=bool(config["shuffle_merged_datasets"]),
         )
 

@@ -58,7 +58,9 @@ def contradiction(key: str, other: str, why: str) -> Finding:
     return Finding("contradiction", f"{key} and {other}", why)
 
 
-def read(key: str, target: str, value: Any, convert: Callable[[Any], Any], note: str = "") -> Finding:
+def convert_value(
+    key: str, target: str, value: Any, convert: Callable[[Any], Any], note: str = ""
+) -> Finding:
     """Convert and map a value, or return why it cannot be converted."""
     try:
         return mapped(key, target, convert(value), note)
@@ -66,14 +68,14 @@ def read(key: str, target: str, value: Any, convert: Callable[[Any], Any], note:
         return unmapped(key, str(err))
 
 
-def number(value: Any) -> float:
+def parse_float(value: Any) -> float:
     """Parse a number; PyYAML loads `1e-4` as a string.
 
     Raises:
         ValueError: The value is not a number.
 
     Example:
-        >>> number("1e-4"), number(2)
+        >>> parse_float("1e-4"), parse_float(2)
         (0.0001, 2.0)
     """
     try:
@@ -84,23 +86,23 @@ def number(value: Any) -> float:
     raise ValueError(f"{value!r} is not a number; correct it")
 
 
-def whole(value: Any) -> int:
+def parse_int(value: Any) -> int:
     """Parse an integer.
 
     Raises:
         ValueError: The value is not an integer.
 
     Example:
-        >>> whole(3.0), whole("1e3")
+        >>> parse_int(3.0), parse_int("1e3")
         (3, 1000)
     """
-    found = number(value)
+    found = parse_float(value)
     if not found.is_integer():
-        raise ValueError(f"{value!r} is not a whole number; write one into params.yaml")
+        raise ValueError(f"{value!r} is not an integer; set an integer in params.yaml")
     return int(found)
 
 
-def switch(value: Any) -> bool:
+def parse_bool(value: Any) -> bool:
     """Parse a boolean.
 
     Raises:
@@ -111,28 +113,28 @@ def switch(value: Any) -> bool:
     return value
 
 
-def above_zero(value: Any) -> float | None:
+def parse_nonzero(value: Any) -> float | None:
     """Parse a number; 0 becomes None.
 
     Raises:
         ValueError: The value is not a number.
     """
-    return number(value) or None
+    return parse_float(value) or None
 
 
-def steps(value: Any) -> int:
+def parse_steps(value: Any) -> int:
     """Parse a number of optimizer steps.
 
     Raises:
         ValueError: The value is a share of all steps, whose number is known only after packing.
     """
-    if 0 < number(value) < 1:
+    if 0 < parse_float(value) < 1:
         raise ValueError(f"{value} is a share of all steps; {AFTER_PACKING}")
-    return whole(value)
+    return parse_int(value)
 
 
 AFTER_PACKING = (
-    "steps are known after packing only: run `dvc repro pack` and divide packed_rows in "
+    "the number of steps is known only after packing: run `dvc repro pack` and divide packed_rows in "
     "data/pack/summary.json by num_processes x per_device_train_batch_size x "
-    "gradient_accumulation_steps; that is one epoch"
+    "gradient_accumulation_steps to get the steps of one epoch"
 )

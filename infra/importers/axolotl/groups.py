@@ -7,17 +7,17 @@ from infra.importers.axolotl.findings import (
     AFTER_PACKING,
     Config,
     Findings,
-    above_zero,
     contradiction,
+    convert_value,
     default,
     mapped,
     not_needed,
-    number,
-    read,
-    steps,
-    switch,
+    parse_bool,
+    parse_float,
+    parse_int,
+    parse_nonzero,
+    parse_steps,
     unmapped,
-    whole,
 )
 from infra.importers.axolotl.keys import ADAPTER, DEFAULTS, UNMAPPED
 from nightshift.core.config import suggestion
@@ -59,47 +59,49 @@ EVALUATION_KEYS = (
 )
 
 
-def batches(config: Config) -> Findings:
+def map_batches(config: Config) -> Findings:
     """Map rows per optimizer step: the old `batch_size` is micro-batch size times accumulation steps."""
     key, target = "gradient_accumulation_steps", "sft.gradient_accumulation_steps"
     rows, micro = config.get("batch_size"), config.get("micro_batch_size", 1)
     if key in config:
-        yield read(key, target, config[key], whole)
+        yield convert_value(key, target, config[key], parse_int)
     elif rows is None:
         yield default(key, target, 1)
     if rows is None:
         return
     try:
-        is_multiple = whole(rows) % whole(micro) == 0
+        is_multiple = parse_int(rows) % parse_int(micro) == 0
     except (ValueError, ZeroDivisionError):
         is_multiple = False
     if not is_multiple:
-        yield unmapped("batch_size", f"{rows} is no multiple of micro_batch_size={micro}; set {target}")
+        yield unmapped("batch_size", f"{rows} is not a multiple of micro_batch_size={micro}; set {target}")
     elif key not in config:
-        yield mapped("batch_size", target, whole(rows) // whole(micro), "batch_size / micro_batch_size")
-    elif whole(rows) == whole(micro) * number(config[key]):
+        yield mapped(
+            "batch_size", target, parse_int(rows) // parse_int(micro), "batch_size / micro_batch_size"
+        )
+    elif parse_int(rows) == parse_int(micro) * parse_float(config[key]):
         yield not_needed("batch_size", f"micro_batch_size x {key}")
     else:
-        yield contradiction("batch_size", key, f"{rows} is not {micro} x {config[key]}; take batch_size out")
+        yield contradiction("batch_size", key, f"{rows} is not {micro} x {config[key]}; remove batch_size")
 
 
-def noise(config: Config) -> Findings:
+def map_noise(config: Config) -> Findings:
     """Map the NEFTune noise, under its current and its deprecated name."""
     new, old = NOISE_KEYS
     target = "sft.neftune_noise_alpha"
     if new in config and old in config and config[new] != config[old]:
-        yield contradiction(new, old, f"{config[new]} and {config[old]}; take {old} out")
+        yield contradiction(new, old, f"{config[new]} and {config[old]}; remove {old}")
     elif new in config:
-        yield read(new, target, config[new], above_zero)
+        yield convert_value(new, target, config[new], parse_nonzero)
         if old in config:
-            yield not_needed(old, f"says the same as {new}")
+            yield not_needed(old, f"same as {new}")
     elif old in config:
-        yield read(old, target, config[old], above_zero, f"deprecated name of {new}")
+        yield convert_value(old, target, config[old], parse_nonzero, f"deprecated name of {new}")
     else:
         yield default(new, target, None)
 
 
-def precision(config: Config) -> Findings:
+def map_precision(config: Config) -> Findings:
     """Map Axolotl's six precision switches to one of five values."""
     target = "sft.precision"
     on = [key for key in HALF if config.get(key) in (True, "auto", "full")]
@@ -107,19 +109,19 @@ def precision(config: Config) -> Findings:
     yield from (unmapped(key, f"{config[key]} is unknown; set sft.precision") for key in odd)
     for key in on[1:]:
         if HALF[key] != HALF[on[0]]:
-            yield contradiction(on[0], key, "choose one arithmetic")
+            yield contradiction(on[0], key, "choose one precision")
             return
     for key in HALF:
         if key in config and key not in odd and key not in on[:1]:
-            yield not_needed(key, "off" if key not in on else f"says the same as {on[0]}")
+            yield not_needed(key, "off" if key not in on else f"same as {on[0]}")
     chosen = on[0] if on else ""
     notes = {
-        "bfloat16": "in mixed precision: weights that train without ZeRO stay in float32",
-        "float16": "in mixed precision: weights that train without ZeRO stay in float32",
-        "fp16": "a graphics processor with bf16 does not need it; Axolotl's own default is auto",
+        "bfloat16": "mixed precision: without ZeRO, trainable weights stay in float32",
+        "float16": "mixed precision: without ZeRO, trainable weights stay in float32",
+        "fp16": "not needed on a GPU with bf16; Axolotl's default is auto",
     }
     if chosen == "bf16" and config["bf16"] == "auto":
-        yield mapped("bf16", target, "auto", "without bf16 it is fp32, where Axolotl takes fp16")
+        yield mapped("bf16", target, "auto", "fp32 if bf16 is not supported, where Axolotl uses fp16")
     elif chosen:
         yield mapped(chosen, target, HALF[chosen], notes.get(chosen, ""))
     elif "bf16" not in config:
@@ -128,35 +130,37 @@ def precision(config: Config) -> Findings:
         yield mapped("tf32", target, "tf32")
         return
     else:
-        yield mapped("bf16", target, "fp32", "no half precision is on")
+        yield mapped("bf16", target, "fp32", "no half precision is enabled")
     if "tf32" in config:
-        why = "sft.precision names one arithmetic; products that stay in float32 are exact"
+        why = "sft.precision sets one precision; matmuls that stay in float32 do not use tf32"
         yield not_needed("tf32", why if config["tf32"] else "off")
 
 
-def attention(config: Config) -> Findings:
+def map_attention(config: Config) -> Findings:
     """Map the attention kernel: one name, or one of five deprecated flags."""
     target, name = "sft.attn_implementation", config.get("attn_implementation")
     on = [key for key in ATTENTION_FLAGS if config.get(key)]
     yield from (not_needed(key, "off") for key in ATTENTION_FLAGS if key in config and key not in on)
     if len(on) > 1:
-        yield contradiction(on[0], on[1], "choose one kernel, as attn_implementation")
+        yield contradiction(on[0], on[1], "choose one kernel, with attn_implementation")
     elif on and name not in (None, ATTENTION_FLAGS[on[0]]):
-        yield contradiction(on[0], "attn_implementation", f"{name} is another kernel; take {on[0]} out")
+        yield contradiction(on[0], "attn_implementation", f"{name} is another kernel; remove {on[0]}")
     elif name in KERNELS:
         yield mapped("attn_implementation", target, name)
-        yield from (not_needed(key, "deprecated; attn_implementation says the same") for key in on)
+        yield from (not_needed(key, "deprecated; same as attn_implementation") for key in on)
     elif name is not None:
         remedy = suggestion(str(name), list(KERNELS))
-        yield unmapped("attn_implementation", f"{name} is not here, nor are kernels of the Hub; {remedy}")
+        yield unmapped(
+            "attn_implementation", f"{name} is not supported, nor are kernels of the Hub; {remedy}"
+        )
     elif on:
-        note = f"deprecated; today attn_implementation: {ATTENTION_FLAGS[on[0]]}"
+        note = f"deprecated; now attn_implementation: {ATTENTION_FLAGS[on[0]]}"
         yield mapped(on[0], target, ATTENTION_FLAGS[on[0]], note)
     else:
-        yield default("attn_implementation", target, "auto", "the first kernel that runs")
+        yield default("attn_implementation", target, "auto", "the first kernel that works")
 
 
-def checkpointing(config: Config) -> Findings:
+def map_checkpointing(config: Config) -> Findings:
     """Map activation checkpointing."""
     new, old = config.get("activation_checkpointing"), config.get("gradient_checkpointing")
     key = "gradient_checkpointing" if old is not None else "activation_checkpointing"
@@ -166,16 +170,16 @@ def checkpointing(config: Config) -> Findings:
         yield contradiction("gradient_checkpointing", "activation_checkpointing", f"{old} and {new}")
         return
     if old is not None and new is not None:
-        yield not_needed("activation_checkpointing", "says the same as gradient_checkpointing")
+        yield not_needed("activation_checkpointing", "same as gradient_checkpointing")
     if value in ("offload", "offload_disk", "unsloth"):
         yield mapped(key, target, value=True, note="recomputed; see below")
         yield unmapped(
-            key, f"{value}: activations are computed again, not offloaded; lower the batch if needed"
+            key, f"{value}: activations are recomputed, not offloaded; reduce the batch size if needed"
         )
     elif value is None:
         yield default("gradient_checkpointing", target, value=False)
     else:
-        yield read(key, target, value, switch)
+        yield convert_value(key, target, value, parse_bool)
     yield from _reentrant(config, is_on=bool(value))
 
 
@@ -183,42 +187,42 @@ def _reentrant(config: Config, *, is_on: bool) -> Findings:
     options = config.get("gradient_checkpointing_kwargs")
     options = options if isinstance(options, dict) else {}
     key, target = "gradient_checkpointing_kwargs.use_reentrant", "sft.use_reentrant"
-    asked = options.get("use_reentrant")
-    if asked is None or not is_on:
-        yield default(key, target, value=False, note="the same gradients, by PyTorch's newer way")
-        if asked is not None:
+    requested = options.get("use_reentrant")
+    if requested is None or not is_on:
+        yield default(key, target, value=False, note="same gradients, PyTorch's newer variant")
+        if requested is not None:
             yield not_needed(key, "gradient_checkpointing is off")
-    elif asked and config.get("adapter"):
+    elif requested and config.get("adapter"):
         yield mapped(
-            key, target, value=False, note="the same gradients; with an adapter the older way may give none"
+            key, target, value=False, note="same gradients; with an adapter, the older variant may give none"
         )
     else:
-        yield read(key, target, asked, switch)
+        yield convert_value(key, target, requested, parse_bool)
     for name in (name for name in options if name != "use_reentrant"):
-        yield unmapped(f"gradient_checkpointing_kwargs.{name}", "PyTorch's default holds; take it out")
+        yield unmapped(f"gradient_checkpointing_kwargs.{name}", "PyTorch's default is used; remove it")
 
 
-def adapter(config: Config) -> Findings:
+def map_adapter(config: Config) -> Findings:
     """Map LoRA, QLoRA or full fine-tuning, and the hyperparameters of the adapter."""
     kind, four_bits = config.get("adapter"), config.get("load_in_4bit")
     if kind not in (None, "lora", "qlora"):
-        yield unmapped("adapter", f"{kind} is not here; set sft.adapter to lora, qlora or null")
+        yield unmapped("adapter", f"{kind} is not supported; set sft.adapter to lora, qlora or null")
     elif kind == "qlora" and four_bits is False:
         yield contradiction(
-            "adapter", "load_in_4bit", "qlora needs a base of four bits; choose lora, or true"
+            "adapter", "load_in_4bit", "qlora needs a 4-bit base; choose lora, or load_in_4bit: true"
         )
     elif kind is None and four_bits:
         yield contradiction(
-            "load_in_4bit", "adapter", "a base of four bits trains with an adapter only; add it"
+            "load_in_4bit", "adapter", "a 4-bit base can only be trained with an adapter; add one"
         )
     elif kind is None:
-        yield default("adapter", "sft.adapter", None, "none is named: all weights train")
+        yield default("adapter", "sft.adapter", None, "not set: full fine-tuning")
     elif four_bits:
         yield mapped("adapter", "sft.adapter", "qlora", "load_in_4bit is on" if kind == "lora" else "")
     else:
         yield mapped("adapter", "sft.adapter", kind)
     if four_bits is not None and not (kind is None and four_bits) and not (kind == "qlora" and not four_bits):
-        yield not_needed("load_in_4bit", "sft.adapter tells it: qlora has a base of four bits")
+        yield not_needed("load_in_4bit", "set by sft.adapter: qlora has a 4-bit base")
     yield from _adapter_numbers(config)
     yield from _modules(config)
 
@@ -227,11 +231,11 @@ def _adapter_numbers(config: Config) -> Findings:
     for key, (target, convert) in ADAPTER.items():
         if config.get("adapter") is None:
             if key in config:
-                yield not_needed(key, "read with an adapter only")
+                yield not_needed(key, "applies only with an adapter")
             if isinstance(DEFAULTS.get(key, ""), bool | None):
-                yield default(key, target, DEFAULTS[key], "belongs to an adapter")
+                yield default(key, target, DEFAULTS[key], "applies only with an adapter")
         elif key in config:
-            yield read(key, target, config[key], convert)
+            yield convert_value(key, target, config[key], convert)
         elif key in DEFAULTS:
             yield default(key, target, DEFAULTS[key])
 
@@ -241,7 +245,7 @@ def _modules(config: Config) -> Findings:
     names, is_linear = config.get(key), config.get("lora_target_linear")
     if config.get("adapter") is None:
         yield from (
-            not_needed(k, "read with an adapter only") for k in (key, "lora_target_linear") if k in config
+            not_needed(k, "applies only with an adapter") for k in (key, "lora_target_linear") if k in config
         )
         return
     if is_linear:
@@ -251,18 +255,18 @@ def _modules(config: Config) -> Findings:
     if is_linear and names:
         extra = [name for name in names if EMBEDDINGS.search(name)] if isinstance(names, list) else [names]
         if extra:
-            yield unmapped(key, f"{', '.join(map(str, extra))}: not linear layers of a block; take them out")
+            yield unmapped(key, f"{', '.join(map(str, extra))}: not linear layers of a block; remove them")
         else:
-            yield not_needed(key, "all-linear holds them")
+            yield not_needed(key, "all-linear includes them")
     elif names == "all-linear" or (isinstance(names, list) and names):
         yield mapped(key, target, names)
     elif names:
-        yield unmapped(key, f"{names!r} is a pattern; name the modules, or write all-linear, in {target}")
+        yield unmapped(key, f"{names!r} is a pattern; list the modules, or set all-linear, in {target}")
     elif not is_linear:
-        yield unmapped(key, f"not named, so PEFT chooses by the kind of model; name them in {target}")
+        yield unmapped(key, f"not set, so PEFT chooses by model type; list them in {target}")
 
 
-def plugins(config: Config) -> Findings:
+def map_plugins(config: Config) -> Findings:
     """Map Liger's kernels; other plugins have no counterpart."""
     names = config.get("plugins") or []
     names = names if isinstance(names, list) else [names]
@@ -272,32 +276,36 @@ def plugins(config: Config) -> Findings:
     else:
         yield default("plugins", "sft.use_liger_kernel", value=False)
     for name in (str(name) for name in names if "liger" not in str(name).lower()):
-        why = "Axolotl's plug-ins do not run here"
-        remedy = "set sft.use_liger_kernel" if "cut_cross_entropy" in name else "take it out"
+        why = "Axolotl plugins are not supported"
+        remedy = "set sft.use_liger_kernel" if "cut_cross_entropy" in name else "remove it"
         yield unmapped("plugins", f"{name}: {why}; {remedy}")
     for key in (key for key in LIGER_FLAGS if key in config):
         if not is_liger:
-            yield not_needed(key, "Axolotl reads it with its Liger plug-in only")
+            yield not_needed(key, "Axolotl reads it only with its Liger plugin")
         elif config[key] or key == "liger_cross_entropy":
-            yield not_needed(key, "sft.use_liger_kernel puts all kernels of the model in place")
+            yield not_needed(key, "sft.use_liger_kernel enables all kernels of the model")
         else:
-            yield unmapped(key, "Liger's kernels come together; set sft.use_liger_kernel: false to have none")
+            yield unmapped(
+                key, "Liger's kernels are all on or all off; set sft.use_liger_kernel: false to disable them"
+            )
 
 
-def evaluation(config: Config) -> Findings:
+def map_evaluation(config: Config) -> Findings:
     """Map when the model is evaluated and saved."""
     for key, other, target in (
         ("eval_steps", "evals_per_epoch", "sft.eval_steps"),
         ("save_steps", "saves_per_epoch", "sft.save_steps"),
     ):
         if config.get(key) and config.get(other):
-            yield contradiction(key, other, f"{config[key]} and {config[other]}; take one out")
+            yield contradiction(key, other, f"{config[key]} and {config[other]}; remove one")
         elif key in config:
-            yield read(key, target, config[key], above_zero_steps if key == "eval_steps" else steps)
+            yield convert_value(
+                key, target, config[key], parse_nonzero_steps if key == "eval_steps" else parse_steps
+            )
             if other in config:
-                yield not_needed(other, f"{key} tells it")
+                yield not_needed(other, f"set by {key}")
         elif config.get(other) == 0 and key == "eval_steps":
-            yield mapped(other, target, None, "no evaluation in training")
+            yield mapped(other, target, None, "no evaluation during training")
         elif other in config:
             yield unmapped(other, UNMAPPED[other])
     for key in ("eval_strategy", "evaluation_strategy"):
@@ -306,13 +314,13 @@ def evaluation(config: Config) -> Findings:
     yield from _best(config)
 
 
-def above_zero_steps(value: Any) -> int | None:
+def parse_nonzero_steps(value: Any) -> int | None:
     """Parse a number of steps; 0 (never) becomes None.
 
     Raises:
         ValueError: The value is a share of all steps, or not a number.
     """
-    return steps(value) or None
+    return parse_steps(value) or None
 
 
 def _strategy(config: Config, key: str, number_key: str) -> Findings:
@@ -324,14 +332,16 @@ def _strategy(config: Config, key: str, number_key: str) -> Findings:
     if is_off and config.get(number_key):
         yield contradiction(key, number_key, f"{key} is no, but {number_key} is {config[number_key]}")
     elif is_off and number_key == "eval_steps":
-        yield mapped(key, "sft.eval_steps", None, "no evaluation in training")
+        yield mapped(key, "sft.eval_steps", None, "no evaluation during training")
     elif value == "steps":
-        yield not_needed(key, f"{number_key} tells it")
+        yield not_needed(key, f"set by {number_key}")
     elif is_off:
-        yield unmapped(key, "checkpoints are always written, for a killed training; raise sft.save_steps")
+        yield unmapped(
+            key, "checkpoints are always saved, to resume a killed training run; raise sft.save_steps"
+        )
     elif value == "best":
         yield unmapped(
-            key, "set sft.load_best_model_at_end; the best checkpoint is kept beside the last ones"
+            key, "set sft.load_best_model_at_end; the best checkpoint is kept in addition to the last ones"
         )
     else:
         yield unmapped(key, f"{value}: set sft.{number_key}; {AFTER_PACKING}")
@@ -342,17 +352,17 @@ def _best(config: Config) -> Findings:
     if metric is not None:
         known = metric in ("loss", "eval_loss")
         why = (
-            "the validation loss, counted by token, decides"
+            "the validation loss per token is used"
             if known
-            else f"{metric} is not followed; the loss is"
+            else f"{metric} is not supported; the loss is used"
         )
         yield (not_needed if known else unmapped)(
-            "metric_for_best_model", why + ("" if known else "; take it out")
+            "metric_for_best_model", why + ("" if known else "; remove it")
         )
     if greater is not None:
         why = "a lower loss is better"
         yield (
-            unmapped("greater_is_better", f"{why}; take it out")
+            unmapped("greater_is_better", f"{why}; remove it")
             if greater
             else not_needed("greater_is_better", why)
         )
@@ -360,5 +370,5 @@ def _best(config: Config) -> Findings:
     if backend is not None:
         known = backend == "inductor"
         yield (not_needed if known else unmapped)(
-            "torch_compile_backend", "inductor is used; take another out"
+            "torch_compile_backend", "inductor is used; remove any other"
         )

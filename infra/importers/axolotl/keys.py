@@ -6,7 +6,7 @@ Names: the schemas of Axolotl 0.4 to 0.18 (src/axolotl/utils/schemas), including
 from collections.abc import Callable
 from typing import Any
 
-from infra.importers.axolotl.findings import AFTER_PACKING, above_zero, number, switch, whole
+from infra.importers.axolotl.findings import AFTER_PACKING, parse_bool, parse_float, parse_int, parse_nonzero
 
 Convert = Callable[[Any], Any]
 
@@ -27,14 +27,14 @@ OPTIMIZERS = {
 SCHEDULE_FREE = ("schedule_free_radam", "schedule_free_sgd")
 
 
-def optimizer(value: Any) -> str:
+def map_optimizer(value: Any) -> str:
     """Map the name of an optimizer.
 
     Raises:
         ValueError: The optimizer has no counterpart.
 
     Example:
-        >>> optimizer("adamw_bnb_8bit")
+        >>> map_optimizer("adamw_bnb_8bit")
         'adamw_8bit'
     """
     value = str(value)
@@ -42,11 +42,11 @@ def optimizer(value: Any) -> str:
         near = {"paged_lion_8bit": "lion_8bit", "paged_lion_32bit": "lion_32bit"}.get(value)
         near = near or ("schedule_free_adamw" if value in SCHEDULE_FREE else None)
         near = near or ("adamw_8bit" if "8bit" in value or "4bit" in value else "adamw_torch_fused")
-        raise ValueError(f"optimiser {value} is not here; {near} is the nearest, set sft.optim")
+        raise ValueError(f"optimizer {value} is not supported; set sft.optim, such as {near}")
     return OPTIMIZERS[value]
 
 
-def over_length(value: Any) -> str:
+def map_over_length(value: Any) -> str:
     """Map the handling of examples that are longer than a row.
 
     Raises:
@@ -58,47 +58,47 @@ def over_length(value: Any) -> str:
     return OVER_LENGTH[value]
 
 
-def compiled(value: Any) -> bool:
+def parse_compile(value: Any) -> bool:
     """Parse torch_compile; `auto` is on from PyTorch 2.6.
 
     Raises:
         ValueError: The value is not true, false or auto.
     """
-    return True if value == "auto" else switch(value)
+    return True if value == "auto" else parse_bool(value)
 
 
 DIRECT: dict[str, tuple[str, Convert]] = {
-    "sequence_len": ("pack.max_length", whole),
-    "sample_packing": ("pack.packing", switch),
-    "excess_length_strategy": ("pack.over_length", over_length),
-    "eval_sample_packing": ("sft.eval_packing", switch),
-    "micro_batch_size": ("sft.per_device_train_batch_size", whole),
-    "eval_batch_size": ("sft.per_device_eval_batch_size", whole),
-    "num_epochs": ("sft.num_train_epochs", whole),
-    "max_steps": ("sft.max_steps", whole),
-    "learning_rate": ("sft.learning_rate", number),
-    "optimizer": ("sft.optim", optimizer),
-    "adam_beta1": ("sft.adam_beta1", number),
-    "adam_beta2": ("sft.adam_beta2", number),
-    "adam_epsilon": ("sft.adam_epsilon", number),
-    "weight_decay": ("sft.weight_decay", number),
-    "max_grad_norm": ("sft.max_grad_norm", number),
-    "label_smoothing_factor": ("sft.label_smoothing_factor", number),
-    "torch_compile": ("sft.torch_compile", compiled),
-    "early_stopping_patience": ("sft.early_stopping_patience", whole),
-    "load_best_model_at_end": ("sft.load_best_model_at_end", switch),
-    "save_total_limit": ("sft.save_total_limit", whole),
-    "logging_steps": ("sft.logging_steps", whole),
-    "seed": ("sft.seed", whole),
+    "sequence_len": ("pack.max_length", parse_int),
+    "sample_packing": ("pack.packing", parse_bool),
+    "excess_length_strategy": ("pack.over_length", map_over_length),
+    "eval_sample_packing": ("sft.eval_packing", parse_bool),
+    "micro_batch_size": ("sft.per_device_train_batch_size", parse_int),
+    "eval_batch_size": ("sft.per_device_eval_batch_size", parse_int),
+    "num_epochs": ("sft.num_train_epochs", parse_int),
+    "max_steps": ("sft.max_steps", parse_int),
+    "learning_rate": ("sft.learning_rate", parse_float),
+    "optimizer": ("sft.optim", map_optimizer),
+    "adam_beta1": ("sft.adam_beta1", parse_float),
+    "adam_beta2": ("sft.adam_beta2", parse_float),
+    "adam_epsilon": ("sft.adam_epsilon", parse_float),
+    "weight_decay": ("sft.weight_decay", parse_float),
+    "max_grad_norm": ("sft.max_grad_norm", parse_float),
+    "label_smoothing_factor": ("sft.label_smoothing_factor", parse_float),
+    "torch_compile": ("sft.torch_compile", parse_compile),
+    "early_stopping_patience": ("sft.early_stopping_patience", parse_int),
+    "load_best_model_at_end": ("sft.load_best_model_at_end", parse_bool),
+    "save_total_limit": ("sft.save_total_limit", parse_int),
+    "logging_steps": ("sft.logging_steps", parse_int),
+    "seed": ("sft.seed", parse_int),
 }
 # Keys that apply only with an adapter.
 ADAPTER: dict[str, tuple[str, Convert]] = {
-    "lora_r": ("sft.lora_r", whole),
-    "lora_alpha": ("sft.lora_alpha", whole),
-    "lora_dropout": ("sft.lora_dropout", number),
-    "peft_use_dora": ("sft.use_dora", switch),
-    "peft_use_rslora": ("sft.use_rslora", switch),
-    "loraplus_lr_ratio": ("sft.loraplus_lr_ratio", above_zero),
+    "lora_r": ("sft.lora_r", parse_int),
+    "lora_alpha": ("sft.lora_alpha", parse_int),
+    "lora_dropout": ("sft.lora_dropout", parse_float),
+    "peft_use_dora": ("sft.use_dora", parse_bool),
+    "peft_use_rslora": ("sft.use_rslora", parse_bool),
+    "loraplus_lr_ratio": ("sft.loraplus_lr_ratio", parse_nonzero),
 }
 # Axolotl's defaults for keys that change the training result.
 DEFAULTS: dict[str, Any] = {
@@ -124,41 +124,41 @@ DEFAULTS: dict[str, Any] = {
     "loraplus_lr_ratio": None,
 }
 NOTES = {
-    "adamw_hf": "the same update; adamw_hf is gone from transformers",
-    "adamw_apex_fused": "PyTorch's own fused kernel",
+    "adamw_hf": "same update; transformers removed adamw_hf",
+    "adamw_apex_fused": "PyTorch's fused kernel",
     "truncate": "at most pack.max_lost_token_share of the tokens may be lost",
     "drop": "at most pack.max_lost_token_share of the tokens may be lost",
     "auto": "on from PyTorch 2.6",
 }
 
-_LAUNCH = "the launcher sets it; ranks are sft.num_processes"
-_MLFLOW = "runs, metrics and models go to MLflow by themselves"
-_LOADER = "the loader is set by itself: one sequential pass over the plan"
-_PACKER = "the packer decides over the whole set at once and needs no tuning"
-_TOKENIZER = "the base's own files tell it"
-_SHARDING = "set by itself"
-_SPEED = "a kernel; it changes speed and memory, not the result. sft.use_liger_kernel has fused ones"
+_LAUNCH = "set by the launcher; sft.num_processes is the number of ranks"
+_MLFLOW = "runs, metrics and models are logged to MLflow automatically"
+_LOADER = "the data loader is set automatically: one sequential pass over the plan"
+_PACKER = "the packer sees the whole set at once and needs no tuning"
+_TOKENIZER = "read from the base's files"
+_SHARDING = "set automatically"
+_SPEED = "affects speed and memory only; sft.use_liger_kernel enables fused kernels"
 
 NOT_NEEDED: dict[str, str] = {
-    "output_dir": "stages write to data/, checkpoints go to .nightshift",
-    "resume_from_checkpoint": "a killed training goes on from its last complete checkpoint by itself",
-    "auto_resume_from_checkpoints": "a killed training goes on from its last complete checkpoint by itself",
-    "dataset_prepared_path": "DVC keeps the tokenised data, by content",
-    "dataset_processes": "the stages choose it",
-    "dataset_num_proc": "the stages choose it",
-    "dataset_keep_in_memory": "the stages choose it",
-    "dataset_exact_deduplication": "the stage dedupe removes equal and nearly equal rows",
-    "group_by_length": "rows are packed to equal length, and rows of like cost train side by side",
-    "pad_to_sequence_len": "rows hold no padding that is learned",
-    "batch_flattening": "packed rows need none",
+    "output_dir": "stages write to data/, checkpoints to .nightshift",
+    "resume_from_checkpoint": "a killed training run resumes from its last complete checkpoint",
+    "auto_resume_from_checkpoints": "a killed training run resumes from its last complete checkpoint",
+    "dataset_prepared_path": "DVC caches the tokenized data by content",
+    "dataset_processes": "set by the stages",
+    "dataset_num_proc": "set by the stages",
+    "dataset_keep_in_memory": "set by the stages",
+    "dataset_exact_deduplication": "the stage dedupe removes duplicates and near-duplicates",
+    "group_by_length": "rows are packed to equal length, and rows of similar cost are trained together",
+    "pad_to_sequence_len": "padding is never labelled",
+    "batch_flattening": "not needed for packed rows",
     "multipack_real_batches": _PACKER,
     "sample_packing_group_size": _PACKER,
     "sample_packing_bin_size": _PACKER,
     "sample_packing_eff_est": _PACKER,
     "sample_packing_mp_start_method": _PACKER,
     "sample_packing_sequentially": _PACKER,
-    "total_num_tokens": "the summary of the stage pack counts them",
-    "total_supervised_tokens": "the summary of the stage pack counts them",
+    "total_num_tokens": "counted in the summary of the stage pack",
+    "total_supervised_tokens": "counted in the summary of the stage pack",
     "model_type": _TOKENIZER,
     "type_of_model": _TOKENIZER,
     "tokenizer_type": _TOKENIZER,
@@ -168,9 +168,9 @@ NOT_NEEDED: dict[str, str] = {
     "is_llama_derived_model": _TOKENIZER,
     "is_mistral_derived_model": _TOKENIZER,
     "is_qwen_derived_model": _TOKENIZER,
-    "lora_fan_in_fan_out": "PEFT sees it from the layer",
-    "loraplus_lr_embedding": "adapters stand on linear layers, not on embeddings",
-    "lora_on_cpu": "weights are loaded where they train",
+    "lora_fan_in_fan_out": "PEFT detects it from the layer",
+    "loraplus_lr_embedding": "adapters are on linear layers, not on embeddings",
+    "lora_on_cpu": "weights are loaded on the training device",
     "qlora_sharded_model_loading": _SHARDING,
     "local_rank": _LAUNCH,
     "world_size": _LAUNCH,
@@ -187,10 +187,10 @@ NOT_NEEDED: dict[str, str] = {
     "dataloader_prefetch_factor": _LOADER,
     "dataloader_drop_last": _LOADER,
     "remove_unused_columns": _LOADER,
-    "save_safetensors": "weights are always safetensors",
-    "save_only_model": "checkpoints hold all that a resumed training needs",
-    "save_first_step": "sft.save_steps says when",
-    "strict": "every section is checked as a whole",
+    "save_safetensors": "weights are always saved as safetensors",
+    "save_only_model": "checkpoints contain everything that is needed to resume",
+    "save_first_step": "set by sft.save_steps",
+    "strict": "every section is validated as a whole",
     "gc_steps": "not used",
     "debug": "not used",
     "include_tokens_per_second": "always measured",
@@ -204,7 +204,7 @@ NOT_NEEDED: dict[str, str] = {
     "wandb_*": _MLFLOW,
     "use_comet": _MLFLOW,
     "comet_*": _MLFLOW,
-    "gradio_*": "`nightshift` serves no web page for chats",
+    "gradio_*": "`nightshift` has no web UI for chats",
     "flash_attn_cross_entropy": _SPEED,
     "flash_attn_rms_norm": _SPEED,
     "flash_attn_fuse_qkv": _SPEED,
@@ -224,21 +224,17 @@ NOT_NEEDED: dict[str, str] = {
     "experimental_skip_move_to_device": "internal to Axolotl",
 }
 
-_RL = (
-    "only supervised fine-tuning is here; take the preference or reward data out, or train this with Axolotl"
-)
+_RL = "only supervised fine-tuning is supported; remove the preference or reward data, or train with Axolotl"
 _PARALLEL = (
-    "a sequence, a layer or an expert is not divided here; take strategy zero3 or fsdp2 and shorter rows"
+    "sequence, tensor and expert parallelism are not supported; use strategy zero3 or fsdp2 and shorter rows"
 )
-_BASE = "the base is trained as it is; make a local folder with the change and name it as base.model"
-_RATES = "all weights that train share one learning rate; take it out"
-_SHARE_OF_DATA = "the whole set is used; prepare files that hold the part and name them in snapshot.sources"
-_PARTIAL = "sft.lora_target_modules names modules by name only; list them there, or take it out"
-_ADAPTER_KIND = "lora and qlora with use_dora, use_rslora and loraplus_lr_ratio are here; take it out"
-_PRETRAIN = (
-    "streams are not read: give text rows as files in snapshot.sources; every token of them is learned"
-)
-_OPTIMIZER = "the optimiser has adam_beta1, adam_beta2, adam_epsilon and weight_decay; take the rest out"
+_BASE = "the base is trained unchanged; make the change in a local copy and set base.model to its folder"
+_RATES = "all trainable weights share one learning rate; remove it"
+_SHARE_OF_DATA = "the whole dataset is used; prepare files with the subset and list them in snapshot.sources"
+_PARTIAL = "sft.lora_target_modules accepts only module names; list them there, or remove it"
+_ADAPTER_KIND = "only lora and qlora with use_dora, use_rslora and loraplus_lr_ratio are supported; remove it"
+_PRETRAIN = "streaming is not supported: list files of text rows in snapshot.sources; every token is labelled"
+_OPTIMIZER = "only adam_beta1, adam_beta2, adam_epsilon and weight_decay are supported; remove the rest"
 
 UNMAPPED: dict[str, str] = {
     "evals_per_epoch": f"set sft.eval_steps; {AFTER_PACKING}",
@@ -265,12 +261,12 @@ UNMAPPED: dict[str, str] = {
     "dp_replicate_size": _PARALLEL,
     "heads_k_stride": _PARALLEL,
     "ring_attn_func": _PARALLEL,
-    "load_in_8bit": "a base of eight bits is not here; adapter qlora has four, lora keeps it in base.dtype",
-    "gptq": "a base in GPTQ cannot be trained on; name its original as base.model and set sft.adapter: qlora",
-    "bnb_config_kwargs": "qlora is NF4 with double quantisation; take it out",
+    "load_in_8bit": "an 8-bit base is not supported; qlora uses 4 bits, lora keeps base.dtype",
+    "gptq": "a GPTQ base is not supported; set base.model to the original model and sft.adapter: qlora",
+    "bnb_config_kwargs": "qlora uses NF4 with double quantization; remove it",
     "peft": _ADAPTER_KIND,
-    "lora_model_dir": "a training starts from base.model; merge the adapter into it and name that folder",
-    "lora_modules_to_save": "adapters train on linear layers only; take it out, or set sft.adapter: null",
+    "lora_model_dir": "training starts from base.model; merge the adapter into the base and set base.model",
+    "lora_modules_to_save": "adapters are on linear layers only; remove it, or set sft.adapter: null",
     "lora_target_parameters": _PARTIAL,
     "peft_layers_to_transform": _PARTIAL,
     "peft_layers_pattern": _PARTIAL,
@@ -281,8 +277,8 @@ UNMAPPED: dict[str, str] = {
     "peft_autocast_adapter_dtype": _ADAPTER_KIND,
     "relora*": _ADAPTER_KIND,
     "lisa_*": _ADAPTER_KIND,
-    "merge_lora": "register the adapter and merge it where it is served",
-    "unfrozen_parameters": "all weights train, or an adapter; set sft.adapter",
+    "merge_lora": "register the adapter, then merge it with `nightshift export`",
+    "unfrozen_parameters": "either all weights or an adapter is trained; set sft.adapter",
     "tokens": _BASE,
     "added_tokens_overrides": _BASE,
     "resize_token_embeddings_to_32x": _BASE,
@@ -297,43 +293,43 @@ UNMAPPED: dict[str, str] = {
     "model_quantization_config*": _BASE,
     "rope_scaling": _BASE,
     "cls_model_config": _BASE,
-    "processor_type": "only text is trained; choose a text model",
-    "image_size": "only text is trained; choose a text model",
-    "image_resize_algorithm": "only text is trained; choose a text model",
-    "tokenizer_use_mistral_common": "the tokenizer of transformers is used; choose a base that has one",
-    "tokenizer_save_jinja_files": "the template is saved with the tokenizer; take it out",
-    "trust_remote_code": "no code of a repository is run; choose a model that transformers knows",
-    "chat_template_jinja": "the base's own template counts; put it into a local folder of the base, as "
-    "chat_template.jinja, and name the folder as base.model",
-    "chat_template_kwargs": "the template gets messages and tools only; put constants into the template",
-    "eot_tokens": "the base's template says where a turn ends; correct it there",
-    "default_system_message": "put it into the rows, as a system message",
-    "min_sample_len": "the stages drop no short rows; filter the files",
-    "eval_sequence_len": "evaluation rows have pack.max_length too; take it out",
-    "max_packed_sequence_len": "it joined examples that saw each other; set pack.packing and pack.max_length",
-    "curriculum_sampling": "rows are shuffled with sft.seed; their order cannot be given",
-    "shuffle_before_merging_datasets": "rows are shuffled with sft.seed; their order cannot be given",
+    "processor_type": "only text models are supported; choose one",
+    "image_size": "only text models are supported; choose one",
+    "image_resize_algorithm": "only text models are supported; choose one",
+    "tokenizer_use_mistral_common": "the tokenizer of transformers is used; choose a base with one",
+    "tokenizer_save_jinja_files": "the template is saved with the tokenizer; remove it",
+    "trust_remote_code": "remote code is never run; choose a model that transformers supports",
+    "chat_template_jinja": "the base's chat template is used; put it into a local copy of the base, as "
+    "chat_template.jinja, and set base.model to that folder",
+    "chat_template_kwargs": "the template gets only messages and tools; put constants into the template",
+    "eot_tokens": "the base's template determines where a turn ends; change it there",
+    "default_system_message": "add it to the rows as a system message",
+    "min_sample_len": "short rows are not dropped; filter the files",
+    "eval_sequence_len": "pack.max_length also applies to evaluation rows; remove it",
+    "max_packed_sequence_len": "it did not isolate packed examples; set pack.packing and pack.max_length",
+    "curriculum_sampling": "rows are shuffled with sft.seed; a fixed order is not supported",
+    "shuffle_before_merging_datasets": "rows are shuffled with sft.seed; a fixed order is not supported",
     "dataset_shard_num": _SHARE_OF_DATA,
     "dataset_shard_idx": _SHARE_OF_DATA,
-    "skip_prepare_dataset": "rows are always checked and tokenised; give messages, not tokens",
+    "skip_prepare_dataset": "rows are always checked and tokenized; use messages, not tokens",
     "pretraining_dataset": _PRETRAIN,
     "pretraining_sample_concatenation": _PRETRAIN,
     "pretrain_multipack_*": _PRETRAIN,
     "streaming*": _PRETRAIN,
-    "use_pose": "positions are those of the examples; take it out",
-    "pose_*": "positions are those of the examples; take it out",
-    "push_dataset_to_hub": "data stays in DVC; push the folder data/pack by hand",
+    "use_pose": "position ids are those of the examples; remove it",
+    "pose_*": "position ids are those of the examples; remove it",
+    "push_dataset_to_hub": "data stays in DVC; push the folder data/pack manually",
     "hf_use_auth_token": "set HF_TOKEN in the environment",
-    "hub_model_id": "models go to the MLflow registry as registry.model_name; push to the Hub by hand",
-    "hub_strategy": "models go to the MLflow registry; push to the Hub by hand",
-    "hub_revision": "models go to the MLflow registry; push to the Hub by hand",
-    "mlflow_tracking_uri": "a fact of the machine: set MLFLOW_TRACKING_URI in the environment",
-    "auto_find_batch_size": "out of memory, the batch is halved and accumulation doubled by itself; "
-    "name a size in sft.per_device_train_batch_size",
+    "hub_model_id": "models go to the MLflow registry as registry.model_name; push to the Hub manually",
+    "hub_strategy": "models go to the MLflow registry; push to the Hub manually",
+    "hub_revision": "models go to the MLflow registry; push to the Hub manually",
+    "mlflow_tracking_uri": "machine-specific: set MLFLOW_TRACKING_URI in the environment",
+    "auto_find_batch_size": "after out of memory, the micro-batch is halved and accumulation is doubled; "
+    "set sft.per_device_train_batch_size",
     "embedding_lr": _RATES,
     "embedding_lr_scale": _RATES,
     "lr_groups": _RATES,
-    "lr_quadratic_warmup": "the warm-up is linear; a longer sft.warmup_steps comes near",
+    "lr_quadratic_warmup": "warmup is linear; approximate it with a longer sft.warmup_steps",
     "cosine_constant_lr_ratio": "use lr_scheduler_type warmup_stable_decay, or cosine with min_lr_rate",
     "jagged_restart_*": "use lr_scheduler_type cosine_with_restarts",
     "optim_args": _OPTIMIZER,
@@ -342,39 +338,39 @@ UNMAPPED: dict[str, str] = {
     "adam_epsilon2": _OPTIMIZER,
     "dion_*": _OPTIMIZER,
     "torchdistx_path": _OPTIMIZER,
-    "fp8*": "training in float8 is not here; set sft.precision: bf16 and, with LoRA, sft.fp8_base: true",
-    "s2_attention": "shifted sparse attention is not here; set sft.attn_implementation: auto",
-    "sage_attention": "sage is not here; set sft.attn_implementation: auto",
-    "flash_optimum": "BetterTransformer is gone; set sft.attn_implementation: sdpa",
-    "flex_attn_compile_kwargs": "flex_attention is compiled with its defaults; take it out",
+    "fp8*": "float8 training is not supported; set sft.precision: bf16 and, with LoRA, sft.fp8_base: true",
+    "s2_attention": "shifted sparse attention is not supported; set sft.attn_implementation: auto",
+    "sage_attention": "sage attention is not supported; set sft.attn_implementation: auto",
+    "flash_optimum": "BetterTransformer was removed; set sft.attn_implementation: sdpa",
+    "flex_attn_compile_kwargs": "flex_attention is compiled with its defaults; remove it",
     "activation_offloading": "activations stay on the device; set sft.activation_checkpointing",
     "selective_checkpointing": "all layers are checkpointed, or none; set sft.activation_checkpointing",
     "deepcompile": "set sft.torch_compile",
-    "torch_compile_mode": "the default mode is used; take it out",
+    "torch_compile_mode": "the default mode is used; remove it",
     "llama4_linearized_experts": _BASE,
-    "ddp_timeout": "a step that takes too long ends the training: set sft.step_timeout_seconds",
-    "loss_watchdog_threshold": "spikes are told from the last losses: set sft.max_loss_ratio, such as 2.0",
+    "ddp_timeout": "a step that takes too long ends the training run: set sft.step_timeout_seconds",
+    "loss_watchdog_threshold": "spikes are relative to the last losses: set sft.max_loss_ratio, such as 2.0",
     "loss_watchdog_patience": "one step above sft.max_loss_ratio stops the training",
-    "max_memory": "layers are not spread by hand; set sft.strategy and the offload keys",
-    "gpu_memory_limit": "layers are not spread by hand; set sft.strategy and the offload keys",
-    "profiler_steps": "no profiler is attached; run torch.profiler by hand",
-    "profiler_steps_start": "no profiler is attached; run torch.profiler by hand",
-    "use_ray": "Ray signs in dedupe only; several machines train with sft.hostfile",
-    "ray_*": "Ray signs in dedupe only; several machines train with sft.hostfile",
-    "resources_per_worker": "Ray signs in dedupe only; several machines train with sft.hostfile",
-    "use_otel_metrics": "metrics go to MLflow; take it out",
-    "otel_metrics_*": "metrics go to MLflow; take it out",
-    "eval_table_size": "no samples are generated in training; the stage evaluate scores the model",
-    "eval_max_new_tokens": "no samples are generated in training; the stage evaluate scores the model",
-    "generate_samples": "no samples are generated in training; the stage evaluate scores the model",
-    "do_causal_lm_eval": "name benchmarks in snapshot.benchmarks (lm-eval)",
-    "eval_causal_lm_metrics": "name benchmarks in snapshot.benchmarks (lm-eval)",
-    "do_bench_eval": "name benchmarks in snapshot.benchmarks (lm-eval)",
-    "bench_*": "name benchmarks in snapshot.benchmarks (lm-eval)",
-    "lm_eval_*": "name benchmarks in snapshot.benchmarks (lm-eval)",
-    "qat": "quantisation after or in training is not here; quantise the registered model",
-    "quantization": "quantisation after or in training is not here; quantise the registered model",
+    "max_memory": "layers cannot be placed manually; set sft.strategy and the offload keys",
+    "gpu_memory_limit": "layers cannot be placed manually; set sft.strategy and the offload keys",
+    "profiler_steps": "profiling is not supported; run torch.profiler manually",
+    "profiler_steps_start": "profiling is not supported; run torch.profiler manually",
+    "use_ray": "Ray is used only for dedupe; use sft.hostfile to train on several machines",
+    "ray_*": "Ray is used only for dedupe; use sft.hostfile to train on several machines",
+    "resources_per_worker": "Ray is used only for dedupe; use sft.hostfile to train on several machines",
+    "use_otel_metrics": "metrics go to MLflow; remove it",
+    "otel_metrics_*": "metrics go to MLflow; remove it",
+    "eval_table_size": "no samples are generated during training; the stage evaluate scores the model",
+    "eval_max_new_tokens": "no samples are generated during training; the stage evaluate scores the model",
+    "generate_samples": "no samples are generated during training; the stage evaluate scores the model",
+    "do_causal_lm_eval": "list lm-eval benchmarks in snapshot.benchmarks",
+    "eval_causal_lm_metrics": "list lm-eval benchmarks in snapshot.benchmarks",
+    "do_bench_eval": "list lm-eval benchmarks in snapshot.benchmarks",
+    "bench_*": "list lm-eval benchmarks in snapshot.benchmarks",
+    "lm_eval_*": "list lm-eval benchmarks in snapshot.benchmarks",
+    "qat": "quantization during or after training is not supported; quantize the registered model",
+    "quantization": "quantization during or after training is not supported; quantize the registered model",
     "cut_cross_entropy_*": "set sft.use_liger_kernel",
     "dynamic_checkpoint": "set sft.save_steps",
-    "inference": "`nightshift` does not chat; serve the registered model",
+    "inference": "use `nightshift chat` with a registered version",
 }

@@ -47,7 +47,7 @@ FSDP_KEYS = (
 SHARDING = {"FULL_SHARD": "fsdp2", "NO_SHARD": "ddp", "SHARD_GRAD_OP": "zero2"}
 
 
-def memory(config: Config, folder: Path) -> Findings:
+def map_memory(config: Config, folder: Path) -> Findings:
     """Map the distributed strategy and offloading.
 
     Args:
@@ -67,7 +67,9 @@ def memory(config: Config, folder: Path) -> Findings:
         yield from (default("deepspeed", target, "none", "nothing is offloaded") for target in TARGETS[1:])
     for key in ("fsdp_version", "fsdp_final_state_dict_type"):
         if key in config:
-            yield not_needed(key, "FSDP2 is used, and saves whole weights" if is_fsdp else "no fsdp is set")
+            yield not_needed(
+                key, "FSDP2 is always used and saves full weights" if is_fsdp else "fsdp is not set"
+            )
 
 
 def _deepspeed(value: Any, folder: Path) -> Findings:
@@ -81,7 +83,7 @@ def _deepspeed(value: Any, folder: Path) -> Findings:
         yield from _zero(content)
     elif name in SHIPPED:
         yield from _three(*SHIPPED[name])
-        yield default("deepspeed", "sft.nvme_path", None, "nothing goes to nvme")
+        yield default("deepspeed", "sft.nvme_path", None, "no NVMe offloading")
     else:
         remedy = suggestion(name, list(SHIPPED))
         yield unmapped(
@@ -89,7 +91,7 @@ def _deepspeed(value: Any, folder: Path) -> Findings:
         )
         return
     if "torch_compile" in name:
-        yield mapped("deepspeed", "sft.torch_compile", value=True, note="the file's name says so")
+        yield mapped("deepspeed", "sft.torch_compile", value=True, note="from the file name")
 
 
 def _read(name: str, folder: Path) -> dict[str, Any] | None:
@@ -114,7 +116,7 @@ def _zero(content: dict[str, Any]) -> Findings:
 
 
 def _three(*values: str) -> Findings:
-    note = "buckets and precision are generated"
+    note = "buckets and precision are set automatically"
     yield from (
         mapped("deepspeed", target, value, note) for target, value in zip(TARGETS, values, strict=True)
     )
@@ -133,7 +135,7 @@ def _fsdp(config: Config) -> Findings:
     is_old = config.get("fsdp_version", options.get("version", 1)) != 2
     key = "fsdp" if "fsdp" in config else "fsdp_config"
     if sharding in SHARDING:
-        note = "FSDP2 in the place of FSDP1" if is_old and sharding == "FULL_SHARD" else ""
+        note = "FSDP2 instead of FSDP1" if is_old and sharding == "FULL_SHARD" else ""
         yield mapped(key, "sft.strategy", SHARDING[sharding], note)
     else:
         yield unmapped(
@@ -141,9 +143,7 @@ def _fsdp(config: Config) -> Findings:
         )
     is_offloaded = bool(options.get("offload_params")) or "offload" in words
     yield mapped("fsdp_config.offload_params", "sft.offload_param", "cpu" if is_offloaded else "none")
-    yield default(
-        "fsdp", "sft.offload_optimizer", "none", "FSDP2 keeps the optimiser's state with the weights"
-    )
+    yield default("fsdp", "sft.offload_optimizer", "none", "FSDP2 keeps the optimizer state with the weights")
     yield from (_fsdp_option(name, value) for name, value in options.items() if name not in _READ)
 
 
@@ -153,11 +153,9 @@ _READ = ("offload_params", "sharding_strategy")
 def _fsdp_option(name: str, value: Any) -> Finding:
     key = f"fsdp_config.{name}"
     if name in FSDP_CONSTANT or (name == "reshard_after_forward" and value is True):
-        return not_needed(key, "set by itself")
+        return not_needed(key, "set automatically")
     if name == "reshard_after_forward":
-        return unmapped(
-            key, "weights are always divided again after the forward pass; take zero2 to keep them"
-        )
+        return unmapped(key, "weights are always resharded after the forward pass; use zero2 to keep them")
     if name == "activation_checkpointing":
         if value:
             return mapped(key, "sft.activation_checkpointing", value=True)

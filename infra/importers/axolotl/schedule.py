@@ -11,13 +11,13 @@ from infra.importers.axolotl.findings import (
     Config,
     Findings,
     contradiction,
+    convert_value,
     default,
     mapped,
     not_needed,
-    number,
-    read,
+    parse_float,
+    parse_int,
     unmapped,
-    whole,
 )
 from tasks.sft import SCHEDULE_KWARGS
 
@@ -55,7 +55,7 @@ PRESET: dict[str, dict[str, Any]] = {
 COUNTS = ("num_cycles", "timescale", "num_decay_steps", "patience", "step_size")
 RENAMED = {"min_lr_ratio": "min_lr_rate"}
 # Separate keys -> the schedule that Axolotl reads them for, and the parameter that they set.
-OF_THEIR_OWN = {
+SEPARATE_KEYS = {
     "cosine_min_lr_ratio": ("cosine", "min_lr_rate"),
     "lr_div_factor": ("one_cycle", "div_factor"),
 }
@@ -70,15 +70,17 @@ SAME = {
 }
 
 
-def schedule(config: Config) -> Findings:
+def map_schedule(config: Config) -> Findings:
     """Map the learning rate schedule, its parameters and its warmup."""
     name = str(config.get("lr_scheduler", "cosine"))
     if name not in SCHEDULES:
         nearest = NEAREST.get(name, "one of " + ", ".join(SCHEDULE_KWARGS))
-        yield unmapped("lr_scheduler", f"{name} is not here; set sft.lr_scheduler_type to {nearest}")
+        yield unmapped("lr_scheduler", f"{name} is not supported; set sft.lr_scheduler_type to {nearest}")
         keys = ("lr_scheduler_kwargs", "cosine_min_lr_ratio", "lr_div_factor")
         yield from (
-            unmapped(key, f"belongs to {name}; set sft.lr_scheduler_kwargs") for key in keys if key in config
+            unmapped(key, f"parameter of {name}; set sft.lr_scheduler_kwargs")
+            for key in keys
+            if key in config
         )
     elif "lr_scheduler" in config:
         yield mapped("lr_scheduler", "sft.lr_scheduler_type", SCHEDULES[name])
@@ -94,12 +96,12 @@ def _numbers(config: Config, name: str) -> Findings:
     values: dict[str, Any] = {}
     sources = []
     for key, field, value in _given_numbers(config, name):
-        owner, _ = OF_THEIR_OWN.get(key, (SCHEDULES[name], ""))
+        owner, _ = SEPARATE_KEYS.get(key, (SCHEDULES[name], ""))
         found = _number(field, value, config, name)
         if owner != SCHEDULES[name]:
-            yield not_needed(key, f"Axolotl reads it for {owner} only")
+            yield not_needed(key, f"Axolotl reads it only for {owner}")
         elif found is None:
-            yield not_needed(key, "so it is here")
+            yield not_needed(key, "same as in Nightshift")
         elif isinstance(found, str):
             yield unmapped(key, found)
         else:
@@ -110,7 +112,7 @@ def _numbers(config: Config, name: str) -> Findings:
         yield mapped(" and ".join(sources), "sft.lr_scheduler_kwargs", values)
     else:
         yield default(
-            "lr_scheduler_kwargs", "sft.lr_scheduler_kwargs", values, f"what Axolotl takes for {name}"
+            "lr_scheduler_kwargs", "sft.lr_scheduler_kwargs", values, f"Axolotl's defaults for {name}"
         )
 
 
@@ -122,7 +124,7 @@ def _given_numbers(config: Config, name: str) -> Iterator[tuple[str, str, Any]]:
     given = config.get("lr_scheduler_kwargs", {})
     for key, value in given.items() if isinstance(given, dict) else [("?", given)]:
         yield f"lr_scheduler_kwargs.{key}", key, value
-    for key, (_, field) in OF_THEIR_OWN.items():
+    for key, (_, field) in SEPARATE_KEYS.items():
         if key in config:
             yield key, field, config[key]
 
@@ -136,41 +138,43 @@ def _number(key: str, value: Any, config: Config, name: str) -> dict[str, Any] |
         if key == "num_stable_steps":
             return None
         if key == "min_lr" and "min_lr_rate" in SCHEDULE_KWARGS[kind] and "learning_rate" in config:
-            return {"min_lr_rate": number(value) / number(config["learning_rate"])}
+            return {"min_lr_rate": parse_float(value) / parse_float(config["learning_rate"])}
         if field in SCHEDULE_KWARGS[kind]:
-            return {field: whole(value) if field in COUNTS else number(value)}
+            return {field: parse_int(value) if field in COUNTS else parse_float(value)}
     except (ValueError, ZeroDivisionError) as err:
         return str(err)
-    return f"{kind} takes {', '.join(SCHEDULE_KWARGS[kind]) or 'no numbers'}; take it out"
+    return f"{kind} takes {', '.join(SCHEDULE_KWARGS[kind]) or 'no numbers'}; remove it"
 
 
 def _warmup(config: Config, name: str) -> Findings:
     count, share = config.get("warmup_steps"), config.get("warmup_ratio")
     keys = [key for key in ("warmup_steps", "warmup_ratio") if key in config]
     if count and share:
-        yield contradiction("warmup_steps", "warmup_ratio", f"{count} and {share}; take one out")
+        yield contradiction("warmup_steps", "warmup_ratio", f"{count} and {share}; remove one")
         return
     if name in WITHOUT_WARMUP or name == "one_cycle":
-        yield default("warmup_steps", "sft.warmup_steps", 0, f"{name} has none")
-        yield default("warmup_ratio", "sft.warmup_ratio", 0.0, f"{name} has none")
+        yield default("warmup_steps", "sft.warmup_steps", 0, f"{name} does not use it")
+        yield default("warmup_ratio", "sft.warmup_ratio", 0.0, f"{name} does not use it")
     if name == "one_cycle" and count:
-        yield unmapped("warmup_steps", "one_cycle takes a share: set sft.lr_scheduler_kwargs.pct_start")
+        yield unmapped("warmup_steps", "one_cycle takes a ratio: set sft.lr_scheduler_kwargs.pct_start")
     if name in WITHOUT_WARMUP or name == "one_cycle":
         ignored = [key for key in keys if name != "one_cycle" or not config[key]]
-        yield from (not_needed(key, f"{name} takes none there") for key in ignored)
+        yield from (not_needed(key, f"{name} does not use it") for key in ignored)
     elif keys:
         yield from _given_warmup(config, keys)
     else:
         yield default("warmup_steps", "sft.warmup_steps", 0)
-        yield default("warmup_ratio", "sft.warmup_ratio", 0.03, "Axolotl's default, there at most 100 steps")
+        yield default(
+            "warmup_ratio", "sft.warmup_ratio", 0.03, "Axolotl's default; Axolotl limits it to 100 steps"
+        )
 
 
 def _given_warmup(config: Config, keys: list[str]) -> Findings:
     for key, target, convert, zero in (
-        ("warmup_steps", "sft.warmup_steps", whole, 0),
-        ("warmup_ratio", "sft.warmup_ratio", number, 0.0),
+        ("warmup_steps", "sft.warmup_steps", parse_int, 0),
+        ("warmup_ratio", "sft.warmup_ratio", parse_float, 0.0),
     ):
         if key in keys:
-            yield read(key, target, config[key], convert)
+            yield convert_value(key, target, config[key], convert)
         else:
-            yield default(key, target, zero, "the other of the two is given")
+            yield default(key, target, zero, "the other key is given")

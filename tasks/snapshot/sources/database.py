@@ -29,7 +29,9 @@ def query_offer(sql: str, url_env: str) -> Offer:
     """
     url = os.environ.get(url_env)
     if not url:
-        raise ConfigError(f"snapshot.sources: {url_env}: not set; give the database's URL in the environment")
+        raise ConfigError(
+            f"snapshot.sources: {url_env}: not set; set this variable to the URL of the database"
+        )
     return Offer(".jsonl", read_query(sql, url, url_env))
 
 
@@ -53,7 +55,7 @@ def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:
     # The message of this error and of its causes may contain the URL.
     except (ArgumentError, ValueError):
         raise ConfigError(
-            f"snapshot.sources: {url_env}: no URL that SQLAlchemy reads; write dialect://user:password@host/name"
+            f"snapshot.sources: {url_env}: not a valid SQLAlchemy URL; use dialect://user:password@host/name"
         ) from None
     try:
         with engine.connect() as connection:
@@ -61,14 +63,16 @@ def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:
             streaming = connection.execution_options(stream_results=True, no_parameters=True)
             result = streaming.exec_driver_sql(sql)
             if not result.returns_rows:
-                raise DataError(f"snapshot.sources: {url_env}: the query returns no rows; write one SELECT")
+                raise DataError(
+                    f"snapshot.sources: {url_env}: the query returns no rows; use a single SELECT"
+                )
             for rows in result.mappings().partitions(ROWS_PER_CHUNK):
                 yield "".join(_line(dict(row)) for row in rows).encode()
     except SQLAlchemyError as err:
         cause = getattr(err, "orig", None) or err
         message = f"{type(cause).__name__}: {without_secrets(str(cause), engine.url)}"
         raise DataError(
-            f"snapshot.sources: {url_env}: {message}; check the query, the URL and the rights of its user"
+            f"snapshot.sources: {url_env}: {message}; check the query, the URL and the user's permissions"
         ) from None
     except TypeError as err:
         raise DataError(f"snapshot.sources: {url_env}: {err}; cast the column in the query") from err
@@ -106,4 +110,4 @@ def _text(value: object) -> str:
         return value.isoformat()
     if isinstance(value, Decimal | UUID):
         return str(value)
-    raise TypeError(f"a value of type {type(value).__name__} has no form in JSON")
+    raise TypeError(f"a value of type {type(value).__name__} cannot be converted to JSON")

@@ -22,7 +22,7 @@ def harness_items(name: str, manager: Any = None) -> Iterator[dict[str, Any]]:
         id, slice (the task), question, choices, answer (index).
 
     Raises:
-        DataError: The task does not exist, is not multiple choice, or its data cannot be fetched.
+        DataError: The task does not exist, is not multiple choice, or its data cannot be downloaded.
     """
     from lm_eval.tasks import TaskManager
 
@@ -35,15 +35,15 @@ def harness_items(name: str, manager: Any = None) -> Iterator[dict[str, Any]]:
     except hub_errors(RuntimeError, ValueError) as err:
         reason = f"{type(err).__name__}: {err}".partition("\n")[0]
         raise DataError(
-            f"snapshot.benchmarks: lm-eval:{name}: its data cannot be fetched ({reason}); reach the hub "
-            "(with HF_HUB_OFFLINE unset), or name a folder with task.yaml and items.jsonl"
+            f"snapshot.benchmarks: lm-eval:{name}: its data cannot be downloaded ({reason}); allow access to "
+            "the Hub (unset HF_HUB_OFFLINE), or use a folder with task.yaml and items.jsonl"
         ) from err
     for task_name, task in sorted(tasks.items()):
         kind = task.get_config("output_type")
         if kind != CHOICE_TASK["output_type"] or task.multiple_input:
             raise DataError(
-                f"snapshot.benchmarks: lm-eval:{name}: {task_name} is of the type {kind}, and only "
-                "multiple choice with a common question is read; write it down as a benchmark of its own"
+                f"snapshot.benchmarks: lm-eval:{name}: {task_name} has output_type {kind}, but only "
+                "multiple choice with a common question is supported; convert it to a benchmark folder"
             )
         for number, doc in enumerate(task.eval_docs):
             choices = [str(choice) for choice in task.doc_to_choice(doc)]

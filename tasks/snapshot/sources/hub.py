@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nightshift.core.errors import DataError
-from nightshift.hub import asking_hub
+from nightshift.hub import explain_hub_errors
 from tasks.snapshot.sources import Offer
 from tasks.snapshot.sources.stores import read_file
 
@@ -28,10 +28,10 @@ def hub_offers(location: str) -> Iterator[Offer]:
     if not found:
         raise ValueError(f"{location!r} was not checked by require_location")
     identity, commit = found["id"], found["commit"]
-    with asking_hub(f"snapshot.sources: {location}"):
+    with explain_hub_errors(f"snapshot.sources: {location}"):
         files = HfApi().list_repo_files(identity, revision=commit, repo_type="dataset")
     for name in choose_parquet(files, found["glob"] or "*", location):
-        with asking_hub(f"snapshot.sources: {location}"):
+        with explain_hub_errors(f"snapshot.sources: {location}"):
             path = hf_hub_download(identity, name, revision=commit, repo_type="dataset")
         yield Offer(".parquet", read_file(Path(path)))
 
@@ -49,7 +49,7 @@ def choose_parquet(files: list[str], pattern: str, location: str) -> list[str]:
     chosen = sorted(name for name in files if name.endswith(".parquet") and fnmatchcase(name, pattern))
     if not chosen:
         raise DataError(
-            f"snapshot.sources: {location}: no Parquet file fits {pattern}; take a commit of the data set's "
-            "branch refs/convert/parquet"
+            f"snapshot.sources: {location}: no Parquet file matches {pattern}; use a commit of the "
+            "dataset's branch refs/convert/parquet"
         )
     return chosen

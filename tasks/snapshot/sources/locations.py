@@ -47,14 +47,16 @@ def require_location(location: str) -> None:
         raise ValueError(f"{location!r} is unknown; known packages: {', '.join(PACKAGES)}")
     if location.startswith("hub:") and not HUB.fullmatch(location):
         raise ValueError(
-            f"{location!r} must be hub:<owner>/<name>@<40 hex digits of a commit>, then /<glob> if wanted; "
-            "a branch may move"
+            f"{location!r} must be hub:<owner>/<name>@<40 hex digits of a commit>, optionally with "
+            "/<glob>; a branch may move"
         )
     scheme, found, rest = location.partition("://")
     if found and scheme not in EXTRAS:
-        raise ValueError(f"scheme {scheme!r} is not read; use s3:// or gs://, a path, or {{sql, url_env}}")
+        raise ValueError(
+            f"scheme {scheme!r} is not supported; use s3:// or gs://, a path, or {{sql, url_env}}"
+        )
     if found and "@" in rest.split("/", 1)[0]:
-        raise ValueError(f"{scheme}:// location holds credentials; give them in the environment")
+        raise ValueError(f"{scheme}:// location contains credentials; set them in the environment")
 
 
 def require_query(query: object) -> None:
@@ -64,9 +66,9 @@ def require_query(query: object) -> None:
         ValueError: A key is missing, unknown or invalid.
     """
     if not isinstance(query, dict) or query.keys() != {"sql", "url_env"}:
-        raise ValueError("a query has the keys sql and url_env, no others")
+        raise ValueError("a query must have the keys sql and url_env, and no others")
     if not isinstance(query["url_env"], str) or not ENVIRONMENT_NAME.fullmatch(query["url_env"]):
-        raise ValueError("url_env is the name of an environment variable (A-Z, 0-9, _), not the URL")
+        raise ValueError("url_env must be the name of an environment variable (A-Z, 0-9, _), not the URL")
     if not isinstance(query["sql"], str) or not re.search(r"\border\s+by\b", query["sql"], re.IGNORECASE):
         raise ValueError("sql needs ORDER BY: the same rows in another order would be a new shard each night")
 

@@ -46,7 +46,7 @@ def remote_offers(location: str) -> Iterator[Offer]:
     try:
         names = [name for name in store.glob(pattern) if store.isfile(name)]
     except (OSError, ValueError) as err:
-        raise refused(location, err) from err
+        raise store_error(location, err) from err
     for name, suffix in require_readable(names, location):
         yield Offer(suffix, read_object(store, name))
 
@@ -62,7 +62,7 @@ def require_readable(names: Iterable[str], location: str) -> list[tuple[str, str
         raise DataError(f"snapshot.sources: {location} matches no file; correct the path or glob")
     for name, suffix in found:
         if suffix is None:
-            raise DataError(f"snapshot.sources: {name}: format unknown; use {READABLE}, or a narrower glob")
+            raise DataError(f"snapshot.sources: {name}: unknown format; use {READABLE}, or a narrower glob")
     return [(name, suffix) for name, suffix in found if suffix]
 
 
@@ -84,10 +84,10 @@ def read_object(store: Any, name: str) -> Iterator[bytes]:
             while chunk := file.read(CHUNK):
                 yield chunk
     except (OSError, ValueError) as err:
-        raise refused(name, err) from err
+        raise store_error(name, err) from err
 
 
-def refused(location: str, err: Exception) -> DataError:
+def store_error(location: str, err: Exception) -> DataError:
     """Build the error for a request that a store rejected."""
     return DataError(
         f"snapshot.sources: {location}: {type(err).__name__}: {err}; check the location, and the credentials "

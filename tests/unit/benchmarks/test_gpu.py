@@ -16,11 +16,11 @@ ALL = [*checks()]
 
 
 @pytest.mark.parametrize("check", ALL, ids=[check.name for check in ALL])
-def test_a_checks_parameters_are_right(check: Check) -> None:
+def test_the_parameters_of_every_check_are_valid(check: Check) -> None:
     SftParams(**{**shipped_params(), **SECTION, **check.changes})
 
 
-def test_checks_have_names_of_their_own_and_compare_with_one_another() -> None:
+def test_checks_have_unique_names_and_existing_references() -> None:
     for some in (ALL, [*rehearsal()]):
         names = [check.name for check in some]
         assert len(set(names)) == len(names)
@@ -41,36 +41,44 @@ def result(*losses: float, **more: Any) -> dict[str, Any]:
 
 
 def verdict(found: dict[str, Any], **more: Any) -> str | None:
-    others = {"other": result(2.0, 1.0), "mine": found}
-    return find_fault(Check("mine", {}, **more), others)
+    others = {"other": result(2.0, 1.0), "tested": found}
+    return find_fault(Check("tested", {}, **more), others)
 
 
-def test_losses_are_held_against_those_of_another_check() -> None:
+def test_losses_are_compared_with_those_of_another_check() -> None:
     assert verdict(result(2.0, 1.0005), like="other") is None
     assert (
-        verdict(result(2.0, 1.1), like="other") == "losses are off by 0.1 of those of other, more than 0.001"
+        verdict(result(2.0, 1.1), like="other") == "losses differ by 0.1 from those of other, more than 0.001"
     )
-    assert "losses are off" in str(verdict(result(2.0), like="other"))
+    assert "losses differ" in str(verdict(result(2.0), like="other"))
 
 
-def test_a_package_may_lack_and_nothing_else_may_fail() -> None:
+def test_a_check_may_fail_only_for_a_missing_package() -> None:
     lacks = result(codes=[2], error=["error: sft.attn_implementation=x does not work on this machine: y"])
     assert verdict(lacks, may_lack=True) is None
+    # What is missing is listed below the first line.
+    error = [
+        "12:00:00 a log line",
+        "error: params.yaml: this machine cannot do what sft requests",
+        "  sft.adapter=qlora needs bitsandbytes; run `pip install -e '.[gpu]'`",
+    ]
+    assert verdict({**lacks, "error": error}, may_lack=True) is None
+    assert "needs bitsandbytes" in str(verdict({**lacks, "error": error}))
     assert "does not work on this machine" in str(verdict(lacks))
     crashed = result(codes=[1], error=["Traceback", "RuntimeError: CUDA error"])
     assert verdict(crashed, may_lack=True) == "codes [1]: ['RuntimeError: CUDA error']"
 
 
-def test_proof_attempts_and_memory_are_judged() -> None:
+def test_isolation_attempts_and_memory_are_checked() -> None:
     unproven = result(2.0, selftest={"isolation": {}})
     assert verdict(unproven) == "isolation is not proven"
-    assert verdict(result(1.0), attempts=4) == "codes [0]: it never ran out of memory"
+    assert verdict(result(1.0), attempts=4) == "codes [0]: never ran out of memory"
     assert verdict(result(1.0, codes=[10, 0]), attempts=4) is None
     assert verdict(result(1.0, planned_gib=1.05), wide=True) is None
     assert verdict(result(1.0, planned_gib=1.2), wide=True) == "1.00 GiB were allocated, 1.20 planned"
 
 
-def test_a_wheel_is_repacked_without_what_is_not_needed(tmp_path: Path) -> None:
+def test_a_wheel_is_repacked_without_unneeded_files(tmp_path: Path) -> None:
     wheel = tmp_path / "some-1.0-py3-none-any.whl"
     record = "some/__init__.py,sha256=a,1\nsome/_C.so,sha256=b,9\nsome-1.0.dist-info/RECORD,,\n"
     with zipfile.ZipFile(wheel, "w") as file:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import record, stages
 
 
-def test_results_outside_a_checkout_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_written_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     record.write_records("gpu", [record.record("speed", 9.0, "tokens/s")], ("torch",))
@@ -18,7 +18,7 @@ def test_results_outside_a_checkout_are_not_lost(tmp_path: Path, monkeypatch: py
     assert record.commit() == "unknown"
 
 
-def test_a_stage_finds_the_libraries_and_no_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_gets_library_paths_but_no_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/nvidia/lib64")
     monkeypatch.setenv("PYTHONPATH", "/opt/wheels")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")

@@ -22,7 +22,7 @@ def checkout(in_tmp: Path) -> Path:
     return in_tmp
 
 
-def test_an_override_holds_within_the_run_only(checkout: Path) -> None:
+def test_an_override_applies_only_during_the_run(checkout: Path) -> None:
     before = (checkout / "params.yaml").read_bytes()
     with override_params({"sft.num_train_epochs": 3, "gate.seed": 9}):
         assert read_params()["sft"]["num_train_epochs"] == 3
@@ -30,7 +30,7 @@ def test_an_override_holds_within_the_run_only(checkout: Path) -> None:
     assert (checkout / "params.yaml").read_bytes() == before
 
 
-def test_comments_and_other_values_stay_while_an_override_holds(checkout: Path) -> None:
+def test_an_override_keeps_comments_and_other_values(checkout: Path) -> None:
     before = (checkout / "params.yaml").read_text().splitlines()
     with override_params({"sft.num_train_epochs": 3}):
         after = (checkout / "params.yaml").read_text().splitlines()
@@ -38,7 +38,7 @@ def test_comments_and_other_values_stay_while_an_override_holds(checkout: Path) 
     assert changed == [("  num_train_epochs: 1", "  num_train_epochs: 3")]
 
 
-def test_all_wrong_overrides_are_told_at_once_and_nothing_changes(checkout: Path) -> None:
+def test_all_invalid_overrides_are_reported_at_once_and_nothing_changes(checkout: Path) -> None:
     before = (checkout / "params.yaml").read_bytes()
     wrong = {"sft.num_train_epoch": 2, "gaet.seed": 1, "pack.max_length": "long"}
     with pytest.raises(ConfigError) as caught, override_params(wrong):
@@ -50,12 +50,12 @@ def test_all_wrong_overrides_are_told_at_once_and_nothing_changes(checkout: Path
     assert (checkout / "params.yaml").read_bytes() == before
 
 
-def test_a_key_without_a_section_is_told() -> None:
+def test_a_key_without_a_section_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"override 'seed': must be section\.key"):
         edit("sft: {seed: 1}", {"seed": 2})
 
 
-def test_a_collection_leaves_the_comment_of_the_next_key_in_its_place() -> None:
+def test_replacing_a_collection_keeps_the_comment_of_the_next_key() -> None:
     text = "a:\n  old:\n    x: 1\n    y: 2\n  # About next.\n  next: [1]\n  # About last.\n  last: 0\n"
     changed = edit(text, {"a.old": {"z": 3}, "a.next": ["p", "q"], "a.last": 1e-05})
     assert changed == (
@@ -65,7 +65,7 @@ def test_a_collection_leaves_the_comment_of_the_next_key_in_its_place() -> None:
     assert emptied == "a:\n  old: []\n  # About next.\n  next: {k: 1}\n  # About last.\n  last: 0\n"
 
 
-def test_what_a_killed_run_left_is_put_right_by_the_next(checkout: Path) -> None:
+def test_the_next_run_reverts_the_overrides_of_a_killed_run(checkout: Path) -> None:
     params = checkout / "params.yaml"
     before = params.read_text()
     kill_within_overrides()
@@ -88,7 +88,7 @@ def halve_learning_rate(text: str) -> str:
     return changed
 
 
-def test_an_edit_during_a_run_is_kept_and_told(checkout: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_edit_during_a_run_is_kept_and_reported(checkout: Path, caplog: pytest.LogCaptureFixture) -> None:
     params = checkout / "params.yaml"
     before = params.read_text()
     with override_params({"sft.num_train_epochs": 3, "gate.seed": 9}):
@@ -106,7 +106,7 @@ def test_an_edit_of_the_overridden_line_itself_is_kept(checkout: Path) -> None:
     assert "# mine: ü" in params.read_text()
 
 
-def test_an_edit_back_to_the_original_stays(checkout: Path) -> None:
+def test_an_edit_back_to_the_original_is_kept(checkout: Path) -> None:
     params = checkout / "params.yaml"
     before = params.read_bytes()
     with override_params({"gate.seed": 9}):
@@ -123,7 +123,7 @@ def test_an_edit_after_a_kill_is_kept_by_the_next_run(checkout: Path) -> None:
         assert params.read_text() == halve_learning_rate(before)
 
 
-def test_what_a_killed_run_of_an_earlier_version_left_is_put_right(checkout: Path) -> None:
+def test_overrides_of_a_killed_run_of_an_earlier_version_are_reverted(checkout: Path) -> None:
     params = checkout / "params.yaml"
     before = params.read_text()
     kept = checkout / ".nightshift/params.before-overrides.yaml"
@@ -137,12 +137,12 @@ def test_what_a_killed_run_of_an_earlier_version_left_is_put_right(checkout: Pat
 
 @pytest.mark.parametrize("second", [{"gate.seed": 8}, {}])
 @pytest.mark.parametrize("first", [{"gate.seed": 9}, {}])
-def test_a_second_run_in_the_checkout_is_refused_and_changes_nothing(
+def test_a_second_run_in_the_checkout_is_rejected_and_changes_nothing(
     first: dict[str, object], second: dict[str, object], checkout: Path
 ) -> None:
     params = checkout / "params.yaml"
     before = params.read_bytes()
-    refused = rf"another run is at work here \(pid {os.getpid()}\)"
+    refused = rf"another run is active here \(pid {os.getpid()}\)"
     with override_params(first):
         during = params.read_bytes()
         with pytest.raises(StageError, match=refused), override_params(second):

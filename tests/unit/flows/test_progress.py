@@ -10,27 +10,27 @@ import pytest
 
 from flows import stages
 
-ARTEFACT = UUID(int=1)
+ARTIFACT = UUID(int=1)
 
 
 class Server:
     """Prefect's progress artifacts; the first response is delayed until the test releases it."""
 
     def __init__(self) -> None:
-        self.release, self.asked = threading.Event(), threading.Event()
+        self.release, self.called = threading.Event(), threading.Event()
         self.shown: list[str] = []
         self.error: Exception | None = None
 
     def create(self, progress: float, *, key: str, description: str) -> UUID:
-        self.asked.set()
+        self.called.set()
         self.release.wait(timeout=60)
         if self.error:
             raise self.error
         self.shown.append(f"{key} {progress:.0f} {description}")
-        return ARTEFACT
+        return ARTIFACT
 
     def update(self, artifact: UUID, *, progress: float, description: str) -> None:
-        assert artifact == ARTEFACT
+        assert artifact == ARTIFACT
         self.shown.append(f"{progress:.0f} {description}")
 
 
@@ -51,17 +51,17 @@ def wait_for_sender() -> None:
             thread.join(timeout=60)
 
 
-def test_a_server_that_hangs_holds_nobody_up(server: Server) -> None:
+def test_a_hung_server_does_not_delay_the_stage(server: Server) -> None:
     with stages.progress("sft") as read:
         for step in range(1, 1001):
             read(f"12:00:00 step {step}/1000 loss 1.0")
     assert server.shown == []
 
 
-def test_a_slow_server_gets_the_newest_step_and_the_last(server: Server) -> None:
+def test_a_slow_server_gets_only_the_latest_steps(server: Server) -> None:
     with stages.progress("sft") as read:
         read("step 1/4 loss 9")
-        server.asked.wait(timeout=60)
+        server.called.wait(timeout=60)
         read("step 2/4 loss 8")
         read("no step at all")
         read("step 3/4 loss 7")
@@ -70,20 +70,18 @@ def test_a_slow_server_gets_the_newest_step_and_the_last(server: Server) -> None
     assert server.shown == ["sft-progress 25 step 1/4 loss 9", "75 step 3/4 loss 7"]
 
 
-def test_a_server_that_fails_behind_the_end_is_nobodys_concern(
-    server: Server, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_error_after_the_end_is_ignored(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     server.error = RuntimeError("Cannot send a request, as the client has been closed.")
     with stages.progress("sft") as read:
         read("step 1/2")
-        server.asked.wait(timeout=60)
+        server.called.wait(timeout=60)
     server.release.set()
     wait_for_sender()
     assert caplog.text == ""
 
 
 @pytest.mark.parametrize("error", [ConnectionError("away"), ValueError("refused")])
-def test_a_server_that_fails_is_told_once_and_ends_nothing(
+def test_a_failing_server_is_reported_once_and_stops_nothing(
     error: Exception, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.error = error
@@ -95,4 +93,4 @@ def test_a_server_that_fails_is_told_once_and_ends_nothing(
             lines.append(line)
         wait_for_sender()
     assert lines == ["step 1/2", "step 2/2"]
-    assert caplog.text.count(f"sft: its progress is not shown: {error}") == 1
+    assert caplog.text.count(f"sft: progress is not shown: {error}") == 1

@@ -16,11 +16,11 @@ def params(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return read_params()
 
 
-def test_the_shipped_file_is_right(params: dict[str, Any]) -> None:
+def test_the_shipped_file_is_valid(params: dict[str, Any]) -> None:
     check(params)
 
 
-def test_problems_of_all_sections_are_told_at_once(params: dict[str, Any]) -> None:
+def test_problems_of_all_sections_are_reported_at_once(params: dict[str, Any]) -> None:
     params["sft"]["num_train_epoch"] = 2
     params["dedupe"]["bands"] = 10
     params["pak"] = {}
@@ -34,7 +34,7 @@ def test_problems_of_all_sections_are_told_at_once(params: dict[str, Any]) -> No
     ]
 
 
-def test_values_that_are_right_alone_but_not_together_are_told(params: dict[str, Any]) -> None:
+def test_inconsistent_values_are_reported(params: dict[str, Any]) -> None:
     params["sft"] |= {"max_steps": 3, "warmup_steps": 3}
     params["augment"]["sources"] = ["element"]
     params["gate"]["floors"] = {"countrys": 0.5}
@@ -49,7 +49,7 @@ def test_values_that_are_right_alone_but_not_together_are_told(params: dict[str,
     ]
 
 
-def test_a_branch_of_a_hub_model_is_refused(params: dict[str, Any]) -> None:
+def test_a_branch_of_a_hub_model_is_rejected(params: dict[str, Any]) -> None:
     params["base"]["model"] = "hub:HuggingFaceTB/SmolLM2-135M-Instruct@main"
     with pytest.raises(ConfigError, match="a branch may move"):
         check(params)

@@ -27,7 +27,7 @@ def hit(question: str, answer: str = "x", role: str = "user") -> tuple[str, str]
     return (found["item"], found["reason"]) if found else None
 
 
-def test_an_equal_question_is_a_hit_whatever_its_spelling() -> None:
+def test_an_equal_question_is_a_hit_regardless_of_case_and_punctuation() -> None:
     assert find_hit(row("who found TIN"), QUESTIONS, PARAMS) == {
         "id": "r",
         "origin": "chats/000001.jsonl:7",
@@ -39,7 +39,7 @@ def test_an_equal_question_is_a_hit_whatever_its_spelling() -> None:
     }
 
 
-def test_a_question_inside_a_longer_text_is_a_hit_by_its_ngram() -> None:
+def test_a_question_inside_a_longer_text_is_a_hit_by_ngram() -> None:
     assert hit(f"Please tell me: {LONG}, now") == ("q2", "shared_ngram")
     # 13 of its 15 words in sequence are enough, 12 are not (10 of 13 shingles are contained).
     assert hit(" ".join(["so", *LONG.split()[:13], "end"])) == ("q2", "shared_ngram")
@@ -51,7 +51,7 @@ def test_a_question_shorter_than_the_ngram_is_a_hit_by_all_its_words() -> None:
     assert hit("In which year was thallium found?") is None
 
 
-def test_a_question_that_is_scattered_over_a_text_is_a_hit_by_containment() -> None:
+def test_a_question_scattered_over_a_text_is_a_hit_by_containment() -> None:
     # 11 of its 13 shingles are contained, but never 13 words in sequence.
     words = LONG.split()
     assert hit(" ".join([*words[:8], "and", "then", *words[6:]])) == ("q2", "contained_question")
@@ -61,16 +61,16 @@ def test_a_plain_text_is_searched_like_a_question() -> None:
     assert hit(f"A book says: {LONG}.", role="text") == ("q2", "shared_ngram")
 
 
-def test_an_equal_answer_is_no_hit() -> None:
+def test_an_equal_answer_is_not_a_hit() -> None:
     assert hit("What is this?", "Who found Tin?") is None
     assert hit("What is this?", LONG) is None
 
 
-def test_a_very_short_question_inside_a_longer_one_is_no_hit() -> None:
+def test_a_very_short_question_inside_a_longer_one_is_not_a_hit() -> None:
     assert hit("Who found Tin first of all?") is None
 
 
-def test_every_wording_of_every_kind_of_benchmark_is_looked_for(tmp_path: Path) -> None:
+def test_every_wording_of_every_kind_of_benchmark_is_indexed(tmp_path: Path) -> None:
     def put(name: str, task: Any, item: dict[str, Any]) -> None:
         write_text(tmp_path / "b" / name / "task.yaml", yaml.safe_dump(task))
         write_text(tmp_path / "b" / name / "items.jsonl", jsonl([{"id": "1", **item}]))

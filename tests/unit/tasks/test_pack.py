@@ -16,7 +16,7 @@ def example(tokens: list[int], first_label: int) -> Encoded:
     return Encoded(ids, np.where(np.arange(len(ids)) >= first_label, ids, np.int32(-100)))
 
 
-def test_rows_keep_the_place_of_every_span() -> None:
+def test_rows_record_the_origin_of_every_span() -> None:
     corpus = join(
         [example([1, 2, 3, 4, 5], 2), example([6, 7], 1), example([8, 9, 10], 1), example([11, 12, 13], 0)],
         ["a", "b", "c", "d"],
@@ -55,7 +55,7 @@ def test_rows_keep_the_place_of_every_span() -> None:
         ("split", [Span(0, 0, 4), Span(0, 4, 8)], {}, {"no_supervised_token": 1}),
     ],
 )
-def test_an_example_that_is_too_long(
+def test_each_policy_for_an_example_that_is_too_long(
     policy: str, spans: list[Span], dropped: dict[int, str], lost: dict[str, int]
 ) -> None:
     corpus = join([example(list(range(1, 10)), 2)], ["a"], ["s/000001.jsonl:1"])
@@ -77,7 +77,7 @@ def params(over_length: str) -> PackParams:
     )  # type: ignore[arg-type]
 
 
-def test_tokens_are_lost_up_to_a_share_and_no_further() -> None:
+def test_the_share_of_lost_tokens_is_limited() -> None:
     require_fit(Counter(over_length=10), 100, params("drop"))
     with pytest.raises(DataError, match="11 of 100 tokens"):
         require_fit(Counter(over_length=9, no_supervised_token=2), 100, params("truncate"))
@@ -85,7 +85,7 @@ def test_tokens_are_lost_up_to_a_share_and_no_further() -> None:
         require_fit(Counter(over_length=1), 100, params("error"))
 
 
-def test_a_corpus_that_is_lost_as_a_whole_is_an_error() -> None:
+def test_losing_all_tokens_is_an_error() -> None:
     everything = PackParams(
         packing=True, max_length=8, over_length="drop", max_lost_token_share=1.0, max_drop_rate=1.0
     )

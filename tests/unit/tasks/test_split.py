@@ -5,16 +5,16 @@ from pathlib import Path
 from nightshift.core.files import read_json, read_rows, write_rows
 from nightshift.data.schemas import GROUPED
 from tasks.dedupe.__main__ import REMOVED_SCHEMA
-from tasks.split import SplitParams, main, side
+from tasks.split import SplitParams, main, split_of
 
 
-def test_a_group_has_a_side_that_never_changes() -> None:
+def test_the_split_of_a_group_never_changes() -> None:
     params = SplitParams(validation_share=0.05, test_share=0.1, by_phrasing=[], seed=0)
-    sides = {i: side(f"group-{i}", params) for i in (0, 8, 21, 32, 40)}
-    assert sides == {0: "train", 8: "test", 21: "validation", 32: "test", 40: "validation"}
+    splits = {i: split_of(f"group-{i}", params) for i in (0, 8, 21, 32, 40)}
+    assert splits == {0: "train", 8: "test", 21: "validation", 32: "test", 40: "validation"}
 
 
-def test_a_source_by_phrasing_trains_as_a_whole(in_tmp: Path) -> None:
+def test_a_source_by_phrasing_goes_entirely_to_train(in_tmp: Path) -> None:
     (in_tmp / "params.yaml").write_text(
         "split: {validation_share: 0.3, test_share: 0.5, by_phrasing: [facts], seed: 0}"
     )
@@ -40,7 +40,7 @@ def test_a_source_by_phrasing_trains_as_a_whole(in_tmp: Path) -> None:
     assert sum(summary["rows_out_by_side"].values()) == 40
 
 
-def test_a_removed_example_near_two_sides_is_logged_and_changes_neither(in_tmp: Path) -> None:
+def test_a_removed_example_near_two_splits_is_listed_and_changes_neither(in_tmp: Path) -> None:
     (in_tmp / "params.yaml").write_text(
         "split: {validation_share: 0.05, test_share: 0.1, by_phrasing: [], seed: 0}"
     )

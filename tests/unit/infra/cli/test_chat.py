@@ -19,12 +19,12 @@ def talk(
     """Return a function that sends text to stdin and returns stdout."""
     monkeypatch.setattr(chat, "MAX_NEW_TOKENS", 8)
 
-    def said(text: str) -> str:
+    def converse(text: str) -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         chat.converse(*lively)
         return capsys.readouterr().out
 
-    return said
+    return converse
 
 
 def answer(lively: tuple[Any, Any], *texts: str) -> str:
@@ -35,14 +35,14 @@ def answer(lively: tuple[Any, Any], *texts: str) -> str:
     return str(tokenizer.decode(generate(model, tokenizer, turns, 8)[1], skip_special_tokens=True))
 
 
-def test_a_question_is_answered_with_all_before_it_in_mind(talk: Talk, lively: tuple[Any, Any]) -> None:
+def test_previous_turns_are_the_context_of_a_question(talk: Talk, lively: tuple[Any, Any]) -> None:
     first = answer(lively, "One?")
     second = answer(lively, "One?", first.strip(), "Two?")
     assert talk("One?\n\n  Two? \n/exit\nThree?\n") == f"{first}\n{second}\n"
     assert second != answer(lively, "Two?")
 
 
-def test_an_interrupted_answer_stays_said_and_the_chat_goes_on(
+def test_an_interrupted_answer_stays_in_the_context(
     talk: Talk, lively: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = chat.stream
@@ -58,11 +58,11 @@ def test_an_interrupted_answer_stays_said_and_the_chat_goes_on(
     assert talk("One?\nTwo?\n") == f"It is \n{answer(lively, 'One?', 'It is', 'Two?')}\n"
 
 
-def test_a_conversation_that_is_too_long_starts_anew(talk: Talk, lively: tuple[Any, Any]) -> None:
+def test_a_conversation_that_is_too_long_is_restarted(talk: Talk, lively: tuple[Any, Any]) -> None:
     assert talk(f"{'word ' * 2100}\nTwo?\n") == f"\n{answer(lively, 'Two?')}\n"
 
 
-def test_a_model_cannot_steer_the_terminal() -> None:
+def test_control_characters_are_removed() -> None:
     assert chat.printable("\x1b]0;title\x07a\u009bb\r\n\tc\N{ZERO WIDTH JOINER}") == (
         "]0;titleab\n\tc\N{ZERO WIDTH JOINER}"
     )

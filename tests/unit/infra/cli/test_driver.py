@@ -8,15 +8,15 @@ import pytest
 from infra.cli import plan
 from infra.cli.plan import Devices, find_devices
 
-REPAIR = "; a GPU that is there cannot be used until its driver is repaired"
-ASSUMED = "that torch can use it is assumed"
+REPAIR = "; GPUs of this machine are unusable until the driver is repaired"
+ASSUMED = "assuming torch can use it"
 
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the path for nvidia-smi in a PATH without other programs."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(plan, "processor_has_bf16", lambda: False)
+    monkeypatch.setattr(plan, "cpu_has_bf16", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path / "nvidia-smi"
 
@@ -30,30 +30,45 @@ def answer(driver: Path, script: str) -> Devices:
 @pytest.mark.parametrize(
     ("lines", "memory", "bf16", "source"),
     [
-        ("NVIDIA H100 80GB HBM3, 81559, 9.0", 81559, "bf16", "NVIDIA H100 80GB HBM3, as nvidia-smi says; "),
-        ("Tesla V100-SXM2-16GB, 16384, 7.0", 16384, "no bf16", "Tesla V100-SXM2-16GB, as nvidia-smi says; "),
-        ("NVIDIA A100, 40GB, 40960, 8.0", 40960, "bf16", "NVIDIA A100, 40GB, as nvidia-smi says; "),
+        (
+            "NVIDIA H100 80GB HBM3, 81559, 9.0",
+            81559,
+            "bf16",
+            "NVIDIA H100 80GB HBM3, as reported by nvidia-smi; ",
+        ),
+        (
+            "Tesla V100-SXM2-16GB, 16384, 7.0",
+            16384,
+            "no bf16",
+            "Tesla V100-SXM2-16GB, as reported by nvidia-smi; ",
+        ),
+        ("NVIDIA A100, 40GB, 40960, 8.0", 40960, "bf16", "NVIDIA A100, 40GB, as reported by nvidia-smi; "),
         (
             "NVIDIA GB10, [N/A], 12.1",
             None,
             "bf16",
-            "NVIDIA GB10, as nvidia-smi says; its memory is not known, so what fits is not checked; ",
+            "NVIDIA GB10, as reported by nvidia-smi; memory unknown, so fit is not checked; ",
         ),
         (
             "Orin (nvgpu), [Not Supported], [Not Supported]",
             None,
             "bf16",
-            "Orin (nvgpu), as nvidia-smi says; its memory is not known, so what fits is not checked; its "
-            "capability is not known, so bf16 is assumed; ",
+            "Orin (nvgpu), as reported by nvidia-smi; memory unknown, so fit is not checked; "
+            "compute capability unknown, so bf16 is assumed; ",
         ),
-        ("NVIDIA L4, N/A, 8.9", None, "bf16", "NVIDIA L4, as nvidia-smi says; its memory is not known"),
-        ("NVIDIA L4, [Unknown Error], 8.9", None, "bf16", "NVIDIA L4, as nvidia-smi says; its memory is not"),
-        ("NVIDIA L4, 0, 8.9", None, "bf16", "NVIDIA L4, as nvidia-smi says; its memory is not known"),
-        ("NVIDIA L4, 1.2.3, 8.9", None, "bf16", "NVIDIA L4, as nvidia-smi says; its memory is not known"),
+        ("NVIDIA L4, N/A, 8.9", None, "bf16", "NVIDIA L4, as reported by nvidia-smi; memory unknown"),
+        (
+            "NVIDIA L4, [Unknown Error], 8.9",
+            None,
+            "bf16",
+            "NVIDIA L4, as reported by nvidia-smi; memory unknown",
+        ),
+        ("NVIDIA L4, 0, 8.9", None, "bf16", "NVIDIA L4, as reported by nvidia-smi; memory unknown"),
+        ("NVIDIA L4, 1.2.3, 8.9", None, "bf16", "NVIDIA L4, as reported by nvidia-smi; memory unknown"),
         ("a warning\n\nNVIDIA L4, 23034, 8.9\nNVIDIA L4, 23034, 8.9", 23034, "bf16", "2 x NVIDIA L4, as "),
     ],
 )
-def test_a_device_is_read_from_its_line(
+def test_a_device_is_parsed_from_its_line(
     driver: Path, lines: str, memory: int | None, bf16: str, source: str
 ) -> None:
     numbered = [
@@ -79,7 +94,7 @@ def test_a_device_is_read_from_its_line(
         ("7", 0, None),
     ],
 )
-def test_devices_that_are_not_visible_do_not_count(
+def test_only_visible_devices_count(
     driver: Path, monkeypatch: pytest.MonkeyPatch, visible: str, gpus: int, memory: int | None
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -94,11 +109,11 @@ def test_devices_that_are_not_visible_do_not_count(
     if not gpus:
         assert (found.device, found.source) == (
             "cpu",
-            f"nvidia-smi shows no GPU that CUDA_VISIBLE_DEVICES={visible} names",
+            f"nvidia-smi lists no GPU of CUDA_VISIBLE_DEVICES={visible}",
         )
 
 
-def test_a_device_counts_although_its_warnings_set_the_exit_code(driver: Path) -> None:
+def test_a_device_counts_despite_a_nonzero_exit_code(driver: Path) -> None:
     machine = answer(
         driver, "echo 'NVIDIA L4, 23034, 8.9, 0, GPU-1'; echo 'WARNING: infoROM is corrupted' >&2; exit 14"
     )
@@ -111,58 +126,56 @@ def test_a_device_counts_although_its_warnings_set_the_exit_code(driver: Path) -
         (
             "echo 'Failed to initialize NVML: Driver/library version mismatch'\n"
             "echo 'NVML library version: 550.54'\nexit 18",
-            "nvidia-smi ended with code 18 and said: Failed to initialize NVML: Driver/library version "
+            "nvidia-smi exited with code 18: Failed to initialize NVML: Driver/library version "
             "mismatch NVML library version: 550.54",
         ),
-        ("echo 'No devices were found'", "nvidia-smi ended with code 0 and said: No devices were found"),
+        ("echo 'No devices were found'", "nvidia-smi exited with code 0: No devices were found"),
         (
             "echo 'Field \"compute_cap\" is not a valid field to query.' >&2; exit 2",
-            'nvidia-smi ended with code 2 and said: Field "compute_cap" is not a valid field to query.',
+            'nvidia-smi exited with code 2: Field "compute_cap" is not a valid field to query.',
         ),
         (
             "echo 'It failed, for the driver, which is old, is silent'; exit 9",
-            "nvidia-smi ended with code 9 and said: It failed, for the driver, which is old, is silent",
+            "nvidia-smi exited with code 9: It failed, for the driver, which is old, is silent",
         ),
-        ("exit 0", "nvidia-smi ended with code 0 and said: nothing"),
-        ("exit 255", "nvidia-smi ended with code 255 and said: nothing"),
-        ("kill -SEGV $$", "nvidia-smi ended with code -11 and said: nothing"),
-        ("printf '\\377\\376, \\000'", "nvidia-smi ended with code 0 and said: \ufffd\ufffd, \0"),
+        ("exit 0", "nvidia-smi exited with code 0: no output"),
+        ("exit 255", "nvidia-smi exited with code 255: no output"),
+        ("kill -SEGV $$", "nvidia-smi exited with code -11: no output"),
+        ("printf '\\377\\376, \\000'", "nvidia-smi exited with code 0: \ufffd\ufffd, \0"),
         (
             "echo 'name, memory.total [MiB], compute_cap, index, uuid'",
-            "nvidia-smi ended with code 0 and said: name, memory",
+            "nvidia-smi exited with code 0: name, memory",
         ),
         (
             f"echo 'NVIDIA L4, {'9' * 400}, 8.9, 0, GPU-1'",
-            "nvidia-smi ended with code 0 and said: NVIDIA L4, 999",
+            "nvidia-smi exited with code 0: NVIDIA L4, 999",
         ),
     ],
 )
-def test_an_answer_without_a_device_is_told_with_its_remedy(driver: Path, script: str, source: str) -> None:
+def test_output_without_a_device_is_reported_with_a_remedy(driver: Path, script: str, source: str) -> None:
     machine = answer(driver, script)
     assert (machine.device, machine.memory) == ("cpu", None)
     assert machine.source.startswith(source)
     assert machine.source.endswith(REPAIR)
 
 
-def test_a_driver_that_hangs_is_given_up(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_driver_times_out(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "DRIVER_SECONDS", 0.3)
     # Its child process keeps the pipe open.
     machine = answer(driver, "/bin/sleep 5; echo 'NVIDIA L4, 23034, 8.9, 0, GPU-1'")
     assert (machine.device, machine.source) == (
         "cpu",
-        f"nvidia-smi gives no answer within 0.3 seconds{REPAIR}",
+        f"nvidia-smi did not respond within 0.3 seconds{REPAIR}",
     )
 
 
-def test_a_driver_that_cannot_even_be_killed_is_given_up(
-    driver: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hung_driver_that_cannot_be_killed_times_out(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "DRIVER_SECONDS", 0.3)
     monkeypatch.setattr(subprocess.Popen, "kill", lambda _: None)
     assert answer(driver, "/bin/sleep 3").device == "cpu"
 
 
-def test_a_machine_without_the_program_or_with_a_broken_one_trains_on_the_cpu(driver: Path) -> None:
+def test_without_a_working_nvidia_smi_the_cpu_is_used(driver: Path) -> None:
     assert (find_devices().device, find_devices().source) == ("cpu", "nvidia-smi is not installed")
     driver.write_bytes(b"\x7fELF no program")
     driver.chmod(0o755)

@@ -16,7 +16,7 @@ from nightshift.registry.served_model import PROBES
 FAILING = "#!/bin/sh\necho unknown architecture >&2\nexit 3\n"
 
 
-def test_a_folder_appears_only_when_all_of_it_is_there(tmp_path: Path) -> None:
+def test_a_folder_appears_only_when_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
     with pytest.raises(RuntimeError), export.atomic_directory(target) as folder:
         (folder / "half").write_text("x")
@@ -29,7 +29,7 @@ def test_a_folder_appears_only_when_all_of_it_is_there(tmp_path: Path) -> None:
     assert [path.name for path in target.iterdir()] == ["whole"]
 
 
-def test_logits_that_are_no_numbers_are_refused(lively: tuple[Any, Any]) -> None:
+def test_nan_logits_are_rejected(lively: tuple[Any, Any]) -> None:
     model, tokenizer = deepcopy(lively)
     answers = [export.answer(model, tokenizer, question) for question in PROBES]
     assert export.compare("itself", model, tokenizer, answers, 1e-6) == {"largest": 0.0, "bound": 1e-6}
@@ -38,7 +38,7 @@ def test_logits_that_are_no_numbers_are_refused(lively: tuple[Any, Any]) -> None
         export.compare("it", model, tokenizer, answers, 1e-6)
 
 
-def test_logits_that_are_no_numbers_are_refused_whichever_probe_has_them(lively: tuple[Any, Any]) -> None:
+def test_nan_logits_of_any_probe_are_rejected(lively: tuple[Any, Any]) -> None:
     model, tokenizer = lively
     answers = [export.answer(model, tokenizer, question) for question in PROBES]
     ids, logits = answers[-1]
@@ -47,30 +47,30 @@ def test_logits_that_are_no_numbers_are_refused_whichever_probe_has_them(lively:
         export.compare("it", model, tokenizer, answers, 1e-6)
 
 
-def test_a_weight_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+def test_non_finite_weights_are_not_exported(tmp_path: Path) -> None:
     save_file({"used": torch.ones(2)}, tmp_path / "a.safetensors")
-    export.require_finite(tmp_path, "the version must not be used")
+    export.require_finite(tmp_path, "do not use this version")
     # No probe uses the row of this token, so no answer would reveal it.
     save_file({"embed": torch.tensor([1.0, math.inf])}, tmp_path / "b.safetensors")
-    with pytest.raises(GateError, match="export: embed is not finite; nothing is written; the version must"):
-        export.require_finite(tmp_path, "the version must not be used")
+    with pytest.raises(GateError, match="export: embed is not finite; nothing was written; do not use"):
+        export.require_finite(tmp_path, "do not use this version")
 
 
-def test_another_answer_is_refused_however_wide_the_bound(lively: tuple[Any, Any]) -> None:
+def test_a_different_answer_is_rejected_whatever_the_bound(lively: tuple[Any, Any]) -> None:
     model, tokenizer = deepcopy(lively)
     answers = [export.answer(model, tokenizer, question) for question in PROBES]
     model.model.layers[1].mlp.down_proj.weight.data.neg_()
-    with pytest.raises(GateError, match="and 0 of 3 greedy answers are the same"):
+    with pytest.raises(GateError, match="and 0 of 3 greedy answers are identical"):
         export.compare("it", model, tokenizer, answers, math.inf)
 
 
-def test_without_a_converter_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_converter_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "tools_environment", lambda: {"PATH": ""})
     with pytest.raises(StageError, match=r"convert_hf_to_gguf\.py, convert-hf-to-gguf is on PATH; clone"):
         export.find_converter()
 
 
-def test_a_converter_that_fails_is_an_error_with_its_words(
+def test_a_failed_converter_is_an_error_with_its_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "convert-hf-to-gguf"

@@ -13,7 +13,7 @@ def ran(processes: int, kernel: str, device: str = "0") -> dict[str, Any]:
         "num_processes": {"requested": "auto", "effective": processes},
         "attn_implementation": {"requested": "auto", "effective": kernel},
         "devices": {"requested": "all", "effective": [device]},
-        "strategy_reason": "as params.yaml asks",
+        "strategy_reason": "set in params.yaml",
     }
 
 
@@ -26,7 +26,7 @@ def test_the_number_of_processes_is_that_of_the_version(tmp_path: Path) -> None:
     assert params.read_text() == "sft:\n  num_processes: 8\n"
 
 
-def test_what_this_machine_chose_otherwise_is_told(tmp_path: Path) -> None:
+def test_different_settings_are_listed(tmp_path: Path) -> None:
     write_json(tmp_path / "data/sft/effective.json", ran(8, "sdpa_per_example", "3"))
     assert differences(ran(8, "torch_varlen"), tmp_path) == [
         "attn_implementation sdpa_per_example instead of torch_varlen"

@@ -256,10 +256,10 @@ def test_a_qlora_fsdp_file_is_mapped() -> None:
     }
     assert {key: values.get(key) for key in expected} == expected
     assert "snapshot.sources" not in values
-    assert "no commit is named" in unmapped["datasets[0]"]
+    assert "no commit is given" in unmapped["datasets[0]"]
     assert list(unmapped) == ["datasets[0]", "datasets"]
     assert not_needed["group_by_length"].startswith("rows are packed to equal length")
-    assert not_needed["fsdp_config.transformer_layer_cls_to_wrap"] == "set by itself"
+    assert not_needed["fsdp_config.transformer_layer_cls_to_wrap"] == "set automatically"
 
 
 def test_an_old_file_is_mapped() -> None:
@@ -342,41 +342,45 @@ def test_a_key_is_mapped(text: str, target: str, value: Any) -> None:
     [
         ("sequence_length: 2048", "sequence_length", "unknown to Axolotl; did you mean sequence_len?"),
         ("micro_batchsize:", "micro_batchsize", "unknown to Axolotl; did you mean micro_batch_size?"),
-        ("lr_scheduler: rex", "lr_scheduler", "rex is not here; set sft.lr_scheduler_type to cosine"),
-        ("optimizer: muon", "optimizer", "optimiser muon is not here; adamw_torch_fused is the nearest"),
-        ("num_epochs: 1.5", "num_epochs", "1.5 is not a whole number"),
+        ("lr_scheduler: rex", "lr_scheduler", "rex is not supported; set sft.lr_scheduler_type to cosine"),
+        (
+            "optimizer: muon",
+            "optimizer",
+            "optimizer muon is not supported; set sft.optim, such as adamw_torch_fused",
+        ),
+        ("num_epochs: 1.5", "num_epochs", "1.5 is not an integer"),
         ("micro_batch_size: many", "micro_batch_size", "'many' is not a number"),
-        ("eval_steps: 0.05", "eval_steps", "0.05 is a share of all steps; steps are known after packing"),
+        ("eval_steps: 0.05", "eval_steps", "0.05 is a share of all steps; the number of steps is known"),
         ("val_set_size: 500", "val_set_size", "500 is a number of rows; set split.validation_share"),
-        ("base_model: gpt2", "base_model", "no commit is named; set base.model to hub:<owner>/gpt2@<commit>"),
+        ("base_model: gpt2", "base_model", "no commit is given; set base.model to hub:<owner>/gpt2@<commit>"),
         (
             "{base_model: a/b, revision_of_model: main}",
             "base_model and revision_of_model",
-            "'main' may move; set base.model to hub:a/b@<commit>",
+            "'main' may change; set base.model to hub:a/b@<commit>",
         ),
-        ("attn_implementation: flash", "attn_implementation", "flash is not here"),
+        ("attn_implementation: flash", "attn_implementation", "flash is not supported"),
         ("deepspeed: my_zero.json", "deepspeed", "my_zero.json: no such file, and Axolotl ships none"),
-        ("{adapter: lora, load_in_8bit: true}", "load_in_8bit", "a base of eight bits is not here"),
-        ("{adapter: lora, lora_r: 8}", "lora_target_modules", "not named, so PEFT chooses"),
+        ("{adapter: lora, load_in_8bit: true}", "load_in_8bit", "an 8-bit base is not supported"),
+        ("{adapter: lora, lora_r: 8}", "lora_target_modules", "not set, so PEFT chooses"),
         (
             "datasets: [{path: x.jsonl, type: {field_output: a}}]",
             "datasets[0].type",
-            "with a format of its own",
+            "custom format",
         ),
         ("datasets: [{path: x.jsonl, ds_typ: json}]", "datasets[0].ds_typ", "unknown; did you mean ds_type?"),
-        ("datasets: [{path: 'https://x.org/a.jsonl'}]", "datasets[0]", "scheme 'https' is not read"),
-        ("plugins: [my.Plugin]", "plugins", "my.Plugin: Axolotl's plug-ins do not run here; take it out"),
-        ("dpo_beta: 0.1", "dpo_beta", "only supervised fine-tuning is here"),
+        ("datasets: [{path: 'https://x.org/a.jsonl'}]", "datasets[0]", "scheme 'https' is not supported"),
+        ("plugins: [my.Plugin]", "plugins", "my.Plugin: Axolotl plugins are not supported; remove it"),
+        ("dpo_beta: 0.1", "dpo_beta", "only supervised fine-tuning is supported"),
     ],
 )
-def test_what_cannot_be_mapped_is_told_with_its_remedy(text: str, key: str, note: str) -> None:
+def test_unmapped_keys_are_reported_with_a_remedy(text: str, key: str, note: str) -> None:
     assert translated(text)[2][key].startswith(note)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("{bf16: true, fp16: true}", "bf16 and fp16: choose one arithmetic"),
+        ("{bf16: true, fp16: true}", "bf16 and fp16: choose one precision"),
         (
             "{flash_attention: true, sdp_attention: true}",
             "flash_attention and sdp_attention: choose one kernel",
@@ -389,7 +393,7 @@ def test_what_cannot_be_mapped_is_told_with_its_remedy(text: str, key: str, note
         ("{deepspeed: zero2.json, fsdp: [full_shard]}", "deepspeed and fsdp: choose one"),
         (
             "{adapter: qlora, load_in_4bit: false}",
-            "adapter and load_in_4bit: qlora needs a base of four bits",
+            "adapter and load_in_4bit: qlora needs a 4-bit base",
         ),
         ("load_in_4bit: true", "load_in_4bit and adapter"),
         (
@@ -409,16 +413,16 @@ def test_what_cannot_be_mapped_is_told_with_its_remedy(text: str, key: str, note
         ),
     ],
 )
-def test_a_contradiction_names_both_keys(text: str, told: str, checkout: Path) -> None:
+def test_a_contradiction_names_both_keys(text: str, message: str, checkout: Path) -> None:
     config = checkout / "axolotl.yml"
     config.write_text(text)
     with pytest.raises(ConfigError) as caught:
         convert(config)
     assert str(caught.value).startswith(f"{config}: 1 problem(s)")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_file_of_deepspeed_beside_the_config_is_read(tmp_path: Path) -> None:
+def test_a_deepspeed_config_next_to_the_file_is_read(tmp_path: Path) -> None:
     offload = '{"device": "nvme", "nvme_path": "/fast"}'
     (tmp_path / "zero2.json").write_text(
         '{"zero_optimization": {"stage": 3, "offload_optimizer": ' + offload + "}}"
@@ -441,7 +445,7 @@ def test_without_write_the_result_is_shown_and_nothing_changes(checkout: Path) -
     assert done.exit_code == 0
     assert re.search(r"learning_rate: 2e-4\s+sft\.learning_rate = 0\.0002", done.stdout)
     assert re.search(r"output_dir: \./outputs/lora-out\s+stages write to data/", done.stdout)
-    assert re.search(r"evals_per_epoch: 4\s+set sft\.eval_steps; steps are known after packing", done.stdout)
+    assert re.search(r"evals_per_epoch: 4\s+set sft\.eval_steps; the number of steps is known", done.stdout)
     assert (checkout / "params.yaml").read_bytes() == before
 
 
@@ -466,7 +470,7 @@ def test_write_changes_the_values_and_keeps_every_comment(checkout: Path) -> Non
     assert list(params["snapshot"]["sources"]) == ["gpt4_llm_cleaned", "chats"]
 
 
-def test_a_result_that_is_wrong_is_told_whole_and_not_written(checkout: Path) -> None:
+def test_an_invalid_result_is_reported_completely_and_not_written(checkout: Path) -> None:
     before = (checkout / "params.yaml").read_bytes()
     done = run_import(QLORA_FSDP + "max_grad_norm: -1\n", "--write")
     assert done.exit_code == 2
@@ -475,12 +479,12 @@ def test_a_result_that_is_wrong_is_told_whole_and_not_written(checkout: Path) ->
     assert (checkout / "params.yaml").read_bytes() == before
     done = run_import(QLORA_FSDP + "load_best_model_at_end: true\n", "--write")
     assert "qlora's 4-bit weights cannot be offloaded; set offload_param to none" in done.stderr
-    assert "load_best_model_at_end follows the evaluation loss; set eval_steps" in done.stderr
-    assert "nothing is written" in done.stderr
+    assert "load_best_model_at_end depends on the evaluation loss; set eval_steps" in done.stderr
+    assert "nothing was written" in done.stderr
     assert (checkout / "params.yaml").read_bytes() == before
 
 
-def test_a_missing_file_is_told(checkout: Path) -> None:
+def test_a_missing_file_is_an_error(checkout: Path) -> None:
     done = CliRunner().invoke(app, ["import", "axolotl.yml"])
     assert done.exit_code == 2
     assert "axolotl.yml: not found" in done.stderr
@@ -497,11 +501,11 @@ KNOWN = sorted(
 
 
 @pytest.mark.parametrize("value", [True, False, 0, 7, 0.5, "word", ["word"], [{"path": 1}], {"a": [1]}])
-def test_no_key_is_dropped_in_silence_whatever_its_value(value: Any) -> None:
+def test_no_key_is_dropped_silently(value: Any) -> None:
     assert len(KNOWN) > 300
     for key in KNOWN:
-        told = [one for one in translate({key: value}, Path()) if not one.is_default]
-        assert any(re.match(rf"(.* and )?{key}\b", one.key) for one in told), (key, value)
+        found = [one for one in translate({key: value}, Path()) if not one.is_default]
+        assert any(re.match(rf"(.* and )?{key}\b", one.key) for one in found), (key, value)
 
 
 def targets() -> set[str]:
@@ -531,7 +535,7 @@ def test_every_key_of_sft_has_a_counterpart_or_is_known_to_have_none(monkeypatch
     assert SftParams.model_fields.keys() - mapped == ours
 
 
-def test_the_import_loads_no_torch() -> None:
+def test_the_import_does_not_load_torch() -> None:
     program = "import sys, infra.importers.axolotl; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

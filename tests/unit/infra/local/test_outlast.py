@@ -51,7 +51,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     thread.join()
 
 
-def test_without_it_a_client_gives_up_at_once(url: str) -> None:
+def test_a_plain_client_fails_immediately(url: str) -> None:
     with (
         pytest.raises(httpx.ConnectError),
         PrefectHttpxSyncClient(base_url=url, enable_csrf_support=False) as client,
@@ -59,7 +59,9 @@ def test_without_it_a_client_gives_up_at_once(url: str) -> None:
         client.get("/")
 
 
-def test_a_client_waits_for_its_server_and_says_so_once(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_waits_for_its_server_and_reports_the_outage_once(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     outlast.outlast_outages()
     with (
         caplog.at_level("INFO", logger="prefect.outlast"),
@@ -67,10 +69,10 @@ def test_a_client_waits_for_its_server_and_says_so_once(url: str, caplog: pytest
     ):
         assert client.get("/").status_code == 200
         assert client.get("/").status_code == 200
-    told = [
+    messages = [
         record.getMessage().split(" (")[0] for record in caplog.records if record.name == "prefect.outlast"
     ]
-    assert told == ["the Prefect server is away", "the Prefect server is back"]
+    assert messages == ["the Prefect server is unreachable", "the Prefect server is back"]
 
 
 def test_an_asynchronous_client_waits_too(url: str) -> None:
@@ -83,7 +85,7 @@ def test_an_asynchronous_client_waits_too(url: str) -> None:
     assert asyncio.run(ask()) == 200
 
 
-def test_an_answer_that_refuses_is_no_outage(url: str) -> None:
+def test_an_error_response_is_not_an_outage(url: str) -> None:
     time.sleep(OUTAGE_SECONDS + 0.5)
     outlast.outlast_outages()
     with (

@@ -45,7 +45,7 @@ def watches(trigger: dict[str, Any], flow: str) -> bool:
     return EventTrigger(**trigger).covers_resources(run, [RelatedResource(one) for one in related])
 
 
-def test_the_janitor_looks_after_every_run_but_its_own() -> None:
+def test_the_automation_ignores_janitor_runs() -> None:
     """The janitor's last heartbeat arrives after its end, so it would wake itself forever."""
     server = Server()
     create_automation(server)  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def test_the_janitor_looks_after_every_run_but_its_own() -> None:
     ]
 
 
-def test_the_automation_is_created_once_and_replaced_if_it_wakes_itself() -> None:
+def test_the_automation_is_created_once_and_replaced_if_it_triggers_itself() -> None:
     server = Server()
     for _ in range(2):
         create_automation(server)  # type: ignore[arg-type]

@@ -48,10 +48,10 @@ def test_a_traceback_belongs_to_its_message(tmp_path: Path) -> None:
     assert len(unexplained(tmp_path / "log")) == 1
 
 
-def test_no_log_is_no_error(tmp_path: Path) -> None:
+def test_a_missing_log_has_no_errors(tmp_path: Path) -> None:
     assert unexplained(tmp_path / "log") == []
 
 
-def test_whatever_is_passed_over_is_explained_to_the_user() -> None:
+def test_all_ignored_errors_are_documented() -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
     assert [known for known in EXPLAINED if known not in text] == []

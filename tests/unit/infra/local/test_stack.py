@@ -57,7 +57,7 @@ def record(folder: Path, service: str, process: psutil.Process, age: int = 0) ->
     (folder / ".nightshift" / "stack.json").write_text(json.dumps({service: entry}))
 
 
-def test_a_taken_named_port_is_an_error_that_says_who_holds_it(
+def test_a_requested_port_in_use_is_an_error_with_its_process(
     folder: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NIGHTSHIFT_MLFLOW_PORT", str(taken_port))
@@ -65,34 +65,35 @@ def test_a_taken_named_port_is_an_error_that_says_who_holds_it(
         stack.up()
     holder = f"pid {os.getpid()} ({psutil.Process().name()})"
     assert str(caught.value) == (
-        f"NIGHTSHIFT_MLFLOW_PORT: port {taken_port} is taken: {holder}; end that or name another"
+        f"NIGHTSHIFT_MLFLOW_PORT: port {taken_port} is in use: {holder}; "
+        "end that process or choose another port"
     )
     assert not (folder / "prefect.toml").exists()
 
 
 @pytest.mark.parametrize("named", ["0", "65536", "-1", "4200.0", "http"])
 @pytest.mark.usefixtures("folder")
-def test_a_named_port_must_be_a_port(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_port_must_be_valid(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIGHTSHIFT_PREFECT_PORT", named)
     with pytest.raises(ConfigError, match="NIGHTSHIFT_PREFECT_PORT: must be a port from 1 to 65535"):
         stack.up()
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_taken_default_port_is_replaced_and_told(
+def test_a_default_port_in_use_is_replaced_and_reported(
     taken_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(stack.PORTS, "prefect", ("NIGHTSHIFT_PREFECT_PORT", taken_port))
     with caplog.at_level("INFO"):
         port = stack._choose_port("prefect", None)
     assert port != taken_port
-    assert f"prefect: port {taken_port} is taken: pid {os.getpid()}" in caplog.text
+    assert f"prefect: port {taken_port} is in use: pid {os.getpid()}" in caplog.text
     with socket.socket() as free:
         free.bind(("127.0.0.1", port))
 
 
 @pytest.mark.usefixtures("folder")
-def test_an_ended_service_gets_the_port_that_it_had(taken_port: int) -> None:
+def test_a_stopped_service_keeps_its_last_port(taken_port: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         before = free.getsockname()[1]
@@ -102,7 +103,7 @@ def test_an_ended_service_gets_the_port_that_it_had(taken_port: int) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_running_service_keeps_its_port_whatever_is_named(
+def test_a_running_service_keeps_its_port(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NIGHTSHIFT_PREFECT_PORT", "4301")
@@ -111,7 +112,7 @@ def test_a_running_service_keeps_its_port_whatever_is_named(
     assert "prefect stays on port 4300" in caplog.text
 
 
-def test_a_recycled_pid_is_neither_shown_nor_ended(folder: Path, bystander: psutil.Process) -> None:
+def test_a_reused_pid_is_neither_shown_nor_ended(folder: Path, bystander: psutil.Process) -> None:
     record(folder, "worker", bystander, age=100)
     assert stack.status() == [
         ("prefect", None, "", False),
@@ -134,7 +135,7 @@ def test_a_recorded_process_is_ended_with_its_children(folder: Path, monkeypatch
     assert stack.down() == []
 
 
-def test_a_process_that_is_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "TERM_SECONDS", 0.1)
     monkeypatch.setattr(processes, "KILL_SECONDS", 0.1)
     deaf = subprocess.Popen(
@@ -147,18 +148,18 @@ def test_a_process_that_is_deaf_to_sigterm_is_killed(monkeypatch: pytest.MonkeyP
     assert deaf.wait(timeout=5) == -signal.SIGKILL
 
 
-def test_a_service_that_ends_at_its_start_shows_its_last_lines(
+def test_a_service_that_exits_during_startup_shows_its_last_lines(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = Stack(folder / ".nightshift", 1, 1)
     here.state_dir.mkdir()
     monkeypatch.setattr(services, "_command", lambda *_: ["no_such_module"])
     services.start("prefect", here)
-    with pytest.raises(StageError, match=r"prefect: ended at its start(.|\n)*no_such_module"):
+    with pytest.raises(StageError, match=r"prefect: exited during startup(.|\n)*no_such_module"):
         services.wait_until_healthy("prefect", here)
 
 
-def test_the_environment_leads_to_the_stack_and_stays_quiet(
+def test_the_environment_connects_to_the_stack_without_telemetry(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in environment(STACK).keys() - {"PATH"}:
@@ -199,14 +200,14 @@ def test_the_environment_leads_to_the_stack_and_stays_quiet(
         ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true", "false"),
     ],
 )
-def test_the_users_switches_win_but_not_over_addresses_and_safety(
+def test_user_settings_take_precedence_except_for_addresses_and_security(
     name: str, users: str, effective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, users)
     assert environment(STACK)[name] == effective
 
 
-def test_a_service_does_not_inherit_what_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_does_not_inherit_foreign_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "PREFECT_API_KEY",
         "PREFECT_PROFILE",
@@ -222,7 +223,7 @@ def test_a_service_does_not_inherit_what_leads_elsewhere(monkeypatch: pytest.Mon
     assert inherited["AWS_PROFILE"] == "kept"
 
 
-def test_prefect_toml_leads_a_plain_prefect_to_the_stack() -> None:
+def test_prefect_toml_connects_a_plain_prefect_to_the_stack() -> None:
     assert tomllib.loads(prefect_toml(STACK)) == {
         "home": "/srv/night shift/prefect",
         "profiles_path": "/srv/night shift/prefect/profiles.toml",
@@ -233,7 +234,7 @@ def test_prefect_toml_leads_a_plain_prefect_to_the_stack() -> None:
     }
 
 
-def test_a_prefect_toml_of_the_users_own_is_left_alone(folder: Path) -> None:
+def test_a_prefect_toml_of_the_user_is_unchanged(folder: Path) -> None:
     own = folder / "prefect.toml"
     own.write_text('[api]\nurl = "https://elsewhere/api"\n')
     with pytest.raises(ConfigError, match=r"prefect\.toml: not written by the stack"):
@@ -243,8 +244,8 @@ def test_a_prefect_toml_of_the_users_own_is_left_alone(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_up_says_where_to_run_it() -> None:
-    with pytest.raises(ConfigError, match=r"no prefect\.yaml; run from the folder that holds it"):
+def test_up_requires_prefect_yaml() -> None:
+    with pytest.raises(ConfigError, match=r"no prefect\.yaml; run from the folder that contains it"):
         stack.up()
 
 
@@ -253,7 +254,7 @@ def test_down_leaves_no_trace_in_a_folder_without_a_stack(in_tmp: Path) -> None:
     assert list(in_tmp.iterdir()) == []
 
 
-def test_a_file_of_an_earlier_version_is_not_taken_for_nothing(folder: Path) -> None:
+def test_a_record_of_an_earlier_version_is_an_error(folder: Path) -> None:
     (folder / ".nightshift").mkdir()
     entry = {"prefect": {"pid": os.getpid(), "create_time": 1.0, "port": 4300}}
     (folder / ".nightshift" / "stack.json").write_text(json.dumps(entry))
@@ -268,7 +269,7 @@ def test_a_worker_whose_server_moved_is_ended_only_if_no_run_needs_the_old_addre
     moved = Stack(folder / ".nightshift", 4301, 0)
     monkeypatch.setattr(runs, "run_processes", lambda _: [("a run", bystander)])
     for worker in (bystander, None):
-        with pytest.raises(ConfigError, match=r"a run is under way and reports to http://127\.0\.0\.1:4300"):
+        with pytest.raises(ConfigError, match=r"a run is active and reports to http://127\.0\.0\.1:4300"):
             stack._end_lost_worker(moved, worker)
     assert leases.is_alive(bystander)
     monkeypatch.setattr(runs, "run_processes", lambda _: [])
@@ -276,16 +277,16 @@ def test_a_worker_whose_server_moved_is_ended_only_if_no_run_needs_the_old_addre
     assert not leases.is_alive(bystander)
 
 
-def test_variables_that_the_stack_does_not_take_over_are_named(
+def test_ignored_variables_are_listed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://elsewhere")
     stack._warn_of_ignored_variables(STACK)
-    assert "the stack has settings of its own; ignored: PREFECT_SERVER_DATABASE_CONNECTION_URL" in caplog.text
+    assert "the stack ignores PREFECT_SERVER_DATABASE_CONNECTION_URL, but" in caplog.text
     assert "elsewhere" not in caplog.text
 
 
-def test_the_secret_is_made_once_and_is_the_owners_alone(folder: Path) -> None:
+def test_the_secret_is_created_once_and_readable_only_by_its_owner(folder: Path) -> None:
     here = Stack(folder / ".nightshift", 1, 1)
     here.state_dir.mkdir()
     stack._create_auth(here)
@@ -296,13 +297,13 @@ def test_the_secret_is_made_once_and_is_the_owners_alone(folder: Path) -> None:
     assert here.auth_file.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_command_line_does_not_wait_for_heavy_imports() -> None:
+def test_the_command_line_loads_no_heavy_libraries() -> None:
     code = "import sys, infra.local.stack; print({'prefect', 'mlflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
-def test_a_busy_server_is_asked_again_and_said_so(
+def test_a_busy_server_is_retried_with_a_message(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers = [503, 503, 200]
@@ -322,4 +323,4 @@ def test_a_busy_server_is_asked_again_and_said_so(
         Thread(target=server.serve_forever, daemon=True).start()
         assert prefect_api.request("GET", f"http://127.0.0.1:{server.server_port}/x") == {"ok": True}
         server.shutdown()
-    assert caplog.text.count("is busy; asking again") == 2
+    assert caplog.text.count("is busy; retrying") == 2

@@ -21,12 +21,12 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_yaml_reads_1e_4_as_text_and_the_schema_as_a_number(tmp_path: Path) -> None:
+def test_1e_4_is_parsed_as_a_float(tmp_path: Path) -> None:
     path = write(tmp_path, "demo: {max_length: 8, learning_rate: 1e-4}")
     assert load_params(DemoParams, "demo", path).learning_rate == 0.0001
 
 
-def test_all_problems_of_a_section_come_in_one_error(tmp_path: Path) -> None:
+def test_all_problems_of_a_section_are_in_one_error(tmp_path: Path) -> None:
     path = write(tmp_path, "demo: {max_length: 1, learning_rat: 0.1}")
     with pytest.raises(ConfigError) as caught:
         load_params(DemoParams, "demo", path)
@@ -38,24 +38,24 @@ def test_all_problems_of_a_section_come_in_one_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["true", '"8"', "8.0"])
-def test_an_int_is_an_int_and_nothing_that_looks_like_one(tmp_path: Path, value: str) -> None:
+def test_int_fields_reject_other_types(tmp_path: Path, value: str) -> None:
     path = write(tmp_path, f"demo: {{max_length: {value}, learning_rate: 0.1}}")
     with pytest.raises(ConfigError, match=r"demo\.max_length"):
         load_params(DemoParams, "demo", path)
 
 
-def test_nan_is_no_learning_rate(tmp_path: Path) -> None:
+def test_nan_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, "demo: {max_length: 8, learning_rate: .nan}")
     with pytest.raises(ConfigError, match=r"demo\.learning_rate"):
         load_params(DemoParams, "demo", path)
 
 
 @pytest.mark.parametrize("text", ["demo: [", "- 1", ""])
-def test_a_file_that_is_no_mapping_is_told_by_name(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_mapping_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"params\.yaml: "):
         load_params(DemoParams, "demo", write(tmp_path, text))
 
 
-def test_a_missing_file_is_told_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not found"):
         load_params(DemoParams, "demo", tmp_path / "params.yaml")

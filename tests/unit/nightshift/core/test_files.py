@@ -24,7 +24,7 @@ from nightshift.core.files import (
 SCHEMA = pa.schema([("a", pa.int32()), ("b", pa.string())])
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     write_text(path, "old")
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
@@ -42,12 +42,12 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "one") == rows
 
 
-def test_json_refuses_nan(tmp_path: Path) -> None:
+def test_json_rejects_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": float("nan")})
 
 
-def test_a_computed_figure_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+def test_non_finite_figures_are_written_as_null(tmp_path: Path) -> None:
     figures = {"gain": {"power": float("nan"), "low": 0.1}, "bands": (float("inf"), 1), "verdict": "hold"}
     write_figures(tmp_path / "x.json", figures)
     assert read_json(tmp_path / "x.json") == {
@@ -57,7 +57,7 @@ def test_a_computed_figure_that_is_not_finite_is_written_as_null(tmp_path: Path)
     }
 
 
-def test_a_tree_digest_sees_names_and_bytes_but_not_the_place(tmp_path: Path) -> None:
+def test_a_tree_digest_depends_on_names_and_bytes_but_not_on_location(tmp_path: Path) -> None:
     for place in ("p", "q"):
         write_text(tmp_path / place / "model" / "a.txt", "1")
     assert tree_digest(tmp_path / "p" / "model") == tree_digest(tmp_path / "q" / "model")
@@ -71,14 +71,14 @@ def test_a_text_digest_is_stable() -> None:
     assert text_digest("a", "b") != text_digest("b", "a")
 
 
-def test_rows_come_back_batch_by_batch_in_order(tmp_path: Path) -> None:
+def test_rows_are_read_in_batches_and_in_order(tmp_path: Path) -> None:
     schema = pa.schema([("number", pa.int64())])
     write_rows(tmp_path / "rows.parquet", ({"number": i} for i in range(25_000)), schema)
     assert [batch.num_rows for batch in iterate_batches(tmp_path / "rows.parquet")] == [10_000, 10_000, 5000]
     assert [row["number"] for row in iterate_rows(tmp_path / "rows.parquet")] == list(range(25_000))
 
 
-def test_appended_rows_take_their_name_only_when_all_are_there(tmp_path: Path) -> None:
+def test_appended_rows_appear_only_when_complete(tmp_path: Path) -> None:
     schema = pa.schema([("number", pa.int64())])
     target = tmp_path / "rows.parquet"
     with pytest.raises(ZeroDivisionError), appended_rows(target, schema) as append:

@@ -28,7 +28,8 @@ def main(end: str) -> None:
 run_main(main, lambda parser: parser.add_argument("end"))
 """
 FULL = (
-    "[Errno 28] No space left on device: '/data'; make room there or give the rights to write, then run again"
+    "[Errno 28] No space left on device: '/data'; free disk space or fix the write permissions, "
+    "then run again"
 )
 
 
@@ -42,7 +43,7 @@ FULL = (
         ("--help", 0, None),
     ],
 )
-def test_a_program_leaves_its_result(end: str, code: int, result: object, tmp_path: Path) -> None:
+def test_a_program_writes_its_result(end: str, code: int, result: object, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, end],

@@ -36,7 +36,7 @@ def faults(root: Path) -> list[str]:
     return [line.strip().replace(f"{root}/", "") for line in str(caught.value).splitlines()[1:]]
 
 
-def test_every_kind_is_read_in_the_order_of_the_names(tmp_path: Path) -> None:
+def test_all_kinds_are_read_in_order_of_name(tmp_path: Path) -> None:
     for kind, (task, item) in GOOD.items():
         put(tmp_path, kind, task, item)
     found = read_benchmarks(tmp_path)
@@ -44,7 +44,7 @@ def test_every_kind_is_read_in_the_order_of_the_names(tmp_path: Path) -> None:
     assert found[0].items == [CHOICE]
 
 
-def test_all_faults_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path: Path) -> None:
     task, item = GOOD["generation"]
     put(tmp_path, "facts", CHOICE_TASK, CHOICE, {**CHOICE, "id": "b", "answer": 2}, CHOICE)
     put(tmp_path, "written", {**task, "metric": "bleu"}, item, {**item, "id": "b", "referenzes": ["x"]})
@@ -53,40 +53,41 @@ def test_all_faults_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "items.jsonl").write_text("{}")
     assert faults(tmp_path) == [
-        "facts/items.jsonl:2: answer 2 is none of 2 choices; count from 0",
-        "facts/items.jsonl:3: id 'a' stands in line 1 too; rename one",
-        "normed/task.yaml: metric_list must hold acc, which is what the score is; add it",
-        "poem/task.yaml: kind 'poetry' is unknown; use generation, invariance or direction, or lm-eval",
+        "facts/items.jsonl:2: answer 2 is out of range for 2 choices; count from 0",
+        "facts/items.jsonl:3: duplicate id 'a', also in line 1; rename one",
+        "normed/task.yaml: metric_list must contain acc, which is the score; add it",
+        "poem/task.yaml: unknown kind 'poetry'; use generation, invariance or direction, or omit it for "
+        "lm-eval",
         "written/task.yaml.metric: Input should be 'exact_match', 'contains', 'token_f1' or 'rouge_l', "
         "got 'bleu'",
         "written/items.jsonl:2.referenzes: unknown key; did you mean references?",
-        "lost: has no task.yaml; say there how to ask",
+        "lost: has no task.yaml; add one that defines how to ask",
     ]
 
 
-def test_files_that_are_missing_or_empty_or_no_json_are_told(tmp_path: Path) -> None:
+def test_missing_empty_and_malformed_files_are_reported(tmp_path: Path) -> None:
     put(tmp_path, "empty", CHOICE_TASK)
     put(tmp_path, "gone", CHOICE_TASK)
     (tmp_path / "gone" / "items.jsonl").unlink()
     put(tmp_path, "test", CHOICE_TASK)
     (tmp_path / "test" / "items.jsonl").write_text('\n{"id": \n')
     assert faults(tmp_path) == [
-        "empty/items.jsonl: no items; a benchmark needs at least one",
-        "gone/items.jsonl: not found; a benchmark needs its items",
-        "test: the name is that of the held-out examples; use another one",
-        "test/items.jsonl:2: not valid JSON: Expecting value; one object in each line",
+        "empty/items.jsonl: no items; add at least one",
+        "gone/items.jsonl: not found; add the benchmark's items",
+        "test: this name is reserved for the held-out examples; use another one",
+        "test/items.jsonl:2: not valid JSON: Expecting value; write one object per line",
     ]
 
 
-def test_a_generation_item_asks_by_a_question_or_by_turns(tmp_path: Path) -> None:
+def test_a_generation_item_has_either_a_question_or_messages(tmp_path: Path) -> None:
     task, item = GOOD["generation"]
     turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
     both = {**item, "messages": turns[:1]}
     ends_wrong = {"id": "b", "references": ["x"], "messages": turns}
     put(tmp_path, "written", task, both, ends_wrong)
     assert faults(tmp_path) == [
-        "written/items.jsonl:1: needs either question or messages; give one of them",
-        "written/items.jsonl:2: messages must end with the user's turn; leave the answer to references",
+        "written/items.jsonl:1: needs either question or messages; give exactly one",
+        "written/items.jsonl:2: messages must end with a user turn; move the answer to references",
     ]
 
 
@@ -95,7 +96,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) ->
     assert read_benchmarks(tmp_path)[0].items[0]["question"] == "One\u2028two?"
 
 
-def test_what_is_asked_has_all_wordings_but_no_answers() -> None:
+def test_questions_include_all_wordings_but_no_answers() -> None:
     turns = [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "Yes."},
@@ -105,10 +106,10 @@ def test_what_is_asked_has_all_wordings_but_no_answers() -> None:
     assert list(questions(GOOD["direction"][1])) == ["Q?", "C?"]
 
 
-def test_a_benchmark_that_is_not_in_use_is_not_read_and_one_in_use_must_be_there(tmp_path: Path) -> None:
+def test_only_benchmarks_in_use_are_read_and_they_must_exist(tmp_path: Path) -> None:
     put(tmp_path, "facts", CHOICE_TASK, CHOICE)
     put(tmp_path, "old", {"kind": "poetry"})
     (tmp_path / "used.json").write_text('["facts"]')
     assert [one.name for one in read_benchmarks(tmp_path)] == ["facts"]
     (tmp_path / "used.json").write_text('["facts", "lost"]')
-    assert faults(tmp_path) == ["lost: has no task.yaml; say there how to ask"]
+    assert faults(tmp_path) == ["lost: has no task.yaml; add one that defines how to ask"]

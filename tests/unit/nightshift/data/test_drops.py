@@ -17,21 +17,21 @@ def check(read: dict[str, int], dropped: dict[str, dict[str, int]], limit: float
             for number in range(count):
                 drops.add(source, reason, f"{source}:{number}: {reason}")
     where = (Path("data/x/gone.parquet"), "x.max_drop_rate")
-    require_drop_rate(drops, limit, where, "mend them", harmless=("known",))
+    require_drop_rate(drops, limit, where, "fix them", harmless=("known",))
 
 
-def test_a_rate_at_the_limit_is_accepted_and_one_above_it_is_not() -> None:
+def test_a_drop_rate_above_the_limit_is_an_error() -> None:
     check({"a": 40}, {"a": {"bad": 20}})
     with pytest.raises(DataError) as caught:
         check({"a": 40}, {"a": {"bad": 14, "worse": 7}})
     assert str(caught.value).splitlines() == [
         "data/x/gone.parquet: 21 of 40 rows of all sources are dropped (bad 14, worse 7), more than "
-        "x.max_drop_rate=0.5; mend them, or raise the limit",
+        "x.max_drop_rate=0.5; fix them, or raise the limit",
         *(f"  a:{number}: bad" for number in range(5)),
     ]
 
 
-def test_each_source_that_loses_too_much_is_named_with_its_rows() -> None:
+def test_each_source_above_the_limit_is_listed_with_some_rows() -> None:
     with pytest.raises(DataError) as caught:
         check({"a": 100, "b": 20, "c": 12}, {"a": {"bad": 30}, "b": {"bad": 15}, "c": {"bad": 12}})
     first, *shown = str(caught.value).splitlines()
@@ -42,7 +42,7 @@ def test_each_source_that_loses_too_much_is_named_with_its_rows() -> None:
     assert shown == [f"  {source}:{number}: bad" for source in "bc" for number in range(5)]
 
 
-def test_few_rows_are_no_rate_but_all_rows_of_a_source_are() -> None:
+def test_a_few_dropped_rows_are_accepted_unless_a_source_loses_all() -> None:
     check({"a": 100, "b": 10}, {"b": {"bad": 9}})
     check({"a": 3}, {"a": {"bad": 2}})
     with pytest.raises(DataError, match="10 of 11 rows of b"):

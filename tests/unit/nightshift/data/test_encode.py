@@ -16,7 +16,7 @@ def encoder(tiny_base: Path) -> Encoder:
     return load_encoder(tiny_base)
 
 
-def say(*turns: str) -> list[dict[str, str]]:
+def chat(*turns: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
@@ -26,28 +26,26 @@ def labelled(messages: list[dict[str, Any]], encoder: Encoder, tokenizer: Any) -
     return str(tokenizer.decode([label for label in encoded.labels if label != -100]))
 
 
-def test_only_the_answers_and_their_stop_tokens_carry_labels(encoder: Encoder, tokenizer: Any) -> None:
-    messages = say("Hi", "Hello.", "Who?", "Me.")
+def test_only_answers_and_their_stop_tokens_are_labelled(encoder: Encoder, tokenizer: Any) -> None:
+    messages = chat("Hi", "Hello.", "Who?", "Me.")
     assert labelled(messages, encoder, tokenizer) == "Hello.<|im_end|>Me.<|im_end|>"
 
 
-def test_tokens_are_those_of_transformers(encoder: Encoder, tokenizer: Any) -> None:
+def test_tokens_equal_those_of_transformers(encoder: Encoder, tokenizer: Any) -> None:
     conversations = [
-        say("Hi", "Hello."),
-        [{"role": "system", "content": "Be brief."}, *say("naïve 🙂?", "Ünïcode 数 1,234.5\n\n  x")],
+        chat("Hi", "Hello."),
+        [{"role": "system", "content": "Be brief."}, *chat("naïve 🙂?", "Ünïcode 数 1,234.5\n\n  x")],
     ]
     encoded = encode_batch([(messages, None) for messages in conversations], encoder)
     expected = [tokenizer.apply_chat_template(m, tokenize=True)["input_ids"] for m in conversations]
     assert [one.input_ids.tolist() for one in encoded if not isinstance(one, str)] == expected
 
 
-def test_the_mask_survives_spaces_and_emoji_at_the_edges(encoder: Encoder, tokenizer: Any) -> None:
-    assert labelled(say("é", "naïve 🙂!"), encoder, tokenizer) == "naïve 🙂!<|im_end|>"
+def test_labels_are_exact_with_spaces_and_emoji_at_the_edges(encoder: Encoder, tokenizer: Any) -> None:
+    assert labelled(chat("é", "naïve 🙂!"), encoder, tokenizer) == "naïve 🙂!<|im_end|>"
 
 
-def test_a_plain_text_is_learned_as_a_whole_and_ends_with_the_stop_token(
-    encoder: Encoder, tokenizer: Any
-) -> None:
+def test_plain_text_is_fully_labelled_and_ends_with_the_stop_token(encoder: Encoder, tokenizer: Any) -> None:
     messages = [{"role": "text", "content": "Gallium melts in the hand."}]
     assert labelled(messages, encoder, tokenizer) == "Gallium melts in the hand.<|im_end|>"
 
@@ -56,14 +54,14 @@ def with_template(template: str, encoder: Encoder) -> Encoder:
     return Encoder(encoder.tokenizer, template, {}, encoder.stop_id, "x")
 
 
-def test_a_template_that_takes_a_date_gets_the_same_one_every_night(encoder: Encoder, tokenizer: Any) -> None:
+def test_a_template_with_a_date_gets_a_fixed_date(encoder: Encoder, tokenizer: Any) -> None:
     template = "{{ date_string }}:{% for m in messages %} {{ m['content'] }}{% endfor %}"
-    (encoded,) = encode_batch([(say("Hi", "Hello"), None)], with_template(template, encoder))
+    (encoded,) = encode_batch([(chat("Hi", "Hello"), None)], with_template(template, encoder))
     assert not isinstance(encoded, str)
     assert tokenizer.decode(encoded.input_ids) == "26 Jul 2024: Hi Hello"
 
 
-def test_a_template_that_insists_on_todays_date_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_template_that_always_prints_today_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
     with pytest.raises(DataError, match="prints today's date"):
@@ -82,14 +80,12 @@ def test_a_template_that_insists_on_todays_date_is_refused(tiny_base: Path, tmp_
         ),
     ],
 )
-def test_a_template_that_cannot_be_trusted_is_a_fault_with_a_remedy(
-    template: str, fault: str, encoder: Encoder
-) -> None:
-    assert encode_batch([(say("a", "b"), None)], with_template(template, encoder)) == [fault]
+def test_an_unusable_template_is_a_fault_with_a_remedy(template: str, fault: str, encoder: Encoder) -> None:
+    assert encode_batch([(chat("a", "b"), None)], with_template(template, encoder)) == [fault]
     assert FAULTS[fault]
 
 
-def test_a_template_that_leaves_out_tool_calls_is_a_fault(encoder: Encoder, tokenizer: Any) -> None:
+def test_a_template_that_omits_tool_calls_is_a_fault(encoder: Encoder, tokenizer: Any) -> None:
     calls = json.dumps([{"name": "weather", "arguments": {"city": "Bern"}}])
     messages = [
         {"role": "user", "content": "Rain?"},
@@ -107,8 +103,8 @@ def test_a_template_that_leaves_out_tool_calls_is_a_fault(encoder: Encoder, toke
     assert whole == '{"name": "weather", "arguments": {"city": "Bern"}}<|im_end|>No.<|im_end|>'
 
 
-def test_what_was_encoded_once_is_read_back_equal(encoder: Encoder, in_tmp: Path) -> None:
-    conversations = [(say("Hi", "Hello."), None), (say("Hi", "Hello."), None), (say("a", "b"), None)]
+def test_encoded_conversations_are_read_from_the_cache(encoder: Encoder, in_tmp: Path) -> None:
+    conversations = [(chat("Hi", "Hello."), None), (chat("Hi", "Hello."), None), (chat("a", "b"), None)]
     with open_memo(encoder) as memo:
         first = encode_known(conversations, encoder, memo)
         again = encode_known(conversations, with_template("{{ broken", encoder), memo)
@@ -119,7 +115,7 @@ def test_what_was_encoded_once_is_read_back_equal(encoder: Encoder, in_tmp: Path
         assert one.labels.tolist() == other.labels.tolist()
 
 
-def test_a_base_without_a_chat_template_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_base_without_a_chat_template_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_base / name).read_bytes())
     with pytest.raises(DataError, match="needs a chat template"):

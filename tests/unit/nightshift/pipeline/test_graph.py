@@ -14,7 +14,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_stages_come_after_what_they_read(tmp_path: Path) -> None:
+def test_stages_come_after_their_inputs(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         """
@@ -32,13 +32,13 @@ def test_independent_stages_keep_the_order_of_the_file(tmp_path: Path) -> None:
     assert stage_order(path) == ["b", "a", "c"]
 
 
-def test_a_circle_is_named(tmp_path: Path) -> None:
+def test_a_cycle_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, "stages: {a: {deps: [y], outs: [x]}, b: {deps: [x], outs: [y]}}")
-    with pytest.raises(ConfigError, match="depend on each other"):
+    with pytest.raises(ConfigError, match="form a cycle"):
         stage_order(path)
 
 
 @pytest.mark.parametrize("text", ["", "stages: {}"])
-def test_no_stage_is_an_error(tmp_path: Path, text: str) -> None:
+def test_a_file_without_stages_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="defines no stage"):
         stage_order(write(tmp_path, text))

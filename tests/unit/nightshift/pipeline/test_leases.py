@@ -13,7 +13,7 @@ from nightshift.pipeline import leases
 from tests.helpers.checkouts import ROOT
 
 
-def test_a_step_of_the_clock_does_not_hide_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_change_does_not_hide_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     held = leases.identify(os.getpid())
     created = psutil.Process().create_time()
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: created + 3600)
@@ -25,7 +25,7 @@ def test_a_step_of_the_clock_does_not_hide_a_process(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("key", "value"), [("start_ticks", 1), ("boot_id", "of yesterday"), ("pid", 2**22 + 1)]
 )
-def test_a_process_of_the_same_pid_is_another(key: str, value: object) -> None:
+def test_a_reused_pid_is_another_process(key: str, value: object) -> None:
     assert leases.find_process({**leases.identify(os.getpid()), key: value}) is None
 
 
@@ -36,7 +36,7 @@ def test_a_zombie_is_dead() -> None:
         assert leases.find_process(held) is None
 
 
-def test_a_name_with_brackets_and_spaces_is_read_right(tmp_path: Path) -> None:
+def test_the_start_is_read_for_names_with_brackets_and_spaces(tmp_path: Path) -> None:
     program = tmp_path / "a) (b c"
     program.symlink_to(sys.executable)
     code = "import sys; print(1, flush=True); sys.stdin.read()"
@@ -47,7 +47,7 @@ def test_a_name_with_brackets_and_spaces_is_read_right(tmp_path: Path) -> None:
         assert leases.start_ticks(child.pid) == round(begun * os.sysconf("SC_CLK_TCK"))
 
 
-def test_a_lease_is_kept_while_the_run_works_and_given_back(in_tmp: Path) -> None:
+def test_a_lease_is_held_during_the_run_and_released_after_it(in_tmp: Path) -> None:
     assert leases.lease_holder("a-run") is None
     with leases.lease("a-run"):
         assert leases.lease_holder("a-run") == "alive"

@@ -32,7 +32,7 @@ def test_a_stage_that_loses_a_row_without_a_reason_fails(in_tmp: Path) -> None:
         write_summary("dedupe", rows_in=3, rows_out=2)
 
 
-def test_a_row_that_disappears_between_two_stages_is_found(tmp_path: Path) -> None:
+def test_a_row_that_disappears_between_two_stages_is_detected(tmp_path: Path) -> None:
     for stage, summary in SUMMARIES.items():
         write_json(tmp_path / stage / "summary.json", summary)
     check_ledger(tmp_path)

@@ -7,16 +7,16 @@ import pytest
 from nightshift.pipeline import graph
 
 
-def test_what_reads_a_stage_that_changed_may_run_too(in_tmp: Path) -> None:
+def test_stages_downstream_of_a_change_may_rerun(in_tmp: Path) -> None:
     stages = "{a: {outs: [data/a]}, b: {deps: [data/a], outs: [data/b]}, c: {outs: [c]}}"
     Path("dvc.yaml").write_text(f"stages: {stages}", encoding="utf-8")
     assert graph.find_reruns({"a": "params.yaml modified"}) == {
         "a": "params.yaml modified",
-        "b": "if a gives something else",
+        "b": "if the output of a changes",
     }
 
 
-def test_the_report_of_dvc_is_one_line_for_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dvc_status_becomes_one_line_per_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     report = '{"sft": [{"changed deps": {"params.yaml": {"sft.seed": "modified"}}}, "changed command"]}'
 
     class Done:

@@ -34,7 +34,7 @@ BOARD: dict[str, Any] = {
 }
 
 
-def test_the_scoreboard_tells_the_gain_with_its_interval_beside_chance() -> None:
+def test_the_scoreboard_shows_the_gain_with_its_interval_and_chance() -> None:
     assert format_rows(BOARD) == [
         ("facts: base", "48.3% of 180 questions"),
         ("facts: new model", "63.3%"),
@@ -50,7 +50,7 @@ def test_the_scoreboard_tells_the_gain_with_its_interval_beside_chance() -> None
     ]
 
 
-def test_what_has_no_score_is_no_number() -> None:
+def test_missing_scores_are_shown_as_none() -> None:
     broken = {"facts": {"accuracy": None, "items": 0, "chance": None}, "test": {"loss": None}}
     table = dict(format_rows({**BOARD, "metrics": {"base": BOARD["metrics"]["base"], "candidate": broken}}))
     assert (table["facts: new model"], table["held-out loss"]) == ("none", "2.987 -> none")
@@ -60,19 +60,19 @@ def test_what_has_no_score_is_no_number() -> None:
 def test_a_verdict_without_a_comparison_has_no_gain_and_keeps_the_champion() -> None:
     board = {**BOARD, "promoted": False, "gate": {"verdict": "hold", "reason": "same"}, "waits": "manual"}
     table = dict(format_rows(board))
-    assert table["waits for a person"] == "manual"
+    assert table["awaiting approval"] == "manual"
     assert "gain over the base" not in table
     assert table["champion"] == "version 1"
     assert table["gate"] == "hold: same"
 
 
-def test_an_interval_that_could_not_be_computed_is_no_number() -> None:
+def test_an_interval_that_could_not_be_computed_is_shown_as_none() -> None:
     gain = {"mean": 0.15, "low": None, "high": None, "alpha": 0.05}
     table = dict(format_rows({**BOARD, "gate": {**BOARD["gate"], "gain": gain}}))
     assert table["gain over the base"] == "+15.0%, 95% interval none to none"
 
 
-def test_the_scoreboard_counts_what_each_stage_dropped(in_tmp: Path) -> None:
+def test_the_scoreboard_counts_the_rows_that_each_stage_dropped(in_tmp: Path) -> None:
     shutil.copy(ROOT / "dvc.yaml", in_tmp)
     for stage in stage_order():
         write_json(DATA / stage / "summary.json", {"rows_in": 0, "dropped": {}})

@@ -28,7 +28,7 @@ def is_alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_line_arrives_while_the_command_still_runs(tmp_path: Path) -> None:
+def test_output_is_streamed_while_the_command_runs(tmp_path: Path) -> None:
     go = tmp_path / "go"
     lines: list[str] = []
 
@@ -42,7 +42,7 @@ def test_a_line_arrives_while_the_command_still_runs(tmp_path: Path) -> None:
     assert lines == ["ready", "done"]
 
 
-def test_python_below_is_not_buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_python_is_not_buffered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     lines: list[str] = []
 
@@ -56,20 +56,20 @@ def test_python_below_is_not_buffered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines == ["step 1"]
 
 
-def test_stderr_and_stdout_arrive_in_the_order_of_writing() -> None:
+def test_stdout_and_stderr_arrive_in_order() -> None:
     assert run_shell("echo one; echo two >&2; echo three") == (0, ["one", "two", "three"])
 
 
-def test_a_carriage_return_ends_a_line_and_blank_lines_are_left_out() -> None:
+def test_a_carriage_return_ends_a_line_and_blank_lines_are_skipped() -> None:
     script = r"printf '\r 10%%\r 50%%\r100%%\r\n\n  \nend\r\n'"
     assert run_shell(script) == (0, [" 10%", " 50%", "100%", "end"])
 
 
-def test_the_last_line_needs_no_end() -> None:
+def test_the_last_line_needs_no_newline() -> None:
     assert run_shell("printf 'no newline'") == (0, ["no newline"])
 
 
-def test_what_was_written_while_on_line_was_busy_arrives_after_the_end() -> None:
+def test_output_written_while_on_line_is_busy_still_arrives() -> None:
     lines: list[str] = []
 
     def be_slow(line: str) -> None:
@@ -80,15 +80,15 @@ def test_what_was_written_while_on_line_was_busy_arrives_after_the_end() -> None
     assert lines == ["one", "two"]
 
 
-def test_bytes_that_are_not_utf8_are_replaced() -> None:
+def test_invalid_utf8_is_replaced() -> None:
     assert run_shell(r"printf 'a\377b\n'") == (0, ["a\ufffdb"])
 
 
-def test_a_character_written_in_two_pieces_stays_whole() -> None:
+def test_a_character_split_between_two_writes_is_decoded() -> None:
     assert run_shell(r"printf 'caf\303'; sleep 0.2; printf '\251\n'") == (0, ["café"])
 
 
-def test_output_larger_than_the_pipe_arrives_whole() -> None:
+def test_output_larger_than_the_pipe_arrives_completely() -> None:
     code, lines = run_shell("seq 100000")
     assert (code, len(lines), lines[-1]) == (0, 100_000, "100000")
 
@@ -102,16 +102,16 @@ def test_the_exit_code_is_the_commands_or_128_plus_its_signal(script: str, code:
 
 
 def test_a_missing_program_is_an_error_with_a_remedy() -> None:
-    with pytest.raises(StageError, match=r"^no-such-program: no such program on PATH; install it"):
+    with pytest.raises(StageError, match=r"^no-such-program: not found on PATH; install it"):
         run(["no-such-program"], on_line=print)
 
 
-def test_a_program_is_looked_up_on_the_path_of_the_command(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"^sh: no such program"):
+def test_a_program_is_searched_on_the_path_of_the_command(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"^sh: not found on PATH"):
         run(["sh", "-c", "exit 0"], on_line=print, env={"PATH": str(tmp_path)})
 
 
-def test_a_program_that_cannot_start_gives_127_and_one_line(tmp_path: Path) -> None:
+def test_a_program_that_cannot_start_returns_127_with_one_line(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text("#!/no/such/interpreter\n")
     program.chmod(0o755)
@@ -126,7 +126,7 @@ def test_arguments_reach_the_command_without_a_shell() -> None:
     assert lines == ["$HOME; exit 3", "--", "--grace"]
 
 
-def test_stdin_is_empty_even_where_this_process_could_read() -> None:
+def test_stdin_of_the_command_is_empty() -> None:
     reader, writer = os.pipe()
     own = os.dup(0)
     os.dup2(reader, 0)
@@ -138,7 +138,7 @@ def test_stdin_is_empty_even_where_this_process_could_read() -> None:
             os.close(descriptor)
 
 
-def test_env_is_set_on_top_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_extends_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "old")
     monkeypatch.setenv("CHANGED", "old")
     lines: list[str] = []
@@ -146,7 +146,7 @@ def test_env_is_set_on_top_of_this_environment(monkeypatch: pytest.MonkeyPatch) 
     assert lines == ["old new"]
 
 
-def test_the_working_directory_may_hold_another_package_of_our_name(
+def test_the_working_directory_may_contain_a_package_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("nightshift", "psutil"):
@@ -156,7 +156,7 @@ def test_the_working_directory_may_hold_another_package_of_our_name(
     assert run_shell("pwd") == (0, [str(tmp_path)])
 
 
-def test_an_error_of_on_line_ends_the_tree_and_is_raised() -> None:
+def test_an_error_in_on_line_ends_the_tree_and_is_raised() -> None:
     lines: list[str] = []
 
     def fail(line: str) -> None:
@@ -171,7 +171,7 @@ def test_an_error_of_on_line_ends_the_tree_and_is_raised() -> None:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_what_the_command_says_in_its_grace_arrives(stop: type[BaseException]) -> None:
+def test_output_during_the_grace_period_arrives(stop: type[BaseException]) -> None:
     lines: list[str] = []
 
     def interrupt(line: str) -> None:
@@ -186,7 +186,7 @@ def test_what_the_command_says_in_its_grace_arrives(stop: type[BaseException]) -
     assert (lines[0], lines[-1]) == ("ready", "checkpoint saved")
 
 
-def test_a_process_is_told_to_end_even_if_its_parent_stays() -> None:
+def test_a_process_gets_sigterm_even_if_its_parent_survives() -> None:
     def interrupt(line: str) -> None:
         lines.append(line)
         if line == "ready":
@@ -199,7 +199,7 @@ def test_a_process_is_told_to_end_even_if_its_parent_stays() -> None:
     assert "saved" in lines
 
 
-def test_what_a_process_starts_in_its_grace_may_finish() -> None:
+def test_a_process_started_in_the_grace_period_may_finish() -> None:
     def interrupt(line: str) -> None:
         lines.append(line)
         if line == "ready":
@@ -213,7 +213,7 @@ def test_what_a_process_starts_in_its_grace_may_finish() -> None:
     assert (lines[0], lines[-1]) == ("ready", "uploaded")
 
 
-def test_a_process_that_outlives_its_command_is_ended_and_named() -> None:
+def test_a_process_that_outlives_its_command_is_ended_and_reported() -> None:
     code, lines = run_shell("setsid sleep 61 & echo $!")
     assert code == 0
     assert lines[1:] == [f"supervise: pid {lines[0]} (sleep 61) outlived its command; ended"]
@@ -227,23 +227,23 @@ def test_a_command_that_kills_its_own_group_does_not_kill_the_supervisor() -> No
     assert lines[1:] == [f"supervise: pid {lines[0]} (sleep 63) outlived its command; ended"]
 
 
-def test_a_helper_that_ends_by_itself_just_after_the_command_is_not_named() -> None:
+def test_a_helper_that_exits_shortly_after_the_command_is_not_reported() -> None:
     assert run_shell("sleep 0.2 & exit 0") == (0, [])
 
 
-def test_a_process_that_ignores_sigterm_is_killed_after_its_grace_and_named() -> None:
+def test_a_process_that_ignores_sigterm_is_killed_after_the_grace_period() -> None:
     start = time.monotonic()
     code, lines = run_shell("trap '' TERM; setsid sleep 62 & echo $!", grace_seconds=0.3)
     assert time.monotonic() - start < 5
     assert code == 0
     assert lines[1:] == [
         f"supervise: pid {lines[0]} (sleep 62) outlived its command; ended",
-        f"supervise: pid {lines[0]} (sleep 62) did not end in its grace; killed",
+        f"supervise: pid {lines[0]} (sleep 62) did not end within its grace period; killed",
     ]
     assert not is_alive(int(lines[0]))
 
 
-def test_two_threads_run_at_once_and_end_only_their_own_tree() -> None:
+def test_concurrent_runs_end_only_their_own_trees() -> None:
     results: dict[str, tuple[int, list[str]]] = {}
 
     def work(name: str, script: str) -> None:
@@ -258,7 +258,7 @@ def test_two_threads_run_at_once_and_end_only_their_own_tree() -> None:
     assert results == {"short": (1, ["a"]), "long": (2, ["b"])}
 
 
-def test_the_program_asks_for_a_command() -> None:
+def test_the_program_requires_a_command() -> None:
     done = subprocess.run(
         [sys.executable, supervise.__file__, "--grace", "1", "--"],
         capture_output=True,

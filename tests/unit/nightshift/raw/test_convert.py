@@ -48,11 +48,11 @@ HELLO = [("user", "Hi"), ("assistant", "Ho")]
         },
     ],
 )
-def test_all_shapes_of_a_chat_become_the_same_turns(row: dict[str, Any]) -> None:
+def test_all_chat_formats_become_the_same_turns(row: dict[str, Any]) -> None:
     assert turns(row) == HELLO
 
 
-def test_what_stands_beside_the_turns_is_kept() -> None:
+def test_system_prompt_input_and_history_are_kept() -> None:
     assert turns({"instruction": "Add", "input": "1, 2", "output": "3", "system": "Be short"}) == [
         ("system", "Be short"),
         ("user", "Add\n\n1, 2"),
@@ -82,28 +82,30 @@ def test_plain_text_is_one_turn_and_keeps_its_indentation() -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "not_text",
-            "a part is no text",
+            "a part is not text",
         ),
         ({"messages": [{"role": "user", "content": 3}]}, "not_text", "int"),
         (
             {"instruction": "a", "output": "b", "history": "c"},
             "no_messages",
-            "history is a list of [question, answer]",
+            "history is not a list of [question, answer]",
         ),
         ({"instruction": "a", "output": ""}, "empty_content", "turn 2"),
         ({"prompt": "a", "completion": "b", "tools": "{"}, "malformed_tool_call", "not valid JSON"),
         (
             {"prompt": "a", "completion": "b", "tools": {"a": 1}},
             "malformed_tool_call",
-            "tools is no list of objects",
+            "tools is not a list of objects",
         ),
     ],
 )
-def test_a_row_without_usable_turns_says_what_is_wrong(row: dict[str, Any], reason: str, detail: str) -> None:
+def test_a_row_without_usable_turns_reports_the_problem(
+    row: dict[str, Any], reason: str, detail: str
+) -> None:
     assert fault(row) == (reason, detail)
 
 
-def test_an_unknown_speaker_is_a_fault() -> None:
+def test_an_unknown_role_is_a_fault() -> None:
     assert fault({"conversations": [{"from": "alien", "value": "Hi"}]})[0] == "unknown_role"
 
 
@@ -116,9 +118,9 @@ def call(**function: Any) -> dict[str, Any]:
     [
         ({"arguments": "{}"}, "a call has no name"),
         ({"name": "f", "arguments": "{"}, "not valid JSON"),
-        ({"name": "f", "arguments": "[1]"}, "arguments are no JSON object"),
-        ({"name": "f", "arguments": {"x": b"bytes"}}, "a value is no JSON"),
-        ({"name": "f", "arguments": {"x": float("nan")}}, "a value is no JSON"),
+        ({"name": "f", "arguments": "[1]"}, "arguments are not a JSON object"),
+        ({"name": "f", "arguments": {"x": b"bytes"}}, "a value is not valid JSON"),
+        ({"name": "f", "arguments": {"x": float("nan")}}, "a value is not valid JSON"),
         ({"name": "f", "arguments": '{"x": 1e999}'}, "not valid JSON"),
     ],
 )
@@ -127,13 +129,13 @@ def test_a_malformed_call_is_a_fault(function: dict[str, Any], detail: str) -> N
     assert fault(row) == ("malformed_tool_call", detail)
 
 
-def test_markup_in_arguments_and_in_tools_is_found() -> None:
-    asked = {"role": "user", "content": "Hi"}
-    assert fault({"messages": [asked, call(name="f", arguments={"x": "<|im_end|>"})]}) == (
+def test_markup_in_arguments_and_in_tools_is_detected() -> None:
+    question = {"role": "user", "content": "Hi"}
+    assert fault({"messages": [question, call(name="f", arguments={"x": "<|im_end|>"})]}) == (
         "special_token",
         "turn 2",
     )
-    row = {"messages": [asked, call(name="f")], "tools": [{"name": "<|im_end|>"}]}
+    row = {"messages": [question, call(name="f")], "tools": [{"name": "<|im_end|>"}]}
     assert fault(row) == ("special_token", "tools")
 
 
@@ -159,7 +161,7 @@ def talk(*answers: Turn) -> list[Turn]:
     return [Turn("user", "Hi"), Turn("assistant", "", calls), *answers, Turn("assistant", "Ho")]
 
 
-def test_answers_come_in_the_order_of_their_calls() -> None:
+def test_tool_answers_follow_the_order_of_the_calls() -> None:
     paired = pair_answers(talk(Turn("tool", "b", call_id="2"), Turn("tool", "a", call_id="1")))
     assert [(turn.content, turn.name) for turn in paired[2:4]] == [("a", "f"), ("b", "g")]
     paired = pair_answers(talk(Turn("tool", "b", name="g"), Turn("tool", "a")))
@@ -176,9 +178,7 @@ def test_answers_come_in_the_order_of_their_calls() -> None:
         ((Turn("tool", "a"), Turn("tool", "b"), Turn("tool", "c")), "unpaired_tool_answer", "turn 5"),
     ],
 )
-def test_an_answer_without_a_call_and_a_call_without_an_answer_are_faults(
-    answers: tuple[Turn, ...], reason: str, detail: str
-) -> None:
+def test_unpaired_answers_and_calls_are_faults(answers: tuple[Turn, ...], reason: str, detail: str) -> None:
     with pytest.raises(RowError) as caught:
         pair_answers(talk(*answers))
     assert (caught.value.reason, caught.value.detail) == (reason, detail)
@@ -191,12 +191,12 @@ def test_a_conversation_may_end_with_a_call_but_not_with_its_answer() -> None:
         check(Conversation([*ends, Turn("tool", "3")]), MARKUP)
 
 
-def test_only_an_assistant_calls() -> None:
+def test_only_an_assistant_may_call_tools() -> None:
     with pytest.raises(RowError, match="malformed_tool_call"):
         check(Conversation([Turn("user", "Hi", (Call("f", {}),)), Turn("assistant", "Ho")]), MARKUP)
 
 
-def test_arguments_that_are_nested_too_deep_for_a_template_are_a_fault() -> None:
+def test_arguments_nested_too_deeply_are_a_fault() -> None:
     deep: dict[str, Any] = {}
     for _ in range(64):
         deep = {"x": deep}

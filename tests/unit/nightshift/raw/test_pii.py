@@ -8,7 +8,7 @@ import pytest
 from nightshift.core.errors import ConfigError
 from nightshift.raw.pii import find_pii, redact
 from nightshift.raw.turns import Call, Conversation, Turn
-from tasks.ingest.personal import find_places, redact_conversation
+from tasks.ingest.personal import find_pii_spans, redact_conversation
 from tasks.ingest.presidio import load_presidio
 
 TOKEN = "ghp_" + "a1B2" * 9
@@ -41,7 +41,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize(("value", "kind"), FOUND.items(), ids=range(len(FOUND)))
-def test_a_value_is_found_whole_and_redacted(value: str, kind: str) -> None:
+def test_values_are_found_completely_and_redacted(value: str, kind: str) -> None:
     text = f"It is {value}, you know."
     assert [(f.kind, f.start, f.end) for f in find_pii(text)] == [(kind, 6, 6 + len(value))]
     assert redact(text) == f"It is [{kind.upper()}], you know."
@@ -67,12 +67,12 @@ def test_a_value_is_found_whole_and_redacted(value: str, kind: str) -> None:
         "x = +1 - 2",
     ],
 )
-def test_what_only_looks_like_it_is_left_alone(text: str) -> None:
+def test_text_that_only_looks_like_pii_is_unchanged(text: str) -> None:
     assert find_pii(text) == []
     assert redact(text) == text
 
 
-def test_a_number_that_goes_on_behind_the_card_is_still_a_card() -> None:
+def test_a_card_number_next_to_other_digits_is_found() -> None:
     assert redact("4111 1111 1111 1111 2031") == "[CARD] 2031"
     assert redact("No 12 4111 1111 1111 1111") == "No 12 [CARD]"
 
@@ -81,12 +81,12 @@ def test_a_key_whose_end_is_missing_is_redacted_to_the_end() -> None:
     assert redact("a -----BEGIN PRIVATE KEY-----\nMIIE") == "a [KEY]"
 
 
-def test_arguments_and_tools_are_looked_through_and_stay_json() -> None:
+def test_arguments_and_tools_are_redacted_and_stay_json() -> None:
     calls = (Call("pay", {"to": "DE89370400440532013000", "card": 4111111111111111, "n": 1}),)
     conversation = Conversation(
         [Turn("user", "Pay"), Turn("assistant", "", calls)], [{"doc": "ask ada@example.org"}]
     )
-    assert [(place.kind, place.turn, place.field) for place in find_places(conversation, find_pii)] == [
+    assert [(span.kind, span.turn, span.field) for span in find_pii_spans(conversation, find_pii)] == [
         ("email", 0, "tools"),
         ("card", 2, "tool_calls"),
         ("iban", 2, "tool_calls"),
@@ -94,10 +94,10 @@ def test_arguments_and_tools_are_looked_through_and_stay_json() -> None:
     redacted = redact_conversation(conversation, find_pii)
     assert redacted.turns[1].calls[0].arguments == {"to": "[IBAN]", "card": "[CARD]", "n": 1}
     assert redacted.tools == [{"doc": "ask [EMAIL]"}]
-    assert find_places(redacted, find_pii) == []
+    assert find_pii_spans(redacted, find_pii) == []
 
 
-def test_presidio_adds_names_to_what_the_rules_find(tmp_path: Path) -> None:
+def test_presidio_adds_names_to_the_findings_of_the_rules(tmp_path: Path) -> None:
     import spacy
 
     model = spacy.blank("en")
@@ -111,12 +111,12 @@ def test_presidio_adds_names_to_what_the_rules_find(tmp_path: Path) -> None:
     assert redact(text, find) == "[PERSON] wrote [EMAIL]"
 
 
-def test_a_model_that_is_not_installed_is_named_and_not_downloaded() -> None:
+def test_a_missing_spacy_model_is_an_error_and_not_downloaded() -> None:
     with pytest.raises(ConfigError, match=r"no spaCy model 'xx_none_sm'; run `spacy download"):
         load_presidio("xx_none_sm")
 
 
-def test_without_presidio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_presidio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[presidio\]'"):
         load_presidio("en_core_web_sm")

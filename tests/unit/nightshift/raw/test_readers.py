@@ -32,7 +32,7 @@ def test_an_empty_file_is_one_bad_row(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("codec", "suffix"), [("gzip", "gz"), ("zstd", "zst")])
-def test_compressed_lines_are_read_and_a_cut_off_file_is_an_error(
+def test_compressed_lines_are_read_and_a_truncated_file_is_an_error(
     tmp_path: Path, codec: str, suffix: str
 ) -> None:
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(1000))
@@ -41,7 +41,7 @@ def test_compressed_lines_are_read_and_a_cut_off_file_is_an_error(
     whole = (tmp_path / "whole").read_bytes()
     path = tmp_path / f"a.jsonl.{suffix}"
     assert read(path, whole)[-1] == (1000, {"text": "999"})
-    with pytest.raises(DataError, match=rf"a\.jsonl\.{suffix}: damaged or cut off"):
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{suffix}: damaged or truncated"):
         read(path, whole[:-9])
 
 
@@ -51,7 +51,7 @@ def test_a_gzip_file_with_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:
         read(tmp_path / "a.jsonl.gz", whole[:-8] + bytes(8))
 
 
-def test_a_bomb_is_stopped_by_its_ratio_and_by_its_size(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_stopped_by_ratio_and_by_size(tmp_path: Path) -> None:
     # 80 MiB of spaces compressed to 80 kB.
     bomb = gzip.compress(b" " * (80 * 2**20))
     with pytest.raises(DataError, match=r"expand to \d+ or more.*max_compression_ratio=200"):
@@ -79,14 +79,14 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv", b"\xef\xbb\xbftext\na\n") == [(2, {"text": "a"})]
 
 
-def test_a_json_file_may_also_hold_one_object_on_each_line(tmp_path: Path) -> None:
+def test_a_json_file_may_contain_json_lines(tmp_path: Path) -> None:
     assert read(tmp_path / "a.json", b'{"text": "a"}\n{"text": "b"}\n') == [
         (1, {"text": "a"}),
         (2, {"text": "b"}),
     ]
 
 
-def test_elements_of_an_array_fail_one_by_one(tmp_path: Path) -> None:
+def test_bad_array_elements_do_not_affect_others(tmp_path: Path) -> None:
     content = b'[{"text": "a]}\\"["}, {"text": nul}, "b", {"text": "%b"}, {"text": "\xff"}, {"text": "c"}]'
     assert read(tmp_path / "a.json", content % (b"x" * 2000)) == [
         (1, {"text": 'a]}"['}),
@@ -99,12 +99,12 @@ def test_elements_of_an_array_fail_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[", b'[{"text": "a"}', b'[{"text": "a"}] {}', b'[{"text": "a]'])
-def test_an_array_that_does_not_end_is_an_error(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(DataError, match="damaged or cut off: "):
+def test_a_malformed_array_is_an_error(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match="damaged or truncated: "):
         read(tmp_path / "a.json", content)
 
 
-def test_an_empty_array_has_no_row(tmp_path: Path) -> None:
+def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:
     assert read(tmp_path / "a.json", b" [ ] \n") == []
 
 
@@ -121,7 +121,7 @@ def test_chunks_may_end_anywhere() -> None:
     assert [json.loads(element or b"") for element in split_array(file, 1000)] == rows
 
 
-def test_bad_rows_of_csv_are_told_by_the_line_where_they_end(tmp_path: Path) -> None:
+def test_bad_csv_rows_are_numbered_by_their_last_line(tmp_path: Path) -> None:
     content = b'prompt,completion\n"two\nlines",b\nonly one\n\n\xff,b\n"a" b,c\n%b,b\n"a ""quote""",b\n'
     assert read(tmp_path / "a.csv", content % (b"x" * 2000)) == [
         (3, {"prompt": "two\nlines", "completion": "b"}),
@@ -133,14 +133,14 @@ def test_bad_rows_of_csv_are_told_by_the_line_where_they_end(tmp_path: Path) -> 
     ]
 
 
-def test_an_open_quote_and_a_double_column_are_errors(tmp_path: Path) -> None:
+def test_an_unclosed_quote_and_a_duplicate_column_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 3: unexpected end of data"):
         read(tmp_path / "a.csv", b'text\n"a\nb\n')
-    with pytest.raises(DataError, match="names no column or one twice"):
+    with pytest.raises(DataError, match="the header has no column names or a duplicate"):
         read(tmp_path / "a.csv", b"text,text\na,b\n")
 
 
-def test_parquet_rows_fail_one_by_one(tmp_path: Path) -> None:
+def test_bad_parquet_rows_do_not_affect_others(tmp_path: Path) -> None:
     texts = pa.array([b"a", b"\xff", b"x" * 2000, None], pa.binary()).view(pa.binary())
     # A cast without UTF-8 validation, as other writers do it.
     table = pa.table({"text": texts.view(pa.string())})
@@ -150,11 +150,11 @@ def test_parquet_rows_fail_one_by_one(tmp_path: Path) -> None:
 
 
 def test_damaged_parquet_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.parquet: damaged or cut off"):
+    with pytest.raises(DataError, match=r"a\.parquet: damaged or truncated"):
         read(tmp_path / "a.parquet", b"PAR1 no more")
 
 
-def test_parquet_that_says_it_expands_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+def test_parquet_with_a_declared_size_above_the_limit_is_not_read(tmp_path: Path) -> None:
     rows = pa.array([f"{i:0100d}" for i in range(1000)])
     pq.write_table(pa.table({"text": rows}), tmp_path / "b", compression="zstd", use_dictionary=False)
     with pytest.raises(DataError, match="max_shard_bytes=50000"):

@@ -17,33 +17,33 @@ def data(in_tmp: Path) -> Path:
     # Left by an aborted attempt.
     (in_tmp / "data/raw/none").mkdir()
     write_json(in_tmp / "data/raw/used.json", ["new"])
-    for name in ("asked", "rested"):
+    for name in ("active", "idle"):
         write_text(in_tmp / "data/benchmarks" / name / "items.jsonl", "x" * 2_500_000)
-    write_json(in_tmp / "data/benchmarks/used.json", ["asked"])
+    write_json(in_tmp / "data/benchmarks/used.json", ["active"])
     return in_tmp / "data"
 
 
 @pytest.mark.usefixtures("data")
-def test_the_report_tells_what_the_snapshot_did_not_use() -> None:
-    assert unused_by_snapshot() == ["source old: 2 shards, 1.2 kB", "benchmark rested: 2.5 MB"]
+def test_the_report_lists_data_that_the_snapshot_did_not_use() -> None:
+    assert unused_by_snapshot() == ["source old: 2 shards, 1.2 kB", "benchmark idle: 2.5 MB"]
 
 
 @pytest.mark.usefixtures("data")
-def test_the_status_tells_what_the_parameters_do_not_name() -> None:
-    assert unused_by_params() == ["benchmark asked: 2.5 MB", "benchmark rested: 2.5 MB"]
+def test_the_status_lists_data_that_params_yaml_does_not_list() -> None:
+    assert unused_by_params() == ["benchmark active: 2.5 MB", "benchmark idle: 2.5 MB"]
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("snapshot: [1", 0), ("snapshot:", 4), ("snapshot: {sources: , benchmarks: }", 4)]
 )
 @pytest.mark.usefixtures("data")
-def test_the_status_lives_with_a_broken_parameter_file(text: str, count: int) -> None:
+def test_the_status_works_with_a_broken_params_yaml(text: str, count: int) -> None:
     Path("params.yaml").write_text(text)
     assert len(unused_by_params()) == count
 
 
 @pytest.mark.usefixtures("data")
-def test_the_status_lives_without_a_parameter_file() -> None:
+def test_the_status_works_without_params_yaml() -> None:
     Path("params.yaml").unlink()
     assert unused_by_params() == []
 

@@ -34,7 +34,7 @@ def folder(in_tmp: Path) -> Path:
 @pytest.mark.parametrize(
     ("adapter", "library"), [("lora", "peft"), ("qlora", "peft"), (None, "transformers")]
 )
-def test_the_head_says_what_the_hub_wants_to_know(folder: Path, adapter: str | None, library: str) -> None:
+def test_the_card_has_the_metadata_of_the_hub(folder: Path, adapter: str | None, library: str) -> None:
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
     params["sft"]["adapter"] = adapter
     write_text(folder / "params.yaml", yaml.safe_dump(params))
@@ -44,11 +44,11 @@ def test_the_head_says_what_the_hub_wants_to_know(folder: Path, adapter: str | N
     assert found.data.tags == ["nightshift", "sft", adapter or "full-fine-tune"]
     assert found.data.pipeline_tag == "text-generation"
     assert f"`hub:owner/name@{COMMIT}`" in found.text
-    assert "## Verdict of the gate: hold\n\nthe candidate is the champion" in found.text
+    assert "## Gate verdict: hold\n\nthe candidate is the champion" in found.text
     assert "The loss on held-out examples was not compared." in found.text
 
 
-def test_a_loss_that_could_not_be_computed_is_told_as_not_compared(folder: Path) -> None:
+def test_a_loss_that_could_not_be_computed_is_reported_as_not_compared(folder: Path) -> None:
     compared = {"reference": "base", "loss": None, "reference_loss": 2.1}
     write_json(card.GATE, {"verdict": "error", "reason": "held-out loss: not a finite number", **compared})
     card.write_card(folder / "README.md", "facts", PARAMS)

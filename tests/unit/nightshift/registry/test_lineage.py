@@ -6,7 +6,7 @@ from pathlib import Path
 from nightshift.registry.lineage import changed_code
 
 
-def test_code_that_is_not_as_committed_is_named_and_parameters_are_not(in_tmp: Path) -> None:
+def test_changed_code_is_listed_but_params_yaml_is_not(in_tmp: Path) -> None:
     (in_tmp / "tasks").mkdir()
     for name in ("tasks/a.py", "dvc.yaml", "params.yaml"):
         (in_tmp / name).write_text("1\n")

@@ -17,7 +17,7 @@ class Tracker:
     """A fake MLflow that records what is logged; metrics of equal key, step, time and value are one."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, int]] = []
+        self.logged: list[tuple[str, int]] = []
         self.known: set[tuple[str, int, int, float]] = set()
         self.params: dict[str, str] = {}
         self.datasets: list[str] = []
@@ -37,7 +37,7 @@ class Tracker:
             identity = (metric.key, metric.step, metric.timestamp, metric.value)
             if identity not in self.known:
                 self.known.add(identity)
-                self.told.append((metric.key, metric.step))
+                self.logged.append((metric.key, metric.step))
         self.params |= {param.key: param.value for param in params}
 
     def log_inputs(self, run_id: str, datasets: Any) -> None:
@@ -71,11 +71,11 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     return tracker
 
 
-def tell(path: Path, *steps: int) -> None:
+def log_steps(path: Path, *steps: int) -> None:
     """Log the losses of some steps, as one attempt of a training run does."""
     writer = spool.Spool(path, "")
     for step in steps:
-        writer.tell("metrics", values={"loss": 1 / step}, step=step)
+        writer.log("metrics", values={"loss": 1 / step}, step=step)
     writer.close()
     writer.thread.join()
 
@@ -93,15 +93,15 @@ def test_everything_arrives_in_order_and_the_spool_of_an_ended_run_is_removed(
 ) -> None:
     path = spool.begin(tmp_path, "key", "abc")
     writer = spool.Spool(path, "")
-    writer.tell("params", values={"sft.lora_r": "16"})
-    writer.tell("dataset", name="train", digest="d1", source="data/pack/train.parquet")
+    writer.log("params", values={"sft.lora_r": "16"})
+    writer.log("dataset", name="train", digest="d1", source="data/pack/train.parquet")
     for step in (1, 2, 3):
-        writer.tell("metrics", values={"loss": 1.0, "grad_norm": 2.0}, step=step)
+        writer.log("metrics", values={"loss": 1.0, "grad_norm": 2.0}, step=step)
     writer.close()
     assert tracker.params == {"sft.lora_r": "16"}
     assert tracker.datasets == ["d1"]
-    assert sorted(tracker.told) == [("grad_norm", 1), ("grad_norm", 2), ("grad_norm", 3), *losses(1, 2, 3)]
-    assert [step for key, step in tracker.told if key == "loss"] == [1, 2, 3]
+    assert sorted(tracker.logged) == [("grad_norm", 1), ("grad_norm", 2), ("grad_norm", 3), *losses(1, 2, 3)]
+    assert [step for key, step in tracker.logged if key == "loss"] == [1, 2, 3]
     spool.finish(path)
     spool.replay(tmp_path, "")
     assert not path.exists()
@@ -109,7 +109,7 @@ def test_everything_arrives_in_order_and_the_spool_of_an_ended_run_is_removed(
     assert tracker.ended == []  # left to the run's owner
 
 
-def test_telling_does_not_wait_for_a_tracker_that_hangs(
+def test_logging_does_not_wait_for_a_hung_server(
     tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracker, "log_batch", lambda *_, **__: time.sleep(60))
@@ -118,14 +118,14 @@ def test_telling_does_not_wait_for_a_tracker_that_hangs(
     writer = spool.Spool(path, "")
     before = time.monotonic()
     for step in range(1, 101):
-        writer.tell("metrics", values={"loss": 1.0}, step=step)
+        writer.log("metrics", values={"loss": 1.0}, step=step)
     assert time.monotonic() - before < 2
     writer.close()
     assert time.monotonic() - before < 4
     assert [entry["step"] for entry in spool.read_spool(path)[1:]] == list(range(1, 101))
 
 
-def test_a_tracker_that_is_down_is_told_of_once_and_gets_everything_when_it_is_back(
+def test_an_outage_is_reported_once_and_everything_arrives_afterwards(
     tmp_path: Path, tracker: Tracker, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -133,21 +133,21 @@ def test_a_tracker_that_is_down_is_told_of_once_and_gets_everything_when_it_is_b
     tracker.failure = down()
     writer = spool.Spool(path, "")
     for step in (1, 2, 3):
-        writer.tell("metrics", values={"loss": 1.0}, step=step)
+        writer.log("metrics", values={"loss": 1.0}, step=step)
         time.sleep(0.1)
     assert tracker.requests >= 2
     tracker.failure = None
-    writer.tell("metrics", values={"loss": 1.0}, step=4)
+    writer.log("metrics", values={"loss": 1.0}, step=4)
     time.sleep(0.3)
     writer.close()
-    assert tracker.told == losses(1, 2, 3, 4)
+    assert tracker.logged == losses(1, 2, 3, 4)
     warning, info = caplog.records
     assert (warning.levelname, info.levelname) == ("WARNING", "INFO")
     assert str(path) in warning.message
     assert "connection refused" in warning.message
 
 
-def test_a_kill_between_sending_and_noting_sends_again_and_nothing_is_there_twice(
+def test_a_kill_before_the_position_is_stored_duplicates_nothing(
     tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = spool.begin(tmp_path, "key", "abc")
@@ -163,34 +163,32 @@ def test_a_kill_between_sending_and_noting_sends_again_and_nothing_is_there_twic
         with pytest.raises(KeyboardInterrupt):
             spool.send(path, tracker)
     before = tracker.requests
-    tell(path, 2, 3)
-    assert tracker.told == losses(1, 2, 3)
+    log_steps(path, 2, 3)
+    assert tracker.logged == losses(1, 2, 3)
     assert tracker.requests > before
 
 
-def test_steps_that_are_trained_again_after_a_resume_are_not_told_again(
-    tmp_path: Path, tracker: Tracker
-) -> None:
+def test_steps_repeated_after_a_resume_are_logged_once(tmp_path: Path, tracker: Tracker) -> None:
     path = spool.begin(tmp_path, "key", None)
-    tell(path, 1, 2, 3)
+    log_steps(path, 1, 2, 3)
     assert spool.begin(tmp_path, "key", None, before=path) == path
-    tell(path, 2, 3, 4)
-    assert tracker.told == losses(1, 2, 3, 4)
+    log_steps(path, 2, 3, 4)
+    assert tracker.logged == losses(1, 2, 3, 4)
     assert list(tracker.runs.values()) == ["run-1"]
 
 
 @pytest.mark.parametrize("kept", [10, 60])
-def test_half_of_a_line_is_repaired(tmp_path: Path, tracker: Tracker, kept: int) -> None:
+def test_a_partial_line_is_repaired(tmp_path: Path, tracker: Tracker, kept: int) -> None:
     path = spool.begin(tmp_path, "key", "abc")
-    tell(path, 1)
+    log_steps(path, 1)
     whole = path.read_bytes()
     torn = json.dumps({"kind": "metrics", "step": 2, "time": 5, "values": {"loss": 0.5}})[:kept]
     path.write_bytes(whole + torn.encode())
     assert [entry.get("step") for entry in spool.read_spool(path)] == [None, 1]
     spool.send(path, tracker)
-    assert tracker.told == losses(1)
-    tell(path, 2, 3)
-    assert tracker.told == losses(1, 2, 3)
+    assert tracker.logged == losses(1)
+    log_steps(path, 2, 3)
+    assert tracker.logged == losses(1, 2, 3)
     assert [entry["step"] for entry in spool.read_spool(path)[1:]] == [1, 2, 3]
 
 
@@ -199,7 +197,7 @@ def test_a_run_that_could_not_be_created_is_created_once_by_the_replay(
 ) -> None:
     tracker.failure = down()
     path = spool.begin(tmp_path, "key", None)
-    tell(path, 1, 2)
+    log_steps(path, 1, 2)
     assert spool.find_run_id(path) is None
     spool.finish(path)
     spool.replay(tmp_path, "")
@@ -209,36 +207,34 @@ def test_a_run_that_could_not_be_created_is_created_once_by_the_replay(
     tracker.runs[path.stem] = "run-of-the-first-attempt"
     spool.replay(tmp_path, "")
     assert spool.find_run_id(path) == "run-of-the-first-attempt"
-    assert tracker.told == losses(1, 2)
+    assert tracker.logged == losses(1, 2)
     assert tracker.ended == ["run-of-the-first-attempt FINISHED"]
     assert not path.exists()
 
 
-def test_a_training_that_goes_on_in_another_run_has_whole_curves_there(
-    tmp_path: Path, tracker: Tracker
-) -> None:
+def test_a_training_resumed_in_another_run_has_complete_curves(tmp_path: Path, tracker: Tracker) -> None:
     first = spool.begin(tmp_path, "key", None)
-    tell(first, 1, 2)
+    log_steps(first, 1, 2)
     second = spool.begin(tmp_path, "key", "night-2", before=first)
     assert second.name == "key-night-2.jsonl"
-    tracker.told.clear()
+    tracker.logged.clear()
     tracker.known.clear()
-    tell(second, 2, 3)
-    assert tracker.told == losses(1, 2, 3)
+    log_steps(second, 2, 3)
+    assert tracker.logged == losses(1, 2, 3)
     spool.replay(tmp_path, "")
-    assert tracker.told == losses(1, 2, 3)
+    assert tracker.logged == losses(1, 2, 3)
     assert tracker.ended == ["run-1 FAILED"]
     assert not first.exists()
 
 
-def test_what_mlflow_refuses_is_left_out_and_an_unknown_run_does_not_hold_up_others(
+def test_rejected_entries_are_skipped_and_an_unknown_run_does_not_block_others(
     tmp_path: Path, tracker: Tracker, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = spool.begin(tmp_path, "a", "deleted")
     spool.append(path, {"kind": "metrics", "values": {"loss": 1.0}, "step": 1, "time": 7})
     tracker.failure = MlflowException("run is deleted", INVALID_PARAMETER_VALUE)
     spool.replay(tmp_path, "")
-    assert "refused" in caplog.text
+    assert "rejected" in caplog.text
     assert "run is deleted" in caplog.text
     requests = tracker.requests
     spool.replay(tmp_path, "")
@@ -255,7 +251,7 @@ def test_what_mlflow_refuses_is_left_out_and_an_unknown_run_does_not_hold_up_oth
     assert tracker.requests == requests + 3
     tracker.failure = None
     spool.replay(tmp_path, "")
-    assert tracker.told == losses(2, 3)
+    assert tracker.logged == losses(2, 3)
 
 
 def test_a_full_disk_does_not_stop_the_training(
@@ -264,10 +260,10 @@ def test_a_full_disk_does_not_stop_the_training(
     path = spool.begin(tmp_path, "key", "abc")
     writer = spool.Spool(path, "")
     path.rename(tmp_path / "elsewhere")
-    writer.tell("metrics", values={"loss": 1.0}, step=1)
-    writer.tell("metrics", values={"loss": 1.0}, step=2)
+    writer.log("metrics", values={"loss": 1.0}, step=1)
+    writer.log("metrics", values={"loss": 1.0}, step=2)
     writer.close()
     assert [record.message for record in caplog.records if "cannot write" in record.message] == [
         f"tracking: cannot write: [Errno 2] No such file or directory: '{path}'; "
-        "make room, until then MLflow misses values"
+        "free disk space, or values are missing in MLflow"
     ]

@@ -14,7 +14,7 @@ from nightshift.replies import Failure, OnReply, Reply, Request, Result, ask
 from tasks.augment import AugmentParams
 from tasks.augment.__main__ import Tally, Work, choose_style, paraphrase, require_acceptance
 from tasks.augment.prompts import build_prompt, read_versions
-from tasks.augment.propose import Proposal, Wanted, build_request, by_rules
+from tasks.augment.propose import CandidateRequest, Proposal, build_request, by_rules
 from tasks.augment.quality import check_paraphrase
 from tasks.augment.rules import propose
 from tests.helpers.checkouts import ROOT
@@ -26,7 +26,7 @@ def params(**changes: Any) -> AugmentParams:
     return AugmentParams(**{**VALUES, **changes})
 
 
-def say(*texts: str) -> list[dict[str, Any]]:
+def chat(*texts: str) -> list[dict[str, Any]]:
     roles = ("user", "assistant")
     return [
         {"role": roles[i % 2], "content": text, "tool_calls": None, "name": None}
@@ -34,29 +34,29 @@ def say(*texts: str) -> list[dict[str, Any]]:
     ]
 
 
-SOURCE = say("Who discovered Gallium?", "Gallium was discovered in 1875 by Lecoq, not by Moseley.")
-GOOD = say("Tell me who found Gallium.", "It was Lecoq, not Moseley, who found Gallium in 1875.")
+SOURCE = chat("Who discovered Gallium?", "Gallium was discovered in 1875 by Lecoq, not by Moseley.")
+GOOD = chat("Tell me who found Gallium.", "It was Lecoq, not Moseley, who found Gallium in 1875.")
 VIOLATIONS = {
-    "length_changed": say("Gallium?", "1875."),
-    "language_changed": say("Кто открыл Gallium?", "Gallium открыл Lecoq в 1875 году, не Moseley."),
-    "meta_text": say(
+    "length_changed": chat("Gallium?", "1875."),
+    "language_changed": chat("Кто открыл Gallium?", "Gallium открыл Lecoq в 1875 году, не Moseley."),
+    "meta_text": chat(
         "Here is a paraphrase: who found Gallium?", "Lecoq, not Moseley, found Gallium in 1875."
     ),
-    "number_changed": say("Tell me who discovered Gallium.", "Lecoq, not Moseley, found it in 1857."),
-    "name_changed": say("Tell me who discovered Gallium.", "In 1875 Lecoq, not Mosely, found Gallium."),
-    "negation_changed": say("Tell me who found Gallium.", "In 1875 Gallium was found by Lecoq or Moseley."),
-    "answer_changed": say("Who found Gallium in 1875?", "It was found by Lecoq, and not by Moseley."),
+    "number_changed": chat("Tell me who discovered Gallium.", "Lecoq, not Moseley, found it in 1857."),
+    "name_changed": chat("Tell me who discovered Gallium.", "In 1875 Lecoq, not Mosely, found Gallium."),
+    "negation_changed": chat("Tell me who found Gallium.", "In 1875 Gallium was found by Lecoq or Moseley."),
+    "answer_changed": chat("Who found Gallium in 1875?", "It was found by Lecoq, and not by Moseley."),
     "copy_of_source": SOURCE,
-    "empty_turn": say("Who discovered Gallium?", " "),
+    "empty_turn": chat("Who discovered Gallium?", " "),
 }
 
 
 @pytest.mark.parametrize(("reason", "candidate"), VIOLATIONS.items(), ids=VIOLATIONS.keys())
-def test_each_violation_is_named(reason: str, candidate: list[dict[str, Any]]) -> None:
+def test_each_violation_has_its_reason(reason: str, candidate: list[dict[str, Any]]) -> None:
     assert check_paraphrase(SOURCE, candidate, "reword", [], params())[0] == reason
 
 
-def test_a_faithful_rewording_passes_once_and_not_twice() -> None:
+def test_a_faithful_rewording_passes_once_and_its_copy_does_not() -> None:
     reason, scores = check_paraphrase(SOURCE, GOOD, "reword", [], params())
     assert reason is None
     assert scores.source_similarity is not None
@@ -64,18 +64,18 @@ def test_a_faithful_rewording_passes_once_and_not_twice() -> None:
     assert check_paraphrase(SOURCE, GOOD, "reword", [GOOD], params())[0] == "copy_of_sibling"
 
 
-def test_a_reversed_relation_may_move_the_answers_facts_to_the_question() -> None:
-    moved = say("Who found Gallium in 1875?", "It was found by Lecoq, and not by Moseley.")
+def test_the_style_reversed_may_move_facts_from_the_answer_to_the_question() -> None:
+    moved = chat("Who found Gallium in 1875?", "It was found by Lecoq, and not by Moseley.")
     assert check_paraphrase(SOURCE, moved, "reversed", [], params())[0] is None
 
 
-def test_numbers_are_equal_however_they_are_written() -> None:
-    before = say("How far?", "It is 1,000 km, the fifty-first, on 3 May 1990.")
-    after = say("What distance?", "On May 3, 1990, the 51st, one thousand kilometres.")
+def test_numbers_match_in_digits_and_words() -> None:
+    before = chat("How far?", "It is 1,000 km, the fifty-first, on 3 May 1990.")
+    after = chat("What distance?", "On May 3, 1990, the 51st, one thousand kilometres.")
     assert check_paraphrase(before, after, "reword", [], params())[0] is None
 
 
-def test_a_meaning_below_the_threshold_is_rejected_with_its_score() -> None:
+def test_a_meaning_similarity_below_the_threshold_is_rejected_with_its_score() -> None:
     reason, scores = check_paraphrase(SOURCE, GOOD, "reword", [], params(), lambda before, after: 0.5)
     assert (reason, scores.meaning_similarity) == ("meaning_changed", 0.5)
     assert check_paraphrase(SOURCE, GOOD, "reword", [], params(), lambda before, after: 0.9)[0] is None
@@ -94,21 +94,21 @@ def test_a_meaning_below_the_threshold_is_rejected_with_its_score() -> None:
     ],
 )  # fmt: skip
 def test_the_rules_reword_questions_and_answers(question: str, answer: str, expected: list[str]) -> None:
-    assert list(propose(say(question, answer), 1)) == [expected]
+    assert list(propose(chat(question, answer), 1)) == [expected]
 
 
 def work(messages: list[dict[str, Any]]) -> Work:
     return Work({"id": "p", "group_id": "g", "source": "s", "messages": messages})
 
 
-def test_a_paraphrase_stays_in_its_parents_group_and_is_never_padded() -> None:
-    wanted = params(paraphrases_per_example=3)
+def test_a_paraphrase_keeps_its_parents_group_and_a_shortfall_is_not_padded() -> None:
+    config = params(paraphrases_per_example=3)
     same, other = (
-        work(say("Hello there", "Hi")),
-        work(say("Who discovered Tin?", "Tin was discovered by Ann.")),
+        work(chat("Hello there", "Hi")),
+        work(chat("Who discovered Tin?", "Tin was discovered by Ann.")),
     )
     tally = Tally()
-    paraphrase([same, other], by_rules, wanted, None, tally)
+    paraphrase([same, other], by_rules, config, None, tally)
     assert same.accepted == []
     assert [row["ordinal"] for row in other.accepted] == list(range(1, len(other.accepted) + 1))
     assert {(row["group_id"], row["parent_id"]) for row in other.accepted} == {("g", "p")}
@@ -121,64 +121,64 @@ class Script:
 
     def __init__(self, *rounds: Proposal) -> None:
         self.rounds = list(rounds)
-        self.asked: list[Wanted] = []
+        self.calls: list[CandidateRequest] = []
 
-    def __call__(self, wanted: Sequence[Wanted]) -> list[Proposal]:
-        self.asked += wanted
-        return [self.rounds.pop(0) for _ in wanted]
+    def __call__(self, calls: Sequence[CandidateRequest]) -> list[Proposal]:
+        self.calls += calls
+        return [self.rounds.pop(0) for _ in calls]
 
 
 def texts(messages: list[dict[str, Any]]) -> list[str]:
     return [turn["content"] for turn in messages]
 
 
-def test_at_most_two_refills_show_what_was_rejected_and_the_shortfall_is_counted() -> None:
+def test_two_refills_list_the_rejected_candidates_and_the_shortfall_is_counted() -> None:
     wrong = texts(VIOLATIONS["number_changed"])
     script = Script(Proposal([wrong]), Proposal([], unreadable=1), Proposal([texts(GOOD)]))
-    wanted = params(
+    config = params(
         backend="transformers", paraphrases_per_example=2, over_generation=1, styles={"reword": 1.0}
     )
     one, tally = work(SOURCE), Tally()
-    paraphrase([one], script, wanted, None, tally)
+    paraphrase([one], script, config, None, tally)
     assert script.rounds == []
-    assert [call.count for call in script.asked] == [3, 3, 3]
-    assert [call.avoid for call in script.asked] == [(), (tuple(wrong),), (tuple(wrong),)]
+    assert [call.count for call in script.calls] == [3, 3, 3]
+    assert [call.avoid for call in script.calls] == [(), (tuple(wrong),), (tuple(wrong),)]
     assert tally.added == 1
     assert tally.rejected == {"number_changed": 1, "malformed_reply": 1}
     assert tally.shortfall == {"rejected": 1}
 
 
-def test_a_failed_call_is_not_asked_again_in_this_run_and_names_the_shortfall() -> None:
+def test_a_failed_call_is_not_repeated_in_this_run_and_is_the_reason_of_the_shortfall() -> None:
     script = Script(Proposal([], failure="budget_spent"))
     one, tally = work(SOURCE), Tally()
-    wanted = params(backend="openai", model="m", paraphrases_per_example=2, styles={"reword": 1.0})
-    paraphrase([one], script, wanted, None, tally)
+    config = params(backend="openai", model="m", paraphrases_per_example=2, styles={"reword": 1.0})
+    paraphrase([one], script, config, None, tally)
     assert tally.shortfall == {"budget_spent": 2}
 
 
-def test_a_system_turn_is_kept_and_not_asked_for() -> None:
+def test_a_system_turn_is_kept_and_not_paraphrased() -> None:
     system = {"role": "system", "content": "Be brief.", "tool_calls": None, "name": None}
     script = Script(Proposal([texts(GOOD)]))
     one = work([system, *SOURCE])
     paraphrase([one], script, params(backend="transformers"), None, Tally())
-    assert [turn["role"] for turn in script.asked[0].turns] == ["user", "assistant"]
+    assert [turn["role"] for turn in script.calls[0].turns] == ["user", "assistant"]
     assert one.accepted[0]["messages"][0] == system
 
 
-def test_one_example_gets_several_styles_each_in_a_call_of_its_own() -> None:
+def test_one_example_gets_several_styles_in_separate_calls() -> None:
     script = Script(*(Proposal([]) for _ in range(40)))
-    wanted = params(backend="transformers", paraphrases_per_example=8, over_generation=1)
-    paraphrase([work(SOURCE)], script, wanted, None, Tally())
-    first = [call for call in script.asked if call.ordinal == 0]
+    config = params(backend="transformers", paraphrases_per_example=8, over_generation=1)
+    paraphrase([work(SOURCE)], script, config, None, Tally())
+    first = [call for call in script.calls if call.ordinal == 0]
     assert len(first) == len({call.style for call in first}) > 1
     assert sum(call.count - 1 for call in first) == 8
 
 
-def test_a_long_system_turn_does_not_hide_what_changed() -> None:
+def test_a_long_system_turn_does_not_hide_changes() -> None:
     system = {"role": "system", "content": "Answer with care. " * 60, "tool_calls": None, "name": None}
     one, tally = work([system, *SOURCE]), Tally()
-    wanted = params(backend="transformers", styles={"reword": 1.0})
-    paraphrase([one], Script(Proposal([texts(GOOD), texts(GOOD)])), wanted, None, tally)
+    config = params(backend="transformers", styles={"reword": 1.0})
+    paraphrase([one], Script(Proposal([texts(GOOD), texts(GOOD)])), config, None, tally)
     assert (tally.added, tally.surplus) == (1, 1)
 
 
@@ -193,23 +193,25 @@ def test_a_long_system_turn_does_not_hide_what_changed() -> None:
         ("Er hat nicht gewusst, was es ist.", "Er hat gewusst, was es ist."),
     ],
 )
-def test_quantities_in_words_names_after_titles_and_other_languages_are_seen(before: str, after: str) -> None:
-    assert check_paraphrase(say("So?", before), say("And so?", after), "reword", [], params())[0] in (
+def test_changed_quantities_in_words_names_after_titles_and_other_languages_are_detected(
+    before: str, after: str
+) -> None:
+    assert check_paraphrase(chat("So?", before), chat("And so?", after), "reword", [], params())[0] in (
         "number_changed",
         "name_changed",
         "negation_changed",
     )
 
 
-def test_styles_follow_their_weights_and_stay_with_the_example() -> None:
-    wanted = params(backend="transformers")
-    styles = [choose_style(f"example-{i}", 0, wanted) for i in range(2000)]
+def test_styles_follow_their_weights_and_are_fixed_per_example() -> None:
+    config = params(backend="transformers")
+    styles = [choose_style(f"example-{i}", 0, config) for i in range(2000)]
     assert [round(styles.count(s) / 2000, 1) for s in ("reword", "question_answer", "reversed")] == [
         0.6,
         0.2,
         0.1,
     ]
-    assert styles == [choose_style(f"example-{i}", 0, wanted) for i in range(2000)]
+    assert styles == [choose_style(f"example-{i}", 0, config) for i in range(2000)]
 
 
 def test_too_few_accepted_paraphrases_fail_the_stage() -> None:
@@ -218,7 +220,7 @@ def test_too_few_accepted_paraphrases_fail_the_stage() -> None:
         require_acceptance(Counter(a=4), Counter(b=6), 0.5)
 
 
-def test_one_source_whose_paraphrases_are_rejected_fails_the_stage() -> None:
+def test_too_few_accepted_paraphrases_of_one_source_fail_the_stage() -> None:
     require_acceptance(Counter(a=90), Counter(b=9), 0.5)
     with pytest.raises(DataError, match=r"rejected\.parquet: 1 of 11 paraphrases of b passed"):
         require_acceptance(Counter(a=90, b=1), Counter(b=10), 0.5)
@@ -238,13 +240,13 @@ def test_one_source_whose_paraphrases_are_rejected_fails_the_stage() -> None:
         ("", [None]),
     ],
 )
-def test_an_answer_is_read_as_tolerantly_as_it_can_be_and_no_further(
+def test_replies_are_parsed_leniently_but_never_guessed(
     answer: str, versions: list[list[str] | None]
 ) -> None:
     assert read_versions(answer, ["user", "assistant"]) == versions
 
 
-def test_the_prompt_holds_the_conversation_the_style_and_what_to_avoid() -> None:
+def test_the_prompt_contains_the_conversation_the_style_and_the_rejected_candidates() -> None:
     (message,) = build_prompt(SOURCE, "reversed", 3, [["x?", "y"]])
     for part in ("Turn the relation round", "3 versions", '["x?", "y"]', "User: Who discovered Gallium?"):
         assert part in message["content"]
@@ -274,7 +276,7 @@ def request(text: str, answers: int = 1, ordinal: int = 0) -> Request:
     return Request([{"role": "user", "content": text}], answers, ordinal)
 
 
-def test_an_answer_is_bought_once_and_a_failure_is_never_kept(tmp_path: Path) -> None:
+def test_a_reply_is_cached_and_a_failure_is_not(tmp_path: Path) -> None:
     with Memo("paraphrases", {}, tmp_path) as memo:
         broken, backend = Counting(fail=True), Counting()
         assert ask([request("a")], "m", broken, memo) == [Failure("timeout")]
@@ -288,7 +290,7 @@ def test_an_answer_is_bought_once_and_a_failure_is_never_kept(tmp_path: Path) ->
         assert backend.calls == 5
 
 
-def test_a_local_model_answers_several_times_and_an_endpoint_gives_several_versions() -> None:
-    wanted = Wanted(SOURCE, "reword", 3, (), 0)
-    assert build_request(wanted, local=True).answers == 3
-    assert "3 versions" in build_request(wanted, local=False).prompt[0]["content"]
+def test_a_local_model_returns_several_answers_and_an_endpoint_several_versions_in_one() -> None:
+    call = CandidateRequest(SOURCE, "reword", 3, (), 0)
+    assert build_request(call, local=True).answers == 3
+    assert "3 versions" in build_request(call, local=False).prompt[0]["content"]

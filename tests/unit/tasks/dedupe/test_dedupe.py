@@ -29,21 +29,21 @@ def duplicates(texts: Sequence[str | Text], params: DedupeParams = PARAMS) -> di
         return find_duplicates([Text("", t) if isinstance(t, str) else t for t in texts], params, memo)
 
 
-def test_the_first_of_equal_texts_stays() -> None:
+def test_the_first_of_equal_texts_is_kept() -> None:
     assert duplicates([TEXT, FAR, TEXT]) == {2: Removal(0, 1.0, "exact_duplicate", (0,))}
 
 
-def test_a_near_duplicate_goes_with_its_exact_similarity() -> None:
+def test_a_near_duplicate_is_removed_with_its_exact_similarity() -> None:
     # Each text has 58 shingles and 57 are shared: 57 / 59.
     assert duplicates([TEXT, NEAR]) == {1: Removal(0, 57 / 59, "near_duplicate", (0,))}
 
 
-def test_a_copy_of_a_removed_text_goes_for_the_same_reason() -> None:
+def test_a_copy_of_a_removed_text_is_removed_for_the_same_reason() -> None:
     removal = Removal(0, 57 / 59, "near_duplicate", (0,))
     assert duplicates([TEXT, NEAR, NEAR]) == {1: removal, 2: removal}
 
 
-def test_a_text_that_only_resembles_a_removed_one_stays() -> None:
+def test_a_text_that_is_only_near_a_removed_text_is_kept() -> None:
     # B is near A; C is near B but not A. Keep-first compares with survivors only.
     a = WORDS
     b = [*WORDS[:54], *(f"b{i}" for i in range(6))]
@@ -52,7 +52,7 @@ def test_a_text_that_only_resembles_a_removed_one_stays() -> None:
     assert removed == {1: Removal(0, 52 / 64, "near_duplicate", (0,))}
 
 
-def test_a_text_near_two_survivors_names_both() -> None:
+def test_a_text_near_two_survivors_lists_both() -> None:
     # TEXT has similarity 58/61 to both others, which have 58/64 to each other.
     left, right = ["l"] * 4 + WORDS, WORDS + ["r"] * 4
     params = PARAMS.model_copy(update={"jaccard_threshold": 0.93})
@@ -60,14 +60,14 @@ def test_a_text_near_two_survivors_names_both() -> None:
     assert {i: removal.near for i, removal in removed.items()} == {2: (0, 1)}
 
 
-def test_short_texts_are_compared_by_their_characters() -> None:
+def test_short_texts_are_compared_by_characters() -> None:
     # 5 of the 61 5-grams of 65 characters contain the removed letter. By words, 3 of 5 shingles differ.
     british = "internationally recognised colours of photographic silver halides"
     removed = duplicates([british, british.replace("ou", "o")])
     assert {i: removal.jaccard for i, removal in removed.items()} == {1: 56 / 65}
 
 
-def test_the_same_prompt_with_another_answer_is_a_conflict_and_stays() -> None:
+def test_the_same_prompt_with_another_answer_is_a_conflict_and_is_kept() -> None:
     texts = [
         Text(f"user {TEXT}", "assistant yes"),
         Text(f"user {TEXT}", "assistant no"),
@@ -78,11 +78,11 @@ def test_the_same_prompt_with_another_answer_is_a_conflict_and_stays() -> None:
     assert find_label_conflicts(texts, removed) == [[0, 1]]
 
 
-def test_no_text_is_no_duplicate() -> None:
+def test_no_texts_have_no_duplicates() -> None:
     assert duplicates([]) == {}
 
 
-def test_a_second_run_signs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_computes_no_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = duplicates([TEXT, FAR, NEAR])
     signed: list[str] = []
 
@@ -97,13 +97,13 @@ def test_a_second_run_signs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signed == ["one new text"]
 
 
-def test_another_seed_signs_everything_again_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_another_seed_recomputes_all_signatures_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
     duplicates([TEXT, NEAR])
     assert list(duplicates([TEXT, NEAR], PARAMS.model_copy(update={"seed": 2}))) == [1]
     assert "seed was 1, is 2" in caplog.text
 
 
-def test_the_last_answer_stands_apart_from_the_prompt() -> None:
+def test_the_last_answer_is_separated_from_the_prompt() -> None:
     turns = [
         ("system", "Be brief."),
         ("user", "Who?"),

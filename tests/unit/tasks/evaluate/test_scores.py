@@ -10,7 +10,7 @@ def row(model: str, benchmark: str, score: float | None, **more: object) -> dict
     return {"model": model, "benchmark": benchmark, "score": score, **kind, **more}
 
 
-def test_accuracy_stands_beside_chance_and_slices() -> None:
+def test_accuracy_is_reported_with_chance_and_slices() -> None:
     rows = [row("m", "facts", 1.0, slice="a"), row("m", "facts", 0.0, slice="b", choices=2)]
     assert metrics(rows) == {
         "m": {
@@ -37,7 +37,7 @@ def test_an_item_without_a_score_is_counted_and_not_averaged() -> None:
     assert metrics(rows[1:])["m"]["facts"]["accuracy"] is None
 
 
-def test_an_answer_that_nobody_could_guess_has_no_chance() -> None:
+def test_a_generated_answer_has_no_chance_level() -> None:
     assert metrics([row("m", "written", 0.5, choices=None)])["m"]["written"]["chance"] is None
 
 
@@ -48,7 +48,7 @@ def test_the_heldout_loss_is_weighted_by_tokens_not_by_examples() -> None:
     assert found["perplexity"] == 6.6859
 
 
-def test_each_source_has_its_own_loss_and_perplexity() -> None:
+def test_each_source_has_a_loss_and_a_perplexity() -> None:
     rows = [
         row("m", "test", 0.0, tokens=5, slice="a"),
         row("m", "test", 9.0, tokens=9, slice="b"),
@@ -61,6 +61,6 @@ def test_each_source_has_its_own_loss_and_perplexity() -> None:
     }
 
 
-def test_a_heldout_split_without_a_number_has_no_loss() -> None:
+def test_a_test_set_without_scores_has_no_loss() -> None:
     found = metrics([row("m", "test", None, tokens=3, status="error")])["m"]["test"]
     assert (found["loss"], found["perplexity"], found["errors"]) == (None, None, 1)

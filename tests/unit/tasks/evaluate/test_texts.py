@@ -19,7 +19,7 @@ def test_an_exact_match_ignores_case_articles_and_punctuation(
     ("answer", "score"),
     [("It is Au.", 1.0), ("(Au)", 1.0), ("Aurum", 0.0), ("It is au.", 0.0), ("", 0.0)],
 )
-def test_contains_wants_whole_words_with_their_capitals(answer: str, score: float) -> None:
+def test_contains_matches_whole_words_and_case(answer: str, score: float) -> None:
     assert compare("contains", answer, ["Au"]) == score
 
 
@@ -31,7 +31,7 @@ def test_token_f1_counts_each_shared_word_once() -> None:
     assert compare("token_f1", "...", ["The"]) == 1
 
 
-def test_rouge_l_is_that_of_the_longest_common_subsequence() -> None:
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
     # Four words match in order, of seven generated and six expected: precision 4/7, recall 4/6.
     score = compare("rouge_l", "the cat was found under the bed", ["the cat sat under a bed"])
     assert score == pytest.approx(2 * 4 / (7 + 6))

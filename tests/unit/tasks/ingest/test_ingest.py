@@ -96,19 +96,19 @@ def test_a_bad_row_is_quarantined_with_file_line_and_reason(run: Run, line: byte
     assert found["summary"]["dropped"] == {reason: 1}
 
 
-def test_json_that_is_nested_too_deep_is_quarantined_not_a_crash(run: Run) -> None:
+def test_json_that_is_nested_too_deeply_is_quarantined(run: Run) -> None:
     line = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     found = run({"mine/000001.jsonl": line}, max_row_bytes=10**6)
     assert [row["reason"] for row in found["quarantine"]] == ["too_deep"]
 
 
-def test_the_quarantine_tells_the_keys_but_no_text_of_the_row(run: Run) -> None:
+def test_the_quarantine_contains_the_keys_but_no_text_of_the_row(run: Run) -> None:
     found = run({"mine/000001.jsonl": b'{"frage": "geheim", "ada@example.org": "geheim"}'})
     assert found["quarantine"][0]["remedy"].endswith("keys seen ([EMAIL], frage)")
     assert "geheim" not in json.dumps(found["quarantine"])
 
 
-def test_rows_of_all_formats_stand_in_order_of_arrival(run: Run) -> None:
+def test_rows_of_all_formats_are_in_order_of_arrival(run: Run) -> None:
     shards = {
         "b/000001.jsonl": json.dumps(GOOD).encode(),
         "a/000010.csv": b"prompt,completion\nHi,Ho\n",
@@ -133,7 +133,7 @@ def test_equal_rows_have_different_ids_and_a_second_run_gives_the_same_bytes(run
     assert [path.read_bytes() for path in files] == before
 
 
-def test_a_call_is_kept_as_json_with_sorted_keys_and_its_answer_is_named(run: Run) -> None:
+def test_a_tool_call_is_stored_as_json_with_sorted_keys_and_its_result_has_a_name(run: Run) -> None:
     function = {"name": "add", "arguments": '{"b": 2, "a": 1}'}
     row = {
         "tools": [{"type": "function", "function": {"name": "add"}}],
@@ -181,7 +181,7 @@ def test_tokens_are_counted_and_longer_examples_are_quarantined(run: Run) -> Non
     ]
 
 
-def test_what_the_template_refuses_is_quarantined(run: Run, in_tmp: Path) -> None:
+def test_a_row_that_the_chat_template_rejects_is_quarantined(run: Run, in_tmp: Path) -> None:
     config = in_tmp / "data/base/model/tokenizer_config.json"
     values = json.loads(config.read_text())
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -197,7 +197,7 @@ def test_what_the_template_refuses_is_quarantined(run: Run, in_tmp: Path) -> Non
 MAIL = chat(("user", "Mail ada@example.org"), ("assistant", "From 8.8.8.8?"))
 
 
-def test_personal_data_is_reported_by_place_and_never_by_value(run: Run) -> None:
+def test_personal_data_is_reported_by_position_and_never_by_value(run: Run) -> None:
     found = run({"a/000001.jsonl": MAIL})
     assert found["pii"] == [
         {"origin": "a/000001.jsonl:1", "turn": 1, "field": "content", "kind": "email", "start": 5, "end": 20},
@@ -214,7 +214,7 @@ def test_personal_data_is_reported_by_place_and_never_by_value(run: Run) -> None
     assert found["examples"][0]["messages"][0]["content"] == "Mail ada@example.org"
 
 
-def test_redacted_data_is_in_no_file_and_not_in_the_memo(run: Run, in_tmp: Path) -> None:
+def test_redacted_data_is_in_no_output_and_not_in_the_cache(run: Run, in_tmp: Path) -> None:
     found = run({"a/000001.jsonl": MAIL}, pii="redact")
     texts = [message["content"] for message in found["examples"][0]["messages"]]
     assert texts == ["Mail [EMAIL]", "From [IP_ADDRESS]?"]
@@ -223,19 +223,19 @@ def test_redacted_data_is_in_no_file_and_not_in_the_memo(run: Run, in_tmp: Path)
     assert not [path for path in files if b"ada@" in path.read_bytes()]
 
 
-def test_redaction_changes_the_id_as_the_text_is_hashed_after_it(run: Run) -> None:
+def test_redaction_changes_the_id_because_the_redacted_text_is_hashed(run: Run) -> None:
     ids = {run({"a/000001.jsonl": MAIL}, pii=mode)["examples"][0]["id"] for mode in ("report", "redact")}
     assert len(ids) == 2
 
 
-def test_rows_with_personal_data_are_dropped_on_request(run: Run) -> None:
+def test_rows_with_personal_data_can_be_dropped(run: Run) -> None:
     found = run({"a/000001.jsonl": MAIL + b"\n" + json.dumps(GOOD).encode()}, pii="drop")
     assert [row["origin"] for row in found["examples"]] == ["a/000001.jsonl:2"]
     assert found["quarantine"][0]["remedy"].endswith("(1 email, 1 ip_address)")
     assert found["summary"]["pii"] == {"a": {"email": 1, "ip_address": 1}}
 
 
-def test_too_many_bad_rows_fail_the_stage_and_are_named() -> None:
+def test_too_many_bad_rows_fail_the_stage_and_are_listed() -> None:
     drops = Drops(Counter(a=100))
     drops.add("a", "not_utf8", "data/raw/a/000001.jsonl:7: not_utf8; save the file as UTF-8")
     require_rows(drops, 0.01)
@@ -244,7 +244,7 @@ def test_too_many_bad_rows_fail_the_stage_and_are_named() -> None:
         require_rows(drops, 0.01)
 
 
-def test_the_stage_fails_closed_and_keeps_the_quarantine_to_read(run: Run, in_tmp: Path) -> None:
+def test_a_failed_stage_writes_the_quarantine_but_no_examples(run: Run, in_tmp: Path) -> None:
     with pytest.raises(DataError, match="1 of 2 rows of all sources are dropped"):
         run({"a/000001.jsonl": json.dumps(GOOD).encode() + b"\n{\n"}, max_drop_rate=0.4)
     assert not (in_tmp / "data/ingest/examples.parquet").exists()
@@ -256,20 +256,20 @@ def test_no_data_at_all_is_an_error(run: Run) -> None:
         run({})
 
 
-def test_a_shard_that_changed_after_it_arrived_is_refused(run: Run) -> None:
+def test_a_shard_that_changed_after_arrival_is_rejected(run: Run) -> None:
     digests = json.dumps({"a/000001.jsonl": "0" * 64}).encode()
     with pytest.raises(DataError, match=r"a/000001\.jsonl: changed after it arrived"):
         run({"a/000001.jsonl": json.dumps(GOOD).encode(), "digests.json": digests})
 
 
-def test_a_file_that_is_no_shard_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_shard_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.docx").write_text("x")
-    with pytest.raises(DataError, match=r"notes\.docx: no shard"):
+    with pytest.raises(DataError, match=r"notes\.docx: not a shard"):
         find_shards(tmp_path)
 
 
-def test_csv_without_a_column_and_parquet_of_wrong_types_are_quarantined_row_by_row(run: Run) -> None:
+def test_csv_and_parquet_with_wrong_columns_or_types_are_quarantined_by_row(run: Run) -> None:
     buffer = io.BytesIO()
     table = pa.table({"messages": [7, None], "text": [["a"], None], "when": [datetime.date(2020, 1, 1)] * 2})
     pq.write_table(table, buffer)
@@ -283,7 +283,7 @@ def test_csv_without_a_column_and_parquet_of_wrong_types_are_quarantined_row_by_
     assert found[0]["remedy"].endswith("keys seen (answer, prompt)")
 
 
-def test_parquet_with_nested_turns_becomes_the_same_example_as_json_lines(run: Run) -> None:
+def test_parquet_with_nested_turns_gives_the_same_example_as_json_lines(run: Run) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([GOOD | {"tools": None}]), buffer)
     shards = {"a/000001.jsonl": json.dumps(GOOD).encode(), "a/000002.parquet": buffer.getvalue()}

@@ -23,7 +23,7 @@ def lines(rows: list[dict[str, Any]], benchmark: str = "facts", group: int = 0) 
     }
 
 
-def test_right_and_wrong_answers_have_wilsons_interval() -> None:
+def test_binary_scores_have_wilson_intervals() -> None:
     found = lines(night_scores())
     # Wilson (1927) intervals for 2, 5 and 8 of 10 at 95%.
     assert found["base"] == (10, 0.2, 0.057, 0.51)
@@ -31,7 +31,7 @@ def test_right_and_wrong_answers_have_wilsons_interval() -> None:
     assert found["candidate"] == (10, 0.8, 0.49, 0.943)
 
 
-def test_scores_in_between_have_an_interval_around_their_mean() -> None:
+def test_graded_scores_have_an_interval_around_their_mean() -> None:
     found = lines([score("candidate", i, i / 9) for i in range(10)])
     items, mean, low, high = found["candidate"]
     assert (items, mean) == (10, 0.5)
@@ -39,7 +39,7 @@ def test_scores_in_between_have_an_interval_around_their_mean() -> None:
     assert 0.6 < high < 0.8
 
 
-def test_a_held_out_loss_is_weighted_by_tokens_and_less_is_better() -> None:
+def test_a_held_out_loss_is_weighted_by_tokens_and_lower_is_better() -> None:
     found = lines(night_scores(), "test")
     # 33 nats over 14 tokens: 8 over 4 in one example, 25 over 10 in the other.
     assert found["candidate"] == (2, 2.357, 2.0, 2.5)
@@ -53,13 +53,13 @@ def test_a_held_out_loss_is_weighted_by_tokens_and_less_is_better() -> None:
     assert [move["item"] for move in moves.regressions] == ["t2"]
 
 
-def test_one_example_has_a_loss_and_no_interval() -> None:
+def test_a_single_example_has_a_loss_but_no_interval() -> None:
     found = compare([heldout("candidate", "t1", 8.0, 4)], "base", PARAMS)[0].groups[0].lines[0]
     assert found.mean == 2.0
     assert math.isnan(found.low)
 
 
-def test_a_slice_has_its_own_figures_and_the_whole_stands_first() -> None:
+def test_slices_follow_the_whole_benchmark() -> None:
     found = compare(night_scores(), "champion", PARAMS)
     assert [(one.name, [group.name for group in one.groups]) for one in found] == [
         ("facts", ["", "even", "odd"]),
@@ -77,20 +77,20 @@ def test_a_slice_has_its_own_figures_and_the_whole_stands_first() -> None:
     assert found[1].groups[0].chance is None
 
 
-def test_of_many_slices_the_largest_are_shown_and_the_others_counted() -> None:
+def test_the_largest_slices_are_shown_and_the_others_counted() -> None:
     rows = [score("candidate", i, 1.0, slice=f"s{i % 30 + (i > 90)}") for i in range(120)]
     found = compare(rows, "base", PARAMS)[0]
     assert (len(found.groups), found.hidden) == (21, 11)
     assert "s30" not in [group.name for group in found.groups]
 
 
-def test_what_the_base_could_do_is_compared_with_the_base() -> None:
+def test_a_retention_benchmark_is_compared_with_the_base() -> None:
     params = PARAMS.model_copy(update={"retention": {"facts": 0.1}})
     labels = [line.label for line in compare(night_scores(), "champion", params)[0].groups[0].lines]
     assert labels[-1] == "candidate \N{MINUS SIGN} base"
 
 
-def test_an_item_without_a_score_is_left_out_of_mean_and_pairs_and_counted() -> None:
+def test_an_item_without_a_score_is_excluded_from_means_and_pairs_and_counted() -> None:
     rows = night_scores()
     broken = next(row for row in rows if (row["model"], row["item"]) == ("candidate", "q0"))
     broken |= {"score": None, "status": "error", "answer": "too long for the model"}
@@ -101,14 +101,14 @@ def test_an_item_without_a_score_is_left_out_of_mean_and_pairs_and_counted() -> 
     assert found["candidate \N{MINUS SIGN} champion"].items == 9
 
 
-def test_a_model_without_any_score_is_named() -> None:
+def test_a_model_without_scores_is_listed() -> None:
     rows = [score("candidate", i, None, status="error") for i in range(3)]
     found = compare(rows, "base", PARAMS)[0].groups[0].lines
     assert [(line.label, line.items, line.unscored) for line in found] == [("candidate", 0, {"error": 3})]
     assert math.isnan(found[0].mean)
 
 
-def test_the_items_that_moved_most_stand_first_and_ten_at_most_of_each_side() -> None:
+def test_at_most_ten_items_in_each_direction_are_listed_the_largest_first() -> None:
     rows = [score("champion", i, 0.5) for i in range(30)]
     rows += [score("candidate", i, (i % 3) / 2, slice=f"s{i}") for i in range(29)]
     rows += [score("candidate", 29, 0.9)]
@@ -125,7 +125,7 @@ def test_the_items_that_moved_most_stand_first_and_ten_at_most_of_each_side() ->
     assert [move["item"] for move in moves.regressions] != sorted(move["item"] for move in moves.regressions)
 
 
-def test_a_curve_leaves_out_what_is_no_number_and_none_is_drawn_without_points() -> None:
+def test_a_curve_skips_non_finite_values_and_needs_at_least_one_point() -> None:
     assert draw("loss", {"training": []}) is None
     assert draw("loss", {"training": [(1, math.nan)]}) is None
     chart = draw("loss", {"training": [(1, math.inf), (2, 2.0), (3, 1.0)], "validation": []})
@@ -133,17 +133,17 @@ def test_a_curve_leaves_out_what_is_no_number_and_none_is_drawn_without_points()
     assert [line.label for line in chart.lines] == ["training"]
     # The corners of the plot area; SVG's y axis starts at the top.
     assert chart.lines[0].points == [(48.0, 10.0), (350.0, 184.0)]
-    assert chart.said == "training: 2 at step 2, lowest 1 at step 3, 1 at step 3"
+    assert chart.description == "training: 2 at step 2, lowest 1 at step 3, 1 at step 3"
 
 
-def test_a_single_point_stands_in_the_middle() -> None:
+def test_a_single_point_is_centred() -> None:
     chart = draw("loss", {"validation": [(3, 2.0)]})
     assert chart
     assert chart.lines[0].points == [(199.0, 97.0)]
     assert (chart.across, chart.up) == ([(199.0, "3")], [(97.0, "2")])
 
 
-def test_a_paraphrase_stands_beside_its_source(tmp_path: Path) -> None:
+def test_a_paraphrase_is_shown_with_its_source(tmp_path: Path) -> None:
     write_examples(tmp_path)
     augment = tmp_path / "augment"
     accepted = accepted_paraphrases(augment / "train.parquet", augment / "scores.parquet")
@@ -156,7 +156,7 @@ def test_a_paraphrase_stands_beside_its_source(tmp_path: Path) -> None:
     ]
 
 
-def test_each_reason_of_a_rejection_has_its_examples(tmp_path: Path) -> None:
+def test_each_rejection_reason_has_examples(tmp_path: Path) -> None:
     write_examples(tmp_path)
     reasons = ["copy"] * 5 + ["fact_changed"] * 5 + ["malformed_reply"]
     rows = [

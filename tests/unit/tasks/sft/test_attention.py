@@ -37,7 +37,7 @@ SHAPE = {
     ],
     ids=["causal", "sliding window"],
 )
-def test_logits_and_gradients_equal_those_under_a_mask(
+def test_logits_and_gradients_equal_those_with_a_mask(
     make: Callable[[], PreTrainedModel],
 ) -> None:
     torch.manual_seed(0)
@@ -58,12 +58,12 @@ def test_logits_and_gradients_equal_those_under_a_mask(
     model.set_attn_implementation("sdpa_per_example")
     logits, gradient = run()
     model.set_attn_implementation("sdpa")
-    under_mask, its_gradient = run()
-    assert torch.allclose(logits, under_mask, atol=1e-6)
-    assert torch.allclose(gradient, its_gradient, atol=1e-6)
+    masked_logits, masked_gradient = run()
+    assert torch.allclose(logits, masked_logits, atol=1e-6)
+    assert torch.allclose(gradient, masked_gradient, atol=1e-6)
 
 
-def test_only_pairs_within_an_example_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_token_pairs_within_an_example_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def count(_: Any, query: Any, *__: Any, attention_mask: Any, **___: Any) -> tuple[Any, None]:
@@ -80,13 +80,13 @@ def test_only_pairs_within_an_example_are_computed(monkeypatch: pytest.MonkeyPat
     assert torch.equal(output, states.transpose(1, 2))
 
 
-@pytest.mark.parametrize("told", ["boundaries", "positions"])
-def test_xformers_gets_the_examples_of_a_row(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("source", ["boundaries", "positions"])
+def test_xformers_receives_the_example_lengths(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # xFormers has no CPU kernel, so torch computes attention with the mask of xFormers.
     def reference(query: Any, key: Any, value: Any, attn_bias: Any, p: float, scale: float) -> torch.Tensor:
         assert p == 0.0
         mask = attn_bias.materialize((sum(LENGTHS), sum(LENGTHS)))
-        states = (one.transpose(1, 2) for one in (query, key, value))
+        states = (state.transpose(1, 2) for state in (query, key, value))
         return scaled_dot_product_attention(*states, attn_mask=mask, scale=scale).transpose(1, 2)
 
     monkeypatch.setattr("xformers.ops.memory_efficient_attention", reference)
@@ -100,13 +100,13 @@ def test_xformers_gets_the_examples_of_a_row(told: str, monkeypatch: pytest.Monk
     layer = torch.nn.Module()
     layer.num_key_value_groups = 2  # type: ignore[assignment]
     expected, _ = attention.attend_per_example(layer, query, key, value, None, cu_seq_lens_q=boundaries)
-    output, _ = attention.attend_with_xformers(layer, query, key, value, None, **given[told])
+    output, _ = attention.attend_with_xformers(layer, query, key, value, None, **given[source])
     assert torch.allclose(output, expected, atol=1e-6)
 
 
-def test_xformers_refuses_a_window_that_it_does_not_know() -> None:
+def test_xformers_rejects_a_sliding_window() -> None:
     states = torch.randn(1, 4, 8, 8)
-    with pytest.raises(ConfigError, match="the model has one of 4 tokens; set sdpa"):
+    with pytest.raises(ConfigError, match="the model's window is 4 tokens; set sdpa"):
         attention.attend_with_xformers(torch.nn.Module(), states, states, states, None, sliding_window=4)
 
 
@@ -119,7 +119,7 @@ def varlen_2_13(query: Any, key: Any, value: Any, *rest: Any, enable_gqa: bool =
     at, owner = torch.arange(len(query)), torch.repeat_interleave(torch.arange(len(cu_q) - 1), cu_q.diff())
     behind = at[:, None] - at
     mask = (owner[:, None] == owner) & (behind >= -right) & ((left < 0) | (behind <= left))
-    states = [one.transpose(0, 1)[None] for one in (query, key, value)]
+    states = [state.transpose(0, 1)[None] for state in (query, key, value)]
     output = scaled_dot_product_attention(*states, attn_mask=mask, scale=more["scale"], enable_gqa=enable_gqa)
     return output[0].transpose(0, 1)
 
@@ -129,11 +129,11 @@ def varlen_2_11(*states_and_lengths: Any, **more: Any) -> Any:
     return varlen_2_13(*states_and_lengths, **more)
 
 
-@pytest.mark.parametrize("told", ["boundaries", "positions"])
+@pytest.mark.parametrize("source", ["boundaries", "positions"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("kernel", [varlen_2_13, varlen_2_11])
-def test_torchs_own_kernel_gets_the_examples_of_a_row(
-    told: str, window: int | None, kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_torch_varlen_receives_the_example_boundaries(
+    source: str, window: int | None, kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_torchs_own_kernel_gets_the_examples_of_a_row(
         "positions": {"position_ids": positions},
     }
     output, _ = attention.attend_varlen(
-        torch.nn.Module(), query, key, value, None, sliding_window=window, **given[told]
+        torch.nn.Module(), query, key, value, None, sliding_window=window, **given[source]
     )
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     behind = torch.arange(len(owner))[:, None] - torch.arange(len(owner))
@@ -155,25 +155,25 @@ def test_torchs_own_kernel_gets_the_examples_of_a_row(
 
 
 @pytest.mark.parametrize("kernel", [attention.attend_varlen, attention.attend_with_xformers])
-def test_kernels_of_one_type_get_one_type(
+def test_kernels_receive_states_of_one_dtype(
     kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Autocast over full-precision weights yields queries and keys in full precision, values in half."""
-    types = set()
+    dtypes = set()
 
     def note(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> torch.Tensor:
-        types.update(one.dtype for one in (query, key, value))
+        dtypes.update(state.dtype for state in (query, key, value))
         return torch.as_tensor(query)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", note)
     monkeypatch.setattr("xformers.ops.memory_efficient_attention", note)
     full, half = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8, dtype=torch.bfloat16)
     kernel(torch.nn.Module(), full, full, half, None)
-    assert types == {torch.bfloat16}
+    assert dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("has", [{"dropout": 0.1}, {"softcap": 30.0}])
-def test_torchs_own_kernel_refuses_what_it_does_not_know(has: dict[str, float]) -> None:
+def test_torch_varlen_rejects_dropout_and_softcap(has: dict[str, float]) -> None:
     states = torch.randn(1, 4, 8, 8)
-    with pytest.raises(ConfigError, match=r"torch_varlen knows neither dropout \(.*\) nor soft cap \("):
+    with pytest.raises(ConfigError, match=r"torch_varlen supports neither dropout \(.*\) nor softcap \("):
         attention.attend_varlen(torch.nn.Module(), states, states, states, None, **has)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from tasks.sft.strategy import GIB
 from tests.helpers.sft import sft_params
 from tests.unit.tasks.sft.test_memory import LLAMA3_8B
 
-PROCESSOR = Machine("cpu", (), None, "fp32", "sdpa", "lm_head", has_liger=False)
+CPU = Machine("cpu", (), None, "fp32", "sdpa", "lm_head", has_liger=False)
 TWO_GPUS = Machine("cuda", ("2", "5"), 79 * GIB, "bf16", "sdpa", "lm_head", has_liger=False)
 
 
@@ -32,21 +32,21 @@ def _all_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def test_auto_is_one_process_for_each_visible_gpu() -> None:
+def test_auto_is_one_process_per_visible_gpu() -> None:
     assert [ranks(gpus, num_processes="auto") for gpus in (1, 2, 8)] == [1, 2, 8]
     assert ranks(8, num_processes="auto", strategy="single") == 1
 
 
 @pytest.mark.parametrize(("memory", "processes"), [(24 * GIB, 2), (4 * GIB, 2), (4 * GIB - 1, 1)])
-def test_on_a_processor_auto_is_two_where_there_is_room(
+def test_on_a_cpu_auto_is_two_processes_if_memory_allows(
     memory: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "processor_memory", lambda: memory)
+    monkeypatch.setattr(backend, "available_memory", lambda: memory)
     assert ranks(0, num_processes="auto") == processes
     assert ranks(0, num_processes=7) == 7
 
 
-def test_more_processes_than_gpus_are_refused_before_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_are_rejected_before_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
         ranks(1, num_processes=2)
     assert str(caught.value) == (
@@ -57,14 +57,16 @@ def test_more_processes_than_gpus_are_refused_before_launch(monkeypatch: pytest.
         ranks(2, num_processes=8)
 
 
-def test_fewer_processes_take_the_first_visible_gpus() -> None:
+def test_fewer_processes_use_the_first_visible_gpus() -> None:
     params = with_processes(sft_params(num_processes=1, strategy="zero2"), 2)
     assert choose_backend(params, TWO_GPUS).devices == ("2",)
     both = with_processes(sft_params(num_processes="auto", strategy="zero2"), 2)
     assert choose_backend(both, TWO_GPUS).devices == ("2", "5")
 
 
-def test_a_hostfile_says_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostfile_determines_the_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("# ours\nfirst slots=8\n\nsecond  slots = 4 # half\n")
     assert read_hostfile(hosts) == {"first": 8, "second": 4}
@@ -80,7 +82,7 @@ def test_a_hostfile_says_how_many_there_are(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("text", ["first", "first slots=", "first slots=2\nfirst slots=2"])
-def test_a_hostfile_that_deepspeed_would_not_read_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_hostfile_that_deepspeed_cannot_read_is_rejected(text: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text(text)
     with pytest.raises(ConfigError, match=r"hosts:\d: 'first.*': must be `name slots=n`"):
@@ -95,21 +97,21 @@ def choice(machine: Machine, config: Mapping[str, Any] | None = None, **changes:
     return found.strategy, found.reason
 
 
-def test_auto_takes_the_simplest_strategy() -> None:
+def test_auto_chooses_the_simplest_strategy() -> None:
     several = "2 processes, each with the whole model"
-    assert choice(PROCESSOR, strategy="auto") == ("ddp", several)
-    assert choice(PROCESSOR, strategy="auto", num_processes=1) == ("single", "one process")
+    assert choice(CPU, strategy="auto") == ("ddp", several)
+    assert choice(CPU, strategy="auto", num_processes=1) == ("single", "one process")
     assert choice(TWO_GPUS, LLAMA3_8B, strategy="auto", num_processes="auto")[0] == "ddp"
 
 
-def test_ddp_with_one_process_is_single_and_says_so() -> None:
-    told = ("single", "ddp with one process is single")
-    assert choice(PROCESSOR, strategy="ddp", num_processes=1) == told
+def test_ddp_with_one_process_becomes_single_and_the_reason_is_given() -> None:
+    expected = ("single", "ddp with one process is single")
+    assert choice(CPU, strategy="ddp", num_processes=1) == expected
     one_gpu = Machine("cuda", ("0",), 79 * GIB, "bf16", "sdpa", "lm_head", has_liger=False)
-    assert choice(one_gpu, strategy="ddp", num_processes="auto") == told
+    assert choice(one_gpu, strategy="ddp", num_processes="auto") == expected
 
 
-def test_auto_goes_by_the_memory_that_is_free() -> None:
+def test_auto_considers_free_memory_only() -> None:
     busy = Machine("cuda", ("0",), 10 * GIB, "bf16", "sdpa", "lm_head", has_liger=False)
     with pytest.raises(ConfigError, match=r"strategy=auto: single takes \d+\.\d GiB of 10\.0 GiB"):
         choice(busy, LLAMA3_8B, strategy="auto", num_processes="auto")
@@ -122,7 +124,7 @@ def checkpoints(gib: float, **changes: Any) -> tuple[str, bool]:
     return found.strategy, found.activation_checkpointing
 
 
-def test_activations_are_computed_again_only_if_nothing_fits_otherwise() -> None:
+def test_activations_are_recomputed_only_if_nothing_fits_otherwise() -> None:
     assert checkpoints(79, strategy="auto") == ("single", False)
     assert checkpoints(40, strategy="auto") == ("single", True)
     assert checkpoints(40, strategy="zero2") == ("zero2", True)
@@ -134,11 +136,11 @@ def test_activations_are_computed_again_only_if_nothing_fits_otherwise() -> None
         checkpoints(40, strategy="auto", activation_checkpointing=False)
 
 
-def test_a_model_whose_memory_cannot_be_foretold_trains_with_a_strategy_that_is_named() -> None:
+def test_a_model_whose_memory_cannot_be_estimated_needs_an_explicit_strategy() -> None:
     gpt2 = {"model_type": "gpt2", "n_embd": 768}
     params = with_processes(sft_params(strategy="zero2"), 2)
     assert not choose_backend(params, TWO_GPUS, gpt2, Batch(10, 5)).activation_checkpointing
-    with pytest.raises(ConfigError, match="models of Llama's kind alone"):
+    with pytest.raises(ConfigError, match="only for Llama-like models"):
         choose_backend(params.model_copy(update={"strategy": "auto"}), TWO_GPUS, gpt2, Batch(10, 5))
 
 
@@ -151,12 +153,12 @@ def test_a_model_whose_memory_cannot_be_foretold_trains_with_a_strategy_that_is_
         (True, {"torch_compile": True}, False),
     ],
 )
-def test_liger_is_used_where_it_is_there(has_liger: bool, changes: dict[str, Any], used: bool) -> None:  # noqa: FBT001
+def test_liger_is_used_if_available(has_liger: bool, changes: dict[str, Any], used: bool) -> None:  # noqa: FBT001
     machine = replace(TWO_GPUS, has_liger=has_liger)
     assert choose_backend(with_processes(sft_params(**changes), 2), machine).use_liger_kernel is used
 
 
-def test_the_choice_loads_no_torch() -> None:
+def test_choosing_a_backend_does_not_import_torch() -> None:
     program = "import sys, tasks.sft.__main__; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert told.stdout == "False\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

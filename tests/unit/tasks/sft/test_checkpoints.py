@@ -15,7 +15,7 @@ def make(folder: Path, step: int) -> Path:
     written = folder / checkpoints.SAVING / f"checkpoint-{step}"
     (written / "rank").mkdir(parents=True)
     (written / "rank" / "state.pt").write_bytes(b"x" * step)
-    return checkpoints.close(written, folder)
+    return checkpoints.finalize(written, folder)
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert checkpoints.find_newest(tmp_path) == newest
 
 
-def test_a_damaged_incomplete_or_open_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_or_incomplete_checkpoint_is_skipped(tmp_path: Path) -> None:
     good = make(tmp_path, 1)
     (make(tmp_path, 2) / "rank" / "state.pt").write_bytes(b"xy")
     (make(tmp_path, 3) / "rank" / "state.pt").unlink()
@@ -32,11 +32,11 @@ def test_a_damaged_incomplete_or_open_checkpoint_is_passed_over(tmp_path: Path) 
     assert checkpoints.find_newest(tmp_path) == good
 
 
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+def test_without_checkpoints_the_newest_is_none(tmp_path: Path) -> None:
     assert checkpoints.find_newest(tmp_path) is None
 
 
-def test_a_checkpoint_that_is_being_written_does_not_count(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_being_written_is_ignored(tmp_path: Path) -> None:
     (tmp_path / checkpoints.SAVING / "checkpoint-5").mkdir(parents=True)
     assert checkpoints.find_newest(tmp_path) is None
 
@@ -54,12 +54,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_weight_that_is_not_finite_is_found_wherever_it_is(
-    tmp_path: Path, dtype: torch.dtype, value: float
-) -> None:
+def test_a_non_finite_weight_is_found_in_any_tensor(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
     whole = {"a": torch.full((3, 4), 60_000.0, dtype=dtype), "none": torch.zeros(0), "ids": torch.arange(3)}
     save_file(whole, tmp_path / "model-1.safetensors")
-    assert checkpoints.find_broken(tmp_path) is None
+    assert checkpoints.find_non_finite(tmp_path) is None
     checkpoints.require_finite(tmp_path)
     broken = torch.zeros(5, dtype=dtype)
     broken[2] = value
@@ -68,14 +66,14 @@ def test_a_weight_that_is_not_finite_is_found_wherever_it_is(
         checkpoints.require_finite(tmp_path)
 
 
-def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(
+def test_a_checkpoint_with_non_finite_weights_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = make(tmp_path, 1)
     written = tmp_path / checkpoints.SAVING / "checkpoint-2"
     written.mkdir(parents=True)
     save_file({"lora_B": torch.tensor([0.0, float("nan")])}, written / "adapter_model.safetensors")
-    checkpoints.close(written, tmp_path)
+    checkpoints.finalize(written, tmp_path)
     with caplog.at_level(logging.WARNING):
         assert checkpoints.find_newest(tmp_path) == good
-    assert "checkpoint-2: lora_B is not finite; trying the one before" in caplog.text
+    assert "checkpoint-2: lora_B is not finite; trying the previous one" in caplog.text

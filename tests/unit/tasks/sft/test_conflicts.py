@@ -13,12 +13,15 @@ from tests.helpers.sft import sft_params
     ("changes", "problem"),
     [
         ({"warmup_ratio": 1.0}, "warmup_ratio: Input should be less than 1"),
-        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_steps=3 and warmup_ratio=0.1 exclude each other"),
+        (
+            {"warmup_steps": 3, "warmup_ratio": 0.1},
+            "warmup_steps=3 and warmup_ratio=0.1 are mutually exclusive",
+        ),
         ({"max_steps": 1}, "warmup_steps=1 must be below max_steps=1"),
         ({"lr_scheduler_type": "step"}, "step needs step_size"),
         ({"lr_scheduler_kwargs": {"gamma": 0.5}}, "linear does not take gamma; it takes nothing"),
-        ({"lr_scheduler_type": "one_cycle"}, "one_cycle has a warm-up of its own"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "follows the evaluation loss; set eval_steps"),
+        ({"lr_scheduler_type": "one_cycle"}, "one_cycle has its own warmup"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "depends on the evaluation loss; set eval_steps"),
         (
             {"optim": "schedule_free_adamw"},
             "schedule_free_adamw needs lr_scheduler_type constant, got linear",
@@ -29,25 +32,25 @@ from tests.helpers.sft import sft_params
         ),
         (
             {"optim": "schedule_free_adamw", "load_best_model_at_end": True, "eval_steps": 1},
-            "schedule_free_adamw trains, and saves, other weights than it evaluates",
+            "schedule_free_adamw trains and saves other weights than it evaluates",
         ),
         ({"strategy": "single"}, "strategy single is one process; set num_processes=2 to auto"),
         ({"strategy": "ddp", "offload_optimizer": "cpu"}, "offload_optimizer cpu needs strategy zero1"),
         ({"strategy": "zero3", "offload_param": "nvme"}, "needs nvme_path"),
         ({"strategy": "zero2", "offload_param": "cpu"}, "offload_param cpu needs strategy zero3 or fsdp2"),
         ({"offload_optimizer": "cpu", "optim": "adafactor"}, "set optim to adamw_torch, got adafactor"),
-        ({"adapter": None, "use_dora": True}, "use_dora belongs to an adapter"),
-        ({"fp8_base": True, "adapter": "qlora"}, "fp8_base does not go with adapter qlora"),
-        ({"fp8_base": True, "adapter": None}, "fp8_base does not go with adapter None"),
-        ({"fp8_base": True, "strategy": "fsdp2"}, "fp8_base does not go with strategy fsdp2"),
-        ({"fp8_base": True, "precision": "fp16"}, "fp8_base does not go with precision fp16"),
-        ({"fp8_base": True, "lora_dropout": 0.1}, "fp8_base does not go with lora_dropout 0.1"),
-        ({"fp8_base": True, "use_dora": True}, "fp8_base does not go with use_dora"),
-        ({"fp8_base": True, "torch_compile": True}, "fp8_base does not go with torch_compile"),
-        ({"adapter": "qlora", "strategy": "zero3"}, "qlora's 4-bit weights cannot be divided by zero3"),
+        ({"adapter": None, "use_dora": True}, "use_dora needs an adapter"),
+        ({"fp8_base": True, "adapter": "qlora"}, "fp8_base is incompatible with adapter qlora"),
+        ({"fp8_base": True, "adapter": None}, "fp8_base is incompatible with adapter None"),
+        ({"fp8_base": True, "strategy": "fsdp2"}, "fp8_base is incompatible with strategy fsdp2"),
+        ({"fp8_base": True, "precision": "fp16"}, "fp8_base is incompatible with precision fp16"),
+        ({"fp8_base": True, "lora_dropout": 0.1}, "fp8_base is incompatible with lora_dropout 0.1"),
+        ({"fp8_base": True, "use_dora": True}, "fp8_base is incompatible with use_dora"),
+        ({"fp8_base": True, "torch_compile": True}, "fp8_base is incompatible with torch_compile"),
+        ({"adapter": "qlora", "strategy": "zero3"}, "qlora's 4-bit weights cannot be sharded by zero3"),
         (
             {"early_stopping_patience": 2},
-            "early_stopping_patience follows the evaluation loss; set eval_steps",
+            "early_stopping_patience depends on the evaluation loss; set eval_steps",
         ),
         (
             {"load_best_model_at_end": True, "eval_steps": 5, "save_steps": 2},
@@ -56,13 +59,13 @@ from tests.helpers.sft import sft_params
         ({"use_reentrant": True}, "use_reentrant=true needs activation_checkpointing=true"),
     ],
 )
-def test_a_conflict_is_named_with_its_remedy(changes: dict[str, Any], problem: str) -> None:
+def test_a_conflict_is_reported_with_its_fix(changes: dict[str, Any], problem: str) -> None:
     values = sft_params().model_dump() | changes
     assert problem in "\n".join(problems(SftParams, "sft", values))
 
 
-def test_all_conflicts_are_told_at_once() -> None:
+def test_all_conflicts_are_reported_at_once() -> None:
     values = sft_params().model_dump() | {"adapter": None, "use_dora": True, "use_reentrant": True}
-    (told,) = problems(SftParams, "sft", values)
-    assert told.splitlines()[0].startswith("sft: use_dora belongs to an adapter")
-    assert told.splitlines()[1].startswith("  sft: use_reentrant=true needs activation_checkpointing")
+    (message,) = problems(SftParams, "sft", values)
+    assert message.splitlines()[0].startswith("sft: use_dora needs an adapter")
+    assert message.splitlines()[1].startswith("  sft: use_reentrant=true needs activation_checkpointing")

@@ -8,7 +8,7 @@ from nightshift.core.errors import StageError, TrainingError
 from tasks.sft.failures import (
     HANG,
     Attempt,
-    clear,
+    clear_failure,
     is_out_of_memory,
     plan_next_attempt,
     read_attempt,
@@ -21,9 +21,9 @@ def test_out_of_memory_halves_the_micro_batch_until_one_row_is_left(tmp_path: Pa
     error = plan_next_attempt(tmp_path, 4, 1)
     assert isinstance(error, TrainingError)
     assert (error.kind, error.exit_code) == ("out_of_memory", 10)
-    assert "takes 2 rows at a time, not 4" in str(error)
+    assert "uses 2 rows per forward pass instead of 4" in str(error)
     assert read_attempt(tmp_path) == Attempt(halvings=1)
-    assert "takes 1 rows at a time, not 2" in str(plan_next_attempt(tmp_path, 4, 1))
+    assert "uses 1 rows per forward pass instead of 2" in str(plan_next_attempt(tmp_path, 4, 1))
     last = plan_next_attempt(tmp_path, 4, 1)
     assert last.exit_code == 2
     assert "one row does not fit" in str(last)
@@ -47,11 +47,11 @@ def test_out_of_memory_halves_the_micro_batch_until_one_row_is_left(tmp_path: Pa
         "std::bad_alloc",
     ],
 )
-def test_memory_that_is_used_up_has_many_names(text: str) -> None:
+def test_out_of_memory_errors_of_all_libraries_are_recognized(text: str) -> None:
     assert is_out_of_memory(RuntimeError(text))
-    led_to = ValueError("the compiled graph failed")
-    led_to.__cause__ = RuntimeError(text)
-    assert is_out_of_memory(led_to)
+    outer = ValueError("the compiled graph failed")
+    outer.__cause__ = RuntimeError(text)
+    assert is_out_of_memory(outer)
 
 
 @pytest.mark.parametrize(
@@ -63,22 +63,22 @@ def test_memory_that_is_used_up_has_many_names(text: str) -> None:
         KeyError("memory"),
     ],
 )
-def test_no_other_error_is_taken_for_it(error: Exception) -> None:
+def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
     assert is_out_of_memory(MemoryError())
 
 
-def test_rows_of_a_bad_loss_are_left_out_once(tmp_path: Path) -> None:
+def test_rows_with_a_bad_loss_are_skipped_once(tmp_path: Path) -> None:
     write_failure(tmp_path, "loss", "loss nan at step 7, rows [3]", (7,))
     error = plan_next_attempt(tmp_path, 1, 1)
     assert error.exit_code == 11
-    following = read_attempt(tmp_path)
-    assert following == Attempt(skipped=(7,))
+    attempt = read_attempt(tmp_path)
+    assert attempt == Attempt(skipped=(7,))
     again = plan_next_attempt(tmp_path, 1, 1)
     assert (again.exit_code, type(again)) == (2, StageError)
 
 
-def test_a_hang_is_tried_again_once(tmp_path: Path) -> None:
+def test_a_hang_is_retried_once(tmp_path: Path) -> None:
     (tmp_path / HANG.format(rank=0)).write_text("")
     (tmp_path / HANG.format(rank=1)).write_text("Timeout!")
     error = plan_next_attempt(tmp_path, 1, 1)
@@ -87,17 +87,17 @@ def test_a_hang_is_tried_again_once(tmp_path: Path) -> None:
     assert plan_next_attempt(tmp_path, 1, 1).exit_code == 2
 
 
-def test_the_first_rank_to_fail_is_heard(tmp_path: Path) -> None:
-    write_failure(tmp_path, "preempted", "asked to end; saved at step 3")
+def test_the_failure_of_the_first_rank_is_reported(tmp_path: Path) -> None:
+    write_failure(tmp_path, "preempted", "received SIGTERM; saved at step 3")
     write_failure(tmp_path, "error", "the other rank is gone")
-    assert "asked to end" in str(plan_next_attempt(tmp_path, 1, 143))
+    assert "received SIGTERM" in str(plan_next_attempt(tmp_path, 1, 143))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("failure")] == ["failure.json"]
-    clear(tmp_path)
-    assert "ended with code 137" in str(plan_next_attempt(tmp_path, 1, 137))
+    clear_failure(tmp_path)
+    assert "exited with code 137" in str(plan_next_attempt(tmp_path, 1, 137))
 
 
 @pytest.mark.parametrize("kind", ["out_of_memory", "loss", "hang", "preempted"])
-def test_every_kind_has_a_code_of_its_own(kind: str) -> None:
+def test_every_kind_of_failure_has_a_distinct_exit_code(kind: str) -> None:
     codes = [TrainingError(k, "").exit_code for k in TrainingError.EXIT_CODES]
     assert len(set(codes)) == 4
     assert TrainingError(kind, "").exit_code not in (0, 1, 2)  # type: ignore[arg-type]

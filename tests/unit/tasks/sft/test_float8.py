@@ -29,7 +29,7 @@ def _seed() -> None:
 
 
 @given(exponent=st.integers(-20, 20), at=st.integers(0, 31))
-def test_each_row_keeps_three_bits_whatever_its_size(exponent: int, at: int) -> None:
+def test_each_row_keeps_three_mantissa_bits_at_any_scale(exponent: int, at: int) -> None:
     x = torch.randn(4, 32)
     x[1] *= 2.0**exponent
     x[2] = 0
@@ -42,18 +42,18 @@ def test_each_row_keeps_three_bits_whatever_its_size(exponent: int, at: int) -> 
     assert ((found - x).abs() <= bound * 1.001).all()
 
 
-def test_both_products_are_those_of_bf16_but_for_the_rounding() -> None:
+def test_both_products_match_bf16_up_to_rounding() -> None:
     weight, x = torch.randn(32, 64).bfloat16(), torch.randn(48, 64).bfloat16()
     # Outputs and inputs of very different magnitude, for which one scale would not suffice.
     weight *= torch.logspace(-3, 3, 32)[:, None].bfloat16()
-    slope = torch.randn(48, 32).bfloat16()
+    gradient = torch.randn(48, 32).bfloat16()
     found = Float8Weight(weight)
     assert largest_error([found.project(x).float()], [x.float() @ weight.float().t()]) < 0.05
-    assert largest_error([found.pull_back(slope).float()], [slope.float() @ weight.float()]) < 0.05
-    assert (found.project(x).dtype, found.pull_back(slope).shape) == (torch.bfloat16, (48, 64))
+    assert largest_error([found.pull_back(gradient).float()], [gradient.float() @ weight.float()]) < 0.05
+    assert (found.project(x).dtype, found.pull_back(gradient).shape) == (torch.bfloat16, (48, 64))
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+def test_a_row_does_not_depend_on_the_other_rows() -> None:
     weight, x = Float8Weight(torch.randn(32, 64).bfloat16()), torch.randn(48, 64).bfloat16()
     before = weight.project(x)
     x[0] = 1e4
@@ -69,7 +69,7 @@ def half(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("make", [llama, qwen])
-def test_an_adapted_model_is_near_to_that_in_bf16(make: Any) -> None:
+def test_an_adapted_model_is_close_to_bf16(make: Any) -> None:
     model, inputs = half(adapted(make())), row()
     with torch.autocast("cpu", torch.bfloat16):
         expected = loss_and_gradients(model, **inputs)
@@ -79,7 +79,7 @@ def test_an_adapted_model_is_near_to_that_in_bf16(make: Any) -> None:
     assert 0 < gradient_error(found, expected) < 0.2
 
 
-def test_without_its_adapter_the_model_is_the_quantised_base() -> None:
+def test_with_the_adapter_disabled_the_model_is_the_quantized_base() -> None:
     model, inputs = half(adapted(qwen())), row()["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         expected = model(inputs).logits
@@ -88,14 +88,14 @@ def test_without_its_adapter_the_model_is_the_quantised_base() -> None:
     assert 0 < largest_error([found.float()], [expected.float()]) < 0.2
 
 
-def test_the_weights_in_bf16_are_given_back() -> None:
+def test_the_bf16_weights_are_freed() -> None:
     model = half(adapted(llama()))
     quantize_base(model)
     frozen = sum(w.numel() for n, w in model.named_parameters() if "proj" in n and "lora" not in n)
     assert frozen == 0
 
 
-def test_layers_whose_sides_no_kernel_takes_stay_as_they_are() -> None:
+def test_layers_with_unsupported_dimensions_stay_unchanged() -> None:
     model = half(adapted(llama()))
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     layer.base_layer = torch.nn.Linear(64, 120, bias=False)
@@ -103,14 +103,14 @@ def test_layers_whose_sides_no_kernel_takes_stay_as_they_are() -> None:
     assert not hasattr(layer.base_layer, "float8")
 
 
-def test_no_layer_at_all_is_told() -> None:
-    with pytest.raises(StageError, match="fp8_base=true, but no layer with an adapter has sides"):
+def test_a_model_without_a_supported_layer_is_reported() -> None:
+    with pytest.raises(StageError, match="fp8_base=true, but no layer with an adapter has dimensions"):
         quantize_base(adapted(llama()))
 
 
-def test_a_machine_that_cannot_is_told_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_machine_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     require_float8("bf16", "cpu")
-    with pytest.raises(ConfigError, match="fp8_base=true does not work on this machine: it trains in fp32"):
+    with pytest.raises(ConfigError, match="fp8_base=true does not work on this machine: precision is fp32"):
         require_float8("fp32", "cpu")
 
     def old(*_: Any, **__: Any) -> None:

@@ -93,7 +93,7 @@ def convert_to_half(model: Any) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("count", [1, 7, 8, 50])
-def test_the_loss_in_chunks_is_that_of_all_logits(count: int, smoothing: float) -> None:
+def test_the_chunked_loss_equals_the_loss_on_all_logits(count: int, smoothing: float) -> None:
     hidden = torch.randn(count, 16, dtype=torch.float64, requires_grad=True)
     head, labels = torch.randn(300, 16, dtype=torch.float64), torch.randint(300, (count,))
     expected = cross_entropy(hidden @ head.t(), labels, reduction="sum", label_smoothing=smoothing)
@@ -105,14 +105,14 @@ def test_the_loss_in_chunks_is_that_of_all_logits(count: int, smoothing: float) 
     assert largest_error([found.double()], [gradient]) < 1e-6
 
 
-def test_no_label_is_no_loss() -> None:
+def test_without_labels_the_loss_is_zero() -> None:
     hidden = torch.randn(0, 16, requires_grad=True)
     loss = SummedLoss.apply(hidden, torch.randn(300, 16), torch.zeros(0, dtype=torch.long), 0.0)
     loss.backward()
     assert (loss.item(), hidden.grad.shape) == (0.0, (0, 16))
 
 
-def test_logits_of_one_chunk_only_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_logits_of_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     real = torch.Tensor.logsumexp
 
@@ -128,9 +128,7 @@ def test_logits_of_one_chunk_only_exist_at_a_time(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("make", [llama, qwen])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_models_head_computes_the_loss_while_it_is_told_labels(
-    make: Callable[[], Any], smoothing: float
-) -> None:
+def test_the_head_computes_the_loss_while_labels_are_set(make: Callable[[], Any], smoothing: float) -> None:
     model, inputs = adapted(make()), row()
     expected = loss_and_gradients(model, smoothing, **inputs)
     logits = model(inputs["input_ids"]).logits
@@ -139,7 +137,7 @@ def test_the_models_head_computes_the_loss_while_it_is_told_labels(
     assert torch.equal(model(inputs["input_ids"]).logits, logits)
 
 
-def test_an_evaluation_makes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = adapted(llama()), row()
     head = LossHead(model.get_output_embeddings())
     monkeypatch.setattr(torch, "mm", lambda *_, **__: pytest.fail("a gradient was computed"))
@@ -151,7 +149,7 @@ def test_an_evaluation_makes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6)])
-def test_the_adapters_function_has_the_right_gradients(shape: tuple[int, ...], has_bias: bool) -> None:  # noqa: FBT001
+def test_the_fused_adapter_has_correct_gradients(shape: tuple[int, ...], has_bias: bool) -> None:  # noqa: FBT001
     double = {"dtype": torch.float64}
     x, weight = torch.randn(shape, requires_grad=True, **double), torch.randn(8, 6, **double)
     bias = torch.randn(8, **double) if has_bias else None
@@ -165,7 +163,7 @@ def test_the_adapters_function_has_the_right_gradients(shape: tuple[int, ...], h
 
 
 @pytest.mark.parametrize("make", [llama, qwen])
-def test_an_adapted_model_computes_what_peft_computes(make: Callable[[], Any]) -> None:
+def test_a_model_with_fused_adapters_matches_peft(make: Callable[[], Any]) -> None:
     model, inputs = adapted(make()), row()
     expected = loss_and_gradients(model, **inputs)
     assert count_lora(model) == {"fused": 0, "peft": 14}
@@ -174,21 +172,21 @@ def test_an_adapted_model_computes_what_peft_computes(make: Callable[[], Any]) -
     assert largest_error(loss_and_gradients(model, **inputs), expected) < 1e-5
 
 
-def test_in_half_precision_it_is_as_near_to_the_truth_as_peft() -> None:
+def test_in_half_precision_it_is_as_accurate_as_peft() -> None:
     model, inputs = adapted(llama()), row()
-    truth = loss_and_gradients(model, **inputs)
+    exact = loss_and_gradients(model, **inputs)
     convert_to_half(model)
 
     def error() -> float:
         with torch.autocast("cpu", torch.bfloat16):
-            return gradient_error(loss_and_gradients(model, **inputs), truth)
+            return gradient_error(loss_and_gradients(model, **inputs), exact)
 
     by_peft = error()
     fuse_adapter(model)
     assert 0 < error() < 1.2 * by_peft
 
 
-def test_without_its_adapter_the_model_is_the_base() -> None:
+def test_with_the_adapter_disabled_the_model_is_the_base() -> None:
     base = llama()
     inputs = row()["input_ids"]
     expected = base(inputs).logits
@@ -205,13 +203,13 @@ def test_without_its_adapter_the_model_is_the_base() -> None:
 @pytest.mark.parametrize(
     "changes", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj"]}]
 )
-def test_what_is_more_than_a_plain_adapter_stays_pefts(changes: dict[str, Any]) -> None:
+def test_layers_beyond_plain_lora_are_left_to_peft(changes: dict[str, Any]) -> None:
     model = adapted(qwen(), **changes)
     fuse_adapter(model)
     assert count_lora(model)["fused"] == 0
 
 
-def test_a_layer_of_another_kind_stays_pefts() -> None:
+def test_a_layer_of_another_type_is_left_to_peft() -> None:
     model = adapted(
         GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300)), target_modules=["c_attn"]
     )
@@ -229,18 +227,18 @@ def twins(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return made[0], made[1]
 
 
-def test_fifty_steps_give_the_losses_of_peft_and_all_logits(twins: tuple[Any, Any]) -> None:
+def test_fifty_steps_match_the_losses_of_peft_with_all_logits(twins: tuple[Any, Any]) -> None:
     rows = [row(40, n) for n in torch.randint(1, 40, (50,)).tolist()]
     plain, fast = twins
     fuse_adapter(fast)
     head = LossHead(fast.get_output_embeddings())
     losses: list[list[float]] = []
-    for model, its_head in ((plain, None), (fast, head)):
+    for model, loss_head in ((plain, None), (fast, head)):
         optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-3)
         losses.append([])
-        for one in rows:
-            loss, _ = summed_loss(model, one, head=its_head)
-            mean = loss / (one["labels"] != -100).sum()
+        for inputs in rows:
+            loss, _ = summed_loss(model, inputs, head=loss_head)
+            mean = loss / (inputs["labels"] != -100).sum()
             mean.backward()
             optimizer.step()
             optimizer.zero_grad()

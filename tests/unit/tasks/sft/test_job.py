@@ -14,7 +14,7 @@ from tests.helpers.sft import make_job, sft_params
 
 
 @given(rates=st.lists(st.floats(0, 1), min_size=1))
-def test_a_job_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, rates: list[float]) -> None:
+def test_a_job_is_read_back_unchanged(tmp_path_factory: pytest.TempPathFactory, rates: list[float]) -> None:
     file = tmp_path_factory.mktemp("job") / "job.json"
     ones = [1] * len(rates)
     plan = Plan(len(rates), 1, 0, ones, ones, ones, rates)
@@ -24,7 +24,7 @@ def test_a_job_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, ra
     assert read_job(file) == job
 
 
-def test_a_job_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_job_of_another_version_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     make_job(sft_params()).write(file)
     values = json.loads(file.read_text())

@@ -10,11 +10,17 @@ from transformers import AttentionInterface
 
 from nightshift.core.errors import ConfigError
 from tasks.sft import machine
-from tasks.sft.machine import choose_attention, choose_precision, find_missing, inspect, visible_devices
+from tasks.sft.machine import (
+    choose_attention,
+    choose_precision,
+    find_missing,
+    probe_in_subprocess,
+    visible_devices,
+)
 from tasks.sft.probe import Probe
 from tests.helpers.sft import sft_params
 
-WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="checks a machine without a GPU")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -47,15 +53,15 @@ def _kernels() -> Iterator[None]:
     def leaking(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> Any:
         return attend(query, key, value)
 
-    def with_one_type(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> Any:
+    def with_one_dtype(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> Any:
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError("Query/Key/Value should either all have the same dtype")
         return attend(query, key, value)
 
     AttentionInterface.register("leaking", leaking)
-    AttentionInterface.register("with_one_type", with_one_type)
+    AttentionInterface.register("with_one_dtype", with_one_dtype)
     yield
-    for name in ("leaking", "with_one_type"):
+    for name in ("leaking", "with_one_dtype"):
         del AttentionInterface._global_mapping[name]
 
 
@@ -74,32 +80,34 @@ def test_a_kernel_that_computes_the_models_attention_passes(
     assert try_kernel(name, config, precision) is None
 
 
-def test_a_kernel_that_does_not_isolate_fails() -> None:
-    told = try_kernel("leaking", LLAMA)
-    assert told is not None
-    assert told.startswith("packed examples see each other")
+def test_a_kernel_that_does_not_isolate_examples_fails() -> None:
+    message = try_kernel("leaking", LLAMA)
+    assert message is not None
+    assert message.startswith("packed examples attend to each other")
 
 
-def test_a_kernel_that_ignores_the_window_fails_where_an_example_exceeds_it() -> None:
-    assert str(try_kernel("leaking", MISTRAL)).startswith("it computes another attention than eager")
-    assert str(try_kernel("leaking", MISTRAL, longest=30)).startswith("packed examples see each other")
+def test_a_kernel_that_ignores_the_window_fails_if_an_example_exceeds_it() -> None:
+    assert str(try_kernel("leaking", MISTRAL)).startswith("its result differs from eager attention")
+    assert str(try_kernel("leaking", MISTRAL, longest=30)).startswith("packed examples attend to each other")
 
 
-def test_a_kernel_that_ignores_the_soft_cap_fails() -> None:
+def test_a_kernel_that_ignores_the_softcap_fails() -> None:
     assert try_kernel("eager", GEMMA2) is None
-    assert str(try_kernel("leaking", GEMMA2)).startswith("it computes another attention than eager")
+    assert str(try_kernel("leaking", GEMMA2)).startswith("its result differs from eager attention")
 
 
-def test_a_kernel_is_tried_with_the_types_that_train() -> None:
+def test_a_kernel_is_tried_with_the_dtypes_of_training() -> None:
     """Autocast over full-precision weights yields queries and keys in full precision, values in half."""
-    assert "see each other" in str(try_kernel("with_one_type", LLAMA, "bf16", strategy="ddp"))
-    full = try_kernel("with_one_type", LLAMA, "bf16", strategy="ddp", adapter=None)
+    assert "attend to each other" in str(try_kernel("with_one_dtype", LLAMA, "bf16", strategy="ddp"))
+    full = try_kernel("with_one_dtype", LLAMA, "bf16", strategy="ddp", adapter=None)
     assert full == "ValueError: Query/Key/Value should either all have the same dtype"
-    assert "see each other" in str(try_kernel("with_one_type", LLAMA, "bf16", strategy="zero2", adapter=None))
+    assert "attend to each other" in str(
+        try_kernel("with_one_dtype", LLAMA, "bf16", strategy="zero2", adapter=None)
+    )
     assert try_kernel("sdpa", LLAMA, "bf16", strategy="ddp", adapter=None) is None
 
 
-def test_the_head_is_named_where_the_logits_are_its_output() -> None:
+def test_the_head_is_found_only_if_it_outputs_the_logits() -> None:
     assert Probe(sft_params(), "cpu", "fp32", LLAMA, 100).find_head() == "lm_head"
     scaled = {**LLAMA, "model_type": "cohere", "logit_scale": 0.0625}
     capped = {**GEMMA2, "final_logit_softcapping": 30.0}
@@ -108,45 +116,47 @@ def test_the_head_is_named_where_the_logits_are_its_output() -> None:
         assert Probe(sft_params(), "cpu", "fp32", config, 100).find_head() is None
 
 
-def test_an_unknown_kernel_is_told_by_its_own_message() -> None:
+def test_an_unknown_kernel_is_reported_with_its_error() -> None:
     assert "ValueError" in str(try_kernel("no_such_kernel", LLAMA))
 
 
-def test_a_model_that_does_not_run_at_all_is_not_the_kernels_fault() -> None:
+def test_a_model_that_does_not_run_is_not_blamed_on_the_kernel() -> None:
     with pytest.raises(
-        ConfigError, match=r"config\.json: a small model of its kind does not run: ValueError"
+        ConfigError, match=r"config\.json: a small model of this architecture does not run: ValueError"
     ):
         try_kernel("sdpa", {**LLAMA, "model_type": "no-such-model"})
 
 
 @WITHOUT_GPU
-def test_what_needs_a_gpu_is_refused_without_one() -> None:
-    with pytest.raises(ConfigError, match=r"sft\.precision=tf32, but this machine's cpu has no tf32"):
+def test_values_that_need_a_gpu_are_rejected_without_one() -> None:
+    with pytest.raises(
+        ConfigError, match=r"sft\.precision=tf32, but this machine's cpu does not support tf32"
+    ):
         choose_precision("tf32", "cpu")
     with pytest.raises(ConfigError, match=r"sft\.attn_implementation=flash_attention_2 does not work"):
         choose_attention("flash_attention_2", "cpu", Probe(sft_params(), "cpu", "fp32", LLAMA, 100))
 
 
-def test_all_that_is_missing_is_told_at_once() -> None:
+def test_all_missing_requirements_are_reported_at_once() -> None:
     params = sft_params(use_liger_kernel=True, optim="adamw_8bit")
-    told = find_missing(params, "cpu")
-    assert [line.split(" needs ")[0] for line in told] == [
+    missing = find_missing(params, "cpu")
+    assert [line.split(" needs ")[0] for line in missing] == [
         "sft.optim=adamw_8bit",
         "sft.use_liger_kernel=true",
     ]
 
 
 @WITHOUT_GPU
-def test_a_process_of_its_own_finds_what_this_machine_has() -> None:
-    found = inspect(sft_params(attn_implementation="auto"), LLAMA, 100)
+def test_a_subprocess_probes_this_machine() -> None:
+    found = probe_in_subprocess(sft_params(attn_implementation="auto"), LLAMA, 100)
     assert (found.device, found.devices, found.memory) == ("cpu", (), None)
     assert (found.precision, found.attention, found.head) == ("fp32", "sdpa_per_example", "lm_head")
 
 
 @WITHOUT_GPU
-def test_what_that_process_refuses_is_an_error_here() -> None:
-    with pytest.raises(ConfigError, match="precision=tf32, but this machine's cpu has no tf32"):
-        inspect(sft_params(precision="tf32"), LLAMA, 100)
+def test_an_error_in_the_subprocess_is_raised_here() -> None:
+    with pytest.raises(ConfigError, match="precision=tf32, but this machine's cpu does not support tf32"):
+        probe_in_subprocess(sft_params(precision="tf32"), LLAMA, 100)
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,11 @@ def memory(config: dict[str, Any], strategy: str, device: str = "cuda", **change
     ("config", "parameters"),
     [(SMOLLM2, 134_515_008), (LLAMA3_8B, 8_030_261_248), (QWEN2_HALF_B, 494_032_768)],
 )
-def test_parameters_are_those_that_the_models_publish(config: dict[str, Any], parameters: int) -> None:
+def test_parameter_counts_match_published_models(config: dict[str, Any], parameters: int) -> None:
     assert count_parameters(read_shape(config)) == parameters
 
 
-def test_an_adapter_has_two_thin_matrices_for_each_target() -> None:
+def test_an_adapter_has_two_low_rank_matrices_per_target() -> None:
     shape = read_shape(SMOLLM2)
     assert count_adapter(shape, sft_params(lora_r=16)) == 4_884_480
     assert count_adapter(shape, sft_params(lora_r=8, lora_target_modules=["q_proj", "v_proj"])) == 460_800
@@ -70,38 +70,40 @@ def test_an_adapter_has_two_thin_matrices_for_each_target() -> None:
     assert count_adapter(read_shape(LLAMA3_8B), sft_params(lora_r=16)) == 41_943_040
 
 
-def test_an_unknown_target_is_named() -> None:
-    with pytest.raises(ConfigError, match="lora_target_modules: query: no linear layer of a block; it has"):
+def test_an_unknown_target_module_is_reported() -> None:
+    with pytest.raises(
+        ConfigError, match="lora_target_modules: query: not a linear layer of a block; use q_proj"
+    ):
         count_adapter(read_shape(SMOLLM2), sft_params(lora_target_modules=["query"]))
 
 
-def test_another_kind_of_model_is_refused() -> None:
+def test_a_model_of_another_architecture_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"hidden_size is missing.*got model_type 'gpt2'"):
         read_shape({"model_type": "gpt2", "n_embd": 768})
     with pytest.raises(ConfigError, match="num_local_experts: a mixture of experts"):
         read_shape({**LLAMA3_8B, "num_local_experts": 8})
 
 
-def test_a_full_fine_tune_takes_sixteen_bytes_for_each_parameter_and_zero_divides_them() -> None:
+def test_full_fine_tuning_takes_16_bytes_per_parameter_and_zero_shards_them() -> None:
     whole = memory(LLAMA3_8B, "single", num_processes=1)
     assert whole.moment == "step"
     assert whole.weights == whole.gradients - 4 * 8_030_261_248 == 32_121_044_992
     assert whole.optimizer == 64_242_089_984
-    # Half-precision weights; the full-precision copy and optimizer states, 12 bytes, are divided by 4.
+    # Half-precision weights; the full-precision copy and optimizer states, 12 bytes, are sharded by 4.
     stage1 = memory(LLAMA3_8B, "zero1")
     assert (stage1.weights, stage1.optimizer) == (16_060_522_496, 24_090_783_744)
     sizes = [memory(LLAMA3_8B, name).total for name in ("ddp", "zero1", "zero2", "zero3")]
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_offloading_takes_the_state_off_the_device_but_not_out_of_the_processor() -> None:
+def test_offloading_moves_the_optimizer_state_from_the_gpu_to_the_cpu() -> None:
     changes = {"strategy": "zero3", "offload_optimizer": "cpu"}
     params = sft_params(num_processes=4, adapter=None, **changes)
     assert estimate(LLAMA3_8B, params, "zero3", "bf16", BATCH, "cuda").optimizer == 0
     assert estimate(LLAMA3_8B, params, "zero3", "bf16", BATCH, "cpu").optimizer == 24_090_783_744
 
 
-def test_checkpointing_keeps_the_input_of_each_layer_only() -> None:
+def test_checkpointing_keeps_only_the_input_of_each_layer() -> None:
     batch = Batch(tokens=8192, labelled=1)
     kept = [
         estimate(LLAMA3_8B, sft_params(activation_checkpointing=on), "ddp", "bf16", batch, "cuda").activations
@@ -111,12 +113,12 @@ def test_checkpointing_keeps_the_input_of_each_layer_only() -> None:
     assert kept[1] == 32 * 8192 * 4096 * 2 + kept[0] // 32
 
 
-def test_auto_takes_the_simplest_that_fits_and_says_why() -> None:
+def test_auto_chooses_the_simplest_strategy_that_fits_and_gives_the_reason() -> None:
     params = sft_params(strategy="auto", num_processes=4)
     needs = {"ddp": 40 * GIB, "zero1": 30 * GIB, "zero2": 20 * GIB, "zero3": 10 * GIB}
     assert choose_strategy(params, needs, 80 * GIB) == (
         "ddp",
-        "ddp: 40.0 GiB of 80.0 GiB; dividing would only slow it down",
+        "ddp: 40.0 GiB of 80.0 GiB; sharding would only slow it down",
     )
     assert choose_strategy(params, needs, 24 * GIB) == (
         "zero2",
@@ -138,7 +140,7 @@ SMALL["num_key_value_heads"] = 2
 TOKENS = 120
 
 
-def kept_of_a_layer(strategy: str, precision: str, *, fused: bool, **changes: Any) -> int:
+def saved_bytes_per_layer(strategy: str, precision: str, *, fused: bool, **changes: Any) -> int:
     """Return the bytes that autograd keeps per layer, without weights: three layers minus two."""
     params = sft_params(strategy=strategy, **changes)
     dtype = torch.bfloat16 if keeps_half(params, strategy, precision) else torch.float32
@@ -186,9 +188,11 @@ def kept_of_a_layer(strategy: str, precision: str, *, fused: bool, **changes: An
     ],
 )
 @pytest.mark.parametrize("fused", [True, False])
-def test_activations_are_what_autograd_keeps(
+def test_estimated_activations_match_what_autograd_saves(
     strategy: str, precision: str, changes: dict[str, Any], *, fused: bool
 ) -> None:
     params = sft_params(strategy=strategy, attn_implementation="sdpa_per_example", **changes)
     counted = TOKENS * _layer_bytes(read_shape(SMALL), params, strategy, precision, TOKENS)
-    assert kept_of_a_layer(strategy, precision, fused=fused, **changes) == pytest.approx(counted, rel=0.05)
+    assert saved_bytes_per_layer(strategy, precision, fused=fused, **changes) == pytest.approx(
+        counted, rel=0.05
+    )

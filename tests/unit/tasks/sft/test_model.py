@@ -8,7 +8,7 @@ from tasks.sft.model import load_model
 from tests.helpers.sft import sft_params
 
 
-def test_an_adapter_without_the_cast_of_its_input_computes_the_same(tiny_base: Path) -> None:
+def test_an_adapter_without_the_input_cast_computes_the_same(tiny_base: Path) -> None:
     torch.manual_seed(0)
     model = load_model(
         str(tiny_base), sft_params(strategy="single", num_processes=1), "single", "bf16", "sdpa"

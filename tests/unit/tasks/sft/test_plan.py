@@ -7,7 +7,7 @@ from tasks.sft.plan import FILLER, compile_plan
 from tests.helpers.sft import sft_params as params
 
 
-def test_every_row_trains_once_an_epoch_and_fillers_only_end_the_last_step() -> None:
+def test_every_row_trains_once_per_epoch_and_fillers_only_complete_the_last_step() -> None:
     plan = compile_plan(params(), [[10], [15, 5], [30]], [1, 2, 3])
     assert plan.steps == 2
     assert plan.fillers == 2
@@ -18,7 +18,7 @@ def test_every_row_trains_once_an_epoch_and_fillers_only_end_the_last_step() -> 
     assert plan.learning_rate == [0.0, 0.1]
 
 
-def test_rows_that_train_side_by_side_cost_about_the_same() -> None:
+def test_rows_trained_in_parallel_have_similar_cost() -> None:
     # Attention cost is the sum of squared lengths: 64 * 1 (many short examples) to 64 * 64 (one long).
     kinds = [[1] * 64, [8] * 8, [16] * 4, [32, 32], [64]]
     rows = [kinds[i % 5] for i in range(400)]
@@ -32,19 +32,19 @@ def test_rows_that_train_side_by_side_cost_about_the_same() -> None:
     assert max(by_rank) / min(by_rank) < 1.1
 
 
-def test_max_steps_cuts_the_plan() -> None:
+def test_max_steps_truncates_the_plan() -> None:
     plan = compile_plan(params(num_train_epochs=9, max_steps=3), [[10]] * 4, [1] * 4)
     assert plan.steps == len(plan.tokens) == 3
     assert len(plan.order) == 12
 
 
-def test_a_seed_decides_the_order() -> None:
+def test_the_seed_determines_the_row_order() -> None:
     orders = [compile_plan(params(seed=s), [[1]] * 50, [1] * 50).order for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_a_warm_up_longer_than_the_training_is_refused() -> None:
+def test_a_warmup_longer_than_the_training_run_is_rejected() -> None:
     with pytest.raises(
-        ConfigError, match="warms up for 2 steps and decays for 0, but the training has only 2 steps"
+        ConfigError, match="sft has 2 warmup and 0 decay steps, but training has only 2 steps"
     ):
         compile_plan(params(warmup_steps=2), [[10], [20], [30]], [1, 2, 3])

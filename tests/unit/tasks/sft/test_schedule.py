@@ -23,7 +23,7 @@ def rates(kind: str, warmup: int, **kwargs: Any) -> list[float]:
     return learning_rates(STEPS, given)
 
 
-def theirs(build: Callable[[torch.optim.Optimizer], Any]) -> list[float]:
+def reference_rates(build: Callable[[torch.optim.Optimizer], Any]) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     scheduler = build(optimizer)
     found = []
@@ -52,10 +52,10 @@ def theirs(build: Callable[[torch.optim.Optimizer], Any]) -> list[float]:
         ),
     ],
 )
-def test_schedules_equal_those_of_transformers(
+def test_schedules_match_transformers(
     kind: str, kwargs: dict[str, Any], name: str, specific: dict[str, Any], warmup: int
 ) -> None:
-    expected = theirs(
+    expected = reference_rates(
         lambda optimizer: get_scheduler(
             name,
             optimizer,
@@ -85,8 +85,8 @@ def test_schedules_equal_those_of_transformers(
         ),
     ],
 )
-def test_schedules_equal_those_of_torch(kind: str, kwargs: dict[str, Any], build: Any) -> None:
-    assert rates(kind, 0, **kwargs) == pytest.approx(theirs(build))
+def test_schedules_match_torch(kind: str, kwargs: dict[str, Any], build: Any) -> None:
+    assert rates(kind, 0, **kwargs) == pytest.approx(reference_rates(build))
 
 
 def test_every_schedule_warms_up_and_stays_within_its_peak() -> None:
@@ -108,14 +108,14 @@ def test_every_schedule_warms_up_and_stays_within_its_peak() -> None:
         assert min(found) >= 0, kind
 
 
-def test_a_warm_up_ratio_is_a_share_of_all_steps() -> None:
+def test_warmup_ratio_is_a_fraction_of_all_steps() -> None:
     assert warmup_steps(50, sft_params(warmup_steps=0, warmup_ratio=0.1)) == 5
     assert warmup_steps(51, sft_params(warmup_steps=0, warmup_ratio=0.1)) == 6
 
 
-def test_a_decay_that_leaves_no_step_is_refused() -> None:
+def test_a_decay_that_leaves_no_step_is_rejected() -> None:
     given = sft_params(
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 39}, warmup_steps=1
     )
-    with pytest.raises(ConfigError, match="decays for 39, but the training has only 40 steps"):
+    with pytest.raises(ConfigError, match="1 warmup and 39 decay steps, but training has only 40 steps"):
         learning_rates(STEPS, given)

@@ -17,12 +17,12 @@ def zero(device: str, strategy: str = "zero3", **changes: Any) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
-def test_the_bucket_of_gradients_is_no_larger_than_a_model_needs(strategy: str) -> None:
+def test_the_gradient_bucket_is_no_larger_than_needed(strategy: str) -> None:
     """DeepSpeed allocates the bucket upfront: a gigabyte of bf16 by default."""
     assert zero("cuda", strategy)["reduce_bucket_size"] == 50_000_000
 
 
-def test_what_a_gpu_reads_from_the_processor_is_pinned() -> None:
+def test_offloaded_memory_is_pinned_on_a_gpu() -> None:
     changes = {"offload_optimizer": "cpu", "offload_param": "nvme", "nvme_path": "/fast"}
     assert zero("cuda", **changes)["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert zero("cuda", **changes)["offload_param"] == {

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tasks.sft.terminal import shown_lines
+from tasks.sft.terminal import line_printer
 
 LINES = (
     "12:00:00 __main__ starting with [bold] step 1",
@@ -23,17 +23,19 @@ def shown(stdout: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
-    with shown_lines() as show:
+    with line_printer() as show:
         for line in LINES:
             show(line)
     return stdout.getvalue()
 
 
-def test_a_pipe_gets_every_line_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_gets_every_line_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(io.StringIO(), monkeypatch) == "".join(f"{line}\n" for line in LINES)
 
 
-def test_a_terminal_gets_a_bar_with_the_figures_and_all_other_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_progress_bar_with_metrics_and_all_other_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     output = shown(Terminal(), monkeypatch)
     assert "starting with [bold] step 1\n" in output
     assert "25%" in output

@@ -25,7 +25,7 @@ def names(raw: Path) -> list[str]:
     return sorted(path.relative_to(raw).as_posix() for path in raw.glob("*/*"))
 
 
-def test_only_new_bytes_make_a_shard(tmp_path: Path) -> None:
+def test_only_new_bytes_become_a_shard(tmp_path: Path) -> None:
     assert len(write_shards("a", offers(b"1\n", b"1\n"), tmp_path)) == 1
     assert write_shards("a", offers(b"1\n"), tmp_path) == []
     assert names(tmp_path) == ["a/000001.jsonl"]
@@ -44,7 +44,7 @@ def test_arrivals_are_numbered_across_sources_and_keep_the_suffix(tmp_path: Path
     ]
 
 
-def test_the_digest_of_each_shard_is_listed_and_a_shard_that_came_by_hand_is_added(tmp_path: Path) -> None:
+def test_the_digest_of_each_shard_is_listed_also_of_manually_added_shards(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/000007.jsonl").write_bytes(b"old\n")
     assert write_shards("a", offers(b"old\n", b"new\n"), tmp_path) == [tmp_path / "a/000008.jsonl"]
@@ -54,7 +54,7 @@ def test_the_digest_of_each_shard_is_listed_and_a_shard_that_came_by_hand_is_add
     }
 
 
-def test_a_source_that_breaks_off_leaves_whole_shards_only(tmp_path: Path) -> None:
+def test_an_interrupted_source_leaves_only_complete_shards(tmp_path: Path) -> None:
     def broken() -> Any:
         yield b"half"
         raise DataError("the store went away")
@@ -65,7 +65,7 @@ def test_a_source_that_breaks_off_leaves_whole_shards_only(tmp_path: Path) -> No
     assert write_shards("a", offers(b"1\n", b"2\n"), tmp_path) == [tmp_path / "a/000002.jsonl"]
 
 
-def test_a_glob_brings_in_each_file_with_its_suffix(tmp_path: Path) -> None:
+def test_a_glob_offers_each_file_with_its_suffix(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.csv.zst"):
         (tmp_path / name).write_text(name)
     (tmp_path / "folder.jsonl").mkdir()
@@ -73,11 +73,11 @@ def test_a_glob_brings_in_each_file_with_its_suffix(tmp_path: Path) -> None:
     assert found == [(".jsonl", b"a.jsonl"), (".jsonl", b"b.jsonl"), (".csv.zst", b"c.csv.zst")]
 
 
-def test_no_file_and_a_format_that_is_not_read_are_errors(tmp_path: Path) -> None:
+def test_no_matching_file_and_an_unknown_format_are_errors(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_text("x")
     with pytest.raises(DataError, match="matches no file"):
         list(read_offers(f"{tmp_path}/*.csv"))
-    with pytest.raises(DataError, match=r"a\.docx: format unknown; use \.jsonl"):
+    with pytest.raises(DataError, match=r"a\.docx: unknown format; use \.jsonl"):
         list(read_offers(f"{tmp_path}/*"))
 
 
@@ -87,17 +87,15 @@ def test_no_file_and_a_format_that_is_not_read_are_errors(tmp_path: Path) -> Non
         ("package:nothing", "known packages: mendeleev, chatterbot-corpus"),
         ("hub:a/b@main", "a branch may move"),
         ("hub:a/b", "a branch may move"),
-        ("http://example.org/a.jsonl", "scheme 'http' is not read"),
-        ("s3://AKIA:hush@bucket/a", "holds credentials"),
+        ("http://example.org/a.jsonl", "scheme 'http' is not supported"),
+        ("s3://AKIA:hush@bucket/a", "contains credentials"),
         ({"sql": "SELECT 1 ORDER BY 1"}, "the keys sql and url_env"),
         ({"sql": "SELECT 1 ORDER BY 1", "url_env": "postgresql://me:hush@db/x"}, "not the URL"),
         ({"sql": "SELECT 1 ORDER BY 1", "url_env": "DB", "url": "x://me:hush@db"}, "no others"),
         ({"sql": "SELECT 1", "url_env": "DB"}, "needs ORDER BY"),
     ],
 )
-def test_a_location_that_cannot_be_read_is_refused_without_telling_a_password(
-    location: Any, message: str
-) -> None:
+def test_an_invalid_location_is_rejected_without_revealing_a_password(location: Any, message: str) -> None:
     found = problems(SnapshotParams, "snapshot", {"sources": {"a": location}, "benchmarks": {}})
     assert len(found) == 1
     assert message in found[0]
@@ -120,10 +118,10 @@ def test_every_kind_of_location_is_accepted(location: Any) -> None:
     assert problems(SnapshotParams, "snapshot", {"sources": {"a": location}, "benchmarks": {}}) == []
 
 
-def test_a_name_that_is_no_folder_and_an_unknown_benchmark_are_refused() -> None:
-    with pytest.raises(ValueError, match="becomes a folder"):
+def test_an_invalid_name_and_an_unknown_benchmark_are_rejected() -> None:
+    with pytest.raises(ValueError, match="is used as a folder name"):
         SnapshotParams(sources={"../a": "x.jsonl"}, benchmarks={})
     with pytest.raises(ValueError, match="known packages: mendeleev"):
         SnapshotParams(sources={}, benchmarks={"a": "package:chatterbot-corpus"})
-    with pytest.raises(ValueError, match="'test' is the name of the held-out examples"):
+    with pytest.raises(ValueError, match="'test' is reserved for the held-out examples"):
         SnapshotParams(sources={}, benchmarks={"test": "package:mendeleev"})

@@ -10,7 +10,7 @@ from tasks.snapshot.sources import packages
 from tasks.snapshot.sources.countries import country_items
 
 
-def test_every_element_has_one_conversation_that_alternates() -> None:
+def test_every_element_has_one_conversation_with_alternating_roles() -> None:
     rows = list(packages.elements())
     assert len(rows) == 118
     for row in rows:
@@ -18,7 +18,7 @@ def test_every_element_has_one_conversation_that_alternates() -> None:
         assert roles == ["user", "assistant"] * (len(roles) // 2)
 
 
-def test_each_item_has_four_different_choices_and_one_of_them_is_true() -> None:
+def test_each_item_has_four_different_choices_and_one_correct_answer() -> None:
     items = list(packages.element_items())
     assert len({item["id"] for item in items}) == len(items) == 641
     for item in items:
@@ -30,7 +30,7 @@ def test_each_item_has_four_different_choices_and_one_of_them_is_true() -> None:
     assert all(120 < places[place] < 200 for place in range(4))
 
 
-def test_no_benchmark_wording_is_trained() -> None:
+def test_no_benchmark_wording_is_in_the_training_data() -> None:
     trained = {canonical(m["content"]) for row in packages.elements() for m in row["messages"]}
     for _, read_items in packages.BENCHMARK_PACKAGES.values():
         asked = {canonical(question) for item in read_items() for question in questions(item)}
@@ -38,7 +38,7 @@ def test_no_benchmark_wording_is_trained() -> None:
         assert trained.isdisjoint(asked)
 
 
-def test_every_benchmark_of_a_package_keeps_the_format(tmp_path: Path) -> None:
+def test_every_packaged_benchmark_has_the_required_format(tmp_path: Path) -> None:
     for location in packages.BENCHMARK_PACKAGES:
         write_benchmark(location.replace("/", "_"), f"package:{location}", tmp_path)
     found = {one.name: (one.kind, len(one.items)) for one in read_benchmarks(tmp_path)}
@@ -50,7 +50,7 @@ def test_every_benchmark_of_a_package_keeps_the_format(tmp_path: Path) -> None:
     }
 
 
-def test_the_capital_is_among_four_different_ones_and_no_place_is_favoured() -> None:
+def test_country_items_have_four_different_choices_and_balanced_answer_positions() -> None:
     items = {item["id"]: item for item in country_items()}
     france = items["capital/France"]
     assert france["choices"][france["answer"]] == "The capital of France is Paris."
@@ -60,13 +60,13 @@ def test_the_capital_is_among_four_different_ones_and_no_place_is_favoured() -> 
     assert all(25 < places[place] < 65 for place in range(4))
 
 
-def test_a_symbol_to_be_written_is_no_english_word() -> None:
+def test_generated_symbols_are_not_english_words() -> None:
     symbols = [item["references"][0] for item in packages.symbol_items()]
     assert len(set(symbols)) == 54
     assert not {"In", "As", "He", "At", "No"} & set(symbols)
 
 
-def test_the_dialogs_are_many_and_often_repeated() -> None:
+def test_the_dialogs_contain_many_repetitions() -> None:
     rows = list(packages.dialogs())
     assert len(rows) == 2026
     assert len({str(row) for row in rows}) == 899
