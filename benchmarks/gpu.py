@@ -43,6 +43,8 @@ ANCHOR, ANCHOR_UTILISATION = 12_473.0, 0.406
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 # Remaining time below which a rung is not started, in seconds. Compilation takes minutes.
 RUNG_SECONDS, COMPILE_SECONDS = 15, 70
+# Kernels in a profile, and the characters of their names: templates have long ones.
+TOP_KERNELS, NAME_WIDTH = 16, 120
 # Llama-3-8B, and a small model for testing the benchmark itself.
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -202,7 +204,7 @@ class Climber:
             quantize_base(self.model)
             self.has_float8 = True
         if rung.activation_checkpointing:
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            self.base.activation_checkpointing_enable({"use_reentrant": False})
         if rung.torch_compile:
             for layer in self.base.model.layers:
                 layer.compile(dynamic=False)
@@ -214,7 +216,7 @@ class Climber:
                 vars(module).pop("forward", None)
         for layer in self.base.model.layers:
             layer._compiled_call_impl = None
-        self.base.gradient_checkpointing_disable()
+        self.base.activation_checkpointing_disable()
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if self.device == "cuda":
@@ -234,6 +236,7 @@ class Climber:
         }
         if self.device == "cuda":
             found["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            found["kernel_milliseconds"] = profile_kernels(lambda: self.step(batch, head))
         return found
 
     def step(self, batch: dict[str, Any], head: LossHead | None) -> None:
@@ -281,6 +284,19 @@ class Climber:
             yield (taken := rest // 2)
             rest -= taken
         yield rest
+
+
+def profile_kernels(work: Callable[[], None]) -> dict[str, float]:
+    """Return the milliseconds of the kernels that take most of a call's time on the GPU, by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    spent: dict[str, float] = {}
+    for event in profiler.key_averages():
+        name = event.key[:NAME_WIDTH]
+        spent[name] = spent.get(name, 0.0) + event.self_device_time_total / 1000
+    longest = sorted(spent, key=spent.__getitem__, reverse=True)[:TOP_KERNELS]
+    return {"total": round(sum(spent.values()), 1), **{name: round(spent[name], 1) for name in longest}}
 
 
 def describe(climber: Climber, rung: Rung, result: dict[str, Any]) -> Record:

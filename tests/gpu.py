@@ -196,11 +196,11 @@ def main(*, out: Path, work: Path, seconds: float, at_once: int, rehearse: bool)
         log.info("%s: codes %s, %s s: %s", check.name, result["codes"], result["seconds"], summary)
         write_json(out / "gpu-checks.json", {**measured, "results": dict(results)})
 
-    small, wide = ([check for check in wanted if check.wide is size] for size in (False, True))
-    # Wide checks run one at a time: each would use memory that another check measures.
-    for some, together in ((small, at_once), (wide, 1)):
-        with ThreadPoolExecutor(together) as pool:
-            list(pool.map(run, some))
+    # Wide checks run one at a time, beside the small ones: two of them might not fit into memory.
+    with ThreadPoolExecutor(1) as single, ThreadPoolExecutor(at_once) as pool:
+        runs = [(single if check.wide else pool).submit(run, check) for check in wanted]
+        for one in runs:
+            one.result()
     found = [f"{check.name}: {fault}" for check in wanted if (fault := find_fault(check, results))]
     write_json(out / "gpu-checks.json", {**measured, "results": results, "found": found})
     if found:
