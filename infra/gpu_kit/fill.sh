@@ -18,7 +18,7 @@ get() {  # FOLDER REQUIREMENT...: download wheels for that machine
     "${platforms[@]}" --constraint constraints.txt --dest "$@"
 }
 
-get "$KIT" transformers trl peft datasets dill multiprocess hjson pydantic pydantic_core annotated-types \
+get "$KIT" transformers trl peft datasets dill multiprocess hjson pydantic pydantic_core annotated-types typing-inspection \
   liger-kernel==0.8.5 schedulefree
 # That machine cannot load nine tenths of these two: other CUDA versions, xFormers' own flash attention.
 get "$RAW" bitsandbytes xformers
