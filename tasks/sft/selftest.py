@@ -9,7 +9,6 @@ live model.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from nightshift.data.encode import IGNORED
 # Loss and outputs of one collated row, from the training function itself.
 Forward = Callable[[dict[str, Any]], tuple[torch.Tensor, Any]]
 Row = dict[str, Any]
-# Number of rows searched for the shortest pair of examples.
-SEARCHED_ROWS = 64
+# Tokens of an example that the checks use. They compute all logits, without activation checkpointing, so
+# longer examples could need more memory than training; two kernel blocks of 128 tokens are enough.
+EXAMPLE_TOKENS = 256
 # Maximum relative difference of two sums in different order. In fp32 a sum over 150,000 tokens may be
 # off by 1e-2 (n * 2**-24); one over 49,152 was off by 1e-4 (sequential CPU kernel). Thirty bf16 layers
 # gave 0.05. Examples that attend to each other, or a mean instead of a sum, give more than 0.5.
@@ -32,30 +32,39 @@ RELOAD_TOLERANCE = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.5, "fp16": 0.5}
 
 
 def find_row(rows: Sequence[Row]) -> Row | None:
-    """Return the first two examples of a row if both have labels, or None if there is no such row.
-
-    Among the first such rows, this is the shortest pair, since the checks compute it a dozen times.
+    """Return two cropped examples that share a row and have labels, or None if there is no such row.
 
     Raises:
         StageError: No row has a label.
     """
     has_label = False
-    pairs: list[Row] = []
-    for number, row in enumerate(rows):
-        bounds = [0, *row["seq_lengths"][:1], sum(row["seq_lengths"][:2])]
+    for row in rows:
+        examples = [take(row, i, i + 1) for i in range(len(row["seq_lengths"]))]
         # The first token of an example is never a prediction target.
-        labelled = [
-            any(label != IGNORED for label in row["labels"][start + 1 : stop])
-            for start, stop in pairwise(bounds)
-        ]
-        has_label = has_label or any(labelled)
-        if len(row["seq_lengths"]) > 1 and all(labelled):
-            pairs.append(take(row, 0, 2))
-        if pairs and number >= SEARCHED_ROWS:
-            break
+        labelled = [one for one in examples if any(label != IGNORED for label in one["labels"][1:])]
+        has_label = has_label or bool(labelled)
+        if len(labelled) > 1:
+            first, second = (crop(one) for one in labelled[:2])
+            return {key: [*first[key], *second[key]] for key in first}
     if not has_label:
         raise StageError("self-test: no row has a label, so nothing would be learned; check data/pack")
-    return min(pairs, key=lambda pair: len(pair["input_ids"]), default=None)
+    return None
+
+
+def crop(example: Row) -> Row:
+    """Return the end of a labelled example, up to its last label.
+
+    Example:
+        >>> crop({"input_ids": [1, 2, 3], "labels": [-100, 2, -100], "seq_lengths": [3]})
+        {'input_ids': [1, 2], 'labels': [-100, 2], 'seq_lengths': [2]}
+    """
+    stop = max(i for i, label in enumerate(example["labels"]) if label != IGNORED) + 1
+    start = max(0, stop - EXAMPLE_TOKENS)
+    return {
+        "input_ids": example["input_ids"][start:stop],
+        "labels": example["labels"][start:stop],
+        "seq_lengths": [stop - start],
+    }
 
 
 def take(row: Row, start: int, stop: int) -> Row:

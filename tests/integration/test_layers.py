@@ -60,4 +60,4 @@ def test_a_stage_imports_no_other_stage() -> None:
     for part, modules in imported_by("tasks").items():
         others = {module.split(".")[1] for module in modules if module.startswith("tasks.")} - {part}
         imported |= {(part, other) for other in others}
-    assert imported == SHARED_PARAMETERS
+    assert imported == SHARED
