@@ -314,8 +314,11 @@ def describe(climber: Climber, rung: Rung, result: dict[str, Any]) -> Record:
     speed = float(result.get("tokens_per_second", 0.0))
     more: dict[str, Any] = {"rung": asdict(rung), "device": name, **result}
     if peak := next((value for known, value in PEAKS.items() if known in name), None):
-        shape, length = climber.size.shape, climber.size.length
-        more["utilisation"] = round(speed * operations(shape, length, climber.trained) / peak, 4)
+        lengths = list(climber.lengths(rung))
+        # A token attends to half of its own example, so a long example weighs by its square.
+        length = sum(n * n for n in lengths) / sum(lengths)
+        flops = operations(climber.size.shape, length, climber.trained)
+        more["utilisation"] = round(speed * flops / peak, 4)
         # The anchor counts two thirds of the FLOPs of full fine-tuning.
         more["utilisation_as_anchor"] = round(speed / ANCHOR * ANCHOR_UTILISATION, 4)
         more["of_anchor"] = round(speed / ANCHOR, 3)
@@ -323,7 +326,7 @@ def describe(climber: Climber, rung: Rung, result: dict[str, Any]) -> Record:
     return record(f"tokens/s: {words}", speed, "tokens/s", **more)
 
 
-def operations(shape: dict[str, Any], length: int, trained: int) -> float:
+def operations(shape: dict[str, Any], length: float, trained: int) -> float:
     """Count the FLOPs per token of a LoRA step, without recomputation.
 
     Frozen weights are multiplied in the forward and the backward pass (2 and 2 FLOPs), adapter weights

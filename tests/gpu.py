@@ -116,7 +116,7 @@ def checks() -> Iterator[Check]:
     yield Check("cpu-fp32", EXACT, on_cpu=True)
     yield Check("single-fp32", EXACT, like="cpu-fp32")
     yield Check("shipped", {"strategy": "zero2", "num_processes": "auto", "precision": "auto"})
-    for kernel in dict.fromkeys([*ATTENTION["cuda"], "xformers"]):
+    for kernel in [*ATTENTION["cuda"], "flex_attention", "xformers"]:
         changes = {"attn_implementation": kernel}
         # flex_attention compiles its kernels.
         kind: dict[str, Any] = {"within": 0.02, "may_lack": True, "seconds": 150 if "flex" in kernel else 90}

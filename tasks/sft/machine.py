@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ATTENTION = {
     "cuda": (
         *("flash_attention_4", "flash_attention_3", "torch_varlen", "flash_attention_2"),
-        *("flex_attention", "sdpa", "eager"),
+        *("sdpa_per_example", "sdpa", "eager"),
     ),
     "cpu": ("sdpa_per_example", "sdpa", "eager"),
 }

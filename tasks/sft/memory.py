@@ -8,6 +8,7 @@ first recomputed layer, the end of the backward pass, and the optimizer step.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 from tasks.sft import SftParams
@@ -41,11 +42,13 @@ IDLE, IDLE_CHECKPOINTED = 0.9, 0.55
 SHARED_BUFFER = 69_206_024
 # CUDA context and cuBLAS workspaces. Assumed, not measured: 0.5 GiB is usual on recent devices.
 CUDA_OVERHEAD = GIB // 2
-# Kernels that neither materialize a mask nor repeat the key and value heads.
+# Kernels that neither materialize a mask nor repeat the key and value heads; torch_varlen repeats them
+# before torch 2.13.
 FLASH = (
     *("flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen"),
     *("flex_attention", "xformers"),
 )
+VARLEN_SHARES_HEADS = (2, 13)
 # The head of Llama-like models, which returns the logits unchanged.
 HEAD = "lm_head"
 # Strategies that shard the optimizer state, and the weights.
@@ -103,9 +106,9 @@ def estimate(
 
     Args:
         config: The model's config.json.
-        params: `sft` section of params.yaml; `activation_checkpointing: auto` counts as false,
-            `attn_implementation: auto` as sdpa_per_example on a CPU, and else as sdpa, which keeps the
-            most of the kernels that `auto` may choose.
+        params: `sft` section of params.yaml; `activation_checkpointing: auto` and `use_liger_kernel: auto`
+            count as false, `attn_implementation: auto` as sdpa_per_example on a CPU, and else as sdpa,
+            which keeps the most of the kernels that `auto` may choose.
         strategy: Distributed strategy, any but auto.
         precision: bf16, fp16, tf32 or fp32.
         batch: Largest micro-batch.
@@ -141,9 +144,14 @@ def estimate(
     if params.adapter is None and shape.is_tied:
         # The gradients of embeddings and head coexist until they are added.
         full += 4 * shape.vocabulary * shape.hidden
+    again = kept + layer if params.activation_checkpointing is True else 0.0
+    if again and device == "cuda":
+        # Gradients within the MLP: of its activation and of up, and of its output. Their share of a CPU's
+        # memory is idle memory, which is measured.
+        again += batch.tokens * (2 if precision in HALF else 4) * (2 * shape.intermediate + shape.hidden)
     moments = {
         "loss": (held, kept, logits),
-        "recomputation": (held, kept + layer if params.activation_checkpointing is True else 0.0, 0.0),
+        "recomputation": (held, again, 0.0),
         "backward": (full, layer, 0.0),
         "step": (at_step, 0.0, 0.0),
     }
@@ -273,7 +281,11 @@ def _layer_bytes(shape: Shape, params: SftParams, strategy: str, precision: str,
     residual = _weight_bytes(params, strategy, precision)
     autocast = uses_autocast(strategy, precision)
     # Norms in full precision; gate, its activation and up; queries, keys, values and attention output.
-    total = 8.0 * shape.hidden + size * (3 * shape.intermediate + 4 * shape.query)
+    norms, gates = 8.0, 3
+    if params.use_liger_kernel is True:
+        # Liger's norms keep their input as it is, and its SwiGLU recomputes the activation of the gate.
+        norms, gates = 2.0 * residual, 2
+    total = norms * shape.hidden + size * (gates * shape.intermediate + 4 * shape.query)
     if params.adapter is None:
         total += 2 * residual * shape.hidden
         # Autocast casts a shared input again for each linear layer that uses it.
@@ -298,13 +310,20 @@ def _attention_bytes(shape: Shape, attention: str, size: int, tokens: int) -> fl
         # The attention probabilities in full precision, and their cast copy.
         return float(shape.heads * tokens * (4 + (2 if size == 2 else 0)))
     if attention in FLASH:
-        # Key and value heads are not repeated for the query heads that share them.
-        return 4.0 * shape.heads - 2 * size * (shape.query - shape.key)
+        repeats = attention == "torch_varlen" and torch_version() < VARLEN_SHARES_HEADS
+        # Otherwise, key and value heads are not repeated for the query heads that share them.
+        return 4.0 * shape.heads - (0 if repeats else 2 * size * (shape.query - shape.key))
     if attention == "sdpa_per_example":
         # Not repeated either; the outputs of the examples are kept, and so is their concatenation.
         return 4.0 * shape.heads - 2 * size * (shape.query - shape.key) + size * shape.query
     # The mask that isolates packed examples, converted to numbers again in every block.
     return 4.0 * shape.heads + size * tokens
+
+
+def torch_version() -> tuple[int, int]:
+    """Return major and minor version of torch, without importing it."""
+    major, minor = version("torch").split(".")[:2]
+    return int(major), int(minor)
 
 
 def _logits(

@@ -74,6 +74,8 @@ class Probe:
             self.model.set_attn_implementation(name)
             alone = self.run_alone()
             with self.autocast:
+                # A compiled kernel may fail at the second length of a row.
+                self.model(self.examples[0], use_cache=False).logits.sum().backward()
                 logits = self.model(packed, **boundaries(self.device), use_cache=False).logits.float()
             logits.sum().backward()
         # Kernels fail in various ways: a missing package, a missing symbol, a device that is too old.

@@ -15,9 +15,11 @@ from tasks.sft import selftest
 from tasks.sft.job import Job
 from tasks.sft.model import HALF, weight_dtype
 from tasks.sft.selftest import Row
-from tasks.sft.strategy import ZERO
+from tasks.sft.strategy import GIB, ZERO
 from tasks.sft.trainer import Trainer, summed_loss
 
+# Memory for the activations and logits of the self-test, in a model that is loaded a second time.
+RELOAD_BYTES = 2 * GIB
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -38,6 +40,10 @@ class Proof(TrainerCallback):
             # glibc keeps memory freed by loading and self-test, in fragments that training hardly
             # reuses.
             ctypes.CDLL(None).malloc_trim(0)
+        else:
+            # The reported peak is that of training.
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         if self.trainer.is_world_process_zero():
             write_figures(self.job.folder / "output" / "selftest.json", results)
 
@@ -172,16 +178,33 @@ def check_saving(trainer: Trainer, job: Job, batch: dict[str, Any] | None, folde
         names = get_peft_model_state_dict(model, state_dict=weights) if params.adapter else weights
         result["weights"] = selftest.require_saved(folder, list(names))
         if batch and live is not None:
-            loaded = load_logits(folder, job, batch)
-            result |= selftest.check_reloaded(live, base, loaded, job.backend.precision)
+            if device := find_reload_device(trainer):
+                loaded = load_logits(folder, job, batch, device)
+                result |= selftest.check_reloaded(live, base, loaded, job.backend.precision)
+            else:
+                result["not_compared"] = "the GPU cannot hold the model twice, and Liger's kernels need it"
         shutil.rmtree(folder)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
+def find_reload_device(trainer: Trainer) -> torch.device | None:
+    """Return the device for a second copy of the model: that of training if it fits there, else the CPU.
+
+    Liger replaces parts of transformers, so with it no model runs on a CPU; then the result may be None.
+    """
+    device: torch.device = trainer.args.device
+    if device.type == "cpu":
+        return device
+    size = sum(weight.numel() * weight.element_size() for weight in trainer.model.parameters())
+    if torch.cuda.mem_get_info(device)[0] >= size + RELOAD_BYTES:
+        return device
+    return None if trainer.params.use_liger_kernel else torch.device("cpu")
+
+
 @torch.no_grad()
-def load_logits(folder: Path, job: Job, batch: dict[str, Any]) -> torch.Tensor:
-    """Load a saved model and compute its logits on the CPU, in the precision of the live model.
+def load_logits(folder: Path, job: Job, batch: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """Load a saved model and compute its logits, in the precision of the live model.
 
     DeepSpeed computes in half precision throughout; the other strategies keep the adapter in full
     precision and use autocast.
@@ -198,7 +221,9 @@ def load_logits(folder: Path, job: Job, batch: dict[str, Any]) -> torch.Tensor:
         loaded = PeftModel.from_pretrained(loaded, folder)
     if half and backend.strategy in ZERO:
         loaded = loaded.to(half)
-    inputs = {key: value.cpu() if hasattr(value, "cpu") else value for key, value in batch.items()}
-    with torch.autocast("cpu", half or torch.bfloat16, enabled=bool(half) and backend.strategy not in ZERO):
-        logits: torch.Tensor = summed_loss(loaded.eval(), inputs)[1].logits
-    return logits[0].float()
+    loaded = loaded.to(device).eval()
+    inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    is_mixed = bool(half) and backend.strategy not in ZERO
+    with torch.autocast(device.type, half or torch.bfloat16, enabled=is_mixed):
+        logits: torch.Tensor = summed_loss(loaded, inputs)[1].logits
+    return logits[0].float().cpu()

@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks.gpu import LADDER
 from infra.gpu_kit.slim import main as slim
+from nightshift.core.errors import StageError
 from tasks.sft import Attention, SftParams
-from tests.gpu import SECTION, Check, checks, find_fault, rehearsal
+from tests.gpu import SECTION, Check, checks, find_fault, main, rehearsal, select
 from tests.helpers.sft import shipped_params
 
 ALL = [*checks()]
@@ -26,8 +27,19 @@ def test_checks_have_unique_names_and_existing_references() -> None:
         assert len(set(names)) == len(names)
         assert {check.like for check in some if check.like} <= set(names)
     tried = {check.changes.get("attn_implementation") for check in ALL}
-    assert set(get_args(Attention)) - {"auto", "sdpa_per_example"} <= tried
+    assert set(get_args(Attention)) - {"auto"} <= tried
     assert {rung.attention for rung in LADDER} - {"fastest"} <= set(get_args(Attention))
+
+
+def test_chosen_checks_bring_those_that_they_are_compared_with() -> None:
+    known = {check.name: check for check in ALL}
+    assert select(known, ["zero1-fp32"]) == ["cpu-fp32", "single-fp32", "zero1-fp32"]
+    assert select(known, []) == list(known)
+
+
+def test_an_unknown_check_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no check is named zero7; known are cpu-fp32, single-fp32"):
+        main(out=tmp_path, work=tmp_path, seconds=1, at_once=1, rehearse=True, only=["zero7"])
 
 
 def result(*losses: float, **more: Any) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from nightshift.core.errors import ConfigError
 from tasks.sft import machine
+from tasks.sft.attention import attend_per_example
 from tasks.sft.machine import (
     choose_attention,
     choose_precision,
@@ -58,11 +60,23 @@ def _kernels() -> Iterator[None]:
             raise ValueError("Query/Key/Value should either all have the same dtype")
         return attend(query, key, value)
 
+    lengths: set[int] = set()
+
+    def for_one_length(module: Any, query: Any, *more: Any, **rest: Any) -> Any:
+        if torch.is_grad_enabled():
+            lengths.add(query.shape[2])
+        if len(lengths) > 1:
+            raise RuntimeError("no kernel for dynamic shapes")
+        return attend_per_example(module, query, *more, **rest)
+
     AttentionInterface.register("leaking", leaking)
+    AttentionInterface.register("for_one_length", for_one_length)
+    AttentionMaskInterface.register("for_one_length", sdpa_mask)
     AttentionInterface.register("with_one_dtype", with_one_dtype)
     yield
-    for name in ("leaking", "with_one_dtype"):
+    for name in ("leaking", "for_one_length", "with_one_dtype"):
         del AttentionInterface._global_mapping[name]
+    del AttentionMaskInterface._global_mapping["for_one_length"]
 
 
 def try_kernel(
@@ -105,6 +119,11 @@ def test_a_kernel_is_tried_with_the_dtypes_of_training() -> None:
         try_kernel("with_one_dtype", LLAMA, "bf16", strategy="zero2", adapter=None)
     )
     assert try_kernel("sdpa", LLAMA, "bf16", strategy="ddp", adapter=None) is None
+
+
+def test_a_kernel_that_trains_rows_of_only_one_length_fails() -> None:
+    """flex_attention, compiled by torch 2.11 on a GPU, failed at the second length."""
+    assert try_kernel("for_one_length", LLAMA) == "RuntimeError: no kernel for dynamic shapes"
 
 
 def test_the_head_is_found_only_if_it_outputs_the_logits() -> None:

@@ -109,8 +109,31 @@ def test_checkpointing_keeps_only_the_input_of_each_layer() -> None:
         estimate(LLAMA3_8B, sft_params(activation_checkpointing=on), "ddp", "bf16", batch, "cuda").activations
         for on in (False, True)
     ]
-    # Inputs: 32 layers x 8192 tokens x 4096 values of 2 bytes, plus one recomputed layer.
-    assert kept[1] == 32 * 8192 * 4096 * 2 + kept[0] // 32
+    # Inputs: 32 layers x 8192 tokens x 4096 values of 2 bytes, plus one recomputed layer and the gradients
+    # within its MLP.
+    assert kept[1] == 32 * 8192 * 4096 * 2 + kept[0] // 32 + 8192 * 2 * (2 * 14336 + 4096)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "gib"),
+    [
+        (2, {"attn_implementation": "torch_varlen"}, 65.53),
+        (2, {"attn_implementation": "sdpa_per_example"}, 64.53),
+        (2, {"attn_implementation": "flex_attention"}, 62.53),
+        (2, {"attn_implementation": "sdpa"}, 69.53),
+        (2, {"attn_implementation": "sdpa_per_example", "use_liger_kernel": True}, 53.88),
+        (4, {"attn_implementation": "sdpa_per_example", "activation_checkpointing": True}, 23.69),
+    ],
+)
+def test_the_estimate_is_within_5_percent_of_an_8b_model_on_a_gpu(
+    rows: int, changes: dict[str, Any], gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured on an H200 with torch 2.11, rows of 4096 tokens, LoRA (benchmarks/results/gpu.json)."""
+    monkeypatch.setattr("tasks.sft.memory.torch_version", lambda: (2, 11))
+    batch = Batch(tokens=4096 * rows, labelled=4095 * rows)
+    params = sft_params(num_processes=1, **changes)
+    found = estimate(LLAMA3_8B, params, "single", "bf16", batch, "cuda")
+    assert (found.total - found.overhead) / GIB == pytest.approx(gib, rel=0.05)
 
 
 def test_auto_chooses_the_simplest_strategy_that_fits_and_gives_the_reason() -> None:
