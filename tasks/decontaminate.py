@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 import pyarrow as pa
 from pydantic import Field
@@ -25,7 +25,7 @@ from nightshift.core.paths import AUGMENTED_TRAIN, BENCHMARKS, CLEAN_TRAIN, HITS
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.benchmarks import evaluation_questions, questions_of
 from nightshift.data.drops import Drops, Rate, require_drop_rate
-from nightshift.data.schemas import AUGMENTED
+from nightshift.data.schemas import AUGMENTED, AugmentedExample
 from nightshift.data.text import Shingles, canonical, shingles
 
 HITS_SCHEMA = pa.schema(
@@ -42,7 +42,28 @@ HITS_SCHEMA = pa.schema(
 SHINGLE_SIZE = 3
 # Characters of the matching words that an error message shows.
 SHOWN_CHARACTERS = 80
-Row = dict[str, Any]
+
+
+class Hit(TypedDict):
+    """A training row that overlaps with an evaluation question.
+
+    Attributes:
+        id: Id of the row.
+        origin: Origin of the row.
+        benchmark: Benchmark of the question.
+        item: Id of the question.
+        reason: same_question, shared_ngram or contained_question.
+        match: Matching words.
+        containment: Share of the question's shingles in the row's text, 0 to 1.
+    """
+
+    id: str
+    origin: str
+    benchmark: str
+    item: str
+    reason: str
+    match: str
+    containment: float
 
 
 class DecontaminateParams(StageParams):
@@ -96,7 +117,7 @@ def main() -> None:
     """Write the clean training rows and a report of all hits."""
     params = load_params(DecontaminateParams, "decontaminate")
     index = build_index(evaluation_questions(TEST, BENCHMARKS), params)
-    hits: dict[str, Row] = {}
+    hits: dict[str, Hit] = {}
     drops = Drops()
     for row in iterate_rows(AUGMENTED_TRAIN, ["id", "origin", "messages", "source"]):
         drops.read[row["source"]] += 1
@@ -126,7 +147,7 @@ def main() -> None:
     )
 
 
-def describe_hit(hit: Row) -> str:
+def describe_hit(hit: Hit) -> str:
     """Describe a hit in one line: the row, the question, and the matching words."""
     return (
         f"{hit['origin']}: {hit['reason']} of {hit['benchmark']}/{hit['item']}: "
@@ -158,13 +179,8 @@ def build_index(questions: Iterable[tuple[str, str, str]], params: Decontaminate
     return Index(list(found.values()), by_text, by_ngram, by_shingle)
 
 
-def find_hit(row: Row, index: Index, params: DecontaminateParams) -> Row | None:
-    """Return the first evaluation question that a row overlaps with, or None.
-
-    Returns:
-        The row's id and origin, benchmark, item, reason, matching words, and containment: the share of
-        the question's shingles in the row's text.
-    """
+def find_hit(row: AugmentedExample, index: Index, params: DecontaminateParams) -> Hit | None:
+    """Return the first evaluation question that a row overlaps with, or None."""
     for content in questions_of(row):
         text = canonical(content)
         if (number := index.by_text.get(text)) is not None:
@@ -200,7 +216,7 @@ def ngrams(words: Sequence[str], size: int) -> Iterator[str]:
     return (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
 
 
-def _hit(row: Row, question: Question, reason: str, match: str, containment: float) -> Row:
+def _hit(row: AugmentedExample, question: Question, reason: str, match: str, containment: float) -> Hit:
     """Build the report row of a hit."""
     return {
         "id": row["id"],

@@ -10,13 +10,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from nightshift.core.config import Count, StageParams, load_params
 from nightshift.core.files import read_json, read_rows, write_json
 from nightshift.core.paths import BENCHMARKS, GATE, JUDGED, SCORES
 from nightshift.core.stage import run_main
 from nightshift.data.benchmarks import read_benchmarks
+from nightshift.data.schemas import Score
 from nightshift.replies import EndpointParams, Failure, Request, Result, ask, open_memo
 
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8}
@@ -31,7 +32,6 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 # Letter -> verdict on the candidate, with its answer in first and in second position.
 FIRST: dict[str, Verdict] = {"A": "better", "B": "worse", "C": "equal"}
 SECOND: dict[str, Verdict] = {"A": "worse", "B": "better", "C": "equal"}
-Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -47,6 +47,17 @@ class JudgeParams(StageParams):
     model: str | None
     limit: Count
     endpoint: EndpointParams
+
+
+class Judgement(TypedDict):
+    """Verdict on the candidate's answer to an item, next to the reference's."""
+
+    benchmark: str
+    item: str
+    question: str
+    candidate: str
+    reference: str
+    verdict: Verdict
 
 
 def main() -> None:
@@ -76,8 +87,8 @@ def main() -> None:
 
 
 def find_pairs(
-    rows: Sequence[Row], benchmarks: set[str], reference: str, limit: int
-) -> list[tuple[Row, Row]]:
+    rows: Sequence[Score], benchmarks: set[str], reference: str, limit: int
+) -> list[tuple[Score, Score]]:
     """Pair the candidate's generated answers with the reference's, where both exist and differ.
 
     Args:
@@ -88,7 +99,7 @@ def find_pairs(
     """
     generated = [row for row in rows if row["benchmark"] in benchmarks and row["status"] == "ok"]
     references = {(row["benchmark"], row["item"]): row for row in generated if row["model"] == reference}
-    found: list[tuple[Row, Row]] = []
+    found: list[tuple[Score, Score]] = []
     counts: Counter[str] = Counter()
     for row in sorted(generated, key=lambda one: (one["benchmark"], one["item"])):
         other = references.get((row["benchmark"], row["item"]))
@@ -100,11 +111,8 @@ def find_pairs(
     return found
 
 
-def compare_answers(pairs: Sequence[tuple[Row, Row]], params: JudgeParams) -> list[Row]:
+def compare_answers(pairs: Sequence[tuple[Score, Score]], params: JudgeParams) -> list[Judgement]:
     """Judge each pair in both orders.
-
-    Returns:
-        Per pair: benchmark, item, question, candidate and reference (their answers), and verdict.
 
     Raises:
         StageError: The server is unreachable.

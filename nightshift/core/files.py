@@ -122,14 +122,14 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_BATCH)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read all rows of a Parquet file."""
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+def read_rows(path: Path) -> list[Any]:
+    """Read all rows of a Parquet file as dicts; nightshift.data.schemas has their types."""
+    rows: list[Any] = pq.read_table(path).to_pylist()
     return rows
 
 
-def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a Parquet file, with one batch in memory at a time."""
+def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """Yield the rows of a Parquet file as dicts, with one batch in memory at a time."""
     for batch in iterate_batches(path, columns):
         yield from batch.to_pylist()
 

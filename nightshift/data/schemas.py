@@ -1,10 +1,109 @@
-"""Schemas of the files that stages exchange."""
+"""Tables that stages exchange: the Arrow schema of each file, and the type of its rows."""
+
+from typing import TypedDict
 
 import pyarrow as pa
 
-# One turn. role: system, user, assistant or tool; plain text for continued pretraining is one turn with
-# the role "text". tool_calls: JSON list of {"name", "arguments"} of an assistant turn, or null. name:
-# function that a tool turn answers, or null.
+
+class Message(TypedDict):
+    """One turn of a conversation; plain text for continued pretraining is one turn.
+
+    Attributes:
+        role: system, user, assistant, tool or text.
+        content: Text of the turn.
+        tool_calls: JSON list of {"name", "arguments"} of an assistant turn, or None.
+        name: Function that a tool turn answers, or None.
+    """
+
+    role: str
+    content: str
+    tool_calls: str | None
+    name: str | None
+
+
+class Example(TypedDict):
+    """One conversation.
+
+    Attributes:
+        id: Digest of origin and messages.
+        messages: Turns.
+        tools: JSON list of functions available to the assistant, or None.
+        source: Name of the source in params.yaml.
+        origin: `source/arrival.suffix:line`.
+        arrival: Number of the shard, in order of arrival.
+    """
+
+    id: str
+    messages: list[Message]
+    tools: str | None
+    source: str
+    origin: str
+    arrival: int
+
+
+class GroupedExample(Example):
+    """An example after deduplication.
+
+    Attributes:
+        group_id: Digest of the canonical text of the surviving row; its paraphrases inherit it.
+    """
+
+    group_id: str
+
+
+class AugmentedExample(GroupedExample):
+    """An original example, or one of its paraphrases.
+
+    Attributes:
+        parent_id: Id of the paraphrased row; None for an original, like the other two.
+        style: Style of the paraphrase.
+        ordinal: Number of the paraphrase, from 1.
+    """
+
+    parent_id: str | None
+    style: str | None
+    ordinal: int | None
+
+
+class ItemScore(TypedDict):
+    """The result of a model on one benchmark item or held-out example.
+
+    Attributes:
+        benchmark: Name of the benchmark; `test` for held-out examples.
+        item: Id of the item.
+        slice: Slice of the benchmark, or source of a held-out example.
+        score: 0 to 1 for an item; summed negative log-likelihood in nats for a held-out example. None
+            unless status is ok: such rows are left out before scores are used.
+        tokens: Labelled tokens of a held-out example; None for an item.
+        choices: Number of choices, for the chance level, or None.
+        status: ok, error (the model returned no number) or skipped (the model was not run).
+        question: Question, or the last turn of the item.
+        expected: Reference answer, or None.
+        answer: Chosen or generated answer, or the reason for a missing score; None for a held-out example.
+    """
+
+    benchmark: str
+    item: str
+    slice: str
+    score: float
+    tokens: int
+    choices: int | None
+    status: str
+    question: str
+    expected: str | None
+    answer: str
+
+
+class Score(ItemScore):
+    """A row of the table of all scores.
+
+    Attributes:
+        model: base, candidate, champion or retrieval.
+    """
+
+    model: str
+
+
 MESSAGES = pa.list_(
     pa.struct(
         [
@@ -16,8 +115,6 @@ MESSAGES = pa.list_(
     )
 )
 
-# One conversation. id: digest of origin and messages; origin: `source/arrival.suffix:line`; tools:
-# JSON list of functions available to the assistant, or null.
 EXAMPLES = pa.schema(
     [
         ("id", pa.string()),
@@ -28,9 +125,7 @@ EXAMPLES = pa.schema(
         ("arrival", pa.int32()),
     ]
 )
-# group_id: digest of the canonical text of the surviving row; its paraphrases inherit it.
 GROUPED = EXAMPLES.append(pa.field("group_id", pa.string()))
-# Of a paraphrase: id of its parent row, rule that made it, and number. Null for an original row.
 AUGMENTED = (
     GROUPED.append(pa.field("parent_id", pa.string()))
     .append(pa.field("style", pa.string()))

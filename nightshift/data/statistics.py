@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,11 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.schemas import Score
 
 Differences = NDArray[np.float64]
 Values = NDArray[np.float64]
 Estimate = tuple[float, float, float]
-Row = dict[str, Any]
 Alternative = Literal["two-sided", "less"]
 # Numbers in memory while resampling: 8 MiB in double precision, for any number of items and resamples.
 CHUNK = 2**20
@@ -247,7 +247,7 @@ def seed_band(seed_noise: float, alpha: float) -> float:
     return float(norm.isf(alpha / 2)) * math.sqrt(2) * seed_noise
 
 
-def estimate(rows: Sequence[Row], how: Resampling) -> Estimate:
+def estimate(rows: Sequence[Score], how: Resampling) -> Estimate:
     """Return the mean score, or the token-weighted loss, with its confidence interval.
 
     Right and wrong answers use Wilson's interval, other scores the gate's bootstrap of the mean. Losses
@@ -262,7 +262,7 @@ def estimate(rows: Sequence[Row], how: Resampling) -> Estimate:
     return float(scores.mean()), *interval(scores, how.alpha, how.n_resamples, how.seed)
 
 
-def estimate_difference(pairs: Sequence[tuple[Row, Row]], how: Resampling) -> Estimate:
+def estimate_difference(pairs: Sequence[tuple[Score, Score]], how: Resampling) -> Estimate:
     """Return the mean difference of pairs with its interval; for scores it is the gate's interval."""
     found = np.array([ours["score"] - theirs["score"] for ours, theirs in pairs])
     if pairs[0][0]["benchmark"] == HELDOUT:
@@ -290,7 +290,7 @@ def _token_mean(values: Values, tokens: NDArray[np.int64], how: Resampling) -> E
     return mean, float(low), float(high)
 
 
-def is_broken(row: Row) -> bool:
+def is_broken(row: Score) -> bool:
     """Return whether a model was evaluated on an item without giving a finite score."""
     if row["status"] == "ok":
         return row["score"] is None or not math.isfinite(row["score"])

@@ -12,15 +12,14 @@ The first format whose keys are all present applies; other keys of the row are i
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from nightshift.raw.faults import RowError
+from nightshift.raw.formats import RawRow
 from nightshift.raw.pii import redact
 from nightshift.raw.strict_json import loads
 from nightshift.raw.tool_calls import parse_calls, parse_sharegpt_calls, parse_tools
 from nightshift.raw.turns import Conversation, Turn
 
-Row = dict[str, Any]
 # ShareGPT has no standard: names that FastChat, Axolotl and LLaMA-Factory read.
 SHAREGPT_ROLES = {
     "system": "system",
@@ -37,7 +36,7 @@ SHAREGPT_ROLES = {
 }
 
 
-def convert(row: Row) -> Conversation:
+def convert(row: RawRow) -> Conversation:
     """Convert a row of any known format.
 
     Raises:
@@ -71,7 +70,7 @@ def read_turns(value: object) -> list[Turn]:
     return [_sharegpt_turn(turn) if turn.get("from") is not None else _message_turn(turn) for turn in value]
 
 
-def _message_turn(message: Row) -> Turn:
+def _message_turn(message: RawRow) -> Turn:
     """Read a turn with role and content (OpenAI format)."""
     role, call_id = message.get("role"), _word(message.get("tool_call_id"))
     if not isinstance(role, str):
@@ -82,7 +81,7 @@ def _message_turn(message: Row) -> Turn:
     return Turn(role, _text(message.get("content")), calls, name, call_id)
 
 
-def _sharegpt_turn(turn: Row) -> Turn:
+def _sharegpt_turn(turn: RawRow) -> Turn:
     """Read a turn with from and value (ShareGPT format)."""
     word, value = turn["from"], turn.get("value")
     role = SHAREGPT_ROLES.get(word) if isinstance(word, str) else None
@@ -93,7 +92,7 @@ def _sharegpt_turn(turn: Row) -> Turn:
     return Turn(role, _text(value), name=_word(turn.get("name")))
 
 
-def _alpaca(row: Row) -> list[Turn]:
+def _alpaca(row: RawRow) -> list[Turn]:
     """Join instruction and input to one question; earlier turns come from `history`."""
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(r, list) and len(r) == 2 for r in history):
@@ -108,7 +107,7 @@ def _alpaca(row: Row) -> list[Turn]:
     return [*turns, Turn("user", question), Turn("assistant", _text(row["output"]))]
 
 
-def _prompt_completion(row: Row) -> list[Turn]:
+def _prompt_completion(row: RawRow) -> list[Turn]:
     """Read prompt and completion, each a string or a list of messages."""
     return [*_part(row["prompt"], "user"), *_part(row["completion"], "assistant")]
 
@@ -118,7 +117,7 @@ def _part(value: object, role: str) -> list[Turn]:
     return [Turn(role, value)] if isinstance(value, str) else read_turns(value)
 
 
-def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+def _with_system(row: RawRow, turns: list[Turn]) -> list[Turn]:
     """Prepend the row's separate system prompt to the turns."""
     system = row.get("system")
     if not system or turns[0].role in ("system", "text"):
@@ -149,7 +148,7 @@ def _word(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-SHAPES: tuple[tuple[tuple[str, ...], Callable[[Row], list[Turn]]], ...] = (
+SHAPES: tuple[tuple[tuple[str, ...], Callable[[RawRow], list[Turn]]], ...] = (
     (("messages",), lambda row: read_turns(row["messages"])),
     (("conversations",), lambda row: read_turns(row["conversations"])),
     (("instruction", "output"), _alpaca),

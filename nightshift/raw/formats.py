@@ -1,7 +1,10 @@
 """File formats that ingest reads, detected by the file name suffix."""
 
 import re
+from typing import Any
 
+# A row as its author wrote it.
+RawRow = dict[str, Any]
 # Parquet compresses its own pages; gzip or zstd around it would prevent reading by row group.
 SUFFIX = re.compile(r"\.(?:(?P<text>jsonl|json|csv)(?:\.(?P<codec>gz|zst))?|(?P<table>parquet))$")
 CODECS = {"gz": "gzip", "zst": "zstd"}

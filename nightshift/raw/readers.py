@@ -10,19 +10,17 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.raw.arrays import split_array
 from nightshift.raw.faults import RowError
-from nightshift.raw.formats import shard_suffix, split_suffix
+from nightshift.raw.formats import RawRow, shard_suffix, split_suffix
 from nightshift.raw.streams import Limits, damaged, open_bytes, read_line, require_size, skip_bom
 from nightshift.raw.strict_json import loads
 
-Row = dict[str, Any]
-Numbered = Iterator[tuple[int, Row | RowError]]
+Numbered = Iterator[tuple[int, RawRow | RowError]]
 ROWS_PER_BATCH = 1024
 ESCAPE = re.compile(r"\\u[dD]")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -62,7 +60,7 @@ def read_json_lines(file: io.BufferedReader, limit: int) -> Numbered:
             yield number, parse_json(line)
 
 
-def parse_json(line: bytes | None) -> Row | RowError:
+def parse_json(line: bytes | None) -> RawRow | RowError:
     r"""Parse one JSON object; None is a line above the size limit.
 
     Example:
@@ -175,7 +173,7 @@ def read_parquet(path: Path, limits: Limits) -> Numbered:
         raise damaged(path, err) from err
 
 
-def _batch_rows(batch: pa.RecordBatch, limit: int) -> Iterator[Row | RowError]:
+def _batch_rows(batch: pa.RecordBatch, limit: int) -> Iterator[RawRow | RowError]:
     """Yield the rows of a batch; one by one only if the batch is too large or cannot be decoded."""
     if batch.nbytes <= limit:
         with contextlib.suppress(UnicodeDecodeError):
@@ -190,7 +188,7 @@ def _batch_rows(batch: pa.RecordBatch, limit: int) -> Iterator[Row | RowError]:
             yield RowError("not_utf8")
 
 
-def _csv_row(header: list[str], fields: list[str]) -> Row | RowError:
+def _csv_row(header: list[str], fields: list[str]) -> RawRow | RowError:
     """Map the header to the fields of a row."""
     if len(fields) != len(header):
         return RowError("wrong_columns", f"{len(fields)} fields, {len(header)} in the header")

@@ -1,20 +1,31 @@
 """Model card of a version in Hugging Face format: description, scores, verdict and data."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nightshift.core.config import read_params
 from nightshift.core.files import read_json, read_rows, write_text
 from nightshift.core.paths import BASE_RECORD, DATA, GATE, SCORES
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.schemas import Score
 from nightshift.data.statistics import Resampling, estimate
 from nightshift.registry.lineage import row_counts
 
 # sft.adapter -> description of what was trained.
 KINDS = {"lora": "a LoRA adapter", "qlora": "a QLoRA adapter", None: "a full fine-tune"}
-Row = dict[str, Any]
+
+
+class ModelScore(TypedDict):
+    """Mean score of a model on a benchmark, with its confidence interval and number of items."""
+
+    benchmark: str
+    model: str
+    mean: float
+    low: float
+    high: float
+    n: int
 
 
 def write_card(path: Path, name: str, how: Resampling) -> None:
@@ -101,7 +112,7 @@ def base_name(reference: str) -> str:
     return Path(reference.removeprefix("package:")).name
 
 
-def heldout(gate: Row) -> str:
+def heldout(gate: Mapping[str, Any]) -> str:
     """Describe the held-out loss, or report that the gate could not compare it."""
     if gate.get("loss") is None or gate.get("reference_loss") is None:
         return "The loss on held-out examples was not compared."
@@ -111,9 +122,9 @@ def heldout(gate: Row) -> str:
     )
 
 
-def score_models(rows: Sequence[Row], how: Resampling) -> Iterator[Row]:
+def score_models(rows: Sequence[Score], how: Resampling) -> Iterator[ModelScore]:
     """Yield each model's mean score on each benchmark, with its interval; losses are left out."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Score]] = defaultdict(list)
     for row in rows:
         if row["benchmark"] != HELDOUT and row["status"] == "ok":
             groups[row["benchmark"], row["model"]].append(row)
@@ -129,7 +140,7 @@ def score_models(rows: Sequence[Row], how: Resampling) -> Iterator[Row]:
         }
 
 
-def score_cells(row: Row) -> tuple[str, ...]:
+def score_cells(row: ModelScore) -> tuple[str, ...]:
     """Format one score as table cells."""
     figures = (f"{row['mean']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}", f"{row['n']:,}")
     return row["benchmark"], row["model"], *figures

@@ -16,7 +16,7 @@ from nightshift.core.files import appended_rows, iterate_batches, text_digest, w
 from nightshift.core.paths import AUGMENTED_TRAIN, BASE, REJECTED, SIMILARITY, TRAIN
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import FEWEST
-from nightshift.data.schemas import AUGMENTED, MESSAGES
+from nightshift.data.schemas import AUGMENTED, MESSAGES, AugmentedExample, GroupedExample
 from nightshift.replies import open_memo
 from tasks.augment import AugmentParams, Style
 from tasks.augment.meaning import load_embedder
@@ -42,17 +42,16 @@ REJECTED_SCHEMA = pa.schema(
 SCORES_SCHEMA = pa.schema([pa.field("id", pa.string()), *_SCORE_FIELDS])
 # Further calls for missing paraphrases; their prompts list the rejected candidates.
 REFILLS = 2
-Row = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Work:
     """Paraphrases and rejected candidates of one example."""
 
-    example: Row
-    accepted: list[Row] = field(default_factory=list)
-    scores: list[Row] = field(default_factory=list)
-    rejected: list[Row] = field(default_factory=list)
+    example: GroupedExample
+    accepted: list[AugmentedExample] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
     surplus: int = 0
     failure: str | None = None
 
@@ -112,8 +111,8 @@ def augment(
     params: AugmentParams,
     compare: CompareMeaning | None,
     tally: Tally,
-    logs: tuple[Callable[[list[Row]], None], Callable[[list[Row]], None]],
-) -> Iterator[Row]:
+    logs: tuple[Callable[[list[dict[str, Any]]], None], Callable[[list[dict[str, Any]]], None]],
+) -> Iterator[AugmentedExample]:
     """Yield each original followed by its paraphrases; log rejected candidates and scores."""
     for batch in iterate_batches(TRAIN):
         works = [Work(row) for row in batch.to_pylist()]
@@ -150,7 +149,7 @@ def paraphrase(
         tally.wanted += wanted
         tally.added += len(work.accepted)
         tally.surplus += work.surplus
-        tally.styles.update(row["style"] for row in work.accepted)
+        tally.styles.update(str(row["style"]) for row in work.accepted)
         tally.rejected.update(row["reason"] for row in work.rejected)
         tally.accepted_by_source[work.example["source"]] += len(work.accepted)
         tally.rejected_by_source[work.example["source"]] += len(work.rejected)
@@ -183,9 +182,18 @@ def accept_candidates(
             work.rejected.append(_rejected(example, call.style, reason, messages, scores))
             continue
         ordinal = len(work.accepted) + 1
-        child = {"parent_id": example["id"], "style": call.style, "ordinal": ordinal, "messages": messages}
-        work.accepted.append({**example, **child, "id": text_digest(example["id"], str(ordinal))})
-        work.scores.append({"id": work.accepted[-1]["id"], **asdict(scores)})
+        id_ = text_digest(example["id"], str(ordinal))
+        work.accepted.append(
+            {
+                **example,
+                "id": id_,
+                "messages": messages,
+                "parent_id": example["id"],
+                "style": call.style,
+                "ordinal": ordinal,
+            }
+        )
+        work.scores.append({"id": id_, **asdict(scores)})
 
 
 def choose_style(example_id: str, number: int, params: AugmentParams) -> Style:
@@ -227,7 +235,7 @@ def require_acceptance(accepted: Counter[str], rejected: Counter[str], limit: fl
         )
 
 
-def _is_selected(example: Row, params: AugmentParams, tally: Tally) -> bool:
+def _is_selected(example: GroupedExample, params: AugmentParams, tally: Tally) -> bool:
     """Return whether an example is paraphrased; count the examples that cannot be."""
     if example["source"] not in params.sources or not params.paraphrases_per_example:
         return False
@@ -266,7 +274,9 @@ def _replace_texts(messages: Messages, texts: Sequence[str]) -> Messages:
     return [{**turn, "content": next(remaining)} if turn["role"] in SPEAKERS else turn for turn in messages]
 
 
-def _rejected(example: Row, style: Style, reason: str, messages: Messages, scores: Scores) -> Row:
+def _rejected(
+    example: GroupedExample, style: Style, reason: str, messages: Messages, scores: Scores
+) -> dict[str, Any]:
     """Build the log row of a rejected candidate."""
     return {
         "parent_id": example["id"],

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nightshift.data.schemas import Message
 from nightshift.data.text import canonical, comparable_shingles, jaccard
 from tasks.augment import AugmentParams, Style
 from tasks.augment.facts import find_changed_fact, read_facts
 from tasks.augment.language import has_meta_text, language_differs
 from tasks.augment.names import count_negations, names_differ, read_names
 
-Messages = list[dict[str, Any]]
+Messages = list[Message]
 # Two texts -> cosine similarity of their embeddings.
 CompareMeaning = Callable[[str, str], float]
 LENGTH_RATIO = (0.5, 2.0)

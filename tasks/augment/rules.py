@@ -4,8 +4,9 @@ A rule is a pattern and a template. A turn that no rule matches keeps its wordin
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
+from nightshift.data.schemas import Message
 from tasks.augment.quality import Messages
 
 OPENERS = ("Tell me", "Please say", "I would like to know", "Explain", "Can you say")
@@ -56,7 +57,7 @@ def propose(messages: Messages, count: int) -> Iterator[list[str]]:
         yield [_reword(m, OPENERS[ordinal], restated=ordinal % 2 == 0) for m in messages]
 
 
-def _reword(message: Mapping[str, str], opener: str, *, restated: bool) -> str:
+def _reword(message: Message, opener: str, *, restated: bool) -> str:
     """Apply the first matching rule to one turn."""
     text = message["content"]
     if message["role"] == "user":

@@ -75,7 +75,7 @@ def main() -> None:
     models = find_models(params)
     memo = {name: memo_files(model, params) for name, model in models.items()}
     score_missing(models, memo, params)
-    rows = [
+    rows: list[Any] = [
         {"model": name, **row} for name in memo for file in memo[name].values() for row in read_rows(file)
     ]
     write_rows(SCORES, rows, ALL_SCORES)

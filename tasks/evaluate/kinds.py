@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -12,10 +12,28 @@ from nightshift.data.benchmarks import Benchmark
 from tasks.evaluate.model import Model
 from tasks.evaluate.texts import compare
 
-Row = dict[str, Any]
+Item = dict[str, Any]
 
 
-def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int | None) -> Iterator[Row]:
+class Outcome(TypedDict):
+    """Score, status and answer of an item, as in ItemScore."""
+
+    score: float | None
+    tokens: None
+    status: str
+    answer: str
+
+
+class ScoredItem(Outcome):
+    """An outcome, with the choices and the reference answer."""
+
+    choices: int | None
+    expected: str | None
+
+
+def score_benchmark(
+    model: Model, benchmark: Benchmark, folder: Path, limit: int | None
+) -> Iterator[dict[str, Any]]:
     """Run a benchmark and yield one row per item; with a limit, items are evenly spread over it."""
     indices = spread(len(benchmark.items), limit)
     items = [benchmark.items[i] for i in indices]
@@ -38,7 +56,9 @@ def score_benchmark(model: Model, benchmark: Benchmark, folder: Path, limit: int
         }
 
 
-def score_choice(model: Model, benchmark: Benchmark, folder: Path, indices: list[int]) -> Iterator[Row]:
+def score_choice(
+    model: Model, benchmark: Benchmark, folder: Path, indices: list[int]
+) -> Iterator[ScoredItem]:
     """Score multiple choice by log-likelihood: the metric `acc` of an lm-eval task."""
     task = {
         **{key: value for key, value in benchmark.task.items() if not key.endswith("_split")},
@@ -63,28 +83,28 @@ def score_choice(model: Model, benchmark: Benchmark, folder: Path, indices: list
         choices = item["choices"]
         # The choices come first; other metrics may have added requests.
         likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]]
-        row = {"choices": len(choices), "expected": choices[item["answer"]]}
-        yield row | (
-            find_fault(model, likelihoods)
-            or scored_row(float(sample["acc"]), choices[likeliest(likelihoods)])
+        found = find_fault(model, likelihoods) or scored_row(
+            float(sample["acc"]), choices[likeliest(likelihoods)]
         )
+        yield {"choices": len(choices), "expected": choices[item["answer"]], **found}
 
 
-def score_generation(model: Model, task: Any, items: Sequence[Row]) -> Iterator[Row]:
+def score_generation(model: Model, task: Any, items: Sequence[Item]) -> Iterator[ScoredItem]:
     """Score greedy generation against the references."""
     prompts = [
         model.apply_chat_template(item.get("messages") or [{"role": "user", "content": item["question"]}])
         for item in items
     ]
     for item, answer in zip(items, model.generate_greedy(prompts, task["max_new_tokens"]), strict=True):
-        row = {"choices": None, "expected": " | ".join(item["references"])}
-        if answer is None:
-            yield row | skipped_row(model)
-        else:
-            yield row | scored_row(compare(task["metric"], answer, item["references"]), answer)
+        found = (
+            skipped_row(model)
+            if answer is None
+            else scored_row(compare(task["metric"], answer, item["references"]), answer)
+        )
+        yield {"choices": None, "expected": " | ".join(item["references"]), **found}
 
 
-def score_invariance(model: Model, items: Sequence[Row]) -> Iterator[Row]:
+def score_invariance(model: Model, items: Sequence[Item]) -> Iterator[ScoredItem]:
     """Score invariance (CheckList, Ribeiro et al. 2020): 1 if all wordings share a likeliest choice."""
     wordings = [[item["question"], *item["variants"]] for item in items]
     answers = iter(
@@ -102,7 +122,7 @@ def score_invariance(model: Model, items: Sequence[Row]) -> Iterator[Row]:
         yield {"choices": None, "expected": first, **scored_row(float(changed == first), changed)}
 
 
-def score_direction(model: Model, items: Sequence[Row]) -> Iterator[Row]:
+def score_direction(model: Model, items: Sequence[Item]) -> Iterator[ScoredItem]:
     """Score directional expectation (CheckList): 1 if the answer's probability moves as expected."""
     answers = iter(
         model.choice_likelihoods(
@@ -112,13 +132,12 @@ def score_direction(model: Model, items: Sequence[Row]) -> Iterator[Row]:
     for item in items:
         before, after = next(answers), next(answers)
         answer = item["choices"][item["answer"]]
-        row = {"choices": None, "expected": f"{answer}: {item['expect']}"}
-        if found := find_fault(model, [*before, *after]):
-            yield row | found
-            continue
-        old, new = probability(before, item["answer"]), probability(after, item["answer"])
-        has_moved = new > old if item["expect"] == "higher" else new < old
-        yield row | scored_row(float(has_moved), f"{old:.4f} -> {new:.4f}")
+        found = find_fault(model, [*before, *after])
+        if not found:
+            old, new = probability(before, item["answer"]), probability(after, item["answer"])
+            has_moved = new > old if item["expect"] == "higher" else new < old
+            found = scored_row(float(has_moved), f"{old:.4f} -> {new:.4f}")
+        yield {"choices": None, "expected": f"{answer}: {item['expect']}", **found}
 
 
 def spread(count: int, limit: int | None) -> list[int]:
@@ -150,24 +169,24 @@ def probability(likelihoods: Sequence[float], index: int) -> float:
     return weights[index] / sum(weights)
 
 
-def scored_row(score: float, answer: str) -> Row:
+def scored_row(score: float, answer: str) -> Outcome:
     """Return the score fields of an answered item."""
     return {"score": score, "status": "ok", "answer": answer, "tokens": None}
 
 
-def find_fault(model: Model, likelihoods: Sequence[float]) -> Row | None:
+def find_fault(model: Model, likelihoods: Sequence[float]) -> Outcome | None:
     """Return the fields of an item without a score, or None if all likelihoods are finite."""
     if any(math.isnan(one) for one in likelihoods):
         return error_row("a log-likelihood is not a number")
     return None if all(math.isfinite(one) for one in likelihoods) else skipped_row(model)
 
 
-def error_row(reason: str) -> Row:
+def error_row(reason: str) -> Outcome:
     """Return the fields of an item for which the model returned no number."""
     return {"score": None, "status": "error", "answer": reason, "tokens": None}
 
 
-def skipped_row(model: Model) -> Row:
+def skipped_row(model: Model) -> Outcome:
     """Return the fields of an item that is too long for the model."""
     reason = f"longer than the model's context of {model.max_length} tokens"
     return {"score": None, "status": "skipped", "answer": reason, "tokens": None}

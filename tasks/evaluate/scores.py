@@ -8,12 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.schemas import Score
 
-# score: 0 to 1 for a benchmark item; summed negative log-likelihood in nats, over `tokens` labelled
-# tokens, for a held-out example (benchmark "test"); null unless status is ok.
-# status: ok | error (the model returned no number) | skipped (the model was not run).
-# choices: number of choices, for the chance level, or null.
-# answer: chosen or generated answer; the reason if there is no score; null for a held-out example.
+# See nightshift.data.schemas.ItemScore.
 SCORES = pa.schema(
     [
         ("benchmark", pa.string()),
@@ -31,10 +28,9 @@ SCORES = pa.schema(
 ALL_SCORES = pa.schema([("model", pa.string()), *SCORES])
 # Prefix of the output line that reports a finished benchmark.
 DONE = "scored "
-Row = dict[str, Any]
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, Any]:
+def metrics(rows: Sequence[Score]) -> dict[str, Any]:
     """Aggregate the scores: accuracy by benchmark and slice, and the token-weighted held-out loss.
 
     Accuracy is the mean score, also of graded metrics (token F1, ROUGE).
@@ -43,7 +39,7 @@ def metrics(rows: Sequence[Row]) -> dict[str, Any]:
         model -> {benchmark: {accuracy, items, errors, skipped, chance, slices}, "test": {loss,
         perplexity, items, errors, skipped, tokens, sources}}.
     """
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Score]] = defaultdict(list)
     for row in rows:
         groups[row["model"], row["benchmark"]].append(row)
     table: dict[str, Any] = defaultdict(dict)
@@ -56,7 +52,7 @@ def metrics(rows: Sequence[Row]) -> dict[str, Any]:
     return dict(table)
 
 
-def _accuracy(rows: Sequence[Row]) -> Row:
+def _accuracy(rows: Sequence[Score]) -> dict[str, Any]:
     slices = {name: _mean([row["score"] for row in group]) for name, group in _by_slice(rows)}
     by_chance = [1 / row["choices"] for row in rows if row["choices"]]
     return {
@@ -66,11 +62,11 @@ def _accuracy(rows: Sequence[Row]) -> Row:
     }
 
 
-def _heldout(rows: Sequence[Row]) -> Row:
+def _heldout(rows: Sequence[Score]) -> dict[str, Any]:
     return _loss(rows) | {"sources": {name: _loss(group) for name, group in _by_slice(rows)}}
 
 
-def _loss(rows: Sequence[Row]) -> Row:
+def _loss(rows: Sequence[Score]) -> dict[str, Any]:
     """Return loss (nats per token) and perplexity, its exponential; None where that is 1e9 or more."""
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["score"] for row in rows) / tokens if tokens else None
@@ -86,8 +82,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), 6) if values else None
 
 
-def _by_slice(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    slices: dict[str, list[Row]] = defaultdict(list)
+def _by_slice(rows: Sequence[Score]) -> list[tuple[str, list[Score]]]:
+    slices: dict[str, list[Score]] = defaultdict(list)
     for row in rows:
         slices[row["slice"]].append(row)
     return sorted(slices.items())

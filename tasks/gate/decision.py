@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.schemas import Score
 from nightshift.data.statistics import (
     Differences,
     holm,
@@ -25,8 +26,7 @@ from tasks.gate import GateParams
 Verdict = Literal["promote", "hold", "reject", "error"]
 # In order of increasing severity.
 VERDICTS: tuple[Verdict, ...] = ("promote", "hold", "reject", "error")
-Row = dict[str, Any]
-Pairs = list[tuple[Row, Row]]
+Pairs = list[tuple[Score, Score]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Check:
 
 
 def decide(
-    rows: Sequence[Row],
+    rows: Sequence[Score],
     digests: dict[str, str | None],
     looks: Sequence[str],
     overlaps: Sequence[str],
@@ -132,7 +132,7 @@ def check_figures(name: str, verdict: Verdict, message: str, *figures: float) ->
 
 
 def find_faults(
-    rows: Sequence[Row],
+    rows: Sequence[Score],
     reference: str,
     overlaps: Sequence[str],
     params: GateParams,
@@ -181,12 +181,12 @@ def find_faults(
             )
 
 
-def key(row: Row) -> tuple[str, str]:
+def key(row: Score) -> tuple[str, str]:
     """Return the key of a score: benchmark and item."""
     return row["benchmark"], row["item"]
 
 
-def pair(rows: Sequence[Row], reference: str) -> Pairs:
+def pair(rows: Sequence[Score], reference: str) -> Pairs:
     """Pair the candidate's scores with another model's by benchmark and item, in a fixed order."""
     scored = [row for row in rows if row["status"] == "ok"]
     other = {key(row): row for row in scored if row["model"] == reference}
@@ -347,7 +347,7 @@ def compare_losses(pairs: Pairs) -> tuple[float, float]:
     return round(float(loss), 6), round(float(reference_loss), 6)
 
 
-def check_unread(rows: Sequence[Row], reference: str) -> Iterator[Check]:
+def check_unread(rows: Sequence[Score], reference: str) -> Iterator[Check]:
     """Find items that the reference answered and the candidate, on another base, cannot read."""
     read = {key(row) for row in rows if row["model"] == reference and row["status"] == "ok"}
     unread = [row for row in rows if row["model"] == "candidate" and row["status"] == "skipped"]

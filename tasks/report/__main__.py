@@ -37,6 +37,7 @@ from nightshift.core.paths import (
 )
 from nightshift.core.stage import run_main
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.schemas import Score
 from nightshift.data.statistics import is_broken
 from nightshift.pipeline.graph import stage_order
 from nightshift.pipeline.ledger import TRANSFERS
@@ -114,12 +115,12 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
     }
 
 
-def read_scores(path: Path) -> list[dict[str, Any]]:
+def read_scores(path: Path) -> list[Score]:
     """Read the scores; a score that is not a number counts as an error.
 
     All losses use the candidate's token counts: those of a champion on another base are not comparable.
     """
-    rows = read_rows(path)
+    rows: list[Score] = read_rows(path)
     heldout = [row for row in rows if row["benchmark"] == HELDOUT]
     tokens = {row["item"]: row["tokens"] for row in heldout if row["model"] == "candidate"}
     for row in heldout:

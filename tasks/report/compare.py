@@ -3,12 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from nightshift.core.files import text_digest
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.schemas import Score
 from nightshift.data.statistics import estimate, estimate_difference
 from tasks.gate import GateParams
 
@@ -16,7 +16,6 @@ from tasks.gate import GateParams
 MODELS = ("base", "champion", "candidate")
 # Slices per benchmark, and gains and regressions, that the page lists; it also shows the totals.
 SLICES, ITEMS = 20, 10
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class Benchmark:
         return max(map(abs, found), default=0.0) or 1.0
 
 
-def compare(rows: Sequence[Row], reference: str, params: GateParams) -> list[Benchmark]:
+def compare(rows: Sequence[Score], reference: str, params: GateParams) -> list[Benchmark]:
     """Estimate every model on every benchmark and slice, and the candidate's gain over its reference.
 
     Args:
@@ -99,7 +98,7 @@ def compare(rows: Sequence[Row], reference: str, params: GateParams) -> list[Ben
         reference: `champion` or `base`; a benchmark of `gate.retention` uses the base, as in the gate.
         params: Significance level, resamples and seed of the intervals.
     """
-    by_benchmark: dict[str, list[Row]] = defaultdict(list)
+    by_benchmark: dict[str, list[Score]] = defaultdict(list)
     for row in rows:
         by_benchmark[row["benchmark"]].append(row)
     # Held-out losses come last.
@@ -110,9 +109,9 @@ def compare(rows: Sequence[Row], reference: str, params: GateParams) -> list[Ben
     ]
 
 
-def _benchmark(name: str, rows: Sequence[Row], reference: str, params: GateParams) -> Benchmark:
+def _benchmark(name: str, rows: Sequence[Score], reference: str, params: GateParams) -> Benchmark:
     """Estimate a whole benchmark and its slices."""
-    slices: dict[str, list[Row]] = defaultdict(list)
+    slices: dict[str, list[Score]] = defaultdict(list)
     for row in rows:
         slices[row["slice"]].append(row)
     # A single slice is the whole benchmark; of many, the largest are shown.
@@ -124,7 +123,7 @@ def _benchmark(name: str, rows: Sequence[Row], reference: str, params: GateParam
     return Benchmark(name, groups, len(slices) - len(kept) if kept else 0)
 
 
-def _group(name: str, rows: Sequence[Row], reference: str, params: GateParams) -> Group:
+def _group(name: str, rows: Sequence[Score], reference: str, params: GateParams) -> Group:
     """Estimate every model, and the candidate's difference, on the same rows."""
     models = {row["model"] for row in rows}
     order = [*(one for one in MODELS if one in models), *sorted(models.difference(MODELS))]
@@ -144,7 +143,7 @@ def _group(name: str, rows: Sequence[Row], reference: str, params: GateParams) -
     return Group(name, lines, sum(guesses) / len(guesses) if guesses else None)
 
 
-def pair(rows: Sequence[Row], reference: str) -> list[tuple[Row, Row]]:
+def pair(rows: Sequence[Score], reference: str) -> list[tuple[Score, Score]]:
     """Pair the candidate's scores with the reference's; items without both scores are left out."""
     scored = {(row["model"], row["benchmark"], row["item"]): row for row in rows if row["status"] == "ok"}
     return [
@@ -152,6 +151,20 @@ def pair(rows: Sequence[Row], reference: str) -> list[tuple[Row, Row]]:
         for (model, benchmark, item), row in sorted(scored.items())
         if model == "candidate" and (reference, benchmark, item) in scored
     ]
+
+
+class Move(Score):
+    """The candidate's score of an item, next to its reference's.
+
+    Attributes:
+        before: Answer of the reference.
+        score_before: Score of the reference, or its loss per token.
+        score_after: Score of the candidate, or its loss per token.
+    """
+
+    before: str
+    score_before: float
+    score_after: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,19 +179,19 @@ class Moves:
         n_equal: Number of items where both are equal.
     """
 
-    gains: list[dict[str, Any]]
-    regressions: list[dict[str, Any]]
+    gains: list[Move]
+    regressions: list[Move]
     n_gains: int
     n_regressions: int
     n_equal: int
 
 
-def find_moves(pairs: Sequence[tuple[Row, Row]]) -> Moves:
+def find_moves(pairs: Sequence[tuple[Score, Score]]) -> Moves:
     """Find the items with the largest differences; held-out examples are compared by loss per token.
 
     Ties are ordered by the digest of the item, so that no slice fills the list because of its name.
     """
-    moves = [
+    moves: list[Move] = [
         {
             **candidate,
             "before": reference["answer"],
@@ -194,7 +207,7 @@ def find_moves(pairs: Sequence[tuple[Row, Row]]) -> Moves:
     return Moves(gains[:ITEMS], regressions[:ITEMS], len(gains), len(regressions), equal)
 
 
-def item_score(row: Row) -> float:
+def item_score(row: Score) -> float:
     """Return the score of an answer, or the loss per token of a held-out example.
 
     Example:
@@ -204,7 +217,7 @@ def item_score(row: Row) -> float:
     return float(row["score"] / row["tokens"] if row["benchmark"] == HELDOUT else row["score"])
 
 
-def _gain(move: dict[str, Any]) -> float:
+def _gain(move: Move) -> float:
     """Return the candidate's gain; a lower loss is better."""
     difference = move["score_after"] - move["score_before"]
     return float(-difference if move["benchmark"] == HELDOUT else difference)

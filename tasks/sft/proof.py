@@ -14,7 +14,7 @@ from nightshift.core.files import write_figures
 from tasks.sft import selftest
 from tasks.sft.job import Job
 from tasks.sft.model import HALF, weight_dtype
-from tasks.sft.selftest import Row
+from tasks.sft.selftest import PackedRow
 from tasks.sft.strategy import GIB, ZERO
 from tasks.sft.trainer import Trainer, summed_loss
 
@@ -99,7 +99,7 @@ def run_checks(trainer: Trainer, job: Job) -> dict[str, Any]:
     return {"isolation": isolation, "loss": loss, "gradients": gradients, "saving": saving}
 
 
-def collate(trainer: Trainer, row: Row) -> dict[str, Any]:
+def collate(trainer: Trainer, row: PackedRow) -> dict[str, Any]:
     """Collate one row into a batch, as in training."""
     batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator([row]))
     return batch

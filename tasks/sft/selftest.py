@@ -10,7 +10,7 @@ live model.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -19,7 +19,6 @@ from nightshift.data.encode import IGNORED
 
 # Loss and outputs of one collated row, from the training function itself.
 Forward = Callable[[dict[str, Any]], tuple[torch.Tensor, Any]]
-Row = dict[str, Any]
 # Tokens of an example that the checks use. They compute all logits, without activation checkpointing, so
 # longer examples could need more memory than training; two kernel blocks of 128 tokens are enough.
 EXAMPLE_TOKENS = 256
@@ -31,7 +30,21 @@ TOLERANCE = {"fp32": 1e-2, "tf32": 1e-2, "bf16": 0.25, "fp16": 0.1}
 RELOAD_TOLERANCE = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.5, "fp16": 0.5}
 
 
-def find_row(rows: Sequence[Row]) -> Row | None:
+class PackedRow(TypedDict):
+    """Examples in one row, as the trainer reads them.
+
+    Attributes:
+        input_ids: Token ids of all examples.
+        labels: Token ids, or -100 where no loss is computed.
+        seq_lengths: Tokens of each example.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    seq_lengths: list[int]
+
+
+def find_row(rows: Sequence[PackedRow]) -> PackedRow | None:
     """Return two cropped examples that share a row and have labels, or None if there is no such row.
 
     Raises:
@@ -45,13 +58,22 @@ def find_row(rows: Sequence[Row]) -> Row | None:
         has_label = has_label or bool(labelled)
         if len(labelled) > 1:
             first, second = (crop(one) for one in labelled[:2])
-            return {key: [*first[key], *second[key]] for key in first}
+            return join(first, second)
     if not has_label:
         raise StageError("self-test: no row has a label, so nothing would be learned; check data/pack")
     return None
 
 
-def crop(example: Row) -> Row:
+def join(first: PackedRow, second: PackedRow) -> PackedRow:
+    """Return the examples of two rows as one row."""
+    return {
+        "input_ids": [*first["input_ids"], *second["input_ids"]],
+        "labels": [*first["labels"], *second["labels"]],
+        "seq_lengths": [*first["seq_lengths"], *second["seq_lengths"]],
+    }
+
+
+def crop(example: PackedRow) -> PackedRow:
     """Return the end of a labelled example, up to its last label.
 
     Example:
@@ -67,7 +89,7 @@ def crop(example: Row) -> Row:
     }
 
 
-def take(row: Row, start: int, stop: int) -> Row:
+def take(row: PackedRow, start: int, stop: int) -> PackedRow:
     """Return a range of examples of a row, as a row.
 
     Example:

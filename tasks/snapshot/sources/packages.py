@@ -10,16 +10,15 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
 from nightshift.core.files import jsonl
 from nightshift.data.benchmarks import CHOICE_TASK
+from nightshift.raw.formats import RawRow
 from tasks.snapshot.sources import Offer
 from tasks.snapshot.sources.countries import country_items
 
-Row = dict[str, Any]
 CHOICES = 4
 ENGLISH_WORDS = ("am", "as", "at", "be", "he", "i", "in", "no")
 
@@ -85,7 +84,7 @@ ATTRIBUTES = (
 )
 
 
-def elements() -> Iterator[Row]:
+def elements() -> Iterator[RawRow]:
     """Yield one conversation per element, an exchange per known fact, as `{"messages": [...]}`.
 
     The first question rotates from element to element, so that no fact is learned only as the
@@ -101,7 +100,7 @@ def elements() -> Iterator[Row]:
         yield _conversation(*(text for exchange in turns for text in exchange))
 
 
-def element_items(seed: int = 0) -> Iterator[Row]:
+def element_items(seed: int = 0) -> Iterator[RawRow]:
     """Yield one multiple-choice item per known fact, in a wording that training never uses.
 
     The three distractors are other values of the same column, drawn with a seed that depends only on
@@ -126,7 +125,7 @@ def element_items(seed: int = 0) -> Iterator[Row]:
         }
 
 
-def symbol_items() -> Iterator[Row]:
+def symbol_items() -> Iterator[RawRow]:
     """Yield one item for every second element: the model must generate its symbol.
 
     Yields:
@@ -142,7 +141,7 @@ def symbol_items() -> Iterator[Row]:
             }
 
 
-def reworded_items(seed: int = 0) -> Iterator[Row]:
+def reworded_items(seed: int = 0) -> Iterator[RawRow]:
     """Yield one item for each remaining element: its symbol in two wordings. Short choices score fast.
 
     Yields:
@@ -161,7 +160,7 @@ def reworded_items(seed: int = 0) -> Iterator[Row]:
         }
 
 
-def dialogs() -> Iterator[Row]:
+def dialogs() -> Iterator[RawRow]:
     """Yield the English dialogs as `{"messages": [...]}`, in the order of the package's files."""
     folder = importlib.resources.files("chatterbot_corpus") / "data" / "english"
     for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
@@ -199,7 +198,7 @@ def _render(value: object) -> str:
     return str(value).strip().rstrip(".")
 
 
-def _conversation(*turns: str) -> Row:
+def _conversation(*turns: str) -> RawRow:
     """Build messages from turns that alternate between user and assistant."""
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}
@@ -211,9 +210,9 @@ def package_offer(name: str) -> Offer:
 
 
 # Package -> its training rows.
-PACKAGES: dict[str, Callable[[], Iterable[Row]]] = {"mendeleev": elements, "chatterbot-corpus": dialogs}
+PACKAGES: dict[str, Callable[[], Iterable[RawRow]]] = {"mendeleev": elements, "chatterbot-corpus": dialogs}
 # Package, or a part of it -> its task.yaml, and its evaluation items.
-BENCHMARK_PACKAGES: dict[str, tuple[Row, Callable[[], Iterable[Row]]]] = {
+BENCHMARK_PACKAGES: dict[str, tuple[RawRow, Callable[[], Iterable[RawRow]]]] = {
     "mendeleev": (CHOICE_TASK, element_items),
     "mendeleev/written": ({"kind": "generation", "metric": "contains", "max_new_tokens": 16}, symbol_items),
     "mendeleev/reworded": ({"kind": "invariance"}, reworded_items),
