@@ -33,6 +33,6 @@ def test_a_real_gain_is_promoted_at_the_rate_that_the_power_predicts() -> None:
     chance = np.random.default_rng(2)
     found = [promoted(chance, 0.1, 1) for _ in range(1000)]
     differences = chance.choice([1.0, -1.0, 0.0], size=100_000, p=[0.2, 0.1, 0.7])[:ITEMS]
-    said = power(differences, 0.1, spent_alpha(ALPHA, 1))
+    expected = power(differences, 0.1, spent_alpha(ALPHA, 1))
     # McNemar's exact test is slightly stricter than the t-test that estimates the power.
-    assert said - 0.12 < sum(found) / 1000 < said + 0.05
+    assert expected - 0.12 < sum(found) / 1000 < expected + 0.05
