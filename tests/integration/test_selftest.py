@@ -137,7 +137,7 @@ def test_missing_activation_checkpointing_is_caught(build: Callable[..., Trainer
 def test_frozen_adapters_are_caught(build: Callable[..., Trainer]) -> None:
     trainer = build()
     trainer.model.requires_grad_(requires_grad=False)
-    require_refusal(trainer, "gradients reach 0 of 0 weights")
+    require_refusal(trainer, "gradients reach 0 of 0 trainable weights")
 
 
 def test_rows_without_a_label_are_caught(build: Callable[..., Trainer]) -> None:
