@@ -56,7 +56,7 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{benchmark}: base", f"{format_percent(theirs['accuracy'])} of {theirs['items']} questions"),
             (f"{benchmark}: new model", format_percent(ours["accuracy"])),
         ]
-        for label, value in (("base with documents", found.get("accuracy")), ("chance", ours["chance"])):
+        for label, value in (("base with retrieval", found.get("accuracy")), ("chance", ours["chance"])):
             if value is not None:
                 table.append((f"{benchmark}: {label}", format_percent(value)))
     if gain := gate.get("gain"):

@@ -38,7 +38,7 @@ def test_the_scoreboard_shows_the_gain_with_its_interval_and_chance() -> None:
     assert format_rows(BOARD) == [
         ("facts: base", "48.3% of 180 questions"),
         ("facts: new model", "63.3%"),
-        ("facts: base with documents", "80.0%"),
+        ("facts: base with retrieval", "80.0%"),
         ("facts: chance", "25.0%"),
         ("gain over the base", "+15.0%, 95% interval +8.9% to +21.7%"),
         ("held-out loss", "2.987 -> 2.269"),
