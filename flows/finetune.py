@@ -3,8 +3,11 @@
 from typing import Any
 
 from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
+from flows.naming import add_tags, name_run
 from flows.overrides import override_params
 from flows.report import report
 from flows.stages import run_program, run_stage
@@ -14,16 +17,20 @@ from nightshift.core.errors import StageError
 from nightshift.pipeline.graph import changed_stages, find_reruns, stage_order
 from nightshift.pipeline.leases import lease
 from nightshift.pipeline.ledger import check_ledger
+from nightshift.pipeline.outcome import describe_outcome
 from nightshift.pipeline.scoreboard import collect
 
 
-@flow(name="finetune", persist_result=False)
-def finetune(overrides: dict[str, Any] | None = None) -> None:
+@flow(name="finetune", flow_run_name=name_run, persist_result=False)
+def finetune(overrides: dict[str, Any] | None = None) -> State[None]:
     """Retrain on new data, and promote the model if it is measurably better.
 
     Args:
         overrides: Parameters for this run only, `section.key` -> value, validated like params.yaml:
             `--param overrides='{"sft.num_train_epochs": 2}'`.
+
+    Returns:
+        Final state; its name is one of `nightshift.pipeline.outcome.OUTCOMES`.
     """
     with lease(str(flow_run.id)), override_params(overrides or {}), tracked_run() as run_id:
         run_stage("snapshot", run_id, force=True)
@@ -34,7 +41,10 @@ def finetune(overrides: dict[str, Any] | None = None) -> None:
         check_ledger()
         ship(run_id)
         board = collect()
-    get_run_logger().info("%s: %s", board["gate"]["verdict"], board["gate"]["reason"])
+    name, message = describe_outcome(board, has_changed=bool(may_run))
+    add_tags([board["gate"]["verdict"], f"version {board['version']}"])
+    get_run_logger().info("%s: %s", name, message)
+    return Completed(name=name, message=message)
 
 
 def ship(run_id: str) -> None:

@@ -3,11 +3,12 @@
 from prefect import flow
 from prefect.runtime import flow_run
 
+from flows.naming import add_tags, name_run
 from flows.stages import run_program
 from nightshift.pipeline.leases import lease
 
 
-@flow(name="promote", persist_result=False)
+@flow(name="promote", flow_run_name=name_run, persist_result=False)
 def promote(version: int, reason: str) -> None:
     """Make a version the champion.
 
@@ -15,11 +16,12 @@ def promote(version: int, reason: str) -> None:
         version: Version of the registered model.
         reason: Reason, stored in the record.
     """
+    add_tags([f"version {version}"])
     with lease(str(flow_run.id)):
         run_program("promote", "", (f"--version={version}", f"--reason={reason}"))
 
 
-@flow(name="rollback", persist_result=False)
+@flow(name="rollback", flow_run_name=name_run, persist_result=False)
 def rollback(reason: str, version: int | None = None) -> None:
     """Restore the previous champion, and hold automatic promotion.
 

@@ -108,12 +108,9 @@ def run(
     """Retrain once, or join the active run, and show the scoreboard."""
     check(read_params())
     running = stack.up()
-    stages = watch.run_deployment("finetune/prod", overrides, running, console)
+    ending = watch.run_deployment("finetune/prod", overrides, running, console)
     print_scoreboard(running)
-    board = read_json(scoreboard_file())
-    champion = board["version"] if board["promoted"] else board["champion"]
-    if message := watch.describe_nothing_new(stages, GATE, champion):
-        console.print(message)
+    console.print(escape(ending))
 
 
 @app.command()

@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -50,7 +48,7 @@ class Stage:
     figures: str = ""
 
 
-def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Console) -> list[Stage]:
+def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Console) -> str:
     """Start a run of the deployment, or join the active run, and follow it to its end.
 
     An outage of the Prefect server does not end the run: it is followed again when the server is back.
@@ -62,7 +60,7 @@ def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Con
         console: Terminal, file or pipe to print to.
 
     Returns:
-        The stages of the run.
+        How the run ended: name and message of its final state.
 
     Raises:
         ConfigError: The overrides are not a JSON object.
@@ -75,18 +73,18 @@ def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Con
     is_joined = run is not None
     run = run or start_run(stack, deployment, values)
     page = f"{stack.prefect_ui}/runs/flow-run/{run['id']}"
-    console.print(f"{'joined' if is_joined else 'started'} run {run['name']}: {page}", highlight=False)
+    console.print(f"{'joined' if is_joined else 'started'} a run of {deployment}: {page}", highlight=False)
     try:
-        run, stages = follow(stack, run["id"], console)
+        run = follow(stack, run["id"], console)
     except KeyboardInterrupt as err:
         raise StageError(
             f"{deployment}: no longer watched, but the run continues: `make run` joins it, "
             "`make down` cancels it"
         ) from err
+    ending = f"{run['state_name']}: {run['state']['message']}"
     if run["state_type"] != "COMPLETED":
-        reason = f"{run['state_name']}: {run['state']['message']}"
-        raise StageError(f"{deployment}: run {run['name']} {reason}; its log is at {page}")
-    return stages
+        raise StageError(f"{deployment}: run {run['name']} {ending}; its log is at {page}")
+    return ending
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
@@ -116,8 +114,8 @@ def start_run(stack: "Stack", deployment: str, overrides: dict[str, Any]) -> dic
     return run
 
 
-def follow(stack: "Stack", run_id: str, console: Console) -> tuple[dict[str, Any], list[Stage]]:
-    """Show the stages of a run until it has ended; return the run and its stages.
+def follow(stack: "Stack", run_id: str, console: Console) -> dict[str, Any]:
+    """Show the stages of a run until it has ended; return the run.
 
     Raises:
         StageError: The servers were stopped.
@@ -127,7 +125,7 @@ def follow(stack: "Stack", run_id: str, console: Console) -> tuple[dict[str, Any
         while True:
             try:
                 # In this order: the stages of a run that has ended are final.
-                run = stack.prefect("GET", f"/flow_runs/{run_id}")
+                run: dict[str, Any] = stack.prefect("GET", f"/flow_runs/{run_id}")
                 stages = read_stages(stack, run_id)
             except StageError as err:
                 if not read_records(stack.state_dir):
@@ -141,7 +139,7 @@ def follow(stack: "Stack", run_id: str, console: Console) -> tuple[dict[str, Any
                 continue
             show(stages)
             if run["state_type"] in ENDED:
-                return run, stages
+                return run
             time.sleep(POLL_SECONDS)
 
 
@@ -270,23 +268,6 @@ def result_of(stage: str) -> str:
             return f"{summary['rows_out']:,} scores"
     rows_in, rows_out = summary.get("rows_in"), summary.get("rows_out")
     return f"{rows_in:,} → {rows_out:,} rows" if rows_in else ""
-
-
-def describe_nothing_new(stages: list[Stage], gate_file: Path, champion: int | None) -> str | None:
-    """Return a message if no stage had anything to compute, or None.
-
-    Args:
-        stages: Stages of the run.
-        gate_file: The last verdict.
-        champion: Version of the champion, or None.
-    """
-    states = {stage.name: stage.state for stage in stages}
-    graph = {name: state for name, state in states.items() if (DATA / name / "summary.json").is_file()}
-    if any(state != "skipped" for name, state in graph.items() if name != "snapshot"):
-        return None
-    moment = datetime.fromtimestamp(gate_file.stat().st_mtime).astimezone()
-    stays = f"version {champion} stays the champion" if champion else "there is no champion yet"
-    return f"nothing new since {moment:%Y-%m-%d %H:%M}: {stays}"
 
 
 def find_active(stack: "Stack", deployment: str) -> dict[str, Any] | None:

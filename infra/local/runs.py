@@ -13,6 +13,7 @@ import psutil
 
 from infra.local import processes
 from nightshift.pipeline.leases import lease_file, lease_holder
+from nightshift.pipeline.outcome import OUTCOMES
 
 if TYPE_CHECKING:
     from infra.local.settings import Stack
@@ -71,10 +72,15 @@ def create_automation(stack: "Stack") -> None:
     action = {"type": "run-deployment", "source": "selected", "deployment_id": deployments[0]["id"]}
     # A short run's heartbeat can arrive after its end. A janitor's would start the next one, endlessly.
     others = {"prefect.resource.role": "flow", "prefect.resource.name": f"!{flow}"}
+    signs = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed", "Cancelling"]
+    # The event of a state has the state's name.
+    signs += ["Paused", "AwaitingRetry", "Suspended", *OUTCOMES]
+    expected = [f"prefect.flow-run.{sign}" for sign in signs]
     is_enabled = True
     known = {"automations": {"name": {"any_": [AUTOMATION, FORMER_AUTOMATION]}}}
     for automation in stack.prefect("POST", "/automations/filter", known):
-        is_same = automation["trigger"]["match_related"] == others
+        trigger = automation["trigger"]
+        is_same = trigger["match_related"] == others and set(trigger["expect"]) == set(expected)
         if (
             is_same
             and automation["name"] == AUTOMATION
@@ -83,8 +89,6 @@ def create_automation(stack: "Stack") -> None:
             return
         is_enabled = automation["enabled"]
         stack.prefect("DELETE", f"/automations/{automation['id']}")
-    signs = ["heartbeat", "Completed", "Failed", "Cancelled", "Crashed", "Cancelling"]
-    signs += ["Paused", "AwaitingRetry", "Suspended"]
     automation = {
         "name": AUTOMATION,
         "description": "Three consecutive heartbeats are missing: the janitor checks the process.",
@@ -97,7 +101,7 @@ def create_automation(stack: "Stack") -> None:
             "for_each": ["prefect.resource.id"],
             "after": ["prefect.flow-run.heartbeat"],
             # Any other event of the run counts as a sign of life.
-            "expect": [f"prefect.flow-run.{sign}" for sign in signs],
+            "expect": expected,
             "threshold": 1,
             "within": 90,
         },

@@ -1,0 +1,35 @@
+"""How a run of the pipeline ended: the name of its final state in Prefect, and one sentence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Verdict of the gate -> name of the final state if nothing was promoted.
+STATES = {"promote": "NotPromoted", "hold": "Held", "reject": "Rejected"}
+OUTCOMES = ("Promoted", "WaitingForApproval", "NothingNew", *STATES.values())
+
+
+def describe_outcome(board: Mapping[str, Any], *, has_changed: bool) -> tuple[str, str]:
+    """Return the name of the final state of a run, one of `OUTCOMES`, and its message.
+
+    Args:
+        board: Scoreboard of the run.
+        has_changed: Whether any stage had new input.
+
+    Example:
+        >>> gate = {"verdict": "hold", "reason": "no gain"}
+        >>> board = {"promoted": False, "waits": None, "version": 3, "champion": 2, "gate": gate}
+        >>> describe_outcome(board, has_changed=True)
+        ('Held', 'version 3 is not promoted: no gain; version 2 remains the champion')
+        >>> describe_outcome(board, has_changed=False)
+        ('NothingNew', 'no stage has new input; version 2 remains the champion')
+    """
+    gate, version, champion = board["gate"], board["version"], board["champion"]
+    unchanged = f"version {champion} remains the champion" if champion else "there is no champion yet"
+    if board["promoted"]:
+        return "Promoted", f"version {version} is the champion: {gate['reason']}"
+    if board["waits"]:
+        command = f"nightshift promote {version} --reason TEXT"
+        return "WaitingForApproval", f"version {version} awaits `{command}`: {board['waits']}; {unchanged}"
+    if not has_changed:
+        return "NothingNew", f"no stage has new input; {unchanged}"
+    return STATES[gate["verdict"]], f"version {version} is not promoted: {gate['reason']}; {unchanged}"
