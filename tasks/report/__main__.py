@@ -14,6 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from nightshift.core.config import load_params
 from nightshift.core.errors import GateError
@@ -25,6 +27,7 @@ from nightshift.core.paths import (
     EFFECTIVE,
     GATE,
     JUDGED,
+    METRICS,
     OUTCOME,
     PAGE,
     PLAN,
@@ -44,6 +47,7 @@ from nightshift.pipeline.ledger import TRANSFERS
 from nightshift.raw.unused import unused_by_snapshot
 from nightshift.registry.lineage import open_lineage, write_lineage
 from nightshift.registry.versions import DIGEST, open_registry, registered
+from nightshift.tracking.evaluation import log_evaluation
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
 from tasks.judge import VERDICTS
@@ -58,7 +62,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Write the page and its short version, and log the page."""
+    """Write the page and its short version; log the page and the scores to MLflow."""
     client, name = open_registry()
     trained_by = training_run(client, TRAINING_RUN)
     facts = collect(client, name, trained_by)
@@ -67,6 +71,12 @@ def main() -> None:
     write_text(SHORT, templates.get_template("page.md.jinja").render(facts))
     run = os.environ.get("MLFLOW_RUN_ID") or trained_by
     client.log_artifact(run, str(PAGE))
+    version = find_candidate(client, name, facts["gate"]["candidate"])
+    number, model = (int(version.version), version.model_id) if version else (None, None)
+    try:
+        log_evaluation(client, run, read_json(METRICS), facts["gate"], number, model)
+    except MlflowException as err:
+        log.warning("MLflow: the scores are not logged to run %s: %s", run, err)
     log.info("%s: %.0f KB, logged to run %s", PAGE, PAGE.stat().st_size / 1000, run)
 
 
@@ -138,6 +148,12 @@ def read_judged(gate: dict[str, Any]) -> dict[str, Any] | None:
     return judged if same else None
 
 
+def find_candidate(client: MlflowClient, name: str, digest: str | None) -> ModelVersion | None:
+    """Return the version with a digest, with its aliases; None if it is not registered."""
+    same = [version for version in registered(client, name) if version.tags[DIGEST] == digest]
+    return client.get_model_version(name, same[0].version) if same else None
+
+
 def describe_outcome(client: MlflowClient, name: str, candidate: str | None, champion: int | None) -> str:
     """Describe the current state of the candidate in the registry.
 
@@ -148,11 +164,10 @@ def describe_outcome(client: MlflowClient, name: str, candidate: str | None, cha
         champion: Version that the gate compared with; None before the first champion.
     """
     unchanged = f"Version {champion} remains the champion." if champion else "There is no champion yet."
-    same = [version for version in registered(client, name) if version.tags[DIGEST] == candidate]
-    if not same:
+    version = find_candidate(client, name, candidate)
+    if version is None:
         return f"The candidate is not registered. {unchanged}"
-    number = int(same[0].version)
-    aliases = client.get_model_version(name, str(number)).aliases
+    number, aliases = int(version.version), version.aliases
     if number == champion:
         return unchanged
     if "champion" in aliases:

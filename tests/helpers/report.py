@@ -6,12 +6,12 @@ from typing import Any
 import pyarrow as pa
 from mlflow import MlflowClient
 
-from nightshift.core.files import file_digest, write_json, write_rows, write_text
+from nightshift.core.files import file_digest, write_figures, write_json, write_rows, write_text
 from nightshift.data.schemas import AUGMENTED, GROUPED, MESSAGES
 from nightshift.registry import versions
 from nightshift.registry.lineage import write_lineage
 from nightshift.tracking.runs import experiment_id
-from tasks.evaluate.scores import ALL_SCORES
+from tasks.evaluate.scores import ALL_SCORES, metrics
 from tasks.pack import ROWS
 from tests.helpers.checkouts import ROOT
 
@@ -217,3 +217,4 @@ def write_version(client: MlflowClient, name: str, folder: Path, digest: str) ->
 
 def write_scores(data: Path, rows: list[dict[str, Any]]) -> None:
     write_rows(data / "evaluate" / "scores.parquet", rows, ALL_SCORES)
+    write_figures(data / "evaluate" / "metrics.json", metrics(rows))

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from nightshift.core.files import read_json, read_rows, write_json, write_rows, write_text
-from nightshift.core.paths import PAGE, SHORT
+from nightshift.core.paths import METRICS, PAGE, SHORT
 from nightshift.data.schemas import AUGMENTED
 from nightshift.registry import versions
 from nightshift.tracking.runs import experiment_id, tracking_uri
@@ -72,6 +72,23 @@ def write_page() -> str:
     """Write the report and return the page."""
     report.main()
     return PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("checkout")
+def test_scores_gain_and_verdict_are_logged_to_the_current_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(tracking_uri())
+    run = client.create_run(experiment_id(client)).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run)
+    gate = {**GATE, "gain": {"mean": 0.3, "low": 0.1, "high": 0.5, "p_value": 0.01}}
+    write_json(report.GATE, gate)
+    write_page()
+    found = client.get_run(run).data
+    scored = read_json(METRICS)["candidate"]
+    assert found.metrics["eval/facts/accuracy"] == scored["facts"]["accuracy"]
+    assert found.metrics["eval/test/loss"] == scored["test"]["loss"]
+    assert (found.metrics["eval/gain"], found.metrics["eval/gain_low"]) == (0.3, 0.1)
+    assert found.tags["nightshift.verdict"] == "promote"
+    assert found.tags["nightshift.version"] == "2"
 
 
 @pytest.mark.usefixtures("checkout")
