@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Verdict of the gate -> name of the final state if nothing was promoted.
-STATES = {"promote": "NotPromoted", "hold": "Held", "reject": "Rejected"}
-OUTCOMES = ("Promoted", "WaitingForApproval", "NothingNew", *STATES.values())
+# Verdict of the gate -> name of the final state.
+STATES = {"promote": "Promoted", "hold": "Held", "reject": "Rejected"}
+OUTCOMES = ("WaitingForApproval", "NothingNew", *STATES.values())
 
 
 def describe_outcome(board: Mapping[str, Any], *, has_changed: bool) -> tuple[str, str]:
@@ -22,14 +22,19 @@ def describe_outcome(board: Mapping[str, Any], *, has_changed: bool) -> tuple[st
         ('Held', 'version 3 is not promoted: no gain; version 2 remains the champion')
         >>> describe_outcome(board, has_changed=False)
         ('NothingNew', 'no stage has new input; version 2 remains the champion')
+        >>> describe_outcome({**board, "promoted": True}, has_changed=False)
+        ('Promoted', 'version 3 is the champion: no gain')
     """
     gate, version, champion = board["gate"], board["version"], board["champion"]
     unchanged = f"version {champion} remains the champion" if champion else "there is no champion yet"
-    if board["promoted"]:
+    # An interrupted night may be promoted by one without new input.
+    if board["promoted"] and version != champion:
         return "Promoted", f"version {version} is the champion: {gate['reason']}"
     if board["waits"]:
         command = f"nightshift promote {version} --reason TEXT"
         return "WaitingForApproval", f"version {version} awaits `{command}`: {board['waits']}; {unchanged}"
     if not has_changed:
         return "NothingNew", f"no stage has new input; {unchanged}"
+    if board["promoted"]:
+        return "Promoted", f"{unchanged}: {gate['reason']}"
     return STATES[gate["verdict"]], f"version {version} is not promoted: {gate['reason']}; {unchanged}"
