@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from infra.local.prefect_api import UnreachableError
 from infra.local.processes import read_records
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json
@@ -127,7 +128,7 @@ def follow(stack: "Stack", run_id: str, console: Console) -> dict[str, Any]:
                 # In this order: the stages of a run that has ended are final.
                 run: dict[str, Any] = stack.prefect("GET", f"/flow_runs/{run_id}")
                 stages = read_stages(stack, run_id)
-            except StageError as err:
+            except UnreachableError as err:
                 if not read_records(stack.state_dir):
                     raise StageError("the servers were stopped; `make run` starts them again") from err
                 if not is_warned:
@@ -193,15 +194,10 @@ def read_stages(stack: "Stack", run_id: str) -> list[Stage]:
     """Return the stages of a run in the order in which they started, with their figures."""
     this_run = {"flow_runs": {"id": {"any_": [run_id]}}}
     runs = stack.prefect("POST", "/task_runs/filter", {**this_run, "sort": "EXPECTED_START_TIME_ASC"})
-    progress = {
-        found["key"].removesuffix("-progress"): found
-        for found in stack.prefect(
-            "POST",
-            "/artifacts/filter",
-            {**this_run, "artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_ASC"},
-        )
-        if found["key"]
-    }
+    body = {**this_run, "artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_DESC"}
+    # A retry creates another artifact with the same key; the latest one counts.
+    reports = reversed(stack.prefect("POST", "/artifacts/filter", body))
+    progress = {found["key"].removesuffix("-progress"): found for found in reports if found["key"]}
     stages = []
     for run in runs:
         if run["start_time"] is None and run["state_type"] not in ENDED:

@@ -22,6 +22,10 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasse
 log = logging.getLogger(__name__)
 
 
+class UnreachableError(StageError):
+    """The Prefect server does not respond, or has an internal error."""
+
+
 def call(url: str, auth_string: str, method: str, path: str, body: object = None) -> Any:
     """Call Prefect's API and return its decoded JSON response, or None if the response is not JSON.
 
@@ -33,7 +37,8 @@ def call(url: str, auth_string: str, method: str, path: str, body: object = None
         body: Request body, sent as JSON.
 
     Raises:
-        StageError: The server does not respond, or rejects the request.
+        UnreachableError: The server does not respond.
+        StageError: The server rejects the request.
     """
     headers = {"Authorization": f"Basic {base64.b64encode(auth_string.encode()).decode()}"}
     if method == "GET":
@@ -61,7 +66,8 @@ def request(
         timeout: Timeout of the response, in seconds.
 
     Raises:
-        StageError: The server does not respond, or rejects the request.
+        UnreachableError: The server does not respond.
+        StageError: The server rejects the request.
     """
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", **(headers or {})}
@@ -73,11 +79,11 @@ def request(
                 text = answer.read()
                 return json.loads(text) if "json" in answer.headers.get_content_type() else None
         except (OSError, http.client.HTTPException) as err:
+            code = err.code if isinstance(err, urllib.error.HTTPError) else None
             # Prefect returns 503 if the client should retry: its database was locked.
-            is_busy = (
-                isinstance(err, urllib.error.HTTPError) and err.code == http.HTTPStatus.SERVICE_UNAVAILABLE
-            )
-            if not is_busy or time.monotonic() > deadline:
-                raise StageError(f"{method} {url}: {err}; see the logs in {state_dir()}") from err
+            if code != http.HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                is_rejected = code is not None and code < http.HTTPStatus.INTERNAL_SERVER_ERROR
+                kind = StageError if is_rejected else UnreachableError
+                raise kind(f"{method} {url}: {err}; see the logs in {state_dir()}") from err
             log.info("%s is busy; retrying", url)
             time.sleep(1)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from infra.cli import watch
 from infra.cli.watch import find_active, run_deployment
+from infra.local.prefect_api import UnreachableError
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import write_json
 
@@ -55,7 +56,9 @@ class Server:
             case "/flow_runs/r1":
                 self.state, self.tasks = next(self.polls)
                 if self.state == "AWAY":
-                    raise StageError("GET: connection refused")
+                    raise UnreachableError("GET: connection refused")
+                if self.state == "UNKNOWN":
+                    raise StageError("GET: HTTP Error 422")
                 if self.state == "INTERRUPT":
                     raise KeyboardInterrupt
                 return self.run()
@@ -149,6 +152,11 @@ def test_an_outage_of_the_server_is_reported_once_and_outlasted(in_tmp: Path) ->
     write_json(in_tmp / ".nightshift" / "stack.json", {"prefect": {"pid": 1, "boot_id": "b", "port": 4200}})
     shown, _, _ = follow([("RUNNING", []), ("AWAY", []), ("AWAY", []), ("RUNNING", []), ("COMPLETED", [])])
     assert shown.count("Prefect does not respond; the run continues") == 1
+
+
+def test_a_rejected_request_is_no_outage() -> None:
+    with pytest.raises(StageError, match="HTTP Error 422"):
+        follow([("RUNNING", []), ("UNKNOWN", [])])
 
 
 def test_servers_that_were_stopped_are_not_waited_for(in_tmp: Path) -> None:
