@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 from prefect.client.base import PrefectHttpxAsyncClient, PrefectHttpxSyncClient
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import InvalidMessage
 
 RETRY_SECONDS = 2.0
 log = logging.getLogger("prefect.outlast")
@@ -41,6 +43,29 @@ def main() -> None:
 
 def outlast_outages() -> None:
     """Make every Prefect client of this process retry while its server is unreachable."""
+    outlast_requests()
+    outlast_handshakes()
+
+
+def outlast_handshakes() -> None:
+    """Let Prefect's event streams retry if the server dies during a handshake.
+
+    Prefect does not know websockets' InvalidMessage as an outage: its worker would report the run that
+    it submits as crashed.
+    """
+    original = ClientConnection.handshake
+
+    async def handshake(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            await original(self, *args, **kwargs)
+        except InvalidMessage as err:
+            raise ConnectionResetError(str(err)) from err
+
+    setattr(ClientConnection, "handshake", handshake)  # noqa: B010 - replaces a method on purpose
+
+
+def outlast_requests() -> None:
+    """Retry requests while the server is unreachable."""
     original, original_async = PrefectHttpxSyncClient.send, PrefectHttpxAsyncClient.send
     outage = Outage()
 

@@ -88,7 +88,8 @@ def test_make_run_registers_a_version(checkout: ServedCheckout) -> None:
     output = checkout.make_run()
     assert re.search(r"\ndedupe +started\ndedupe +completed +\d+\.\d s  [\d,]+ → [\d,]+ rows\n", output)
     assert re.search(r"\nsft +completed +\S+( s)?  6 steps, [\d,]+ tokens\n", output)
-    assert "nothing new" not in output
+    assert re.search(r"\n(Held|Promoted|Rejected): version 1 is ", output)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d finetune", checkout.last_run()["name"])
     assert "elements: chance" in output
     assert "25.0%" in output
     assert re.search(r"gate +(hold|promote|reject): ", output)
@@ -133,7 +134,7 @@ def test_after_dvc_repro_the_flow_has_nothing_to_compute(checkout: ServedCheckou
     params = checkout.folder / "params.yaml"
     params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 9999"))
     assert "Running stage 'gate'" in checkout.type("dvc", "repro")
-    assert re.search(r"\nnothing new since 20\S+ \S+: there is no champion yet\n", checkout.make_run())
+    assert "\nNothingNew: no stage has new input; there is no champion yet\n" in checkout.make_run()
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Skipped"}
     # The snapshot stage still checked the sources.
     assert checkout.task_states()["snapshot"] == "Completed"

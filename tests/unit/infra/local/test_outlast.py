@@ -8,7 +8,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
+from prefect._internal.websockets import websocket_connect
 from prefect.client.base import PrefectHttpxAsyncClient, PrefectHttpxSyncClient
+from prefect.events.clients import RETRYABLE_EXCEPTIONS
+from websockets.asyncio.client import ClientConnection
 
 from infra.local import outlast
 
@@ -26,6 +29,14 @@ class Answer(BaseHTTPRequestHandler):
         """Suppress request logging."""
 
 
+@pytest.fixture(autouse=True)
+def _put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back the methods that a test replaces."""
+    for client in (PrefectHttpxSyncClient, PrefectHttpxAsyncClient):
+        monkeypatch.setattr(client, "send", client.send)
+    monkeypatch.setattr(ClientConnection, "handshake", ClientConnection.handshake)
+
+
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Yield the URL of a server that comes up a second after the test starts."""
@@ -39,8 +50,6 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         servers[0].serve_forever(poll_interval=0.05)
 
     monkeypatch.setattr(outlast, "RETRY_SECONDS", 0.1)
-    for client in (PrefectHttpxSyncClient, PrefectHttpxAsyncClient):
-        monkeypatch.setattr(client, "send", client.send)  # put back after the test
     thread = threading.Thread(target=serve)
     thread.start()
     yield f"http://127.0.0.1:{port}"
@@ -93,3 +102,20 @@ def test_an_error_response_is_not_an_outage(url: str) -> None:
         pytest.raises(httpx.HTTPStatusError, match="501"),
     ):
         client.post("/")
+
+
+def test_a_server_that_dies_during_a_handshake_is_an_outage() -> None:
+    """Prefect knows an OSError as an outage of the event stream, but not websockets' InvalidMessage."""
+    outlast.outlast_outages()
+
+    async def connect_to_dying_server() -> None:
+        def die(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.close()
+
+        async with await asyncio.start_server(die, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with websocket_connect(f"ws://127.0.0.1:{port}/api/events/in"):
+                pass
+
+    with pytest.raises(RETRYABLE_EXCEPTIONS, match="did not receive a valid HTTP response"):
+        asyncio.run(connect_to_dying_server())
