@@ -110,7 +110,7 @@ def run(
     running = stack.up()
     ending = watch.run_deployment("finetune/prod", overrides, running, console)
     print_scoreboard(running)
-    console.print(escape(ending))
+    console.print(escape(ending), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -74,7 +74,8 @@ def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Con
     is_joined = run is not None
     run = run or start_run(stack, deployment, values)
     page = f"{stack.prefect_ui}/runs/flow-run/{run['id']}"
-    console.print(f"{'joined' if is_joined else 'started'} a run of {deployment}: {page}", highlight=False)
+    start = f"{'joined' if is_joined else 'started'} a run of {deployment}: {page}"
+    console.print(start, highlight=False, soft_wrap=True)
     try:
         run = follow(stack, run["id"], console)
     except KeyboardInterrupt as err:

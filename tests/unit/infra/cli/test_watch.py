@@ -84,7 +84,7 @@ def follow(polls: Polls, *, terminal: bool = False, **more: Any) -> tuple[str, S
     """Return what was shown, the server, and how the run ended."""
     server, out = Server(polls, more.pop("active", None)), StringIO()
     server.progress = more.pop("progress", [])
-    console = Console(file=out, force_terminal=terminal, width=100)
+    console = Console(file=out, force_terminal=terminal, width=100 if terminal else 60)
     ending = run_deployment("finetune/prod", more.pop("overrides", ""), server, console)  # type: ignore[arg-type]
     return out.getvalue(), server, ending
 
