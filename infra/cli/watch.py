@@ -261,8 +261,11 @@ def result_of(stage: str) -> str:
             return f"{sum(summary['shards'].values())} shards"
         case "sft":
             return f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
+        case "split":
+            sides = summary["rows_out_by_side"]
+            return ", ".join(f"{sides[side]:,} {side}" for side in ("train", "validation", "test"))
         case "evaluate":
-            return f"{summary['rows_out']:,} scores"
+            return f"{summary['rows_out']:,} answers and losses scored"
     rows_in, rows_out = summary.get("rows_in"), summary.get("rows_out")
     return f"{rows_in:,} → {rows_out:,} rows" if rows_in else ""
 

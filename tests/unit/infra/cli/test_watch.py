@@ -122,6 +122,14 @@ def test_a_terminal_shows_progress_below_the_finished_stages() -> None:
     assert "started\n" not in shown
 
 
+def test_splitting_and_scoring_are_described_by_what_they_count(in_tmp: Path) -> None:
+    sides = {"test": 100, "train": 826, "validation": 44}
+    write_json(in_tmp / "data/split/summary.json", {"rows_in": 970, "rows_out_by_side": sides})
+    write_json(in_tmp / "data/evaluate/summary.json", {"rows_in": 908, "rows_out": 908})
+    assert watch.result_of("split") == "826 train, 44 validation, 100 test"
+    assert watch.result_of("evaluate") == "908 answers and losses scored"
+
+
 def test_an_active_run_is_joined_and_takes_no_overrides() -> None:
     active = [{"id": "r1", "name": "quick-fox", "auto_scheduled": False}]
     shown, server, _ = follow([("RUNNING", []), ("COMPLETED", [])], active=active)
