@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from infra.cli import plan as planned
-from infra.cli import watch
 from infra.importers import axolotl
 from infra.local import stack
 from infra.local.settings import Stack
@@ -106,6 +105,8 @@ def run(
     overrides: str = typer.Option("", help='Parameters as JSON, such as {"sft.num_train_epochs": 2}.'),
 ) -> None:
     """Retrain once, or join the active run, and show the scoreboard."""
+    from infra.cli import watch
+
     check(read_params())
     running = stack.up()
     ending = watch.run_deployment("finetune/prod", overrides, running, console)
