@@ -90,9 +90,10 @@ def test_the_wheel_finds_its_data_and_its_command(installed: Path, tmp_path: Pat
 
 
 def project_texts() -> dict[str, str]:
-    """Return path -> text of the checkout's tracked files, without benchmark results and this test."""
+    """Return path -> text of the tracked files, without benchmark results, images and this test."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    names = [name for name in listed.splitlines() if not name.startswith("benchmarks/results/")]
+    others = ("benchmarks/results/", "docs/images/")
+    names = [name for name in listed.splitlines() if not name.startswith(others)]
     texts = {name: (ROOT / name).read_text("utf-8") for name in names if (ROOT / name).is_file()}
     return {name: text for name, text in texts.items() if name != Path(__file__).relative_to(ROOT).as_posix()}
 
