@@ -215,7 +215,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu-checks.json")
     parser.add_argument("--work", type=Path, required=True, help="empty folder for the training runs")
     parser.add_argument("--seconds", type=float, default=480.0, help="time limit of all training runs")
-    parser.add_argument("--at-once", type=int, default=8, help="number of small training runs in parallel")
+    parser.add_argument("--at-once", type=int, default=8, help="number of training runs in parallel")
     parser.add_argument("--rehearse", action="store_true", help="run some of the checks on a CPU")
     parser.add_argument(
         "--only", nargs="+", default=[], help="run these checks, and those they are compared with"
