@@ -149,7 +149,7 @@ def checks() -> Iterator[Check]:
     yield Check("evaluation", {"eval_steps": 3, "save_steps": 3, "load_best_model_at_end": True})
     yield Check("compile", {"torch_compile": True}, like="bf16-sdpa", within=0.02, seconds=150)
     little = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.01"}
-    many = {"per_device_train_batch_size": 16, "max_steps": 1, "warmup_steps": 0}
+    many = {"per_device_train_batch_size": 4, "max_steps": 1, "warmup_steps": 0}
     yield Check("memory-retry", many, attempts=4, environment=little, lengths=(2048,), seconds=200)
     rows = (1024, 3072)
     for name, changes in {

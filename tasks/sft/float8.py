@@ -59,6 +59,8 @@ def multiply(x: torch.Tensor, other: torch.Tensor, scales: torch.Tensor) -> torc
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows of x in float8, shape (n, k), and their scales, shape (n, 1) in float32."""
+    # No gradient flows through this; the compiled function would be compiled again for tensors with one.
+    x = x.detach()
     # Uncompiled, this would cost a GPU as much time as the product saves.
     return _quantize_compiled(x) if x.is_cuda else _quantize(x)
 

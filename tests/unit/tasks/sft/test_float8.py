@@ -42,6 +42,13 @@ def test_each_row_keeps_three_mantissa_bits_at_any_scale(exponent: int, at: int)
     assert ((found - x).abs() <= bound * 1.001).all()
 
 
+def test_quantizing_is_never_part_of_the_graph() -> None:
+    """The compiled function would be compiled again for tensors with a gradient, up to a limit of eight."""
+    values, scales = quantize(torch.randn(4, 32, requires_grad=True))
+    assert not scales.requires_grad
+    assert not values.requires_grad
+
+
 def test_both_products_match_bf16_up_to_rounding() -> None:
     weight, x = torch.randn(32, 64).bfloat16(), torch.randn(48, 64).bfloat16()
     # Outputs and inputs of very different magnitude, for which one scale would not suffice.

@@ -1,12 +1,13 @@
-"""The device on which the self-test loads the saved model a second time."""
+"""The self-test on the trainer: boundaries from positions, and the device of the second model."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tasks.sft.proof import find_reload_device
+from tasks.sft.proof import find_reload_device, forward_by_positions
 from tasks.sft.strategy import GIB
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -36,3 +37,29 @@ def test_a_second_model_is_loaded_where_it_fits(
 
 def test_without_a_gpu_it_is_loaded_on_the_cpu() -> None:
     assert find_reload_device(trainer(CPU, use_liger_kernel=False)) == CPU
+
+
+def test_kernels_get_boundaries_from_positions_as_in_training() -> None:
+    """FlashAttention 4 refuses a tensor as length, which is what transformers derives from positions."""
+    seen: dict[str, Any] = {}
+
+    def model(**given: Any) -> Any:
+        seen.update(given)
+        return SimpleNamespace(logits=torch.zeros(1, len(given["logits_to_keep"]), 8))
+
+    wrapped = SimpleNamespace(model_wrapped=model, compute_loss_context_manager=nullcontext)
+    batch = {
+        "input_ids": torch.ones(1, 5, dtype=torch.int64),
+        "labels": torch.tensor([[-100, 1, 1, -100, 1]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+        # The boundaries say one example.
+        "cu_seq_lens_q": torch.tensor([0, 5], dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, 5], dtype=torch.int32),
+        "max_length_q": 5,
+        "max_length_k": 5,
+    }
+    forward_by_positions(wrapped, batch)  # type: ignore[arg-type]
+    for side in "qk":
+        assert torch.equal(seen[f"cu_seq_lens_{side}"], torch.tensor([0, 3, 5], dtype=torch.int32))
+        assert type(seen[f"max_length_{side}"]) is int
+        assert seen[f"max_length_{side}"] == 3
