@@ -20,6 +20,7 @@ from tasks.sft.trainer import Trainer, summed_loss
 
 # Memory for the activations and logits of the self-test, in a model that is loaded a second time.
 RELOAD_BYTES = 2 * GIB
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Proof(TrainerCallback):
@@ -123,18 +124,20 @@ def training_loss(trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def forward_by_positions(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Compute the loss with example boundaries that are derived from the positions.
+    """Compute the loss without passing the example boundaries to the kernel.
 
     Some kernels use only the boundaries, so a wrong mask or position would show only with another one.
     """
+    kept = {key: value for key, value in batch.items() if key not in BOUNDARIES}
+    if trainer.model.config._attn_implementation == "flash_attention_4":
+        # It needs them; transformers would derive them with the longest length as a tensor, which fails.
+        kept |= derive_boundaries(batch["position_ids"])
     with trainer.compute_loss_context_manager():
-        return summed_loss(trainer.model_wrapped, {**batch, **derive_boundaries(batch["position_ids"])})
+        return summed_loss(trainer.model_wrapped, kept)
 
 
 def derive_boundaries(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
-    """Return the arguments of attention kernels for a row in which each position 0 starts an example.
-
-    transformers derives them too, but as tensors: FlashAttention 4 takes the longest length only as an int.
+    """Return the example boundaries of a row in which each position 0 starts an example.
 
     Args:
         position_ids: Positions, shape (1, n_tokens).
@@ -146,7 +149,7 @@ def derive_boundaries(position_ids: torch.Tensor) -> dict[str, torch.Tensor | in
     starts = (position_ids[0] == 0).nonzero().squeeze(-1)
     ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
     longest = int(ends.diff().max())
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return dict(zip(BOUNDARIES, (ends, ends, longest, longest), strict=True))
 
 
 def backward(trainer: Trainer, batch: dict[str, Any], job: Job) -> list[torch.Tensor | None]:

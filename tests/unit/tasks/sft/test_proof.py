@@ -39,27 +39,38 @@ def test_without_a_gpu_it_is_loaded_on_the_cpu() -> None:
     assert find_reload_device(trainer(CPU, use_liger_kernel=False)) == CPU
 
 
-def test_kernels_get_boundaries_from_positions_as_in_training() -> None:
-    """FlashAttention 4 refuses a tensor as length, which is what transformers derives from positions."""
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("sdpa_per_example", {}),
+        (
+            "flash_attention_4",
+            {"cu_seq_lens_q": [0, 3, 5], "cu_seq_lens_k": [0, 3, 5], "max_length_q": 3, "max_length_k": 3},
+        ),
+    ],
+)
+def test_a_check_uses_positions_instead_of_boundaries(kernel: str, expected: dict[str, Any]) -> None:
+    """FlashAttention 4 needs boundaries, and refuses a tensor as length, which transformers would give it."""
     seen: dict[str, Any] = {}
 
     def model(**given: Any) -> Any:
-        seen.update(given)
+        seen.update({key: value for key, value in given.items() if key.startswith(("cu_seq", "max_length"))})
         return SimpleNamespace(logits=torch.zeros(1, len(given["logits_to_keep"]), 8))
 
-    wrapped = SimpleNamespace(model_wrapped=model, compute_loss_context_manager=nullcontext)
+    fake: Any = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(_attn_implementation=kernel)),
+        model_wrapped=model,
+        compute_loss_context_manager=nullcontext,
+    )
+    # The boundaries claim one example, the positions two.
+    one = torch.tensor([0, 5], dtype=torch.int32)
     batch = {
         "input_ids": torch.ones(1, 5, dtype=torch.int64),
         "labels": torch.tensor([[-100, 1, 1, -100, 1]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
-        # The boundaries say one example.
-        "cu_seq_lens_q": torch.tensor([0, 5], dtype=torch.int32),
-        "cu_seq_lens_k": torch.tensor([0, 5], dtype=torch.int32),
-        "max_length_q": 5,
-        "max_length_k": 5,
+        **{"cu_seq_lens_q": one, "cu_seq_lens_k": one, "max_length_q": 5, "max_length_k": 5},
     }
-    forward_by_positions(wrapped, batch)  # type: ignore[arg-type]
-    for side in "qk":
-        assert torch.equal(seen[f"cu_seq_lens_{side}"], torch.tensor([0, 3, 5], dtype=torch.int32))
-        assert type(seen[f"max_length_{side}"]) is int
-        assert seen[f"max_length_{side}"] == 3
+    forward_by_positions(fake, batch)
+    found = {key: value.tolist() if key.startswith("cu_seq") else value for key, value in seen.items()}
+    assert found == expected
+    assert all(type(value) is int for key, value in found.items() if key.startswith("max_length"))
