@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed compiles its ops on first use, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help run test test-long test-gpu rehearse-gpu check bench-data bench-sft bench-gpu gpu-kit down clean
+.PHONY: help run test test-long test-gpu rehearse-gpu check bench-data bench-sft bench-gpu gpu-kit down clean purge
 
 help:  ## list all targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -51,7 +51,12 @@ rehearse-gpu: $(VENV)/ready  ## run small versions of test-gpu and bench-gpu on 
 down:  ## stop everything that `make run` started
 	@if [ -x $(BIN)/nightshift ]; then $(BIN)/nightshift down; else echo "nothing is installed"; fi
 
-clean: down  ## delete the environment, state and data, but not the code
+clean: down  ## delete what is installed and compiled; data, models and databases stay
+	rm -rf $(VENV) .kit .nightshift/torch-extensions
+
+purge: down  ## delete everything but the code: data, models, the registry, the DVC remote; asks, unless YES=1
+	@du -sch data .dvc/cache .nightshift 2>/dev/null || true
+	@[ "$(YES)" = 1 ] || { read -rp "Delete all of this, with the registry and every model? [y/N] " answer; [ "$$answer" = y ]; }
 	rm -rf $(VENV) .kit .nightshift data .dvc/cache .dvc/tmp dvc.lock prefect.toml
 
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -1,20 +1,32 @@
 """The MLflow run of one flow run."""
 
-from collections.abc import Iterator
+import getpass
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import prefect.runtime.flow_run
 from mlflow import MlflowClient
+from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_GIT_DIRTY,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+    MLFLOW_USER,
+)
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 
+from nightshift.core.config import read_params
 from nightshift.core.files import file_digest, read_json
 from nightshift.core.paths import TRAINING_RUN
-from nightshift.tracking.runs import experiment_id, git_commit, tracking_uri
+from nightshift.tracking.runs import experiment_id, git_commit, has_local_changes, tracking_uri
 
 FLOW_RUN = "nightshift.flow_run"
 
@@ -31,19 +43,56 @@ def tracked_run() -> Iterator[str]:
     client = MlflowClient(tracking_uri())
     close_abandoned(client)
     name = prefect.runtime.flow_run.name or "finetune"
-    tags = {
-        FLOW_RUN: str(prefect.runtime.flow_run.id),
-        "nightshift.params_digest": file_digest(Path("params.yaml")),
-        "nightshift.git_commit": git_commit(),
-    }
-    run = client.create_run(experiment_id(client), run_name=name, tags=tags)
+    run = client.create_run(experiment_id(client), run_name=name, tags=run_tags())
     run_id = str(run.info.run_id)
+    log_params(client, run_id)
     status = "FAILED"
     try:
         yield run_id
         status = "FINISHED"
     finally:
         close(client, run_id, status)
+
+
+def run_tags() -> dict[str, str]:
+    """Return the tags of a new run: those that MLflow's pages show, and those that identify its inputs."""
+    url = prefect.runtime.flow_run.ui_url
+    return {
+        FLOW_RUN: str(prefect.runtime.flow_run.id),
+        "nightshift.params_digest": file_digest(Path("params.yaml")),
+        "nightshift.git_commit": git_commit(),
+        MLFLOW_USER: getpass.getuser(),
+        MLFLOW_SOURCE_TYPE: "JOB",
+        MLFLOW_SOURCE_NAME: "flows/finetune.py",
+        MLFLOW_GIT_COMMIT: git_commit(),
+        MLFLOW_GIT_DIRTY: str(has_local_changes()).lower(),
+        **({"mlflow.note.content": f"[Flow run in Prefect]({url})"} if url else {}),
+    }
+
+
+def log_params(client: MlflowClient, run_id: str) -> None:
+    """Log the parameters in use; an error is only logged."""
+    params = [Param(key, value[:MAX_PARAM_VAL_LENGTH]) for key, value in flatten(read_params())]
+    try:
+        client.log_batch(run_id, params=params)
+    except MlflowException as err:
+        get_run_logger().warning("MLflow: the parameters are not logged to run %s: %s", run_id, err)
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the parameters in use as (`section.key`, value); training logs its own section, resolved.
+
+    Example:
+        >>> list(flatten({"gate": {"alpha": 0.05, "floors": {}}, "sft": {"seed": 1}}))
+        [('gate.alpha', '0.05'), ('gate.floors', '{}')]
+    """
+    for key, value in params.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            if name != "sft":
+                yield from flatten(value, f"{name}.")
+        else:
+            yield name, str(value)
 
 
 def close(client: MlflowClient, run_id: str, status: str) -> None:

@@ -22,6 +22,7 @@ from nightshift.core.files import read_json, text_digest, write_json
 from nightshift.core.paths import CHAMPION_RECORD, GATE, OUTCOME, VERSION
 from nightshift.core.stage import run_main
 from nightshift.core.state import state_dir
+from nightshift.pipeline.outcome import promote_command
 from nightshift.registry.record import HELD, Action, Record, open_record
 from nightshift.registry.versions import (
     ANSWERS,
@@ -84,7 +85,7 @@ def apply_verdict() -> None:
     promoted = decision["verdict"] == "promote" and waits is None
     if waits:
         client.set_registered_model_alias(name, "challenger", str(version))
-        log.info("version %d is waiting for `nightshift promote %d`: %s", version, version, waits)
+        log.info("version %d awaits `%s`: %s", version, promote_command(version), waits)
     elif promoted:
         move(
             version, "promote", f"gate: {decision['reason']}", expected=read_json(CHAMPION_RECORD)["version"]
@@ -180,6 +181,9 @@ def move(version: int, action: Action, reason: str, expected: int | None = ANY_C
         moved = find_alias(client, name, "champion")
         if moved is None or int(moved.version) != version:
             raise GateError(f"registry: the champion of {name} is {moved} instead of {version}; check MLflow")
+        # A promotion ends the wait of an earlier candidate, which was compared with another champion.
+        if action == "promote" and find_alias(client, name, "challenger"):
+            client.delete_registered_model_alias(name, "challenger")
         drop_bases(name, needed)
     log.info("%s: version %d (%s) is the champion of %s", action, version, following.tags[DIGEST][:12], name)
 

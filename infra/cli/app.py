@@ -24,6 +24,7 @@ from nightshift.core.files import read_json
 from nightshift.core.paths import GATE, PAGE
 from nightshift.core.stage import OFFLINE
 from nightshift.core.state import tools_environment
+from nightshift.pipeline.outcome import promote_command
 from nightshift.pipeline.scoreboard import format_rows, scoreboard_file
 from nightshift.raw.unused import unused_by_params
 from tasks.check import check
@@ -166,9 +167,10 @@ def move_champion(*arguments: str) -> None:
 def history() -> None:
     """List all champion changes and their reasons, after verifying that the record is unaltered."""
     from nightshift.registry.record import HELD, open_record
-    from nightshift.registry.versions import open_registry
+    from nightshift.registry.versions import find_alias, open_registry
 
-    record = open_record(*open_registry())
+    client, name = open_registry()
+    record, challenger = open_record(client, name), find_alias(client, name, "challenger")
     table = Table("when", "what", "champion", "before", "why", "by", box=None)
     for entry in record.entries:
         moved = (str(entry.champion or "none"), str(entry.before or "none"))
@@ -176,6 +178,8 @@ def history() -> None:
     console.print(table)
     if record.is_held:
         console.print(HELD)
+    if challenger:
+        console.print(f"version {challenger.version} awaits `{promote_command(int(challenger.version))}`")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from nightshift.core.paths import BASE, PACKED, TRAINING_RUN
 from nightshift.core.state import state_dir
 from nightshift.data.encode import count_supervised
 from nightshift.pipeline.graph import changed_stages, find_reruns
+from nightshift.pipeline.leases import lease_holder, leased_runs
 from nightshift.pipeline.scoreboard import scoreboard_file
 from tasks.check import check
 from tasks.sft import SftParams
@@ -79,8 +80,8 @@ def show(console: Console) -> None:
     """Print the plan, and plot the learning rate to a file.
 
     Raises:
-        ConfigError: params.yaml is invalid, DVC cannot determine what changed, or nothing fits into the
-            device's memory.
+        ConfigError: params.yaml is invalid, a run is active, DVC cannot determine what changed, or nothing
+            fits into the device's memory.
         DataError: The rows or the base are missing, or were made from other parameters, code or data.
     """
     check(read_params())
@@ -88,6 +89,12 @@ def show(console: Console) -> None:
     for path, stage in READS.items():
         if not path.is_file():
             raise DataError(f"{path}: not found; run `dvc repro {stage}` first")
+    # DVC's own message would advise to delete its lock.
+    if any(lease_holder(run) == "alive" for run in leased_runs()):
+        raise ConfigError(
+            "a run is active in this checkout, and DVC works for one program at a time; wait until the run "
+            "has ended, then plan the next one"
+        )
     reruns = find_reruns(changed_stages())
     if stale := [stage for stage in READS.values() if stage in reruns]:
         print_reruns(console, reruns)

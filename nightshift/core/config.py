@@ -26,6 +26,27 @@ class StageParams(BaseModel):
 P = TypeVar("P", bound=StageParams)
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that rejects a key that occurs twice, of which PyYAML would use the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
+        """Build a mapping.
+
+        Raises:
+            yaml.constructor.ConstructorError: A key occurs twice.
+        """
+        seen = set()
+        for key_node, _ in node.value:
+            # A key that is no scalar is rejected below.
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} occurs twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_params(path: Path = PARAMS) -> dict[str, Any]:
     """Read the whole config file.
 
@@ -33,7 +54,7 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
         ConfigError: The file is missing, is not valid YAML, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except FileNotFoundError as err:
         raise ConfigError(f"{path}: not found; run from the folder that contains it") from err
     except yaml.YAMLError as err:

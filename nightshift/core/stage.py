@@ -52,6 +52,8 @@ def run_main(
         declare(parser)
     arguments = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    # The program's own lines name it instead of `__main__`.
+    logging.getLogger("__main__").name = parser.prog.removeprefix("python -m ")
     # Child processes must not write this program's result file.
     result_file = os.environ.pop(RESULT, None)
     error: PipelineError | None = None

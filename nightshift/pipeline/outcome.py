@@ -31,10 +31,15 @@ def describe_outcome(board: Mapping[str, Any], *, has_changed: bool) -> tuple[st
     if board["promoted"] and version != champion:
         return "Promoted", f"version {version} is the champion: {gate['reason']}"
     if board["waits"]:
-        command = f"nightshift promote {version} --reason TEXT"
+        command = promote_command(version)
         return "WaitingForApproval", f"version {version} awaits `{command}`: {board['waits']}; {unchanged}"
     if not has_changed:
         return "NothingNew", f"no stage has new input; {unchanged}"
     if board["promoted"]:
         return "Promoted", f"{unchanged}: {gate['reason']}"
     return STATES[gate["verdict"]], f"version {version} is not promoted: {gate['reason']}; {unchanged}"
+
+
+def promote_command(version: int) -> str:
+    """Return the command with which a person promotes a version."""
+    return f"nightshift promote {version} --reason TEXT"

@@ -7,6 +7,7 @@ from nightshift.core.files import read_json, write_figures
 from nightshift.core.paths import CHAMPION_RECORD, DATA, GATE, METRICS, OUTCOME, TRAINING_RUN, VERSION
 from nightshift.core.state import state_dir
 from nightshift.pipeline.graph import stage_order
+from nightshift.pipeline.outcome import promote_command
 
 
 def scoreboard_file() -> Path:
@@ -73,8 +74,9 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         ("gate", f"{gate['verdict']}: {gate['reason']}"),
         ("registered version", f"{board['version']}"),
         ("champion", f"version {champion}" if champion else "none yet"),
-        *([("awaiting approval", board["waits"])] if board["waits"] else []),
     ]
+    if board["waits"]:
+        table.append(("awaiting approval", f"{board['waits']}; {promote_command(board['version'])}"))
     for stage, found in board["dropped"].items():
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in found["dropped"].items())
         count = sum(found["dropped"].values())

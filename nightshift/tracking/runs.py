@@ -95,3 +95,10 @@ def git_commit() -> str:
     """Return the commit of the checkout, or `none` outside git."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "none"
+
+
+def has_local_changes() -> bool:
+    """Return whether a tracked file of the checkout differs from its commit."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return bool(done.stdout.strip())

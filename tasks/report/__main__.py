@@ -44,6 +44,7 @@ from nightshift.data.schemas import Score
 from nightshift.data.statistics import is_broken
 from nightshift.pipeline.graph import stage_order
 from nightshift.pipeline.ledger import TRANSFERS
+from nightshift.pipeline.outcome import promote_command
 from nightshift.raw.unused import unused_by_snapshot
 from nightshift.registry.lineage import open_lineage, write_lineage
 from nightshift.registry.versions import DIGEST, open_registry, registered
@@ -174,7 +175,7 @@ def describe_outcome(client: MlflowClient, name: str, candidate: str | None, cha
         return f"Version {number} is now the champion{f', replacing version {champion}' if champion else ''}."
     if "challenger" in aliases and OUTCOME.is_file():
         waits = read_json(OUTCOME)["waits"]
-        return f"Version {number} is waiting for `nightshift promote {number}`: {waits}. {unchanged}"
+        return f"Version {number} awaits `{promote_command(number)}`: {waits}. {unchanged}"
     return f"The candidate is registered as version {number}. {unchanged}"
 
 

@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from infra.local import prefect_api
 from nightshift.core.files import read_json
@@ -98,6 +99,23 @@ def test_make_run_registers_a_version(checkout: ServedCheckout) -> None:
     assert list(checkout.task_states()) != []
     assert {checkout.task_states()[stage] for stage in ("snapshot", *STAGES)} == {"Completed"}
     assert "error(s) in" not in checkout.type("nightshift", "status")
+
+
+def test_mlflow_has_parameters_scores_and_source_of_the_run(checkout: ServedCheckout) -> None:
+    record = json.loads((checkout.folder / "data/sft/mlflow_run.json").read_text())
+    stack = json.loads((checkout.folder / ".nightshift/stack.json").read_text())
+    client = MlflowClient(f"http://127.0.0.1:{stack['mlflow']['port']}")
+    run = client.get_run(record["run_id"])
+    assert (run.data.params["gate.alpha"], run.data.params["sft.max_steps"]) == ("0.05", "6")
+    scores = read_json(checkout.folder / "data/evaluate/metrics.json")["candidate"]
+    assert run.data.metrics["eval/elements/accuracy"] == scores["elements"]["accuracy"]
+    assert run.data.metrics["eval/test/loss"] == scores["test"]["loss"]
+    assert run.data.tags["mlflow.source.name"] == "flows/finetune.py"
+    assert run.data.tags["mlflow.git.dirty"] == "true"
+    assert "/runs/flow-run/" in run.data.tags["mlflow.note.content"]
+    model = client.search_logged_models([run.info.experiment_id])[0]
+    logged = {metric.key: metric.value for metric in model.metrics}
+    assert logged["eval/elements/accuracy"] == scores["elements"]["accuracy"]
 
 
 def test_the_run_links_to_its_report(checkout: ServedCheckout) -> None:

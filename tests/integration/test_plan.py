@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from nightshift.core.files import read_rows, write_rows
+from nightshift.pipeline.leases import lease
 from tasks.pack import ROWS
 from tests.helpers.checkouts import ROOT
 from tests.helpers.sft import make_folder
@@ -81,6 +82,16 @@ def test_the_plan_is_printed_without_torch(folder: Path, clean_environment: dict
     assert " ingest " in output
     assert output.endswith("False")
     assert (folder / "state" / "plan.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_next_to_an_active_run_there_is_no_plan(
+    folder: Path, clean_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_HOME", str(folder / "state"))
+    with lease("run"):
+        done = plan(folder, clean_environment)
+    assert "a run is active in this checkout, and DVC works for one program at a time" in done.stderr
+    assert "tokens" not in done.stdout
 
 
 def test_missing_rows_are_an_error(folder: Path, clean_environment: dict[str, str]) -> None:

@@ -189,7 +189,7 @@ def test_a_rollback_restores_the_same_adapter_and_holds_automatic_promotion() ->
     promote.release_hold("the cause is found")
     assert night(2) == {"promoted": False, "waits": "version 2 was rolled back before"}
     assert night(3) == {"promoted": True, "waits": None}
-    assert (alias("champion"), alias("previous-champion")) == (3, 1)
+    assert (alias("champion"), alias("previous-champion"), alias("challenger")) == (3, 1, None)
     actions = [entry.action for entry in record().entries]
     assert actions == ["promote", "promote", "rollback", "acknowledge", "promote"]
 

@@ -248,7 +248,7 @@ def test_the_page_shows_what_a_waiting_version_waits_for(checkout: Path) -> None
     client.set_registered_model_alias(name, "challenger", "2")
     write_json(report.OUTCOME, {"promoted": False, "waits": "registry.approval is manual"})
     expected = (
-        "Version 2 is waiting for `nightshift promote 2`: registry.approval is manual. "
+        "Version 2 awaits `nightshift promote 2 --reason TEXT`: registry.approval is manual. "
         "Version 1 remains the champion."
     )
     assert expected in plain(write_page())

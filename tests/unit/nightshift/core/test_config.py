@@ -59,3 +59,20 @@ def test_a_file_that_is_not_a_mapping_is_an_error(tmp_path: Path, text: str) -> 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not found"):
         load_params(DemoParams, "demo", tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("demo: {max_length: 8, max_length: 9, learning_rate: 1}", "the key max_length occurs twice"),
+        ("demo: {max_length: 8, learning_rate: 1}\ndemo: {}\n", r"the key demo occurs twice[^;]*line 2"),
+    ],
+)
+def test_a_key_that_occurs_twice_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_params(DemoParams, "demo", write(tmp_path, text))
+
+
+def test_equal_keys_of_different_mappings_are_fine(tmp_path: Path) -> None:
+    path = write(tmp_path, "demo: {max_length: 8, learning_rate: 8}\nother: [{a: 1}, {a: 1}]")
+    assert load_params(DemoParams, "demo", path).max_length == 8

@@ -59,3 +59,27 @@ def test_a_program_writes_its_result(end: str, code: int, result: object, tmp_pa
         assert done.stdout == "None\n"
     if code == 2:
         assert done.stderr.splitlines()[-1] == f"error: {result['error']}"  # type: ignore[index]
+
+
+def test_the_lines_of_a_program_start_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "chatty.py").write_text(
+        """
+import logging
+from nightshift.core.stage import run_main
+
+log = logging.getLogger(__name__)
+
+def main() -> None:
+    log.info("hello")
+
+run_main(main)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "chatty"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.split(maxsplit=1)[1] == "chatty hello\n"

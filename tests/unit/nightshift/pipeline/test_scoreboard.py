@@ -60,7 +60,7 @@ def test_missing_scores_are_shown_as_none() -> None:
 def test_a_verdict_without_a_comparison_has_no_gain_and_keeps_the_champion() -> None:
     board = {**BOARD, "promoted": False, "gate": {"verdict": "hold", "reason": "same"}, "waits": "manual"}
     table = dict(format_rows(board))
-    assert table["awaiting approval"] == "manual"
+    assert table["awaiting approval"] == "manual; nightshift promote 2 --reason TEXT"
     assert "gain over the base" not in table
     assert table["champion"] == "version 1"
     assert table["gate"] == "hold: same"

@@ -1,0 +1,56 @@
+"""`make clean` keeps everything that cannot be installed again; `make purge` asks first."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.checkouts import ROOT
+
+KEPT = (
+    "data/raw/facts/000001.jsonl",
+    ".dvc/cache/files",
+    ".nightshift/mlflow.db",
+    ".nightshift/remote/files",
+)
+INSTALLED = (".venv/lib", ".kit/a.whl", ".nightshift/torch-extensions/op.so")
+
+
+@pytest.fixture
+def checkout(in_tmp: Path) -> Path:
+    shutil.copy(ROOT / "Makefile", in_tmp)
+    for name in (*KEPT, *INSTALLED):
+        (in_tmp / name).parent.mkdir(parents=True, exist_ok=True)
+        (in_tmp / name).write_text("x")
+    return in_tmp
+
+
+def make(*arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *arguments], input=answer, capture_output=True, text=True, check=False)
+
+
+def existing(checkout: Path) -> set[str]:
+    return {name for name in (*KEPT, *INSTALLED) if (checkout / name).exists()}
+
+
+def test_clean_deletes_only_what_is_installed_and_compiled(checkout: Path) -> None:
+    assert make("clean").returncode == 0
+    assert existing(checkout) == set(KEPT)
+
+
+@pytest.mark.parametrize("answer", ["", "n\n", "\n"])
+def test_purge_without_consent_deletes_nothing(checkout: Path, answer: str) -> None:
+    done = make("purge", answer=answer)
+    assert done.returncode != 0
+    assert ".nightshift" in done.stdout
+    assert existing(checkout) == {*KEPT, *INSTALLED}
+
+
+@pytest.mark.parametrize(("arguments", "answer"), [(("YES=1",), ""), ((), "y\n")])
+def test_purge_with_consent_deletes_all_but_the_code(
+    checkout: Path, arguments: tuple[str, ...], answer: str
+) -> None:
+    assert make("purge", *arguments, answer=answer).returncode == 0
+    assert existing(checkout) == set()
+    assert (checkout / "Makefile").exists()
