@@ -118,7 +118,8 @@ def run_command(command: list[str], name: str, run_id: str) -> bool:
 
 def environment(run_id: str) -> dict[str, str]:
     """Return the variables that a program needs in addition to the flow's environment."""
-    return {**tools_environment(), "MLFLOW_RUN_ID": run_id}
+    # Programs report progress in lines; bars would fill the log.
+    return {**tools_environment(), "MLFLOW_RUN_ID": run_id, "TQDM_DISABLE": "1"}
 
 
 @contextmanager

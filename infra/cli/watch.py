@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from infra.local.settings import Stack
 
 POLL_SECONDS = 1.0
+# Time between two lines about a stage that is running, where no bar is shown.
+LINE_SECONDS = 300.0
 # States of a flow run that has not ended.
 ACTIVE = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -150,18 +152,25 @@ def shown_stages(console: Console) -> Iterator[Callable[[list[Stage]], None]]:
     """Yield a function that shows the stages of a run.
 
     In a terminal, a stage is one line that changes until it has ended, with a progress bar if it reports
-    progress. Elsewhere (a pipe, a file), a line is printed when a stage starts and when it has ended.
+    progress. Elsewhere (a pipe, a file), a line is printed when a stage starts, every `LINE_SECONDS`, and
+    when it has ended.
     """
-    started, ended = set[str](), set[str]()
+    # Stage -> run time in its last line, in seconds.
+    printed, ended = dict[str, float](), set[str]()
 
     def print_lines(stages: list[Stage]) -> None:
         for stage in stages:
-            if not (console.is_terminal or stage.has_ended or stage.name in started):
-                console.print(f"{stage.name:<14}started", highlight=False)
             if stage.has_ended and stage.name not in ended:
                 console.print(escape(describe(stage)), highlight=False, soft_wrap=True)
                 ended.add(stage.name)
-            started.add(stage.name)
+            elif not (console.is_terminal or stage.has_ended):
+                if stage.name not in printed:
+                    console.print(f"{stage.name:<14}started", highlight=False)
+                elif stage.seconds - printed[stage.name] >= LINE_SECONDS:
+                    console.print(escape(describe(stage)), highlight=False, soft_wrap=True)
+                else:
+                    continue
+                printed[stage.name] = stage.seconds
 
     if not console.is_terminal:
         yield print_lines
@@ -220,7 +229,7 @@ def read_stages(stack: "Stack", run_id: str) -> list[Stage]:
 
 
 def describe(stage: Stage) -> str:
-    """Describe a stage that has ended in one line.
+    """Describe a stage in one line.
 
     Example:
         >>> describe(Stage("dedupe", "completed", 1.24, has_ended=True, figures="2,100 → 970 rows"))

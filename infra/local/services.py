@@ -57,7 +57,8 @@ def wait_until_healthy(service: str, stack: Stack) -> None:
             text = _tail(output.read_text(errors="replace"))
             raise StageError(f"{service}: exited during startup; last lines of {output}:\n{text}")
         if is_healthy(service, stack):
-            return log.info("%s: %s, pid %d", service, url_of(service, stack), record["pid"])
+            where = f"{url}, " if (url := url_of(service, stack)) else ""
+            return log.info("%s: %spid %d", service, where, record["pid"])
         if time.monotonic() > deadline:
             raise StageError(f"{service}: not healthy after {START_SECONDS} s; see {output}")
         time.sleep(0.2)
@@ -89,8 +90,8 @@ def is_online(stack: Stack) -> bool:
 
 
 def url_of(service: str, stack: Stack) -> str:
-    """Return the URL of a service's UI; the worker shares Prefect's."""
-    return stack.mlflow_url if service == "mlflow" else stack.prefect_ui
+    """Return the URL of a service's UI; empty for the worker, which has none."""
+    return {"prefect": stack.prefect_ui, "mlflow": stack.mlflow_url, "worker": ""}[service]
 
 
 def port_of(service: str, stack: Stack) -> int:

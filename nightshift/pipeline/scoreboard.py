@@ -61,15 +61,19 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
             if value is not None:
                 table.append((f"{benchmark}: {label}", format_percent(value)))
     if gain := gate.get("gain"):
+        mean, low, high = (format_points(gain[key]) for key in ("mean", "low", "high"))
         table.append(
             (
                 f"gain over the {gate['reference']}",
-                f"{format_percent(gain['mean'], '+')}, {1 - gain['alpha']:.0%} interval "
-                f"{format_percent(gain['low'], '+')} to {format_percent(gain['high'], '+')}",
+                f"{mean} points on {gain['items']:,} questions, "
+                f"{100 * (1 - gain['alpha']):g}% interval {low} to {high}",
             )
         )
     table += [
-        ("held-out loss", f"{format_loss(base['test']['loss'])} -> {format_loss(candidate['test']['loss'])}"),
+        (
+            "loss on the test set",
+            f"base {format_loss(base['test']['loss'])} -> new model {format_loss(candidate['test']['loss'])}",
+        ),
         ("training speed", f"{board['tokens_per_second']:.0f} tokens/s"),
         ("gate", f"{gate['verdict']}: {gate['reason']}"),
         ("registered version", f"{board['version']}"),
@@ -84,9 +88,14 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
     return table
 
 
-def format_percent(value: float | None, sign: str = "") -> str:
-    """Format a share as a percentage, with its sign if `sign` is "+"; None gives "none"."""
-    return "none" if value is None else f"{value:{sign}.1%}"
+def format_percent(value: float | None) -> str:
+    """Format a share as a percentage; None gives "none"."""
+    return "none" if value is None else f"{value:.1%}"
+
+
+def format_points(share: float | None) -> str:
+    """Format a difference of accuracies in percentage points with its sign; None gives "none"."""
+    return "none" if share is None else f"{100 * share:+.1f}"
 
 
 def format_loss(value: float | None) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from nightshift.core.config import load_params, suggestion
 from nightshift.core.errors import ConfigError, DataError, StageError
 from nightshift.core.files import (
     file_digest,
+    iterate_rows,
     read_json,
     read_rows,
     text_digest,
@@ -43,7 +43,7 @@ from nightshift.data.benchmarks import HELDOUT, read_benchmarks
 from nightshift.pipeline import supervise
 from nightshift.registry.bases import base_digest, is_base
 from tasks.evaluate import EvaluateParams
-from tasks.evaluate.scores import ALL_SCORES, DONE, metrics
+from tasks.evaluate.scores import ALL_SCORES, DONE, PROGRESS, metrics
 
 ENGINES = (*MODEL_ENGINES, "bm25s", "lm-eval", "nltk", "rouge-score")
 RETRIEVAL = "retrieval"
@@ -178,25 +178,32 @@ def score_missing(
         StageError: A process exited before it had scored all benchmarks.
     """
     missing: dict[str, dict[str, str]] = {}
-    total = 0
     for name, files in memo.items():
         # A candidate that is identical to the champion is scored once.
         known = {target for targets in missing.values() for target in targets.values()}
         targets = {key: str(file) for key, file in files.items() if not file.is_file()}
         if targets := {key: target for key, target in targets.items() if target not in known}:
             missing[name] = targets
-            total += len(targets)
     if not missing:
         return
-    done = count(1)
+    items = count_items(params)
+    total = sum(items[benchmark] for targets in missing.values() for benchmark in targets)
+    done: dict[tuple[str, str], int] = {}
     workers = count_workers(len(missing))
     threads = (os.cpu_count() or 1) // workers
 
     def show(name: str, line: str) -> None:
         if line.startswith(DONE):
-            print_line(f"step {next(done)}/{total} {name}: {line.removeprefix(DONE)}")
+            benchmark = line.removeprefix(DONE)
+            done[name, benchmark] = items[benchmark]
+        elif line.startswith(PROGRESS):
+            benchmark, share = line.removeprefix(PROGRESS).split(" ")
+            part, whole = map(int, share.split("/"))
+            done[name, benchmark] = items[benchmark] * part // whole
         else:
             print_line(f"[{name}] {line}")
+            return
+        print_line(f"step {sum(done.values())}/{total} {name}: {benchmark}")
 
     def score(name: str) -> None:
         job = build_job(models[name], missing[name], params)
@@ -205,6 +212,15 @@ def score_missing(
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for _ in pool.map(score, missing):
             pass
+
+
+def count_items(params: EvaluateParams) -> dict[str, int]:
+    """Return the number of items of each benchmark that a model is scored on."""
+    counts = {one.name: len(one.items) for one in read_benchmarks(BENCHMARKS)}
+    limited = {
+        name: count if params.limit is None else min(count, params.limit) for name, count in counts.items()
+    }
+    return {**limited, HELDOUT: sum(1 for _ in iterate_rows(TEST, ["id"]))}
 
 
 def device() -> str:
@@ -253,6 +269,8 @@ def run_job(name: str, job: dict[str, Any], threads: int, on_line: Callable[[str
                 **OFFLINE,
                 "HF_DATASETS_CACHE": f"{work}/datasets",
                 "TOKENIZERS_PARALLELISM": "false",
+                # Progress is reported in lines; bars would fill the log.
+                "TQDM_DISABLE": "1",
             },
         )
     if code or not all(Path(target).is_file() for target in job["targets"].values()):

@@ -11,7 +11,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -29,6 +28,9 @@ class Model(HFLM):
     lm-eval processes a prompt again for each choice. Here the choices share their prompt's KV cache:
     2 to 4 times fewer tokens. Likelihoods are summed in float32 and differ from lm-eval's by rounding.
     """
+
+    # Called with the number of requests done, and of all requests of the benchmark.
+    on_progress: Callable[[int, int], None] | None = None
 
     def __init__(
         self, model: Any, tokenizer: Any, batch_size: int, find: Callable[[str], Sequence[str]] | None = None
@@ -79,12 +81,38 @@ class Model(HFLM):
             for prompt, does_fit in zip(prompts, fits, strict=True)
             if does_fit
         ]
-        texts = iter(self.generate_until(requests))
+        self._done, self._total = 0, len(requests)
+        texts = iter(self.generate_until(requests, disable_tqdm=True))
         return [next(texts).strip() if does_fit else None for does_fit in fits]
 
     def render_prompt(self, question: str) -> str:
         """Render a single question with the chat template."""
         return self.apply_chat_template([{"role": "user", "content": question}])
+
+    def loglikelihood(
+        self,
+        requests: list[Instance],
+        disable_tqdm: bool = True,  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
+    ) -> list[Answer]:
+        """Return the likelihoods of lm-eval requests, without a progress bar in the log."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run lm-eval's forward pass, and count its requests."""
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        self._advance(len(inps))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run lm-eval's generation, and count its requests."""
+        tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        self._advance(len(context))
+        return tokens
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if self.on_progress:
+            self.on_progress(self._done, self._total)
 
     def _loglikelihood_tokens(
         self,
@@ -95,6 +123,7 @@ class Model(HFLM):
         """Return the likelihoods of lm-eval requests (texts, prompt tokens, continuation tokens)."""
         fits = [len(prompt) + len(rest) <= self.max_length for _, prompt, rest in requests]
         fitting = [request for request, does_fit in zip(requests, fits, strict=True) if does_fit]
+        self._done, self._total = 0, len(fitting)
         if all(len(prompt) > 1 for _, prompt, _ in fitting) and self._has_full_cache():
             answers = iter(self._by_prompt(fitting))
         else:
@@ -114,12 +143,11 @@ class Model(HFLM):
         # Longest first, so that running out of memory fails at once.
         groups = sorted(by_prompt.items(), key=lambda group: (-len(group[0]), group[0]))
         answers: dict[int, Answer] = {}
-        with tqdm(total=len(requests), desc="log-likelihoods", unit="choice", mininterval=2) as progress:
-            for batch in self._batches(groups):
-                numbers = [number for _, members in batch for number in members]
-                rests = [requests[number][2] for number in numbers]
-                answers |= zip(numbers, self._score_batch(batch, rests), strict=True)
-                progress.update(len(numbers))
+        for batch in self._batches(groups):
+            numbers = [number for _, members in batch for number in members]
+            rests = [requests[number][2] for number in numbers]
+            answers |= zip(numbers, self._score_batch(batch, rests), strict=True)
+            self._advance(len(numbers))
         return [answers[number] for number in range(len(requests))]
 
     def _batches(

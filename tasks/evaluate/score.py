@@ -3,7 +3,8 @@
 import argparse
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from nightshift.data.encode import FAULTS, IGNORED, Encoder, encode_batch, load_
 from tasks.evaluate.kinds import score_benchmark
 from tasks.evaluate.model import Model, load_model
 from tasks.evaluate.retrieval import build_documents, build_index
-from tasks.evaluate.scores import DONE, SCORES
+from tasks.evaluate.scores import DONE, PROGRESS, SCORES
+
+# Time between two progress lines.
+REPORT_SECONDS = 10.0
 
 
 def main(job_file: Path) -> None:
@@ -34,10 +38,12 @@ def main(job_file: Path) -> None:
     root = Path(job["benchmarks"])
     benchmarks = {benchmark.name: benchmark for benchmark in read_benchmarks(root)}
     for name, target in job["targets"].items():
+        report = reporter(name)
         if name == HELDOUT:
             encoder = load_encoder(Path(job["base"]))
-            found = heldout_losses(loaded, encoder, read_rows(Path(job["test"])))
+            found = heldout_losses(loaded, encoder, read_rows(Path(job["test"])), report)
         else:
+            model.on_progress = report
             found = score_benchmark(model, benchmarks[name], root / name, job["limit"])
         write_rows(Path(target), found, SCORES)
         print_line(f"{DONE}{name}")
@@ -48,9 +54,22 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job_file", type=Path, help="job file written by tasks.evaluate")
 
 
+def reporter(benchmark: str) -> Callable[[int, int], None]:
+    """Return a function that prints how much of a benchmark is done, at most every `REPORT_SECONDS`."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            print_line(f"{PROGRESS}{benchmark} {done}/{total}")
+
+    return report
+
+
 @torch.inference_mode()
 def heldout_losses(
-    model: Any, encoder: Encoder, examples: Sequence[dict[str, Any]]
+    model: Any, encoder: Encoder, examples: Sequence[dict[str, Any]], report: Callable[[int, int], None]
 ) -> Iterator[dict[str, Any]]:
     """Yield the summed negative log-likelihood (nats) of each held-out example's answers.
 
@@ -63,7 +82,8 @@ def heldout_losses(
     """
     longest = model.config.max_position_embeddings
     encoded = encode_batch([(example["messages"], example["tools"]) for example in examples], encoder)
-    for example, one in zip(examples, encoded, strict=True):
+    for number, (example, one) in enumerate(zip(examples, encoded, strict=True)):
+        report(number, len(examples))
         row = {
             "benchmark": HELDOUT,
             "item": example["id"],

@@ -26,8 +26,8 @@ SCORES = pa.schema(
     ]
 )
 ALL_SCORES = pa.schema([("model", pa.string()), *SCORES])
-# Prefix of the output line that reports a finished benchmark.
-DONE = "scored "
+# Prefixes of the output lines that report a finished benchmark, and progress: `scoring facts 12/40`.
+DONE, PROGRESS = "scored ", "scoring "
 
 
 def metrics(rows: Sequence[Score]) -> dict[str, Any]:

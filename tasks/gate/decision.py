@@ -249,24 +249,27 @@ def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str,
 
 def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> Check:
     """Check whether the gain is significant at the level that this look may spend."""
-    message = (
-        f"{gain['mean']:+.1%} accuracy, interval {gain['low']:+.1%} to {gain['high']:+.1%}, "
-        f"p {gain['p_value']:.2g}, level {gain['spent']:.2g} at look {gain['look']}"
-    )
+    message = f"{format_change(gain['mean'], gain['low'], gain['high'], params)} on {gain['items']:,} items"
     band = seed_band(params.seed_noise, params.alpha)
     figures = (gain["p_value"], gain["spent"], gain["mean"], band)
     if gain["p_value"] > gain["spent"]:
-        detectable = (
-            f"a gain of {params.detectable_gain:.0%} is detected with probability {gain['power']:.0%}"
+        message += f"; p {gain['p_value']:.3g} exceeds {gain['spent']:.3g}"
+        if gain["look"] > 1:
+            message += f", the limit for candidate {gain['look']} since the last promotion"
+        message += (
+            f"; a gain of {format_points(params.detectable_gain)} would be found with probability "
+            f"{gain['power']:.0%}"
         )
         if gain["power"] < params.power:
             needed = items_needed(found, params.detectable_gain, gain["spent"], params.power)
-            detectable += f", or {params.power:.0%} with {needed:,.0f} items instead of {gain['items']:,}"
-        return check_figures("gain", "hold", f"inconclusive: {message}; {detectable}", *figures)
+            message += f", with {needed:,.0f} items with probability {params.power:.0%}"
+        return check_figures("gain", "hold", f"not shown: {message}", *figures)
     if gain["mean"] < 0:
         return check_figures("gain", "reject", f"worse: {message}", *figures)
     if gain["mean"] <= band:
-        return check_figures("gain", "hold", f"within seed noise ({band:.1%}): {message}", *figures)
+        return check_figures(
+            "gain", "hold", f"within seed noise ({format_points(band)}): {message}", *figures
+        )
     return check_figures("gain", "promote", f"better: {message}", *figures)
 
 
@@ -288,13 +291,14 @@ def check_non_inferiority(
     """Check non-inferiority: the whole confidence interval must be at or above minus the margin."""
     found = differences(pairs)
     low, high = interval(found, params.alpha, params.n_resamples, params.seed)
-    message = f"{found.mean():+.1%}, interval {low:+.1%} to {high:+.1%}, margin {margin:.1%}"
-    name = f"{name}, against {reference}"
+    message = format_change(float(found.mean()), low, high, params)
+    name, allowed = f"{name}, against {reference}", format_points(margin)
     if low >= -margin:
-        return check_figures(name, "promote", f"not worse: {message}", low, high)
+        return check_figures(name, "promote", f"{message}; within the allowed loss of {allowed}", low, high)
     if high < -margin:
-        return check_figures(name, "reject", f"worse: {message}", low, high)
-    return check_figures(name, "hold", f"inconclusive: {message}", low, high)
+        return check_figures(name, "reject", f"{message}; lost more than the allowed {allowed}", low, high)
+    why = f"the loss may exceed the allowed {allowed}"
+    return check_figures(name, "hold", f"{message}; {why}", low, high)
 
 
 def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
@@ -306,16 +310,43 @@ def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
     alpha = params.alpha / len(found)
     p_values = [p_value(one, params.n_resamples, params.seed, "less", alpha) for one in found.values()]
     are_worse = holm(p_values, params.alpha)
-    worse = [
-        f"{name} {one.mean():+.1%} (p {p:.2g})"
-        for (name, one), p, is_worse in zip(found.items(), p_values, are_worse, strict=True)
-        if is_worse and one.mean() < -params.margin
-    ]
+    shown = {
+        name: f"{name} {format_points(float(one.mean()), '+')} on {len(one)} items (p {p:.2g})"
+        for (name, one), p in zip(found.items(), p_values, strict=True)
+    }
+    # A large loss on few items need not be significant; it is named all the same.
+    low = {name for name, one in found.items() if one.mean() < -params.margin}
+    worse = [name for name, is_worse in zip(found, are_worse, strict=True) if is_worse and name in low]
     verdict: Verdict = "reject" if worse else "promote"
-    message = f"none of {len(found)} is worse by more than {params.margin:.1%}"
-    if worse:
-        message = f"worse: {', '.join(worse)}; Holm's correction for {len(found)}"
+    names = worse or sorted(low)
+    message = (
+        f"{len(worse) or 'none'} of {len(found)} significantly worse by more than "
+        f"{format_points(params.margin)}"
+    )
+    if names:
+        message += f"; {'' if worse else 'not significant: '}{', '.join(shown[name] for name in names)}"
     yield check_figures("slices", verdict, message, *p_values, *(float(one.mean()) for one in found.values()))
+
+
+def format_change(mean: float, low: float, high: float, params: GateParams) -> str:
+    """Format a change of the accuracy with its confidence interval.
+
+    Example:
+        >>> format_change(0.175, 0.1, 0.2583, GateParams.model_construct(alpha=0.05))
+        '+17.5 points of accuracy (95% interval +10.0 to +25.8)'
+    """
+    interval = f"{100 * (1 - params.alpha):g}% interval {100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * mean:+.1f} points of accuracy ({interval})"
+
+
+def format_points(share: float, sign: str = "") -> str:
+    """Format a difference of accuracies in percentage points, with its sign if `sign` is "+".
+
+    Example:
+        >>> format_points(0.1), format_points(-0.2, "+")
+        ('10.0 points', '-20.0 points')
+    """
+    return f"{100 * share:{sign}.1f} points"
 
 
 def check_loss(loss: float, reference_loss: float, max_increase: float) -> Check:

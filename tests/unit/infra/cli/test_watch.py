@@ -114,6 +114,18 @@ def test_a_pipe_gets_a_line_when_a_stage_starts_and_one_when_it_has_ended() -> N
 
 
 @pytest.mark.usefixtures("summaries")
+def test_a_pipe_gets_a_line_about_a_long_stage_every_five_minutes() -> None:
+    polls: Polls = [("RUNNING", [task("sft", "Running", seconds)]) for seconds in (0, 1, 299, 301, 500, 602)]
+    step = {"key": "sft-progress", "data": 42.0, "description": "step 49/117 loss 1.04"}
+    shown, _, _ = follow([("SCHEDULED", []), *polls, RUNNING[-1]], progress=[step])
+    assert shown.splitlines()[1:-2] == [
+        "sft           started",
+        "sft           running         5:01  step 49/117 loss 1.04",
+        "sft           running        10:02  step 49/117 loss 1.04",
+    ]
+
+
+@pytest.mark.usefixtures("summaries")
 def test_a_terminal_shows_progress_below_the_finished_stages() -> None:
     step = {"key": "sft-progress", "data": 42.0, "description": "step 49/117 loss 1.04"}
     shown, _, _ = follow(RUNNING, terminal=True, progress=[step])

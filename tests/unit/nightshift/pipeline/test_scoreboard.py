@@ -15,7 +15,7 @@ BOARD: dict[str, Any] = {
         "verdict": "promote",
         "reason": "better",
         "reference": "base",
-        "gain": {"mean": 0.15, "low": 0.0889, "high": 0.2167, "alpha": 0.05},
+        "gain": {"mean": 0.15, "low": 0.0889, "high": 0.2167, "alpha": 0.05, "items": 180},
     },
     "metrics": {
         "base": {"facts": {"accuracy": 0.4833, "items": 180}, "test": {"loss": 2.987}},
@@ -40,8 +40,8 @@ def test_the_scoreboard_shows_the_gain_with_its_interval_and_chance() -> None:
         ("facts: new model", "63.3%"),
         ("facts: base with retrieval", "80.0%"),
         ("facts: chance", "25.0%"),
-        ("gain over the base", "+15.0%, 95% interval +8.9% to +21.7%"),
-        ("held-out loss", "2.987 -> 2.269"),
+        ("gain over the base", "+15.0 points on 180 questions, 95% interval +8.9 to +21.7"),
+        ("loss on the test set", "base 2.987 -> new model 2.269"),
         ("training speed", "350 tokens/s"),
         ("gate", "promote: better"),
         ("registered version", "2"),
@@ -53,7 +53,10 @@ def test_the_scoreboard_shows_the_gain_with_its_interval_and_chance() -> None:
 def test_missing_scores_are_shown_as_none() -> None:
     broken = {"facts": {"accuracy": None, "items": 0, "chance": None}, "test": {"loss": None}}
     table = dict(format_rows({**BOARD, "metrics": {"base": BOARD["metrics"]["base"], "candidate": broken}}))
-    assert (table["facts: new model"], table["held-out loss"]) == ("none", "2.987 -> none")
+    assert (table["facts: new model"], table["loss on the test set"]) == (
+        "none",
+        "base 2.987 -> new model none",
+    )
     assert "facts: chance" not in table
 
 
@@ -67,9 +70,9 @@ def test_a_verdict_without_a_comparison_has_no_gain_and_keeps_the_champion() -> 
 
 
 def test_an_interval_that_could_not_be_computed_is_shown_as_none() -> None:
-    gain = {"mean": 0.15, "low": None, "high": None, "alpha": 0.05}
+    gain = {"mean": 0.15, "low": None, "high": None, "alpha": 0.05, "items": 180}
     table = dict(format_rows({**BOARD, "gate": {**BOARD["gate"], "gain": gain}}))
-    assert table["gain over the base"] == "+15.0%, 95% interval none to none"
+    assert table["gain over the base"] == "+15.0 points on 180 questions, 95% interval none to none"
 
 
 def test_the_scoreboard_counts_the_rows_that_each_stage_dropped(in_tmp: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_clear_gain_is_promoted_with_its_evidence() -> None:
     assert (gain["mean"], gain["items"], gain["look"]) == (0.3, 100, 1)
     assert 0.2 < gain["low"] < 0.3 < gain["high"] < 0.4
     assert decision["reason"] == (
-        "gain: better: +30.0% accuracy, interval +22.0% to +39.0%, p 1.9e-09, level 0.03 at look 1"
+        "gain: better: +30.0 points of accuracy (95% interval +22.0 to +39.0) on 100 items"
     )
     assert [check["name"] for check in decision["checks"]] == ["gain", "facts, against base", "held-out loss"]
 
@@ -75,8 +75,10 @@ def test_an_inconclusive_gain_reports_how_many_items_are_needed() -> None:
     candidate = scores("candidate", 25, 60)
     candidate[0]["score"] = candidate[1]["score"] = 0.0
     reason = judge(candidate + base, detectable_gain=0.05)["reason"]
-    assert "gain: inconclusive: +5.0% accuracy" in reason
-    assert "a gain of 5% is detected with probability 15%, or 80% with 423 items instead of 60" in reason
+    assert reason.startswith("gain: not shown: +5.0 points of accuracy (95% interval ")
+    assert reason.endswith(
+        "; a gain of 5.0 points would be found with probability 15%, with 423 items with probability 80%"
+    )
 
 
 def test_a_gain_does_not_compensate_a_worse_heldout_loss() -> None:
@@ -98,7 +100,10 @@ def test_a_slice_that_became_worse_rejects_a_gain() -> None:
         row["score"] = 0.0
     decision = judge(candidate + scores("base", 40, 200, parts=5))
     assert decision["verdict"] == "reject"
-    assert decision["reason"] == "slices: worse: facts/0 -50.0% (p 9.5e-07); Holm's correction for 5"
+    assert decision["reason"] == (
+        "slices: 1 of 5 significantly worse by more than 5.0 points; facts/0 -50.0 points on 40 items "
+        "(p 9.5e-07)"
+    )
 
 
 def test_a_slice_that_is_worse_by_chance_does_not_reject() -> None:
@@ -106,18 +111,38 @@ def test_a_slice_that_is_worse_by_chance_does_not_reject() -> None:
     for row in candidate[:4]:
         row["score"] = 0.0
     # Four of 40 lost have p = 0.06, which Holm's correction raises to 0.31.
-    assert verdict(candidate, scores("base", 40, 200, parts=5)) == "promote"
+    decision = judge(candidate + scores("base", 40, 200, parts=5))
+    assert decision["verdict"] == "promote"
+    (message,) = (check["message"] for check in decision["checks"] if check["name"] == "slices")
+    assert message == (
+        "none of 5 significantly worse by more than 5.0 points; not significant: facts/0 -10.0 points "
+        "on 40 items (p 0.062)"
+    )
+
+
+def test_a_hold_at_a_later_look_gives_the_limit_that_it_exceeds() -> None:
+    rows = scores("candidate", 48) + scores("base", 40)
+    assert decide(rows, DIGESTS, [], (), PARAMS)["verdict"] == "promote"
+    later = decide(rows, DIGESTS, ["x", "y", "z"], (), PARAMS)
+    assert later["verdict"] == "hold"
+    assert (
+        "; p 0.00781 exceeds 0.0019, the limit for candidate 4 since the last promotion; " in later["reason"]
+    )
 
 
 def test_retention_must_be_proven() -> None:
     gain = scores("candidate", 70) + scores("base", 40)
 
-    def kept(right: int) -> str:
+    def keep(right: int) -> dict[str, Any]:
         rows = [row for row in scores("candidate", right, 400, benchmark="general") if "tokens" not in row]
         rows += [row for row in scores("base", 200, 400, benchmark="general") if "tokens" not in row]
-        return str(judge(gain + rows, retention={"general": 0.05})["verdict"])
+        return judge(gain + rows, retention={"general": 0.05})
 
-    assert [kept(200), kept(196), kept(182), kept(150)] == ["promote", "promote", "hold", "reject"]
+    kept = [keep(right) for right in (200, 196, 182, 150)]
+    assert [decision["verdict"] for decision in kept] == ["promote", "promote", "hold", "reject"]
+    assert kept[2]["reason"].startswith("general, against base: -4.5 points of accuracy (95% interval -")
+    assert kept[2]["reason"].endswith("; the loss may exceed the allowed 5.0 points")
+    assert kept[3]["reason"].endswith("; lost more than the allowed 5.0 points")
     # The accepted loss is set per benchmark: 50 of 400 items are lost, and 20% may be.
     rows = [row for row in scores("candidate", 150, 400, benchmark="general") if "tokens" not in row]
     rows += [row for row in scores("base", 200, 400, benchmark="general") if "tokens" not in row]
@@ -232,7 +257,7 @@ def test_a_gain_within_seed_noise_is_held() -> None:
     assert judge(rows)["verdict"] == "promote"
     decision = judge(rows, seed_noise=0.05)
     assert decision["verdict"] == "hold"
-    assert decision["reason"].startswith("gain: within seed noise (13.9%): ")
+    assert decision["reason"].startswith("gain: within seed noise (13.9 points): ")
 
 
 def test_a_score_that_is_nan_is_an_error() -> None:
@@ -424,7 +449,7 @@ def test_a_slice_with_a_non_finite_p_value_is_an_error(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("tasks.gate.decision.p_value", broken)
     decision = judge(scores("candidate", 70, parts=2) + scores("base", 40, parts=2))
-    assert decision["reason"].startswith("slices: not a finite number: none of 2 is worse")
+    assert decision["reason"].startswith("slices: not a finite number: none of 2 significantly worse")
 
 
 def test_scores_that_overflow_a_sum_are_an_error() -> None:
@@ -513,7 +538,9 @@ def test_one_worse_slice_of_many_is_found_with_the_fewest_resamples() -> None:
     for row in candidate[:20]:
         row["score"] -= 0.6
     decision = judge(candidate + base, n_resamples=1000)
-    assert decision["reason"].startswith("slices: worse: facts/0 ")
+    assert decision["reason"].startswith(
+        "slices: 1 of 60 significantly worse by more than 5.0 points; facts/0 "
+    )
 
 
 def test_the_interval_of_a_small_alpha_uses_enough_resamples() -> None:
