@@ -11,7 +11,7 @@ from flows.naming import add_tags, name_run
 from flows.overrides import override_params
 from flows.report import report
 from flows.stages import run_program, run_stage
-from flows.tracking import tracked_run
+from flows.tracking import describe_run, tracked_run
 from nightshift.core.config import read_params
 from nightshift.core.errors import StageError
 from nightshift.pipeline.graph import changed_stages, find_reruns, stage_order
@@ -22,36 +22,59 @@ from nightshift.pipeline.scoreboard import collect
 
 
 @flow(name="finetune", flow_run_name=name_run, persist_result=False)
-def finetune(overrides: dict[str, Any] | None = None) -> State[None]:
+def finetune(
+    overrides: dict[str, Any] | None = None,
+    learning_rate: float | None = None,
+    num_train_epochs: float | None = None,
+    max_steps: int | None = None,
+    seed: int | None = None,
+    evaluate_limit: int | None = None,
+) -> State[None]:
     """Retrain on new data, and promote the model if it is measurably better.
 
     Args:
-        overrides: Parameters for this run only, `section.key` -> value, validated like params.yaml:
-            `--param overrides='{"sft.num_train_epochs": 2}'`.
+        overrides: Any parameters for this run only, `section.key` -> value, validated like params.yaml:
+            `--param overrides='{"sft.lora_r": 32}'`. The fields below are the usual ones; empty fields keep
+            the value of params.yaml.
+        learning_rate: `sft.learning_rate`, the peak of the schedule.
+        num_train_epochs: `sft.num_train_epochs`, passes over the training data.
+        max_steps: `sft.max_steps`, optimizer steps instead of epochs.
+        seed: `sft.seed`, of the adapter's initial weights and the order of the rows.
+        evaluate_limit: `evaluate.limit`, the most items of each benchmark that are asked.
 
     Returns:
         Final state; its name is one of `nightshift.pipeline.outcome.OUTCOMES`.
     """
-    with lease(str(flow_run.id)), override_params(overrides or {}), tracked_run() as run_id:
-        run_stage("snapshot", run_id, force=True)
+    fields = {
+        "sft.learning_rate": learning_rate,
+        "sft.num_train_epochs": num_train_epochs,
+        "sft.max_steps": max_steps,
+        "sft.seed": seed,
+        "evaluate.limit": evaluate_limit,
+    }
+    changes = (overrides or {}) | {key: value for key, value in fields.items() if value is not None}
+    with lease(str(flow_run.id)), override_params(changes):
+        run_stage("snapshot", None, force=True)
         may_run = find_reruns(changed_stages())
-        for stage in stage_order():
-            if stage != "snapshot":
-                run_stage(stage, run_id, may_run=stage in may_run)
-        check_ledger()
-        ship(run_id)
-        board = collect()
-    name, message = describe_outcome(board, has_changed=bool(may_run))
+        with tracked_run(has_changed=bool(may_run)) as run_id:
+            for stage in stage_order():
+                if stage != "snapshot":
+                    run_stage(stage, run_id, may_run=stage in may_run)
+            check_ledger()
+            ship(run_id)
+            board = collect()
+            name, message = describe_outcome(board, has_changed=bool(may_run))
+            describe_run(run_id, f"**{name}**: {message}")
     add_tags([board["gate"]["verdict"], f"version {board['version']}"])
     get_run_logger().info("%s: %s", name, message)
     return Completed(name=name, message=message)
 
 
-def ship(run_id: str) -> None:
+def ship(run_id: str | None) -> None:
     """Register and promote as the gate allows, then report; a gate error is reported, then raised.
 
     Args:
-        run_id: MLflow run of the flow run.
+        run_id: MLflow run of the flow run, or None without new input.
     """
     try:
         run_program("register", run_id)
@@ -61,7 +84,7 @@ def ship(run_id: str) -> None:
         report(run_id)
 
 
-def run_judge(run_id: str) -> None:
+def run_judge(run_id: str | None) -> None:
     """Let the judge model, if set, compare the generated answers; its failure never fails the night."""
     if read_params()["judge"]["model"] is None:
         return

@@ -18,7 +18,7 @@ def promote(version: int, reason: str) -> None:
     """
     add_tags([f"version {version}"])
     with lease(str(flow_run.id)):
-        run_program("promote", "", (f"--version={version}", f"--reason={reason}"))
+        run_program("promote", None, (f"--version={version}", f"--reason={reason}"))
 
 
 @flow(name="rollback", flow_run_name=name_run, persist_result=False)
@@ -31,4 +31,4 @@ def rollback(reason: str, version: int | None = None) -> None:
     """
     target = () if version is None else (f"--version={version}",)
     with lease(str(flow_run.id)):
-        run_program("promote", "", ("--rollback", *target, f"--reason={reason}"))
+        run_program("promote", None, ("--rollback", *target, f"--reason={reason}"))

@@ -5,15 +5,16 @@ from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.stages import run_program
-from nightshift.core.paths import PAGE, SHORT
+from nightshift.core.paths import PAGE, SHORT, TRAINING_RUN
 from nightshift.tracking.runs import experiment_id, tracking_uri
+from nightshift.tracking.spool import training_run
 
 
-def report(run_id: str) -> None:
+def report(run_id: str | None) -> None:
     """Write the report and publish it in Prefect.
 
     Args:
-        run_id: MLflow run that stores the page.
+        run_id: MLflow run that stores the page; None for the run that trained the candidate.
     """
     run_program("report", run_id)
     try:
@@ -23,10 +24,11 @@ def report(run_id: str) -> None:
         get_run_logger().warning("the report could not be linked: %s; it is at %s", err, PAGE)
 
 
-def page_url(run_id: str) -> str:
+def page_url(run_id: str | None) -> str:
     """Return the MLflow URL of the page; without a server, the URL of the local file."""
     uri = tracking_uri()
     if not uri.startswith("http"):
         return PAGE.absolute().as_uri()
-    experiment = experiment_id(MlflowClient(uri))
-    return f"{uri}/#/experiments/{experiment}/runs/{run_id}/artifacts/{PAGE.name}"
+    client = MlflowClient(uri)
+    run = run_id or training_run(client, TRAINING_RUN)
+    return f"{uri}/#/experiments/{experiment_id(client)}/runs/{run}/artifacts/{PAGE.name}"

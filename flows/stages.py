@@ -53,12 +53,12 @@ def is_retryable(_task: object, _run: object, state: State[None]) -> bool:
     retries=RETRIES,
     retry_condition_fn=is_retryable,
 )
-def run_stage(stage: str, run_id: str, *, may_run: bool = True, force: bool = False) -> State[None]:
+def run_stage(stage: str, run_id: str | None, *, may_run: bool = True, force: bool = False) -> State[None]:
     """Bring one stage up to date.
 
     Args:
         stage: Name in dvc.yaml.
-        run_id: MLflow run that training logs to.
+        run_id: MLflow run that training logs to, or None.
         may_run: Whether DVC found a change in the stage or upstream; if not, it is skipped.
         force: Whether to run it even if DVC has its result, for stages that read external sources.
 
@@ -76,7 +76,7 @@ def run_stage(stage: str, run_id: str, *, may_run: bool = True, force: bool = Fa
 
 
 @task(task_run_name="{module}", cache_policy=NO_CACHE, persist_result=False)
-def run_program(module: str, run_id: str, arguments: tuple[str, ...] = ()) -> None:
+def run_program(module: str, run_id: str | None, arguments: tuple[str, ...] = ()) -> None:
     """Run `python -m tasks.<module>`, which has side effects: it is not a DVC stage and always runs.
 
     Raises:
@@ -85,7 +85,7 @@ def run_program(module: str, run_id: str, arguments: tuple[str, ...] = ()) -> No
     run_command([sys.executable, "-m", f"tasks.{module}", *arguments], module, run_id)
 
 
-def run_command(command: list[str], name: str, run_id: str) -> bool:
+def run_command(command: list[str], name: str, run_id: str | None) -> bool:
     """Run a program under the supervisor, directly or through DVC; forward its output to the run's log.
 
     Returns:
@@ -116,10 +116,10 @@ def run_command(command: list[str], name: str, run_id: str) -> bool:
     return result is not None
 
 
-def environment(run_id: str) -> dict[str, str]:
+def environment(run_id: str | None) -> dict[str, str]:
     """Return the variables that a program needs in addition to the flow's environment."""
     # Programs report progress in lines; bars would fill the log.
-    return {**tools_environment(), "MLFLOW_RUN_ID": run_id, "TQDM_DISABLE": "1"}
+    return {**tools_environment(), "TQDM_DISABLE": "1"} | ({"MLFLOW_RUN_ID": run_id} if run_id else {})
 
 
 @contextmanager

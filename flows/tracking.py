@@ -11,9 +11,11 @@ import prefect.runtime.flow_run
 from mlflow import MlflowClient
 from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_COMMIT,
     MLFLOW_GIT_DIRTY,
+    MLFLOW_RUN_NOTE,
     MLFLOW_SOURCE_NAME,
     MLFLOW_SOURCE_TYPE,
     MLFLOW_USER,
@@ -32,20 +34,27 @@ FLOW_RUN = "nightshift.flow_run"
 
 
 @contextmanager
-def tracked_run() -> Iterator[str]:
+def tracked_run(*, has_changed: bool) -> Iterator[str | None]:
     """Open an MLflow run for the flow run, and close it as finished or failed.
 
     If DVC had the training in its cache, the tag `nightshift.training_run` refers to its run.
 
+    Args:
+        has_changed: Whether any stage has new input; otherwise there is nothing to track, and no run.
+
     Yields:
-        Id of the MLflow run.
+        Id of the MLflow run, or None.
     """
     client = MlflowClient(tracking_uri())
     close_abandoned(client)
+    if not has_changed:
+        yield None
+        return
     name = prefect.runtime.flow_run.name or "finetune"
     run = client.create_run(experiment_id(client), run_name=name, tags=run_tags())
     run_id = str(run.info.run_id)
     log_params(client, run_id)
+    watch_machine(run_id)
     status = "FAILED"
     try:
         yield run_id
@@ -56,7 +65,6 @@ def tracked_run() -> Iterator[str]:
 
 def run_tags() -> dict[str, str]:
     """Return the tags of a new run: those that MLflow's pages show, and those that identify its inputs."""
-    url = prefect.runtime.flow_run.ui_url
     return {
         FLOW_RUN: str(prefect.runtime.flow_run.id),
         "nightshift.params_digest": file_digest(Path("params.yaml")),
@@ -66,8 +74,23 @@ def run_tags() -> dict[str, str]:
         MLFLOW_SOURCE_NAME: "flows/finetune.py",
         MLFLOW_GIT_COMMIT: git_commit(),
         MLFLOW_GIT_DIRTY: str(has_local_changes()).lower(),
-        **({"mlflow.note.content": f"[Flow run in Prefect]({url})"} if url else {}),
+        MLFLOW_RUN_NOTE: link(),
     }
+
+
+def link() -> str:
+    """Return a Markdown link to the flow run in Prefect."""
+    return f"[Flow run in Prefect]({prefect.runtime.flow_run.ui_url})"
+
+
+def describe_run(run_id: str | None, outcome: str) -> None:
+    """Show how the run ended on its page in MLflow; an error is only logged."""
+    if run_id is None:
+        return
+    try:
+        MlflowClient(tracking_uri()).set_tag(run_id, MLFLOW_RUN_NOTE, f"{outcome}\n\n{link()}")
+    except MlflowException as err:
+        get_run_logger().warning("MLflow: run %s has no description: %s", run_id, err)
 
 
 def log_params(client: MlflowClient, run_id: str) -> None:
@@ -93,6 +116,14 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
                 yield from flatten(value, f"{name}.")
         else:
             yield name, str(value)
+
+
+def watch_machine(run_id: str) -> None:
+    """Log CPU, memory, disk, network and GPU use every 30 seconds until the run is closed."""
+    try:
+        SystemMetricsMonitor(run_id, sampling_interval=30, tracking_uri=tracking_uri()).start()
+    except Exception as err:  # noqa: BLE001 - reporting must not fail the night
+        get_run_logger().warning("MLflow: no system metrics are logged to run %s: %s", run_id, err)
 
 
 def close(client: MlflowClient, run_id: str, status: str) -> None:

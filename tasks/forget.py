@@ -8,6 +8,7 @@ in the registry, tagged, until better ones replace them: a row cannot be removed
 """
 
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ def remove_pages(client: MlflowClient, erased: Sequence[Conversation]) -> None:
         for run in runs:
             if PAGE.name in (one.path for one in client.list_artifacts(run.info.run_id)):
                 files = get_artifact_repository(run.info.artifact_uri)
-                page = Path(files.download_artifacts(PAGE.name)).read_text(encoding="utf-8")
+                with tempfile.TemporaryDirectory() as folder:
+                    page = Path(files.download_artifacts(PAGE.name, folder)).read_text(encoding="utf-8")
                 if any(all(text in page for text in turns) for turns in texts):
                     files.delete_artifacts(PAGE.name)
         token = runs.token or ""

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,7 +232,8 @@ def write_card(version: ModelVersion, folder: Path) -> None:
     """Copy the version's model card, with `library_name: transformers` since these are full weights."""
     uri = f"models:/{version.name}/{version.version}/artifacts/README.md"
     try:
-        card = ModelCard.load(download_artifacts(uri))
+        with tempfile.TemporaryDirectory() as work:
+            card = ModelCard.load(download_artifacts(uri, dst_path=work))
     except (MlflowException, OSError) as err:
         log.warning("export: version %s has no model card: %s", version.version, err)
         return

@@ -14,6 +14,7 @@ from infra.local.processes import HOST
 from infra.local.runs import POOL
 from infra.local.settings import Stack, server_environment, service_environment
 from nightshift.core.errors import StageError
+from nightshift.core.state import ARTIFACTS
 from nightshift.pipeline.leases import find_process, identify
 
 SERVICES = ("worker", "mlflow", "prefect")  # in shutdown order
@@ -108,7 +109,7 @@ def _command(service: str, stack: Stack) -> list[str]:
             *("mlflow", "server", "--host", HOST, *port),
             *("--workers", "1", "--uvicorn-opts", "--no-access-log"),
             *("--backend-store-uri", f"sqlite:///{stack.state_dir / 'mlflow.db'}"),
-            *("--artifacts-destination", str(stack.state_dir / "mlflow-artifacts")),
+            *("--artifacts-destination", str(stack.state_dir / ARTIFACTS)),
             *("--allowed-hosts", f"localhost,localhost:*,{HOST},{HOST}:*"),
         ],
         "worker": ["infra.local.outlast", "prefect", "worker", "start", "--name", POOL, "--pool", POOL],

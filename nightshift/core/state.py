@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+# Folder of MLflow's artifacts in the state folder.
+ARTIFACTS = "mlflow-artifacts"
+
 
 def state_dir() -> Path:
     """Return the absolute state folder: `NIGHTSHIFT_HOME`, or `.nightshift` in the checkout."""

@@ -10,13 +10,15 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nightshift.core.config import read_params
 from nightshift.core.state import state_dir
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
 
-EXPERIMENT = "nightshift"
+# Tags of a new experiment: MLflow's pages show training runs instead of traces.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 # Tag of a run that was planned before MLflow could create it.
 KEY = "nightshift.tracking_key"
 log = logging.getLogger(__name__)
@@ -29,18 +31,24 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
 
 
+def experiment_name() -> str:
+    """Return `registry.experiment` of params.yaml."""
+    return str(read_params()["registry"]["experiment"])
+
+
 def experiment_id(client: "MlflowClient") -> str:
     """Return the project's experiment; create it at first use, even if other processes do the same."""
     from mlflow.exceptions import MlflowException
 
-    if found := client.get_experiment_by_name(EXPERIMENT):
+    name = experiment_name()
+    if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
+    # With a database, the default would be ./mlruns of the caller.
+    location = None if client.tracking_uri.startswith("http") else "mlflow-artifacts:/"
     try:
-        # Explicit location: with a database, the default would be ./mlruns of the caller.
-        location = (state_dir() / "mlflow-artifacts").as_uri()
-        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
     except MlflowException:
-        if found := client.get_experiment_by_name(EXPERIMENT):
+        if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
         raise
 

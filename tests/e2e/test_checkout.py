@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 import tomllib
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import yaml
 from mlflow import MlflowClient
 
 from infra.local import prefect_api
-from nightshift.core.files import read_json
+from nightshift.core.files import read_json, tree_digest
 from tests.helpers.checkouts import BIN, ROOT, Checkout, make_checkout
 
 pytestmark = pytest.mark.timeout(600)
@@ -48,6 +49,11 @@ class ServedCheckout(Checkout):
         body = {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun}
         run: dict[str, Any] = self.api("/flow_runs/filter", body)[0]
         return run
+
+    def mlflow_runs(self) -> list[str]:
+        """Return the ids of all MLflow runs."""
+        client = MlflowClient(f"sqlite:///{self.folder / '.nightshift' / 'mlflow.db'}")
+        return sorted(run.info.run_id for run in client.search_runs(["1"]))
 
     def task_states(self) -> dict[str, str]:
         """Return task name -> state for the last flow run."""
@@ -112,10 +118,35 @@ def test_mlflow_has_parameters_scores_and_source_of_the_run(checkout: ServedChec
     assert run.data.metrics["eval/test/loss"] == scores["test"]["loss"]
     assert run.data.tags["mlflow.source.name"] == "flows/finetune.py"
     assert run.data.tags["mlflow.git.dirty"] == "true"
-    assert "/runs/flow-run/" in run.data.tags["mlflow.note.content"]
+    note = run.data.tags["mlflow.note.content"]
+    assert re.match(r"\*\*(Held|Promoted|Rejected)\*\*: version 1 ", note)
+    assert "/runs/flow-run/" in note
+    assert "system/cpu_utilization_percentage" in run.data.metrics
     model = client.search_logged_models([run.info.experiment_id])[0]
     logged = {metric.key: metric.value for metric in model.metrics}
     assert logged["eval/elements/accuracy"] == scores["elements"]["accuracy"]
+
+
+def test_another_machine_fetches_the_version_with_the_servers_address_alone(
+    checkout: ServedCheckout, tmp_path: Path
+) -> None:
+    stack = json.loads((checkout.folder / ".nightshift/stack.json").read_text())
+    elsewhere = {
+        "PATH": checkout.environment["PATH"],
+        "HOME": str(tmp_path),
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{stack['mlflow']['port']}",
+    }
+    model = "models:/nightshift@candidate/artifacts/model"
+    command = [str(BIN / "mlflow"), "artifacts", "download", "--artifact-uri", model, "--dst-path", "here"]
+    subprocess.run(command, cwd=tmp_path, env=elsewhere, check=True, capture_output=True)
+    assert tree_digest(tmp_path / "here" / "model") == tree_digest(checkout.folder / "data/sft/model")
+
+
+def test_the_log_of_the_run_has_no_progress_bars_and_names_its_programs(checkout: ServedCheckout) -> None:
+    body = {"logs": {"flow_run_id": {"any_": [checkout.last_run()["id"]]}}, "sort": "TIMESTAMP_ASC"}
+    lines = [one["message"] for one in checkout.api("/logs/filter", body)]
+    assert any("tasks.dedupe" in line for line in lines)
+    assert [line for line in lines if "%|" in line or "__main__" in line] == []
 
 
 def test_the_run_links_to_its_report(checkout: ServedCheckout) -> None:
@@ -152,7 +183,9 @@ def test_after_dvc_repro_the_flow_has_nothing_to_compute(checkout: ServedCheckou
     params = checkout.folder / "params.yaml"
     params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 9999"))
     assert "Running stage 'gate'" in checkout.type("dvc", "repro")
+    runs = checkout.mlflow_runs()
     assert "\nNothingNew: no stage has new input; there is no champion yet\n" in checkout.make_run()
+    assert checkout.mlflow_runs() == runs
     assert {checkout.task_states()[stage] for stage in STAGES} == {"Skipped"}
     # The snapshot stage still checked the sources.
     assert checkout.task_states()["snapshot"] == "Completed"
@@ -168,6 +201,9 @@ def test_an_invalid_override_fails_before_anything_runs(
     run = checkout.last_run()
     assert "sft.max_step: unknown key; did you mean max_steps?" in run["state"]["message"]
     assert checkout.task_states() == {}
+    # The fields of the form are overrides, too.
+    checkout.type(*prefect, "--param", "learning_rate=-1", code=1)
+    assert "sft.learning_rate" in checkout.last_run()["state"]["message"]
     assert (checkout.folder / "params.yaml").read_bytes() == before
 
 

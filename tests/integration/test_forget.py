@@ -73,15 +73,19 @@ def log_page(folder: Path, client: MlflowClient, row: dict[str, Any]) -> str:
     page = folder / "report.html"
     page.write_text("<p>" + "</p><p>".join(html.escape(turn["content"]) for turn in row["messages"]))
     found = client.get_experiment_by_name("nightshift")
-    location = (folder / ".nightshift" / "mlflow-artifacts").as_uri()
-    experiment = found.experiment_id if found else client.create_experiment("nightshift", location)
+    experiment = (
+        found.experiment_id if found else client.create_experiment("nightshift", "mlflow-artifacts:/")
+    )
     run_id: str = client.create_run(experiment).info.run_id
     client.log_artifact(run_id, str(page))
     page.unlink()
     return run_id
 
 
-def test_a_forgotten_row_is_erased_everywhere_and_does_not_return(checkout: Checkout) -> None:
+def test_a_forgotten_row_is_erased_everywhere_and_does_not_return(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_HOME", str(checkout.folder / ".nightshift"))
     client = MlflowClient(f"sqlite:///{checkout.folder / '.nightshift' / 'mlflow.db'}")
     pages = [log_page(checkout.folder, client, ROWS[number]) for number in (0, 1)]
     found = list(places(checkout.folder, SECRET))
