@@ -9,16 +9,19 @@ import logging
 import os
 import secrets
 import socket
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlencode
 
 import psutil
 
-from infra.local import processes, runs, services
+from infra.local import prefect_api, processes, runs, services
 from infra.local.processes import HOST
 from infra.local.runs import POOL
 from infra.local.service_logs import unexplained
 from infra.local.services import SERVICES
 from infra.local.settings import FOREIGN, MARK, Stack, environment, prefect_toml
+from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.state import state_dir
 from nightshift.pipeline.leases import find_process
@@ -108,6 +111,19 @@ def status() -> list[tuple[str, int | None, str, bool]]:
         else:
             rows.append((service, None, "", False))
     return rows
+
+
+def find_waiting() -> int | None:
+    """Return the version that awaits approval; None if there is none, or MLflow is not running."""
+    stack = read_stack(state_dir())
+    if not services.is_healthy("mlflow", stack):
+        return None
+    query = urlencode({"name": read_params()["registry"]["model_name"], "alias": "challenger"})
+    # Without the alias or the model, the answer is HTTP error 404.
+    with suppress(StageError):
+        url = f"{stack.mlflow_url}/api/2.0/mlflow/registered-models/alias?{query}"
+        return int(prefect_api.request("GET", url)["model_version"]["version"])
+    return None
 
 
 def _is_own(path: Path) -> bool:

@@ -243,6 +243,27 @@ def test_a_prefect_toml_of_the_user_is_unchanged(folder: Path) -> None:
     assert own.read_text() == '[api]\nurl = "https://elsewhere/api"\n'
 
 
+def test_a_version_that_awaits_approval_is_found_by_its_alias(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "params.yaml").write_text("registry: {model_name: support chat}\n")
+    asked: list[str] = []
+
+    def request(method: str, url: str) -> object:
+        asked.append(f"{method} {url.partition('/api/')[2]}")
+        if len(asked) > 1:
+            raise StageError("HTTP Error 404")
+        return {"model_version": {"version": "3"}}
+
+    monkeypatch.setattr(stack.services, "is_healthy", lambda *_: True)
+    monkeypatch.setattr(stack.prefect_api, "request", request)
+    assert [stack.find_waiting(), stack.find_waiting()] == [3, None]
+    assert asked[0] == "GET 2.0/mlflow/registered-models/alias?name=support+chat&alias=challenger"
+    monkeypatch.setattr(stack.services, "is_healthy", lambda *_: False)
+    assert stack.find_waiting() is None
+    assert len(asked) == 2
+
+
 @pytest.mark.usefixtures("in_tmp")
 def test_up_requires_prefect_yaml() -> None:
     with pytest.raises(ConfigError, match=r"no prefect\.yaml; run from the folder that contains it"):
