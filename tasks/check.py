@@ -8,7 +8,7 @@ from typing import Any
 
 from nightshift.core.config import StageParams, config_error, problems, read_params, suggestion
 from nightshift.core.stage import run_main
-from nightshift.pipeline.graph import read_stages
+from nightshift.pipeline.graph import find_unread, read_stages
 
 # Sections used after the graph -> module of the schema.
 OUTSIDE_THE_GRAPH = {"judge": "tasks.judge", "registry": "nightshift.registry.versions"}
@@ -37,6 +37,11 @@ def check(values: dict[str, Any]) -> None:
     found += [problem for problems_of_section in faulty.values() for problem in problems_of_section]
     if not any(faulty[section] for section in ("snapshot", "split", "augment", "evaluate", "gate")):
         found += find_unknown_names(values)
+    found += [
+        f"dvc.yaml: stages.{stage}: no stage reads its outputs, so it has no effect; add them to the `deps` "
+        "of the stage that needs them"
+        for stage in find_unread()
+    ]
     if found:
         raise config_error(found)
 

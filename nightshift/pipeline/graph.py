@@ -56,6 +56,16 @@ def stage_order(path: Path = GRAPH) -> list[str]:
     return order
 
 
+def find_unread(path: Path = GRAPH) -> list[str]:
+    """Return the stages, except the gate, whose outputs no other stage reads: they have no effect."""
+    stages = read_stages(path)
+    return [
+        name
+        for name, stage in stages.items()
+        if name != "gate" and not any(reads(other, stage) for key, other in stages.items() if key != name)
+    ]
+
+
 def outputs(stage: dict[str, Any]) -> list[str]:
     """Return the paths that a stage writes."""
     entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]

@@ -65,3 +65,11 @@ def test_every_key_of_the_shipped_file_has_a_comment() -> None:
         lines[i].split()[0] for i in keys if "#" not in lines[i - 1] and lines[i].split()[0] not in shared
     ]
     assert bare == []
+
+
+def test_a_stage_without_a_reader_is_reported(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.check.find_unread", lambda: ["filter"])
+    with pytest.raises(ConfigError, match=r"dvc\.yaml: stages\.filter: no stage reads its outputs"):
+        check(params)

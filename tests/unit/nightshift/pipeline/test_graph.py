@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nightshift.core.errors import ConfigError
-from nightshift.pipeline.graph import stage_order
+from nightshift.pipeline.graph import find_unread, stage_order
 
 
 def write(folder: Path, text: str) -> Path:
@@ -30,6 +30,19 @@ def test_stages_come_after_their_inputs(tmp_path: Path) -> None:
 def test_independent_stages_keep_the_order_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "stages: {b: {cmd: x}, a: {cmd: x}, c: {cmd: x}}")
     assert stage_order(path) == ["b", "a", "c"]
+
+
+def test_a_stage_that_no_other_reads_is_found(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        stages:
+          ingest: {cmd: x, outs: [data/ingest]}
+          filter: {cmd: x, deps: [data/ingest], outs: [data/filter]}
+          gate: {cmd: x, deps: [data/ingest/rows.json], outs: [data/gate]}
+        """,
+    )
+    assert find_unread(path) == ["filter"]
 
 
 def test_a_cycle_is_an_error(tmp_path: Path) -> None:
