@@ -2,19 +2,23 @@
 
 Runs after the graph, never inside it. The version is a pyfunc model from code that contains the
 adapter, a reference to its base with digests, its lineage and its model card. Writes
-`data/register/version.json`.
+`data/register/version.json`. `--adopt FOLDER --reason TEXT` registers a model that was trained elsewhere.
 """
 
+import argparse
 import logging
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from nightshift.core.config import load_params
-from nightshift.core.errors import GateError
-from nightshift.core.files import file_digest, read_json, text_digest, tree_digest, write_json
+from nightshift.core.errors import ConfigError, DataError, GateError
+from nightshift.core.files import file_digest, read_json, text_digest, tree_digest, write_json, write_text
 from nightshift.core.paths import (
     BASE,
     BASE_RECORD,
@@ -34,11 +38,12 @@ from nightshift.data.used import USED
 from nightshift.pipeline.graph import locked_outputs
 from nightshift.raw.shards import DIGESTS
 from nightshift.registry import served_model
+from nightshift.registry.adoption import copy_model, require_fit, write_adopted_lineage
 from nightshift.registry.bases import kept_place
 from nightshift.registry.card import write_card
 from nightshift.registry.lineage import write_lineage
 from nightshift.registry.versions import ANSWERS, DIGEST, answer_probes, open_registry, registered
-from nightshift.tracking.runs import dataset_input, git_commit
+from nightshift.tracking.runs import dataset_input, experiment_id, git_commit
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
 
@@ -53,16 +58,28 @@ EXAMPLE = {
 log = logging.getLogger(__name__)
 
 
-def main() -> None:
-    """Register the candidate, unless the gate's verdict is error.
+def main(adopt_from: Path | None = None, reason: str = "") -> None:
+    """Register the candidate, unless the gate's verdict is error; or a model that was trained elsewhere.
 
     Raises:
+        ConfigError: An adoption has no reason.
         GateError: The verdict is error.
     """
+    if adopt_from:
+        if not reason.strip():
+            raise ConfigError("--reason is required; it is stored in the lineage and the promotion record")
+        write_json(VERSION, {"version": adopt(adopt_from, reason)})
+        return
     decision = read_json(GATE)
     if decision["verdict"] == "error":
         raise GateError(f"{GATE}: {decision['reason']}; nothing is registered")
     write_json(VERSION, {"version": register(decision["verdict"])})
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command-line arguments."""
+    parser.add_argument("--adopt", type=Path, dest="adopt_from", help="folder of a model trained elsewhere")
+    parser.add_argument("--reason", default="", help="reason of an adoption, stored in its lineage")
 
 
 def register(verdict: str) -> int:
@@ -86,22 +103,95 @@ def register(verdict: str) -> int:
         if (version.tags[DIGEST], version.tags.get(BASE_DIGEST)) == (digest, base):
             log.info("the candidate is already registered as version %s", version.version)
             return int(version.version)
-    number = log_model(client, name)
+    write_lineage(LINEAGE)
+    write_card(CARD, name, load_params(GateParams, "gate"))
+    run = training_run(client, TRAINING_RUN)
+    log_data(client, run)
+    number = log_model(client, name, run, MODEL)
     tags = {
-        DIGEST: digest,
         "nightshift.verdict": verdict,
-        BASE_DIGEST: base,
         "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
         "nightshift.params_digest": file_digest(Path("params.yaml")),
         "nightshift.git_commit": git_commit(),
         "nightshift.data_digest": data_digest(),
         "nightshift.flow_run": os.environ.get("PREFECT__FLOW_RUN_ID", "none"),
     }
-    tags[ANSWERS] = require_same_answers(f"models:/{name}/{number}")
-    for key, value in tags.items():
-        client.set_model_version_tag(name, str(number), key, value)
+    verify(client, name, number, MODEL, tags)
     client.set_registered_model_alias(name, "candidate", str(number))
     return number
+
+
+def adopt(source: Path, reason: str) -> int:
+    """Register a model that was trained elsewhere on `base.model`, such as the one in production.
+
+    Args:
+        source: Folder of an adapter, or of full weights, in Hugging Face format.
+        reason: Reason, stored in the lineage.
+
+    Returns:
+        Version number of the model.
+
+    Raises:
+        DataError: The folder contains no model that fits the base, or the base is not there yet.
+        GateError: The model is registered already, or the reloaded model answers differently.
+    """
+    if not BASE_RECORD.is_file():
+        raise DataError(f"{BASE_RECORD}: not found; `dvc repro base` fetches the base that the model needs")
+    client, name = open_registry()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        copy_model(source, model)
+        require_fit(model, BASE)
+        digest = tree_digest(model)
+        for version in registered(client, name):
+            if version.tags[DIGEST] == digest:
+                raise GateError(f"registry: {source} is already version {version.version} of {name}")
+        run = client.create_run(experiment_id(client), run_name=f"adopted {source.name}").info.run_id
+        write_adopted_lineage(LINEAGE, model, source, reason, run)
+        write_text(
+            CARD,
+            f"# {name}\n\nTrained elsewhere on `{read_json(BASE_RECORD)['model']}`, and adopted: {reason}\n",
+        )
+        number = log_model(client, name, run, model)
+        client.set_terminated(run)
+        verify(client, name, number, model, {"nightshift.verdict": "adopted"})
+    return number
+
+
+def verify(client: MlflowClient, name: str, number: int, model: Path, tags: Mapping[str, str]) -> None:
+    """Set the tags of a version once a fresh process has loaded it and answers like the files.
+
+    Args:
+        client: MLflow client.
+        name: Name of the registered model.
+        number: Number of the version.
+        model: Folder that was registered.
+        tags: Further tags of the version.
+
+    Raises:
+        GateError: The reloaded model answers differently.
+    """
+    identity = {DIGEST: tree_digest(model), BASE_DIGEST: file_digest(BASE_RECORD)}
+    identity[ANSWERS] = require_same_answers(f"models:/{name}/{number}", model)
+    for key, value in (identity | dict(tags)).items():
+        client.set_model_version_tag(name, str(number), key, value)
+    describe_version(client, name, number)
+
+
+def describe_version(client: MlflowClient, name: str, number: int) -> None:
+    """Show the model card on MLflow's pages of the version and its logged model."""
+    # As in nightshift/registry/card.py.
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(CARD).text.strip()
+    client.update_model_version(name, str(number), description=card)
+    if logged := client.get_model_version(name, str(number)).model_id:
+        client.set_logged_model_tags(logged, {MLFLOW_RUN_NOTE: card})
+    if not client.get_registered_model(name).description:
+        client.update_registered_model(
+            name,
+            "Retrained by Nightshift. The alias `champion` is the version in use, `candidate` the latest.",
+        )
 
 
 def data_digest() -> str:
@@ -109,8 +199,12 @@ def data_digest() -> str:
     return tree_digest(RAW / DIGESTS, RAW / USED)
 
 
-def require_same_answers(model_uri: str) -> str:
-    """Load the registered model in a fresh process and compare its answers with the trained files'.
+def require_same_answers(model_uri: str, model: Path) -> str:
+    """Load the registered model in a fresh process and compare its answers with those of its files.
+
+    Args:
+        model_uri: URI of the registered model.
+        model: Folder that was registered.
 
     Returns:
         Digest of the answers.
@@ -118,7 +212,7 @@ def require_same_answers(model_uri: str) -> str:
     Raises:
         GateError: The answers differ, or the model does not load.
     """
-    registered, trained = answer_probes(BASE, model_uri, str(BASE), str(MODEL))
+    registered, trained = answer_probes(BASE, model_uri, str(BASE), str(model))
     if registered != trained:
         raise GateError(
             f"registry: {model_uri} returns {registered}, but the trained files return {trained}; "
@@ -128,23 +222,29 @@ def require_same_answers(model_uri: str) -> str:
     return text_digest(*registered)
 
 
-def log_model(client: MlflowClient, name: str) -> int:
-    """Log adapter, base reference, lineage and card to the training run, and register them."""
+def log_model(client: MlflowClient, name: str, run: str, model: Path) -> int:
+    """Log a model with its base reference, lineage and card to a run, and register them.
+
+    Args:
+        client: MLflow client.
+        name: Name of the registered model.
+        run: MLflow run.
+        model: Folder of the adapter, or of full weights.
+
+    Returns:
+        Version number.
+    """
     base = read_json(BASE_RECORD)
     # Current path of the base, and its kept copy while this version or its successor is the champion.
     kept = state_dir() / kept_place(name, base["files"])
     write_json(BASE_REFERENCE, base | {"path": str(BASE.absolute()), "kept": str(kept)})
-    write_lineage(LINEAGE)
-    write_card(CARD, name, load_params(GateParams, "gate"))
-    run = training_run(client, TRAINING_RUN)
-    log_data(client, run)
     state = client.get_run(run).info.status
     with mlflow.start_run(run_id=run):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=served_model.__file__,
             artifacts={
-                "model": str(MODEL),
+                "model": str(model),
                 "base_reference": str(BASE_REFERENCE),
                 "lineage": str(LINEAGE),
                 "card": str(CARD),
@@ -169,4 +269,4 @@ def log_data(client: MlflowClient, run: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, declare)

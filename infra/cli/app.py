@@ -80,6 +80,8 @@ def status() -> None:
     for service, errors in stack.problems().items():
         log_file = stack.find_log(service)
         console.print(f"{service}: {len(errors)} error(s) in {log_file}, the last: {escape(errors[-1])}")
+    if version := stack.find_waiting():
+        console.print(f"version {version} awaits `{promote_command(version)}`")
     for line in unused_by_params():
         console.print(f"not listed in params.yaml, unused: {line}")
 
@@ -136,6 +138,21 @@ def promote(
 ) -> None:
     """Make a version the champion, for example one that awaits manual approval."""
     move_champion(f"--version={version}", f"--reason={reason}")
+
+
+@app.command()
+@report_errors
+def adopt(
+    model: Annotated[Path, typer.Argument(help="Folder of an adapter, or of full weights.")],
+    reason: Annotated[str, typer.Option(help="Reason, stored in lineage and record.")],
+) -> None:
+    """Make a model that was trained elsewhere, such as the one in production, the champion."""
+    from nightshift.core.paths import VERSION
+
+    command = [sys.executable, "-m", "tasks.register", f"--adopt={model}", f"--reason={reason}"]
+    if code := subprocess.run(command, check=False).returncode:
+        raise typer.Exit(code)
+    move_champion(f"--version={read_json(VERSION)['version']}", f"--reason=adopted: {reason}")
 
 
 @app.command()

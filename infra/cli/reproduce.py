@@ -48,14 +48,8 @@ def rebuild(console: Console, version: int) -> bool:
     shutil.rmtree(folder, ignore_errors=True)
     with open_lineage(name, version) as lineage:
         lineage_data = read_json(lineage / "lineage.json")
-        commit = str(lineage_data["code"])
-        before = locked_outputs(lineage / "dvc.lock")
-        if "snapshot" not in before:
-            raise GateError(
-                f"registry: version {version} was registered before the snapshot became a stage; "
-                f"run `git checkout {commit}`, then `nightshift reproduce {version}`"
-            )
-        make_workspace(folder, commit)
+        require_known_origin(version, lineage_data, before := locked_outputs(lineage / "dvc.lock"))
+        make_workspace(folder, lineage_data["code"])
         for path in KEPT:
             shutil.copyfile(lineage / path.name, folder / path)
     # The lineage of a 0.1.0 version has no effective settings.
@@ -82,6 +76,25 @@ def rebuild(console: Console, version: int) -> bool:
         table.add_row(label, value)
     console.print(table)
     return is_same
+
+
+def require_known_origin(version: int, lineage: dict[str, Any], outputs: dict[str, dict[str, str]]) -> None:
+    """Require a lineage that says how the version was made.
+
+    Raises:
+        GateError: The version was adopted, or registered before the snapshot was a stage.
+    """
+    if "adopted" in lineage:
+        raise GateError(
+            f"registry: version {version} was adopted from {lineage['adopted']['from']}; its data and code "
+            "are not known, so it cannot be reproduced"
+        )
+    if "snapshot" not in outputs:
+        commit = lineage["code"]
+        raise GateError(
+            f"registry: version {version} was registered before the snapshot became a stage; "
+            f"run `git checkout {commit}`, then `nightshift reproduce {version}`"
+        )
 
 
 def pin_processes(params: Path, trained: dict[str, Any]) -> None:

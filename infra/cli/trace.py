@@ -57,6 +57,8 @@ def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
     table.add_row("aliases", ", ".join(version.aliases) or "none")
     if FORGOTTEN in version.tags:
         table.add_row("forgotten since", f"{version.tags[FORGOTTEN]} of its examples; retrain it")
+    if "adopted" in lineage:
+        table.add_row("adopted from", lineage["adopted"]["from"])
     table.add_row("code", lineage["code"])
     if lineage["changed"]:
         table.add_row("uncommitted changes", ", ".join(lineage["changed"]))

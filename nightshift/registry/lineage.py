@@ -47,7 +47,6 @@ def write_lineage(folder: Path) -> None:
         if name.partition("/")[0] in used
     ]
     summaries = {path.parent.name: read_json(path) for path in sorted(DATA.glob("*/summary.json"))}
-    versions = {name: importlib.metadata.version(name) for name in ENGINES}
     write_json(
         folder / "lineage.json",
         {
@@ -59,9 +58,15 @@ def write_lineage(folder: Path) -> None:
             "gate": read_json(GATE),
             "training": read_json(TRAINING_RUN),
             "effective": read_json(EFFECTIVE),
-            "environment": {"python": platform.python_version(), "machine": platform.machine(), **versions},
+            "environment": describe_environment(),
         },
     )
+
+
+def describe_environment() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that determine a training, and the machine."""
+    versions = {name: importlib.metadata.version(name) for name in ENGINES}
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions}
 
 
 def changed_code() -> list[str]:

@@ -40,11 +40,13 @@ class RegistryParams(StageParams):
     """Registration and promotion of versions.
 
     Attributes:
+        experiment: Name of the MLflow experiment.
         model_name: Name of the registered model.
         approval: Promotion policy: auto, the gate promotes; manual, a person promotes what passed the
             gate; manual_if_hold, the gate promotes, and a person promotes what the gate holds.
     """
 
+    experiment: str
     model_name: str
     approval: Literal["auto", "manual", "manual_if_hold"]
 
@@ -160,7 +162,8 @@ def read_reference(version: ModelVersion) -> dict[str, Any]:
     """
     uri = f"models:/{version.name}/{version.version}/artifacts/base_reference.json"
     try:
-        reference: dict[str, Any] = read_json(Path(download_artifacts(uri)))
+        with tempfile.TemporaryDirectory() as folder:
+            reference: dict[str, Any] = read_json(Path(download_artifacts(uri, dst_path=folder)))
     except (MlflowException, OSError) as err:
         raise GateError(
             f"registry: version {version.version} of {version.name} has no base_reference.json ({err}); "
@@ -206,9 +209,11 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
     expected = version.tags[DIGEST]
     if target.is_dir() and tree_digest(target) == expected:
         return
-    where = download_artifacts(f"models:/{version.name}/{version.version}/artifacts/model")
+    uri = f"models:/{version.name}/{version.version}/artifacts/model"
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(where, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        Path(download_artifacts(uri, dst_path=folder)).replace(target)
     if (found := tree_digest(target)) != expected:
         raise GateError(
             f"registry: version {version.version} of {version.name} contains an adapter with digest "

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from infra.cli.reproduce import rebuild
-from nightshift.core.errors import GateError
+from nightshift.core.errors import ConfigError, GateError
 from nightshift.core.files import file_digest, read_json, tree_digest, write_json, write_rows
 from nightshift.registry import versions
 from nightshift.registry.bases import is_base, kept_place
@@ -151,13 +151,12 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
 
 @pytest.fixture
 def checkout(in_tmp: Path, two_nights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a copy of the checkout with its own registry; the artifacts stay where they are."""
+    """Return a copy of the checkout with its own registry."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name in ("data", "adapters"):
+    for name in ("data", "adapters", ".nightshift/mlflow-artifacts"):
         shutil.copytree(two_nights / name, in_tmp / name)
     for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
         shutil.copy(two_nights / name, in_tmp)
-    DATABASE.parent.mkdir()
     shutil.copy(two_nights / DATABASE, DATABASE)
     return in_tmp
 
@@ -279,6 +278,31 @@ def test_a_model_that_cannot_be_reloaded_moves_no_alias(checkout: Path) -> None:
     with pytest.raises(Exception, match="not the base that this adapter was trained on"):
         register.main()
     assert alias("candidate") == 3
+
+
+def test_a_model_from_elsewhere_is_adopted_and_the_next_night_is_judged_against_it(checkout: Path) -> None:
+    shutil.copytree(adapter(3), checkout / "production")
+    config = checkout / "production" / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    (checkout / "production" / "optimizer.pt").write_text("not taken")
+    with pytest.raises(ConfigError, match="--reason is required"):
+        register.main(checkout / "production", " ")
+    register.main(checkout / "production", "in use since May")
+    promote.move(read_json(register.VERSION)["version"], "promote", "adopted: in use since May")
+    assert (champion()["version"], champion()["looks"]) == (4, [])
+    assert {path.name for path in Path("data/champion/model").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert record().entries[-1].reason == "adopted: in use since May"
+    with pytest.raises(GateError, match="production is already version 4 of nightshift"):
+        register.main(checkout / "production", "again")
+    shown = subprocess.run(
+        [str(BIN / "nightshift"), "trace", "4"], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r"adopted from +\S*/production", shown)
+    with pytest.raises(GateError, match="version 4 was adopted from"):
+        rebuild(Console(quiet=True), 4)
 
 
 @pytest.mark.usefixtures("checkout")
