@@ -44,6 +44,25 @@ class Check:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Test of a slice for a loss.
+
+    Attributes:
+        name: `benchmark/slice`.
+        items: Number of paired items.
+        mean: Change of the accuracy, -1 to 1.
+        p_value: One-sided p-value.
+        is_worse: Whether the slice is significantly worse, with Holm's correction over all slices.
+    """
+
+    name: str
+    items: int
+    mean: float
+    p_value: float
+    is_worse: bool
+
+
 def decide(
     rows: Sequence[Score],
     digests: dict[str, str | None],
@@ -64,7 +83,7 @@ def decide(
         is_same_base: Whether candidate and reference share a base, so that they can read the same items.
 
     Returns:
-        verdict, reason, reference, candidate, all checks, and the figures of gain and loss.
+        verdict, reason, reference, candidate, all checks, and the figures of gain, slices and loss.
     """
     reference = "champion" if "champion" in digests else "base"
     known = {"reference": reference, "candidate": digests.get("candidate")}
@@ -84,9 +103,10 @@ def decide(
     losses = compare_losses(heldout)
     found = differences(primary)
     gain = measure_gain(found, look, params)
+    slices = compare_slices(learned, params)
     retained = pair([row for row in rows if row["benchmark"] in params.retention], "base")
     checks = [
-        check_gain(gain, found, params),
+        check_gain(gain, params),
         *check_floors(answered, params),
         *(
             check_non_inferiority(name, reference, group, params.margin, params)
@@ -96,12 +116,12 @@ def decide(
             check_non_inferiority(name, "base", group, params.retention[name], params)
             for name, group in by_benchmark(retained)
         ),
-        *check_slices(learned, params),
+        *check_slices(slices, params),
         check_loss(*losses, params.max_loss_increase),
         *check_unread(rows, reference),
     ]
-    figures = {"gain": gain, "loss": losses[0], "reference_loss": losses[1]}
-    return {**known, **conclude(checks), **figures}
+    figures = {"gain": gain, "slices": [asdict(one) for one in slices]}
+    return {**known, **conclude(checks), **figures, "loss": losses[0], "reference_loss": losses[1]}
 
 
 def conclude(checks: Sequence[Check]) -> dict[str, Any]:
@@ -229,7 +249,7 @@ def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str,
 
     Returns:
         mean; low and high of the interval at alpha; p_value, and spent, its limit at this look; power to
-        detect `detectable_gain`; items.
+        detect `detectable_gain`; items, and items_needed to detect it with the required power.
     """
     low, high = interval(found, params.alpha, params.n_resamples, params.seed)
     spent = spent_alpha(params.alpha, look)
@@ -240,6 +260,7 @@ def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str,
         "alpha": params.alpha,
         "spent": spent,
         "power": power(found, params.detectable_gain, spent),
+        "items_needed": items_needed(found, params.detectable_gain, spent, params.power),
         "p_value": p_value(found, params.n_resamples, params.seed, alpha=spent),
     }
     # Significant digits: the level of the hundredth look has five zeros after the point.
@@ -247,7 +268,7 @@ def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str,
     return rounded | {"look": look, "items": len(found)}
 
 
-def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> Check:
+def check_gain(gain: dict[str, Any], params: GateParams) -> Check:
     """Check whether the gain is significant at the level that this look may spend."""
     message = f"{format_change(gain['mean'], gain['low'], gain['high'], params)} on {gain['items']:,} items"
     band = seed_band(params.seed_noise, params.alpha)
@@ -261,8 +282,7 @@ def check_gain(gain: dict[str, Any], found: Differences, params: GateParams) -> 
             f"{gain['power']:.0%}"
         )
         if gain["power"] < params.power:
-            needed = items_needed(found, params.detectable_gain, gain["spent"], params.power)
-            message += f", with {needed:,.0f} items with probability {params.power:.0%}"
+            message += f", with {gain['items_needed']:,.0f} items with probability {params.power:.0%}"
         return check_figures("gain", "hold", f"not shown: {message}", *figures)
     if gain["mean"] < 0:
         return check_figures("gain", "reject", f"worse: {message}", *figures)
@@ -301,31 +321,41 @@ def check_non_inferiority(
     return check_figures(name, "hold", f"{message}; {why}", low, high)
 
 
-def check_slices(pairs: Pairs, params: GateParams) -> Iterator[Check]:
-    """Find slices that are worse by more than the margin, with Holm's correction over all slices."""
+def compare_slices(pairs: Pairs, params: GateParams) -> list[Slice]:
+    """Test each slice for a loss, with Holm's correction; a single slice is the whole benchmark."""
     found = {name: differences(group) for name, group in by_benchmark(pairs, and_slice=True)}
     if len(found) < 2:
-        return
+        return []
     # Holm's correction compares the lowest p-value with this level.
     alpha = params.alpha / len(found)
     p_values = [p_value(one, params.n_resamples, params.seed, "less", alpha) for one in found.values()]
     are_worse = holm(p_values, params.alpha)
-    shown = {
-        name: f"{name} {format_points(float(one.mean()), '+')} on {len(one)} items (p {p:.2g})"
-        for (name, one), p in zip(found.items(), p_values, strict=True)
-    }
+    return [
+        Slice(name, len(one), float(one.mean()), p, is_worse)
+        for (name, one), p, is_worse in zip(found.items(), p_values, are_worse, strict=True)
+    ]
+
+
+def check_slices(slices: Sequence[Slice], params: GateParams) -> Iterator[Check]:
+    """Find slices that are significantly worse by more than the margin."""
+    if not slices:
+        return
     # A large loss on few items need not be significant; it is named all the same.
-    low = {name for name, one in found.items() if one.mean() < -params.margin}
-    worse = [name for name, is_worse in zip(found, are_worse, strict=True) if is_worse and name in low]
+    low = [one for one in slices if one.mean < -params.margin]
+    worse = [one for one in low if one.is_worse]
     verdict: Verdict = "reject" if worse else "promote"
-    names = worse or sorted(low)
     message = (
-        f"{len(worse) or 'none'} of {len(found)} significantly worse by more than "
+        f"{len(worse) or 'none'} of {len(slices)} significantly worse by more than "
         f"{format_points(params.margin)}"
     )
-    if names:
-        message += f"; {'' if worse else 'not significant: '}{', '.join(shown[name] for name in names)}"
-    yield check_figures("slices", verdict, message, *p_values, *(float(one.mean()) for one in found.values()))
+    if named := worse or low:
+        shown = (
+            f"{one.name} {format_points(one.mean, '+')} on {one.items} items (p {one.p_value:.2g})"
+            for one in named
+        )
+        message += f"; {'' if worse else 'not significant: '}{', '.join(shown)}"
+    figures = (figure for one in slices for figure in (one.p_value, one.mean))
+    yield check_figures("slices", verdict, message, *figures)
 
 
 def format_change(mean: float, low: float, high: float, params: GateParams) -> str:

@@ -22,6 +22,7 @@ from nightshift.core.errors import GateError
 from nightshift.core.files import read_json, read_rows, write_text
 from nightshift.core.paths import (
     AUGMENTED_TRAIN,
+    BENCHMARKS,
     CHAMPION_RECORD,
     DATA,
     EFFECTIVE,
@@ -39,12 +40,11 @@ from nightshift.core.paths import (
     TRAINING_RUN,
 )
 from nightshift.core.stage import run_main
-from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.benchmarks import HELDOUT, read_benchmarks
 from nightshift.data.schemas import Score
 from nightshift.data.statistics import is_broken
 from nightshift.pipeline.graph import stage_order
 from nightshift.pipeline.ledger import TRANSFERS
-from nightshift.pipeline.outcome import promote_command
 from nightshift.raw.unused import unused_by_snapshot
 from nightshift.registry.lineage import open_lineage, write_lineage
 from nightshift.registry.versions import DIGEST, open_registry, registered
@@ -52,13 +52,15 @@ from nightshift.tracking.evaluation import log_evaluation
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
 from tasks.judge import VERDICTS
+from tasks.report.advice import Outcome
 from tasks.report.changes import find_changes
 from tasks.report.chart import Chart, draw
 from tasks.report.compare import Moves, compare, find_moves, pair
+from tasks.report.evidence import Evidence
 from tasks.report.examples import accepted_paraphrases, read_examples, rejected_paraphrases
+from tasks.report.filters import cell, code, cut, line
+from tasks.report.summary import describe_statistics, headline, summarize
 
-# Characters shown of a text.
-TEXT_LENGTH = 800
 log = logging.getLogger(__name__)
 
 
@@ -95,6 +97,9 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
     pairs = pair(rows, gate["reference"])
     answered = find_moves([both for both in pairs if both[0]["benchmark"] != HELDOUT])
     heldout = find_moves([both for both in pairs if both[0]["benchmark"] == HELDOUT])
+    benchmarks = compare(rows, gate["reference"], params)
+    available = {one.name: len(one.items) for one in read_benchmarks(BENCHMARKS)}
+    evidence = Evidence(gate, benchmarks, available, params)
     summaries = {stage: read_json(DATA / stage / "summary.json") for stage in stage_order()}
     with tempfile.TemporaryDirectory() as folder:
         write_lineage(Path(folder))
@@ -103,12 +108,15 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
     return {
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "model": name,
+        "headline": headline(evidence),
+        "sentences": summarize(evidence, find_outcome(client, name, gate["candidate"], champion["version"])),
+        "statistics": describe_statistics(evidence),
+        "describe_limit": evidence.describe_limit,
         "gate": gate,
-        "outcome": describe_outcome(client, name, gate["candidate"], champion["version"]),
         "champion": champion,
         "judged": read_judged(gate),
         "judge_verdicts": VERDICTS,
-        "benchmarks": compare(rows, gate["reference"], params),
+        "benchmarks": benchmarks,
         "alpha": params.alpha,
         "moves": {"Benchmarks": answered, "Held-out examples": heldout},
         "heldout_texts": read_heldout(TEST, heldout),
@@ -155,8 +163,8 @@ def find_candidate(client: MlflowClient, name: str, digest: str | None) -> Model
     return client.get_model_version(name, same[0].version) if same else None
 
 
-def describe_outcome(client: MlflowClient, name: str, candidate: str | None, champion: int | None) -> str:
-    """Describe the current state of the candidate in the registry.
+def find_outcome(client: MlflowClient, name: str, candidate: str | None, champion: int | None) -> Outcome:
+    """Find the current state of the candidate in the registry.
 
     Args:
         client: MLflow client.
@@ -164,19 +172,12 @@ def describe_outcome(client: MlflowClient, name: str, candidate: str | None, cha
         candidate: Digest of the candidate's adapter.
         champion: Version that the gate compared with; None before the first champion.
     """
-    unchanged = f"Version {champion} remains the champion." if champion else "There is no champion yet."
     version = find_candidate(client, name, candidate)
     if version is None:
-        return f"The candidate is not registered. {unchanged}"
-    number, aliases = int(version.version), version.aliases
-    if number == champion:
-        return unchanged
-    if "champion" in aliases:
-        return f"Version {number} is now the champion{f', replacing version {champion}' if champion else ''}."
-    if "challenger" in aliases and OUTCOME.is_file():
-        waits = read_json(OUTCOME)["waits"]
-        return f"Version {number} awaits `{promote_command(number)}`: {waits}. {unchanged}"
-    return f"The candidate is registered as version {number}. {unchanged}"
+        return Outcome(None, champion, is_champion=False, waits=None)
+    is_challenger = "challenger" in version.aliases and OUTCOME.is_file()
+    waits = read_json(OUTCOME)["waits"] if is_challenger else None
+    return Outcome(int(version.version), champion, "champion" in version.aliases, waits)
 
 
 def find_changes_since(name: str, champion: int | None, after: Path) -> dict[str, Any]:
@@ -221,29 +222,8 @@ def open_templates() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    templates.filters |= {"cut": cut, "cell": cell, "isfinite": math.isfinite}
+    templates.filters |= {"cell": cell, "code": code, "cut": cut, "line": line, "isfinite": math.isfinite}
     return templates
-
-
-def cut(text: object, length: int = TEXT_LENGTH) -> str:
-    """Truncate a long text and append the number of omitted characters.
-
-    Example:
-        >>> cut("abcdef", 4), cut("abcd", 4)
-        ('abcd … (2 more characters)', 'abcd')
-    """
-    whole = str(text)
-    return whole if len(whole) <= length else f"{whole[:length]} … ({len(whole) - length:,} more characters)"
-
-
-def cell(text: object) -> str:
-    r"""Escape a text for a cell of a Markdown table.
-
-    Example:
-        >>> cell("a | b\nc")
-        'a \\| b c'
-    """
-    return " ".join(str(text).split()).replace("|", r"\|")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from nightshift.core.files import text_digest
 from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.schemas import Score
-from nightshift.data.statistics import estimate, estimate_difference
+from nightshift.data.statistics import estimate, estimate_difference, p_value
 from tasks.gate import GateParams
 
 # Order of the models in a group; others follow.
@@ -57,6 +57,21 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class SliceChange:
+    """Change of the candidate from its reference on a slice.
+
+    Attributes:
+        name: `benchmark/slice`, as in the gate.
+        items: Number of items that both models answered.
+        mean: Mean difference of their scores, -1 to 1.
+    """
+
+    name: str
+    items: int
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """A benchmark, or the held-out examples.
 
@@ -64,16 +79,41 @@ class Benchmark:
         name: Name in params.yaml, or `test`.
         groups: Whole benchmark, then its slices.
         hidden: Number of slices left out.
+        changes: Every slice, also those left out; empty for a single slice or the held-out examples.
+        p_value: Of the gate's test, two-sided, for no difference on the whole benchmark.
     """
 
     name: str
     groups: list[Group]
     hidden: int
+    changes: list[SliceChange]
+    p_value: float
 
     @property
     def is_loss(self) -> bool:
         """Whether lower is better."""
         return self.name == HELDOUT
+
+    @property
+    def change(self) -> Line | None:
+        """Difference on the whole benchmark; None if no item has both scores."""
+        return next((line for line in self.groups[0].lines if line.is_difference), None)
+
+    @property
+    def asked(self) -> int:
+        """Number of items that the models were asked, with and without a score."""
+        line = self.groups[0].lines[0]
+        return line.items + sum(line.unscored.values())
+
+    @property
+    def gain(self) -> float:
+        """Mean difference in favor of the candidate; 0 if no item has both scores."""
+        mean = self.change.mean if self.change else 0.0
+        return -mean if self.is_loss else mean
+
+    def mean(self, model: str) -> float:
+        """Return the mean score of a model on the whole benchmark; NaN without scores."""
+        return next((line.mean for line in self.groups[0].lines if line.label == model), np.nan)
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -120,7 +160,11 @@ def _benchmark(name: str, rows: Sequence[Score], reference: str, params: GatePar
         _group("", rows, reference, params),
         *(_group(one, slices[one], reference, params) for one in sorted(kept)),
     ]
-    return Benchmark(name, groups, len(slices) - len(kept) if kept else 0)
+    pairs = pair(rows, reference)
+    changes = change_by_slice(pairs) if len(slices) > 1 and name != HELDOUT else []
+    found = np.array([ours["score"] - theirs["score"] for ours, theirs in pairs])
+    p = p_value(found, params.n_resamples, params.seed, alpha=params.alpha)
+    return Benchmark(name, groups, len(slices) - len(kept) if kept else 0, changes, p)
 
 
 def _group(name: str, rows: Sequence[Score], reference: str, params: GateParams) -> Group:
@@ -141,6 +185,15 @@ def _group(name: str, rows: Sequence[Score], reference: str, params: GateParams)
         lines.append(Line(label, len(pairs), *estimate_difference(pairs, params), {}, is_difference=True))
     guesses = [1 / row["choices"] for row in rows if row["choices"]]
     return Group(name, lines, sum(guesses) / len(guesses) if guesses else None)
+
+
+def change_by_slice(pairs: Sequence[tuple[Score, Score]]) -> list[SliceChange]:
+    """Return the change of each slice, the largest loss first."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for ours, theirs in pairs:
+        found[f"{ours['benchmark']}/{ours['slice']}"].append(ours["score"] - theirs["score"])
+    changes = [SliceChange(name, len(all_), float(np.mean(all_))) for name, all_ in found.items()]
+    return sorted(changes, key=lambda one: (one.mean, one.name))
 
 
 def pair(rows: Sequence[Score], reference: str) -> list[tuple[Score, Score]]:

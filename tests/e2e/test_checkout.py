@@ -117,7 +117,7 @@ def test_mlflow_has_parameters_scores_and_source_of_the_run(checkout: ServedChec
     assert run.data.metrics["eval/elements/accuracy"] == scores["elements"]["accuracy"]
     assert run.data.metrics["eval/test/loss"] == scores["test"]["loss"]
     assert run.data.tags["mlflow.source.name"] == "flows/finetune.py"
-    assert run.data.tags["mlflow.git.dirty"] == "true"
+    assert run.data.tags["mlflow.source.git.dirty"] == "true"
     note = run.data.tags["mlflow.note.content"]
     assert re.match(r"\*\*(Held|Promoted|Rejected)\*\*: version 1 ", note)
     assert "/runs/flow-run/" in note
@@ -139,7 +139,7 @@ def test_another_machine_fetches_the_version_with_the_servers_address_alone(
     model = "models:/nightshift@candidate/artifacts/model"
     command = [str(BIN / "mlflow"), "artifacts", "download", "--artifact-uri", model, "--dst-path", "here"]
     subprocess.run(command, cwd=tmp_path, env=elsewhere, check=True, capture_output=True)
-    assert tree_digest(tmp_path / "here" / "model") == tree_digest(checkout.folder / "data/sft/model")
+    assert tree_digest(tmp_path / "here" / "artifacts" / "model") == tree_digest(checkout.folder / "data/sft/model")
 
 
 def test_the_log_of_the_run_has_no_progress_bars_and_names_its_programs(checkout: ServedCheckout) -> None:

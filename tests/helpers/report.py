@@ -60,14 +60,30 @@ SUMMARIES: dict[str, dict[str, Any]] = {
     "evaluate": {},
     "gate": {},
 }
-GATE = {
+GATE: dict[str, Any] = {
     "verdict": "promote",
-    "reason": "gain: better: +30.0% accuracy",
+    "reason": "gain: better: +30.0 points of accuracy",
     "reference": "champion",
     "candidate": "c" * 64,
     "checks": [
-        {"name": "gain", "verdict": "promote", "message": "better: +30.0% accuracy"},
-        {"name": "slices", "verdict": "promote", "message": "none of 2 is worse | by more than 5.0%"},
+        {"name": "gain", "verdict": "promote", "message": "better: +30.0 points of accuracy"},
+        {"name": "slices", "verdict": "promote", "message": "none of 2 significantly worse | by more than 5"},
+    ],
+    "gain": {
+        "mean": 0.3,
+        "low": 0.1,
+        "high": 0.5,
+        "alpha": 0.05,
+        "spent": 0.0304,
+        "power": 0.25,
+        "items_needed": 150.0,
+        "p_value": 0.01,
+        "look": 1,
+        "items": 10,
+    },
+    "slices": [
+        {"name": "facts/even", "items": 5, "mean": 0.2, "p_value": 0.9, "is_worse": False},
+        {"name": "facts/odd", "items": 5, "mean": 0.4, "p_value": 0.9, "is_worse": False},
     ],
 }
 

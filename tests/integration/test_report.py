@@ -9,11 +9,13 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from nightshift.core.files import read_json, read_rows, write_json, write_rows, write_text
 from nightshift.core.paths import METRICS, PAGE, SHORT
+from nightshift.data.benchmarks import CHOICE_TASK
 from nightshift.data.schemas import AUGMENTED
 from nightshift.registry import versions
 from nightshift.tracking.runs import experiment_id, tracking_uri
@@ -24,6 +26,16 @@ from tests.helpers.checkouts import ROOT
 from tests.helpers.report import GATE, HOSTILE, make_night, messages, night_scores, score, write_scores
 
 DATABASE = Path(".nightshift/mlflow.db")
+SENTENCES = [
+    "The new model is better than the champion on facts (80.0%, +30.0 points, not significant) and the "
+    "held-out examples (loss 2.357, -0.071 nats per token, not significant).",
+    "It is worse on no benchmark. No slice is worse.",
+    "A search over the training data, without training, reaches 60.0% on facts, less than the new model's "
+    "80.0%.",
+    "The gain on facts is proven: with 95% confidence, the change is between +10.0 and +50.0 points.",
+    "Version 2 is now the champion, replacing version 1. `nightshift rollback --reason TEXT` undoes this; "
+    "`nightshift history` lists all promotions.",
+]
 # Returns the texts whose contrast with their background is below WCAG's 4.5.
 FAINT = """() => {
   const parts = (color) => color.match(/[\\d.]+/g).map(Number)
@@ -79,8 +91,6 @@ def test_scores_gain_and_verdict_are_logged_to_the_current_run(monkeypatch: pyte
     client = MlflowClient(tracking_uri())
     run = client.create_run(experiment_id(client)).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", run)
-    gate = {**GATE, "gain": {"mean": 0.3, "low": 0.1, "high": 0.5, "p_value": 0.01}}
-    write_json(report.GATE, gate)
     write_page()
     found = client.get_run(run).data
     scored = read_json(METRICS)["candidate"]
@@ -117,7 +127,12 @@ def test_the_page_renders_on_phone_and_desktop_in_light_and_dark_without_request
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(FAINT) == []
             assert page.title() == "nightshift: promote"
-            assert page.locator("h1").inner_text() == "Better: the candidate may become the champion"
+            assert page.locator("h1").inner_text() == "Ship it: the new model is better"
+            assert page.locator("header li").all_inner_texts() == [one.replace("`", "") for one in SENTENCES]
+            assert page.locator("header li code").all_inner_texts() == [
+                "nightshift rollback --reason TEXT",
+                "nightshift history",
+            ]
             assert page.locator("h2").all_inner_texts() == [
                 "Gate checks",
                 "Scores",
@@ -181,10 +196,14 @@ def test_changed_rows_parameters_and_shards_are_reported() -> None:
 
 
 @pytest.mark.usefixtures("checkout")
-def test_the_short_form_has_verdict_scores_and_checks() -> None:
+def test_the_short_form_has_the_same_sentences_and_scores_and_checks() -> None:
     write_page()
     assert SHORT.read_text(encoding="utf-8").splitlines() == [
-        "**promote**, against the champion. Version 2 is now the champion, replacing version 1.",
+        "**Ship it: the new model is better**",
+        "",
+        *(f"- {one}" for one in SENTENCES),
+        "",
+        "Gate verdict: promote, against the champion.",
         "",
         "| | model | mean | interval | items |",
         "|---|---|---|---|---|",
@@ -192,7 +211,7 @@ def test_the_short_form_has_verdict_scores_and_checks() -> None:
         "| facts | champion | 50.0% | 23.7% to 76.3% | 10 |",
         "| facts | candidate | 80.0% | 49.0% to 94.3% | 10 |",
         "| facts | retrieval | 60.0% | 31.3% to 83.2% | 10 |",
-        "| facts | candidate \N{MINUS SIGN} champion | +30.0% | -10.0% to +70.0% | 10 |",
+        "| facts | candidate \N{MINUS SIGN} champion, points | +30.0 | -10.0 to +70.0 | 10 |",
         "| held-out loss | base | 3.000 | 3.000 to 3.000 | 2 |",
         "| held-out loss | champion | 2.429 | 2.400 to 2.500 | 2 |",
         "| held-out loss | candidate | 2.357 | 2.000 to 2.500 | 2 |",
@@ -200,8 +219,8 @@ def test_the_short_form_has_verdict_scores_and_checks() -> None:
         "",
         "| check | verdict | why |",
         "|---|---|---|",
-        "| gain | promote | better: +30.0% accuracy |",
-        r"| slices | promote | none of 2 is worse \| by more than 5.0% |",
+        "| gain | promote | better: +30.0 points of accuracy |",
+        r"| slices | promote | none of 2 significantly worse \| by more than 5 |",
     ]
 
 
@@ -214,44 +233,83 @@ def test_unused_data_on_disk_is_listed(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "headline"),
+    ("verdict", "expected"),
     [
-        ("hold", "Inconclusive: the current model is kept"),
-        ("reject", "Worse: the current model is kept"),
-        ("error", "No verdict: the scores cannot be trusted"),
+        (
+            "hold",
+            "Do not ship it yet: the result is inconclusive The new model is better than the champion on "
+            "facts "
+            "(80.0%, +30.0 points, not significant) and",
+        ),
+        (
+            "reject",
+            "Do not ship it: the new model is not good enough The new model is better than the champion on "
+            "facts "
+            "(80.0%, +30.0 points, not significant) and",
+        ),
+        (
+            "error",
+            "Do not ship it: the scores cannot be used The gate could not decide: gain: better: +30.0 points "
+            "of "
+            "accuracy. The new model is not registered;",
+        ),
     ],
 )
-def test_a_candidate_that_was_not_promoted_is_reported(checkout: Path, verdict: str, headline: str) -> None:
-    write_json(report.GATE, {**GATE, "verdict": verdict, "candidate": "d" * 64})
+def test_a_candidate_that_was_not_promoted_is_reported(checkout: Path, verdict: str, expected: str) -> None:
+    checks = [{**GATE["checks"][0], "verdict": verdict}]
+    write_json(report.GATE, {**GATE, "verdict": verdict, "candidate": "d" * 64, "checks": checks})
     scores = night_scores()
     for row in scores:
         row["score"] = float("nan") if row["model"] == "candidate" else row["score"]
     if verdict == "error":
         write_scores(checkout / "data", scores)
     page = plain(write_page())
-    assert headline in page
-    assert "The candidate is not registered. Version 1 remains the champion." in page
+    assert expected in page
+    assert "The new model is not registered; version 1 remains the champion." in page
     assert ("candidate 10 error" in page) == (verdict == "error")
 
 
 def test_a_night_without_anything_new_is_not_called_inconclusive(checkout: Path) -> None:
     checks = [{"name": "candidate", "verdict": "hold", "message": "the candidate is the champion"}]
-    write_json(report.GATE, {**GATE, "verdict": "hold", "checks": checks})
+    found = {key: GATE[key] for key in ("reason", "reference", "candidate")}
+    write_json(report.GATE, {**found, "verdict": "hold", "checks": checks})
     page = plain(write_page())
-    assert "Nothing new: the champion is kept" in page
-    assert "Inconclusive" not in page
+    assert "Nothing new: the champion is kept The new model is identical to the champion." in page
+    assert "inconclusive" not in page
 
 
-def test_the_page_shows_what_a_waiting_version_waits_for(checkout: Path) -> None:
+def test_the_page_shows_how_to_promote_a_waiting_version(checkout: Path) -> None:
     client, name = versions.open_registry()
     client.set_registered_model_alias(name, "champion", "1")
     client.set_registered_model_alias(name, "challenger", "2")
     write_json(report.OUTCOME, {"promoted": False, "waits": "registry.approval is manual"})
     expected = (
-        "Version 2 awaits `nightshift promote 2 --reason TEXT`: registry.approval is manual. "
-        "Version 1 remains the champion."
+        "Version 2 waits for approval (registry.approval is manual); version 1 remains the champion. To ship "
+        "it, "
+        "type nightshift promote 2 --reason TEXT ."
     )
     assert expected in plain(write_page())
+    # The alias of an earlier night, and a verdict that nobody has to approve.
+    write_json(report.OUTCOME, {"promoted": False, "waits": None})
+    assert "Version 2 is registered, but not promoted; version 1 remains the champion." in plain(write_page())
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_statistics_of_the_gain_are_below_the_table_of_checks() -> None:
+    page = plain(write_page())
+    assert page.count("p = 0.01") == 1
+    assert "by more than 5 Gain: p = 0.01 in a two-sided paired test." in page
+
+
+def test_a_limit_on_the_items_is_named_with_the_gain_and_the_scores(checkout: Path) -> None:
+    folder = checkout / "data" / "benchmarks" / "facts"
+    item = {"question": "What is it?", "choices": ["this", "that"], "answer": 0}
+    write_text(folder / "items.jsonl", "".join(json.dumps({"id": f"q{i}", **item}) + "\n" for i in range(25)))
+    write_text(folder / "task.yaml", yaml.safe_dump(CHOICE_TASK))
+    page = plain(write_page())
+    assert "between +10.0 and +50.0 points; 10 of 25 items were asked (evaluate.limit)." in page
+    assert "all items, 10 of 25 items were asked (evaluate.limit), chance 25.0%" in page
+    assert "even, 5 items" in page
 
 
 def test_a_judgement_is_shown_next_to_the_scores(checkout: Path) -> None:
@@ -274,7 +332,8 @@ def test_a_missing_champion_and_missing_losses_are_reported(checkout: Path) -> N
     page = plain(write_page())
     assert "There is no champion yet: the candidate was compared with its base." in page
     assert "MLflow has no losses for the training run" in page
-    assert "candidate \N{MINUS SIGN} base +60.0%" in page
+    assert "candidate \N{MINUS SIGN} base, points +60.0" in page
+    assert "Version 2 is now the champion. nightshift history lists all promotions." in page
     assert "1 worse, 7 better, 2 unchanged" in page
     assert "facts / even / q8" in page
 
@@ -348,7 +407,10 @@ with prefect_test_harness(server_startup_timeout=120):
     shown = {key: (kind, data) for kind, key, data in artefacts}
     assert shown["report-page"] == ("markdown", f"[full report]({PAGE.absolute().as_uri()})")
     assert shown["report"] == ("markdown", SHORT.read_text(encoding="utf-8"))
-    assert SHORT.read_text(encoding="utf-8").startswith("**error**, against the champion.")
+    short = SHORT.read_text(encoding="utf-8")
+    assert short.startswith(
+        "**Do not ship it: the scores cannot be used**\n\n- The gate could not decide: 3 scores"
+    )
     assert [file.path for file in client.list_artifacts(run)] == [PAGE.name]
 
 

@@ -79,6 +79,7 @@ def test_an_inconclusive_gain_reports_how_many_items_are_needed() -> None:
     assert reason.endswith(
         "; a gain of 5.0 points would be found with probability 15%, with 423 items with probability 80%"
     )
+    assert judge(candidate + base, detectable_gain=0.05)["gain"]["items_needed"] == 423
 
 
 def test_a_gain_does_not_compensate_a_worse_heldout_loss() -> None:
@@ -104,6 +105,21 @@ def test_a_slice_that_became_worse_rejects_a_gain() -> None:
         "slices: 1 of 5 significantly worse by more than 5.0 points; facts/0 -50.0 points on 40 items "
         "(p 9.5e-07)"
     )
+
+
+def test_the_test_of_every_slice_is_stored() -> None:
+    # Of five slices with 40 items each, the first falls from 40 to 20 correct answers, the second to 37.
+    candidate = scores("candidate", 200, 200, parts=5)
+    for row in (*candidate[:20], *candidate[40:43]):
+        row["score"] = 0.0
+    first, second, *others = judge(candidate + scores("base", 80, 200, parts=5))["slices"]
+    assert (first["name"], first["items"], first["mean"], first["is_worse"]) == ("facts/0", 40, -0.5, True)
+    # 20 of 20 changed answers were lost, and 3 of 3.
+    assert (first["p_value"], second["p_value"]) == (0.5**20, 0.5**3)
+    assert (second["mean"], second["is_worse"]) == (-0.075, False)
+    assert [one["mean"] for one in others] == [1.0, 1.0, 1.0]
+    # A single slice is the whole benchmark.
+    assert judge(scores("candidate", 70) + scores("base", 40))["slices"] == []
 
 
 def test_a_slice_that_is_worse_by_chance_does_not_reject() -> None:

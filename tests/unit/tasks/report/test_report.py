@@ -8,7 +8,7 @@ import pytest
 
 from nightshift.core.files import write_rows
 from tasks.report.chart import draw
-from tasks.report.compare import compare, find_moves, pair
+from tasks.report.compare import SliceChange, compare, find_moves, pair
 from tasks.report.examples import accepted_paraphrases, rejected_paraphrases
 from tests.helpers.gate import PARAMS
 from tests.helpers.report import REJECTED, heldout, messages, night_scores, score, write_examples
@@ -82,6 +82,29 @@ def test_the_largest_slices_are_shown_and_the_others_counted() -> None:
     found = compare(rows, "base", PARAMS)[0]
     assert (len(found.groups), found.hidden) == (21, 11)
     assert "s30" not in [group.name for group in found.groups]
+
+
+def test_the_change_of_every_slice_is_known_even_if_the_slice_is_not_shown() -> None:
+    rows = [score("champion", i, 1.0, slice=f"s{i % 30}") for i in range(120)]
+    rows += [score("candidate", i, float(i % 30 != 29 or i > 60), slice=f"s{i % 30}") for i in range(120)]
+    found = compare(rows, "champion", PARAMS)[0]
+    assert (len(found.groups), found.hidden, len(found.changes)) == (21, 10, 30)
+    assert found.changes[0] == SliceChange("facts/s29", 4, -0.5)
+    assert {one.mean for one in found.changes[1:]} == {0.0}
+    # A single slice is the whole benchmark; the sources of the held-out examples are no slices.
+    assert compare([score("candidate", 0, 1.0)], "base", PARAMS)[0].changes == []
+    assert compare(night_scores(), "champion", PARAMS)[1].changes == []
+
+
+def test_a_benchmark_knows_its_gain_its_items_and_the_score_of_each_model() -> None:
+    facts, heldout = compare(night_scores(), "champion", PARAMS)
+    assert (facts.asked, facts.gain, heldout.gain) == (10, pytest.approx(0.3), pytest.approx(1 / 14))
+    assert (facts.mean("candidate"), facts.mean("retrieval")) == (0.8, 0.6)
+    assert math.isnan(facts.mean("other"))
+    rows = [score("candidate", i, None, status="error") for i in range(3)]
+    unscored = compare(rows, "base", PARAMS)[0]
+    assert (unscored.asked, unscored.change, unscored.gain) == (3, None, 0.0)
+    assert math.isnan(unscored.mean("candidate"))
 
 
 def test_a_retention_benchmark_is_compared_with_the_base() -> None:
