@@ -139,7 +139,8 @@ def test_another_machine_fetches_the_version_with_the_servers_address_alone(
     model = "models:/nightshift@candidate/artifacts/model"
     command = [str(BIN / "mlflow"), "artifacts", "download", "--artifact-uri", model, "--dst-path", "here"]
     subprocess.run(command, cwd=tmp_path, env=elsewhere, check=True, capture_output=True)
-    assert tree_digest(tmp_path / "here" / "artifacts" / "model") == tree_digest(checkout.folder / "data/sft/model")
+    found = tmp_path / "here" / "artifacts" / "model"
+    assert tree_digest(found) == tree_digest(checkout.folder / "data/sft/model")
 
 
 def test_the_log_of_the_run_has_no_progress_bars_and_names_its_programs(checkout: ServedCheckout) -> None:
