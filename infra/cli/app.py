@@ -17,6 +17,7 @@ from rich.table import Table
 from infra.cli import plan as planned
 from infra.importers import axolotl
 from infra.local import stack
+from infra.local.processes import HOST
 from infra.local.settings import Stack
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, PipelineError
@@ -303,6 +304,27 @@ def chat(
 
     hide_downloads()
     talk.chat(model)
+
+
+@app.command()
+@report_errors
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Version number, alias, models:/NAME@ALIAS, or exported folder.")
+    ] = "champion",
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on; clients are not authenticated.")] = HOST,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    interval: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between checks whether the alias moved.")
+    ] = 30.0,
+) -> None:
+    """Serve a version behind an OpenAI-compatible API; when its alias moves, the new version takes over."""
+    os.environ.update(OFFLINE)
+    from infra.cli.serve import serve as answer_requests
+
+    hide_downloads()
+    answer_requests(model, host, port, interval)
 
 
 @app.command()

@@ -147,7 +147,7 @@ def generate(
     forced: bool = False,
     **options: Any,
 ) -> tuple[int, Any]:
-    """Generate an answer greedily; the same files give the same answer.
+    """Generate an answer, greedily unless `options` say otherwise; the same files give the same answer.
 
     Args:
         model: Model with or without an adapter.
@@ -176,7 +176,8 @@ def generate(
         )
     limit = min(limit, context - n_prompt)
     least = limit if forced else 0
-    output = model.generate(**inputs, min_new_tokens=least, max_new_tokens=limit, do_sample=False, **options)
+    options = {"do_sample": False, **options}
+    output = model.generate(**inputs, min_new_tokens=least, max_new_tokens=limit, **options)
     return n_prompt, output[0, n_prompt:]
 
 

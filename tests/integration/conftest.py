@@ -1,15 +1,38 @@
-"""A fixture that builds the single-process trainer inside the test process."""
+"""Fixtures: a checkout with a champion, and the single-process trainer inside the test process."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nightshift.core.files import read_json, write_json
 from nightshift.core.paths import PACKED
 from tests.helpers.sft import WHOLE_SET, make_folder, shipped_params
 
 ROWS = ((0, 1), (2, 3), (4, 5), (6, 7))
+
+
+@pytest.fixture(scope="session")
+def registered(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """Create a checkout whose only version is the champion, on a base with a 64-token context."""
+    from tests.helpers.champion import make_champion
+
+    folder = tmp_path_factory.mktemp("serving")
+    base = shutil.copytree(tiny_base, tmp_path_factory.mktemp("short") / "base")
+    write_json(base / "config.json", read_json(base / "config.json") | {"max_position_embeddings": 64})
+    make_champion(folder, base)
+    return folder
+
+
+@pytest.fixture
+def checkout(registered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter the checkout with a champion; tests do not change it."""
+    from tests.helpers.champion import enter
+
+    enter(monkeypatch, registered)
+    return registered
 
 
 @pytest.fixture

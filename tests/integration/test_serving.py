@@ -21,70 +21,18 @@ from peft.tuners.lora import LoraModel
 
 from infra.cli.export import export
 from nightshift.core.errors import GateError
-from nightshift.core.files import read_json, tree_digest, write_json, write_rows, write_text
-from nightshift.registry import card, versions
+from nightshift.core.files import read_json, tree_digest, write_text
+from nightshift.registry import versions
 from nightshift.registry.served_model import generate, load
 from tasks import register
 from tasks.base import locate
-from tasks.evaluate.scores import ALL_SCORES
-from tests.helpers.checkouts import BIN, ROOT
+from tests.helpers.champion import register_champion
+from tests.helpers.checkouts import BIN
 from tests.integration.test_endpoint import Server, free_port
-from tests.integration.test_registry import adapter, candidate, make_checkout
+from tests.integration.test_registry import adapter
 
 URI = "models:/nightshift@champion"
-GATE = {
-    "verdict": "promote",
-    "reason": "gain: better: +30.0% accuracy",
-    "reference": "base",
-    "loss": 2.25,
-    "reference_loss": 3.0,
-    "checks": [{"name": "gain", "verdict": "promote", "message": "better: +30.0% accuracy"}],
-}
 ASKED = [{"role": "user", "content": "What is the chemical symbol of Gold?"}]
-
-
-@pytest.fixture(scope="module")
-def registered(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """Create a checkout whose only version is the champion, on a base with a 64-token context."""
-    folder = tmp_path_factory.mktemp("serving")
-    base = shutil.copytree(tiny_base, tmp_path_factory.mktemp("short") / "base")
-    write_json(base / "config.json", read_json(base / "config.json") | {"max_position_embeddings": 64})
-    make_checkout(folder, base)
-    with pytest.MonkeyPatch.context() as patch:
-        enter(patch, folder)
-        item = {"slice": "s", "tokens": None, "choices": 4, "status": "ok"}
-        rows = [
-            {"model": model, "benchmark": "facts", "item": str(i), "score": float(i < right), **item}
-            for model, right in (("base", 3), ("candidate", 6))
-            for i in range(10)
-        ]
-        write_rows(card.SCORES, rows, ALL_SCORES)
-        register_champion(1)
-    return folder
-
-
-@pytest.fixture
-def checkout(registered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Enter the checkout and return it."""
-    enter(monkeypatch, registered)
-    return registered
-
-
-def enter(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Enter a checkout with its own state."""
-    patch.chdir(folder)
-    patch.setenv("PYTHONPATH", str(ROOT))
-    for name in ("NIGHTSHIFT_HOME", "NIGHTSHIFT_BASE", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-        patch.delenv(name, raising=False)
-
-
-def register_champion(seed: int) -> None:
-    """Register an adapter and make it champion."""
-    candidate(seed)
-    write_json(register.GATE, GATE)
-    register.main()
-    client, name = versions.open_registry()
-    client.set_registered_model_alias(name, "champion", str(read_json(register.VERSION)["version"]))
 
 
 def expected(limit: int) -> str:
