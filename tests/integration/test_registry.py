@@ -298,7 +298,11 @@ def test_a_model_from_elsewhere_is_adopted_and_the_next_night_is_judged_against_
     with pytest.raises(GateError, match="production is already version 4 of nightshift"):
         register.main(checkout / "production", "again")
     shown = subprocess.run(
-        [str(BIN / "nightshift"), "trace", "4"], capture_output=True, text=True, check=True
+        [str(BIN / "nightshift"), "trace", "4"],
+        env={**os.environ, "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert re.search(r"adopted from +\S*/production", shown)
     with pytest.raises(GateError, match="version 4 was adopted from"):
