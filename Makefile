@@ -54,10 +54,10 @@ down:  ## stop everything that `make run` started
 clean: down  ## delete what is installed and compiled; data, models and databases stay
 	rm -rf $(VENV) .kit .nightshift/torch-extensions
 
-purge: down  ## delete everything but the code: data, models, the registry, the DVC remote; asks, unless YES=1
-	@du -sch data .dvc/cache .nightshift 2>/dev/null || true
+purge: down  ## delete everything but the code: data, models, the registry, the DVC remote .dvc/remote; asks, unless YES=1
+	@du -sch data .dvc/cache .dvc/remote .nightshift 2>/dev/null || true
 	@[ "$(YES)" = 1 ] || { read -rp "Delete all of this, with the registry and every model? [y/N] " answer; [ "$$answer" = y ]; }
-	rm -rf $(VENV) .kit .nightshift data .dvc/cache .dvc/tmp dvc.lock prefect.toml
+	rm -rf $(VENV) .kit .nightshift data .dvc/cache .dvc/remote .dvc/tmp dvc.lock prefect.toml
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash infra/install.sh

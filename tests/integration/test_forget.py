@@ -92,7 +92,7 @@ def test_a_forgotten_row_is_erased_everywhere_and_does_not_return(
     assert "data/raw/mine/000001.jsonl" in found
     assert "data/ingest/examples.parquet" in found
     assert any(name.startswith(".dvc/cache") for name in found)
-    assert any(name.startswith(".nightshift/remote") for name in found)
+    assert any(name.startswith(".dvc/remote") for name in found)
     before = {row["origin"]: row["id"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
     # The row is given by its id. Its near-duplicate would replace it and is removed too.
     output = checkout.type("nightshift", "forget", before["mine/000001.jsonl:2"], "--yes")

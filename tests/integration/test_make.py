@@ -12,7 +12,7 @@ KEPT = (
     "data/raw/facts/000001.jsonl",
     ".dvc/cache/files",
     ".nightshift/mlflow.db",
-    ".nightshift/remote/files",
+    ".dvc/remote/files",
 )
 INSTALLED = (".venv/lib", ".kit/a.whl", ".nightshift/torch-extensions/op.so")
 
@@ -43,7 +43,7 @@ def test_clean_deletes_only_what_is_installed_and_compiled(checkout: Path) -> No
 def test_purge_without_consent_deletes_nothing(checkout: Path, answer: str) -> None:
     done = make("purge", answer=answer)
     assert done.returncode != 0
-    assert ".nightshift" in done.stdout
+    assert {"data", ".dvc/cache", ".dvc/remote", ".nightshift"} <= set(done.stdout.split())
     assert existing(checkout) == {*KEPT, *INSTALLED}
 
 
