@@ -137,11 +137,21 @@ def fetch_data(folder: Path) -> None:
     Raises:
         StageError: Neither contains the data.
     """
-    cache = str(Path(".dvc/cache").absolute())
-    require(dvc(folder, "config", "--local", "cache.dir", cache), f"{folder} is not a DVC repository")
+    share_dvc(folder)
     if dvc(folder, "checkout", "--quiet", *FETCHED):
         wanted = ", ".join(FETCHED)
         require(dvc(folder, "pull", *FETCHED), f"{wanted}: neither in DVC's cache nor in its remote")
+
+
+def share_dvc(folder: Path) -> None:
+    """Give the workspace this checkout's DVC cache and settings: remotes, also of .dvc/config.local."""
+    from dvc.config import Config, merge  # type: ignore[import-untyped]
+    from dvc.repo import Repo  # type: ignore[import-untyped]
+
+    with Repo() as repo, Config(str(folder / ".dvc")).edit("local") as local:
+        # Relative paths are resolved here; in the clone they would be other folders.
+        merge(local, repo.config.read())
+        local["cache"]["dir"] = repo.cache.local.path
 
 
 def stages_to_rebuild(folder: Path) -> list[str]:
