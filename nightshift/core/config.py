@@ -51,12 +51,16 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
     """Read the whole config file.
 
     Raises:
-        ConfigError: The file is missing, is not valid YAML, or is not a mapping.
+        ConfigError: The file is missing, is not text, is not valid YAML, or is not a mapping.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except FileNotFoundError as err:
         raise ConfigError(f"{path}: not found; run from the folder that contains it") from err
+    except IsADirectoryError as err:
+        raise ConfigError(f"{path}: is a folder; give the file in it") from err
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path}: not UTF-8 text: {err}; save it as UTF-8") from err
     except yaml.YAMLError as err:
         raise ConfigError(f"{path}: not valid YAML: {err}; fix the reported line") from err
     if not isinstance(values, dict):

@@ -27,9 +27,10 @@ def restore(folder: Path) -> None:
     Without it, the stage would start over and lose data that its sources no longer offer.
 
     Raises:
-        StageError: Neither the cache nor a remote contains all of it.
+        StageError: Neither the cache nor a remote contains all of it, or what they contain is damaged.
     """
-    if folder.exists() or folder.as_posix() not in locked_outputs().get("snapshot", {}):
+    recorded = locked_outputs().get("snapshot", {}).get(folder.as_posix())
+    if folder.exists() or recorded is None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as incoming:
@@ -42,6 +43,13 @@ def restore(folder: Path) -> None:
                 f"{folder}: {LOCK} lists it, but neither DVC's cache nor its remote contains all of it "
                 f"({reason.removeprefix('ERROR: ')}); add the remote that contains it to .dvc/config, or "
                 f"remove {LOCK} to start without it"
+            )
+        # Unlike `dvc pull`, `dvc get` never verifies what it downloads.
+        if (found := digest(Path(incoming, folder.name))) != recorded:
+            raise StageError(
+                f"{folder}: {LOCK} lists it with digest {recorded}, but DVC's cache or remote has it with "
+                f"{found}: a file there is damaged; replace it with the file of the same name in .dvc/cache "
+                f"of a clone that has it (`dvc pull -v {folder}` names it)"
             )
         Path(incoming, folder.name).replace(folder)
     log.info("%s: restored from %s", folder, LOCK)
@@ -140,6 +148,17 @@ def listing(path: Path) -> set[str]:
     if path.suffix != ".dir" or not path.is_file():
         return set()
     return {entry["md5"] for entry in read_json(path)}
+
+
+def digest(path: Path) -> str:
+    """Return the digest of a file or folder, as DVC records it in dvc.lock."""
+    from dvc.fs import localfs  # type: ignore[import-untyped]
+    from dvc.repo import Repo
+    from dvc_data.hashfile.build import build
+
+    with Repo() as repo:
+        _, _, found = build(repo.cache.local, str(path.absolute()), localfs, "md5", dry_run=True)
+    return str(found.hash_info.value)
 
 
 def md5(path: Path) -> str:

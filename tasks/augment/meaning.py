@@ -14,7 +14,8 @@ def load_embedder(location: str) -> CompareMeaning:
         location: Folder, or `package:<name>` for a package with the folder `model`.
 
     Raises:
-        ConfigError: sentence-transformers, or the package of the model, is not installed.
+        ConfigError: sentence-transformers, or the package of the model, is not installed, or the model is
+            not a folder.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -25,6 +26,11 @@ def load_embedder(location: str) -> CompareMeaning:
             f"params.yaml: augment.embedder={location}: {err.name} is not installed; "
             "run `pip install -e '.[meaning]'`, or set it to null"
         ) from err
+    if not folder.is_dir():
+        raise ConfigError(
+            f"params.yaml: augment.embedder={location}: {folder} is not a folder; correct the path, or set "
+            "it to null"
+        )
     model = SentenceTransformer(str(folder), trust_remote_code=False, local_files_only=True)
 
     def compare(before: str, after: str) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nightshift.core.code_digest import MODEL_ENGINES, source_digest, versions
+from nightshift.core.errors import ConfigError
 from nightshift.core.files import tree_digest
 from nightshift.core.memo import Memo
 from nightshift.replies import Failure, Generate, Reply, Request, Result, ask
@@ -65,6 +66,9 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
 
     A local model answers a request several times; an endpoint returns several versions in one answer,
     so that they differ.
+
+    Raises:
+        ConfigError: The local model is not a folder with a model.
     """
     sampling = {
         "temperature": params.temperature,
@@ -73,6 +77,11 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
     }
     local = params.backend == "transformers"
     folder = Path(params.model) if params.model else base
+    if local and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"params.yaml: augment.model={params.model}: no config.json in {folder}; set it to the folder "
+            "of a model, or to null for the base"
+        )
     revision = tree_digest(folder) if local else params.model
     name = json.dumps([params.backend, revision, sampling, params.seed, VERSION], sort_keys=True)
     # A server determines its own replies; those of a local model depend on our code and libraries.

@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 
 from nightshift.core.config import load_params
-from nightshift.core.files import file_digest, jsonl, write_json, write_text
-from nightshift.core.paths import BENCHMARKS, CHAMPION, RAW
+from nightshift.core.errors import DataError
+from nightshift.core.files import file_digest, jsonl, read_json, write_json, write_text
+from nightshift.core.paths import BENCHMARKS, CHAMPION, CHAMPION_RECORD, RAW
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
 from nightshift.data.used import write_used
@@ -48,7 +49,7 @@ def main() -> None:
         for shard in write_shards(source, read_offers(location), RAW):
             erase_known(shard, RAW)
     write_used(RAW, params.sources)
-    versions.write_champion(CHAMPION)
+    update_champion()
     write_summary(
         "snapshot",
         rows_in=0,
@@ -116,7 +117,11 @@ def digest_shards(raw: Path) -> dict[str, str]:
 
 
 def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
-    """Write `<name>/task.yaml` and `<name>/items.jsonl` in `benchmarks`, for `read_benchmarks`."""
+    """Write `<name>/task.yaml` and `<name>/items.jsonl` in `benchmarks`, for `read_benchmarks`.
+
+    Raises:
+        DataError: The location is not a folder, or its files cannot be copied.
+    """
     target = benchmarks / name
     kind, _, rest = location.partition(":")
     if kind == "package":
@@ -125,10 +130,49 @@ def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
     elif kind == "lm-eval":
         task, items = CHOICE_TASK, harness_items(rest)
     else:
-        shutil.copytree(location, target, dirs_exist_ok=True)
+        copy_benchmark(Path(location), target, f"snapshot.benchmarks.{name}: {location}")
         return
     write_text(target / "items.jsonl", jsonl(items))
     write_text(target / "task.yaml", yaml.safe_dump(task, sort_keys=False))
+
+
+def copy_benchmark(source: Path, target: Path, where: str) -> None:
+    """Copy a benchmark folder.
+
+    Raises:
+        DataError: It is not a folder, or one of its files cannot be copied.
+    """
+    if not source.is_dir():
+        problem = "is a file, not a folder" if source.exists() else "not found"
+        raise DataError(
+            f"{where}: {problem}; set it to a folder with task.yaml and items.jsonl, or remove it from "
+            "params.yaml"
+        )
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except shutil.Error as err:
+        file, _, reason = err.args[0][0]
+        raise DataError(
+            f"{where}: {file} cannot be copied: {reason}; check permissions and disk space"
+        ) from err
+
+
+def update_champion() -> None:
+    """Write the registry's champion; warn if it has none where the last snapshot found one.
+
+    In a clone with its own registry, the gate would no longer compare with the champion that DVC restored.
+    """
+    before = read_json(CHAMPION_RECORD)["version"] if CHAMPION_RECORD.is_file() else None
+    versions.write_champion(CHAMPION)
+    if before is not None and read_json(CHAMPION_RECORD)["version"] is None:
+        log.warning(
+            "%s: version %d was the champion, but this registry has none, so the gate compares with the base "
+            "only; to go back, run `git checkout dvc.lock` and `dvc checkout --force %s`, and take snapshots "
+            "where the champion was promoted",
+            CHAMPION_RECORD,
+            before,
+            CHAMPION,
+        )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""The snapshot stage in real use: clones that share a remote, sources that come and go.
+"""The snapshot stage in real use: a team that shares git and a remote, sources that come and go.
 
 The tests share two checkouts and run in file order.
 """
 
 import json
-import subprocess
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from mlflow import MlflowClient
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from nightshift.core.files import read_json, read_rows, tree_digest
+from nightshift.core.files import read_json, read_rows, tree_digest, write_json
+from nightshift.pipeline.dvc_cache import md5
 from nightshift.pipeline.graph import read_stages
 from tests.helpers.checkouts import Checkout, make_checkout
+from tests.helpers.report import write_version
 
 pytestmark = pytest.mark.timeout(600)
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid")
@@ -52,19 +58,49 @@ def trained_sources(checkout: Checkout) -> set[str]:
     return {row["source"] for row in read_rows(checkout.folder / "data/ingest/examples.parquet")}
 
 
+def promote_adapter(folder: Path) -> None:
+    """Make an untrained adapter the champion in the registry of a checkout."""
+    base = folder / "data/base/model"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    artifacts = folder / "versions/1/artifacts"
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(artifacts / "model")
+    reference = {**read_json(folder / "data/base/base.json"), "path": str(base)}
+    write_json(artifacts / "base_reference.json", reference)
+    client = MlflowClient(f"sqlite:///{folder / '.nightshift/mlflow.db'}")
+    client.create_registered_model("nightshift")
+    write_version(client, "nightshift", folder, tree_digest(artifacts / "model"))
+
+
 @pytest.fixture(scope="module")
 def first(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, clean_environment: dict[str, str]
 ) -> Checkout:
-    """Create a clone in which only `dvc repro` was run; its remote is a folder next to it."""
-    folder = make_checkout(tmp_path_factory.mktemp("snapshot") / "first", tiny_base)
+    """Create a clone with a champion, in which only `dvc repro` was run; its remote is next to it."""
+    team = tmp_path_factory.mktemp("team")
+    folder = make_checkout(team / "first", shutil.copytree(tiny_base, team / "base"))
     made = Checkout(folder, clean_environment)
-    made.type("dvc", "remote", "modify", "local", "url", str(folder.parent / "remote"))
+    made.type("dvc", "remote", "modify", "storage", "url", str(team / "remote"))
     made.type(*GIT, "commit", "-qam", "one remote for all")
-    output = made.type("dvc", "repro")
+    output = made.type("dvc", "repro", "base")
+    promote_adapter(folder)
+    output += made.type("dvc", "repro")
     for stage in read_stages(folder / "dvc.yaml"):
         assert f"Running stage '{stage}'" in output
     return made
+
+
+@pytest.fixture(scope="module")
+def second(first: Checkout) -> Checkout:
+    """Clone what the first clone committed and pushed, for a user who has nothing else of it."""
+    first.type("dvc", "push")
+    first.type(*GIT, "add", "dvc.lock")
+    first.type(*GIT, "commit", "-qm", "a night")
+    team = first.folder.parent
+    own = {"HOME": str(team / "home"), "NIGHTSHIFT_HOME": str(team / "state")}
+    (team / "home").mkdir()
+    first.type("git", "clone", "-q", str(first.folder), str(team / "second"))
+    return Checkout(team / "second", first.environment | own)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +123,7 @@ def checkout(
 def test_dvc_repro_runs_from_a_clean_checkout_to_the_verdict(first: Checkout) -> None:
     assert read_json(first.folder / "data/gate/gate.json")["verdict"] in ("promote", "hold", "reject")
     assert "Running stage" not in first.type("dvc", "repro")
+    assert (first.folder / "data/champion/model/adapter_config.json").is_file()
     # Forced, as every night, but without new data: no other stage has to run.
     before = digests(first.folder)
     assert "Running stage 'snapshot'" in first.type("nightshift", "snapshot")
@@ -94,17 +131,63 @@ def test_dvc_repro_runs_from_a_clean_checkout_to_the_verdict(first: Checkout) ->
     assert UP_TO_DATE in first.type("dvc", "status")
 
 
-def test_a_second_clone_pulls_the_snapshot_of_the_first(first: Checkout) -> None:
-    first.type("dvc", "push")
-    first.type(*GIT, "add", "-A")
-    first.type(*GIT, "commit", "-qm", "a night")
-    second = Checkout(first.folder.with_name("second"), first.environment)
-    subprocess.run(["git", "clone", "-q", str(first.folder), str(second.folder)], check=True)
+def test_a_second_clone_pulls_everything_and_has_nothing_to_compute(
+    first: Checkout, second: Checkout
+) -> None:
+    # The base and the registry are only on the machine of the first clone.
+    shutil.rmtree(first.folder.with_name("base"))
     second.type("dvc", "pull")
-    assert digests(second.folder) == digests(first.folder)
-    assert (second.folder / "data/raw/elements/000001.jsonl").is_file()
+    output = second.type("dvc", "repro")
+    for stage in read_stages(second.folder / "dvc.yaml"):
+        assert f"Stage '{stage}' didn't change, skipping" in output
     assert UP_TO_DATE in second.type("dvc", "status")
-    assert "Running stage" not in second.type("dvc", "repro")
+    assert tree_digest(second.folder / "data") == tree_digest(first.folder / "data")
+    assert (second.folder / "data/champion/model/adapter_config.json").is_file()
+    assert not (second.folder / ".nightshift").exists()
+    assert not (second.folder / ".dvc/remote").exists()
+
+
+def test_the_first_clone_pulls_what_the_second_computed(first: Checkout, second: Checkout) -> None:
+    set_params(second.folder, "gate", n_resamples=9999)
+    output = second.type("dvc", "repro")
+    assert "Running stage 'gate'" in output
+    assert "Running stage 'evaluate'" not in output
+    second.type("dvc", "push")
+    second.type(*GIT, "commit", "-qam", "another gate")
+    first.type("git", "pull", "-q", str(second.folder))
+    first.type("dvc", "pull")
+    assert "Stage 'gate' didn't change, skipping" in first.type("dvc", "repro")
+    assert tree_digest(first.folder / "data") == tree_digest(second.folder / "data")
+
+
+def test_a_snapshot_with_another_registry_warns_that_the_champion_is_gone(second: Checkout) -> None:
+    output = second.type("nightshift", "snapshot")
+    assert "data/champion/champion.json: version 1 was the champion, but this registry has none" in output
+    second.type("git", "checkout", "dvc.lock")
+    second.type("dvc", "checkout", "--force", "data/champion")
+    assert UP_TO_DATE in second.type("dvc", "status")
+
+
+def test_a_damaged_file_in_the_remote_is_neither_pulled_nor_restored(
+    first: Checkout, second: Checkout
+) -> None:
+    digest = md5(first.folder / "data/raw/elements/000001.jsonl")
+    name = f"files/md5/{digest[:2]}/{digest[2:]}"
+    stored = first.folder.parent / "remote" / name
+    stored.chmod(0o600)
+    stored.write_bytes(stored.read_bytes().replace(b"Gold", b"Lead"))
+    third = Checkout(first.folder.with_name("third"), second.environment)
+    first.type("git", "clone", "-q", str(first.folder), str(third.folder))
+    third.type("dvc", "pull", code=1)
+    assert not (third.folder / "data/raw").exists()
+    shutil.rmtree(third.folder / ".dvc/cache")
+    output = third.type("dvc", "repro", "snapshot", code=255)
+    assert "a file there is damaged; replace it with the file of the same name" in output
+    # As the message says. `dvc push` does not look again at what it once pushed.
+    assert name in third.type("dvc", "pull", "-v", "data/raw", code=1)
+    shutil.copy(first.folder / ".dvc/cache" / name, stored)
+    third.type("dvc", "pull")
+    assert UP_TO_DATE in third.type("dvc", "status")
 
 
 def test_an_unlisted_benchmark_is_neither_scored_nor_used_by_the_gate(first: Checkout) -> None:

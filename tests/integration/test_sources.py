@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import sqlite3
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +18,7 @@ import pytest
 from nightshift.core.errors import ConfigError, DataError
 from tasks.snapshot.__main__ import write_shards
 from tasks.snapshot.sources.locations import SqlQuery, read_offers
-from tasks.snapshot.sources.stores import remote_offers
+from tasks.snapshot.sources.stores import explain_store_errors, remote_offers
 from tests.helpers.checkouts import ROOT
 from tests.helpers.hub import COMMIT, serve_hub
 
@@ -57,10 +59,79 @@ def test_objects_of_a_bucket_are_read_by_glob_and_by_name(bucket: Any, tmp_path:
 
 
 def test_a_missing_bucket_is_an_error_with_the_location(bucket: Any) -> None:
-    with pytest.raises(DataError, match=r"s3://nowhere/a\.jsonl"):
-        contents("s3://nowhere/a.jsonl")
+    for name in ("a.jsonl", "*.jsonl"):
+        with pytest.raises(DataError) as caught:
+            contents(f"s3://nowhere/{name}")
+        assert f"s3://nowhere/{name}: there is no bucket 'nowhere'; correct the name" in str(caught.value)
     with pytest.raises(DataError, match=r"s3://chats/none-\*\.jsonl matches no file"):
         contents("s3://chats/none-*.jsonl")
+
+
+def test_a_folder_of_a_bucket_is_an_error_that_suggests_a_glob(bucket: Any) -> None:
+    bucket.put_object(Bucket="chats", Key="folder/a.jsonl", Body=b"1\n")
+    for location in ("s3://chats", "s3://chats/folder", "s3://chats/folder/"):
+        folder = location.rstrip("/")
+        with pytest.raises(
+            DataError, match=rf"{location} is a folder; add a glob, such as {folder}/\*\.jsonl"
+        ):
+            contents(location)
+
+
+# Changes to the environment, and the error of the library.
+UNUSABLE = [
+    ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "NoCredentialsError: Unable to locate"),
+    ({"AWS_SECRET_ACCESS_KEY": None}, "PartialCredentialsError: Partial credentials found"),
+    ({"AWS_PROFILE": "none"}, r"ProfileNotFound: The config profile \(none\) could not be found"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "EndpointConnectionError: Could not connect"),
+    ({"AWS_ENDPOINT_URL": "nonsense"}, "ValueError: Invalid endpoint: nonsense"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error"), UNUSABLE)
+@pytest.mark.parametrize("location", ["s3://chats/n/a.jsonl", "s3://chats/n/*.jsonl"])
+@pytest.mark.usefixtures("bucket")
+def test_missing_credentials_and_an_unreachable_store_are_errors_with_the_location(
+    location: str, changes: dict[str, str | None], error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s3fs import S3FileSystem
+
+    # No credentials of the user and of the machine.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in changes.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    remedy = "check the location, the network, and the store's credentials and endpoint in the environment"
+    with pytest.raises(DataError, match=rf"^snapshot\.sources: {re.escape(location)}: {error}.*; {remedy}$"):
+        contents(location)
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("location", ["s3://chats/n/a.jsonl", "s3://chats/n/*.jsonl", "s3://chats/n"])
+def test_a_rejected_request_is_an_error_with_the_location(bucket: Any, location: str) -> None:
+    from s3fs import S3FileSystem
+
+    def require_keys(after: int) -> None:
+        """Let the server accept that many requests without checking their keys."""
+        url = f"{bucket.meta.endpoint_url}/moto-api/reset-auth"
+        httpx.post(url, content=str(after), trust_env=False).raise_for_status()
+
+    S3FileSystem.clear_instance_cache()
+    require_keys(0)
+    try:
+        with pytest.raises(DataError, match=rf"^snapshot\.sources: {re.escape(location)}: PermissionError: "):
+            contents(location)
+    finally:
+        require_keys(1_000_000)
+        S3FileSystem.clear_instance_cache()
+
+
+def test_an_unknown_error_of_a_store_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), explain_store_errors("s3://chats/a.jsonl"):
+        raise RuntimeError("a bug")
 
 
 def test_a_missing_store_library_is_an_error_with_the_extra_to_install() -> None:

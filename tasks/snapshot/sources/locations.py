@@ -55,6 +55,8 @@ def require_location(location: str) -> None:
         raise ValueError(
             f"scheme {scheme!r} is not supported; use s3:// or gs://, a path, or {{sql, url_env}}"
         )
+    if found and not rest.strip("/"):
+        raise ValueError(f"{location!r} names no bucket; write {scheme}://bucket/glob")
     if found and "@" in rest.split("/", 1)[0]:
         raise ValueError(f"{scheme}:// location contains credentials; set them in the environment")
 

@@ -2,6 +2,7 @@
 
 import glob
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ def local_offers(location: str) -> Iterator[Offer]:
     """Yield the files of a path or glob, ordered by name.
 
     Raises:
-        DataError: No file matches, or ingest cannot read one of them.
+        DataError: No file matches, it is a folder, or ingest cannot read one of them.
     """
+    if Path(location).is_dir():
+        raise folder_error(location)
     found = (Path(p) for p in glob.glob(location, recursive=True))  # noqa: PTH207 - absolute globs
     files = [path.as_posix() for path in found if path.is_file()]
     for name, suffix in require_readable(files, location):
@@ -33,7 +36,8 @@ def remote_offers(location: str) -> Iterator[Offer]:
 
     Raises:
         ConfigError: The store's library is not installed.
-        DataError: The store rejects the request, no object matches, or ingest cannot read one of them.
+        DataError: The store cannot be reached or rejects the request, no object matches, it is a folder, or
+            ingest cannot read one of them.
     """
     import fsspec
 
@@ -43,12 +47,19 @@ def remote_offers(location: str) -> Iterator[Offer]:
     except ImportError as err:
         extra = EXTRAS[scheme]
         raise ConfigError(f"snapshot.sources: {location}: {err}; run `pip install -e '.[{extra}]'`") from err
-    try:
-        names = [name for name in store.glob(pattern) if store.isfile(name)]
-    except (OSError, ValueError) as err:
-        raise store_error(location, err) from err
+    bucket = pattern.partition("/")[0]
+    with explain_store_errors(location):
+        found = store.glob(pattern, detail=True)
+        names = [name for name, info in found.items() if info["type"] == "file"]
+        if not names and store.isdir(pattern):
+            raise folder_error(location)
+        if not names and bucket and not store.exists(bucket):
+            raise DataError(
+                f"snapshot.sources: {location}: there is no bucket {bucket!r}; correct the name, or the "
+                "store's endpoint in the environment"
+            )
     for name, suffix in require_readable(names, location):
-        yield Offer(suffix, read_object(store, name))
+        yield Offer(suffix, read_object(store, name, f"{scheme}://{name}"))
 
 
 def require_readable(names: Iterable[str], location: str) -> list[tuple[str, str]]:
@@ -73,23 +84,50 @@ def read_file(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def read_object(store: Any, name: str) -> Iterator[bytes]:
+def read_object(store: Any, name: str, url: str) -> Iterator[bytes]:
     """Yield the bytes of an object in a store.
 
     Raises:
-        DataError: The store rejects the request.
+        DataError: The store cannot be reached or rejects the request.
+    """
+    with explain_store_errors(url), store.open(name, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+@contextmanager
+def explain_store_errors(location: str) -> Iterator[None]:
+    """Turn an error of a store in the block into an error with a fix.
+
+    Raises:
+        DataError: The store cannot be reached or rejects the request, or credentials are missing.
     """
     try:
-        with store.open(name, "rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
-    except (OSError, ValueError) as err:
-        raise store_error(name, err) from err
+        yield
+    except store_errors(location.partition("://")[0]) as err:
+        message = " ".join(str(err).split())
+        raise DataError(
+            f"snapshot.sources: {location}: {type(err).__name__}: {message}; check the location, the "
+            "network, and the store's credentials and endpoint in the environment"
+        ) from err
 
 
-def store_error(location: str, err: Exception) -> DataError:
-    """Build the error for a request that a store rejected."""
-    return DataError(
-        f"snapshot.sources: {location}: {type(err).__name__}: {err}; check the location, and the credentials "
-        "in the environment"
-    )
+def store_errors(scheme: str) -> tuple[type[Exception], ...]:
+    """Return the exceptions of a store's library for credentials, requests and connections."""
+    if scheme == "s3":
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        return OSError, ValueError, BotoCoreError, ClientError
+    if scheme == "gs":
+        from aiohttp import ClientError as ConnectionFailure
+        from gcsfs.retry import HttpError
+        from google.auth.exceptions import GoogleAuthError
+
+        return OSError, ValueError, GoogleAuthError, HttpError, ConnectionFailure
+    return OSError, ValueError
+
+
+def folder_error(location: str) -> DataError:
+    """Build the error for a folder where files are expected."""
+    folder = location.rstrip("/")
+    return DataError(f"snapshot.sources: {location} is a folder; add a glob, such as {folder}/*.jsonl")

@@ -56,9 +56,15 @@ def test_a_file_that_is_not_a_mapping_is_an_error(tmp_path: Path, text: str) -> 
         load_params(DemoParams, "demo", write(tmp_path, text))
 
 
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not found"):
-        load_params(DemoParams, "demo", tmp_path / "params.yaml")
+def test_a_missing_file_a_folder_and_a_binary_file_are_errors(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    with pytest.raises(ConfigError, match=f"^{path}: not found; "):
+        load_params(DemoParams, "demo", path)
+    with pytest.raises(ConfigError, match=f"^{tmp_path}: is a folder; give the file in it$"):
+        load_params(DemoParams, "demo", tmp_path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=f"^{path}: not UTF-8 text: .*; save it as UTF-8$"):
+        load_params(DemoParams, "demo", path)
 
 
 @pytest.mark.parametrize(

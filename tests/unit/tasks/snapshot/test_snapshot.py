@@ -10,7 +10,7 @@ import pytest
 from nightshift.core.config import problems
 from nightshift.core.errors import DataError
 from tasks.snapshot import SnapshotParams
-from tasks.snapshot.__main__ import write_shards
+from tasks.snapshot.__main__ import write_benchmark, write_shards
 from tasks.snapshot.sources import Offer
 from tasks.snapshot.sources.locations import read_offers
 
@@ -81,9 +81,33 @@ def test_no_matching_file_and_an_unknown_format_are_errors(tmp_path: Path) -> No
         list(read_offers(f"{tmp_path}/*"))
 
 
+def test_a_folder_instead_of_files_is_an_error_that_suggests_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=rf"{tmp_path} is a folder; add a glob, such as {tmp_path}/\*\.jsonl"):
+        list(read_offers(str(tmp_path)))
+    with pytest.raises(DataError, match=r"a\.jsonl/\*\.jsonl matches no file"):
+        list(read_offers(f"{tmp_path}/a.jsonl/*.jsonl"))
+
+
+def test_a_benchmark_that_is_no_folder_or_cannot_be_copied_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").touch()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/items.jsonl").symlink_to("gone")
+    remedy = "set it to a folder with task.yaml and items.jsonl, or remove it from params.yaml"
+    for name, problem in (
+        ("moved", f"not found; {remedy}"),
+        ("items.jsonl", f"is a file, not a folder; {remedy}"),
+        ("half", r"\S+/half/items\.jsonl cannot be copied: .*; check permissions and disk space"),
+    ):
+        where = rf"^snapshot\.benchmarks\.mine: {tmp_path}/{name}: "
+        with pytest.raises(DataError, match=f"{where}{problem}$"):
+            write_benchmark("mine", f"{tmp_path}/{name}", tmp_path / "benchmarks")
+
+
 @pytest.mark.parametrize(
     ("location", "message"),
     [
+        ("s3://", "names no bucket; write s3://bucket/glob"),
         ("package:nothing", "known packages: mendeleev, chatterbot-corpus"),
         ("hub:a/b@main", "a branch may move"),
         ("hub:a/b", "a branch may move"),
