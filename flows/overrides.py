@@ -14,14 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nightshift.core.config import PARAMS, read_params
+from nightshift.core.config import PARAMS
 from nightshift.core.errors import StageError
 from nightshift.core.files import write_text
 from nightshift.core.state import state_dir
-from nightshift.pipeline.params_yaml import edit
-from tasks.check import check
+from tasks.check import check_overrides
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +37,8 @@ def override_params(overrides: Mapping[str, Any], path: Path = PARAMS) -> Iterat
     """
     with exclusive_run():
         revert(path)
-        text = edit(path.read_text(encoding="utf-8"), overrides) if overrides else None
-        check(yaml.safe_load(text) if text else read_params(path))
-        if text is None:
+        text = check_overrides(overrides, path)
+        if not overrides:
             yield
             return
         write_text(written_file(), text)

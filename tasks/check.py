@@ -4,11 +4,16 @@ Reports all problems of all sections at once, including inconsistencies between 
 """
 
 import importlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from nightshift.core.config import StageParams, config_error, problems, read_params, suggestion
+import yaml
+
+from nightshift.core.config import PARAMS, StageParams, config_error, problems, read_params, suggestion
 from nightshift.core.stage import run_main
 from nightshift.pipeline.graph import find_unread, read_stages
+from nightshift.pipeline.params_yaml import edit
 
 # Sections used after the graph -> module of the schema.
 OUTSIDE_THE_GRAPH = {"judge": "tasks.judge", "registry": "nightshift.registry.versions"}
@@ -44,6 +49,25 @@ def check(values: dict[str, Any]) -> None:
     ]
     if found:
         raise config_error(found)
+
+
+def check_overrides(overrides: Mapping[str, Any], path: Path = PARAMS) -> str:
+    """Validate a config file with overrides applied, and return its text with them.
+
+    Args:
+        overrides: Values by `section.key`.
+        path: Path of the config file.
+
+    Raises:
+        ConfigError: The file or an override is invalid; the message lists every problem.
+    """
+    # Reports a file that is not valid YAML, which `edit` cannot read.
+    read_params(path)
+    text = path.read_text(encoding="utf-8")
+    if overrides:
+        text = edit(text, overrides)
+    check(yaml.safe_load(text))
+    return text
 
 
 def section_schemas() -> dict[str, type[StageParams]]:

@@ -23,12 +23,12 @@ from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, PipelineError
 from nightshift.core.files import read_json
 from nightshift.core.paths import GATE, PAGE
-from nightshift.core.stage import OFFLINE
+from nightshift.core.stage import OFFLINE, explain
 from nightshift.core.state import tools_environment
 from nightshift.pipeline.outcome import promote_command
 from nightshift.pipeline.scoreboard import format_rows, scoreboard_file
 from nightshift.raw.unused import unused_by_params
-from tasks.check import check
+from tasks.check import check_overrides
 
 app = typer.Typer(
     help="Retrain a language model every night; ship it only when it is measurably better.",
@@ -40,15 +40,15 @@ VERDICT_CODES = {"promote": 0, "hold": 3, "reject": 4, "error": 5}
 
 
 def report_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """Report an error that the user can fix in one line, with exit code 2."""
+    """Report an error that the user can fix, a full disk included, in one line with exit code 2."""
 
     @wraps(verb)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         try:
             verb(*args, **kwargs)
-        except PipelineError as err:
-            sys.stderr.write(f"error: {err}\n")
+        except (PipelineError, OSError) as err:
+            sys.stderr.write(f"error: {explain(err)}\n")
             raise typer.Exit(2) from err
 
     return wrapper
@@ -111,9 +111,10 @@ def run(
     """Retrain once, or join the active run, and show the scoreboard."""
     from infra.cli import watch
 
-    check(read_params())
+    values = watch.parse_overrides(overrides)
+    check_overrides(values)
     running = stack.up()
-    ending = watch.run_deployment("finetune/prod", overrides, running, console)
+    ending = watch.run_deployment("finetune/prod", values, running, console)
     print_scoreboard(running)
     console.print(escape(ending), highlight=False, soft_wrap=True)
 

@@ -51,14 +51,14 @@ class Stage:
     figures: str = ""
 
 
-def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Console) -> str:
+def run_deployment(deployment: str, overrides: dict[str, Any], stack: "Stack", console: Console) -> str:
     """Start a run of the deployment, or join the active run, and follow it to its end.
 
     An outage of the Prefect server does not end the run: it is followed again when the server is back.
 
     Args:
         deployment: Name of the deployment, `flow/deployment`.
-        overrides: JSON for the flow parameter `overrides`, or an empty string.
+        overrides: Parameters of this run, from `parse_overrides`.
         stack: Local stack.
         console: Terminal, file or pipe to print to.
 
@@ -66,15 +66,13 @@ def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Con
         How the run ended: name and message of its final state.
 
     Raises:
-        ConfigError: The overrides are not a JSON object.
         StageError: The run did not start or complete, or a run is active and cannot take overrides.
     """
-    values = parse_overrides(overrides)
     run = find_active(stack, deployment)
-    if run and values:
+    if run and overrides:
         raise StageError(f"{deployment}: run {run['name']} is active; wait for it or cancel it")
     is_joined = run is not None
-    run = run or start_run(stack, deployment, values)
+    run = run or start_run(stack, deployment, overrides)
     page = f"{stack.prefect_ui}/runs/flow-run/{run['id']}"
     start = f"{'joined' if is_joined else 'started'} a run of {deployment}: {page}"
     console.print(start, highlight=False, soft_wrap=True)
@@ -92,7 +90,7 @@ def run_deployment(deployment: str, overrides: str, stack: "Stack", console: Con
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-    """Return the overrides of a run; the flow checks keys and values.
+    """Return the overrides of a run, without checking keys and values.
 
     Raises:
         ConfigError: The text is not a JSON object.

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 
 from nightshift.core.errors import StageError
+from nightshift.core.files import write_json
 from nightshift.pipeline.leases import is_alive
 
 HOST = "127.0.0.1"
@@ -23,9 +25,12 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(home: Path) -> Iterator[Path]:
-    """Hold the lock of the state folder, so that only one `up` or `down` runs at a time."""
+    """Hold the lock of the state folder, so that only one `up` or `down` runs at a time.
+
+    An existing lock file is only read: `down` must also work on a full or read-only disk.
+    """
     home.mkdir(parents=True, exist_ok=True)
-    with (home / "stack.lock").open("w") as lock:
+    with os.fdopen(os.open(home / "stack.lock", os.O_RDONLY | os.O_CREAT, 0o644)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -53,9 +58,12 @@ def read_records(home: Path) -> dict[str, Record]:
 
 def write_records(home: Path, records: dict[str, Record]) -> None:
     """Write stack.json atomically."""
-    fresh = home / "stack.json.new"
-    fresh.write_text(json.dumps(records, indent=2))
-    fresh.replace(home / "stack.json")
+    write_json(home / "stack.json", records)
+
+
+def remove_records(home: Path) -> None:
+    """Remove stack.json, which needs no disk space."""
+    (home / "stack.json").unlink(missing_ok=True)
 
 
 def port_holder(port: int) -> str | None:

@@ -79,12 +79,13 @@ def create_automation(stack: "Stack") -> None:
     is_enabled = True
     known = {"automations": {"name": {"any_": [AUTOMATION, FORMER_AUTOMATION]}}}
     for automation in stack.prefect("POST", "/automations/filter", known):
+        # The user may have edited it, even into a compound trigger or without an action.
         trigger = automation["trigger"]
-        is_same = trigger["match_related"] == others and set(trigger["expect"]) == set(expected)
         if (
-            is_same
-            and automation["name"] == AUTOMATION
-            and action.items() <= automation["actions"][0].items()
+            automation["name"] == AUTOMATION
+            and trigger.get("match_related") == others
+            and set(trigger.get("expect", ())) == set(expected)
+            and any(action.items() <= one.items() for one in automation["actions"])
         ):
             return
         is_enabled = automation["enabled"]

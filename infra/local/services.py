@@ -31,6 +31,8 @@ def start(service: str, stack: Stack) -> None:
     output.parent.mkdir(exist_ok=True)
     if output.exists():
         output.replace(output.with_suffix(".log.1"))
+    # If this fails, the error names the file; posix_spawn's would name the program.
+    output.touch(mode=0o600)
     server = server_environment(stack) if service == "prefect" else {}
     pid = os.posix_spawn(
         sys.executable,
@@ -46,7 +48,13 @@ def start(service: str, stack: Stack) -> None:
         setsigdef=[signal.SIGINT],
     )
     records[service] = {**identify(pid), "port": port_of(service, stack)}
-    processes.write_records(stack.state_dir, records)
+    try:
+        processes.write_records(stack.state_dir, records)
+    except OSError:
+        # No `down` would find the process.
+        if process := find_process(records[service]):
+            processes.end([process])
+        raise
 
 
 def wait_until_healthy(service: str, stack: Stack) -> None:

@@ -8,6 +8,7 @@ Prefect or MLflow takes seconds, so their command lines and HTTP APIs are used i
 import logging
 import os
 import secrets
+import shutil
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -23,11 +24,13 @@ from infra.local.services import SERVICES
 from infra.local.settings import FOREIGN, MARK, Stack, environment, prefect_toml
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, StageError
+from nightshift.core.files import named_errors
 from nightshift.core.state import state_dir
 from nightshift.pipeline.leases import find_process
 
 PORTS = {"prefect": ("NIGHTSHIFT_PREFECT_PORT", 4200), "mlflow": ("NIGHTSHIFT_MLFLOW_PORT", 5000)}
 PREFECT_TOML = Path("prefect.toml")
+MIN_FREE_MIB = 100
 log = logging.getLogger(__name__)
 
 
@@ -36,11 +39,13 @@ def up() -> Stack:
 
     Raises:
         ConfigError: `prefect.yaml` is missing, `prefect.toml` is the user's, or a set port is taken.
-        StageError: A service or the deployment failed; the message ends with its last lines.
+        StageError: The disk is full, or a service or the deployment failed; the message ends with its last
+            lines.
     """
     if not Path("prefect.yaml").is_file():
         raise ConfigError(f"{Path.cwd()}: no prefect.yaml; run from the folder that contains it")
     with processes.locked(state_dir()) as home:
+        _require_space(home)
         if PREFECT_TOML.exists() and not _is_own(PREFECT_TOML):
             raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move or rename it")
         records = processes.read_records(home)
@@ -78,12 +83,12 @@ def down() -> list[str]:
         try:
             if "prefect" in live:
                 runs.cancel(read_stack(home), live.get("worker"))
-        except StageError as err:
+        except (StageError, OSError) as err:
             log.warning("the next `nightshift up` handles the active runs: %s", err)
         processes.end([live[name] for name in live if name == "worker"])
         runs.end_run_processes(home)
         processes.end([live[name] for name in live if name != "worker"])
-        processes.write_records(home, {})
+        processes.remove_records(home)
         if PREFECT_TOML.exists() and _is_own(PREFECT_TOML):
             PREFECT_TOML.unlink()
     log.info("ended: %s", ", ".join(live) or "nothing was running")
@@ -126,8 +131,22 @@ def find_waiting() -> int | None:
     return None
 
 
+def _require_space(home: Path) -> None:
+    """Check that the services can write, whose own errors on a full disk are long tracebacks.
+
+    Raises:
+        StageError: The disk of the state folder is full.
+    """
+    free = shutil.disk_usage(home).free // 2**20
+    if free < MIN_FREE_MIB:
+        raise StageError(
+            f"{home}: the disk has {free} MiB left, the servers need {MIN_FREE_MIB}; free disk space, or set "
+            "NIGHTSHIFT_HOME to a folder on another disk"
+        )
+
+
 def _is_own(path: Path) -> bool:
-    return path.read_text(encoding="utf-8").startswith(MARK)
+    return path.is_file() and path.read_text(encoding="utf-8").startswith(MARK)
 
 
 def read_stack(home: Path) -> Stack:
@@ -187,7 +206,8 @@ def _write_private(path: Path, text: str) -> None:
     fresh = path.with_name(f"{path.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.touch(mode=0o600, exist_ok=False)
-    fresh.write_text(text, encoding="utf-8")
+    with named_errors(path):
+        fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 
 

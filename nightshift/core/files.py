@@ -26,12 +26,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with named_errors(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Add the path to an OSError without one: if the disk is full, writing to an open file names no file."""
+    try:
+        yield
+    except OSError as err:
+        # Without errno, the message would be lost.
+        if err.errno and not err.filename:
+            err.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,18 +59,27 @@ def run_main(
     error: PipelineError | None = None
     try:
         main(**arguments)
-    except PipelineError as err:
-        error = err
-    except OSError as err:
-        if err.errno not in DISK_ERRORS:
-            raise
-        error = StageError(f"{err}; free disk space or fix the write permissions, then run again")
+    except (PipelineError, OSError) as err:
+        error = explain(err)
     if result_file:
         result = {"code": error.exit_code, "error": str(error)} if error else {"code": 0, "error": None}
         Path(result_file).write_text(json.dumps(result), encoding="utf-8")
     if error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+
+
+def explain(err: PipelineError | OSError) -> PipelineError:
+    """Return the error to report: the given one, or one about the disk.
+
+    Raises:
+        OSError: The error is not about the disk, so it is a bug.
+    """
+    if isinstance(err, PipelineError):
+        return err
+    if err.errno not in DISK_ERRORS:
+        raise err
+    return StageError(f"{err}; free disk space or fix the permissions, then run again")
 
 
 def build_parser(program: ModuleType) -> argparse.ArgumentParser:

@@ -4,13 +4,23 @@ import os
 import sys
 from pathlib import Path
 
+from nightshift.core.errors import ConfigError
+
 # Folder of MLflow's artifacts in the state folder.
 ARTIFACTS = "mlflow-artifacts"
 
 
 def state_dir() -> Path:
-    """Return the absolute state folder: `NIGHTSHIFT_HOME`, or `.nightshift` in the checkout."""
-    return Path(os.environ.get("NIGHTSHIFT_HOME") or ".nightshift").absolute()
+    """Return the absolute state folder: `NIGHTSHIFT_HOME`, or `.nightshift` in the checkout.
+
+    Raises:
+        ConfigError: It is a file, or below a file.
+    """
+    home = Path(os.environ.get("NIGHTSHIFT_HOME") or ".nightshift").absolute()
+    existing = next(path for path in (home, *home.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{home}: {existing} is a file; set NIGHTSHIFT_HOME to a folder")
+    return home
 
 
 def tools_environment() -> dict[str, str]:

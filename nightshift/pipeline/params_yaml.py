@@ -14,7 +14,7 @@ def edit(text: str, overrides: Mapping[str, Any]) -> str:
     r"""Set `section.key` values in YAML text; comments stay.
 
     Raises:
-        ConfigError: A key does not have the form `section.key`.
+        ConfigError: A key does not have the form `section.key`, or names a part of a plain value.
 
     Example:
         >>> edit("sft:\n  seed: 0 # order\n", {"sft.seed": 7})
@@ -40,6 +40,8 @@ def edit(text: str, overrides: Mapping[str, Any]) -> str:
         target = values
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise config_error([f"override {key!r}: {section} has no keys, its value is {target!r}"])
         _place(target, last, value)
     out = StringIO()
     parser.dump(values, out)

@@ -428,4 +428,4 @@ def test_an_unwritable_state_folder_is_reported(folder: Path, clean_environment:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert "error: " in output.splitlines()[-1]
-    assert "fix the write permissions" in output.splitlines()[-1]
+    assert "fix the permissions" in output.splitlines()[-1]

@@ -1,13 +1,18 @@
 """Output and exit codes of the commands; their effects are tested with the code that implements them."""
 
+import errno
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from infra.cli.app import app
+from infra.local import stack
 from nightshift.core.files import write_json
 from nightshift.core.paths import GATE
+from tests.helpers.checkouts import ROOT
 
 CHECK = {"name": "gain", "verdict": "hold", "message": "inconclusive: +1.0% accuracy [-2.0%, 4.0%]"}
 # As an earlier release wrote it.
@@ -48,3 +53,68 @@ def test_export_reports_the_logit_differences(monkeypatch: pytest.MonkeyPatch) -
         "merged: logits differ by up to 1e-05 of their standard deviation (limit: 0.001)",
         "gguf: not checked, see above",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("sft.seed=7", "error: --overrides: not JSON: "),
+        ("[1]", "error: --overrides: [1] is not a JSON object; "),
+        ('{"sft.sed": 7}', "sft.sed: unknown key; did you mean seed?"),
+        ('{"sft.seed": NaN}', "sft.seed: Input should be a valid integer"),
+        ('{"sft.seed.x": 7}', "override 'sft.seed.x': seed has no keys, its value is 0"),
+    ],
+)
+def test_invalid_overrides_are_reported_before_anything_starts(
+    overrides: str, message: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> Any:
+        raise AssertionError("the servers were started")
+
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, in_tmp)
+    monkeypatch.setattr(stack, "up", start)
+    done = CliRunner().invoke(app, ["run", "--overrides", overrides])
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+
+
+@pytest.mark.parametrize("verb", ["up", "down", "status"])
+@pytest.mark.parametrize(("code", "name"), [(errno.ENOSPC, "stack.json"), (errno.EACCES, "stack.lock")])
+def test_a_full_or_unwritable_disk_is_reported_in_one_line(
+    verb: str, code: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OSError(code, "no luck", name)
+
+    def fail() -> Any:
+        raise error
+
+    monkeypatch.setattr(stack, verb, fail)
+    done = CliRunner().invoke(app, [verb])
+    line = (
+        f"error: [Errno {code}] no luck: '{name}'; free disk space or fix the permissions, then run again\n"
+    )
+    assert (done.exit_code, done.output) == (2, line)
+
+
+def test_an_unknown_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(errno.ECONNRESET, "a bug")
+
+    def fail() -> Any:
+        raise error
+
+    monkeypatch.setattr(stack, "down", fail)
+    assert CliRunner().invoke(app, ["down"]).exception is error
+
+
+@pytest.mark.parametrize("home", ["a-file", "a-file/below"])
+@pytest.mark.parametrize("verb", ["up", "down", "status"])
+def test_a_state_folder_that_is_a_file_is_reported(
+    home: str, verb: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (in_tmp / "a-file").touch()
+    (in_tmp / "prefect.yaml").touch()
+    monkeypatch.setenv("NIGHTSHIFT_HOME", home)
+    done = CliRunner().invoke(app, [verb])
+    line = f"error: {in_tmp / home}: {in_tmp / 'a-file'} is a file; set NIGHTSHIFT_HOME to a folder\n"
+    assert (done.exit_code, done.output) == (2, line)

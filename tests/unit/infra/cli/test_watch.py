@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from infra.cli import watch
-from infra.cli.watch import find_active, run_deployment
+from infra.cli.watch import find_active, parse_overrides, run_deployment
 from infra.local.prefect_api import UnreachableError
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import write_json
@@ -85,7 +85,7 @@ def follow(polls: Polls, *, terminal: bool = False, **more: Any) -> tuple[str, S
     server, out = Server(polls, more.pop("active", None)), StringIO()
     server.progress = more.pop("progress", [])
     console = Console(file=out, force_terminal=terminal, width=100 if terminal else 60)
-    ending = run_deployment("finetune/prod", more.pop("overrides", ""), server, console)  # type: ignore[arg-type]
+    ending = run_deployment("finetune/prod", more.pop("overrides", {}), server, console)  # type: ignore[arg-type]
     return out.getvalue(), server, ending
 
 
@@ -148,7 +148,7 @@ def test_an_active_run_is_joined_and_takes_no_overrides() -> None:
     assert shown.startswith("joined a run of finetune/prod: ")
     assert server.started == []
     with pytest.raises(StageError, match="run quick-fox is active; wait for it or cancel it"):
-        follow([("RUNNING", [])], active=active, overrides='{"sft.seed": 7}')
+        follow([("RUNNING", [])], active=active, overrides={"sft.seed": 7})
 
 
 def test_a_run_that_is_planned_for_later_is_not_joined() -> None:
@@ -157,14 +157,14 @@ def test_a_run_that_is_planned_for_later_is_not_joined() -> None:
 
 
 def test_overrides_are_passed_to_the_flow() -> None:
-    _, server, _ = follow([("RUNNING", []), ("COMPLETED", [])], overrides='{"sft.seed": 7}')
+    _, server, _ = follow([("RUNNING", []), ("COMPLETED", [])], overrides={"sft.seed": 7})
     assert server.started == [{"parameters": {"overrides": {"sft.seed": 7}}}]
 
 
 @pytest.mark.parametrize("text", ["sft.seed=7", "[1]", "7", "{"])
-def test_overrides_that_are_no_json_object_start_nothing(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"write it as '\{\"sft\.seed\": 7\}'"):
-        follow([("RUNNING", [])], overrides=text)
+def test_overrides_that_are_no_json_object_are_an_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--overrides: .*write it as '\{\"sft\.seed\": 7\}'"):
+        parse_overrides(text)
 
 
 def test_an_outage_of_the_server_is_reported_once_and_outlasted(in_tmp: Path) -> None:

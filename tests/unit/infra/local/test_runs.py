@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import RelatedResource, Resource
 
@@ -55,6 +56,17 @@ def test_the_automation_ignores_janitor_runs() -> None:
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("edited", [{"actions": []}, {"trigger": {"type": "compound", "triggers": []}}])
+def test_an_automation_that_the_user_edited_is_replaced(edited: dict[str, Any]) -> None:
+    server = Server()
+    create_automation(server)  # type: ignore[arg-type]
+    server.automations[0] |= edited
+    create_automation(server)  # type: ignore[arg-type]
+    (automation,) = server.automations
+    assert automation["actions"][0]["deployment_id"] == JANITOR["id"]
+    assert watches(automation["trigger"], "finetune")
 
 
 def test_the_automation_is_created_once_and_replaced_if_it_triggers_itself() -> None:

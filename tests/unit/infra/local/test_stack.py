@@ -1,7 +1,9 @@
 """The stack's ports, environment and settings, and the processes that it never ends."""
 
+import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -157,6 +159,46 @@ def test_a_service_that_exits_during_startup_shows_its_last_lines(
     services.start("prefect", here)
     with pytest.raises(StageError, match=r"prefect: exited during startup(.|\n)*no_such_module"):
         services.wait_until_healthy("prefect", here)
+
+
+def test_a_service_that_cannot_be_recorded_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(home: Path, records: dict[str, processes.Record]) -> None:
+        started.update(records)
+        raise OSError(errno.ENOSPC, "No space left on device", str(home))
+
+    started: dict[str, processes.Record] = {}
+    here = Stack(folder / ".nightshift", 1, 1)
+    here.state_dir.mkdir()
+    monkeypatch.setattr(services, "_command", lambda *_: ["http.server", "--bind", "127.0.0.1", "0"])
+    monkeypatch.setattr(processes, "write_records", fail)
+    with pytest.raises(OSError, match="No space left"):
+        services.start("prefect", here)
+    assert leases.find_process(started["prefect"]) is None
+
+
+def test_up_on_a_full_disk_starts_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "MIN_FREE_MIB", 2**40)
+    with pytest.raises(
+        StageError, match=rf"{folder}/\.nightshift: the disk has \d+ MiB left, the servers need"
+    ):
+        stack.up()
+    assert [path.name for path in (folder / ".nightshift").iterdir()] == ["stack.lock"]
+
+
+def test_down_ends_everything_on_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    record(folder, "worker", psutil.Process(process.pid))
+    (folder / ".nightshift" / "stack.lock").touch()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Like a full disk: every write of a byte fails, with EFBIG.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        ended = stack.down()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert ended == ["worker"]
+    assert process.wait(timeout=5) == -signal.SIGTERM
+    assert processes.read_records(folder / ".nightshift") == {}
 
 
 def test_the_environment_connects_to_the_stack_without_telemetry(

@@ -1,5 +1,6 @@
 """Files that stages exchange."""
 
+import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +33,19 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limit[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^\[Errno 27\] File too large: '{path}'$"):
+            write_text(path, "more than a byte")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with pytest.raises(OSError, match=r"^the library has no number$"), atomic_write(path):
+        raise OSError("the library has no number")
 
 
 def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:

@@ -27,10 +27,7 @@ def main(end: str) -> None:
 
 run_main(main, lambda parser: parser.add_argument("end"))
 """
-FULL = (
-    "[Errno 28] No space left on device: '/data'; free disk space or fix the write permissions, "
-    "then run again"
-)
+FULL = "[Errno 28] No space left on device: '/data'; free disk space or fix the permissions, then run again"
 
 
 @pytest.mark.parametrize(
