@@ -9,6 +9,7 @@ tracking    MLflow runs
 registry    MLflow Model Registry: versions, record of promotions, lineage, served model
 """
 
+import importlib.metadata
 import logging
 import sys
 
@@ -16,3 +17,14 @@ import sys
 # None makes `import kernels` fail. bitsandbytes would log a warning about that at every start.
 sys.modules["kernels"] = None  # type: ignore[assignment]
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def __getattr__(name: str) -> str:
+    """Return `nightshift.__version__`, which only an installed package has.
+
+    Raises:
+        AttributeError: The module has no such attribute.
+    """
+    if name == "__version__":
+        return importlib.metadata.version("nightshift-finetune")
+    raise AttributeError(f"module 'nightshift' has no attribute {name!r}")

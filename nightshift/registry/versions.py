@@ -82,8 +82,9 @@ def write_champion(folder: Path) -> None:
 
 def open_registry() -> tuple[MlflowClient, str]:
     """Return the client and the registered model name; set the tracking URI for other MLflow calls."""
+    name = load_params(RegistryParams, "registry").model_name
     mlflow.set_tracking_uri(tracking_uri())
-    return MlflowClient(), load_params(RegistryParams, "registry").model_name
+    return MlflowClient(), name
 
 
 def find_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:

@@ -26,9 +26,11 @@ log = logging.getLogger(__name__)
 
 def tracking_uri() -> str:
     """Return `MLFLOW_TRACKING_URI`, or the local database, which the local stack also serves."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
     home = state_dir()
     home.mkdir(parents=True, exist_ok=True)
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    return f"sqlite:///{home / 'mlflow.db'}"
 
 
 def experiment_name() -> str:
