@@ -167,8 +167,8 @@ def update_champion() -> None:
     if before is not None and read_json(CHAMPION_RECORD)["version"] is None:
         log.warning(
             "%s: version %d was the champion, but this registry has none, so the gate compares with the base "
-            "only; to go back, run `git checkout dvc.lock` and `dvc checkout --force %s`, and take snapshots "
-            "where the champion was promoted",
+            "only; to go back, run `git checkout dvc.lock` and `dvc checkout --force %s`, and set "
+            "MLFLOW_TRACKING_URI to the registry that has it",
             CHAMPION_RECORD,
             before,
             CHAMPION,
