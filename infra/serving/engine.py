@@ -60,7 +60,7 @@ class Engine:
         self.served = load_version(version, base, adapter)
 
     def release(self) -> None:
-        """Free the memory of models that are no longer served; a PEFT model refers to itself."""
+        """Free the memory of models that are no longer served; a reference cycle may still hold them."""
         # At the end of the process, the thread accepts no more work.
         with contextlib.suppress(RuntimeError):
             self.thread.submit(free_memory)

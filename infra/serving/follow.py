@@ -47,7 +47,8 @@ class Follower:
         # Any error: asking must never stop serving.
         except Exception as err:  # noqa: BLE001
             if not self.is_down:
-                log.warning("%s stays, and is checked again: %s", self.engine.served.label, describe(err))
+                label = self.engine.served.label
+                log.warning("%s keeps serving, %s is looked up again: %s", label, self.address, describe(err))
             self.is_down = True
             return None
         if self.is_down:
@@ -64,7 +65,7 @@ class Follower:
                 self.engine.replace(version, *folders)
         # Any error: a broken version must never stop serving.
         except Exception as err:  # noqa: BLE001
-            log.error("%s stays, because %s does not load: %s", before, after, describe(err))
+            log.error("%s keeps serving, %s does not load: %s", before, after, describe(err))
             self.failed, self.retry_at = version.version, time.monotonic() + RETRY_SECONDS
         else:
             log.info("%s took over from %s", after, before)

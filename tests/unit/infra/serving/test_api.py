@@ -1,15 +1,21 @@
 """Responses of the API, with a small random model."""
 
 import asyncio
+import contextlib
 import json
+import threading
+from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
+import httpx
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from infra.cli import serve
 from infra.serving import api
 from infra.serving.engine import Engine, Generation
 from infra.serving.request import ChatRequest
@@ -184,17 +190,21 @@ def test_a_web_page_of_another_site_is_refused(client: TestClient, headers: dict
         assert "access-control-allow-origin" not in reply.headers
 
 
-def test_an_answer_that_nobody_waits_for_is_not_generated(
-    engine: Engine, lively: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[int] = []
+@pytest.fixture
+def steps(lively: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with each token."""
+    found: list[int] = []
     forward = lively[0].forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        steps.append(1)
+        found.append(1)
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(lively[0], "forward", counted)
+    return found
+
+
+def test_an_answer_that_nobody_waits_for_is_not_generated(engine: Engine, steps: list[int]) -> None:
     request = ChatRequest.model_validate({"messages": MESSAGES, "max_tokens": 1500})
 
     async def leave_early() -> None:
@@ -202,7 +212,34 @@ def test_an_answer_that_nobody_waits_for_is_not_generated(
             await anext(running)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(anext(Generation(engine, request).pieces()), 0.01)
+        # While the server goes on, nothing but the closing ends the generation.
+        await asyncio.to_thread(engine.thread.submit(lambda: None).result)
 
     asyncio.run(leave_early())
-    engine.thread.shutdown()
+    assert 0 < len(steps) < 1000
+
+
+@pytest.fixture
+def url(engine: Engine) -> Iterator[str]:
+    """Serve the API on a real port."""
+    with serve.listen("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(uvicorn.Config(api.build_app(engine), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}{URL}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_stops_the_generation(
+    url: str, engine: Engine, steps: list[int], *, stream: bool
+) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 1900, "stream": stream}
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        httpx.stream("POST", url, json=body, timeout=0.2) as reply,
+    ):
+        next(reply.iter_lines())
+    engine.thread.submit(lambda: None).result()
     assert 0 < len(steps) < 1000
