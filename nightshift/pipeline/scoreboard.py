@@ -65,7 +65,7 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         table.append(
             (
                 f"gain over the {gate['reference']}",
-                f"{mean} points on {gain['items']:,} questions, "
+                f"{mean} points on {gain['items']:,} questions of {', '.join(gain['benchmarks'])}, "
                 f"{100 * (1 - gain['alpha']):g}% interval {low} to {high}",
             )
         )

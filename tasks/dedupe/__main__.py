@@ -109,7 +109,7 @@ def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> 
     for i, root in enumerate(roots):
         if i != root:
             # A copy of a removed text is removed for the same reason.
-            removals[i] = removals.get(root) or Removal(root, 1.0, "exact_duplicate", (root,))
+            removals[i] = removals.get(root) or Removal(root, 1.0, "normalized_duplicate", (root,))
     return removals
 
 

@@ -42,7 +42,7 @@ class Removal:
     Attributes:
         kept: Index of the text kept instead.
         jaccard: Exact Jaccard similarity of the two texts, 0 to 1.
-        reason: `exact_duplicate` or `near_duplicate`.
+        reason: `normalized_duplicate` or `near_duplicate`.
         near: Indices of all survivors above the threshold, `kept` first.
     """
 

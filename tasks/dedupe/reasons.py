@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from tasks.dedupe.candidates import Removal
 
 # Reasons that lose no content.
-HARMLESS = ("repeat", "new_version")
+HARMLESS = ("exact_duplicate", "new_version")
 
 
 def classify_removals(
@@ -14,9 +14,9 @@ def classify_removals(
 ) -> dict[int, str]:
     """Assign each removal a reason, which depends on the other rows of its shard.
 
-    `repeat`: the content equals that of an earlier row exactly. `new_version`: the shard mostly repeats
-    earlier shards, like a nightly export of a whole table, and the row is the first one there near its
-    earlier row. `exact_duplicate` and `near_duplicate`: a row with distinct content is dropped.
+    `exact_duplicate`: the content equals that of an earlier row exactly. `new_version`: the shard mostly
+    repeats earlier shards, like a nightly export of a whole table, and the row is the first one there near
+    its earlier row. `normalized_duplicate` and `near_duplicate`: a row with distinct content is dropped.
 
     Args:
         removals: Index -> removal.
@@ -28,9 +28,9 @@ def classify_removals(
 
     Example:
         >>> near = Removal(0, 0.9, "near_duplicate", (0,))
-        >>> same = Removal(1, 1.0, "exact_duplicate", (1,))
+        >>> same = Removal(1, 1.0, "normalized_duplicate", (1,))
         >>> classify_removals({2: near, 3: same}, ["a", "b", "A", "b"], ["s/1", "s/1", "s/2", "s/2"])
-        {2: 'new_version', 3: 'repeat'}
+        {2: 'new_version', 3: 'exact_duplicate'}
         >>> classify_removals({1: near}, ["a", "A"], ["s/1", "s/2"])
         {1: 'near_duplicate'}
     """
@@ -44,7 +44,7 @@ def classify_removals(
         shard, pair = shards[i], (shards[i], removal.kept)
         reasons[i] = removal.reason
         if earliest[i] != i:
-            reasons[i] = "repeat"
+            reasons[i] = "exact_duplicate"
         elif 2 * known[shard] >= rows[shard] and shards[removal.kept] != shard and pair not in replaced:
             reasons[i] = "new_version"
             replaced.add(pair)

@@ -103,6 +103,7 @@ def decide(
     losses = compare_losses(heldout)
     found = differences(primary)
     gain = measure_gain(found, look, params)
+    gain["benchmarks"] = [name for name, _ in by_benchmark(primary)]
     slices = compare_slices(learned, params)
     retained = pair([row for row in rows if row["benchmark"] in params.retention], "base")
     checks = [

@@ -239,6 +239,58 @@ def test_mlflow_stores_the_version_and_its_origin(checkout: ServedCheckout) -> N
     assert "RUNNING" not in states
 
 
+def test_a_second_machine_reproduces_promotes_and_uses_the_model(
+    checkout: ServedCheckout, tmp_path: Path
+) -> None:
+    """Another user, with nothing but the repository, the DVC remote and the address of MLflow."""
+    remote = ["dvc", "remote", "modify", "--local", "storage", "url", str(tmp_path / "remote")]
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid"]
+    checkout.type(*remote)
+    checkout.type(*git, "add", "dvc.lock", "params.yaml")
+    checkout.type(*git, "commit", "-qm", "a night")
+    checkout.type("dvc", "push")
+    stack = json.loads((checkout.folder / ".nightshift/stack.json").read_text())
+    checkout.type("git", "clone", "-q", str(checkout.folder), str(tmp_path / "clone"))
+    (tmp_path / "home").mkdir()
+    second = Checkout(
+        tmp_path / "clone",
+        {
+            "PATH": checkout.environment["PATH"],
+            "HOME": str(tmp_path / "home"),
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{stack['mlflow']['port']}",
+        },
+    )
+    second.type(*remote)
+    second.type("dvc", "pull")
+    assert "Running stage" not in second.type("dvc", "repro")
+    second.type("nightshift", "promote", "1", "--reason", "approved elsewhere")
+    assert "approved elsewhere" in checkout.type("nightshift", "history")
+    port = free_port()
+    server = subprocess.Popen(
+        [str(BIN / "nightshift"), "serve", "--port", port],
+        cwd=second.folder,
+        env=second.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: is_healthy(url))
+        body = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 4}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["model"]) == (200, "nightshift@1")
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def is_healthy(url: str) -> bool:
+    """Return whether a server responds that it is healthy."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    return False
+
+
 @pytest.mark.long
 def test_a_version_is_rebuilt_bit_identically_from_its_lineage(checkout: ServedCheckout) -> None:
     checkout.make_run()

@@ -135,7 +135,9 @@ def test_rows_that_differ_only_in_punctuation_fail_dedupe(run: Run) -> None:
     rows = [
         chat(f"What is {sign * 7}{mark}?", "seven") for mark in "!%&/()=+*#;:,.-'<>|~" for sign in ("", "-")
     ]
-    with pytest.raises(DataError, match=r"39 of 40 rows of all sources are dropped \(exact_duplicate 39\)"):
+    with pytest.raises(
+        DataError, match=r"39 of 40 rows of all sources are dropped \(normalized_duplicate 39\)"
+    ):
         run("dedupe", [("signs", rows)])
 
 
@@ -162,14 +164,14 @@ def test_a_full_export_each_night_is_accepted(run: Run) -> None:
     summary = run("dedupe", nights)
     # 300 rows plus 10 per night remain. In each export after the first, 30 rows are new versions.
     assert summary["rows_out"] == 300 + 7 * 10
-    assert summary["dropped"] == {"new_version": 7 * 30, "repeat": 2680 - 370 - 210}
+    assert summary["dropped"] == {"new_version": 7 * 30, "exact_duplicate": 2680 - 370 - 210}
     assert summary["dropped_by_source"] == {"chats": summary["dropped"]}
 
 
 def test_a_source_contained_in_an_earlier_source_is_accepted(run: Run) -> None:
     rows = distinct(200)
     summary = run("dedupe", [("all", rows), ("some", rows[50:100])])
-    assert summary["dropped_by_source"] == {"some": {"repeat": 50}}
+    assert summary["dropped_by_source"] == {"some": {"exact_duplicate": 50}}
 
 
 def test_a_source_nearly_contained_in_an_earlier_source_fails_dedupe(run: Run) -> None:

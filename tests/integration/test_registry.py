@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -307,6 +308,25 @@ def test_a_model_from_elsewhere_is_adopted_and_the_next_night_is_judged_against_
     assert re.search(r"adopted from +\S*/production", shown)
     with pytest.raises(GateError, match="version 4 was adopted from"):
         rebuild(Console(quiet=True), 4)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_documented_commands_of_the_registry_work_as_printed() -> None:
+    """Those of the tables in docs/operations.md, in their order; 7 stands for any version."""
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    tables = re.search(r"^## Promotion and rollback\n.*?^## Forgetting", text, re.MULTILINE | re.DOTALL)
+    assert tables
+    commands = re.findall(r"^\|.*`(nightshift [^`]+)` ?(?:\(|,|\|)", tables[0], re.MULTILINE)
+    assert [command.split()[1] for command in commands] == [
+        *("history", "rollback", "acknowledge", "promote", "trace", "trace", "reproduce"),
+    ]
+    # `reproduce` needs a commit of this project; it has tests of its own.
+    for command in commands[:-1]:
+        words = ["3" if word == "7" else word for word in shlex.split(command)]
+        done = subprocess.run([str(BIN / words[0]), *words[1:]], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
+    assert alias("champion") == 3
+    assert [entry.action for entry in record().entries[-3:]] == ["rollback", "acknowledge", "promote"]
 
 
 @pytest.mark.usefixtures("checkout")

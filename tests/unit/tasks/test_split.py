@@ -64,7 +64,13 @@ def test_a_removed_example_near_two_splits_is_listed_and_changes_neither(in_tmp:
             "jaccard": 0.9,
             "reason": "near_duplicate",
         },
-        {"id": "twin", "near_ids": ["id-0"], "kept_id": "id-0", "jaccard": 1.0, "reason": "exact_duplicate"},
+        {
+            "id": "twin",
+            "near_ids": ["id-0"],
+            "kept_id": "id-0",
+            "jaccard": 1.0,
+            "reason": "normalized_duplicate",
+        },
     ]
     write_rows(Path("data/dedupe/removed.parquet"), removed, REMOVED_SCHEMA)
     main()

@@ -15,7 +15,14 @@ BOARD: dict[str, Any] = {
         "verdict": "promote",
         "reason": "better",
         "reference": "base",
-        "gain": {"mean": 0.15, "low": 0.0889, "high": 0.2167, "alpha": 0.05, "items": 180},
+        "gain": {
+            "mean": 0.15,
+            "low": 0.0889,
+            "high": 0.2167,
+            "alpha": 0.05,
+            "items": 180,
+            "benchmarks": ["facts"],
+        },
     },
     "metrics": {
         "base": {"facts": {"accuracy": 0.4833, "items": 180}, "test": {"loss": 2.987}},
@@ -40,7 +47,7 @@ def test_the_scoreboard_shows_the_gain_with_its_interval_and_chance() -> None:
         ("facts: new model", "63.3%"),
         ("facts: base with retrieval", "80.0%"),
         ("facts: chance", "25.0%"),
-        ("gain over the base", "+15.0 points on 180 questions, 95% interval +8.9 to +21.7"),
+        ("gain over the base", "+15.0 points on 180 questions of facts, 95% interval +8.9 to +21.7"),
         ("loss on the test set", "base 2.987 -> new model 2.269"),
         ("training speed", "350 tokens/s"),
         ("gate", "promote: better"),
@@ -70,9 +77,9 @@ def test_a_verdict_without_a_comparison_has_no_gain_and_keeps_the_champion() -> 
 
 
 def test_an_interval_that_could_not_be_computed_is_shown_as_none() -> None:
-    gain = {"mean": 0.15, "low": None, "high": None, "alpha": 0.05, "items": 180}
+    gain = {"mean": 0.15, "low": None, "high": None, "alpha": 0.05, "items": 180, "benchmarks": ["facts"]}
     table = dict(format_rows({**BOARD, "gate": {**BOARD["gate"], "gain": gain}}))
-    assert table["gain over the base"] == "+15.0 points on 180 questions, 95% interval none to none"
+    assert table["gain over the base"] == "+15.0 points on 180 questions of facts, 95% interval none to none"
 
 
 def test_the_scoreboard_counts_the_rows_that_each_stage_dropped(in_tmp: Path) -> None:
@@ -81,9 +88,10 @@ def test_the_scoreboard_counts_the_rows_that_each_stage_dropped(in_tmp: Path) ->
         write_json(DATA / stage / "summary.json", {"rows_in": 0, "dropped": {}})
     write_json(DATA / "pack" / "summary.json", {"rows_in": 7, "dropped": {"over_length": 2}})
     write_json(
-        DATA / "dedupe" / "summary.json", {"rows_in": 9, "dropped": {"repeat": 2, "near_duplicate": 1}}
+        DATA / "dedupe" / "summary.json",
+        {"rows_in": 9, "dropped": {"near_duplicate": 1, "exact_duplicate": 2}},
     )
     assert list(collect_dropped().items()) == [
-        ("dedupe", {"rows_in": 9, "dropped": {"near_duplicate": 1, "repeat": 2}}),
+        ("dedupe", {"rows_in": 9, "dropped": {"exact_duplicate": 2, "near_duplicate": 1}}),
         ("pack", {"rows_in": 7, "dropped": {"over_length": 2}}),
     ]

@@ -30,7 +30,7 @@ def duplicates(texts: Sequence[str | Text], params: DedupeParams = PARAMS) -> di
 
 
 def test_the_first_of_equal_texts_is_kept() -> None:
-    assert duplicates([TEXT, FAR, TEXT]) == {2: Removal(0, 1.0, "exact_duplicate", (0,))}
+    assert duplicates([TEXT, FAR, TEXT]) == {2: Removal(0, 1.0, "normalized_duplicate", (0,))}
 
 
 def test_a_near_duplicate_is_removed_with_its_exact_similarity() -> None:

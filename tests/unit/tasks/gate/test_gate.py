@@ -56,6 +56,7 @@ def test_a_clear_gain_is_promoted_with_its_evidence() -> None:
     assert (decision["verdict"], decision["reference"]) == ("promote", "base")
     gain = decision["gain"]
     assert (gain["mean"], gain["items"], gain["look"]) == (0.3, 100, 1)
+    assert gain["benchmarks"] == ["facts"]
     assert 0.2 < gain["low"] < 0.3 < gain["high"] < 0.4
     assert decision["reason"] == (
         "gain: better: +30.0 points of accuracy (95% interval +22.0 to +39.0) on 100 items"
