@@ -56,6 +56,7 @@ clean: down  ## delete what is installed and compiled; data, models and database
 
 purge: down  ## delete everything but the code: data, models, the registry, the DVC remote .dvc/remote; asks, unless YES=1
 	@du -sch data .dvc/cache .dvc/remote .nightshift 2>/dev/null || true
+	@[ -z "$$NIGHTSHIFT_HOME" ] || echo "NIGHTSHIFT_HOME=$$NIGHTSHIFT_HOME stays, with the registry in it; delete it yourself"
 	@[ "$(YES)" = 1 ] || { read -rp "Delete all of this, with the registry and every model? [y/N] " answer; [ "$$answer" = y ]; }
 	rm -rf $(VENV) .kit .nightshift data .dvc/cache .dvc/remote .dvc/tmp dvc.lock prefect.toml
 

@@ -47,6 +47,16 @@ def test_purge_without_consent_deletes_nothing(checkout: Path, answer: str) -> N
     assert existing(checkout) == {*KEPT, *INSTALLED}
 
 
+def test_purge_leaves_a_state_folder_elsewhere_and_says_so(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("NIGHTSHIFT_HOME", str(home))
+    done = make("purge", "YES=1")
+    assert f"NIGHTSHIFT_HOME={home} stays, with the registry in it" in done.stdout
+    assert home.exists()
+
+
 @pytest.mark.parametrize(("arguments", "answer"), [(("YES=1",), ""), ((), "y\n")])
 def test_purge_with_consent_deletes_all_but_the_code(
     checkout: Path, arguments: tuple[str, ...], answer: str
