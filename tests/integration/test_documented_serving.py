@@ -107,7 +107,10 @@ def shell(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         opened = Shell(folder)
         try:
             opened.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-            store = f"--backend-store-uri sqlite:///{folder}/.nightshift/mlflow.db"
+            store = (
+                f"--backend-store-uri sqlite:///{folder}/.nightshift/mlflow.db "
+                f"--artifacts-destination {folder}/.nightshift/mlflow-artifacts"
+            )
             opened.type(f"mlflow server --port {opened.ports['5000']} --workers 1 {store}")
             yield opened
         finally:
