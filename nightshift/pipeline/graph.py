@@ -62,7 +62,9 @@ def find_unread(path: Path = GRAPH) -> list[str]:
     return [
         name
         for name, stage in stages.items()
-        if name != "gate" and not any(reads(other, stage) for key, other in stages.items() if key != name)
+        if outputs(stage)
+        and name != "gate"
+        and not any(reads(other, stage) for key, other in stages.items() if key != name)
     ]
 
 

@@ -45,6 +45,7 @@ def planned(
     }
     stages["base"]["outs"] = ["data/base"]
     stages["pack"] |= {"deps": ["data/base"], "outs": ["data/pack"]}
+    stages["sft"] |= {"deps": ["data/pack"]}
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     for command in (["init", "-q", "--no-scm"], ["commit", "-f", "base", "pack"]):
         subprocess.run(["dvc", *command], cwd=folder, env=clean_environment, check=True)
