@@ -24,6 +24,7 @@ from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
+from prefect.utilities.urls import url_for
 
 from nightshift.core.config import read_params
 from nightshift.core.files import file_digest, read_json
@@ -80,7 +81,8 @@ def run_tags() -> dict[str, str]:
 
 def link() -> str:
     """Return a Markdown link to the flow run in Prefect."""
-    return f"[Flow run in Prefect]({prefect.runtime.flow_run.ui_url})"
+    # `prefect.runtime.flow_run.ui_url` is the address of an earlier UI.
+    return f"[Flow run in Prefect]({url_for('flow-run', UUID(prefect.runtime.flow_run.id))})"
 
 
 def describe_run(run_id: str | None, outcome: str) -> None:
