@@ -26,7 +26,7 @@ from infra.local import prefect_api
 from nightshift.core.files import read_json, tree_digest
 from tests.helpers.checkouts import BIN, ROOT, Checkout, make_checkout
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 STAGES = ["base", "ingest", "dedupe", "split", "augment", "decontaminate", "pack", "sft", "evaluate", "gate"]
 BAD_LINES = b'{"messages": [\n\xff\xfe\n'
 

@@ -21,7 +21,7 @@ from nightshift.pipeline.graph import read_stages
 from tests.helpers.checkouts import Checkout, make_checkout
 from tests.helpers.report import write_version
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid")
 UP_TO_DATE = "Data and pipelines are up to date."
 BROUGHT_IN = ("data/raw", "data/benchmarks", "data/champion")
