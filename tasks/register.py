@@ -42,7 +42,14 @@ from nightshift.registry.adoption import copy_model, require_fit, write_adopted_
 from nightshift.registry.bases import kept_place
 from nightshift.registry.card import write_card
 from nightshift.registry.lineage import write_lineage
-from nightshift.registry.versions import ANSWERS, DIGEST, answer_probes, open_registry, registered
+from nightshift.registry.versions import (
+    ANSWERS,
+    DIGEST,
+    answer_probes,
+    logged_model,
+    open_registry,
+    registered,
+)
 from nightshift.tracking.runs import dataset_input, experiment_id, git_commit
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
@@ -185,7 +192,7 @@ def describe_version(client: MlflowClient, name: str, number: int) -> None:
 
     card = ModelCard.load(CARD).text.strip()
     client.update_model_version(name, str(number), description=card)
-    if logged := client.get_model_version(name, str(number)).model_id:
+    if logged := logged_model(client.get_model_version(name, str(number))):
         client.set_logged_model_tags(logged, {MLFLOW_RUN_NOTE: card})
     if not client.get_registered_model(name).description:
         client.update_registered_model(

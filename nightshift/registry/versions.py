@@ -87,6 +87,21 @@ def open_registry() -> tuple[MlflowClient, str]:
     return MlflowClient(), name
 
 
+def logged_model(version: ModelVersion) -> str | None:
+    """Return the id of MLflow's logged model that a version was registered from, or None.
+
+    A database server leaves `model_id` empty, but not the source, `models:/<id>`.
+
+    Example:
+        >>> logged_model(ModelVersion("a", "1", 0, source="models:/m-12"))
+        'm-12'
+    """
+    if version.model_id:
+        return str(version.model_id)
+    kind, _, found = str(version.source).partition("models:/")
+    return found if not kind and found.startswith("m-") else None
+
+
 def find_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """Return the version with an alias, or None."""
     try:

@@ -47,7 +47,7 @@ from nightshift.pipeline.graph import stage_order
 from nightshift.pipeline.ledger import TRANSFERS
 from nightshift.raw.unused import unused_by_snapshot
 from nightshift.registry.lineage import open_lineage, write_lineage
-from nightshift.registry.versions import DIGEST, open_registry, registered
+from nightshift.registry.versions import DIGEST, logged_model, open_registry, registered
 from nightshift.tracking.evaluation import log_evaluation
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
@@ -75,7 +75,7 @@ def main() -> None:
     run = os.environ.get("MLFLOW_RUN_ID") or trained_by
     client.log_artifact(run, str(PAGE))
     version = find_candidate(client, name, facts["gate"]["candidate"])
-    number, model = (int(version.version), version.model_id) if version else (None, None)
+    number, model = (int(version.version), logged_model(version)) if version else (None, None)
     try:
         log_evaluation(client, run, read_json(METRICS), facts["gate"], number, model)
     except MlflowException as err:

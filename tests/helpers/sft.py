@@ -158,7 +158,8 @@ def start_sft(
     POISON in the environment injects a fault into the ranks; see `tests.helpers.poisoned`.
     """
     section = {**shipped_params(), **WHOLE_SET, **changes}
-    (folder / "params.yaml").write_text(yaml.safe_dump({"sft": section}), encoding="utf-8")
+    params = {"sft": section, "registry": {"experiment": "nightshift"}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.poisoned" if "POISON" in environment else "tasks.sft"],
         cwd=folder,
