@@ -27,7 +27,7 @@ from flows.tracking import tracked_run
 
 @flow
 def train() -> None:
-    with tracked_run() as run_id:
+    with tracked_run(has_changed=True) as run_id:
         run_stage("sft", run_id)
 
 train()

@@ -120,7 +120,8 @@ def test_a_model_that_returns_nan_is_an_error(judge: Judge, tiny_base: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    losses = list(heldout_losses(model, load_encoder(tiny_base), [conversation(i) for i in range(3)]))
+    examples = [conversation(i) for i in range(3)]
+    losses = list(heldout_losses(model, load_encoder(tiny_base), examples, lambda _done, _total: None))
     rows = answers("base", chance(0.45, 2))
     for row, one in zip([row for row in rows if row["benchmark"] == "test"], losses, strict=True):
         row["item"] = one["item"]
