@@ -226,10 +226,11 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
     if target.is_dir() and tree_digest(target) == expected:
         return
     uri = f"models:/{version.name}/{version.version}/artifacts/model"
-    shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        Path(download_artifacts(uri, dst_path=folder)).replace(target)
+        fetched = Path(download_artifacts(uri, dst_path=folder))
+        shutil.rmtree(target, ignore_errors=True)
+        fetched.replace(target)
     if (found := tree_digest(target)) != expected:
         raise GateError(
             f"registry: version {version.version} of {version.name} contains an adapter with digest "
