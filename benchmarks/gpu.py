@@ -29,6 +29,7 @@ from nightshift.core.errors import StageError
 from nightshift.core.stage import run_main
 from nightshift.data.encode import IGNORED
 from tasks.sft import SftParams
+from tasks.sft.attention import boundaries
 from tasks.sft.float8 import quantize_base
 from tasks.sft.fused import LossHead, fuse_adapter
 from tasks.sft.model import adapt
@@ -270,17 +271,14 @@ class Climber:
         """Return one flattened row of random tokens, all labelled but the first of each example."""
         lengths = [length for _ in range(rung.rows) for length in self.lengths(rung)]
         ids = torch.randint(self.size.shape["vocab_size"], (1, sum(lengths)), device=self.device)
-        ends = torch.tensor([0, *lengths], device=self.device).cumsum(0)
+        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])[None]
         labels = ids.clone()
-        labels[0, ends[:-1]] = IGNORED
+        labels[positions == 0] = IGNORED
         return {
             "input_ids": ids,
             "labels": labels,
-            "position_ids": torch.cat([torch.arange(n, device=self.device) for n in lengths])[None],
-            "cu_seq_lens_q": ends.int(),
-            "cu_seq_lens_k": ends.int(),
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
+            "position_ids": positions,
+            **boundaries(lengths, self.device),
         }
 
     def lengths(self, rung: Rung) -> Iterator[int]:

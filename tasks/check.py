@@ -62,11 +62,11 @@ def check_overrides(overrides: Mapping[str, Any], path: Path = PARAMS) -> str:
         ConfigError: The file or an override is invalid; the message lists every problem.
     """
     # Reports a file that is not valid YAML, which `edit` cannot read.
-    read_params(path)
-    text = path.read_text(encoding="utf-8")
+    values, text = read_params(path), path.read_text(encoding="utf-8")
     if overrides:
         text = edit(text, overrides)
-    check(yaml.safe_load(text))
+        values = yaml.safe_load(text)
+    check(values)
     return text
 
 

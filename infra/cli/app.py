@@ -22,7 +22,7 @@ from infra.local.settings import Stack
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, PipelineError
 from nightshift.core.files import read_json
-from nightshift.core.paths import GATE, PAGE
+from nightshift.core.paths import GATE, PAGE, VERSION
 from nightshift.core.stage import OFFLINE, explain
 from nightshift.core.state import tools_environment
 from nightshift.pipeline.outcome import promote_command
@@ -149,8 +149,6 @@ def adopt(
     reason: Annotated[str, typer.Option(help="Reason, stored in lineage and record.")],
 ) -> None:
     """Make a model that was trained elsewhere, such as the one in production, the champion."""
-    from nightshift.core.paths import VERSION
-
     command = [sys.executable, "-m", "tasks.register", f"--adopt={model}", f"--reason={reason}"]
     if code := subprocess.run(command, check=False).returncode:
         raise typer.Exit(code)

@@ -61,7 +61,7 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
             if value is not None:
                 table.append((f"{benchmark}: {label}", format_percent(value)))
     if gain := gate.get("gain"):
-        mean, low, high = (format_points(gain[key]) for key in ("mean", "low", "high"))
+        mean, low, high = (format_difference(gain[key]) for key in ("mean", "low", "high"))
         table.append(
             (
                 f"gain over the {gate['reference']}",
@@ -93,7 +93,7 @@ def format_percent(value: float | None) -> str:
     return "none" if value is None else f"{value:.1%}"
 
 
-def format_points(share: float | None) -> str:
+def format_difference(share: float | None) -> str:
     """Format a difference of accuracies in percentage points with its sign; None gives "none"."""
     return "none" if share is None else f"{100 * share:+.1f}"
 

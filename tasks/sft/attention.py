@@ -11,7 +11,8 @@ kernels use the example boundaries instead:
 """
 
 import inspect
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -211,8 +212,34 @@ def example_lengths(
         return lengths
     if position_ids is None:
         return [query.shape[2]]
+    return lengths_from_positions(position_ids)
+
+
+def lengths_from_positions(position_ids: torch.Tensor) -> list[int]:
+    """Return the tokens of each example of a row in which each position 0 starts one.
+
+    Example:
+        >>> lengths_from_positions(torch.tensor([[0, 1, 2, 0, 1]]))
+        [3, 2]
+    """
     starts = (position_ids[0] == 0).nonzero().squeeze(-1).tolist()
-    return [stop - start for start, stop in pairwise([*starts, query.shape[2]])]
+    return [stop - start for start, stop in pairwise([*starts, position_ids.shape[1]])]
+
+
+def boundaries(lengths: Sequence[int], device: torch.device | str) -> dict[str, torch.Tensor | int]:
+    """Return the example boundaries of a row as TRL's collator passes them to a kernel.
+
+    Args:
+        lengths: Tokens of each example.
+        device: Device of the boundaries.
+
+    Example:
+        >>> boundaries([3, 2], "cpu")["cu_seq_lens_q"]
+        tensor([0, 3, 5], dtype=torch.int32)
+    """
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    longest = max(lengths)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 AttentionInterface.register("sdpa_per_example", attend_per_example)

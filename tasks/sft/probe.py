@@ -6,15 +6,14 @@ computes two examples alone with transformers' eager attention, alone with the t
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from itertools import accumulate
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import tasks.sft.attention  # noqa: F401 - registers kernels
 from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
+from tasks.sft.attention import boundaries
 from tasks.sft.strategy import HALF, ZERO
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +75,7 @@ class Probe:
             with self.autocast:
                 # A compiled kernel may fail at the second length of a row.
                 self.model(self.examples[0], use_cache=False).logits.sum().backward()
-                logits = self.model(packed, **boundaries(self.device), use_cache=False).logits.float()
+                logits = self.model(packed, **packed_arguments(self.device), use_cache=False).logits.float()
             logits.sum().backward()
         # Kernels fail in various ways: a missing package, a missing symbol, a device that is too old.
         except Exception as err:  # noqa: BLE001
@@ -136,13 +135,7 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def boundaries(device: str) -> dict[str, torch.Tensor | int]:
+def packed_arguments(device: str) -> dict[str, torch.Tensor | int]:
     """Return what TRL's collator passes to a kernel for this row: position_ids and boundaries."""
-    ends = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
-    return {
-        "position_ids": torch.cat([torch.arange(n, device=device) for n in LENGTHS])[None],
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": max(LENGTHS),
-        "max_length_k": max(LENGTHS),
-    }
+    positions = torch.cat([torch.arange(n, device=device) for n in LENGTHS])[None]
+    return {"position_ids": positions, **boundaries(LENGTHS, device)}

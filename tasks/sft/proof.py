@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from nightshift.core.errors import StageError
 from nightshift.core.files import write_figures
 from tasks.sft import selftest
+from tasks.sft.attention import boundaries, lengths_from_positions
 from tasks.sft.job import Job
 from tasks.sft.model import HALF, weight_dtype
 from tasks.sft.selftest import PackedRow
@@ -131,25 +132,10 @@ def forward_by_positions(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch
     kept = {key: value for key, value in batch.items() if key not in BOUNDARIES}
     if trainer.model.config._attn_implementation == "flash_attention_4":
         # It needs them; transformers would derive them with the longest length as a tensor, which fails.
-        kept |= derive_boundaries(batch["position_ids"])
+        lengths = lengths_from_positions(batch["position_ids"])
+        kept |= boundaries(lengths, batch["position_ids"].device)
     with trainer.compute_loss_context_manager():
         return summed_loss(trainer.model_wrapped, kept)
-
-
-def derive_boundaries(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
-    """Return the example boundaries of a row in which each position 0 starts an example.
-
-    Args:
-        position_ids: Positions, shape (1, n_tokens).
-
-    Example:
-        >>> derive_boundaries(torch.tensor([[0, 1, 2, 0, 1]]))["cu_seq_lens_q"]
-        tensor([0, 3, 5], dtype=torch.int32)
-    """
-    starts = (position_ids[0] == 0).nonzero().squeeze(-1)
-    ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
-    longest = int(ends.diff().max())
-    return dict(zip(BOUNDARIES, (ends, ends, longest, longest), strict=True))
 
 
 def backward(trainer: Trainer, batch: dict[str, Any], job: Job) -> list[torch.Tensor | None]:

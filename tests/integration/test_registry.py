@@ -312,7 +312,7 @@ def test_a_model_from_elsewhere_is_adopted_and_the_next_night_is_judged_against_
 
 @pytest.mark.usefixtures("checkout")
 def test_the_documented_commands_of_the_registry_work_as_printed() -> None:
-    """Those of the tables in docs/operations.md, in their order; 7 stands for any version."""
+    """The commands in the tables of docs/operations.md, in order; 7 means any version."""
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     tables = re.search(r"^## Promotion and rollback\n.*?^## Forgetting", text, re.MULTILINE | re.DOTALL)
     assert tables

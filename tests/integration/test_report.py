@@ -289,7 +289,7 @@ def test_the_page_shows_how_to_promote_a_waiting_version(checkout: Path) -> None
         "type nightshift promote 2 --reason TEXT ."
     )
     assert expected in plain(write_page())
-    # The alias of an earlier night, and a verdict that nobody has to approve.
+    # The alias of an earlier night, and a verdict that needs no approval.
     write_json(report.OUTCOME, {"promoted": False, "waits": None})
     assert "Version 2 is registered, but not promoted; version 1 remains the champion." in plain(write_page())
 

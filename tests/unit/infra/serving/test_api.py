@@ -212,7 +212,7 @@ def test_an_answer_that_nobody_waits_for_is_not_generated(engine: Engine, steps:
             await anext(running)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(anext(Generation(engine, request).pieces()), 0.01)
-        # While the server goes on, nothing but the closing ends the generation.
+        # While the server runs, only closing ends the generation.
         await asyncio.to_thread(engine.thread.submit(lambda: None).result)
 
     asyncio.run(leave_early())
