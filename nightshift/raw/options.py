@@ -1,0 +1,52 @@
+"""Options of each source, which the snapshot writes next to the shards for the stages that read them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from nightshift.core.config import Count, StageParams
+from nightshift.core.files import read_json, write_json
+
+# In data/raw: name of each source -> its options that differ from the default.
+OPTIONS = "options.json"
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class SourceOptions(StageParams):
+    """How the rows of a source are read and used.
+
+    Attributes:
+        columns: Key that a format defines, such as `instruction` -> column of the source that holds it.
+        roles: Role or speaker as the source names it -> system, user, assistant or tool.
+        preference: Rows with a chosen and a rejected answer, or an answer with a rating: `refuse` them, or
+            train on the `chosen` answers only.
+        split: Split of the data set to read, such as train; None reads all files.
+        limit: Rows to use: the first n, or a share of them by the hash of their content; None uses all.
+        weight: Times that each example is trained per epoch; 0.5 trains every second one.
+        mode: `append`: rows stay in use when the source no longer has them. `replace`: the newest export is
+            the whole source.
+        group_by: Column whose value keeps rows on the same side of the split.
+    """
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
+    preference: Literal["refuse", "chosen"] = "refuse"
+    split: str | None = None
+    limit: Count | Share | None = None
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    mode: Literal["append", "replace"] = "append"
+    group_by: str | None = None
+
+
+def write_options(raw: Path, options: Mapping[str, SourceOptions]) -> None:
+    """Write the options of all sources in use."""
+    write_json(raw / OPTIONS, {name: one.model_dump(exclude_defaults=True) for name, one in options.items()})
+
+
+def read_options(raw: Path, source: str) -> SourceOptions:
+    """Return the options of a source; the defaults for manually added data."""
+    path = raw / OPTIONS
+    listed = read_json(path) if path.is_file() else {}
+    return SourceOptions.model_validate(listed.get(source, {}))
