@@ -30,7 +30,7 @@ from nightshift.data.text import Shingles, canonical, comparable_shingles, jacca
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.__main__ import find_duplicates
 from tasks.dedupe.candidates import Text, shared_buckets
-from tasks.dedupe.signatures import sign
+from tasks.dedupe.signatures import sign_texts
 
 PARAMS = DedupeParams(
     num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1, max_drop_rate=1.0
@@ -105,7 +105,7 @@ def quality(documents: Sequence[str]) -> tuple[float, float, int]:
     sets = [comparable_shingles(text, PARAMS.shingle_size) for text in texts]
     truth = true_pairs(sets, PARAMS.jaccard_threshold)
     members: dict[int, list[int]] = {}
-    for index, buckets in shared_buckets(sign(texts, PARAMS)):
+    for index, buckets in shared_buckets(sign_texts(texts, PARAMS)):
         for bucket in buckets:
             members.setdefault(bucket, []).append(index)
     candidates = {(a, b) for one in members.values() for i, b in enumerate(one) for a in one[:i]}

@@ -1,20 +1,23 @@
 """Remove training rows that overlap with evaluation questions: data/augment -> data/decontaminate.
 
 Runs after augmentation, because a paraphrase may reproduce a held-out wording. A training row is a hit
-if one of its user turns (or its plain text) equals an evaluation question after normalisation, shares an
-n-gram with it, or contains nearly all of its shingles. Answers are not compared: a fact must be in the
+if one of its user turns (or its plain text) equals a benchmark question after normalisation, shares an
+n-gram with it, or contains nearly all of its shingles; or if its questions contain nearly all of the
+questions of a test example. Test examples come from the same data: their templates and documents are in
+the training set by nature, and so are turns such as "Thanks!". Passages that many rows share are therefore
+not counted, and a conversation is compared as a whole. Answers are not compared: a fact must be in the
 training set to be learned.
 
-Source: n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), which misses questions shorter than
-the n-gram; these are matched by whole text or by containment.
+Sources: n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), which misses questions shorter than
+the n-gram; these are matched by whole text or by containment. NeMo Curator ignores n-grams with more than
+10 matches, too.
 """
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Annotated, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 import pyarrow as pa
 from pydantic import Field
@@ -23,10 +26,10 @@ from nightshift.core.config import StageParams, load_params
 from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
 from nightshift.core.paths import AUGMENTED_TRAIN, BENCHMARKS, CLEAN_TRAIN, HITS, TEST
 from nightshift.core.stage import run_main, write_summary
-from nightshift.data.benchmarks import evaluation_questions, questions_of
+from nightshift.data.benchmarks import HELDOUT, evaluation_questions, questions_of, whole_question
 from nightshift.data.drops import Drops, Rate, require_drop_rate
 from nightshift.data.schemas import AUGMENTED, AugmentedExample
-from nightshift.data.text import Shingles, canonical, shingles
+from nightshift.data.text import Shingles, canonical, ngrams, shingles, weight
 
 HITS_SCHEMA = pa.schema(
     [
@@ -40,6 +43,9 @@ HITS_SCHEMA = pa.schema(
     ]
 )
 SHINGLE_SIZE = 3
+# A passage in more training rows is a template or a document, no leaked question. Deduplication leaves one
+# row of each text, so three rows that share a passage with a test example are no copies of it.
+MANY_FOR_BENCHMARKS, MANY_FOR_TEST = 10, 2
 # Characters of the matching words that an error message shows.
 SHOWN_CHARACTERS = 80
 
@@ -70,7 +76,7 @@ class DecontaminateParams(StageParams):
     """Overlap thresholds.
 
     Attributes:
-        ngram_size: Words in an n-gram that a training text and an evaluation question must not share;
+        ngram_size: Words in an n-gram that a training text and a benchmark question must not share;
             a shorter question is matched as one n-gram of all its words.
         min_question_words: Fewest words of a question that is searched for inside longer texts; a
             shorter question is too common and must equal the whole text.
@@ -102,29 +108,53 @@ class Index:
         questions: All evaluation questions.
         by_text: Whole text -> position in `questions`.
         by_ngram: n-gram of a long question -> position of the question.
-        by_shingle: Shingle -> positions of the questions that have it in their prefix. A prefix holds
-            the rarest shingles, enough of them that any text above the containment threshold shares one
-            (prefix filter, as in Bayardo et al., 2007).
+        by_shingle: Shingle -> positions of the questions that have it.
+        many: Number of rows above which a passage that they share is not counted.
     """
 
     questions: Sequence[Question]
     by_text: Mapping[str, int]
     by_ngram: Mapping[str, int]
     by_shingle: Mapping[str, Sequence[int]]
+    many: int
+
+
+class Row(NamedTuple):
+    """Identity of a training row."""
+
+    id: str
+    origin: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Passages that a text of a training row has in common with the questions of an index.
+
+    Attributes:
+        text: Canonical text.
+        ngrams: Common n-grams, in order.
+        shingles: Common shingles.
+    """
+
+    text: str
+    ngrams: Sequence[str]
+    shingles: Shingles
 
 
 def main() -> None:
     """Write the clean training rows and a report of all hits."""
     params = load_params(DecontaminateParams, "decontaminate")
-    index = build_index(evaluation_questions(TEST, BENCHMARKS), params)
-    hits: dict[str, Hit] = {}
+    questions = list(evaluation_questions(TEST, BENCHMARKS))
+    in_benchmarks = [one for one in questions if one[0] != HELDOUT]
+    benchmarks = build_index(in_benchmarks, params, MANY_FOR_BENCHMARKS, has_ngrams=True)
+    in_test = [one for one in questions if one[0] == HELDOUT]
+    test = build_index(in_test, params, MANY_FOR_TEST, has_ngrams=False)
     drops = Drops()
-    for row in iterate_rows(AUGMENTED_TRAIN, ["id", "origin", "messages", "source"]):
-        drops.read[row["source"]] += 1
-        if hit := find_hit(row, index, params):
-            hits[row["id"]] = hit
-            drops.add(row["source"], hit["reason"], describe_hit(hit))
-    write_rows(HITS, hits.values(), HITS_SCHEMA)
+    hits = find_hits(count_rows(iterate_rows(AUGMENTED_TRAIN), drops), benchmarks, test, params)
+    for row_source, hit in hits.values():
+        drops.add(row_source, hit["reason"], describe_hit(hit))
+    write_rows(HITS, (hit for _, hit in hits.values()), HITS_SCHEMA)
     require_drop_rate(
         drops,
         params.max_drop_rate,
@@ -142,9 +172,16 @@ def main() -> None:
         rows_out=drops.read.total() - len(hits),
         dropped=drops.by_reason(),
         dropped_by_source=drops.by_source(),
-        hits_by_benchmark=dict(sorted(Counter(hit["benchmark"] for hit in hits.values()).items())),
-        evaluation_questions=len(index.questions),
+        hits_by_benchmark=dict(sorted(Counter(hit["benchmark"] for _, hit in hits.values()).items())),
+        evaluation_questions=len(test.questions) + len(benchmarks.questions),
     )
+
+
+def count_rows(rows: Iterable[AugmentedExample], drops: Drops) -> Iterator[AugmentedExample]:
+    """Yield the rows, and count them by source."""
+    for row in rows:
+        drops.read[row["source"]] += 1
+        yield row
 
 
 def describe_hit(hit: Hit) -> str:
@@ -155,72 +192,124 @@ def describe_hit(hit: Hit) -> str:
     )
 
 
-def build_index(questions: Iterable[tuple[str, str, str]], params: DecontaminateParams) -> Index:
-    """Index the questions, except questions without words."""
+def build_index(
+    questions: Iterable[tuple[str, str, str]], params: DecontaminateParams, many: int, *, has_ngrams: bool
+) -> Index:
+    """Index the questions, except questions without words.
+
+    Args:
+        questions: (benchmark, item id, question).
+        params: Overlap thresholds.
+        many: Number of rows above which a passage that they share is not counted.
+        has_ngrams: Whether a single common n-gram is an overlap.
+    """
     found: dict[str, Question] = {}
     for benchmark, item, content in questions:
         text = canonical(content)
         if text and text not in found:
             found[text] = Question(benchmark, item, text, shingles(text.split(), SHINGLE_SIZE))
-    frequency = Counter(shingle for question in found.values() for shingle in question.shingles)
     by_ngram: dict[str, int] = {}
     by_shingle: dict[str, list[int]] = defaultdict(list)
     for number, question in enumerate(found.values()):
         words = question.text.split()
-        if len(words) < params.min_question_words:
+        if sum(map(weight, words)) < params.min_question_words:
             continue
-        for gram in ngrams(words, params.ngram_size):
+        for gram in ngrams(words, params.ngram_size) if has_ngrams else ():
             by_ngram.setdefault(gram, number)
-        needed = math.ceil(params.max_containment * len(question.shingles))
-        rarest = sorted(question.shingles, key=lambda shingle: (frequency[shingle], shingle))
-        for shingle in rarest[: len(rarest) - needed + 1]:
+        for shingle in question.shingles:
             by_shingle[shingle].append(number)
     by_text = {text: number for number, text in enumerate(found)}
-    return Index(list(found.values()), by_text, by_ngram, by_shingle)
+    return Index(list(found.values()), by_text, by_ngram, by_shingle, many)
 
 
-def find_hit(row: AugmentedExample, index: Index, params: DecontaminateParams) -> Hit | None:
-    """Return the first evaluation question that a row overlaps with, or None."""
-    for content in questions_of(row):
-        text = canonical(content)
-        if (number := index.by_text.get(text)) is not None:
-            return _hit(row, index.questions[number], "same_question", text, 1.0)
+def find_hits(
+    rows: Iterable[AugmentedExample], benchmarks: Index, test: Index, params: DecontaminateParams
+) -> dict[str, tuple[str, Hit]]:
+    """Return row id -> (source, first evaluation question that the row overlaps with)."""
+    indexes = (benchmarks, test)
+    overlaps: list[tuple[Row, list[list[Overlap]]]] = []
+    rows_with: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    for example in rows:
+        turns = [canonical(text) for text in questions_of(example)]
+        texts = (turns, [canonical(whole_question(example))])
+        found = [find_overlaps(some, index, params) for some, index in zip(texts, indexes, strict=True)]
+        if any(found):
+            overlaps.append((Row(example["id"], example["origin"], example["source"]), found))
+        # A paraphrase shares the passages of its source, which makes them no template.
+        if example["parent_id"] is None:
+            for counts, some in zip(rows_with, found, strict=True):
+                counts.update({passage for one in some for passage in (*one.ngrams, *one.shingles)})
+    shared = [
+        {passage for passage, count in counts.items() if count > index.many}
+        for counts, index in zip(rows_with, indexes, strict=True)
+    ]
+    hits = {}
+    for row, found in overlaps:
+        matches = (match(row, *one, params) for one in zip(found, indexes, shared, strict=True))
+        if hit := next(filter(None, matches), None):
+            hits[row.id] = (row.source, hit)
+    return hits
+
+
+def find_overlaps(texts: Iterable[str], index: Index, params: DecontaminateParams) -> list[Overlap]:
+    """Find what the canonical texts of a row have in common with any question."""
+    found = []
+    for text in texts:
         words = text.split()
-        known = shingles(words, SHINGLE_SIZE)
-        for gram in ngrams(words, params.ngram_size):
-            if (number := index.by_ngram.get(gram)) is not None:
-                question = index.questions[number]
-                return _hit(row, question, "shared_ngram", gram, containment(question, known))
-        candidates = {number for shingle in known for number in index.by_shingle.get(shingle, ())}
+        grams = [gram for gram in ngrams(words, params.ngram_size) if gram in index.by_ngram]
+        known = frozenset(one for one in shingles(words, SHINGLE_SIZE) if one in index.by_shingle)
+        if grams or known or text in index.by_text:
+            found.append(Overlap(text, grams, known))
+    return found
+
+
+def match(
+    row: Row, overlaps: Iterable[Overlap], index: Index, shared: Set[str], params: DecontaminateParams
+) -> Hit | None:
+    """Return the first question of an index that a row overlaps with, or None.
+
+    Args:
+        row: Row.
+        overlaps: What its texts have in common with the questions.
+        index: Questions.
+        shared: Passages that are not counted, because many rows share them.
+        params: Overlap thresholds.
+    """
+    for overlap in overlaps:
+        if (number := index.by_text.get(overlap.text)) is not None:
+            return _hit(row, index.questions[number], "same_question", overlap.text, 1.0)
+        for gram in overlap.ngrams:
+            if gram not in shared:
+                question = index.questions[index.by_ngram[gram]]
+                share = containment(question.shingles, overlap.shingles)
+                return _hit(row, question, "shared_ngram", gram, share)
+        candidates = {number for shingle in overlap.shingles - shared for number in index.by_shingle[shingle]}
         for number in sorted(candidates):
             question = index.questions[number]
-            if (share := containment(question, known)) >= params.max_containment:
-                whole = f" {question.text} " in f" {text} "
+            share = containment(question.shingles, overlap.shingles)
+            own = containment(question.shingles - shared, overlap.shingles)
+            if min(share, own) >= params.max_containment:
+                whole = f" {question.text} " in f" {overlap.text} "
                 reason = "shared_ngram" if whole else "contained_question"
                 return _hit(row, question, reason, question.text, share)
     return None
 
 
-def containment(question: Question, known: Shingles) -> float:
-    """Return the share of a question's shingles that a text contains, 0 to 1."""
-    return len(question.shingles & known) / len(question.shingles)
-
-
-def ngrams(words: Sequence[str], size: int) -> Iterator[str]:
-    """Yield the word n-grams of a text in order; none if the text is shorter than n.
+def containment(question: Shingles, known: Shingles) -> float:
+    """Return the share of a question's shingles that a text contains, 0 to 1; 0 for no shingles.
 
     Example:
-        >>> list(ngrams(["a", "b", "c"], 2)), list(ngrams(["a"], 2))
-        (['a b', 'b c'], [])
+        >>> containment(frozenset("ab"), frozenset("bc")), containment(frozenset(), frozenset("bc"))
+        (0.5, 0)
     """
-    return (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+    return len(question & known) / len(question) if question else 0
 
 
-def _hit(row: AugmentedExample, question: Question, reason: str, match: str, containment: float) -> Hit:
+def _hit(row: Row, question: Question, reason: str, match: str, containment: float) -> Hit:
     """Build the report row of a hit."""
     return {
-        "id": row["id"],
-        "origin": row["origin"],
+        "id": row.id,
+        "origin": row.origin,
         "benchmark": question.benchmark,
         "item": question.item,
         "reason": reason,

@@ -239,7 +239,7 @@ def read_items(file: Path, schema: type[Item], faults: list[str]) -> list[dict[s
 
 
 def questions(item: Mapping[str, Any]) -> Iterator[str]:
-    """Yield every question of an item, in every wording.
+    """Yield every question of an item, in every wording; the user turns of a conversation are one question.
 
     Example:
         >>> list(questions({"question": "Who?", "variants": ["What person?"], "choices": ["I", "you"]}))
@@ -247,7 +247,8 @@ def questions(item: Mapping[str, Any]) -> Iterator[str]:
     """
     yield from (item[key] for key in ("question", "changed") if item.get(key))
     yield from item.get("variants", ())
-    yield from (turn["content"] for turn in item.get("messages") or () if turn["role"] == "user")
+    if item.get("messages"):
+        yield whole_question(item)
 
 
 def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, str, str]]:
@@ -257,8 +258,7 @@ def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, st
         DataError: A benchmark violates the format.
     """
     for row in iterate_rows(test, ["id", "messages"]):
-        for question in questions_of(row):
-            yield HELDOUT, row["id"], question
+        yield HELDOUT, row["id"], whole_question(row)
     for benchmark in read_benchmarks(benchmarks):
         for item in benchmark.items:
             for question in questions(item):
@@ -268,3 +268,8 @@ def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, st
 def questions_of(row: Mapping[str, Any]) -> list[str]:
     """Return the questions of a row: its user turns, or its plain text."""
     return [turn["content"] for turn in row["messages"] if turn["role"] in ("user", "text")]
+
+
+def whole_question(row: Mapping[str, Any]) -> str:
+    """Return the questions of a row as one text: a single turn, such as "Thanks!", does not identify it."""
+    return "\n".join(questions_of(row))

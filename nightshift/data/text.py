@@ -2,29 +2,87 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-WORD = re.compile(r"\w+")
+# Letters of scripts without spaces between words: each is a word of its own.
+_LETTERS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Accents and vowel signs that belong to the letter before them; without them, many Indic words would be the
+# same. Whole blocks where letters and vowel signs alternate, without the full stops of Devanagari.
+_MARKS = (
+    "\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1-\u05c7\u0610-\u061a\u064b-\u0670\u06d6-\u06ed\u0711-\u074a"
+    "\u0816-\u082d\u08d3-\u0963\u0966-\u0dff\u0f18-\u0fbc\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u3099\u309a\ufe20-\ufe2f"
+)
+_VOWELS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3"
+# Symbols of mathematics, currencies and code, and emoji: abs(-5) is not abs(5), and C++ is not C#. Those of
+# `SIGNS` are punctuation or Markdown elsewhere.
+_SYMBOLS = (
+    "$+<=>|~^%&@\\[\\]{}\\\\"
+    "\u00a2-\u00a9\u00ac\u00ae-\u00b1\u00d7\u00f7\u2044\u2052\u207a-\u207c\u208a-\u208c\u20a0-\u20cf\u2190-\u2bff"
+    "\U0001f000-\U0001faff"
+)
+_SIGNS = "#/!*\\-"
+SYMBOL = re.compile(f"[{_SYMBOLS}]")
+SIGN = re.compile(rf"\*+|[{_SIGNS}]")
+ANY_SIGN = re.compile(f"[{_SIGNS}]")
+LETTER = re.compile(f"[{_LETTERS}]")
+WORD = re.compile(rf"[\w{_MARKS}{_SYMBOLS}{_SIGNS}]+")
+LETTER_OR_WORD = re.compile(
+    rf"[{_LETTERS}][{_MARKS}{_VOWELS}]*|(?:[^\W{_LETTERS}]|[{_MARKS}{_SYMBOLS}{_SIGNS}])+"
+)
+# Letters of an unspaced script that weigh as much as a word; Chinese and Japanese have about two in a word.
+LETTERS_PER_WORD = {"THAI": 4, "LAO": 4, "KHMER": 4, "MYANMAR": 4}
 # A shorter text has too few word shingles: changing one word of seven moves the similarity of
 # 3-shingles from 1 to 0.25. Its character shingles are compared instead.
 SHORT = 8
 CHARACTER_SHINGLE = 5
 Shingles = frozenset[str]
-_ASCII = "".join(chr(c).lower() if chr(c).isalnum() or chr(c) == "_" else " " for c in range(128))
+_ASCII = "".join(chr(c).lower() if WORD.match(chr(c)) else " " for c in range(128))
 
 
 def canonical(text: str) -> str:
-    """Reduce a text to its words: no case, punctuation, spacing or variant code points.
+    """Reduce a text to its words and symbols: no case, punctuation, spacing or variant code points.
 
     Example:
-        >>> canonical("Who  ARE you?")
-        'who are you'
+        >>> canonical("Who  ARE you?"), canonical("abs(-5)"), canonical("C++"), canonical("你好")
+        ('who are you', 'abs - 5', 'c + +', '你 好')
     """
-    if text.isascii():
-        # Same result, three times as fast.
+    is_ascii = text.isascii()
+    if not is_ascii:
+        text = unicodedata.normalize("NFKC", text).casefold()
+    if ANY_SIGN.search(text):
+        text = SIGN.sub(_space_sign, text)
+    if SYMBOL.search(text):
+        text = SYMBOL.sub(r" \g<0> ", text)
+    if is_ascii:
+        # Same result as below, several times as fast.
         return " ".join(text.translate(_ASCII).split())
-    return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    return " ".join((LETTER_OR_WORD if LETTER.search(text) else WORD).findall(text))
+
+
+def _space_sign(match: re.Match[str]) -> str:
+    """Return a sign between spaces if it is a symbol here, a space if it is punctuation or Markdown.
+
+    A symbol is a minus before a number, a slash or asterisks between operands, a number sign next to a
+    word, and an exclamation mark before a word or `=`, or after a digit.
+    """
+    sign, text, start, stop = match[0], match.string, match.start(), match.end()
+    before, after = text[max(0, start - 2) : start], text[stop : stop + 2]
+    match sign:
+        case "-":
+            counts = after.lstrip(" ")[:1].isdigit()
+        case "!":
+            counts = after[:1].isalnum() or after[:1] == "=" or before[-1:].isdigit()
+        case "#":
+            counts = after[:1].isalnum() or before[-1:].isalnum()
+        case "/" | "*":
+            left, right = before.rstrip(" ")[-1:], after.lstrip(" ")[:1]
+            counts = (left.isalnum() or left in (")", "]")) and (right.isalnum() or right in ("(", "["))
+        case _:
+            counts = before[-1:].isalnum() and after[:1].isalnum()
+    return f" {sign} " if counts else " "
 
 
 def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -78,3 +136,34 @@ def jaccard(a: Shingles, b: Shingles) -> float:
     """
     shared = len(a & b)
     return shared / (len(a) + len(b) - shared)
+
+
+def weight(word: str) -> float:
+    """Return how many words a word of a canonical text counts for: 1, or less for an unspaced script.
+
+    Example:
+        >>> weight("gold"), weight("金"), weight("ท")
+        (1, 0.5, 0.25)
+    """
+    if word.isascii() or not LETTER.match(word):
+        return 1
+    return 1 / LETTERS_PER_WORD.get(unicodedata.name(word[0]).split()[0], 2)
+
+
+def ngrams(words: Sequence[str], size: int) -> Iterator[str]:
+    """Yield the runs of `size` words of a text in order; none if the text is shorter.
+
+    Example:
+        >>> list(ngrams(["a", "b", "c"], 2)), list(ngrams(["a"], 2)), list(ngrams(["金", "是", "b"], 1))
+        (['a b', 'b c'], [], ['金 是', '是 b', 'b'])
+    """
+    weights = [weight(word) for word in words]
+    stop, total = 0, 0.0
+    for start in range(len(words)):
+        while total < size and stop < len(words):
+            total += weights[stop]
+            stop += 1
+        if total < size:
+            return
+        yield " ".join(words[start:stop])
+        total -= weights[start]

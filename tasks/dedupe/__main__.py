@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from nightshift.core.config import load_params
@@ -17,9 +18,17 @@ from nightshift.data.drops import Drops, require_drop_rate
 from nightshift.data.schemas import GROUPED
 from nightshift.data.text import canonical_messages
 from tasks.dedupe import DedupeParams
-from tasks.dedupe.candidates import Removal, Text, keep_first
+from tasks.dedupe.candidates import Removal, Text, keep_first, prepare
 from tasks.dedupe.reasons import HARMLESS, classify_removals
-from tasks.dedupe.signatures import open_memo, sign_cached
+from tasks.dedupe.signatures import (
+    Keys,
+    open_memo,
+    sign_cached,
+    sign_passages,
+    sign_texts,
+    spell_shingles,
+)
+from tasks.dedupe.templates import Templates, find_shared_keys
 
 # near_ids: all survivors above the threshold for the removed example, `kept_id` first.
 REMOVED_SCHEMA = pa.schema(
@@ -98,8 +107,9 @@ def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> 
     first: dict[str, int] = {}
     roots = [first.setdefault(text.whole, i) for i, text in enumerate(texts)]
     unique = list(first.values())
-    keys = sign_cached(list(first), params, memo)
-    near = keep_first([texts[i] for i in unique], keys, params)
+    known = [texts[i] for i in unique]
+    keys, templates = find_keys(known, params, memo)
+    near = keep_first(known, keys, params, templates)
     removals = {
         unique[i]: Removal(
             unique[one.kept], one.jaccard, one.reason, tuple(unique[other] for other in one.near)
@@ -111,6 +121,30 @@ def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> 
             # A copy of a removed text is removed for the same reason.
             removals[i] = removals.get(root) or Removal(root, 1.0, "normalized_duplicate", (root,))
     return removals
+
+
+def find_keys(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> tuple[Keys, Templates]:
+    """Find the keys by which texts are compared, and the templates of their prompts.
+
+    A key that many chats share comes from their template. It is replaced by a number that no other text
+    has, and such a chat has further keys, of what is its own.
+
+    Returns:
+        Keys, shape (n, bands) or (n, 2 * bands), uint64; and the templates.
+    """
+    keys = sign_cached([text.whole for text in texts], params, memo, sign_texts)
+    is_shared = find_shared_keys(keys)
+    is_shared[[not text.prompt for text in texts]] = False
+    crowd = np.flatnonzero(is_shared.any(axis=1)).tolist()
+    templates = Templates((texts[i].prompt for i in crowd), params.shingle_size)
+    if not templates:
+        return keys, templates
+    own = [prepare(texts[i], params.shingle_size, templates) for i in crowd]
+    spelled = [spell_shingles(one.own | one.answer) for one in own]
+    numbers = np.broadcast_to(np.arange(len(texts), dtype=np.uint64)[:, None], keys.shape)
+    further = numbers.copy()
+    further[crowd] = sign_cached(spelled, params, memo, sign_passages)
+    return np.hstack([np.where(is_shared, numbers, keys), further]), templates
 
 
 def survivors(

@@ -9,12 +9,18 @@ from operator import itemgetter
 
 import numpy as np
 
-from nightshift.data.text import Shingles, comparable_shingles, jaccard
+from nightshift.data.text import Shingles, comparable_shingles, is_short, jaccard
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.signatures import Keys
+from tasks.dedupe.templates import Templates
 
 # Cached shingle sets: about 0.5 GB for 100-word texts.
 CACHED_SETS = 2**16
+# Least Jaccard similarity, 0 to 1, of the questions and of the answers of two near-duplicates.
+ALIKE = 0.5
+# Survivors with a common key that a later text is compared with. Without a limit, texts just below the
+# threshold would cost the square of their number.
+LARGEST_BUCKET = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +58,41 @@ class Removal:
     near: tuple[int, ...]
 
 
-def keep_first(texts: Sequence[Text], keys: Keys, params: DedupeParams) -> dict[int, Removal]:
-    """Find the near-duplicates of earlier survivors.
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What is compared of a text.
 
-    A text with a survivor's prompt but another answer stays: that is a label conflict, which a person
-    has to resolve.
+    Attributes:
+        prompt: Canonical prompt; empty for a plain text.
+        whole: Shingles of the whole text.
+        own: Shingles of the prompt that are not part of a template.
+        answer: Shingles of the answer.
+    """
+
+    prompt: str
+    whole: Shingles
+    own: Shingles
+    answer: Shingles
+
+
+def keep_first(
+    texts: Sequence[Text], keys: Keys, params: DedupeParams, templates: Templates
+) -> dict[int, Removal]:
+    """Find the near-duplicates of earlier survivors.
 
     Args:
         texts: Texts in order of arrival, no two equal, shape (n,).
         keys: Band keys of the texts, shape (n, bands).
         params: MinHash parameters.
+        templates: Passages that many prompts share.
 
     Returns:
-        index -> removal. The decision on a text depends only on it and on earlier texts.
+        index -> removal. The decision on a text depends only on it, on earlier texts and on the templates.
     """
 
     @lru_cache(CACHED_SETS)
-    def shingle_set(index: int) -> Shingles:
-        return comparable_shingles(texts[index].whole, params.shingle_size)
+    def compared(index: int) -> Compared:
+        return prepare(texts[index], params.shingle_size, templates)
 
     removals: dict[int, Removal] = {}
     survivors: dict[int, list[int]] = defaultdict(list)
@@ -78,24 +101,48 @@ def keep_first(texts: Sequence[Text], keys: Keys, params: DedupeParams) -> dict[
         near = [
             (other, similarity)
             for other in candidates
-            if (similarity := jaccard(shingle_set(i), shingle_set(other))) >= params.jaccard_threshold
-            and not is_conflict(texts[i], texts[other], params)
+            if (similarity := near_similarity(compared(i), compared(other), params.jaccard_threshold))
         ]
         if near:
             kept, similarity = near[0]
             removals[i] = Removal(kept, similarity, "near_duplicate", tuple(other for other, _ in near))
             continue
         for bucket in buckets:
-            survivors[bucket].append(i)
+            # So many texts that differ enough to survive: this key says nothing about a text.
+            if len(survivors[bucket]) < LARGEST_BUCKET:
+                survivors[bucket].append(i)
     return removals
 
 
-def is_conflict(text: Text, other: Text, params: DedupeParams) -> bool:
-    """Return whether two texts answer the same prompt differently."""
-    if not text.prompt or text.prompt != other.prompt:
-        return False
-    answers = [comparable_shingles(one.answer, params.shingle_size) for one in (text, other)]
-    return jaccard(answers[0], answers[1]) < params.jaccard_threshold
+def prepare(text: Text, size: int, templates: Templates) -> Compared:
+    """Compute the shingles of a text and of its parts."""
+    answer = comparable_shingles(text.answer, size)
+    prompt = comparable_shingles(text.prompt, size) if text.prompt else frozenset[str]()
+    own = templates.own(text.prompt) if templates and not is_short(text.prompt) else prompt
+    return Compared(text.prompt, comparable_shingles(text.whole, size), own, answer)
+
+
+def near_similarity(one: Compared, other: Compared, threshold: float) -> float:
+    """Return the exact Jaccard similarity of two near-duplicates, 0 if they are none.
+
+    Their words must be nearly the same, and so must those that are not part of a template. Their questions
+    must be alike and their answers too: the same question answered differently is a label conflict, which a
+    person has to resolve, and the same answer to another question is another example.
+    """
+    similarity = jaccard(one.whole, other.whole)
+    if similarity < threshold:
+        return 0
+    if not (one.prompt or other.prompt):
+        return similarity
+    if one.prompt == other.prompt:
+        return similarity if jaccard(one.answer, other.answer) >= threshold else 0
+    is_alike = (
+        jaccard(one.answer, other.answer) >= ALIKE
+        and bool(one.own and other.own)
+        and jaccard(one.own, other.own) >= ALIKE
+        and jaccard(one.own | one.answer, other.own | other.answer) >= threshold
+    )
+    return similarity if is_alike else 0
 
 
 def shared_buckets(keys: Keys) -> Iterator[tuple[int, list[int]]]:

@@ -6,7 +6,7 @@ candidates if they share a key in the same band, so nothing else is needed.
 Sources: Broder (1997) for MinHash; Leskovec et al., Mining of Massive Datasets, ch. 3, for banding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import daft
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nightshift.core.code_digest import source_digest, versions
 from nightshift.core.files import text_digest
 from nightshift.core.memo import Memo
-from nightshift.data.text import CHARACTER_SHINGLE, is_short
+from nightshift.data.text import CHARACTER_SHINGLE, Shingles, is_short
 from tasks.dedupe import DedupeParams
 
 HASH_FUNCTION = "xxhash3_64"
@@ -27,6 +27,7 @@ SPACE = "▁"
 # Odd constants of splitmix64 (Steele et al., 2014), for mixing the values of a band into one key.
 GOLDEN, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 Keys = NDArray[np.uint64]
+Sign = Callable[[Sequence[str], DedupeParams], Keys]
 
 
 def open_memo(params: DedupeParams) -> Memo:
@@ -44,30 +45,29 @@ def open_memo(params: DedupeParams) -> Memo:
     )
 
 
-def sign_cached(texts: Sequence[str], params: DedupeParams, memo: Memo) -> Keys:
+def sign_cached(texts: Sequence[str], params: DedupeParams, memo: Memo, sign: Sign) -> Keys:
     """Return the band keys of texts, computing only those that are not cached.
 
     Args:
-        texts: Canonical texts, no two equal, shape (n,).
+        texts: Texts for `sign`, shape (n,).
         params: MinHash parameters.
         memo: Cache from `open_memo`.
+        sign: `sign_texts` or `sign_passages`.
 
     Returns:
         Band keys, shape (n, bands), uint64.
     """
-    digests = [text_digest(text, size=16) for text in texts]
-    known = memo.read(digests)
-    new = [i for i, digest in enumerate(digests) if digest not in known]
-    keys = np.empty((len(texts), params.bands), dtype=np.uint64)
-    keys[new] = sign([texts[i] for i in new], params)
-    memo.write((digests[i], keys[i].tobytes()) for i in new)
-    old = [i for i, digest in enumerate(digests) if digest in known]
-    values = np.frombuffer(b"".join(known[digests[i]] for i in old), dtype=np.uint64)
-    keys[old] = values.reshape(len(old), params.bands)
-    return keys
+    digests = [text_digest(sign.__name__, text, size=16) for text in texts]
+    known = memo.read(list(dict.fromkeys(digests)))
+    new = {digest: i for i, digest in enumerate(digests) if digest not in known}
+    computed = sign([texts[i] for i in new.values()], params)
+    memo.write((digest, keys.tobytes()) for digest, keys in zip(new, computed, strict=True))
+    known |= {digest: keys.tobytes() for digest, keys in zip(new, computed, strict=True)}
+    values = np.frombuffer(b"".join(known[digest] for digest in digests), dtype=np.uint64)
+    return values.reshape(len(texts), params.bands)
 
 
-def sign(texts: Sequence[str], params: DedupeParams) -> Keys:
+def sign_texts(texts: Sequence[str], params: DedupeParams) -> Keys:
     """Compute band keys with Daft from word shingles, or character shingles if a text is short.
 
     Long and short texts never share a key: their shingles are not comparable.
@@ -82,6 +82,15 @@ def sign(texts: Sequence[str], params: DedupeParams) -> Keys:
     keys[~short] = _band_keys(_minhash(words, params.shingle_size, params), params.bands)
     keys[short] = ~_band_keys(_minhash(grams, 1, params), params.bands)
     return keys
+
+
+def sign_passages(texts: Sequence[str], params: DedupeParams) -> Keys:
+    """Compute band keys from the words of texts, each of them a shingle (see `spell_shingles`).
+
+    Returns:
+        Band keys, shape (n, bands), uint64.
+    """
+    return _band_keys(_minhash(list(texts), 1, params), params.bands)
 
 
 def _minhash(texts: list[str], ngram_size: int, params: DedupeParams) -> NDArray[np.uint32]:
@@ -115,6 +124,16 @@ def _band_keys(signatures: NDArray[np.uint32], bands: int) -> Keys:
         keys = (keys ^ values[:, :, column]) * MIX + GOLDEN
         keys ^= keys >> np.uint64(31)
     return keys
+
+
+def spell_shingles(shingles: Shingles) -> str:
+    """Format a set of word shingles as one text, each as a word.
+
+    Example:
+        >>> spell_shingles(frozenset(["who are", "are you"]))
+        'are▁you who▁are'
+    """
+    return " ".join(sorted(shingle.replace(" ", SPACE) for shingle in shingles))
 
 
 def _spell(text: str) -> str:

@@ -17,7 +17,7 @@ from nightshift.core.paths import (
     TEST,
 )
 from nightshift.core.stage import run_main, write_summary
-from nightshift.data.benchmarks import evaluation_questions, questions_of
+from nightshift.data.benchmarks import HELDOUT, evaluation_questions, questions_of, whole_question
 from nightshift.data.text import canonical
 from nightshift.registry.bases import base_digest
 from tasks.gate import GateParams
@@ -63,13 +63,17 @@ def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:
     that was added after that stage, or a training set from elsewhere.
     """
     evaluated = {
-        canonical(text): f"{name}/{item}" for name, item, text in evaluation_questions(test, benchmarks)
+        (name == HELDOUT, canonical(text)): f"{name}/{item}"
+        for name, item, text in evaluation_questions(test, benchmarks)
     }
     return [
-        f"{row['origin']} matches {evaluated[text]}"
+        f"{row['origin']} matches {evaluated[asked]}"
         for row in iterate_rows(train, ["origin", "messages"])
-        for question in questions_of(row)
-        if (text := canonical(question)) in evaluated and text
+        for asked in [
+            (True, canonical(whole_question(row))),
+            *((False, canonical(question)) for question in questions_of(row)),
+        ]
+        if asked in evaluated and asked[1]
     ]
 
 

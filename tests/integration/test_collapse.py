@@ -5,6 +5,7 @@ The stages run in sequence, with the shipped limits, on rows generated here.
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from nightshift.core.errors import DataError
-from nightshift.core.files import jsonl, read_json, read_rows
+from nightshift.core.files import jsonl, read_json, read_rows, write_text
+from nightshift.data.benchmarks import CHOICE_TASK
 from tests.helpers.byte_base import make_byte_base
 from tests.helpers.checkouts import ROOT
 
@@ -58,6 +60,11 @@ def edited(row: Row) -> Row:
     """Return the conversation with a changed answer."""
     first, answer = (turn["content"] for turn in row["messages"])
     return chat(first, answer + " edited")
+
+
+def with_system(prompt: str, row: Row) -> Row:
+    """Return the conversation behind a system prompt."""
+    return {"messages": [{"role": "system", "content": prompt}, *row["messages"]]}
 
 
 @pytest.fixture
@@ -115,43 +122,92 @@ def test_some_bad_rows_of_a_small_source_and_an_empty_file_are_accepted(run: Run
     assert summary["dropped_by_source"] == {"later": {"empty_file": 1}, "small": {"unknown_format": 2}}
 
 
-def test_chats_with_one_long_system_prompt_fail_dedupe(run: Run) -> None:
+def test_chats_with_one_long_system_prompt_stay_and_their_copies_go(run: Run) -> None:
     (prompt,) = texts(1, size=450, seed=5)
-    rows = [{"messages": [{"role": "system", "content": prompt}, *row["messages"]]} for row in distinct(1000)]
-    with pytest.raises(DataError) as caught:
-        run("dedupe", [("chats", rows)])
-    first, *shown = str(caught.value).splitlines()
-    assert first == (
-        "data/dedupe/removed.parquet: 998 of 1000 rows of all sources are dropped (near_duplicate 998), more "
-        "than dedupe.max_drop_rate=0.5; see the merged rows in this file, change them or "
-        "dedupe.jaccard_threshold, or raise the limit"
-    )
-    assert shown[0].startswith("  chats/000001.jsonl:2: near_duplicate of chats/000001.jsonl:1, Jaccard 0.9")
-    assert not Path("data/dedupe/examples.parquet").exists()
+    rows = distinct(1000)
+    rows += [edited(row) for row in rows[:50]]
+    summary = run("dedupe", [("chats", [with_system(prompt, row) for row in rows])])
+    assert (summary["rows_out"], summary["dropped"]) == (1000, {"near_duplicate": 50})
+    removed = read_rows(Path("data/dedupe/removed.parquet"))
+    kept = {row["id"]: row["origin"] for row in read_rows(Path("data/ingest/examples.parquet"))}
+    pairs = [(kept[row["kept_id"]], kept[row["id"]]) for row in removed]
+    name = "chats/000001.jsonl"
+    assert pairs == [(f"{name}:{line}", f"{name}:{1000 + line}") for line in range(1, 51)]
 
 
-def test_rows_that_differ_only_in_punctuation_fail_dedupe(run: Run) -> None:
-    """The canonical form keeps only words, so abs(-5) and abs(5) are the same text."""
+def test_a_system_prompt_that_names_the_user_is_a_template_too(run: Run) -> None:
+    (prompt,) = texts(1, size=300, seed=5)
     rows = [
-        chat(f"What is {sign * 7}{mark}?", "seven") for mark in "!%&/()=+*#;:,.-'<>|~" for sign in ("", "-")
+        with_system(f"{prompt[:400]} user{number} {prompt[400:]}", row)
+        for number, row in enumerate(distinct(200))
     ]
-    with pytest.raises(
-        DataError, match=r"39 of 40 rows of all sources are dropped \(normalized_duplicate 39\)"
-    ):
-        run("dedupe", [("signs", rows)])
+    assert run("dedupe", [("chats", rows)])["rows_out"] == 200
 
 
-def test_one_collapsing_source_among_others_fails_dedupe(run: Run) -> None:
-    with pytest.raises(DataError, match=r"99 of 100 rows of rag are dropped \(near_duplicate 99\)"):
-        run("dedupe", [("good", distinct(1000)), ("rag", templated(100))])
+def test_what_differs_only_in_symbols_stays(run: Run) -> None:
+    """abs(-5) is not abs(5), and 7 + 3 is not 7 * 3."""
+    rows = [chat(f"What is {number} {sign} 3?", "ten") for number in (7, 9) for sign in "+*/%&|<>=~^$@-"]
+    rows += [chat(f"What is abs({sign}5)?", "5") for sign in ("", "-")]
+    rows += [chat(f"Is {name} a language?", "Yes.") for name in ("C", "C++", "C#", "F#")]
+    summary = run("dedupe", [("signs", rows)])
+    assert (summary["rows_out"], summary["dropped"]) == (34, {})
+
+
+def test_what_differs_only_in_punctuation_is_merged(run: Run) -> None:
+    rows = [chat(f"What is seven{mark}", "seven") for mark in ("?", "!", ".", ";", ":", ",", "...")]
+    summary = run("dedupe", [("signs", rows)])
+    assert (summary["rows_out"], summary["dropped"]) == (1, {"normalized_duplicate": 6})
+
+
+@pytest.mark.parametrize("answers", ["yes", "own"])
+def test_questions_about_one_long_document_stay(run: Run, answers: str) -> None:
+    rag = templated(100)
+    if answers == "own":
+        rag = [chat(row["messages"][0]["content"], text) for row, text in zip(rag, texts(100), strict=True)]
+    summary = run("dedupe", [("good", distinct(1000)), ("rag", rag)])
+    assert summary["rows_out_by_source"] == {"good": 1000, "rag": 100}
+
+
+def test_five_questions_about_each_of_many_documents_stay(run: Run) -> None:
+    documents, questions, answers = texts(40, size=250, seed=1), texts(200, 8, seed=2), texts(200, 6, seed=3)
+    rows = [
+        chat(f"{documents[i // 5]}\n\n{question}", answer)
+        for i, (question, answer) in enumerate(zip(questions, answers, strict=True))
+    ]
+    assert run("dedupe", [("rag", rows)])["rows_out"] == 200
+
+
+def test_one_classification_template_with_two_labels_stays(run: Run) -> None:
+    """The template stands before, around and after what is classified."""
+    before, after = texts(2, size=60, seed=5)
+    rows = [
+        chat(f"{before} {text} {after}", ("positive", "negative")[i % 2])
+        for i, text in enumerate(texts(300, size=5, seed=6))
+    ]
+    assert run("dedupe", [("labels", rows)])["rows_out"] == 300
+
+
+def test_one_refusal_of_many_questions_stays(run: Run) -> None:
+    (refusal,) = texts(1, size=80, seed=5)
+    rows = [chat(question, refusal) for question in texts(200, size=9, seed=6)]
+    assert run("dedupe", [("refusals", rows)])["rows_out"] == 200
 
 
 @pytest.mark.parametrize("size", [5, 1])
-def test_a_source_that_collapses_a_few_rows_per_night_fails_dedupe(run: Run, size: int) -> None:
+def test_questions_about_one_document_that_arrive_night_by_night_stay(run: Run, size: int) -> None:
     rag = templated(30)
     nights = [("rag", rag[start : start + size]) for start in range(0, 30, size)]
-    with pytest.raises(DataError, match=r"29 of 30 rows of rag are dropped"):
-        run("dedupe", [("good", distinct(1000)), *nights])
+    summary = run("dedupe", [("good", distinct(1000)), *nights])
+    assert summary["rows_out_by_source"]["rag"] == 30
+
+
+def test_copies_of_one_chat_are_no_template(run: Run) -> None:
+    """Thirty versions of one answer to one question: the first stays."""
+    (question,), (answer,) = texts(1, size=12, seed=5), texts(1, size=80, seed=6)
+    words = answer.split()
+    copies = [chat(question, " ".join([*words[:i], f"new{i}", *words[i + 1 :]])) for i in range(30)]
+    summary = run("dedupe", [("good", distinct(100)), ("copies", copies)], {"dedupe": {"max_drop_rate": 1.0}})
+    assert summary["rows_out_by_source"] == {"copies": 1, "good": 100}
 
 
 def test_a_full_export_each_night_is_accepted(run: Run) -> None:
@@ -181,14 +237,29 @@ def test_a_source_nearly_contained_in_an_earlier_source_fails_dedupe(run: Run) -
         run("dedupe", [("all", rows), ("fixed", [edited(row) for row in rows[50:100]])])
 
 
-def test_templated_rows_in_a_full_export_fail_dedupe(run: Run) -> None:
+def test_templated_rows_in_a_full_export_stay(run: Run) -> None:
     rag = templated(400)
     rows, nights = distinct(100), []
     for night in range(4):
         rows = [*rows, *rag[night * 50 : night * 50 + 50]]
         nights.append(("chats", rows))
-    with pytest.raises(DataError, match=r"rows of all sources are dropped \(near_duplicate 196\)"):
-        run("dedupe", nights)
+    summary = run("dedupe", nights)
+    assert (summary["rows_out"], summary["dropped"]) == (300, {"exact_duplicate": 600})
+
+
+def test_a_dropped_source_of_near_duplicates_fails_dedupe(run: Run) -> None:
+    (answer,) = texts(1, size=80, seed=6)
+    alike = [chat("Who is it?", f"{answer} number {number}") for number in range(100)]
+    with pytest.raises(DataError) as caught:
+        run("dedupe", [("good", distinct(1000)), ("alike", alike)])
+    first, *shown = str(caught.value).splitlines()
+    assert first == (
+        "data/dedupe/removed.parquet: 99 of 100 rows of alike are dropped (near_duplicate 99), more than "
+        "dedupe.max_drop_rate=0.5; see the merged rows in this file, change them or "
+        "dedupe.jaccard_threshold, or raise the limit"
+    )
+    assert shown[0].startswith("  alike/000002.jsonl:2: near_duplicate of alike/000002.jsonl:1, Jaccard 0.9")
+    assert not Path("data/dedupe/examples.parquet").exists()
 
 
 def test_two_duplicates_of_three_rows_are_accepted(run: Run) -> None:
@@ -198,35 +269,48 @@ def test_two_duplicates_of_three_rows_are_accepted(run: Run) -> None:
     assert (summary["rows_out"], summary["dropped"]) == (1, {"near_duplicate": 2})
 
 
-def test_chats_with_the_same_ending_fail_decontaminate(run: Run) -> None:
+def test_chats_with_the_same_ending_stay(run: Run) -> None:
     rows = [
         {"messages": [*row["messages"], *chat("No, that is all for today, thanks!", "Bye!")["messages"]]}
         for row in distinct(500)
     ]
-    with pytest.raises(DataError) as caught:
-        run("decontaminate", [("chats", rows)])
-    first, *shown = str(caught.value).splitlines()
-    assert " of all sources are dropped (same_question " in first
-    assert "more than decontaminate.max_drop_rate=0.5; " in first
-    assert shown[0].startswith("  chats/000001.jsonl:")
-    assert ": same_question of test/" in shown[0]
-    assert shown[0].endswith(': "no that is all for today thanks"')
-    assert not Path("data/decontaminate/train.parquet").exists()
-    assert len(read_rows(Path("data/decontaminate/hits.parquet"))) > 400
+    summary = run("decontaminate", [("chats", rows)])
+    assert (summary["rows_in"], summary["dropped"]) == (summary["rows_out"], {})
+    assert summary["rows_in"] > 400
 
 
-def test_chats_of_one_template_fail_decontaminate(run: Run) -> None:
+def test_chats_of_one_template_stay(run: Run) -> None:
     (template,) = texts(1, size=26, seed=5)
     rows = [chat(f"{template} {text}", "yes") for text in texts(1000, size=40, seed=6)]
-    with pytest.raises(DataError, match=r"rows of all sources are dropped \(shared_ngram "):
-        run("decontaminate", [("chats", rows)])
+    assert run("decontaminate", [("chats", rows)])["dropped"] == {}
 
 
-def test_one_source_of_evaluation_questions_fails_decontaminate(run: Run) -> None:
-    alike = [chat("No, that is all for today, thanks!", text) for text in texts(60, seed=5)]
-    shards = [("good", distinct(1000)), ("alike", alike)]
-    with pytest.raises(DataError, match=r"(\d+) of \1 rows of alike are dropped \(same_question \1\)"):
-        run("decontaminate", shards, {"dedupe": {"max_drop_rate": 1.0}})
+def test_questions_about_a_few_documents_stay(run: Run) -> None:
+    documents, questions = texts(40, size=150, seed=1), texts(400, 8, seed=2)
+    rows = [
+        chat(f"{documents[i // 10]}\n\n{question}", answer)
+        for i, (question, answer) in enumerate(zip(questions, texts(400, 6, seed=3), strict=True))
+    ]
+    assert run("decontaminate", [("rag", rows)])["dropped"] == {}
+
+
+def test_one_source_of_benchmark_questions_fails_decontaminate(run: Run, in_tmp: Path) -> None:
+    asked = texts(60, seed=5)
+    items = [{"id": str(i), "question": q, "choices": ["a", "b"], "answer": 0} for i, q in enumerate(asked)]
+    write_text(in_tmp / "data/benchmarks/mine/task.yaml", yaml.safe_dump(CHOICE_TASK))
+    write_text(in_tmp / "data/benchmarks/mine/items.jsonl", jsonl(items))
+    leaked = [chat(question, answer) for question, answer in zip(asked, texts(60, seed=6), strict=True)]
+    with pytest.raises(DataError) as caught:
+        run("decontaminate", [("good", distinct(1000)), ("leaked", leaked)])
+    first, *shown = str(caught.value).splitlines()
+    assert re.match(
+        r"data/decontaminate/hits.parquet: (\d+) of \1 rows of leaked are dropped \(same_question \1\), more "
+        r"than decontaminate.max_drop_rate=0.5; see the overlaps",
+        first,
+    )
+    assert re.match(r"  leaked/000002.jsonl:\d+: same_question of mine/\d+: \"word", shown[0])
+    assert not Path("data/decontaminate/train.parquet").exists()
+    assert len(read_rows(Path("data/decontaminate/hits.parquet"))) > 40
 
 
 def test_a_source_whose_rows_are_all_too_long_fails_pack(run: Run) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nightshift.data.text import shingles
-from tasks.decontaminate import DecontaminateParams, build_index, find_hit
+from tasks.decontaminate import DecontaminateParams, build_index, find_hits
 
 PARAMS = DecontaminateParams(ngram_size=6, min_question_words=3, max_containment=0.7, max_drop_rate=1.0)
 TEXTS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=12).map(" ".join)
@@ -33,10 +33,14 @@ def is_hit(text: str, questions: list[str]) -> bool:
 @settings(max_examples=400, deadline=None)
 @given(TEXTS, st.lists(TEXTS, max_size=6))
 def test_the_index_finds_the_same_hits_as_an_exhaustive_search(text: str, questions: list[str]) -> None:
-    index = build_index([("b", str(i), question) for i, question in enumerate(questions)], PARAMS)
+    items = [("b", str(i), question) for i, question in enumerate(questions)]
+    index = build_index(items, PARAMS, many=10, has_ngrams=True)
     row: dict[str, Any] = {
         "id": "r",
         "origin": "s/000001.jsonl:1",
+        "source": "s",
+        "parent_id": None,
         "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}],
     }
-    assert (find_hit(row, index, PARAMS) is not None) == is_hit(text, questions)
+    nothing = build_index([], PARAMS, many=2, has_ngrams=False)
+    assert bool(find_hits([row], index, nothing, PARAMS)) == is_hit(text, questions)  # type: ignore[list-item]

@@ -3,33 +3,54 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from nightshift.core.files import jsonl, write_rows, write_text
-from nightshift.data.benchmarks import CHOICE_TASK
+from nightshift.data.benchmarks import CHOICE_TASK, whole_question
 from nightshift.data.schemas import GROUPED
-from tasks.decontaminate import DecontaminateParams, build_index, evaluation_questions, find_hit
+from tasks.decontaminate import DecontaminateParams, Hit, build_index, evaluation_questions, find_hits
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 SHORT = "In which year was gallium found?"
 PARAMS = DecontaminateParams(ngram_size=13, min_question_words=5, max_containment=0.8, max_drop_rate=1.0)
 ITEMS = [("facts", "q1", "Who found Tin?"), ("facts", "q2", LONG), ("facts", "q3", SHORT)]
-QUESTIONS = build_index(ITEMS, PARAMS)
+BENCHMARKS = build_index(ITEMS, PARAMS, 10, has_ngrams=True)
+NOTHING = build_index([], PARAMS, 2, has_ngrams=False)
 
 
-def row(question: str, answer: str = "x", role: str = "user") -> dict[str, Any]:
-    messages = [{"role": role, "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": "r", "origin": "chats/000001.jsonl:7", "messages": messages}
+def row(*turns: str, role: str = "user", number: int = 7) -> dict[str, Any]:
+    return {
+        "id": f"r{number}",
+        "origin": f"chats/000001.jsonl:{number}",
+        "source": "chats",
+        "parent_id": None,
+        "messages": [
+            {"role": (role, "assistant")[i % 2], "content": content} for i, content in enumerate(turns)
+        ],
+    }
+
+
+def find_hit(question: str, answer: str = "x", role: str = "user") -> Hit | None:
+    found = find_hits([row(question, answer, role=role)], BENCHMARKS, NOTHING, PARAMS)  # type: ignore[list-item]
+    return found["r7"][1] if found else None
 
 
 def hit(question: str, answer: str = "x", role: str = "user") -> tuple[str, str] | None:
-    found = find_hit(row(question, answer, role), QUESTIONS, PARAMS)
+    found = find_hit(question, answer, role)
     return (found["item"], found["reason"]) if found else None
 
 
+def hits_of_test(rows: list[dict[str, Any]], *test: dict[str, Any]) -> list[str]:
+    """Return the ids of the rows that overlap with test examples."""
+    questions = [("test", one["id"], whole_question(one)) for one in test]
+    index = build_index(questions, PARAMS, 2, has_ngrams=False)
+    return list(find_hits(rows, NOTHING, index, PARAMS))  # type: ignore[arg-type]
+
+
 def test_an_equal_question_is_a_hit_regardless_of_case_and_punctuation() -> None:
-    assert find_hit(row("who found TIN"), QUESTIONS, PARAMS) == {
-        "id": "r",
+    assert find_hit("who found TIN") == {
+        "id": "r7",
         "origin": "chats/000001.jsonl:7",
         "benchmark": "facts",
         "item": "q1",
@@ -68,6 +89,64 @@ def test_an_equal_answer_is_not_a_hit() -> None:
 
 def test_a_very_short_question_inside_a_longer_one_is_not_a_hit() -> None:
     assert hit("Who found Tin first of all?") is None
+
+
+def test_a_passage_that_many_rows_share_is_a_template_and_no_hit() -> None:
+    def hits(count: int) -> list[str]:
+        rows = [row(f"{LONG} {'so' * i} what", "x", number=i) for i in range(count)]
+        return list(find_hits(rows, BENCHMARKS, NOTHING, PARAMS))  # type: ignore[arg-type]
+
+    assert hits(10) == [f"r{i}" for i in range(10)]
+    assert hits(11) == []
+
+
+def test_a_question_that_many_rows_repeat_word_for_word_is_still_a_hit() -> None:
+    rows = [row("Hello", "Hi!", LONG, f"answer {i}", number=i) for i in range(20)]
+    found = find_hits(rows, BENCHMARKS, NOTHING, PARAMS)  # type: ignore[arg-type]
+    assert [hit["reason"] for _, hit in found.values()] == ["same_question"] * 20
+
+
+def test_a_paraphrase_does_not_make_its_source_a_template() -> None:
+    family = [row(f"So {LONG}", "x", number=0)]
+    family += [row(f"{LONG} {i}", "x", number=i) | {"parent_id": "r0"} for i in range(1, 30)]
+    assert len(find_hits(family, BENCHMARKS, NOTHING, PARAMS)) == 30  # type: ignore[arg-type]
+
+
+def test_a_test_conversation_is_compared_as_a_whole() -> None:
+    held = row("Where is my parcel number seven?", "There.", "No, that is all for today, thanks!", "Bye!")
+    same_end = row("Who pays the bill of last week?", "You.", "No, that is all for today, thanks!", "Bye!")
+    same = row("Where is my parcel number seven?", "I look.", "No, that is all for today, thanks!", "Bye!")
+    assert hits_of_test([same_end | {"id": "end"}, same | {"id": "same"}], held) == ["same"]
+
+
+def test_questions_about_a_document_of_a_test_example_are_no_hits() -> None:
+    document = " ".join(f"d{i}" for i in range(150))
+    asked = [row(f"{document} {' '.join(f'q{i}{j}' for j in range(8))}", "x", number=i) for i in range(4)]
+    held = row(f"{document} what is the seventh word of it all", "x", number=9)
+    copy = row(f"{document} what is the seventh word of it all now", "x", number=5)
+    assert hits_of_test(asked, held) == []
+    assert hits_of_test([*asked, copy], held) == ["r5"]
+
+
+def test_an_absolute_value_is_asked_for_each_number() -> None:
+    rows = [row(f"What is the absolute value of {number}?", "x", number=number) for number in range(5, 50)]
+    assert hits_of_test(rows, row("What is the absolute value of 4?")) == []
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "is_hit"),
+    [
+        ("北京的人口有多少万人呢", "请告诉我,北京的人口有多少万人呢?谢谢", True),
+        ("北京的人口在去年底有多少万人呢", "请告诉我,北京的总人口在去年底有多少万人呢?谢谢", True),
+        ("北京的人口有多少万人呢", "请告诉我,上海的天气有什么变化呢?谢谢", False),
+        ("東京の人口は何人ですか教えて", "すみません、東京の人口は何人ですか教えてください。", True),
+        ("ประเทศไทยมีประชากรกี่คนในปีนี้", "ช่วยบอกหน่อยว่าประเทศไทยมีประชากรกี่คนในปีนี้ครับ", True),
+        ("ประเทศไทยมีประชากรกี่คนในปีนี้", "ประเทศลาวมีแม่น้ำกี่สายที่ไหลลงสู่ทะเล", False),
+    ],
+)
+def test_scripts_without_spaces_are_compared_by_characters(question: str, text: str, *, is_hit: bool) -> None:
+    index = build_index([("facts", "q", question)], PARAMS, 10, has_ngrams=True)
+    assert bool(find_hits([row(text)], index, NOTHING, PARAMS)) == is_hit  # type: ignore[list-item]
 
 
 def test_every_wording_of_every_kind_of_benchmark_is_indexed(tmp_path: Path) -> None:

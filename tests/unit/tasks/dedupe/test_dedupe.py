@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.dedupe import DedupeParams
+from tasks.dedupe import DedupeParams, signatures
 from tasks.dedupe.__main__ import find_duplicates, find_label_conflicts, read_text
 from tasks.dedupe.candidates import Removal, Text
-from tasks.dedupe.signatures import open_memo, sign
+from tasks.dedupe.signatures import open_memo
 
 PARAMS = DedupeParams(
     num_perm=128, bands=16, rows_per_band=8, shingle_size=3, jaccard_threshold=0.8, seed=1, max_drop_rate=1.0
@@ -85,16 +85,17 @@ def test_no_texts_have_no_duplicates() -> None:
 def test_a_second_run_computes_no_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = duplicates([TEXT, FAR, NEAR])
     signed: list[str] = []
+    minhash = signatures._minhash
 
-    def sign_and_note(texts: Sequence[str], params: DedupeParams) -> object:
+    def note(texts: list[str], ngram_size: int, params: DedupeParams) -> object:
         signed.extend(texts)
-        return sign(texts, params)
+        return minhash(texts, ngram_size, params)
 
-    monkeypatch.setattr("tasks.dedupe.signatures.sign", sign_and_note)
+    monkeypatch.setattr(signatures, "_minhash", note)
     assert duplicates([TEXT, FAR, NEAR]) == expected
     assert signed == []
-    assert list(duplicates([TEXT, "one new text", FAR])) == []
-    assert signed == ["one new text"]
+    assert list(duplicates([TEXT, "one new text of more than eight words, all its own", FAR])) == []
+    assert signed == ["one new text of more than eight words, all its own"]
 
 
 def test_another_seed_recomputes_all_signatures_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
