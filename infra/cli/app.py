@@ -56,6 +56,45 @@ def report_errors(verb: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 @report_errors
+def init(
+    more: Annotated[list[str] | None, typer.Argument(help="Further locations.", metavar="[DATA]...")] = None,
+    *,
+    data: Annotated[
+        list[str], typer.Option(help="File, folder, glob, s3:// or hub: location of training data.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="Base model: folder, hub:ID@COMMIT or package:NAME (default: params.yaml's).")
+    ] = "",
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="Folder with task.yaml and items.jsonl; repeatable.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also change a params.yaml with uncommitted changes.")
+    ] = False,
+) -> None:
+    """Write a params.yaml that fits your data and model; then `nightshift run` trains and judges."""
+    from infra.cli import init as initial
+
+    if not force:
+        initial.require_committed()
+    initial.init(console, [*data, *(more or ())], model or None, benchmark or [])
+    console.print("params.yaml was written; `nightshift show --rows 3` shows rows, `nightshift run` trains")
+
+
+@app.command()
+@report_errors
+def show(
+    stage: Annotated[str, typer.Option(help="Stage whose rows to show.")] = "pack",
+    rows: Annotated[int, typer.Option(min=1, help="Number of examples.")] = 3,
+) -> None:
+    """Show examples as a stage wrote them; for pack, the tokens that are trained are marked."""
+    from infra.cli import show as shown
+
+    shown.show(console, stage, rows)
+
+
+@app.command()
+@report_errors
 def up() -> None:
     """Start Prefect, MLflow and a worker on this machine, and deploy the flows."""
     stack.up()
