@@ -20,7 +20,7 @@ from infra.local import stack
 from infra.local.processes import HOST
 from infra.local.settings import Stack
 from nightshift.core.config import read_params
-from nightshift.core.errors import ConfigError, PipelineError
+from nightshift.core.errors import ConfigError, PipelineError, first_line
 from nightshift.core.files import read_json
 from nightshift.core.paths import GATE, PAGE, VERSION
 from nightshift.core.stage import OFFLINE, explain
@@ -49,6 +49,14 @@ def report_errors(verb: Callable[..., None]) -> Callable[..., None]:
             verb(*args, **kwargs)
         except (PipelineError, OSError) as err:
             sys.stderr.write(f"error: {explain(err)}\n")
+            raise typer.Exit(2) from err
+        except Exception as err:
+            # MLflow takes seconds to import; an error of its own shows that it was.
+            mlflow = sys.modules.get("mlflow.exceptions")
+            if not mlflow or not isinstance(err, mlflow.MlflowException):
+                raise
+            problem = f"registry: {first_line(err)}; check `nightshift status` and MLFLOW_TRACKING_URI"
+            sys.stderr.write(f"error: {problem}\n")
             raise typer.Exit(2) from err
 
     return wrapper

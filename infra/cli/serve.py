@@ -16,9 +16,9 @@ from infra.local.origin import LOOPBACK, with_origin_check
 from infra.local.processes import port_holder
 from infra.serving.api import build_app
 from infra.serving.engine import Engine
-from infra.serving.follow import Follower, describe
+from infra.serving.follow import Follower
 from infra.serving.model import Served, is_export, load_address
-from nightshift.core.errors import ConfigError
+from nightshift.core.errors import ConfigError, first_line
 from nightshift.tracking.spool import limit_requests
 
 # Time for running answers to end after Ctrl-C, seconds.
@@ -83,7 +83,7 @@ def load(address: str) -> Served:
         return load_address(address)
     except MlflowException as err:
         raise ConfigError(
-            f"registry: {describe(err)}; start it with `nightshift up`, or set MLFLOW_TRACKING_URI"
+            f"registry: {first_line(err)}; start it with `nightshift up`, or set MLFLOW_TRACKING_URI"
         ) from err
 
 

@@ -5,12 +5,12 @@ version that does not load is reported, and the served one stays.
 """
 
 import logging
-import re
 import time
 from threading import Event
 from typing import Any
 
 from infra.serving.engine import Engine
+from nightshift.core.errors import first_line
 from nightshift.registry.versions import find_model, open_model
 
 # Wait before a version that did not load is tried again: loading takes long, and memory.
@@ -48,7 +48,9 @@ class Follower:
         except Exception as err:  # noqa: BLE001
             if not self.is_down:
                 label = self.engine.served.label
-                log.warning("%s keeps serving, %s is looked up again: %s", label, self.address, describe(err))
+                log.warning(
+                    "%s keeps serving, %s is looked up again: %s", label, self.address, first_line(err)
+                )
             self.is_down = True
             return None
         if self.is_down:
@@ -65,19 +67,8 @@ class Follower:
                 self.engine.replace(version, *folders)
         # Any error: a broken version must never stop serving.
         except Exception as err:  # noqa: BLE001
-            log.error("%s keeps serving, %s does not load: %s", before, after, describe(err))
+            log.error("%s keeps serving, %s does not load: %s", before, after, first_line(err))
             self.failed, self.retry_at = version.version, time.monotonic() + RETRY_SECONDS
         else:
             log.info("%s took over from %s", after, before)
         self.engine.release()
-
-
-def describe(err: BaseException) -> str:
-    """Return kind and first line of an error, without credentials: MLflow's errors contain its URL.
-
-    Example:
-        >>> describe(OSError("GET http://ada:secret@mlflow.example/api: timed out"))
-        'OSError: GET http://mlflow.example/api: timed out'
-    """
-    line = f"{type(err).__name__}: {err}".partition("\n")[0]
-    return re.sub(r"//[^/@\s]+@", "//", line)[:500]

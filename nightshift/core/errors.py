@@ -5,6 +5,7 @@ prints the error as one line and exits with its code. Any other exception is a b
 traceback and exits with 1.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -49,3 +50,14 @@ class TrainingError(StageError):
 
 class GateError(PipelineError):
     """A model must not move: the gate, the registry or an alias forbids it."""
+
+
+def first_line(err: BaseException) -> str:
+    r"""Return kind and first line of an error, without credentials: the errors of clients contain URLs.
+
+    Example:
+        >>> first_line(OSError("GET http://ada:secret@mlflow.example/api: timed out\nRetry"))
+        'OSError: GET http://mlflow.example/api: timed out'
+    """
+    line = f"{type(err).__name__}: {err}".partition("\n")[0]
+    return re.sub(r"//[^/@\s]+@", "//", line)[:500]

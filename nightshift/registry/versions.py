@@ -33,6 +33,8 @@ DIGEST = "nightshift.adapter_digest"
 ANSWERS = "nightshift.answers_digest"
 # Number of the version's training examples that were forgotten since.
 FORGOTTEN = "nightshift.forgotten"
+# Error codes of MLflow's registry for what does not exist, unlike those of a registry that does not answer.
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 ADDRESS = re.compile(r"(?:models:/(?P<name>[^/@]+)[/@])?(?P<which>[^/@]+)")
 
 
@@ -107,7 +109,7 @@ def find_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
     try:
         return client.get_model_version_by_alias(name, alias)
     except MlflowException as err:
-        if err.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if err.error_code in MISSING:
             return None
         raise
 
@@ -121,6 +123,8 @@ def find_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
     try:
         found = client.get_model_version(name, str(version))
     except MlflowException as err:
+        if err.error_code not in MISSING:
+            raise
         raise GateError(f"registry: {name} has no version {version}; see `nightshift history`") from err
     if DIGEST not in found.tags:
         raise GateError(

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from nightshift.core.errors import first_line
 from nightshift.core.files import jsonl, read_json, write_json, write_text
 from nightshift.core.state import state_dir
 from nightshift.tracking.runs import dataset_input, find_run, open_run, run_id, tracking_uri
@@ -325,10 +326,9 @@ def find_run_id(path: Path) -> str | None:
 
 def describe_failure(path: Path, err: BaseException) -> str:
     """Describe what MLflow did not receive, why, and what happens to it."""
-    reason = f"{type(err).__name__}: {err}".partition("\n")[0][:300]
     return (
-        f"tracking: MLflow did not receive all of {path}: {reason}; training continues, and the rest is sent "
-        "later, at the latest by the next `python -m tasks.sft`; check `nightshift status` and "
+        f"tracking: MLflow did not receive all of {path}: {first_line(err)}; training continues; the rest "
+        "is sent later, at the latest by the next `python -m tasks.sft`; check `nightshift status` and "
         "MLFLOW_TRACKING_URI"
     )
 

@@ -118,3 +118,18 @@ def test_a_state_folder_that_is_a_file_is_reported(
     done = CliRunner().invoke(app, [verb])
     line = f"error: {in_tmp / home}: {in_tmp / 'a-file'} is a file; set NIGHTSHIFT_HOME to a folder\n"
     assert (done.exit_code, done.output) == (2, line)
+
+
+def test_a_registry_that_does_not_answer_is_one_line_without_credentials(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (in_tmp / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    done = CliRunner().invoke(app, ["export", "7", "--to", "out"])
+    output = done.output + capfd.readouterr().err
+    assert done.exit_code == 2, output
+    assert "error: registry: MlflowException: " in output
+    assert "check `nightshift status` and MLFLOW_TRACKING_URI" in output
+    assert "secret" not in output
+    assert "no version" not in output
