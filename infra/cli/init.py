@@ -22,6 +22,7 @@ from nightshift.core.files import iterate_batches, read_json, write_text
 from nightshift.core.paths import BASE, DATA, INGESTED
 from nightshift.core.state import tools_environment
 from nightshift.data.encode import Encoded, encode_known, load_encoder, open_memo
+from nightshift.pipeline.ledger import entry
 from nightshift.pipeline.params_yaml import edit
 from tasks.check import check
 
@@ -77,7 +78,7 @@ def init(console: Console, data: Sequence[str], model: str | None, benchmarks: S
     except BaseException:
         write_text(PARAMS, before)
         raise
-    console.print(sources_table(read_json(DATA / "ingest" / "summary.json"), data))
+    console.print(sources_table(entry(DATA, "ingest"), data))
     console.print(choices_table(choices))
 
 

@@ -12,20 +12,14 @@ from rich.text import Text
 
 from nightshift.core.errors import ConfigError
 from nightshift.core.files import iterate_rows
-from nightshift.core.paths import AUGMENTED_TRAIN, BASE, CLEAN_TRAIN, DEDUPED, INGESTED, PACKED, RAW, TRAIN
+from nightshift.core.paths import BASE, INGESTED, PACKED, RAW
 from nightshift.data.encode import IGNORED, load_encoder
+from nightshift.pipeline.graph import outputs, read_stages
+from nightshift.pipeline.ledger import DATA_STAGES
 from nightshift.raw.erase import NO_LIMITS
 from nightshift.raw.faults import RowError
 from nightshift.raw.readers import read_shard
 
-FILES = {
-    "ingest": INGESTED,
-    "dedupe": DEDUPED,
-    "split": TRAIN,
-    "augment": AUGMENTED_TRAIN,
-    "decontaminate": CLEAN_TRAIN,
-    "pack": PACKED,
-}
 # Trained tokens are green and, where there are no colours, in these brackets.
 OPENING, CLOSING = "⟦", "⟧"
 # Characters of a raw row that are shown.
@@ -43,13 +37,27 @@ def show(console: Console, stage: str, count: int) -> None:
     Raises:
         ConfigError: The stage has not run, or writes no rows.
     """
-    if stage not in FILES:
-        raise ConfigError(f"--stage {stage}: writes no examples; use one of {', '.join(FILES)}")
-    if not FILES[stage].is_file():
-        raise ConfigError(f"{FILES[stage]}: not found; run `dvc repro {stage}` or `nightshift run`")
-    panels = packed_examples(console) if stage == "pack" else conversations(FILES[stage])
+    file = examples_file(stage)
+    if not file.is_file():
+        raise ConfigError(f"{file}: not found; run `dvc repro {stage}` or `nightshift run`")
+    panels = packed_examples(console) if file == PACKED else conversations(file)
     for panel in islice(panels, count):
         console.print(panel)
+
+
+def examples_file(stage: str) -> Path:
+    """Return the first table that a stage writes; split writes the training set first.
+
+    Raises:
+        ConfigError: The stage writes no examples.
+    """
+    stages = read_stages()
+    tables = {
+        name: [out for out in outputs(stages[name]) if out.endswith(".parquet")] for name in DATA_STAGES
+    }
+    if stage not in tables:
+        raise ConfigError(f"--stage {stage}: writes no examples; use one of {', '.join(tables)}")
+    return Path(tables[stage][0])
 
 
 def packed_examples(console: Console) -> Iterator[Panel]:

@@ -17,6 +17,9 @@ TRANSFERS = (
     (("sft", "rows_in"), ("pack", "packed_rows")),
 )
 
+# The stages that rows pass through before training, in order.
+DATA_STAGES = (TRANSFERS[0][1][0], *(reader[0] for reader, _ in TRANSFERS[:-1]))
+
 
 def check_ledger(data: Path = DATA) -> None:
     """Check that no row appears or disappears between two stages.

@@ -11,6 +11,7 @@ from nightshift.core.paths import BASE_RECORD, DATA, GATE, SCORES
 from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.schemas import Score
 from nightshift.data.statistics import Resampling, estimate
+from nightshift.pipeline.ledger import DATA_STAGES
 from nightshift.registry.lineage import row_counts
 
 # sft.adapter -> description of what was trained.
@@ -148,7 +149,7 @@ def score_cells(row: ModelScore) -> tuple[str, ...]:
 
 def data_cells() -> Iterator[tuple[str, ...]]:
     """Yield the row counts of each stage as table cells, in the order of the graph."""
-    for stage in ("ingest", "dedupe", "split", "augment", "decontaminate", "pack"):
+    for stage in DATA_STAGES:
         path = DATA / stage / "summary.json"
         if path.is_file():
             yield stage, *row_counts(read_json(path))

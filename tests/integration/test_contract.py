@@ -58,8 +58,7 @@ def closure(stage: str) -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in seen}
 
 
-def test_there_are_eleven_stages_in_the_same_order_as_in_dvc() -> None:
-    assert len(STAGES) == 11
+def test_the_stages_are_in_the_same_order_as_in_dvc() -> None:
     order = stage_order(ROOT / "dvc.yaml")
     dot = subprocess.run(
         [str(BIN / "dvc"), "dag", "--dot"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -67,7 +66,7 @@ def test_there_are_eleven_stages_in_the_same_order_as_in_dvc() -> None:
     edges = [line.strip().rstrip(";").split(" -> ") for line in dot.splitlines() if "->" in line]
     pairs = [(a.strip('"'), b.strip('"')) for a, b in edges]
     pairs = [(a, b) for a, b in pairs if a in order and b in order]
-    assert len(pairs) >= 10
+    assert len(pairs) >= len(STAGES) - 1 >= 10
     assert all(order.index(before) < order.index(after) for before, after in pairs)
 
 
