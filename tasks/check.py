@@ -1,9 +1,11 @@
 """Validate params.yaml as a whole before any stage runs: `python -m tasks.check`.
 
-Reports all problems of all sections at once, including inconsistencies between sections.
+Reports all problems of all sections at once. Names of sources and benchmarks that are gone from `snapshot`
+are warnings: the stages ignore them.
 """
 
 import importlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,16 @@ from nightshift.pipeline.params_yaml import edit
 
 # Sections used after the graph -> module of the schema.
 OUTSIDE_THE_GRAPH = {"judge": "tasks.judge", "registry": "nightshift.registry.versions"}
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Validate the file; print nothing if it is valid."""
+    """Validate the file; print nothing if it is valid and every name is in use."""
     check(read_params())
 
 
 def check(values: dict[str, Any]) -> None:
-    """Validate every section and their combinations.
+    """Validate every section and their combinations, and warn about names that have no effect.
 
     Raises:
         ConfigError: At least one value is invalid; the message lists every problem.
@@ -40,8 +43,6 @@ def check(values: dict[str, Any]) -> None:
         section: problems(schema, section, values.get(section, {})) for section, schema in schemas.items()
     }
     found += [problem for problems_of_section in faulty.values() for problem in problems_of_section]
-    if not any(faulty[section] for section in ("snapshot", "split", "augment", "evaluate", "gate")):
-        found += find_unknown_names(values)
     found += [
         f"dvc.yaml: stages.{stage}: no stage reads its outputs, so it has no effect; add them to the `deps` "
         "of the stage that needs them"
@@ -49,6 +50,8 @@ def check(values: dict[str, Any]) -> None:
     ]
     if found:
         raise config_error(found)
+    for line in find_unknown_names(values):
+        log.warning("%s: %s", PARAMS, line)
 
 
 def check_overrides(overrides: Mapping[str, Any], path: Path = PARAMS) -> str:
@@ -88,12 +91,12 @@ def find_unknown_names(values: dict[str, Any]) -> list[str]:
         ...                 "split": {"by_phrasing": []}, "augment": {"sources": ["b"]},
         ...                 "evaluate": {"retrieval": None},
         ...                 "gate": {"floors": {"c": 0.1}, "retention": {}, "behaviour": []}})
-        ['augment.sources: no source is named b; known keys: a']
+        ['augment.sources: no source is named b, so it has no effect; remove it (known keys: a)']
     """
     sources, benchmarks = (list(values["snapshot"][key]) for key in ("sources", "benchmarks"))
     gate, retrieval = values["gate"], values["evaluate"]["retrieval"] or {"benchmarks": []}
     return [
-        f"{key}: no {kind} is named {name}; {suggestion(name, known)}"
+        f"{key}: no {kind} is named {name}, so it has no effect; remove it{hint(name, known)}"
         for key, kind, names, known in (
             ("split.by_phrasing", "source", values["split"]["by_phrasing"], sources),
             ("augment.sources", "source", values["augment"]["sources"], sources),
@@ -105,6 +108,11 @@ def find_unknown_names(values: dict[str, Any]) -> list[str]:
         for name in names
         if name not in known
     ]
+
+
+def hint(name: str, known: list[str]) -> str:
+    """Return the closest name, or all of them, in parentheses; empty if there are none."""
+    return f" ({suggestion(name, known)})" if known else ""
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pydantic import Field
 from nightshift.core.config import StageParams, load_params
 from nightshift.core.errors import DataError
 from nightshift.core.files import iterate_batches, write_table
-from nightshift.core.paths import BASE, CLEAN_TRAIN, PACKED
+from nightshift.core.paths import BASE, CLEAN_TRAIN, PACKED, RAW
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import Drops, Rate, require_drop_rate
 from nightshift.data.encode import (
@@ -34,6 +34,8 @@ from nightshift.data.encode import (
     load_encoder,
     open_memo,
 )
+from nightshift.data.weights import COLUMNS, Weights
+from nightshift.raw.options import read_weights
 
 TOKENS = pa.list_(pa.int32())
 # seq_lengths, example_ids, origins (`source/arrival.suffix:line`) and starts (first token of the span in
@@ -100,9 +102,9 @@ class Corpus:
 def main() -> None:
     """Encode the examples, cut them into spans, and pack the spans into rows."""
     params = load_params(PackParams, "pack")
-    corpus = encode_corpus(
-        iterate_batches(CLEAN_TRAIN, ["id", "messages", "tools", "origin"]), load_encoder(BASE)
-    )
+    weights = Weights(read_weights(RAW))
+    batches = iterate_batches(CLEAN_TRAIN, ["id", "messages", "tools", "origin", *COLUMNS])
+    corpus = encode_corpus(weights.apply(batches), load_encoder(BASE))
     spans, dropped, lost = fit(corpus, params.max_length, params.over_length)
     total = len(corpus.input_ids)
     require_fit(lost, total, params)
@@ -120,10 +122,13 @@ def main() -> None:
     tokens = total - sum(lost.values())
     write_summary(
         "pack",
-        rows_in=len(corpus.ids),
+        rows_in=len(corpus.ids) - weights.added.total() + weights.left_out.total(),
         rows_out=len(corpus.ids) - len(dropped),
-        dropped=drops.by_reason(),
+        added=weights.added.total(),
+        dropped=drops.by_reason() + Counter(weight=weights.left_out.total()),
         dropped_by_source=drops.by_source(),
+        copies_by_source=dict(sorted((+weights.added).items())),
+        left_out_by_source=dict(sorted((+weights.left_out).items())),
         spans=len(spans),
         packed_rows=len(rows),
         packed_rows_bound=math.ceil(tokens / params.max_length),

@@ -36,7 +36,9 @@ from nightshift.core.stage import run_main
 from nightshift.core.state import state_dir
 from nightshift.data.used import USED
 from nightshift.pipeline.graph import locked_outputs
+from nightshift.raw.options import OPTIONS
 from nightshift.raw.shards import DIGESTS
+from nightshift.raw.versions import VERSIONS
 from nightshift.registry import served_model
 from nightshift.registry.adoption import copy_model, require_fit, write_adopted_lineage
 from nightshift.registry.bases import kept_place
@@ -202,8 +204,9 @@ def describe_version(client: MlflowClient, name: str, number: int) -> None:
 
 
 def data_digest() -> str:
-    """Return the digest of the shards and of the sources in use."""
-    return tree_digest(RAW / DIGESTS, RAW / USED)
+    """Return the digest of the shards, and of which of them are used and how."""
+    records = (RAW / name for name in (DIGESTS, USED, VERSIONS, OPTIONS))
+    return tree_digest(*(path for path in records if path.is_file()))
 
 
 def require_same_answers(model_uri: str, model: Path) -> str:

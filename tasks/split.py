@@ -1,14 +1,15 @@
 """Split survivors into train, validation and test by the hash of their group: data/dedupe -> data/split.
 
 The split of a group depends only on the seed and on its content, so it never changes when data is
-added, removed or reordered. Sources in `by_phrasing` go entirely to train: their facts must be
-learned, and their benchmark asks for them in wordings that training never sees.
+added, removed or reordered. Groups with the same value of a source's `group_by` column are one group.
+Sources in `by_phrasing` go entirely to train: their facts must be learned, and their benchmark asks for
+them in wordings that training never sees.
 """
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -57,13 +58,12 @@ class SplitParams(StageParams):
 def main() -> None:
     """Write one Parquet file per split, and the removed examples that bridge two splits."""
     params = load_params(SplitParams, "split")
-    counts: Counter[str] = Counter()
-    splits: dict[str, str] = {}
-    for row in iterate_rows(DEDUPED, ["id", "source", "group_id"]):
-        by_phrasing = row["source"] in params.by_phrasing
-        splits[row["id"]] = "train" if by_phrasing else split_of(row["group_id"], params)
-        counts[splits[row["id"]]] += 1
-    require_splits(counts)
+    rows = list(iterate_rows(DEDUPED, ["id", "source", "group_id", "group"]))
+    components = connect(row_keys(row) for row in rows)
+    sides = assign(rows, components, params)
+    splits = {row["id"]: side for row, side in zip(rows, sides, strict=True)}
+    counts = Counter(sides)
+    require_splits(counts, len(set(components)))
     for name, target in SPLITS.items():
         write_batches(target, select(iterate_batches(DEDUPED), splits, name), GROUPED)
     bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), splits))
@@ -74,16 +74,75 @@ def main() -> None:
         "split",
         rows_in=len(splits),
         rows_out=counts.total(),
+        groups=len(set(components)),
         rows_out_by_side={name: counts[name] for name in SPLITS},
         bridges=len(bridges),
     )
 
 
-def require_splits(counts: Mapping[str, int]) -> None:
+def row_keys(row: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a row: rows that have a key in common belong to one side."""
+    return [f"content {row['group_id']}", *([f"column {row['group']}"] if row["group"] else [])]
+
+
+def connect(keys: Iterable[Iterable[str]]) -> list[int]:
+    """Return the component of each row: rows are connected if they have a key in common, or by other rows.
+
+    Args:
+        keys: Keys of each row, in order of arrival.
+
+    Returns:
+        Number of the earliest row of each row's component, shape (n_rows,).
+
+    Example:
+        >>> connect([["a"], ["b"], ["c"], ["a", "d"], ["d", "c"]])
+        [0, 1, 0, 0, 0]
+    """
+    parents: list[int] = []
+    first: dict[str, int] = {}
+
+    def root(row: int) -> int:
+        while parents[row] != row:
+            parents[row] = row = parents[parents[row]]
+        return row
+
+    for row, of_row in enumerate(keys):
+        parents.append(row)
+        for key in of_row:
+            one, other = root(row), root(first.setdefault(key, row))
+            parents[max(one, other)] = min(one, other)
+    return [root(row) for row in range(len(parents))]
+
+
+def assign(rows: Sequence[Mapping[str, Any]], components: Sequence[int], params: SplitParams) -> list[str]:
+    """Return the split of each row, which is that of the earliest row of its component.
+
+    A component with a row of a source in `by_phrasing` goes to train as a whole. The value of the `group_by`
+    column decides if the earliest row has one, so that a component stays where it is when that row goes.
+
+    Args:
+        rows: Rows with source, group_id and group, in order of arrival.
+        components: Number of the earliest row of each row's component, shape (n_rows,).
+        params: Shares and seed.
+    """
+    train = {
+        component
+        for row, component in zip(rows, components, strict=True)
+        if row["source"] in params.by_phrasing
+    }
+    sides = {
+        component: split_of(rows[component]["group"] or rows[component]["group_id"], params)
+        for component in set(components) - train
+    }
+    return [sides.get(component, "train") for component in components]
+
+
+def require_splits(counts: Mapping[str, int], groups: int) -> None:
     """Fail if the training or test set is empty; sft checks the validation set if it needs one.
 
     Args:
         counts: Split -> number of examples.
+        groups: Number of groups, which are never divided.
 
     Raises:
         DataError: The training or test set is empty.
@@ -92,8 +151,9 @@ def require_splits(counts: Mapping[str, int]) -> None:
     for name, change in (("train", "lower"), ("test", "raise")):
         if not counts.get(name):
             raise DataError(
-                f"{SPLITS[name]}: 0 of {total} examples; {change} split.test_share, add data, or "
-                "list fewer sources in split.by_phrasing"
+                f"{SPLITS[name]}: 0 of {total} examples, which form {groups} group(s); {change} "
+                "split.test_share, add data, list fewer sources in split.by_phrasing, or choose a `group_by` "
+                "with more values"
             )
 
 

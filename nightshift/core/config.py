@@ -5,8 +5,9 @@ cache of another stage. Unknown keys are errors with a suggestion.
 """
 
 import difflib
+import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -62,7 +63,7 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
     except UnicodeDecodeError as err:
         raise ConfigError(f"{path}: not UTF-8 text: {err}; save it as UTF-8") from err
     except yaml.YAMLError as err:
-        raise ConfigError(f"{path}: not valid YAML: {err}; fix the reported line") from err
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(err)}; fix the reported line") from err
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must map sections to values, got {type(values).__name__}")
     return values
@@ -116,12 +117,42 @@ def suggestion(word: str, known: list[str]) -> str:
 
 def _describe(model: type[StageParams], section: str, error: Any) -> str:
     """Format one pydantic error as `section.key: problem, value; fix`."""
-    key = ".".join([section, *(str(part) for part in error["loc"])])
+    loc = [str(part) for part in error["loc"] if part != "[key]"]
+    key = ".".join([section, *loc])
     match error["type"]:
-        case "extra_forbidden" if len(error["loc"]) == 1:
-            return f"{key}: unknown key; {suggestion(str(error['loc'][-1]), list(model.model_fields))}"
+        case "extra_forbidden":
+            return f"{key}: unknown key; {suggestion(loc[-1], _keys_at(model, loc[:-1]))}"
         case "missing":
             return f"{key}: missing; add it"
         case "value_error":
             return f"{key}: {error['ctx']['error']}"
+        case "literal_error":
+            known = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+            close = difflib.get_close_matches(str(error["input"]), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            return f"{key}: {error['msg']}, got {error['input']!r}{hint}"
     return f"{key}: {error['msg']}, got {error['input']!r}"
+
+
+def _keys_at(schema: Any, loc: list[str]) -> list[str]:
+    """Return the keys of the section, or of the nested section at a location."""
+    for part in loc:
+        schema = _model_in(schema) or schema
+        is_dict = get_origin(schema) is dict
+        schema = get_args(schema)[1] if is_dict else schema.model_fields[part].annotation
+    found = _model_in(schema)
+    return list(found.model_fields) if found else []
+
+
+def _model_in(schema: Any) -> type[BaseModel] | None:
+    """Return the model among a type and the types of its union."""
+    some = (schema,) if get_origin(schema) is dict else (schema, *get_args(schema))
+    return next((one for one in some if isinstance(one, type) and issubclass(one, BaseModel)), None)
+
+
+def _one_line(err: yaml.YAMLError) -> str:
+    """Return the problem and its position, without the lines that PyYAML quotes."""
+    problem, mark = getattr(err, "problem", None), getattr(err, "problem_mark", None)
+    if problem and mark:
+        return f"{problem}, line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(err).split())

@@ -25,12 +25,13 @@ class Example(TypedDict):
     """One conversation.
 
     Attributes:
-        id: Digest of origin and messages.
+        id: Digest of origin and messages; of source and messages if the source has the mode `replace`.
         messages: Turns.
         tools: JSON list of functions available to the assistant, or None.
         source: Name of the source in params.yaml.
         origin: `source/arrival.suffix:line`.
         arrival: Number of the shard, in order of arrival.
+        group: Digest of the value of the source's `group_by` column, or None.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Example(TypedDict):
     source: str
     origin: str
     arrival: int
+    group: str | None
 
 
 class GroupedExample(Example):
@@ -123,6 +125,7 @@ EXAMPLES = pa.schema(
         ("source", pa.string()),
         ("origin", pa.string()),
         ("arrival", pa.int32()),
+        ("group", pa.string()),
     ]
 )
 GROUPED = EXAMPLES.append(pa.field("group_id", pa.string()))

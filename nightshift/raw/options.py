@@ -4,14 +4,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from nightshift.core.config import Count, StageParams
+from nightshift.core.config import StageParams
 from nightshift.core.files import read_json, write_json
 
 # In data/raw: name of each source -> its options that differ from the default.
 OPTIONS = "options.json"
-Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def require_limit(value: object) -> object:
+    """Return a limit of rows: None, a number from 1, or a share between 0 and 1.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    is_number = type(value) is int and value >= 1
+    if value is None or is_number or (type(value) is float and 0 < value < 1):
+        return value
+    raise ValueError(f"must be a number of rows from 1, or a share between 0 and 1, got {value!r}")
+
+
+Limit = Annotated[int | float | None, BeforeValidator(require_limit)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class SourceOptions(StageParams):
@@ -22,7 +37,8 @@ class SourceOptions(StageParams):
         roles: Role or speaker as the source names it -> system, user, assistant or tool.
         preference: Rows with a chosen and a rejected answer, or an answer with a rating: `refuse` them, or
             train on the `chosen` answers only.
-        split: Split of the data set to read, such as train; None reads all files.
+        split: Split of the data set to read, such as train, or `all`; None reads all files, of which none may
+            name several splits.
         limit: Rows to use: the first n, or a share of them by the hash of their content; None uses all.
         weight: Times that each example is trained per epoch; 0.5 trains every second one.
         mode: `append`: rows stay in use when the source no longer has them. `replace`: the newest export is
@@ -33,16 +49,25 @@ class SourceOptions(StageParams):
     columns: dict[str, str] = Field(default_factory=dict)
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
     preference: Literal["refuse", "chosen"] = "refuse"
-    split: str | None = None
-    limit: Count | Share | None = None
+    split: Text | None = None
+    limit: Limit = None
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     mode: Literal["append", "replace"] = "append"
-    group_by: str | None = None
+    group_by: Text | None = None
 
 
 def write_options(raw: Path, options: Mapping[str, SourceOptions]) -> None:
-    """Write the options of all sources in use."""
-    write_json(raw / OPTIONS, {name: one.model_dump(exclude_defaults=True) for name, one in options.items()})
+    """Write the options of all sources in use, without the location that a subclass adds."""
+    keys = set(SourceOptions.model_fields)
+    listed = {name: one.model_dump(exclude_defaults=True, include=keys) for name, one in options.items()}
+    write_json(raw / OPTIONS, listed)
+
+
+def read_weights(raw: Path) -> dict[str, float]:
+    """Return source -> weight, of the sources whose weight is not 1."""
+    path = raw / OPTIONS
+    listed = read_json(path) if path.is_file() else {}
+    return {source: one["weight"] for source, one in listed.items() if "weight" in one}
 
 
 def read_options(raw: Path, source: str) -> SourceOptions:

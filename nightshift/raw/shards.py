@@ -1,12 +1,14 @@
 """Shards in data/raw, in arrival order, as the snapshot wrote them."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from nightshift.core.errors import DataError
 from nightshift.core.files import file_digest, read_json
 from nightshift.data.used import read_used
 from nightshift.raw.formats import READABLE, shard_suffix
+from nightshift.raw.versions import read_exports
 
 # In data/raw: name of each shard -> SHA-256 of its bytes.
 DIGESTS = "digests.json"
@@ -29,13 +31,34 @@ def find_shards(raw: Path) -> list[tuple[int, Path]]:
 
 
 def used_shards(raw: Path) -> list[tuple[int, Path]]:
-    """Return (arrival, path) of the shards of all sources in use, in arrival order.
+    """Return (arrival, path) of the shards in use, in arrival order.
+
+    The newest export of a source in mode `replace` has the place of the source's first shard, so its rows
+    stay earlier than the same rows of other sources.
 
     Raises:
         DataError: A file is not a shard.
     """
-    used = read_used(raw)
-    return [(arrival, path) for arrival, path in find_shards(raw) if path.parent.name in used]
+    found = {path.relative_to(raw).as_posix(): (arrival, path) for arrival, path in find_shards(raw)}
+    exports, places = read_exports(raw), dict[str, int]()
+    for name, (arrival, _) in found.items():
+        places.setdefault(name.partition("/")[0], arrival)
+
+    def place(name: str) -> tuple[int, int]:
+        source, arrival = name.partition("/")[0], found[name][0]
+        return places[source] if source in exports else arrival, arrival
+
+    return [found[name] for name in sorted(used_names(raw, found), key=place)]
+
+
+def used_names(raw: Path, names: Iterable[str]) -> list[str]:
+    """Return the names of the shards in use, in their order.
+
+    These are the shards of the sources in params.yaml, except those that a newer export replaced.
+    """
+    used, exports = read_used(raw), read_exports(raw)
+    sources = ((name, name.partition("/")[0]) for name in names)
+    return [name for name, source in sources if source in used and name in exports.get(source, (name,))]
 
 
 def read_digests(raw: Path) -> dict[str, str]:

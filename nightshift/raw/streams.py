@@ -88,8 +88,8 @@ def require_size(path: Path, size: int, limits: Limits) -> None:
 def damaged(path: Path, err: object) -> DataError:
     """Build the error for a shard that cannot be read any further."""
     return DataError(
-        f"{path}: damaged or truncated: {err}; remove this shard and run `nightshift snapshot` "
-        "when the source file is complete"
+        f"{path}: damaged or truncated: {err}; complete the file at its source and run `nightshift "
+        "snapshot`, or remove this shard"
     )
 
 

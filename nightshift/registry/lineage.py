@@ -23,8 +23,7 @@ from mlflow.exceptions import MlflowException
 from nightshift.core.errors import GateError
 from nightshift.core.files import iterate_rows, read_json, read_rows, write_json, write_rows
 from nightshift.core.paths import BASE_RECORD, DATA, EFFECTIVE, GATE, PACKED, RAW, TRAINING_RUN
-from nightshift.data.used import read_used
-from nightshift.raw.shards import read_digests
+from nightshift.raw.shards import read_digests, used_names
 from nightshift.tracking.runs import git_commit
 
 KEPT = (Path("params.yaml"), Path("dvc.lock"))
@@ -40,11 +39,10 @@ def write_lineage(folder: Path) -> None:
     for path in KEPT:
         shutil.copyfile(path, folder / path.name)
     by_shard = Counter(origin.rpartition(":")[0] for _, origin in rows)
-    digests, used = read_digests(RAW), read_used(RAW)
+    digests = read_digests(RAW)
     shards = [
         {"shard": name, "sha256": digests[name], "examples": by_shard[name]}
-        for name in sorted(digests)
-        if name.partition("/")[0] in used
+        for name in used_names(RAW, sorted(digests))
     ]
     summaries = {path.parent.name: read_json(path) for path in sorted(DATA.glob("*/summary.json"))}
     write_json(

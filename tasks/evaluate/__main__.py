@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nightshift.core.code_digest import MODEL_ENGINES, code_digest
-from nightshift.core.config import load_params, suggestion
-from nightshift.core.errors import ConfigError, DataError, StageError
+from nightshift.core.config import load_params
+from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import (
     file_digest,
     iterate_rows,
@@ -88,7 +88,6 @@ def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
     """Return the models to compare; the champion is missing if there is none or its base is lost.
 
     Raises:
-        ConfigError: The retrieval baseline names an unknown benchmark.
         DataError: A benchmark has an invalid format, or the kept base of the champion has changed.
     """
     known = [benchmark.name for benchmark in read_benchmarks(BENCHMARKS)]
@@ -103,15 +102,9 @@ def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
         of_champion = base_digest(champion["base"]["files"])
         if folder := BASE if of_champion == base[1] else find_kept_base(champion):
             found["champion"] = EvaluatedModel(folder, of_champion, CHAMPION / "model", 0, everything)
-    if params.retrieval:
-        if unknown := sorted(set(params.retrieval.benchmarks) - set(known)):
-            raise ConfigError(
-                f"params.yaml: evaluate.retrieval.benchmarks: no benchmark is named {unknown[0]}; "
-                f"{suggestion(unknown[0], known)}"
-            )
-        found[RETRIEVAL] = EvaluatedModel(
-            *base, None, params.retrieval.documents, params.retrieval.benchmarks
-        )
+    # Other names are those of benchmarks that params.yaml no longer lists.
+    if params.retrieval and (asked := [name for name in params.retrieval.benchmarks if name in known]):
+        found[RETRIEVAL] = EvaluatedModel(*base, None, params.retrieval.documents, asked)
     return found
 
 

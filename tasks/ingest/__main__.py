@@ -20,6 +20,7 @@ from nightshift.data.schemas import EXAMPLES
 from nightshift.raw.checks import compile_special_tokens
 from nightshift.raw.faults import RowError
 from nightshift.raw.pii import find_pii
+from nightshift.raw.selection import Selection
 from nightshift.raw.streams import Limits
 from tasks.ingest import IngestParams
 from tasks.ingest.lengths import batches, describe, measure, special_tokens
@@ -48,10 +49,11 @@ def main() -> None:
     """Write examples, quarantine and personal-data report; fail if too many rows are bad."""
     params = load_params(IngestParams, "ingest")
     encoder = load_encoder(BASE)
-    tally = Tally()
+    tally, selection = Tally(), Selection(RAW)
     # The quarantine is written even if the examples are not.
     with atomic_write(INGESTED) as examples:
-        write_outputs(examples, params, encoder, tally)
+        write_outputs(examples, params, encoder, tally, selection)
+        selection.require_groups()
         require_rows(tally.drops, params.max_drop_rate)
     write_summary(
         "ingest",
@@ -62,10 +64,13 @@ def main() -> None:
         repaired=dict(sorted(tally.repaired.items())),
         tokens=describe(tally.tokens),
         pii=by_source(tally.pii),
+        **selection.counts(),
     )
 
 
-def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally: Tally) -> None:
+def write_outputs(
+    examples: Path, params: IngestParams, encoder: Encoder, tally: Tally, selection: Selection
+) -> None:
     """Read all shards once; write each row to its output file."""
     limits = Limits(params.max_row_bytes, params.max_shard_bytes, params.max_compression_ratio)
     special = compile_special_tokens(special_tokens(encoder))
@@ -77,9 +82,14 @@ def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally:
         quarantine.open("w", encoding="utf-8") as bad,
         pii.open("w", encoding="utf-8") as personal,
     ):
-        outcomes = read_outcomes(RAW, limits, special, privacy)
+        outcomes = read_outcomes(RAW, limits, special, privacy, selection)
         measured = measure_all(outcomes, encoder, memo, params.max_tokens)
-        write_rows(examples, separate(measured, bad, personal, tally), EXAMPLES)
+        counted = (
+            one
+            for one in measured
+            if not selection.is_mended(one[0].origin.rpartition(":")[0], one[0].result)
+        )
+        write_rows(examples, separate(counted, bad, personal, tally), EXAMPLES)
 
 
 def measure_all(
@@ -143,7 +153,8 @@ def require_rows(drops: Drops, limit: float) -> None:
         drops,
         limit,
         (QUARANTINE, "ingest.max_drop_rate"),
-        "fix the rows, remove the source from snapshot.sources",
+        "fix the rows in their file and run `nightshift snapshot` (bad rows of its older version no longer "
+        "count), remove the source from snapshot.sources",
         harmless=("empty_file",),
         fewest=1,
     )

@@ -14,7 +14,7 @@ from nightshift.raw.convert import convert
 from nightshift.raw.faults import RowError
 from nightshift.raw.forgotten import read_forgotten
 from nightshift.raw.pii import Find, find_pii
-from nightshift.raw.readers import read_shard
+from nightshift.raw.selection import Selection
 from nightshift.raw.shards import read_digests, require_digest, used_shards
 from nightshift.raw.streams import Limits
 from nightshift.raw.strict_json import dumps
@@ -51,7 +51,13 @@ class Outcome:
     pii_spans: tuple[PiiSpan, ...] = ()
 
 
-def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: Privacy) -> Iterator[Outcome]:
+def read_outcomes(
+    raw: Path,
+    limits: Limits,
+    special: re.Pattern[str],
+    privacy: Privacy,
+    selection: Selection | None = None,
+) -> Iterator[Outcome]:
     """Read, convert and check every row of every shard in use, ordered by arrival and row number.
 
     Args:
@@ -59,17 +65,22 @@ def read_outcomes(raw: Path, limits: Limits, special: re.Pattern[str], privacy: 
         limits: Size limits of shards and rows.
         special: Markup that no text may contain.
         privacy: Handling of personal data.
+        selection: Counts the rows that are left out; by default nobody asks for the counts.
 
     Raises:
         DataError: A shard cannot be read completely.
     """
+    selection = selection or Selection(raw)
     digests, forgotten = read_digests(raw), read_forgotten(raw)
     for arrival, path in used_shards(raw):
         name = path.relative_to(raw).as_posix()
         require_digest(path, digests.get(name))
-        for number, row in read_shard(path, limits):
+        for number, row in selection.rows(path, limits):
             if (origin := f"{name}:{number}") not in forgotten.rows:
-                yield convert_row(row, origin, arrival, special, privacy)
+                outcome = convert_row(row, origin, arrival, special, privacy)
+                if isinstance(outcome.result, dict) and isinstance(row, dict):
+                    selection.complete(outcome.result, row)
+                yield outcome
 
 
 def convert_row(
@@ -109,6 +120,7 @@ def build_example(conversation: Conversation, origin: str, source: str, arrival:
         "source": source,
         "origin": origin,
         "arrival": arrival,
+        "group": None,
     }
 
 

@@ -5,27 +5,32 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from nightshift.core.config import load_params
 from nightshift.core.errors import DataError
-from nightshift.core.files import file_digest, jsonl, read_json, write_json, write_text
+from nightshift.core.files import file_digest, jsonl, read_json, text_digest, write_json, write_text
+from nightshift.core.memo import Memo
 from nightshift.core.paths import BENCHMARKS, CHAMPION, CHAMPION_RECORD, RAW
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
 from nightshift.data.used import write_used
 from nightshift.pipeline.dvc_cache import restore
 from nightshift.raw.erase import erase_known
-from nightshift.raw.forgotten import read_forgotten
+from nightshift.raw.forgotten import Forgotten, read_forgotten
+from nightshift.raw.options import write_options
 from nightshift.raw.shards import DIGESTS, find_shards, read_digests, used_shards
+from nightshift.raw.unused import unused_by_snapshot
+from nightshift.raw.versions import Versions, read_versions, write_versions
 from nightshift.registry import versions
 from tasks.snapshot import SnapshotParams
 from tasks.snapshot.sources import Offer
+from tasks.snapshot.sources.folders import resolve
 from tasks.snapshot.sources.harness import harness_items
-from tasks.snapshot.sources.locations import read_offers
 from tasks.snapshot.sources.packages import BENCHMARK_PACKAGES
 
 log = logging.getLogger(__name__)
@@ -45,51 +50,111 @@ def main() -> None:
         write_benchmark(name, origin, BENCHMARKS)
     write_used(BENCHMARKS, params.benchmarks)
     benchmarks = read_benchmarks(BENCHMARKS)
-    for source, location in params.sources.items():
-        for shard in write_shards(source, read_offers(location), RAW):
-            erase_known(shard, RAW)
+    with Memo("sources", {"digest": "sha256"}) as memo:
+        for name, source in params.sources.items():
+            for shard in write_shards(name, source.offers(), RAW, source.mode, memo):
+                erase_known(shard, RAW)
     write_used(RAW, params.sources)
+    write_options(RAW, params.sources)
     update_champion()
+    used = Counter(shard.parent.name for _, shard in used_shards(RAW))
+    written = Counter(shard.parent.name for _, shard in find_shards(RAW))
+    for line in unused_by_snapshot():
+        log.warning("not listed in params.yaml, unused: %s", line)
     write_summary(
         "snapshot",
         rows_in=0,
         rows_out=0,
-        shards=dict(Counter(shard.parent.name for _, shard in used_shards(RAW))),
+        shards=dict(used),
+        shards_withdrawn={
+            name: written[name] - used[name] for name in params.sources if used[name] < written[name]
+        },
         questions={benchmark.name: len(benchmark.items) for benchmark in benchmarks},
     )
 
 
-def write_shards(source: str, offers: Iterable[Offer], raw: Path) -> list[Path]:
-    """Write the offered files whose bytes are new, numbered by arrival.
+def write_shards(
+    source: str,
+    offers: Iterable[Offer],
+    raw: Path,
+    mode: Literal["append", "replace"] = "append",
+    memo: Memo | None = None,
+) -> list[Path]:
+    """Write the offered files whose bytes are new, numbered by arrival, and record which are in use.
 
     The arrival number is shared by all sources and only increases, so that earlier data stays first:
     deduplication keeps the first of two equal rows.
+
+    Args:
+        source: Name of the source.
+        offers: Files that the source offers now.
+        raw: Folder of the shards.
+        mode: Whether earlier shards stay in use or the offered files are the whole source.
+        memo: Cache of the digests of files that were read before.
 
     Returns:
         New shards, `raw/<source>/<arrival>.<suffix>`.
     """
     digests = digest_shards(raw)
-    known = {digest for name, digest in digests.items() if name.startswith(f"{source}/")}
-    for name, before in read_forgotten(raw).shards.items():
-        known.update(before if name.startswith(f"{source}/") else ())
+    known = known_shards(source, digests, read_forgotten(raw))
     arrival = max((arrival for arrival, _ in find_shards(raw)), default=0)
-    new = []
+    new: list[Path] = []
+    offered: dict[str, str] = {}
     temporary = raw / source / ".incoming"
     for offer in offers:
+        digest = recall(offer, memo)
         try:
-            digest = receive(offer, temporary)
-            if digest in known:
-                continue
-            known.add(digest)
-            arrival += 1
-            new.append(raw / source / f"{arrival:06d}{offer.suffix}")
-            temporary.replace(new[-1])
+            if digest not in known:
+                digest = receive(offer, temporary)
+            if digest not in known:
+                arrival += 1
+                new.append(raw / source / f"{arrival:06d}{offer.suffix}")
+                temporary.replace(new[-1])
+                known[digest] = f"{source}/{new[-1].name}"
+                digests[known[digest]] = digest
         finally:
             temporary.unlink(missing_ok=True)
-        digests[new[-1].relative_to(raw).as_posix()] = digest
+        remember(offer, digest, memo)
+        offered[offer.name] = known[digest]
+    record_versions(source, offered, raw, mode)
     write_json(raw / DIGESTS, digests)
     log.info("%s: %d new shard(s)", source, len(new))
     return new
+
+
+def known_shards(source: str, digests: Mapping[str, str], forgotten: Forgotten) -> dict[str, str]:
+    """Return digest -> name of the shards of a source, also of the bytes before rows were erased."""
+    known = {digest: name for name, digest in reversed(list(digests.items()))}
+    known |= {digest: name for name, before in forgotten.shards.items() for digest in before}
+    return {digest: name for digest, name in known.items() if name.startswith(f"{source}/")}
+
+
+def record_versions(
+    source: str, offered: Mapping[str, str], raw: Path, mode: Literal["append", "replace"]
+) -> None:
+    """Record which shard each offered file is now, and in mode `replace` that the others are withdrawn."""
+    versions = read_versions(raw)
+    one = versions.setdefault(source, Versions())
+    one.update(offered)
+    before, one.export = one.export, sorted(set(offered.values())) if mode == "replace" else None
+    if before and one.export and (gone := set(before) - set(one.export)):
+        log.info("%s: the export changed; %d earlier shard(s) are withdrawn from training", source, len(gone))
+    write_versions(raw, versions)
+
+
+def recall(offer: Offer, memo: Memo | None) -> str | None:
+    """Return the digest of a file that was read before and has not changed since, if it is known."""
+    if not (memo and offer.version):
+        return None
+    key = text_digest(offer.version, size=16)
+    found = memo.read([key]).get(key)
+    return found.decode() if found else None
+
+
+def remember(offer: Offer, digest: str, memo: Memo | None) -> None:
+    """Cache the digest of a file."""
+    if memo and offer.version:
+        memo.write([(text_digest(offer.version, size=16), digest.encode())])
 
 
 def receive(offer: Offer, target: Path) -> str:
@@ -130,7 +195,7 @@ def write_benchmark(name: str, location: str, benchmarks: Path) -> None:
     elif kind == "lm-eval":
         task, items = CHOICE_TASK, harness_items(rest)
     else:
-        copy_benchmark(Path(location), target, f"snapshot.benchmarks.{name}: {location}")
+        copy_benchmark(resolve(location)[0], target, f"snapshot.benchmarks.{name}: {location}")
         return
     write_text(target / "items.jsonl", jsonl(items))
     write_text(target / "task.yaml", yaml.safe_dump(task, sort_keys=False))

@@ -103,8 +103,8 @@ def test_an_unreadable_source_fails_ingest(run: Run) -> None:
     first, *shown = str(caught.value).splitlines()
     assert first == (
         "data/ingest/quarantine.jsonl: 50 of 50 rows of bad are dropped (unknown_format 50), more "
-        "than ingest.max_drop_rate=0.05; fix the rows, remove the source from snapshot.sources, or raise "
-        "the limit"
+        "than ingest.max_drop_rate=0.05; fix the rows in their file and run `nightshift snapshot` (bad rows "
+        "of its older version no longer count), remove the source from snapshot.sources, or raise the limit"
     )
     assert shown[0].startswith("  data/raw/bad/000002.jsonl:1: unknown_format; use messages, conversations")
     assert len(shown) == 5

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nightshift.core.errors import ConfigError, DataError
+from nightshift.core.errors import DataError
 from nightshift.core.files import jsonl, read_json, read_rows, write_json, write_rows, write_text
 from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
 from nightshift.data.schemas import AUGMENTED, GROUPED
@@ -238,11 +238,12 @@ def test_documents_are_added_only_to_the_last_question(model: Callable[..., Mode
     assert "A note on" not in model().apply_chat_template(turns)
 
 
-def test_a_baseline_on_an_unknown_benchmark_is_rejected_before_anything_runs(folder: Path) -> None:
-    retrieval = {"documents": 1, "benchmarks": ["fact"]}
-    params = EvaluateParams(limit=2, batch_size=4, retrieval=retrieval)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="no benchmark is named fact; did you mean facts"):
-        evaluate.find_models(params)
+def test_a_baseline_ignores_the_names_of_benchmarks_that_are_gone(folder: Path) -> None:
+    for names, found in ((["gone", "facts"], ["facts"]), (["gone"], None)):
+        retrieval = {"documents": 1, "benchmarks": names}
+        params = EvaluateParams(limit=2, batch_size=4, retrieval=retrieval)  # type: ignore[arg-type]
+        model = evaluate.find_models(params).get("retrieval")
+        assert (model and model.benchmarks) == found
 
 
 def test_an_lm_eval_task_is_converted_to_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from infra.cli.reproduce import rebuild
 from nightshift.core.errors import ConfigError, GateError
 from nightshift.core.files import file_digest, read_json, tree_digest, write_json, write_rows
+from nightshift.raw.options import SourceOptions, write_options
+from nightshift.raw.versions import Versions, write_versions
 from nightshift.registry import versions
 from nightshift.registry.bases import is_base, kept_place
 from nightshift.registry.lineage import write_lineage
@@ -387,6 +389,19 @@ def test_the_lineage_lists_the_used_shards_and_the_data_digest_depends_on_them()
     digest = register.data_digest()
     write_json(Path("data/raw/used.json"), ["facts", "more"])
     assert register.data_digest() != digest
+    digest = register.data_digest()
+    write_versions(Path("data/raw"), {"facts": Versions({}, export=["facts/000002.jsonl"])})
+    assert register.data_digest() != digest
+    write_lineage(Path("written"))
+    assert [one["shard"] for one in read_json(Path("written/lineage.json"))["shards"]] == [
+        "facts/000002.jsonl"
+    ]
+    Path("data/raw/versions.json").unlink()
+    digest = register.data_digest()
+    write_options(Path("data/raw"), {"facts": SourceOptions(weight=2)})
+    assert register.data_digest() != digest
+    write_lineage(Path("written"))
+    assert len(read_json(Path("written/lineage.json"))["shards"]) == 2
     write_json(Path("data/raw/used.json"), ["more"])
     write_lineage(Path("written"))
     assert read_json(Path("written/lineage.json"))["shards"] == []

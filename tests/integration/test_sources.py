@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.core.errors import ConfigError, DataError
+from nightshift.core.memo import Memo
 from tasks.snapshot.__main__ import write_shards
-from tasks.snapshot.sources.locations import SqlQuery, read_offers
+from tasks.snapshot.sources import Offer
+from tasks.snapshot.sources.database import query_offer
+from tasks.snapshot.sources.locations import read_offers
 from tasks.snapshot.sources.stores import explain_store_errors, remote_offers
 from tests.helpers.checkouts import ROOT
 from tests.helpers.hub import COMMIT, serve_hub
@@ -67,14 +71,60 @@ def test_a_missing_bucket_is_an_error_with_the_location(bucket: Any) -> None:
         contents("s3://chats/none-*.jsonl")
 
 
-def test_a_folder_of_a_bucket_is_an_error_that_suggests_a_glob(bucket: Any) -> None:
-    bucket.put_object(Bucket="chats", Key="folder/a.jsonl", Body=b"1\n")
-    for location in ("s3://chats", "s3://chats/folder", "s3://chats/folder/"):
-        folder = location.rstrip("/")
-        with pytest.raises(
-            DataError, match=rf"{location} is a folder; add a glob, such as {folder}/\*\.jsonl"
-        ):
-            contents(location)
+def test_of_a_folder_of_a_bucket_all_readable_objects_are_read(
+    bucket: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket.create_bucket(Bucket="tree")
+    for key in (
+        "f/b/2.jsonl",
+        "f/a.jsonl",
+        "f/README.md",
+        "f/.hidden/x.jsonl",
+        "f/dataset_info.json",
+        "g/c.csv",
+    ):
+        bucket.put_object(Bucket="tree", Key=key, Body=key.encode())
+    for location in ("s3://tree/f", "s3://tree/f/", "s3://tree/f*"):
+        caplog.clear()
+        found = list(read_offers(location))
+        prefix = "f/" if location.endswith("*") else ""
+        assert [offer.name for offer in found] == [f"{prefix}a.jsonl", f"{prefix}b/2.jsonl"]
+        assert [b"".join(offer.chunks) for offer in found] == [b"f/a.jsonl", b"f/b/2.jsonl"]
+        (warning,) = (one.getMessage() for one in caplog.records if one.name.startswith("tasks."))
+        assert warning.endswith("1 file(s) are not data and are ignored: tree/f/README.md")
+    assert [offer.name for offer in read_offers("s3://tree")] == ["f/a.jsonl", "f/b/2.jsonl", "g/c.csv"]
+
+
+def test_an_object_that_exists_is_that_object_whatever_it_is_called(bucket: Any) -> None:
+    for key in ("odd/a[1].jsonl", "odd/a1.jsonl"):
+        bucket.put_object(Bucket="chats", Key=key, Body=key.encode())
+    assert contents("s3://chats/odd/a[1].jsonl") == [(".jsonl", b"odd/a[1].jsonl")]
+    assert contents("s3://chats/odd/a?1].jsonl") == [(".jsonl", b"odd/a[1].jsonl")]
+
+
+def test_the_splits_of_a_bucket_are_told_apart(bucket: Any) -> None:
+    for key in ("splits/train/0.jsonl", "splits/test/0.jsonl"):
+        bucket.put_object(Bucket="chats", Key=key, Body=key.encode())
+    with pytest.raises(DataError, match="s3://chats/splits has the splits test, train; set `split: train`"):
+        contents("s3://chats/splits")
+    assert [offer.name for offer in read_offers("s3://chats/splits", "train")] == ["train/0.jsonl"]
+
+
+def test_an_object_that_did_not_change_is_not_downloaded_again(bucket: Any, tmp_path: Path) -> None:
+    def take_in() -> int:
+        offers = [replace(offer, chunks=counted(offer.chunks)) for offer in read_offers("s3://chats/again/*")]
+        with Memo("sources", {}, tmp_path / "memo") as memo:
+            return len(write_shards("s", offers, tmp_path / "raw", memo=memo))
+
+    def counted(chunks: Any) -> Iterator[bytes]:
+        read.append(1)
+        yield from chunks
+
+    read: list[int] = []
+    bucket.put_object(Bucket="chats", Key="again/a.jsonl", Body=b"1\n")
+    assert (take_in(), take_in(), len(read)) == (1, 0, 1)
+    bucket.put_object(Bucket="chats", Key="again/a.jsonl", Body=b"2\n")
+    assert (take_in(), len(read)) == (1, 2)
 
 
 # Changes to the environment, and the error of the library.
@@ -170,12 +220,14 @@ HUB_FILES = {
 }
 
 
-def ask_hub(location: str, environment: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
+def ask_hub(
+    location: str, environment: dict[str, str], split: str | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Read a location in a separate process, since the client reads its endpoint only on import."""
     code = (
         "import sys\n"
         "from tasks.snapshot.sources.locations import read_offers\n"
-        f"for offer in read_offers({location!r}):\n"
+        f"for offer in read_offers({location!r}, {split!r}):\n"
         "    print(offer.suffix, len(b''.join(offer.chunks)))\n"
     )
     command = [sys.executable, "-c", code]
@@ -188,11 +240,15 @@ def test_the_parquet_files_of_a_commit_are_read_and_no_script_runs(tmp_path: Pat
     with serve_hub({"datasets/owner/name": HUB_FILES}) as hub:
         environment = hub.environment(tmp_path)
         found = ask_hub(f"hub:owner/name@{COMMIT}/data/train-*", environment)
+        by_split = ask_hub(f"hub:owner/name@{COMMIT}", environment, "train")
+        several = ask_hub(f"hub:owner/name@{COMMIT}", environment)
         missing = ask_hub(f"hub:owner/other@{COMMIT}", environment)
         offline = ask_hub(f"hub:owner/name@{COMMIT}", environment, HF_HUB_OFFLINE="1")
     gone = ask_hub(f"hub:owner/name@{COMMIT}", environment)
     sizes = [len(HUB_FILES[f"data/train-{i}.parquet"]) for i in (0, 1)]
     assert found.stdout.splitlines() == [f".parquet {size}" for size in sizes], found.stderr
+    assert by_split.stdout == found.stdout
+    assert f"hub:owner/name@{COMMIT} has the splits test, train; set `split: train`" in several.stderr
     assert f"DataError: snapshot.sources: hub:owner/other@{COMMIT}: RepositoryNotFoundError" in missing.stderr
     assert "DataError: " in offline.stderr
     assert "HF_HUB_OFFLINE=1 blocks the Hub; unset it" in offline.stderr
@@ -200,7 +256,15 @@ def test_the_parquet_files_of_a_commit_are_read_and_no_script_runs(tmp_path: Pat
     assert not list(tmp_path.rglob("load.py"))
 
 
-NOTES = SqlQuery(sql="SELECT id, text, 'a%' AS mark FROM notes ORDER BY id", url_env="WAREHOUSE_URL")
+NOTES = "SELECT id, text, 'a%' AS mark FROM notes ORDER BY id"
+
+
+def query(sql: str) -> Iterator[Offer]:
+    yield query_offer(sql, "WAREHOUSE_URL")
+
+
+def rows_of(sql: str) -> list[bytes]:
+    return [b"".join(offer.chunks) for offer in query(sql)]
 
 
 @pytest.fixture
@@ -216,25 +280,25 @@ def warehouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_query_rows_become_json_lines_and_unchanged_rows_no_new_shard(
     warehouse: Path, tmp_path: Path
 ) -> None:
-    (shard,) = write_shards("notes", read_offers(NOTES), tmp_path / "raw")
+    (shard,) = write_shards("notes", query(NOTES), tmp_path / "raw")
     lines = shard.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 12_000
     assert lines[11_999] == '{"id": 11999, "mark": "a%", "text": "Nöte 11999"}'
-    assert write_shards("notes", read_offers(NOTES), tmp_path / "raw") == []
+    assert write_shards("notes", query(NOTES), tmp_path / "raw") == []
     with sqlite3.connect(warehouse) as database:
         database.execute("INSERT INTO notes VALUES (12000, 'new')")
-    assert len(write_shards("notes", read_offers(NOTES), tmp_path / "raw")) == 1
+    assert len(write_shards("notes", query(NOTES), tmp_path / "raw")) == 1
 
 
 def test_a_query_that_fails_or_returns_no_rows_is_an_error(warehouse: Path) -> None:
     with pytest.raises(DataError, match="WAREHOUSE_URL: OperationalError: no such table: none"):
-        contents(SqlQuery(sql="SELECT * FROM none ORDER BY 1", url_env="WAREHOUSE_URL"))
+        rows_of("SELECT * FROM none ORDER BY 1")
     with pytest.raises(DataError, match="returns no rows"):
-        contents(SqlQuery(sql="DELETE FROM notes -- order by", url_env="WAREHOUSE_URL"))
+        rows_of("DELETE FROM notes -- order by")
     with sqlite3.connect(warehouse) as database:
         assert database.execute("SELECT count(*) FROM notes").fetchone() == (12_000,)
     with pytest.raises(DataError, match="a value of type bytes cannot be converted to JSON"):
-        contents(SqlQuery(sql="SELECT x'00' AS b ORDER BY 1", url_env="WAREHOUSE_URL"))
+        rows_of("SELECT x'00' AS b ORDER BY 1")
 
 
 PASSWORDS = (
@@ -252,7 +316,7 @@ def test_the_url_with_its_password_is_in_no_message_and_no_file(
     monkeypatch.setenv("WAREHOUSE_URL", url)
     caplog.set_level(logging.DEBUG)
     with pytest.raises((ConfigError, DataError), match="WAREHOUSE_URL") as caught:
-        write_shards("notes", read_offers(NOTES), tmp_path / "raw")
+        write_shards("notes", query(NOTES), tmp_path / "raw")
     assert "hush" not in f"{caught.value} {caplog.text}"
     assert caught.value.__suppress_context__ or "hush" not in repr(caught.value.__cause__)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -261,4 +325,4 @@ def test_the_url_with_its_password_is_in_no_message_and_no_file(
 def test_an_unset_environment_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WAREHOUSE_URL", raising=False)
     with pytest.raises(ConfigError, match="WAREHOUSE_URL: not set"):
-        contents(NOTES)
+        rows_of(NOTES)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.split import SplitParams, split_of
+from tasks.split import SplitParams, connect, split_of
 
 PARAMS = SplitParams(validation_share=0.1, test_share=0.2, by_phrasing=[], seed=0)
 
@@ -25,3 +25,25 @@ def test_a_larger_test_share_only_adds_groups_to_test() -> None:
     for i in range(2000):
         if split_of(f"group-{i}", PARAMS) == "test":
             assert split_of(f"group-{i}", larger) == "test"
+
+
+@given(st.lists(st.lists(st.integers(0, 12).map(str), max_size=3), max_size=12))
+def test_rows_are_in_one_component_exactly_if_a_chain_of_common_keys_connects_them(
+    keys: list[list[str]],
+) -> None:
+    expected = list(range(len(keys)))
+    for _ in keys:
+        for i, one in enumerate(keys):
+            for j, other in enumerate(keys):
+                if set(one) & set(other):
+                    expected[i] = expected[j] = min(expected[i], expected[j])
+    assert connect(keys) == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 12).map(str), max_size=3), max_size=12), st.integers(0, 12))
+def test_the_earliest_row_of_a_component_stays_unless_components_merge(
+    keys: list[list[str]], cut: int
+) -> None:
+    before, after = connect(keys[:cut]), connect(keys)
+    assert all(after[root] == after[row] for row, root in enumerate(before))
+    assert all(new <= old for old, new in zip(before, after, strict=False))

@@ -1,4 +1,4 @@
-"""Sources of training data: files, object stores, the Hub, databases, installed packages.
+"""Sources of training data: files, object stores, URLs, the Hub, databases, installed packages.
 
 Each kind of location offers its files as byte streams; `tasks.snapshot` keeps the new ones.
 """
@@ -14,7 +14,12 @@ class Offer:
     Attributes:
         suffix: Format and compression, such as `.jsonl.gz`; see `nightshift.raw.formats`.
         chunks: Content in chunks of bytes; can be read once.
+        name: Name of the file at its source, without the fixed part of the location; the next version of the
+            file has the same name.
+        version: What identifies the content without reading it, such as an ETag; None if nothing does.
     """
 
     suffix: str
     chunks: Iterable[bytes]
+    name: str = ""
+    version: str | None = None

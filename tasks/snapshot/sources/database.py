@@ -32,7 +32,7 @@ def query_offer(sql: str, url_env: str) -> Offer:
         raise ConfigError(
             f"snapshot.sources: {url_env}: not set; set this variable to the URL of the database"
         )
-    return Offer(".jsonl", read_query(sql, url, url_env))
+    return Offer(".jsonl", read_query(sql, url, url_env), "query")
 
 
 def read_query(sql: str, url: str, url_env: str) -> Iterator[bytes]:

@@ -206,7 +206,7 @@ def _conversation(*turns: str) -> RawRow:
 
 def package_offer(name: str) -> Offer:
     """Return the training rows of a package as an offer."""
-    return Offer(".jsonl", [jsonl(PACKAGES[name]()).encode()])
+    return Offer(".jsonl", [jsonl(PACKAGES[name]()).encode()], name)
 
 
 # Package -> its training rows.

@@ -1,43 +1,29 @@
-"""Local files, and objects in object stores through fsspec."""
+"""Objects in object stores, through fsspec."""
 
-import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from nightshift.core.errors import ConfigError, DataError
-from nightshift.raw.formats import READABLE, shard_suffix
+from nightshift.raw.formats import shard_suffix
 from tasks.snapshot.sources import Offer
+from tasks.snapshot.sources.folders import CHUNK, DESCRIPTIONS, fixed_part, ignore, require_readable
+from tasks.snapshot.sources.splits import choose_split
 
-CHUNK = 4 * 2**20
 # Scheme -> extra of this project that installs its fsspec file system.
 EXTRAS = {"s3": "s3", "gs": "gcs"}
 
 
-def local_offers(location: str) -> Iterator[Offer]:
-    """Yield the files of a path or glob, ordered by name.
-
-    Raises:
-        DataError: No file matches, it is a folder, or ingest cannot read one of them.
-    """
-    if Path(location).is_dir():
-        raise folder_error(location)
-    found = (Path(p) for p in glob.glob(location, recursive=True))  # noqa: PTH207 - absolute globs
-    files = [path.as_posix() for path in found if path.is_file()]
-    for name, suffix in require_readable(files, location):
-        yield Offer(suffix, read_file(Path(name)))
-
-
-def remote_offers(location: str) -> Iterator[Offer]:
-    """Yield the objects of a URL, which may contain a glob, ordered by name.
+def remote_offers(location: str, split: str | None = None) -> Iterator[Offer]:
+    """Yield the objects of a URL: an object, a folder or a glob, ordered by name.
 
     Credentials, region and endpoint come from the environment, as for the store's own tools.
 
     Raises:
         ConfigError: The store's library is not installed.
-        DataError: The store cannot be reached or rejects the request, no object matches, it is a folder, or
-            ingest cannot read one of them.
+        DataError: The store cannot be reached or rejects the request, no object matches, none can be read, or
+            a split has to be chosen.
     """
     import fsspec
 
@@ -47,41 +33,61 @@ def remote_offers(location: str) -> Iterator[Offer]:
     except ImportError as err:
         extra = EXTRAS[scheme]
         raise ConfigError(f"snapshot.sources: {location}: {err}; run `pip install -e '.[{extra}]'`") from err
-    bucket = pattern.partition("/")[0]
     with explain_store_errors(location):
-        found = store.glob(pattern, detail=True)
-        names = [name for name, info in found.items() if info["type"] == "file"]
-        if not names and store.isdir(pattern):
-            raise folder_error(location)
-        if not names and bucket and not store.exists(bucket):
-            raise DataError(
-                f"snapshot.sources: {location}: there is no bucket {bucket!r}; correct the name, or the "
-                "store's endpoint in the environment"
-            )
-    for name, suffix in require_readable(names, location):
-        yield Offer(suffix, read_object(store, name, f"{scheme}://{name}"))
+        objects, root = find_objects(store, pattern.rstrip("/"), location)
+    names = {PurePosixPath(name).relative_to(root).as_posix(): name for name in objects}
+    suffixes = require_readable(names, location)
+    for name in choose_split(list(suffixes), split, location):
+        url = f"{scheme}://{names[name]}"
+        yield Offer(
+            suffixes[name], read_object(store, names[name], url), name, version(url, objects[names[name]])
+        )
 
 
-def require_readable(names: Iterable[str], location: str) -> list[tuple[str, str]]:
-    """Return (name, suffix) of the files, sorted by name.
+def find_objects(store: Any, pattern: str, location: str) -> tuple[dict[str, Any], PurePosixPath]:
+    """Return name -> description of the objects, and the folder that contains all of them.
 
     Raises:
-        DataError: There are no files, or ingest cannot read one of them.
+        DataError: There is no such bucket.
     """
-    found = [(name, shard_suffix(name)) for name in sorted(names)]
-    if not found:
-        raise DataError(f"snapshot.sources: {location} matches no file; correct the path or glob")
-    for name, suffix in found:
-        if suffix is None:
-            raise DataError(f"snapshot.sources: {name}: unknown format; use {READABLE}, or a narrower glob")
-    return [(name, suffix) for name, suffix in found if suffix]
+    # A listing of an earlier call in this process may be outdated.
+    store.invalidate_cache()
+    exact = "[" in pattern and store.isfile(pattern)
+    found = {pattern: store.info(pattern)} if exact else store.glob(pattern, detail=True)
+    bucket = pattern.partition("/")[0]
+    if not found and bucket and not store.exists(bucket):
+        raise DataError(
+            f"snapshot.sources: {location}: there is no bucket {bucket!r}; correct the name, or the "
+            "store's endpoint in the environment"
+        )
+    objects = {name: info for name, info in found.items() if info["type"] == "file"}
+    for folder in found.keys() - objects.keys():
+        listed = store.find(folder, detail=True)
+        below = {name: info for name, info in listed.items() if is_visible(name.removeprefix(f"{folder}/"))}
+        objects |= {name: info for name, info in below.items() if shard_suffix(name)}
+        if others := [name for name in below if not shard_suffix(name)]:
+            ignore(others, location)
+    if pattern in objects:
+        return objects, PurePosixPath(pattern).parent
+    return objects, PurePosixPath(pattern) if pattern in found else fixed_part(PurePosixPath(pattern))
 
 
-def read_file(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a local file."""
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+def is_visible(name: str) -> bool:
+    """Return whether an object below a folder is neither hidden nor a description of a data set.
+
+    Example:
+        >>> is_visible("a/b.jsonl"), is_visible(".cache/b.jsonl"), is_visible("a/dataset_info.json")
+        (True, False, False)
+    """
+    *folders, base = name.split("/")
+    hidden = not base or any(part.startswith(".") for part in (*folders, base))
+    return not hidden and base not in {*DESCRIPTIONS, "state.json"}
+
+
+def version(url: str, info: dict[str, Any]) -> str | None:
+    """Return what changes whenever an object changes, if the store says it."""
+    tag = info.get("ETag") or info.get("etag")
+    return f"{url} {tag} {info.get('size')}" if tag else None
 
 
 def read_object(store: Any, name: str, url: str) -> Iterator[bytes]:
@@ -125,9 +131,3 @@ def store_errors(scheme: str) -> tuple[type[Exception], ...]:
 
         return OSError, ValueError, GoogleAuthError, HttpError, ConnectionFailure
     return OSError, ValueError
-
-
-def folder_error(location: str) -> DataError:
-    """Build the error for a folder where files are expected."""
-    folder = location.rstrip("/")
-    return DataError(f"snapshot.sources: {location} is a folder; add a glob, such as {folder}/*.jsonl")

@@ -1,8 +1,13 @@
 """All of params.yaml is checked before anything runs."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError
@@ -36,17 +41,59 @@ def test_problems_of_all_sections_are_reported_at_once(params: dict[str, Any]) -
 
 def test_inconsistent_values_are_reported(params: dict[str, Any]) -> None:
     params["sft"] |= {"max_steps": 3, "warmup_steps": 3}
-    params["augment"]["sources"] = ["element"]
-    params["gate"]["floors"] = {"countrys": 0.5}
-    params["evaluate"]["retrieval"]["benchmarks"] = ["elements", "element"]
     with pytest.raises(ConfigError) as caught:
         check(params)
     assert str(caught.value).splitlines()[1:] == [
         "  sft: warmup_steps=3 must be below max_steps=3; lower it",
-        "  augment.sources: no source is named element; did you mean elements?",
-        "  evaluate.retrieval.benchmarks: no benchmark is named element; did you mean elements?",
-        "  gate.floors: no benchmark is named countrys; did you mean countries?",
     ]
+
+
+def test_names_without_effect_are_warnings_with_the_remedy(
+    params: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    params["augment"]["sources"] = ["element"]
+    params["gate"]["floors"] = {"countrys": 0.5}
+    params["evaluate"]["retrieval"]["benchmarks"] = ["elements", "element"]
+    check(params)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"params.yaml: {place} is named {name}, so it has no effect; remove it (did you mean {known}?)"
+        for place, name, known in (
+            ("augment.sources: no source", "element", "elements"),
+            ("evaluate.retrieval.benchmarks: no benchmark", "element", "elements"),
+            ("gate.floors: no benchmark", "countrys", "countries"),
+        )
+    ]
+
+
+def test_replacing_the_sources_and_benchmarks_needs_no_edit_in_another_section(
+    params: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    params["snapshot"] = {"sources": {"mine": "mine/*.jsonl"}, "benchmarks": {}}
+    check(params)
+    assert [record.getMessage().split(":")[1].strip() for record in caplog.records] == [
+        "split.by_phrasing",
+        "augment.sources",
+        "evaluate.retrieval.benchmarks",
+        "gate.retention",
+        "gate.behaviour",
+    ]
+
+
+def test_the_program_prints_warnings_to_stderr_and_succeeds(tmp_path: Path) -> None:
+    values = read_params(ROOT / "params.yaml")
+    values["augment"]["sources"] = ["element"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.check"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.count("no source is named element, so it has no effect") == 1
 
 
 def test_a_branch_of_a_hub_model_is_rejected(params: dict[str, Any]) -> None:

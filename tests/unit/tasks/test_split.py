@@ -1,11 +1,15 @@
 """The split to which each example is assigned."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from nightshift.core.errors import DataError
 from nightshift.core.files import read_json, read_rows, write_rows
 from nightshift.data.schemas import GROUPED
 from tasks.dedupe.__main__ import REMOVED_SCHEMA
-from tasks.split import SplitParams, main, split_of
+from tasks.split import SplitParams, assign, connect, main, row_keys, split_of
 
 
 def test_the_split_of_a_group_never_changes() -> None:
@@ -82,3 +86,53 @@ def test_a_removed_example_near_two_splits_is_listed_and_changes_neither(in_tmp:
         "validation": 1,
         "test": 1,
     }
+
+
+PARAMS = SplitParams(validation_share=0.05, test_share=0.1, by_phrasing=["facts"], seed=0)
+
+
+def row(group_id: str, group: str | None = None, source: str = "chats") -> dict[str, Any]:
+    return {"id": group_id, "source": source, "group_id": group_id, "group": group}
+
+
+def sides(*rows: dict[str, Any]) -> list[str]:
+    return assign(rows, connect(map(row_keys, rows)), PARAMS)
+
+
+def test_rows_with_equal_values_of_the_group_column_are_on_one_side() -> None:
+    # By content alone, these are on the sides train, test, validation.
+    assert sides(row("group-0"), row("group-8"), row("group-21")) == ["train", "test", "validation"]
+    together = sides(row("group-0", "x"), row("group-8", "x"), row("group-21", "y"), row("group-21", "x"))
+    assert len(set(together)) == 1
+
+
+def test_new_rows_change_no_side_and_the_first_row_of_a_group_may_go() -> None:
+    rows = [row(f"group-{i}", f"customer-{i % 50}") for i in range(400)]
+    before = sides(*rows)
+    assert set(before) == {"train", "validation", "test"}
+    more = [row(f"later-{i}", f"customer-{i % 90}") for i in range(400)]
+    assert sides(*rows, *more)[:400] == before
+    assert sides(*rows[50:]) == before[50:]
+
+
+def test_a_group_with_a_source_by_phrasing_goes_to_train() -> None:
+    pairs = [(row("g", f"customer-{i}"), row("h", f"customer-{i}", "facts")) for i in range(100)]
+    assert {sides(one)[0] for one, _ in pairs} == {"train", "validation", "test"}
+    assert {side for pair in pairs for side in sides(*pair)} == {"train"}
+
+
+def test_a_row_without_a_group_keeps_the_side_of_its_content() -> None:
+    assert sides(row("group-0"), row("group-8"), row("x", "a"), row("y", "a"))[:2] == ["train", "test"]
+
+
+def test_one_group_for_all_rows_is_an_error_that_names_group_by(in_tmp: Path) -> None:
+    (in_tmp / "params.yaml").write_text(
+        "split: {validation_share: 0.05, test_share: 0.1, by_phrasing: [], seed: 0}"
+    )
+    rows = [{**row(f"g{i}", "same"), "messages": [], "origin": "x:1", "arrival": 1} for i in range(9)]
+    write_rows(Path("data/dedupe/examples.parquet"), rows, GROUPED)
+    write_rows(Path("data/dedupe/removed.parquet"), [], REMOVED_SCHEMA)
+    with pytest.raises(
+        DataError, match=r"0 of 9 examples, which form 1 group\(s\); .* `group_by` with more values"
+    ):
+        main()

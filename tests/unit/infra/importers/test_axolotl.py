@@ -368,7 +368,7 @@ def test_a_key_is_mapped(text: str, target: str, value: Any) -> None:
             "custom format",
         ),
         ("datasets: [{path: x.jsonl, ds_typ: json}]", "datasets[0].ds_typ", "unknown; did you mean ds_type?"),
-        ("datasets: [{path: 'https://x.org/a.jsonl'}]", "datasets[0]", "scheme 'https' is not supported"),
+        ("datasets: [{path: 'ftp://x.org/a.jsonl'}]", "datasets[0]", "scheme 'ftp' is not supported"),
         ("plugins: [my.Plugin]", "plugins", "my.Plugin: Axolotl plugins are not supported; remove it"),
         ("dpo_beta: 0.1", "dpo_beta", "only supervised fine-tuning is supported"),
     ],

@@ -1,18 +1,27 @@
 """params.yaml is typed and complete, and all errors are reported at once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
-from nightshift.core.config import StageParams, load_params
+from nightshift.core.config import StageParams, load_params, problems
 from nightshift.core.errors import ConfigError
 
 
 class DemoParams(StageParams):
     max_length: Annotated[int, Field(strict=True, ge=2)]
     learning_rate: float
+
+
+class Choice(StageParams):
+    mode: Literal["append", "replace"] = "append"
+
+
+class NestedParams(StageParams):
+    one: Choice | None = None
+    named: dict[str, Choice] = Field(default_factory=dict)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -77,6 +86,25 @@ def test_a_missing_file_a_folder_and_a_binary_file_are_errors(tmp_path: Path) ->
 def test_a_key_that_occurs_twice_is_an_error(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load_params(DemoParams, "demo", write(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["demo: {a: 1, a: 2}", "demo: [", "demo: {a: b: c}", "a: \x01", "\t- 1"])
+def test_an_error_in_the_yaml_is_one_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"params\.yaml: not valid YAML: .+; fix the reported line$"
+    ) as caught:
+        load_params(DemoParams, "demo", write(tmp_path, text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_unknown_keys_and_values_of_nested_sections_get_a_suggestion_that_quotes_no_value() -> None:
+    values = {"one": {"mod": "secret"}, "named": {"mode": {"mdoe": 1, "mode": "replce"}, "b": {"mode": "x"}}}
+    assert problems(NestedParams, "demo", values) == [
+        "demo.named.b.mode: Input should be 'append' or 'replace', got 'x'",
+        "demo.named.mode.mdoe: unknown key; did you mean mode?",
+        "demo.named.mode.mode: Input should be 'append' or 'replace', got 'replce'; did you mean replace?",
+        "demo.one.mod: unknown key; did you mean mode?",
+    ]
 
 
 def test_equal_keys_of_different_mappings_are_fine(tmp_path: Path) -> None:
