@@ -1,7 +1,8 @@
 """Split survivors into train, validation and test by the hash of their group: data/dedupe -> data/split.
 
 The split of a group depends only on the seed and on its content, so it never changes when data is
-added, removed or reordered. Groups with the same value of a source's `group_by` column are one group.
+added, removed or reordered. Groups with the same value of a source's `group_by` column are one group, and
+so are several answers to one prompt, and a conversation with its continuation.
 Sources in `by_phrasing` go entirely to train: their facts must be learned, and their benchmark asks for
 them in wordings that training never sees.
 """
@@ -17,10 +18,11 @@ from pydantic import Field, model_validator
 
 from nightshift.core.config import StageParams, load_params
 from nightshift.core.errors import DataError
-from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
+from nightshift.core.files import iterate_batches, iterate_rows, text_digest, write_batches, write_rows
 from nightshift.core.paths import BRIDGES, DEDUPED, REMOVED, TEST, TRAIN, VALIDATION
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.schemas import GROUPED
+from nightshift.data.text import SHORT, canonical_messages
 
 BRIDGES_SCHEMA = pa.schema(
     [("id", pa.string()), ("near_ids", pa.list_(pa.string())), ("sides", pa.list_(pa.string()))]
@@ -58,8 +60,11 @@ class SplitParams(StageParams):
 def main() -> None:
     """Write one Parquet file per split, and the removed examples that bridge two splits."""
     params = load_params(SplitParams, "split")
-    rows = list(iterate_rows(DEDUPED, ["id", "source", "group_id", "group"]))
-    components = connect(row_keys(row) for row in rows)
+    rows, keys = [], []
+    for row in iterate_rows(DEDUPED, ["id", "source", "group_id", "group", "messages"]):
+        keys.append(row_keys(row))
+        rows.append({key: value for key, value in row.items() if key != "messages"})
+    components = connect(keys)
     sides = assign(rows, components, params)
     splits = {row["id"]: side for row, side in zip(rows, sides, strict=True)}
     counts = Counter(sides)
@@ -81,8 +86,35 @@ def main() -> None:
 
 
 def row_keys(row: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a row: rows that have a key in common belong to one side."""
-    return [f"content {row['group_id']}", *([f"column {row['group']}"] if row["group"] else [])]
+    """Return the keys of a row: rows that have a key in common belong to one side.
+
+    These are its content, the value of the `group_by` column, its prompt, which several answers may have,
+    and the prompt of each earlier answer, by which a conversation and its continuation are connected. An
+    earlier prompt of a few words, such as "Hello!", connects nothing: too many conversations begin with it.
+    """
+    prompts = prompt_digests(row["messages"])
+    long = [digest for digest, words in prompts[:-1] if words >= SHORT]
+    keys = [f"content {row['group_id']}", *(f"prompt {digest}" for digest in long)]
+    keys += [f"prompt {digest}" for digest, _ in prompts[-1:]]
+    return keys + ([f"column {row['group']}"] if row["group"] else [])
+
+
+def prompt_digests(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Return the digest of what precedes each assistant turn, and its words without the system turn.
+
+    Example:
+        >>> turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+        >>> len(prompt_digests(turns)), prompt_digests(turns)[0][1], prompt_digests(turns[:1])
+        (1, 1, [])
+    """
+    found, digest, words = [], "", 0
+    for message in messages:
+        if message["role"] == "assistant":
+            found.append((digest, words))
+        text = canonical_messages([message])
+        digest = text_digest(digest, text)
+        words += 0 if message["role"] == "system" else text.count(" ")
+    return found
 
 
 def connect(keys: Iterable[Iterable[str]]) -> list[int]:

@@ -91,8 +91,14 @@ def test_a_removed_example_near_two_splits_is_listed_and_changes_neither(in_tmp:
 PARAMS = SplitParams(validation_share=0.05, test_share=0.1, by_phrasing=["facts"], seed=0)
 
 
-def row(group_id: str, group: str | None = None, source: str = "chats") -> dict[str, Any]:
-    return {"id": group_id, "source": source, "group_id": group_id, "group": group}
+def row(group_id: str, group: str | None = None, source: str = "chats", *turns: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {"id": group_id, "source": source, "group_id": group_id, "group": group, "messages": messages}
+
+
+def chat(group_id: str, *turns: str) -> dict[str, Any]:
+    return row(group_id, None, "chats", *turns)
 
 
 def sides(*rows: dict[str, Any]) -> list[str]:
@@ -119,6 +125,42 @@ def test_a_group_with_a_source_by_phrasing_goes_to_train() -> None:
     pairs = [(row("g", f"customer-{i}"), row("h", f"customer-{i}", "facts")) for i in range(100)]
     assert {sides(one)[0] for one, _ in pairs} == {"train", "validation", "test"}
     assert {side for pair in pairs for side in sides(*pair)} == {"train"}
+
+
+LONG = "Where is the parcel that I sent to my aunt last week?"
+
+
+def test_several_answers_to_one_prompt_are_on_one_side() -> None:
+    # By content alone, these are on the sides train, test, validation.
+    rows = [chat("group-0", "Who?", "Me."), chat("group-8", "who", "You."), chat("group-21", "Why?", "Me.")]
+    assert sides(*rows) == ["train", "train", "validation"]
+
+
+def test_a_conversation_and_its_continuations_are_on_one_side() -> None:
+    first = chat("group-0", LONG, "It is in Rome.")
+    longer = chat("group-8", LONG, "It is in Rome.", "When will it arrive?", "Tomorrow.")
+    branch = chat("group-21", LONG, "It is in Rome.", "Can I send it back?", "Yes.")
+    other = chat("group-32", LONG + " Quick!", "It is in Oslo.", "When will it arrive?", "Tomorrow.")
+    assert sides(first, longer, branch, other) == ["train", "train", "train", "test"]
+    assert sides(longer, branch, other) == ["test", "test", "test"]
+    assert sides(branch, longer) == ["validation", "validation"]
+
+
+def test_conversations_that_begin_with_the_same_greeting_are_not_connected() -> None:
+    rows = [
+        chat(
+            f"group-{i}", "Hello!", "Hi, how can I help?", f"Tell me about topic {i} in some detail", f"a{i}"
+        )
+        for i in range(100)
+    ]
+    assert set(sides(*rows)) == {"train", "validation", "test"}
+
+
+def test_a_system_prompt_alone_connects_nothing() -> None:
+    system = [{"role": "system", "content": " ".join(["word"] * 50)}]
+    rows = [chat(f"group-{i}", "Hello!", "Hi!", f"Topic {i}?", f"a{i}") for i in range(100)]
+    rows = [one | {"messages": system + one["messages"]} for one in rows]
+    assert set(sides(*rows)) == {"train", "validation", "test"}
 
 
 def test_a_row_without_a_group_keeps_the_side_of_its_content() -> None:
