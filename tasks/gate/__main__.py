@@ -21,7 +21,8 @@ from nightshift.data.benchmarks import evaluation_questions, questions_of
 from nightshift.data.text import canonical
 from nightshift.registry.bases import base_digest
 from tasks.gate import GateParams
-from tasks.gate.decision import Check, conclude, decide
+from tasks.gate.checks import Check
+from tasks.gate.decision import conclude, decide
 
 
 def main() -> None:

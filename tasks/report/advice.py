@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nightshift.pipeline.outcome import promote_command
-from tasks.gate.decision import format_points
+from tasks.gate.checks import format_points
 from tasks.report.evidence import Evidence, join
 
 

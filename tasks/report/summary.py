@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from nightshift.data.statistics import seed_band
-from tasks.gate.decision import format_points
+from tasks.gate.checks import format_points
 from tasks.report.advice import Outcome, advise, describe_outcome
 from tasks.report.compare import Benchmark, Line
 from tasks.report.evidence import Evidence, join

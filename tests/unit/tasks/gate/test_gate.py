@@ -429,7 +429,7 @@ def test_the_stage_writes_the_verdict_of_an_ordinary_gain() -> None:
 def test_a_non_finite_figure_that_is_only_reported_does_not_change_the_verdict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tasks.gate.decision.power", lambda *_: math.nan)
+    monkeypatch.setattr("tasks.gate.gain.power", lambda *_: math.nan)
     write_scores(scores("candidate", 70), scores("base", 40))
     main()
     decision = read_json(Path("data/gate/gate.json"))
@@ -440,19 +440,19 @@ def test_a_non_finite_figure_that_is_only_reported_does_not_change_the_verdict(
 @pytest.mark.parametrize(
     ("name", "broken", "check"),
     [
-        ("p_value", math.nan, "gain"),
-        ("spent_alpha", math.nan, "gain"),
-        ("seed_band", math.nan, "gain"),
-        ("interval", (math.nan, math.nan), "facts, against base"),
-        ("interval", (0.1, math.inf), "facts, against base"),
-        ("compare_losses", (math.nan, 2.0), "held-out loss"),
-        ("compare_losses", (2.0, math.nan), "held-out loss"),
+        ("gain.p_value", math.nan, "gain"),
+        ("gain.spent_alpha", math.nan, "gain"),
+        ("gain.seed_band", math.nan, "gain"),
+        ("checks.interval", (math.nan, math.nan), "facts, against base"),
+        ("checks.interval", (0.1, math.inf), "facts, against base"),
+        ("decision.compare_losses", (math.nan, 2.0), "held-out loss"),
+        ("decision.compare_losses", (2.0, math.nan), "held-out loss"),
     ],
 )
 def test_a_non_finite_figure_that_decides_is_an_error(
     monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, check: str
 ) -> None:
-    monkeypatch.setattr(f"tasks.gate.decision.{name}", lambda *_, **__: broken)
+    monkeypatch.setattr(f"tasks.gate.{name}", lambda *_, **__: broken)
     write_scores(scores("candidate", 70, parts=2), scores("base", 40, parts=2))
     main()
     decision = read_json(Path("data/gate/gate.json"))
@@ -464,7 +464,7 @@ def test_a_slice_with_a_non_finite_p_value_is_an_error(monkeypatch: pytest.Monke
     def broken(*arguments: Any, **_: Any) -> float:
         return math.nan if "less" in arguments[1:] else 0.0
 
-    monkeypatch.setattr("tasks.gate.decision.p_value", broken)
+    monkeypatch.setattr("tasks.gate.checks.p_value", broken)
     decision = judge(scores("candidate", 70, parts=2) + scores("base", 40, parts=2))
     assert decision["reason"].startswith("slices: not a finite number: none of 2 significantly worse")
 
