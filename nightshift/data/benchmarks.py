@@ -20,6 +20,8 @@ from nightshift.data.used import read_used
 
 # Benchmark name of the held-out test set in the table of scores.
 HELDOUT = "test"
+# Benchmark of generated answers to test examples (`evaluate.exact_match`).
+TEST_ANSWERS = "test_answers"
 # lm-eval multiple-choice task for items that match `ChoiceItem`.
 CHOICE_TASK = {
     "output_type": "multiple_choice",
@@ -202,7 +204,7 @@ def read_benchmark(folder: Path, faults: list[str]) -> Benchmark:
         return Benchmark(folder.name, "choice", {}, [])
     task_schema, item_schema = KINDS[kind]
     faults += problems(task_schema, str(file), task)
-    if folder.name == HELDOUT:
+    if folder.name in (HELDOUT, TEST_ANSWERS):
         faults.append(f"{folder}: this name is reserved for the held-out examples; use another one")
     return Benchmark(folder.name, kind, task, read_items(folder / "items.jsonl", item_schema, faults))
 

@@ -1,5 +1,6 @@
 """Run the stage: read the scores, find overlaps with the training data, write the verdict."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from nightshift.core.paths import (
     TEST,
 )
 from nightshift.core.stage import run_main, write_summary
-from nightshift.data.benchmarks import evaluation_questions, questions_of
+from nightshift.data.benchmarks import HELDOUT, questions, questions_of, read_benchmarks
 from nightshift.data.text import canonical
 from nightshift.registry.bases import base_digest
 from tasks.gate import GateParams
-from tasks.gate.checks import Check
+from tasks.gate.checks import Check, find_ignored
 from tasks.gate.decision import conclude, decide
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -39,6 +42,8 @@ def main() -> None:
             champion["version"] is None or champion["base"]["files"] == read_json(BASE_RECORD)["files"]
         )
         decision = decide(rows, models, champion["looks"], overlaps, params, is_same_base=is_same_base)
+    for check in find_ignored({row["benchmark"] for row in rows}, params):
+        log.warning("%s: %s", check.name, check.message)
     write_figures(GATE, decision)
     write_summary("gate", rows_in=len(rows), rows_out=len(rows), verdict=decision["verdict"])
 
@@ -58,20 +63,30 @@ def find_missing_base(champion: Mapping[str, Any], rows: Sequence[Mapping[str, A
 
 
 def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:
-    """Describe the training rows that contain an evaluation question as an exact match.
+    """Describe the training rows that ask a benchmark's question, or equal a test example up to answers.
 
-    The stage decontaminate removes exact matches and looser overlaps. This check also covers a benchmark
-    that was added after that stage, or a training set from elsewhere.
+    The stage decontaminate removes these and looser overlaps. This check also covers a benchmark that was
+    added after that stage, or a training set from elsewhere. A single turn does not identify a test example:
+    many chats end with "Thanks!".
     """
-    evaluated = {
-        canonical(text): f"{name}/{item}" for name, item, text in evaluation_questions(test, benchmarks)
+    asked = {
+        canonical(text): f"{one.name}/{item['id']}"
+        for one in read_benchmarks(benchmarks)
+        for item in one.items
+        for text in questions(item)
     }
-    return [
-        f"{row['origin']} matches {evaluated[text]}"
-        for row in iterate_rows(train, ["origin", "messages"])
-        for question in questions_of(row)
-        if (text := canonical(question)) in evaluated and text
-    ]
+    held_out = {prompt_of(row): f"{HELDOUT}/{row['id']}" for row in iterate_rows(test, ["id", "messages"])}
+    found = []
+    for row in iterate_rows(train, ["origin", "messages"]):
+        prompt, texts = prompt_of(row), [canonical(question) for question in questions_of(row)]
+        matches = (held_out.get(prompt) if prompt else None, *(asked.get(text) for text in texts if text))
+        found += [f"{row['origin']} matches {match}" for match in matches if match]
+    return found
+
+
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """Return all turns of a row but the assistant's, in canonical form."""
+    return canonical("\n".join(turn["content"] for turn in row["messages"] if turn["role"] != "assistant"))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """The checks of the gate besides the gain, each with a verdict and a reason."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from nightshift.data.benchmarks import TEST_ANSWERS
 from nightshift.data.schemas import Score
 from nightshift.data.statistics import holm, interval, p_value
 from tasks.gate import GateParams
 from tasks.gate.pairs import Pairs, by_benchmark, differences, key
 
 Verdict = Literal["promote", "hold", "reject", "error"]
+# Remedies for too few test examples, and too few of them whose answers are compared.
+MORE_EXAMPLES = "add data or raise split.test_share"
+MORE_ANSWERS = f"{MORE_EXAMPLES}, or raise the limits in evaluate.exact_match"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +63,42 @@ def check_figures(name: str, verdict: Verdict, message: str, *figures: float) ->
     return Check(name, "error", f"not a finite number: {message}; check the scores in data/evaluate")
 
 
-def check_floors(pairs: Pairs, params: GateParams) -> Iterator[Check]:
+def check_items(groups: Mapping[str, Pairs], params: GateParams) -> Iterator[Check]:
+    """Find benchmarks that have too few items for a verdict."""
+    for name, group in groups.items():
+        if len(group) < params.min_items:
+            is_own = name == TEST_ANSWERS
+            remedy = MORE_ANSWERS if is_own else "add items or raise evaluate.limit"
+            yield check_few(name, len(group), "items", remedy, params)
+
+
+def check_few(name: str, count: int, what: str, remedy: str, params: GateParams) -> Check:
+    """Hold because there are too few items; the number includes only what both models have scores for."""
+    message = f"too few {what}: {count} of the {params.min_items} that gate.min_items requires; {remedy}"
+    return Check(name, "hold", message)
+
+
+def check_floors(groups: Mapping[str, Pairs], params: GateParams) -> Iterator[Check]:
     """Compare the candidate with the lowest allowed accuracy."""
-    for name, group in by_benchmark(pairs):
-        if name in params.floors:
+    for name, group in groups.items():
+        if group and name in params.floors:
             accuracy, floor = (
                 sum(candidate["score"] for candidate, _ in group) / len(group),
                 params.floors[name],
             )
             verdict: Verdict = "promote" if accuracy >= floor else "reject"
             yield check_figures(f"{name}, floor", verdict, f"{accuracy:.1%}, minimum {floor:.1%}", accuracy)
+
+
+def check_margins(groups: Mapping[str, Pairs], reference: str, params: GateParams) -> Iterator[Check]:
+    """Check non-inferiority on the benchmarks of the gain and of retention that have enough items."""
+    enough = {name: group for name, group in groups.items() if len(group) >= params.min_items}
+    for name, group in enough.items():
+        if name not in (*params.retention, *params.behaviour):
+            yield check_non_inferiority(name, reference, group, params.margin, params)
+    for name, group in enough.items():
+        if name in params.retention:
+            yield check_non_inferiority(name, "base", group, params.retention[name], params)
 
 
 def check_non_inferiority(
@@ -124,6 +154,15 @@ def check_slices(slices: Sequence[Slice], params: GateParams) -> Iterator[Check]
     yield check_figures("slices", verdict, message, *figures)
 
 
+def check_heldout(pairs: Pairs, losses: tuple[float, float], max_increase: float) -> Iterator[Check]:
+    """Guard the held-out loss; without test examples it cannot be compared."""
+    if pairs:
+        yield check_loss(*losses, max_increase)
+    else:
+        message = f"no test example has a loss of both models; {MORE_EXAMPLES}"
+        yield Check("held-out loss", "hold", message)
+
+
 def check_loss(loss: float, reference_loss: float, max_increase: float) -> Check:
     """Compare the held-out losses.
 
@@ -146,6 +185,14 @@ def check_unread(rows: Sequence[Score], reference: str) -> Iterator[Check]:
             f"{len(lost)} items that the {reference} answered were skipped for both models, first: {first}"
         )
         yield Check("unread", "hold", message)
+
+
+def find_ignored(scored: Collection[str], params: GateParams) -> Iterator[Check]:
+    """Note the names in `gate` of benchmarks that were not scored; they do not change the verdict."""
+    for setting in ("floors", "retention", "behaviour"):
+        for name in sorted({*getattr(params, setting)}.difference(scored)):
+            message = f"ignored: gate.{setting} lists it, but no benchmark with this name was scored"
+            yield Check(name, "promote", message)
 
 
 def format_change(mean: float, low: float, high: float, params: GateParams) -> str:

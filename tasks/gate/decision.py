@@ -13,14 +13,16 @@ from tasks.gate.checks import (
     Check,
     Verdict,
     check_floors,
-    check_loss,
-    check_non_inferiority,
+    check_heldout,
+    check_items,
+    check_margins,
     check_slices,
     check_unread,
     compare_slices,
+    find_ignored,
 )
-from tasks.gate.gain import check_gain, measure_gain
-from tasks.gate.pairs import by_benchmark, compare_losses, differences, key, pair
+from tasks.gate.gain import check_gain, check_loss_gain, measure_gain, measure_loss_gain
+from tasks.gate.pairs import Pairs, compare_losses, key, pair
 
 # In order of increasing severity.
 VERDICTS: tuple[Verdict, ...] = ("promote", "hold", "reject", "error")
@@ -57,35 +59,47 @@ def decide(
         }
     if faults := list(find_faults(rows, reference, overlaps, params, is_same_base=is_same_base)):
         return {**known, **conclude(faults)}
-    look = count_look(str(digests["candidate"]), looks)
-    pairs = pair(rows, reference)
-    answered = [both for both in pairs if both[0]["benchmark"] != HELDOUT]
-    learned = [both for both in answered if both[0]["benchmark"] not in params.retention]
-    primary = [both for both in learned if both[0]["benchmark"] not in params.behaviour]
-    heldout = [both for both in pairs if both[0]["benchmark"] == HELDOUT]
+    groups = group_by_benchmark(rows, reference, params)
+    heldout = groups.pop(HELDOUT, [])
+    counted = [name for name in groups if name not in (*params.retention, *params.behaviour)]
     losses = compare_losses(heldout)
-    found = differences(primary)
-    gain = measure_gain(found, look, params)
-    gain["benchmarks"] = [name for name, _ in by_benchmark(primary)]
+    look = count_look(str(digests["candidate"]), looks)
+    if counted:
+        primary = [both for name in counted for both in groups[name]]
+        gain = measure_gain(primary, look, params)
+        checked = check_gain(gain, params)
+    else:
+        gain = measure_loss_gain(heldout, losses, look, params)
+        checked = check_loss_gain(gain, heldout, losses, params)
+    learned = [both for name in groups if name not in params.retention for both in groups[name]]
     slices = compare_slices(learned, params)
-    retained = pair([row for row in rows if row["benchmark"] in params.retention], "base")
     checks = [
-        check_gain(gain, params),
-        *check_floors(answered, params),
-        *(
-            check_non_inferiority(name, reference, group, params.margin, params)
-            for name, group in by_benchmark(primary)
-        ),
-        *(
-            check_non_inferiority(name, "base", group, params.retention[name], params)
-            for name, group in by_benchmark(retained)
-        ),
+        checked,
+        *check_items(groups, params),
+        *check_floors(groups, params),
+        *check_margins(groups, reference, params),
         *check_slices(slices, params),
-        check_loss(*losses, params.max_loss_increase),
+        *(check_heldout(heldout, losses, params.max_loss_increase) if counted else ()),
         *check_unread(rows, reference),
+        *find_ignored(groups, params),
     ]
     figures = {"gain": gain, "slices": [asdict(one) for one in slices]}
     return {**known, **conclude(checks), **figures, "loss": losses[0], "reference_loss": losses[1]}
+
+
+def group_by_benchmark(rows: Sequence[Score], reference: str, params: GateParams) -> dict[str, Pairs]:
+    """Pair the scores of each benchmark with the reference's, or with the base's if it guards retention.
+
+    A benchmark of which no item could be paired is empty.
+    """
+    by_name: dict[str, list[Score]] = defaultdict(list)
+    for row in rows:
+        by_name[row["benchmark"]].append(row)
+    return {
+        name: pair(group, "base" if name in params.retention else reference)
+        for name, group in sorted(by_name.items())
+        if any(row["model"] == "candidate" for row in group)
+    }
 
 
 def conclude(checks: Sequence[Check]) -> dict[str, Any]:
@@ -137,20 +151,6 @@ def find_faults(
         yield Check(
             "scores", "error", f"{len(bad)} scores are not numbers, first: {first}; the model is broken"
         )
-    counts: dict[str, int] = defaultdict(int)
-    for benchmark, _ in keys["candidate"]:
-        counts[benchmark] += 1
-    if not counts.pop(HELDOUT, 0):
-        yield Check("scores", "error", "the held-out split is empty; raise split.test_share or add data")
-    if not counts.keys() - {*params.retention, *params.behaviour}:
-        yield Check("scores", "error", "no benchmark has a score; see snapshot.benchmarks")
-    for name in sorted({*params.floors, *params.retention, *params.behaviour} - counts.keys()):
-        yield Check(name, "error", "listed in gate, but no benchmark with this name was scored")
-    for name, count in sorted(counts.items()):
-        if count < params.min_items:
-            yield Check(
-                name, "error", f"{count} items, fewer than gate.min_items={params.min_items}; add items"
-            )
 
 
 def count_look(candidate: str, looks: Sequence[str]) -> int:

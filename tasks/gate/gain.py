@@ -1,42 +1,103 @@
-"""The gain of the candidate over its reference: measured, and checked for significance."""
+"""The gain of the candidate over its reference: measured, and checked for significance.
 
-from typing import Any
+It is a gain of accuracy on the benchmarks that count, or without any a reduction of the loss on the test set.
+"""
 
+import math
+from typing import Any, cast
+
+import numpy as np
+
+from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.gain import ACCURACY, LOSS, Gain, describe_loss_change
 from nightshift.data.statistics import (
     Differences,
+    Estimate,
     interval,
     items_needed,
     p_value,
     power,
     seed_band,
     spent_alpha,
+    token_mean,
 )
 from tasks.gate import GateParams
-from tasks.gate.checks import Check, check_figures, format_change, format_points
+from tasks.gate.checks import (
+    MORE_EXAMPLES,
+    Check,
+    check_few,
+    check_figures,
+    check_loss,
+    format_change,
+    format_points,
+)
+from tasks.gate.pairs import Pairs, by_benchmark, differences
 
 
-def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str, Any]:
-    """Measure the gain over the reference on all items.
+def measure_gain(pairs: Pairs, look: int, params: GateParams) -> Gain | None:
+    """Measure the gain of accuracy on all items of the benchmarks that count; None without any.
 
     Args:
-        found: Candidate minus reference per item, shape (n,).
+        pairs: Scores of candidate and reference.
+        look: Number of this look, from 1.
+        params: Thresholds.
+    """
+    if not pairs:
+        return None
+    found = differences(pairs)
+    ends = interval(found, params.alpha, params.n_resamples, params.seed)
+    names = [name for name, _ in by_benchmark(pairs)]
+    gain = _gain((float(found.mean()), *ends), found, found, params.detectable_gain, look, params)
+    return cast("Gain", {"unit": ACCURACY, "benchmarks": names, **gain})
+
+
+def measure_loss_gain(
+    pairs: Pairs, losses: tuple[float, float], look: int, params: GateParams
+) -> Gain | None:
+    """Measure by how much the token-weighted loss on the test set is lower, in nats per token.
+
+    Args:
+        pairs: Losses of candidate and reference, summed over each test example.
+        losses: The same in nats per token, over all of them.
         look: Number of this look, from 1.
         params: Thresholds.
 
     Returns:
-        mean; low and high of the interval at alpha; p_value, and spent, its limit at this look; power to
-        detect `detectable_gain`; items, and items_needed to detect it with the required power.
+        The gain; None without test examples, or if a loss is not a number.
     """
-    low, high = interval(found, params.alpha, params.n_resamples, params.seed)
+    if not pairs or not all(map(math.isfinite, losses)):
+        return None
+    found = -differences(pairs)
+    tokens = np.asarray([candidate["tokens"] for candidate, _ in pairs])
+    estimate = token_mean(found, tokens, params)
+    detectable = params.detectable_loss_gain * losses[1]
+    # The test compares sums over examples. These are the sums if the gain were `detectable` on every token,
+    # in units of the mean number of tokens.
+    shifted = (found - (estimate[0] - detectable) * tokens) / tokens.mean()
+    gain = _gain(estimate, found, shifted, detectable, look, params)
+    return cast("Gain", {"unit": LOSS, "benchmarks": [HELDOUT], **gain})
+
+
+def _gain(
+    estimate: Estimate,
+    found: Differences,
+    spread: Differences,
+    detectable: float,
+    look: int,
+    params: GateParams,
+) -> dict[str, Any]:
+    """Return the figures of both kinds of gain; `spread` has the spread that the power depends on."""
     spent = spent_alpha(params.alpha, look)
+    mean, low, high = estimate
     values = {
-        "mean": float(found.mean()),
+        "mean": mean,
         "low": low,
         "high": high,
         "alpha": params.alpha,
         "spent": spent,
-        "power": power(found, params.detectable_gain, spent),
-        "items_needed": items_needed(found, params.detectable_gain, spent, params.power),
+        "detectable": detectable,
+        "power": power(spread, detectable, spent),
+        "items_needed": items_needed(spread, detectable, spent, params.power),
         "p_value": p_value(found, params.n_resamples, params.seed, alpha=spent),
     }
     # Significant digits: the level of the hundredth look has five zeros after the point.
@@ -44,21 +105,43 @@ def measure_gain(found: Differences, look: int, params: GateParams) -> dict[str,
     return rounded | {"look": look, "items": len(found)}
 
 
-def check_gain(gain: dict[str, Any], params: GateParams) -> Check:
-    """Check whether the gain is significant at the level that this look may spend."""
-    message = f"{format_change(gain['mean'], gain['low'], gain['high'], params)} on {gain['items']:,} items"
+def check_gain(gain: Gain | None, params: GateParams) -> Check:
+    """Check the gain of accuracy; None if no item was answered by both models."""
+    count = gain["items"] if gain else 0
+    if gain is None or count < params.min_items:
+        # Each benchmark has a check of its own that names the remedy.
+        return Check("gain", "hold", f"not judged on {count} items")
+    change = format_change(gain["mean"], gain["low"], gain["high"], params)
+    message = f"{change} on {gain['items']:,} items"
+    target = f"a gain of {format_points(params.detectable_gain)}"
     band = seed_band(params.seed_noise, params.alpha)
+    return _check(gain, message, target, "items", band, params)
+
+
+def check_loss_gain(
+    gain: Gain | None, pairs: Pairs, losses: tuple[float, float], params: GateParams
+) -> Check:
+    """Check the gain on the test set, from the arguments of `measure_loss_gain`."""
+    if len(pairs) < params.min_items:
+        return check_few("gain", len(pairs), "test examples", MORE_EXAMPLES, params)
+    if gain is None:
+        return check_loss(*losses, params.max_loss_increase)
+    message = describe_loss_change({"gain": gain, "loss": losses[0], "reference_loss": losses[1]})
+    target = f"a loss lower by {params.detectable_loss_gain:.1%}"
+    # How much the seed changes the loss is not known.
+    return _check(gain, message, target, "test examples", 0.0, params)
+
+
+def _check(gain: Gain, message: str, target: str, items: str, band: float, params: GateParams) -> Check:
+    """Check whether a gain is significant at the level that this look may spend, and above the seed noise."""
     figures = (gain["p_value"], gain["spent"], gain["mean"], band)
     if gain["p_value"] > gain["spent"]:
         message += f"; p {gain['p_value']:.3g} exceeds {gain['spent']:.3g}"
         if gain["look"] > 1:
             message += f", the limit for candidate {gain['look']} since the last promotion"
-        message += (
-            f"; a gain of {format_points(params.detectable_gain)} would be found with probability "
-            f"{gain['power']:.0%}"
-        )
+        message += f"; {target} would be found with probability {gain['power']:.0%}"
         if gain["power"] < params.power:
-            message += f", with {gain['items_needed']:,.0f} items with probability {params.power:.0%}"
+            message += f", with {gain['items_needed']:,.0f} {items} with probability {params.power:.0%}"
         return check_figures("gain", "hold", f"not shown: {message}", *figures)
     if gain["mean"] < 0:
         return check_figures("gain", "reject", f"worse: {message}", *figures)
