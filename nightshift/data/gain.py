@@ -4,6 +4,7 @@ The gate measures it on benchmarks, as a difference of accuracies; or on the tes
 losses, if no benchmark counts for it. A positive gain is in favor of the candidate in both cases.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 ACCURACY, LOSS = "accuracy", "nats per token"
@@ -43,12 +44,12 @@ class Gain(TypedDict):
     items_needed: float
 
 
-def is_loss_gain(gate: dict[str, Any]) -> bool:
+def is_loss_gain(gate: Mapping[str, Any]) -> bool:
     """Return whether a gate.json measured a gain, and on losses; one of an earlier release has no unit."""
     return bool(gate.get("gain")) and gate["gain"].get("unit") == LOSS
 
 
-def describe_loss_change(gate: dict[str, Any]) -> str:
+def describe_loss_change(gate: Mapping[str, Any]) -> str:
     """Describe the change of the loss on the test set, from a gate.json with such a gain.
 
     The interval is that of the difference, as a share of the reference's loss.
@@ -72,11 +73,11 @@ to -16.0%)'
 
 
 def format_share(reduction: float | None, loss: float) -> str:
-    """Format the reduction of a loss as a change in percent; "none" if it is unknown.
+    """Format the reduction of a loss as a change in percent; "none" if it is unknown or the loss is 0.
 
     Example:
         >>> format_share(0.44, 2.31), format_share(-0.1, 2.0), format_share(None, 2.0)
         ('-19.0%', '+5.0%', 'none')
     """
     # `+ 0.0` turns -0.0 into 0.0.
-    return f"{-100 * reduction / loss + 0.0:+.1f}%" if reduction is not None else "none"
+    return f"{-100 * reduction / loss + 0.0:+.1f}%" if reduction is not None and loss else "none"
