@@ -77,6 +77,16 @@ def test_an_inconclusive_loss_reports_how_many_examples_are_needed() -> None:
     assert larger["gain"]["items_needed"] == pytest.approx(smaller["gain"]["items_needed"] / 4, rel=0.05)
 
 
+def test_the_power_depends_on_the_noise_not_on_the_gain_that_was_found() -> None:
+    equal, better = (
+        judge(losses("candidate", loss, noise=0.4) + losses("base", 2.3, noise=0.4))["gain"]
+        for loss in (2.3, 1.3)
+    )
+    assert better["mean"] == pytest.approx(equal["mean"] + 1.0, abs=1e-4)
+    assert better["items_needed"] == equal["items_needed"]
+    assert better["power"] == pytest.approx(equal["power"], rel=1e-4)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 49])
 def test_fewer_test_examples_than_the_minimum_are_held_with_the_number(count: int) -> None:
     for candidate in (1.0, 3.0):
