@@ -2,11 +2,11 @@
 
 Runs after augmentation, because a paraphrase may reproduce a held-out wording. A training row is a hit
 if one of its user turns (or its plain text) equals a benchmark question after normalisation, shares an
-n-gram with it, or contains nearly all of its shingles; or if its questions contain nearly all of the
-questions of a test example. Test examples come from the same data: their templates and documents are in
-the training set by nature, and so are turns such as "Thanks!". Passages that many rows share are therefore
-not counted, and a conversation is compared as a whole. Answers are not compared: a fact must be in the
-training set to be learned.
+n-gram with it, or contains nearly all of its shingles; or if its prompt (all turns but the assistant's)
+contains nearly all of the prompt of a test example. Test examples come from the same data: their templates
+and documents are in the training set by nature, and so are turns such as "Thanks!". Passages that many
+rows share are therefore not counted, and a conversation is compared as a whole. Answers are not compared:
+a fact must be in the training set to be learned.
 
 Sources: n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), which misses questions shorter than
 the n-gram; these are matched by whole text or by containment. NeMo Curator ignores n-grams with more than
@@ -26,7 +26,7 @@ from nightshift.core.config import StageParams, load_params
 from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
 from nightshift.core.paths import AUGMENTED_TRAIN, BENCHMARKS, CLEAN_TRAIN, HITS, TEST
 from nightshift.core.stage import run_main, write_summary
-from nightshift.data.benchmarks import HELDOUT, evaluation_questions, questions_of, whole_question
+from nightshift.data.benchmarks import HELDOUT, evaluation_questions, prompt_of, questions_of
 from nightshift.data.drops import Drops, Rate, require_drop_rate
 from nightshift.data.schemas import AUGMENTED, AugmentedExample
 from nightshift.data.text import Shingles, canonical, ngrams, shingles, weight
@@ -230,8 +230,9 @@ def find_hits(
     overlaps: list[tuple[Row, list[list[Overlap]]]] = []
     rows_with: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for example in rows:
-        turns = [canonical(text) for text in questions_of(example)]
-        texts = (turns, [canonical(whole_question(example))])
+        turns = questions_of(example)
+        asked = [*turns, "\n".join(turns)] if len(turns) > 1 else turns
+        texts = ([canonical(text) for text in asked], [canonical(prompt_of(example))])
         found = [find_overlaps(some, index, params) for some, index in zip(texts, indexes, strict=True)]
         if any(found):
             overlaps.append((Row(example["id"], example["origin"], example["source"]), found))

@@ -20,6 +20,8 @@ from nightshift.data.used import read_used
 
 # Benchmark name of the held-out test set in the table of scores.
 HELDOUT = "test"
+# Benchmark of generated answers to test examples (`evaluate.exact_match`).
+TEST_ANSWERS = "test_answers"
 # lm-eval multiple-choice task for items that match `ChoiceItem`.
 CHOICE_TASK = {
     "output_type": "multiple_choice",
@@ -202,7 +204,7 @@ def read_benchmark(folder: Path, faults: list[str]) -> Benchmark:
         return Benchmark(folder.name, "choice", {}, [])
     task_schema, item_schema = KINDS[kind]
     faults += problems(task_schema, str(file), task)
-    if folder.name == HELDOUT:
+    if folder.name in (HELDOUT, TEST_ANSWERS):
         faults.append(f"{folder}: this name is reserved for the held-out examples; use another one")
     return Benchmark(folder.name, kind, task, read_items(folder / "items.jsonl", item_schema, faults))
 
@@ -248,7 +250,7 @@ def questions(item: Mapping[str, Any]) -> Iterator[str]:
     yield from (item[key] for key in ("question", "changed") if item.get(key))
     yield from item.get("variants", ())
     if item.get("messages"):
-        yield whole_question(item)
+        yield "\n".join(questions_of(item))
 
 
 def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, str, str]]:
@@ -258,7 +260,7 @@ def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, st
         DataError: A benchmark violates the format.
     """
     for row in iterate_rows(test, ["id", "messages"]):
-        yield HELDOUT, row["id"], whole_question(row)
+        yield HELDOUT, row["id"], prompt_of(row)
     for benchmark in read_benchmarks(benchmarks):
         for item in benchmark.items:
             for question in questions(item):
@@ -270,6 +272,10 @@ def questions_of(row: Mapping[str, Any]) -> list[str]:
     return [turn["content"] for turn in row["messages"] if turn["role"] in ("user", "text")]
 
 
-def whole_question(row: Mapping[str, Any]) -> str:
-    """Return the questions of a row as one text: a single turn, such as "Thanks!", does not identify it."""
-    return "\n".join(questions_of(row))
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """Return all turns of a row but the assistant's as one text.
+
+    It identifies a conversation, unlike one turn: many chats contain "Thanks!", and many documents in a
+    system turn are followed by the same question.
+    """
+    return "\n".join(turn["content"] for turn in row["messages"] if turn["role"] != "assistant")

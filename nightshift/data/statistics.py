@@ -67,6 +67,9 @@ def p_value(
     should favor either model. Other scores use Fisher's sign-flip test: exact if there are no more sign
     combinations than resamples, otherwise see `flipped_tail`.
 
+    Differences of summed losses give the test of the token-weighted loss: flipping signs changes the sum of
+    the differences, but not the sum of tokens that it is divided by.
+
     Args:
         differences: Candidate minus reference for each item, shape (n,).
         n_resamples: Number of sign-flip resamples.
@@ -216,8 +219,11 @@ def items_needed(differences: Differences, gain: float, alpha: float, wanted: fl
     """Return the number of such items needed to detect a gain with power `wanted`; see `power`.
 
     Returns:
-        A whole number; infinity if it exceeds the range of a float.
+        A whole number; infinity if it exceeds the range of a float, with a gain of 0, and with fewer than two
+        differences, which have no spread.
     """
+    if gain == 0 or len(differences) < 2:
+        return math.inf
     z = float(norm.isf(alpha / 2))
     ratio = max(z + float(norm.ppf(wanted)), 0.0) * float(differences.std(ddof=1)) / gain
     return float(np.ceil(ratio * ratio + z * z / 2))
@@ -255,7 +261,7 @@ def estimate(rows: Sequence[Score], how: Resampling) -> Estimate:
     """
     scores = np.array([row["score"] for row in rows])
     if rows[0]["benchmark"] == HELDOUT:
-        return _token_mean(scores, np.array([row["tokens"] for row in rows]), how)
+        return token_mean(scores, np.array([row["tokens"] for row in rows]), how)
     if np.isin(scores, (0.0, 1.0)).all():
         low, high = proportion_confint(int(scores.sum()), len(scores), how.alpha, method="wilson")
         return float(scores.mean()), float(low), float(high)
@@ -266,11 +272,11 @@ def estimate_difference(pairs: Sequence[tuple[Score, Score]], how: Resampling) -
     """Return the mean difference of pairs with its interval; for scores it is the gate's interval."""
     found = np.array([ours["score"] - theirs["score"] for ours, theirs in pairs])
     if pairs[0][0]["benchmark"] == HELDOUT:
-        return _token_mean(found, np.array([ours["tokens"] for ours, _ in pairs]), how)
+        return token_mean(found, np.array([ours["tokens"] for ours, _ in pairs]), how)
     return float(found.mean()), *interval(found, how.alpha, how.n_resamples, how.seed)
 
 
-def _token_mean(values: Values, tokens: NDArray[np.int64], how: Resampling) -> Estimate:
+def token_mean(values: Values, tokens: NDArray[np.int64], how: Resampling) -> Estimate:
     """Return the sum of values over the sum of tokens, in nats per token, with its interval."""
     mean = float(values.sum() / tokens.sum())
     if len(values) == 1:

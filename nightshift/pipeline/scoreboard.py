@@ -6,6 +6,7 @@ from typing import Any
 from nightshift.core.files import read_json, write_figures
 from nightshift.core.paths import CHAMPION_RECORD, DATA, GATE, METRICS, OUTCOME, TRAINING_RUN, VERSION
 from nightshift.core.state import state_dir
+from nightshift.data.gain import describe_loss_change, is_loss_gain
 from nightshift.pipeline.graph import stage_order
 from nightshift.pipeline.outcome import promote_command
 
@@ -45,8 +46,8 @@ def collect_dropped() -> dict[str, dict[str, Any]]:
 
 def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
     """Format the scoreboard as (label, value) rows."""
-    candidate = board["metrics"]["candidate"]
-    base = board["metrics"]["base"]
+    # A model without anything to be scored on is missing.
+    candidate, base = (board["metrics"].get(model, {}) for model in ("candidate", "base"))
     gate = board["gate"]
     champion = board["version"] if board["promoted"] else board["champion"]
     table = []
@@ -60,20 +61,11 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         for label, value in (("base with retrieval", found.get("accuracy")), ("chance", ours["chance"])):
             if value is not None:
                 table.append((f"{benchmark}: {label}", format_percent(value)))
-    if gain := gate.get("gain"):
-        mean, low, high = (format_difference(gain[key]) for key in ("mean", "low", "high"))
-        table.append(
-            (
-                f"gain over the {gate['reference']}",
-                f"{mean} points on {gain['items']:,} questions of {', '.join(gain['benchmarks'])}, "
-                f"{100 * (1 - gain['alpha']):g}% interval {low} to {high}",
-            )
-        )
+    if gate.get("gain"):
+        table.append((f"gain over the {gate['reference']}", describe_gain(gate)))
+    before, after = (format_loss(model.get("test", {}).get("loss")) for model in (base, candidate))
     table += [
-        (
-            "loss on the test set",
-            f"base {format_loss(base['test']['loss'])} -> new model {format_loss(candidate['test']['loss'])}",
-        ),
+        ("loss on the test set", f"base {before} -> new model {after}"),
         ("training speed", f"{board['tokens_per_second']:.0f} tokens/s"),
         ("gate", f"{gate['verdict']}: {gate['reason']}"),
         ("registered version", f"{board['version']}"),
@@ -86,6 +78,18 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         count = sum(found["dropped"].values())
         table.append((f"dropped by {stage}", f"{count:,} of {found['rows_in']:,} rows: {reasons}"))
     return table
+
+
+def describe_gain(gate: dict[str, Any]) -> str:
+    """Describe the gain of a gate.json, in points of accuracy or as a lower loss."""
+    if is_loss_gain(gate):
+        return describe_loss_change(gate)
+    gain = gate["gain"]
+    mean, low, high = (format_difference(gain[key]) for key in ("mean", "low", "high"))
+    return (
+        f"{mean} points on {gain['items']:,} questions of {', '.join(gain['benchmarks'])}, "
+        f"{100 * (1 - gain['alpha']):g}% interval {low} to {high}"
+    )
 
 
 def format_percent(value: float | None) -> str:

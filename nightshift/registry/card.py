@@ -9,6 +9,7 @@ from nightshift.core.config import read_params
 from nightshift.core.files import read_json, read_rows, write_text
 from nightshift.core.paths import BASE_RECORD, DATA, GATE, SCORES
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.gain import describe_loss_change, is_loss_gain
 from nightshift.data.schemas import Score
 from nightshift.data.statistics import Resampling, estimate
 from nightshift.pipeline.ledger import DATA_STAGES
@@ -67,14 +68,14 @@ def write_card(path: Path, name: str, how: Resampling) -> None:
         ]
         or None,
     )
-    interval = f"{1 - how.alpha:.0%} interval"
+    header = ("benchmark", "model", "score", f"{1 - how.alpha:.0%} interval", "items")
     body = f"""# {name}
 
 {KINDS[adapter].capitalize()} of `{base}`, trained and evaluated by Nightshift.
 
 ## Scores
 
-{table(("benchmark", "model", "score", interval, "items"), map(score_cells, scores))}
+{table(header, map(score_cells, scores)) if scores else "No benchmark was scored."}
 
 {heldout(gate)}
 
@@ -115,6 +116,8 @@ def base_name(reference: str) -> str:
 
 def heldout(gate: Mapping[str, Any]) -> str:
     """Describe the held-out loss, or report that the gate could not compare it."""
+    if is_loss_gain(gate):
+        return f"Compared with the {gate['reference']}, {describe_loss_change(gate)}."
     if gate.get("loss") is None or gate.get("reference_loss") is None:
         return "The loss on held-out examples was not compared."
     return (

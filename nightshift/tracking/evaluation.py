@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nightshift.core.files import text_digest
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.gain import is_loss_gain
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -93,6 +94,8 @@ def _all_metrics(metrics: Mapping[str, Any], gate: Mapping[str, Any]) -> Iterato
                     yield f"{benchmark}/{slice_}/accuracy", accuracy
                 yield f"{benchmark}/chance", values["chance"]
     gain = gate.get("gain") or {}
-    yield "gain", gain.get("mean")
-    yield "gain_low", gain.get("low")
-    yield "gain_high", gain.get("high")
+    # Points of accuracy and nats per token do not belong into one chart.
+    name = "test/gain" if is_loss_gain(gate) else "gain"
+    yield name, gain.get("mean")
+    yield f"{name}_low", gain.get("low")
+    yield f"{name}_high", gain.get("high")

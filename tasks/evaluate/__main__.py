@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ from nightshift.core.paths import (
 )
 from nightshift.core.stage import OFFLINE, print_line, run_main, write_summary
 from nightshift.core.state import state_dir
-from nightshift.data.benchmarks import HELDOUT, read_benchmarks
+from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
 from nightshift.pipeline import supervise
 from nightshift.registry.bases import base_digest, is_base
 from tasks.evaluate import EvaluateParams
+from tasks.evaluate.answers import Answers, choose_answers
 from tasks.evaluate.scores import ALL_SCORES, DONE, PROGRESS, metrics
 
 ENGINES = (*MODEL_ENGINES, "bm25s", "lm-eval", "nltk", "rouge-score")
@@ -72,25 +73,29 @@ class EvaluatedModel:
 def main() -> None:
     """Write the per-item scores of every model, their aggregates, and the models' digests."""
     params = load_params(EvaluateParams, "evaluate")
-    models = find_models(params)
-    memo = {name: memo_files(model, params) for name, model in models.items()}
-    score_missing(models, memo, params)
+    answers = choose_answers(TEST, BASE, params.exact_match) if params.exact_match else None
+    models = find_models(params, answers)
+    memo = {name: memo_files(model, params, answers) for name, model in models.items()}
+    score_missing(models, memo, params, answers)
     rows: list[Any] = [
         {"model": name, **row} for name in memo for file in memo[name].values() for row in read_rows(file)
     ]
     write_rows(SCORES, rows, ALL_SCORES)
     write_figures(METRICS, metrics(rows))
     write_json(MODELS, digest_models(models))
-    write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(models))
+    asked: dict[str, Any] = {TEST_ANSWERS: answers.counts} if answers else {}
+    write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(models), **asked)
 
 
-def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
+def find_models(params: EvaluateParams, answers: Answers | None = None) -> dict[str, EvaluatedModel]:
     """Return the models to compare; the champion is missing if there is none or its base is lost.
 
     Raises:
         DataError: A benchmark has an invalid format, or the kept base of the champion has changed.
     """
     known = [benchmark.name for benchmark in read_benchmarks(BENCHMARKS)]
+    if answers and answers.ids:
+        known.append(TEST_ANSWERS)
     everything = [*known, HELDOUT]
     base = (BASE, base_digest(read_json(BASE_RECORD)["files"]))
     found = {
@@ -102,9 +107,12 @@ def find_models(params: EvaluateParams) -> dict[str, EvaluatedModel]:
         of_champion = base_digest(champion["base"]["files"])
         if folder := BASE if of_champion == base[1] else find_kept_base(champion):
             found["champion"] = EvaluatedModel(folder, of_champion, CHAMPION / "model", 0, everything)
-    # Other names are those of benchmarks that params.yaml no longer lists.
-    if params.retrieval and (asked := [name for name in params.retrieval.benchmarks if name in known]):
-        found[RETRIEVAL] = EvaluatedModel(*base, None, params.retrieval.documents, asked)
+    if params.retrieval:
+        asked = [name for name in params.retrieval.benchmarks if name in known]
+        for name in sorted(set(params.retrieval.benchmarks) - set(known)):
+            log.warning("ignored: evaluate.retrieval.benchmarks lists %s, which is no benchmark", name)
+        if asked:
+            found[RETRIEVAL] = EvaluatedModel(*base, None, params.retrieval.documents, asked)
     return found
 
 
@@ -139,7 +147,9 @@ def digest_models(models: dict[str, EvaluatedModel]) -> dict[str, str | None]:
     return digests
 
 
-def memo_files(model: EvaluatedModel, params: EvaluateParams) -> dict[str, Path]:
+def memo_files(
+    model: EvaluatedModel, params: EvaluateParams, answers: Answers | None = None
+) -> dict[str, Path]:
     """Return the cache file of each benchmark, keyed by code, device, model, items and limit."""
     parts = [
         code_digest("evaluate", ENGINES),
@@ -150,9 +160,12 @@ def memo_files(model: EvaluatedModel, params: EvaluateParams) -> dict[str, Path]
     ]
     files = {}
     for name in model.benchmarks:
-        items = (
-            [file_digest(TEST)] if name == HELDOUT else [tree_digest(BENCHMARKS / name), str(params.limit)]
-        )
+        if name == HELDOUT:
+            items = [file_digest(TEST)]
+        elif answers and name == TEST_ANSWERS:
+            items = [file_digest(TEST), str(answers.max_new_tokens), *answers.ids]
+        else:
+            items = [tree_digest(BENCHMARKS / name), str(params.limit)]
         files[name] = state_dir() / "memo" / "scores" / f"{text_digest(*parts, *items)}.parquet"
     return files
 
@@ -163,7 +176,10 @@ def digest(model: EvaluatedModel) -> str | None:
 
 
 def score_missing(
-    models: dict[str, EvaluatedModel], memo: dict[str, dict[str, Path]], params: EvaluateParams
+    models: dict[str, EvaluatedModel],
+    memo: dict[str, dict[str, Path]],
+    params: EvaluateParams,
+    answers: Answers | None,
 ) -> None:
     """Compute the missing scores, one process per model.
 
@@ -179,7 +195,7 @@ def score_missing(
             missing[name] = targets
     if not missing:
         return
-    items = count_items(params)
+    items = count_items(params, answers)
     total = sum(items[benchmark] for targets in missing.values() for benchmark in targets)
     done: dict[tuple[str, str], int] = {}
     workers = count_workers(len(missing))
@@ -199,7 +215,7 @@ def score_missing(
         print_line(f"step {sum(done.values())}/{total} {name}: {benchmark}")
 
     def score(name: str) -> None:
-        job = build_job(models[name], missing[name], params)
+        job = build_job(models[name], missing[name], params, answers)
         run_job(name, job, threads, partial(show, name))
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
@@ -207,13 +223,14 @@ def score_missing(
             pass
 
 
-def count_items(params: EvaluateParams) -> dict[str, int]:
+def count_items(params: EvaluateParams, answers: Answers | None) -> dict[str, int]:
     """Return the number of items of each benchmark that a model is scored on."""
     counts = {one.name: len(one.items) for one in read_benchmarks(BENCHMARKS)}
     limited = {
         name: count if params.limit is None else min(count, params.limit) for name, count in counts.items()
     }
-    return {**limited, HELDOUT: sum(1 for _ in iterate_rows(TEST, ["id"]))}
+    held_out = {HELDOUT: sum(1 for _ in iterate_rows(TEST, ["id"]))}
+    return {**limited, **held_out, TEST_ANSWERS: len(answers.ids) if answers else 0}
 
 
 def device() -> str:
@@ -228,7 +245,9 @@ def count_workers(models: int) -> int:
     return min(models, os.cpu_count() or 1) if device() == "cpu" else 1
 
 
-def build_job(model: EvaluatedModel, targets: dict[str, str], params: EvaluateParams) -> dict[str, Any]:
+def build_job(
+    model: EvaluatedModel, targets: dict[str, str], params: EvaluateParams, answers: Answers | None = None
+) -> dict[str, Any]:
     """Build the job of one process, which writes the files in `targets`."""
     return {
         "base": str(model.base),
@@ -238,6 +257,7 @@ def build_job(model: EvaluatedModel, targets: dict[str, str], params: EvaluatePa
         "benchmarks": str(BENCHMARKS),
         "test": str(TEST),
         "targets": targets,
+        "answers": asdict(answers) if answers else None,
         "limit": params.limit,
         "batch_size": params.batch_size,
     }

@@ -8,7 +8,10 @@ from typing import Any, TypedDict
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from nightshift.data.benchmarks import Benchmark
+from nightshift.core.files import iterate_rows
+from nightshift.data.benchmarks import TEST_ANSWERS, Benchmark
+from nightshift.data.encode import Encoder
+from tasks.evaluate.answers import Answers, render_prompt
 from tasks.evaluate.model import Model
 from tasks.evaluate.texts import compare
 
@@ -41,7 +44,7 @@ def score_benchmark(
         case "choice":
             found = score_choice(model, benchmark, folder, indices)
         case "generation":
-            found = score_generation(model, benchmark.task, items)
+            found = score_generation(model, benchmark.task, items, render_questions(model, items))
         case "invariance":
             found = score_invariance(model, items)
         case "direction":
@@ -89,12 +92,18 @@ def score_choice(
         yield {"choices": len(choices), "expected": choices[item["answer"]], **found}
 
 
-def score_generation(model: Model, task: Any, items: Sequence[Item]) -> Iterator[ScoredItem]:
-    """Score greedy generation against the references."""
-    prompts = [
+def render_questions(model: Model, items: Sequence[Item]) -> list[str]:
+    """Render the questions or conversations of generation items."""
+    return [
         model.apply_chat_template(item.get("messages") or [{"role": "user", "content": item["question"]}])
         for item in items
     ]
+
+
+def score_generation(
+    model: Model, task: Any, items: Sequence[Item], prompts: Sequence[str]
+) -> Iterator[ScoredItem]:
+    """Score greedy generation after the prompts against the references."""
     for item, answer in zip(items, model.generate_greedy(prompts, task["max_new_tokens"]), strict=True):
         found = (
             skipped_row(model)
@@ -102,6 +111,31 @@ def score_generation(model: Model, task: Any, items: Sequence[Item]) -> Iterator
             else scored_row(compare(task["metric"], answer, item["references"]), answer)
         )
         yield {"choices": None, "expected": " | ".join(item["references"]), **found}
+
+
+def score_answers(model: Model, encoder: Encoder, test: Path, answers: Answers) -> Iterator[dict[str, Any]]:
+    """Generate the last answers of test examples, given all turns before, and compare them exactly.
+
+    An example that the chat template does not render is skipped; see `heldout_losses`.
+    """
+    asked = set(answers.ids)
+    examples = [row for row in iterate_rows(test) if row["id"] in asked]
+    items: list[Item] = []
+    for row in examples:
+        *turns, last = row["messages"]
+        prompt = render_prompt([*model.add_notes(turns), last], row, encoder)
+        items.append({"references": [last["content"]], "prompt": prompt})
+    task = {"metric": "exact_match", "max_new_tokens": answers.max_new_tokens}
+    readable = [item for item in items if item["prompt"]]
+    found = score_generation(model, task, readable, [item["prompt"] for item in readable])
+    for row, item in zip(examples, items, strict=True):
+        yield {
+            "benchmark": TEST_ANSWERS,
+            "item": row["id"],
+            "slice": row["source"],
+            "question": row["messages"][-2]["content"],
+            **(next(found) if item["prompt"] else unrendered_row(item)),
+        }
 
 
 def score_invariance(model: Model, items: Sequence[Item]) -> Iterator[ScoredItem]:
@@ -184,6 +218,13 @@ def find_fault(model: Model, likelihoods: Sequence[float]) -> Outcome | None:
 def error_row(reason: str) -> Outcome:
     """Return the fields of an item for which the model returned no number."""
     return {"score": None, "status": "error", "answer": reason, "tokens": None}
+
+
+def unrendered_row(item: Item) -> ScoredItem:
+    """Return the fields of a test example that the model's chat template does not render."""
+    reason = "the chat template does not render it"
+    unasked: Outcome = {"score": None, "status": "skipped", "answer": reason, "tokens": None}
+    return {"choices": None, "expected": item["references"][0], **unasked}
 
 
 def skipped_row(model: Model) -> Outcome:

@@ -52,11 +52,14 @@ class Model(HFLM):
         add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - lm-eval's signature
     ) -> str:
         """Render a conversation, with the retrieved documents before its last question."""
-        *before, last = chat_history
-        if self._find and last["role"] == "user":
-            found = add_documents(last["content"], self._find(last["content"]))
-            chat_history = [*before, {**last, "content": found}]
-        return str(super().apply_chat_template(chat_history, add_generation_prompt))
+        return str(super().apply_chat_template(self.add_notes(chat_history), add_generation_prompt))
+
+    def add_notes(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add the retrieved documents, if any, to the last turn of a conversation if that is a question."""
+        *before, last = turns
+        if not self._find or last["role"] != "user":
+            return turns
+        return [*before, {**last, "content": add_documents(last["content"], self._find(last["content"]))}]
 
     def choice_likelihoods(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """Return the log-likelihood (nats) of each choice after its question; -inf if too long.

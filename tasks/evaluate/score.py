@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from nightshift.core.files import iterate_rows, read_json, read_rows, write_rows
 from nightshift.core.stage import print_line, run_main
-from nightshift.data.benchmarks import HELDOUT, read_benchmarks
+from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
 from nightshift.data.encode import FAULTS, IGNORED, Encoder, encode_batch, load_encoder
-from tasks.evaluate.kinds import score_benchmark
+from tasks.evaluate.answers import Answers
+from tasks.evaluate.kinds import score_answers, score_benchmark
 from tasks.evaluate.model import Model, load_model
 from tasks.evaluate.retrieval import build_documents, build_index
 from tasks.evaluate.scores import DONE, PROGRESS, SCORES
@@ -39,11 +40,14 @@ def main(job_file: Path) -> None:
     benchmarks = {benchmark.name: benchmark for benchmark in read_benchmarks(root)}
     for name, target in job["targets"].items():
         report = reporter(name)
+        model.on_progress = report
         if name == HELDOUT:
             encoder = load_encoder(Path(job["base"]))
             found = heldout_losses(loaded, encoder, read_rows(Path(job["test"])), report)
+        elif name == TEST_ANSWERS:
+            encoder = load_encoder(Path(job["base"]))
+            found = score_answers(model, encoder, Path(job["test"]), Answers(**job["answers"]))
         else:
-            model.on_progress = report
             found = score_benchmark(model, benchmarks[name], root / name, job["limit"])
         write_rows(Path(target), found, SCORES)
         print_line(f"{DONE}{name}")

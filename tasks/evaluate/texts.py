@@ -25,8 +25,18 @@ def compare(metric: Metric, answer: str, references: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Return 1.0 if the texts are equal up to case, articles and punctuation, else 0.0."""
-    return float(normalised(answer) == normalised(reference))
+    """Return 1.0 if the texts are equal up to case, articles and punctuation, else 0.0.
+
+    Of a reference that consists of these only, such as the choice "A" or "+", they count.
+
+    Example:
+        >>> exact_match("a.", "A"), exact_match("", "A"), exact_match("-", "+")
+        (1.0, 0.0, 0.0)
+    """
+    if normalised(reference):
+        return float(normalised(answer) == normalised(reference))
+    words, expected = (" ".join(WORD.findall(text.lower())) or text.strip() for text in (answer, reference))
+    return float(words == expected)
 
 
 def contains(answer: str, reference: str) -> float:

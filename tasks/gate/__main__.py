@@ -1,5 +1,6 @@
 """Run the stage: read the scores, find overlaps with the training data, write the verdict."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from nightshift.core.paths import (
     TEST,
 )
 from nightshift.core.stage import run_main, write_summary
-from nightshift.data.benchmarks import HELDOUT, evaluation_questions, questions_of, whole_question
+from nightshift.data.benchmarks import HELDOUT, evaluation_questions, prompt_of, questions_of
 from nightshift.data.text import canonical
 from nightshift.registry.bases import base_digest
 from tasks.gate import GateParams
-from tasks.gate.decision import Check, conclude, decide
+from tasks.gate.checks import Check, find_ignored
+from tasks.gate.decision import conclude, decide
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -38,6 +42,8 @@ def main() -> None:
             champion["version"] is None or champion["base"]["files"] == read_json(BASE_RECORD)["files"]
         )
         decision = decide(rows, models, champion["looks"], overlaps, params, is_same_base=is_same_base)
+    for check in find_ignored({row["benchmark"] for row in rows}, params):
+        log.warning("%s: %s", check.name, check.message)
     write_figures(GATE, decision)
     write_summary("gate", rows_in=len(rows), rows_out=len(rows), verdict=decision["verdict"])
 
@@ -57,10 +63,11 @@ def find_missing_base(champion: Mapping[str, Any], rows: Sequence[Mapping[str, A
 
 
 def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:
-    """Describe the training rows that contain an evaluation question as an exact match.
+    """Describe the training rows that ask a benchmark's question, or equal a test example up to answers.
 
-    The stage decontaminate removes exact matches and looser overlaps. This check also covers a benchmark
-    that was added after that stage, or a training set from elsewhere.
+    The stage decontaminate removes these and looser overlaps. This check also covers a benchmark that was
+    added after that stage, or a training set from elsewhere. A single turn does not identify a test example:
+    many chats end with "Thanks!".
     """
     evaluated = {
         (name == HELDOUT, canonical(text)): f"{name}/{item}"
@@ -70,7 +77,7 @@ def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:
         f"{row['origin']} matches {evaluated[asked]}"
         for row in iterate_rows(train, ["origin", "messages"])
         for asked in [
-            (True, canonical(whole_question(row))),
+            (True, canonical(prompt_of(row))),
             *((False, canonical(question)) for question in questions_of(row)),
         ]
         if asked in evaluated and asked[1]

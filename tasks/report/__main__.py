@@ -98,6 +98,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
     answered = find_moves([both for both in pairs if both[0]["benchmark"] != HELDOUT])
     heldout = find_moves([both for both in pairs if both[0]["benchmark"] == HELDOUT])
     benchmarks = compare(rows, gate["reference"], params)
+    any_benchmark = any(not one.is_loss for one in benchmarks)
     available = {one.name: len(one.items) for one in read_benchmarks(BENCHMARKS)}
     evidence = Evidence(gate, benchmarks, available, params)
     summaries = {stage: read_json(DATA / stage / "summary.json") for stage in stage_order()}
@@ -118,7 +119,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "judge_verdicts": VERDICTS,
         "benchmarks": benchmarks,
         "alpha": params.alpha,
-        "moves": {"Benchmarks": answered, "Held-out examples": heldout},
+        "moves": {**({"Benchmarks": answered} if any_benchmark else {}), "Held-out examples": heldout},
         "heldout_texts": read_heldout(TEST, heldout),
         "changes": changes,
         "summaries": summaries,

@@ -1,9 +1,10 @@
 """The last sentences of the summary: what became of the new model, and what to type next."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS
 from nightshift.pipeline.outcome import promote_command
-from tasks.gate.decision import format_points
 from tasks.report.evidence import Evidence, join
 
 
@@ -62,17 +63,31 @@ def advise_hold(evidence: Evidence) -> str:
     """Say how to get a clear result: more items where there are too few, otherwise a better model."""
     gain, verdicts = evidence.gate["gain"], evidence.verdicts
     names = {name for check, (name, _) in evidence.margins.items() if verdicts.get(check) == "hold"}
-    target = f"a gain of {format_points(evidence.params.detectable_gain)}"
-    # A number that is not finite is stored as null.
-    needed = gain["items_needed"] or 0
+    names.update(evidence.small)
+    is_without_loss = verdicts.get("held-out loss") == "hold"
+    if is_without_loss or (evidence.is_by_loss and evidence.has_few):
+        names.add(HELDOUT)
     size = shown = ""
-    if gain["p_value"] > gain["spent"] and needed > gain["items"]:
-        names.update(evidence.primary)
-        size = f" (about {needed:,.0f} would show {target})"
-    elif gain["p_value"] > gain["spent"] and needed:
-        shown = f"These items would have shown {target}. "
+    # A number that is not finite is stored as null.
+    is_unproven = not evidence.has_few and gain["p_value"] > gain["spent"] and gain["items_needed"]
+    if is_unproven and gain["items_needed"] > gain["items"]:
+        names.update(evidence.primary or [HELDOUT])
+        size = f" (about {gain['items_needed']:,.0f} would show {evidence.target})"
+    elif is_unproven:
+        items = "test examples" if evidence.is_by_loss else "items"
+        shown = f"These {items} would have shown {evidence.target}. "
     if not names:
         return f"{shown}Change the data or params.yaml, then type `make run`."
-    if evidence.describe_limit(sorted(names)):
-        return f"To ask more items{size}, raise evaluate.limit, then type `make run`."
-    return f"Add items to {join(sorted(names))}{size}, then type `make run`."
+    return f"{describe_remedies(evidence, sorted(names), size)}, then type `make run`."
+
+
+def describe_remedies(evidence: Evidence, names: Sequence[str], size: str) -> str:
+    """Say how to get more items of some benchmarks, and more test examples."""
+    own = {HELDOUT, TEST_ANSWERS}.intersection(names)
+    others = [name for name in names if name not in own]
+    if not others:
+        return f"For more test examples{size}, add data or raise split.test_share"
+    text = f"Add items to {join(others)}{size}"
+    if evidence.describe_limit(others):
+        text = f"To ask more items{size}, raise evaluate.limit"
+    return f"{text}, and for more test examples, add data or raise split.test_share" if own else text

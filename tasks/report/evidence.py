@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.gate import GateParams
+from tasks.gate.checks import format_points
 from tasks.report.compare import Benchmark
 
 # Names that a sentence lists; it counts the others.
@@ -31,6 +32,30 @@ class Evidence:
     def is_identical(self) -> bool:
         """Whether the new model is the one that it would be compared with."""
         return bool(self.gate["checks"][0]["name"] == "candidate")
+
+    @property
+    def is_by_loss(self) -> bool:
+        """Whether the gate judged by the loss on the test set, because no benchmark counts for the gain."""
+        return not self.primary
+
+    @property
+    def target(self) -> str:
+        """Gain that is worth detecting, in words."""
+        if self.is_by_loss:
+            return f"a loss lower by {self.params.detectable_loss_gain:.1%}"
+        return f"a gain of {format_points(self.params.detectable_gain)}"
+
+    @property
+    def has_few(self) -> bool:
+        """Whether there are too few items, or test examples, to judge the gain."""
+        gain = self.gate["gain"]
+        few = not gain or gain["items"] < self.params.min_items
+        return few and self.verdicts["gain"] == "hold"
+
+    @property
+    def small(self) -> list[str]:
+        """Benchmarks with too few items for a verdict; each has a check of its name."""
+        return [one.name for one in self.benchmarks if self.verdicts.get(one.name) == "hold"]
 
     @property
     def verdicts(self) -> dict[str, str]:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from nightshift.data.gain import describe_loss_change, format_share
 from nightshift.data.statistics import seed_band
-from tasks.gate.decision import format_points
+from tasks.gate.checks import format_points
 from tasks.report.advice import Outcome, advise, describe_outcome
 from tasks.report.compare import Benchmark, Line
 from tasks.report.evidence import Evidence, join
@@ -35,15 +36,29 @@ def summarize(evidence: Evidence, outcome: Outcome) -> list[str]:
         return [f"The gate could not decide: {cut(evidence.gate['reason'])}.", next_step]
     if evidence.is_identical:
         return [f"The new model is identical to the {evidence.gate['reference']}.", next_step]
-    better = [one for one in evidence.benchmarks if one.gain > 0]
-    worse = [one for one in evidence.benchmarks if one.gain < 0]
     return [
-        f"The new model is better {list_changes(evidence, better)}.",
-        " ".join([f"It is worse {list_changes(evidence, worse)}.", *describe_slices(evidence)]),
+        *describe_loss(evidence),
+        *describe_changes(evidence),
         *describe_retrieval(evidence.benchmarks),
         " ".join([describe_gain(evidence), *describe_obstacles(evidence)]),
         next_step,
     ]
+
+
+def describe_loss(evidence: Evidence) -> Iterator[str]:
+    """Describe the change of the loss if the gate judged by it."""
+    if evidence.is_by_loss and evidence.gate["gain"]:
+        text = describe_loss_change(evidence.gate)
+        yield f"Against the {evidence.gate['reference']}, {text}."
+
+
+def describe_changes(evidence: Evidence) -> Iterator[str]:
+    """Say what got better and worse; the loss is left out if the gate judged by it."""
+    named = [one for one in evidence.benchmarks if not (one.is_loss and evidence.is_by_loss)]
+    if named:
+        better, worse = ([one for one in named if sign * one.gain > 0] for sign in (1, -1))
+        yield f"The new model is better {list_changes(evidence, better)}."
+        yield " ".join([f"It is worse {list_changes(evidence, worse)}.", *describe_slices(evidence)])
 
 
 def list_changes(evidence: Evidence, benchmarks: Sequence[Benchmark]) -> str:
@@ -98,8 +113,14 @@ def describe_retrieval(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
 
 
 def describe_gain(evidence: Evidence) -> str:
-    """Say whether the gain over all benchmarks that count for it is proven."""
+    """Say whether the gain on the benchmarks that count for it, or on the test set, is proven."""
+    if evidence.has_few:
+        return describe_few(evidence)
     verdict, names = evidence.verdicts["gain"], evidence.primary
+    if evidence.is_by_loss:
+        if verdict == "hold":
+            return f"A lower loss is not proven: {describe_doubt(evidence)}."
+        return f"The {'lower' if verdict == 'promote' else 'higher'} loss is proven."
     what = {"promote": "The gain", "hold": "A gain", "reject": "The loss"}[verdict]
     if verdict == "hold":
         proof = f"is not proven: {describe_doubt(evidence)}"
@@ -107,6 +128,15 @@ def describe_gain(evidence: Evidence) -> str:
         proof = f"is proven: {describe_range(evidence)}"
     limit = evidence.describe_limit(names)
     return f"{what} on {join(names)} {proof}{f'; {limit}' if limit else ''}."
+
+
+def describe_few(evidence: Evidence) -> str:
+    """Say that there are too few items, or test examples, to judge the gain."""
+    gain, least = evidence.gate["gain"], evidence.params.min_items
+    where = "in the test set" if evidence.is_by_loss else f"on {join(evidence.primary)}"
+    what = "examples" if evidence.is_by_loss else "items"
+    count = gain["items"] if gain else 0
+    return f"There are too few {what} {where} for a verdict: {count} of {least} (gate.min_items)."
 
 
 def describe_range(evidence: Evidence) -> str:
@@ -124,7 +154,11 @@ def describe_doubt(evidence: Evidence) -> str:
     if gain["p_value"] <= gain["spent"]:
         band = format_points(seed_band(params.seed_noise, params.alpha))
         return f"another training seed alone may change the accuracy by {band}"
-    change = f"{format_points(gain['mean'], '+')} on {gain['items']:,} items"
+    if evidence.is_by_loss:
+        change = format_share(gain["mean"], evidence.gate["reference_loss"])
+    else:
+        change = format_points(gain["mean"], "+")
+    change += f" on {gain['items']:,} {'test examples' if evidence.is_by_loss else 'items'}"
     if gain["mean"] <= 0:
         return f"the change is {change}"
     if gain["look"] > 1 and gain["p_value"] <= gain["alpha"]:
@@ -147,10 +181,14 @@ def describe_obstacles(evidence: Evidence) -> Iterator[str]:
 def explain_checks(evidence: Evidence) -> dict[str, str]:
     """Return name of a check -> why it holds or rejects, in plain words."""
     params = evidence.params
+    rose = f"the loss on held-out examples rose by more than {params.max_loss_increase:.0%}"
+    is_unknown = evidence.verdicts.get("held-out loss") == "hold"
     found = {
         "slices": f"a slice is significantly worse by more than {format_points(params.margin)}",
-        "held-out loss": f"the loss on held-out examples rose by more than {params.max_loss_increase:.0%}",
+        "held-out loss": "no test example has a loss to compare" if is_unknown else rose,
     }
+    for name in evidence.small:
+        found[name] = f"{name} has fewer than {params.min_items} items (gate.min_items)"
     for name, floor in params.floors.items():
         found[f"{name}, floor"] = f"the accuracy on {name} is below its minimum of {floor:.1%}"
     for check, (name, allowed) in evidence.margins.items():
@@ -173,8 +211,8 @@ def describe_statistics(evidence: Evidence) -> str:
         f"gate.alpha = {gain['alpha']:g}."
     )
     if gain["power"] is not None:
-        detectable = format_points(evidence.params.detectable_gain)
+        items = "test examples" if evidence.is_by_loss else "items"
         text += (
-            f" {gain['items']:,} items show a gain of {detectable} with a probability of {gain['power']:.0%}."
+            f" {gain['items']:,} {items} show {evidence.target} with a probability of {gain['power']:.0%}."
         )
     return text

@@ -5,6 +5,7 @@ from tasks.gate import GateParams
 PARAMS = GateParams(
     alpha=0.05,
     detectable_gain=0.1,
+    detectable_loss_gain=0.02,
     power=0.8,
     margin=0.05,
     floors={},

@@ -14,10 +14,12 @@ import yaml
 from nightshift.core.errors import DataError
 from nightshift.core.files import jsonl, read_json, read_rows, write_json, write_rows, write_text
 from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
+from nightshift.data.encode import load_encoder
 from nightshift.data.schemas import AUGMENTED, GROUPED
-from tasks.evaluate import EvaluateParams
+from tasks.evaluate import EvaluateParams, ExactMatchParams
 from tasks.evaluate import __main__ as evaluate
-from tasks.evaluate.kinds import score_benchmark
+from tasks.evaluate.answers import Answers, choose_answers
+from tasks.evaluate.kinds import score_answers, score_benchmark
 from tasks.evaluate.model import Model, load_model
 from tasks.snapshot.sources.harness import harness_items
 from tests.helpers.checkouts import ROOT
@@ -70,6 +72,7 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     params["evaluate"] = {
         "limit": 2,
         "batch_size": 4,
+        "exact_match": None,
         "retrieval": {"documents": 2, "benchmarks": ["facts", "written"]},
     }
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
@@ -136,7 +139,7 @@ def evaluated(adapter: Path | None, *benchmarks: str) -> evaluate.EvaluatedModel
 
 
 def test_scores_are_keyed_by_everything_that_affects_them_and_nothing_else(folder: Path) -> None:
-    params = EvaluateParams(limit=2, batch_size=4, retrieval=None)
+    params = EvaluateParams(limit=2, batch_size=4, exact_match=None, retrieval=None)
     base, candidate = (evaluated(adapter, *TASKS) for adapter in (None, evaluate.MODEL))
     kept = evaluate.memo_files(base, params)
     assert evaluate.memo_files(base, params.model_copy(update={"batch_size": 1})) == kept
@@ -154,7 +157,7 @@ def test_scores_are_keyed_by_everything_that_affects_them_and_nothing_else(folde
 
 
 def test_a_killed_stage_keeps_finished_benchmarks(folder: Path) -> None:
-    params = EvaluateParams(limit=None, batch_size=4, retrieval=None)
+    params = EvaluateParams(limit=None, batch_size=4, exact_match=None, retrieval=None)
     # The second benchmark takes long enough to be interrupted.
     put_benchmarks(evaluate.BENCHMARKS, items=500)
     item = (evaluate.BENCHMARKS / "facts" / "items.jsonl").read_text().splitlines()[0]
@@ -238,12 +241,124 @@ def test_documents_are_added_only_to_the_last_question(model: Callable[..., Mode
     assert "A note on" not in model().apply_chat_template(turns)
 
 
-def test_a_baseline_ignores_the_names_of_benchmarks_that_are_gone(folder: Path) -> None:
-    for names, found in ((["gone", "facts"], ["facts"]), (["gone"], None)):
-        retrieval = {"documents": 1, "benchmarks": names}
-        params = EvaluateParams(limit=2, batch_size=4, retrieval=retrieval)  # type: ignore[arg-type]
-        model = evaluate.find_models(params).get("retrieval")
-        assert (model and model.benchmarks) == found
+@pytest.mark.usefixtures("folder")
+def test_a_baseline_on_a_benchmark_that_is_gone_is_ignored_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gone = {"documents": 1, "benchmarks": ["gone"]}
+    params = EvaluateParams(limit=2, batch_size=4, exact_match=None, retrieval=gone)  # type: ignore[arg-type]
+    assert sorted(evaluate.find_models(params)) == ["base", "candidate"]
+    assert caplog.messages == ["ignored: evaluate.retrieval.benchmarks lists gone, which is no benchmark"]
+    both = {"documents": 1, "benchmarks": ["facts", "gone"]}
+    params = EvaluateParams(limit=2, batch_size=4, exact_match=None, retrieval=both)  # type: ignore[arg-type]
+    assert evaluate.find_models(params)["retrieval"].benchmarks == ["facts"]
+
+
+def put_examples(*conversations: list[tuple[str, str]]) -> None:
+    """Write test examples, each of (role, content) turns."""
+    turn = {"tool_calls": None, "name": None}
+    rows = [
+        {**conversation(i), "messages": [{"role": role, "content": text, **turn} for role, text in turns]}
+        for i, turns in enumerate(conversations)
+    ]
+    write_rows(evaluate.TEST, rows, GROUPED)
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_last_answer_of_a_test_example_is_generated_after_all_turns_before(
+    model: Callable[..., Model],
+) -> None:
+    chat = [("system", "Be brief."), ("user", "One?"), ("assistant", "Yes."), ("user", "Two?")]
+    asker = model()
+    turns = [{"role": role, "content": text} for role, text in chat]
+    (spoken,) = asker.generate_greedy([asker.apply_chat_template(turns)], 9)
+    put_examples(
+        [("user", "Zero?"), ("assistant", "Yes.")],
+        [*chat, ("assistant", "No.")],
+        [("user", "Three?"), ("assistant", "word " * 50)],
+        [("text", "A plain text.")],
+    )
+    shutil.rmtree(evaluate.BENCHMARKS)
+    params = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    params["evaluate"] |= {
+        "exact_match": {"max_new_tokens": 9, "limit": None},
+        "retrieval": {"documents": 1, "benchmarks": ["test_answers"]},
+    }
+    Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    evaluate.main()
+    rows = [row for row in read_rows(evaluate.SCORES) if row["benchmark"] == "test_answers"]
+    assert {(row["model"], row["item"]) for row in rows} == {
+        (name, item) for name in ("base", "candidate", "retrieval") for item in ("0", "1")
+    }
+    (row,) = (row for row in rows if (row["model"], row["item"]) == ("base", "1"))
+    assert row == {
+        "model": "base",
+        "benchmark": "test_answers",
+        "item": "1",
+        "slice": "1",
+        "score": 0.0,
+        "tokens": None,
+        "choices": None,
+        "status": "ok",
+        "question": "Two?",
+        "expected": "No.",
+        "answer": spoken,
+    }
+    summary = read_json(Path("data/evaluate/summary.json"))
+    assert summary["test_answers"] == {"test": 4, "asked": 2, "no_text_answer": 1, "too_long": 1}
+    assert read_json(evaluate.METRICS)["base"]["test_answers"]["items"] == 2
+
+
+@pytest.mark.usefixtures("folder")
+def test_answers_are_compared_without_case_and_punctuation_and_unreadable_examples_are_skipped(
+    model: Callable[..., Model],
+) -> None:
+    put_examples(
+        [("user", "Warm?"), ("tool", "20 degrees"), ("assistant", "The YES!")],
+        [("user", "Cold?"), ("assistant", "No.")],
+    )
+    encoder = load_encoder(evaluate.BASE)
+    answers = Answers(["0", "1"], 2, {})
+    asked: list[str] = []
+    asker = model()
+    asker.generate_greedy = lambda prompts, _: asked.extend(prompts) or ["yes"] * len(prompts)  # type: ignore
+    first, second = score_answers(asker, encoder, evaluate.TEST, answers)
+    assert (first["score"], first["question"], second["score"]) == (1.0, "20 degrees", 0.0)
+    assert asked[0].endswith("20 degrees<|im_end|>\n<|im_start|>assistant\n")
+    fails = "{% for turn in messages if turn.role == 'tool' %}{{ raise_exception('no tools') }}{% endfor %}"
+    broken = replace(encoder, template=fails + encoder.template)
+    first, second = score_answers(asker, broken, evaluate.TEST, answers)
+    assert (first["status"], first["score"], first["expected"]) == ("skipped", None, "The YES!")
+    assert first["answer"] == "the chat template does not render it"
+    assert (second["status"], second["score"]) == ("ok", 0.0)
+
+
+@pytest.mark.usefixtures("folder")
+def test_answers_are_chosen_by_length_and_limit_and_keyed_by_them(caplog: pytest.LogCaptureFixture) -> None:
+    write_rows(evaluate.TEST, [conversation(i) for i in range(9)], GROUPED)
+    base = evaluated(None, "test_answers")
+    params = EvaluateParams(limit=2, batch_size=4, exact_match=None, retrieval=None)
+
+    def choose(max_new_tokens: int, limit: int | None) -> Answers:
+        how = ExactMatchParams(max_new_tokens=max_new_tokens, limit=limit)
+        return choose_answers(evaluate.TEST, evaluate.BASE, how)
+
+    every, some = choose(20, None), choose(20, 3)
+    assert sorted(every.ids) == [str(i) for i in range(9)]
+    assert every.ids[:3] == some.ids
+    assert some.counts == {"test": 9, "asked": 3, "over_limit": 6}
+    files = {evaluate.memo_files(base, params, one)["test_answers"] for one in (every, some, choose(21, 3))}
+    assert len(files) == 3
+    # Another example takes the place of one at most.
+    write_rows(evaluate.TEST, [conversation(i) for i in range(10)], GROUPED)
+    assert len({*choose(20, 3).ids, *some.ids}) <= 4
+    assert caplog.messages == []
+    none = choose(2, None)
+    assert none.counts == {"test": 10, "asked": 0, "too_long": 10}
+    assert caplog.messages == [
+        "evaluate.exact_match: none of 10 test examples can be asked (too_long 10); raise max_new_tokens"
+    ]
+    assert "test_answers" not in evaluate.find_models(params, none)["base"].benchmarks
 
 
 def test_an_lm_eval_task_is_converted_to_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from tests.helpers.checkouts import ROOT
 from tests.helpers.sft import BACKEND, conversation, make_folder, sft_params
 from tests.integration.test_evaluate import put_benchmarks
 
-SCORING = EvaluateParams(limit=2, batch_size=4, retrieval=None)
+SCORING = EvaluateParams(limit=2, batch_size=4, exact_match=None, retrieval=None)
 # Code that displays, tracks or estimates a training run and does not affect its result.
 NOT_IN_TRAINING_KEY = {
     "tasks/sft/callbacks.py",

@@ -13,17 +13,29 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
-from nightshift.core.files import read_json, read_rows, write_json, write_rows, write_text
+from nightshift.core.config import load_params
+from nightshift.core.files import read_json, read_rows, write_figures, write_json, write_rows, write_text
 from nightshift.core.paths import METRICS, PAGE, SHORT
 from nightshift.data.benchmarks import CHOICE_TASK
 from nightshift.data.schemas import AUGMENTED
 from nightshift.registry import versions
 from nightshift.tracking.runs import experiment_id, tracking_uri
 from tasks.evaluate.scores import ALL_SCORES
+from tasks.gate import GateParams
+from tasks.gate.decision import decide
 from tasks.report import __main__ as report
 from tests.helpers.browser import Visit, find_browser, open_browser
 from tests.helpers.checkouts import ROOT
-from tests.helpers.report import GATE, HOSTILE, make_night, messages, night_scores, score, write_scores
+from tests.helpers.report import (
+    GATE,
+    HOSTILE,
+    heldout,
+    make_night,
+    messages,
+    night_scores,
+    score,
+    write_scores,
+)
 
 DATABASE = Path(".nightshift/mlflow.db")
 SENTENCES = [
@@ -230,6 +242,35 @@ def test_unused_data_on_disk_is_listed(checkout: Path) -> None:
     write_text(checkout / "data/raw/old/000009.jsonl", "x" * 1500)
     assert line in plain(write_page())
     assert SHORT.read_text(encoding="utf-8").splitlines()[-2:] == ["", line]
+
+
+def test_a_night_without_a_benchmark_is_judged_and_shown_by_its_loss(checkout: Path) -> None:
+    rows = [
+        heldout(model, f"t{i:03}", tokens * (loss + 0.1 * (-1) ** i), tokens)
+        for model, loss in (("base", 2.5), ("champion", 2.31), ("candidate", 1.87))
+        for i in range(120)
+        for tokens in [5 + i % 7]
+    ]
+    write_scores(checkout / "data", rows)
+    digests = {"base": None, "candidate": GATE["candidate"], "champion": "b" * 64}
+    write_figures(report.GATE, decide(rows, digests, [], (), load_params(GateParams, "gate")))
+    sentences = [
+        "Against the champion, the loss on 120 test examples fell from 2.310 to 1.870 nats per token "
+        "(-19.0%, 95% interval -19.0% to -19.0%).",
+        "The lower loss is proven.",
+    ]
+    page = plain(write_page())
+    assert f"Ship it: the new model is better {' '.join(sentences)} Version 2 is now the champion" in page
+    assert "ignored: gate.retention lists it, but no benchmark with this name was scored" in page
+    assert "Held-out examples 0 worse, 120 better, 0 unchanged." in page
+    assert "0 worse, 0 better" not in page
+    assert SHORT.read_text(encoding="utf-8").startswith(
+        f"**Ship it: the new model is better**\n\n- {sentences[0]}\n- {sentences[1]}\n"
+    )
+    with open_browser() as browser:
+        visit = Visit(browser, PAGE)
+        assert visit.errors == []
+        assert "fell from 2.310 to 1.870" in visit.page.inner_text("h1 + ul")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from nightshift.core.files import jsonl, write_rows, write_text
-from nightshift.data.benchmarks import CHOICE_TASK, whole_question
+from nightshift.data.benchmarks import CHOICE_TASK, prompt_of
 from nightshift.data.schemas import GROUPED
 from tasks.decontaminate import DecontaminateParams, Hit, build_index, evaluation_questions, find_hits
 
@@ -43,7 +43,7 @@ def hit(question: str, answer: str = "x", role: str = "user") -> tuple[str, str]
 
 def hits_of_test(rows: list[dict[str, Any]], *test: dict[str, Any]) -> list[str]:
     """Return the ids of the rows that overlap with test examples."""
-    questions = [("test", one["id"], whole_question(one)) for one in test]
+    questions = [("test", one["id"], prompt_of(one)) for one in test]
     index = build_index(questions, PARAMS, 2, has_ngrams=False)
     return list(find_hits(rows, NOTHING, index, PARAMS))  # type: ignore[arg-type]
 

@@ -70,12 +70,14 @@ def test_missing_empty_and_malformed_files_are_reported(tmp_path: Path) -> None:
     put(tmp_path, "gone", CHOICE_TASK)
     (tmp_path / "gone" / "items.jsonl").unlink()
     put(tmp_path, "test", CHOICE_TASK)
+    put(tmp_path, "test_answers", CHOICE_TASK, GOOD["choice"][1])
     (tmp_path / "test" / "items.jsonl").write_text('\n{"id": \n')
     assert faults(tmp_path) == [
         "empty/items.jsonl: no items; add at least one",
         "gone/items.jsonl: not found; add the benchmark's items",
         "test: this name is reserved for the held-out examples; use another one",
         "test/items.jsonl:2: not valid JSON: Expecting value; write one object per line",
+        "test_answers: this name is reserved for the held-out examples; use another one",
     ]
 
 

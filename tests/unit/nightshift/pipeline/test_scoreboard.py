@@ -82,6 +82,44 @@ def test_an_interval_that_could_not_be_computed_is_shown_as_none() -> None:
     assert table["gain over the base"] == "+15.0 points on 180 questions of facts, 95% interval none to none"
 
 
+LOSS_GATE: dict[str, Any] = {
+    "verdict": "promote",
+    "reason": "better",
+    "reference": "base",
+    "loss": 1.87,
+    "reference_loss": 2.31,
+    "gain": {
+        "unit": "nats per token",
+        "benchmarks": ["test"],
+        "items": 120,
+        "mean": 0.44,
+        "low": 0.37,
+        "high": 0.51,
+        "alpha": 0.05,
+    },
+}
+
+
+def test_a_gain_on_the_test_set_is_shown_as_a_lower_loss() -> None:
+    scores = {"base": {"test": {"loss": 2.31}}, "candidate": {"test": {"loss": 1.87}}}
+    table = dict(format_rows({**BOARD, "gate": LOSS_GATE, "metrics": scores}))
+    assert table["gain over the base"] == (
+        "the loss on 120 test examples fell from 2.310 to 1.870 nats per token (-19.0%, 95% interval -22.1% "
+        "to -16.0%)"
+    )
+    assert table["loss on the test set"] == "base 2.310 -> new model 1.870"
+    gain = {**LOSS_GATE["gain"], "items": 1, "low": None, "high": None}
+    table = dict(format_rows({**BOARD, "gate": {**LOSS_GATE, "gain": gain}, "metrics": scores}))
+    assert table["gain over the base"].endswith("(-19.0%, 95% interval none to none)")
+
+
+def test_a_run_without_any_test_example_has_a_scoreboard() -> None:
+    gate = {"verdict": "hold", "reason": "too few", "reference": "base", "gain": None, "loss": None}
+    table = dict(format_rows({**BOARD, "gate": gate, "metrics": {}}))
+    assert table["loss on the test set"] == "base none -> new model none"
+    assert "gain over the base" not in table
+
+
 def test_the_scoreboard_counts_the_rows_that_each_stage_dropped(in_tmp: Path) -> None:
     shutil.copy(ROOT / "dvc.yaml", in_tmp)
     for stage in stage_order():

@@ -78,3 +78,15 @@ def card_schema() -> Any:
     from tasks.evaluate.scores import ALL_SCORES
 
     return ALL_SCORES
+
+
+def test_a_gain_on_the_test_set_is_described(folder: Path) -> None:
+    gain = {"unit": "nats per token", "items": 120, "mean": 0.44, "low": 0.37, "high": 0.51, "alpha": 0.05}
+    compared = {"reference": "base", "loss": 1.87, "reference_loss": 2.31, "gain": gain}
+    write_json(card.GATE, {"verdict": "promote", "reason": "gain: better", "checks": [], **compared})
+    card.write_card(folder / "README.md", "name", PARAMS)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert (
+        "No benchmark was scored.\n\nCompared with the base, the loss on 120 test examples fell from 2.310 "
+        "to 1.870 nats per token (-19.0%, 95% interval -22.1% to -16.0%).\n"
+    ) in text

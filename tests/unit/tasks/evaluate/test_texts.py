@@ -23,6 +23,13 @@ def test_contains_matches_whole_words_and_case(answer: str, score: float) -> Non
     assert compare("contains", answer, ["Au"]) == score
 
 
+def test_an_answer_of_articles_or_signs_only_is_not_equal_to_an_empty_one() -> None:
+    # SQuAD's normalisation leaves nothing of the choices A and +.
+    assert compare("exact_match", "a.", ["A"]) == 1
+    assert [compare("exact_match", one, ["A"]) for one in ("", "The", "B", "...")] == [0, 0, 0, 0]
+    assert [compare("exact_match", one, ["+"]) for one in ("+", "-", "")] == [1, 0, 0]
+
+
 def test_token_f1_counts_each_shared_word_once() -> None:
     # Two of three words are right, and both reference words are found: 2 * (2/3 * 1) / (2/3 + 1).
     assert compare("token_f1", "in London England", ["London, England"]) == pytest.approx(0.8)

@@ -224,10 +224,6 @@ def test_a_behaviour_benchmark_only_rejects() -> None:
     # Of 60 items, five lost prove nothing, twelve do; a gain here does not count.
     assert [behaves(45, 50), behaves(38, 50), behaves(60, 0)] == ["promote", "reject", "promote"]
     assert behaves(45, 50, floors={"reworded": 0.8}) == "reject"
-    only = [row for row in rows if row["benchmark"] == "test"]
-    only += scores("candidate", 60, 60, benchmark="reworded") + scores("base", 0, 60, benchmark="reworded")
-    reason = judge([row for row in only if row["item"] != "x"], behaviour=["reworded"])["reason"]
-    assert reason == "scores: no benchmark has a score; see snapshot.benchmarks"
 
 
 def test_a_benchmark_has_one_use() -> None:
@@ -258,7 +254,16 @@ def test_an_item_that_is_too_long_must_be_skipped_for_both_models() -> None:
     # If too many are skipped, too few items are left.
     for row in (*ours[50:99], *theirs[50:99]):
         row |= {"status": "skipped", "score": None}
-    assert judge(ours + theirs, min_items=51)["verdict"] == "error"
+    assert judge(ours + theirs, min_items=51)["reason"] == (
+        "gain: not judged on 50 items; facts: too few items: 50 of the 51 that gate.min_items requires; add "
+        "items or raise evaluate.limit"
+    )
+    # None is left: the benchmark still counts, so the loss does not take its place.
+    for row in (*ours[:50], *theirs[:50]):
+        row |= {"status": "skipped", "score": None}
+    decision = judge(ours + theirs)
+    assert (decision["verdict"], decision["gain"]) == ("hold", None)
+    assert decision["reason"].startswith("gain: not judged on 0 items; facts: too few items: 0 of the 50 ")
 
 
 def test_a_model_that_is_not_compared_may_fail() -> None:
@@ -298,14 +303,52 @@ def test_a_training_row_that_contains_an_evaluation_question_is_an_error() -> No
 
 
 def test_all_faults_of_the_scores_are_reported_at_once() -> None:
-    reasons = judge(scores("candidate", 30, 49) + scores("base", 0, 49), floors={"other": 0.5})["reason"]
-    assert reasons == (
-        "other: listed in gate, but no benchmark with this name was scored; "
-        "facts: 49 items, fewer than gate.min_items=50; add items"
+    rows = scores("candidate", 30)[1:] + scores("base", 0)
+    rows[0]["score"] = math.nan
+    assert judge(rows, overlaps=("facts/000001.jsonl:3 matches facts/7",))["reason"] == (
+        "contamination: 1 training rows contain an evaluation question, first: facts/000001.jsonl:3 matches "
+        "facts/7; rerun decontaminate; scores: 1 items are scored for only one model; rerun evaluate; "
+        "scores: 1 scores are not numbers, first: candidate, facts/001: x; the model is broken"
     )
-    assert judge([])["reason"].startswith("scores: the held-out split is empty; raise split.test_share")
-    only_test = [row for row in scores("candidate", 70) + scores("base", 40) if "tokens" in row]
-    assert judge(only_test)["reason"] == "scores: no benchmark has a score; see snapshot.benchmarks"
+
+
+def test_a_benchmark_with_too_few_items_holds_with_the_number_and_the_others_still_count() -> None:
+    few = judge(scores("candidate", 49, 49) + scores("base", 0, 49))
+    assert (few["verdict"], few["gain"]["mean"]) == ("hold", 1.0)
+    assert few["reason"] == (
+        "gain: not judged on 49 items; facts: too few items: 49 of the 50 that gate.min_items requires; add "
+        "items or raise evaluate.limit"
+    )
+    assert [check["name"] for check in few["checks"]] == ["gain", "facts", "held-out loss"]
+    # Neither do they prove a loss.
+    assert judge(scores("candidate", 0, 49) + scores("base", 49, 49))["verdict"] == "hold"
+    for more in ({"retention": {"small": 0.1}}, {"behaviour": ["small"]}, {}):
+        rows = scores("candidate", 70) + scores("base", 40)
+        for model in ("candidate", "base"):
+            rows += [row for row in scores(model, 20, 49, benchmark="small") if "tokens" not in row]
+        decision = judge(rows, **more)
+        assert decision["verdict"] == "hold"
+        assert decision["reason"].startswith(
+            "small: too few items: 49 of the 50 that gate.min_items requires"
+        )
+    # A floor applies to any number of items.
+    assert judge(scores("candidate", 9, 9) + scores("base", 0, 9), floors={"facts": 1.0})["verdict"] == "hold"
+    assert (
+        judge(scores("candidate", 8, 9) + scores("base", 0, 9), floors={"facts": 1.0})["verdict"] == "reject"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("floors", {"gone": 1.0}), ("retention", {"gone": 0.0}), ("behaviour", ["gone"])]
+)
+def test_a_benchmark_that_is_gone_is_noted_and_ignored(setting: str, value: Any) -> None:
+    decision = judge(scores("candidate", 70) + scores("base", 40), **{setting: value})
+    assert decision["verdict"] == "promote"
+    assert decision["checks"][-1] == {
+        "name": "gone",
+        "verdict": "promote",
+        "message": f"ignored: gate.{setting} lists it, but no benchmark with this name was scored",
+    }
 
 
 def test_a_candidate_identical_to_the_champion_is_held() -> None:
@@ -429,7 +472,7 @@ def test_the_stage_writes_the_verdict_of_an_ordinary_gain() -> None:
 def test_a_non_finite_figure_that_is_only_reported_does_not_change_the_verdict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tasks.gate.decision.power", lambda *_: math.nan)
+    monkeypatch.setattr("tasks.gate.gain.power", lambda *_: math.nan)
     write_scores(scores("candidate", 70), scores("base", 40))
     main()
     decision = read_json(Path("data/gate/gate.json"))
@@ -440,19 +483,19 @@ def test_a_non_finite_figure_that_is_only_reported_does_not_change_the_verdict(
 @pytest.mark.parametrize(
     ("name", "broken", "check"),
     [
-        ("p_value", math.nan, "gain"),
-        ("spent_alpha", math.nan, "gain"),
-        ("seed_band", math.nan, "gain"),
-        ("interval", (math.nan, math.nan), "facts, against base"),
-        ("interval", (0.1, math.inf), "facts, against base"),
-        ("compare_losses", (math.nan, 2.0), "held-out loss"),
-        ("compare_losses", (2.0, math.nan), "held-out loss"),
+        ("gain.p_value", math.nan, "gain"),
+        ("gain.spent_alpha", math.nan, "gain"),
+        ("gain.seed_band", math.nan, "gain"),
+        ("checks.interval", (math.nan, math.nan), "facts, against base"),
+        ("checks.interval", (0.1, math.inf), "facts, against base"),
+        ("decision.compare_losses", (math.nan, 2.0), "held-out loss"),
+        ("decision.compare_losses", (2.0, math.nan), "held-out loss"),
     ],
 )
 def test_a_non_finite_figure_that_decides_is_an_error(
     monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, check: str
 ) -> None:
-    monkeypatch.setattr(f"tasks.gate.decision.{name}", lambda *_, **__: broken)
+    monkeypatch.setattr(f"tasks.gate.{name}", lambda *_, **__: broken)
     write_scores(scores("candidate", 70, parts=2), scores("base", 40, parts=2))
     main()
     decision = read_json(Path("data/gate/gate.json"))
@@ -464,7 +507,7 @@ def test_a_slice_with_a_non_finite_p_value_is_an_error(monkeypatch: pytest.Monke
     def broken(*arguments: Any, **_: Any) -> float:
         return math.nan if "less" in arguments[1:] else 0.0
 
-    monkeypatch.setattr("tasks.gate.decision.p_value", broken)
+    monkeypatch.setattr("tasks.gate.checks.p_value", broken)
     decision = judge(scores("candidate", 70, parts=2) + scores("base", 40, parts=2))
     assert decision["reason"].startswith("slices: not a finite number: none of 2 significantly worse")
 

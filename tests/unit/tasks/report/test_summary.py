@@ -245,9 +245,7 @@ def test_scores_that_cannot_be_used_are_not_described() -> None:
     evidence = Evidence(gate, [], {}, PARAMS)
     assert headline(evidence) == "Do not ship it: the scores cannot be used"
     assert summarize(evidence, Outcome(None, 1, is_champion=False, waits=None)) == [
-        "The gate could not decide: scores: 1 items are scored for only one model; rerun evaluate; scores: "
-        "the "
-        "held-out split is empty; raise split.test_share or add data.",
+        "The gate could not decide: scores: 1 items are scored for only one model; rerun evaluate.",
         "The new model is not registered; version 1 remains the champion. Correct the cause, then type `make "
         "run`.",
     ]
@@ -340,3 +338,115 @@ def test_a_reason_without_plain_words_is_the_message_of_the_check() -> None:
     gate = {**evidence.gate, "verdict": "hold", "checks": [*evidence.gate["checks"], check]}
     held = Evidence(gate, evidence.benchmarks, {}, evidence.params)
     assert summarize(held, REGISTERED)[2].endswith("The gate holds the new model because 1 item was skipped.")
+
+
+NO_BENCHMARK: Right = {}
+FIRST = Outcome(version=1, champion=None, is_champion=True, waits=None)
+HELD = Outcome(version=1, champion=None, is_champion=False, waits=None)
+
+
+def judge_loss(
+    loss: float, examples: int = 120, noise: float = 0.0, known: Right = NO_BENCHMARK, **changes: Any
+) -> Evidence:
+    """Let the gate judge a candidate by its loss, which varies by `noise`; the base has a loss of 2."""
+    rows = [*answers("candidate", known), *(answers("base", {"countries": {"capital": 50}}) if known else [])]
+    for i in range(examples):
+        wobble = noise if i % 2 else -noise
+        rows += [heldout("candidate", f"t{i}", 10 * (loss + wobble), 10), heldout("base", f"t{i}", 20.0, 10)]
+    params = PARAMS.model_copy(update={"retention": {"countries": 0.1}, **changes})
+    gate = decide(rows, {"base": None, "candidate": "c"}, [], (), params)
+    return Evidence(gate, compare(rows, "base", params), {}, params)
+
+
+def test_without_a_benchmark_a_lower_loss_is_described_and_shipped() -> None:
+    evidence = judge_loss(1.5, noise=0.1)
+    assert headline(evidence) == "Ship it: the new model is better"
+    assert summarize(evidence, FIRST) == [
+        "Against the base, the loss on 120 test examples fell from 2.000 to 1.500 nats per token (-25.0%, "
+        "95% interval -25.9% to -24.1%).",
+        "The lower loss is proven.",
+        "Version 1 is now the champion. `nightshift history` lists all promotions.",
+    ]
+    assert describe_statistics(evidence).endswith(
+        " 120 test examples show a loss lower by 2.0% with a probability of 98%."
+    )
+
+
+def test_without_a_benchmark_a_loss_that_may_be_chance_is_held() -> None:
+    evidence = judge_loss(1.99, noise=0.4)
+    assert headline(evidence) == "Do not ship it yet: the result is inconclusive"
+    assert summarize(evidence, HELD)[1:] == [
+        "A lower loss is not proven: -0.5% on 120 test examples may be chance.",
+        "Version 1 is registered, but not promoted; there is no champion yet. For more test examples (about "
+        "914 would show a loss lower by 2.0%), add data or raise split.test_share, then type `make run`.",
+    ]
+    assert summarize(judge_loss(2.01, noise=0.4), HELD)[1] == (
+        "A lower loss is not proven: the change is +0.5% on 120 test examples."
+    )
+    assert summarize(judge_loss(1.999, noise=0.02), HELD)[-1].endswith(
+        " These test examples would have shown a loss lower by 2.0%. Change the data or params.yaml, then "
+        "type `make run`."
+    )
+
+
+def test_without_a_benchmark_a_higher_loss_is_rejected() -> None:
+    evidence = judge_loss(2.1, noise=0.1)
+    assert headline(evidence) == "Do not ship it: the new model is not good enough"
+    found = summarize(evidence, HELD)
+    assert found[0].startswith(
+        "Against the base, the loss on 120 test examples rose from 2.000 to 2.100 nats per token (+5.0%, 95% "
+    )
+    assert found[1] == "The higher loss is proven."
+
+
+@pytest.mark.parametrize("count", [31, 0])
+def test_too_few_test_examples_are_counted(count: int) -> None:
+    found = summarize(judge_loss(1.5, count), HELD)
+    assert found[-2:] == [
+        f"There are too few examples in the test set for a verdict: {count} of 50 (gate.min_items).",
+        "Version 1 is registered, but not promoted; there is no champion yet. For more test examples, add "
+        "data or raise split.test_share, then type `make run`.",
+    ]
+    # Without any, there is no loss to describe.
+    assert len(found) == (3 if count else 2)
+
+
+def test_a_lower_loss_does_not_compensate_what_was_forgotten() -> None:
+    found = summarize(judge_loss(1.5, noise=0.1, known={"countries": {"capital": 20}}), HELD)
+    assert found[1:4] == [
+        "The new model is better on no benchmark.",
+        "It is worse than the base on countries (33.3%, -50.0 points).",
+        "The lower loss is proven. The gate rejects the new model because more than the allowed 10.0 points "
+        "were lost on countries.",
+    ]
+
+
+def test_a_benchmark_with_too_few_items_holds_and_is_named() -> None:
+    assert summarize(judge(BETTER, min_items=121), REGISTERED)[2:] == [
+        "There are too few items on elements for a verdict: 120 of 121 (gate.min_items). The gate also holds "
+        "the new model because countries has fewer than 121 items (gate.min_items) and elements has fewer "
+        "than 121 items (gate.min_items).",
+        "Version 2 is registered, but not promoted; version 1 remains the champion. Add items to countries "
+        "and elements, then type `make run`.",
+    ]
+
+
+def test_answers_to_test_examples_are_a_benchmark_with_its_own_remedy() -> None:
+    candidate = {"test_answers": SIMILAR["elements"], "countries": CHAMPION["countries"]}
+    reference = {"test_answers": CHAMPION["elements"], "countries": CHAMPION["countries"]}
+    evidence = judge(candidate, reference, detectable_gain=0.05)
+    assert advise(evidence, REGISTERED) == (
+        "For more test examples (about 306 would show a gain of 5.0 points), add data or raise "
+        "split.test_share, then type `make run`."
+    )
+
+
+def test_a_gain_on_benchmarks_without_any_test_example_is_held() -> None:
+    params = judge(BETTER).params
+    rows = [*answers("candidate", BETTER), *answers("base", CHAMPION)]
+    gate = decide(rows, {"base": None, "candidate": "c"}, [], (), params)
+    found = summarize(Evidence(gate, compare(rows, "base", params), {}, params), HELD)
+    assert found[2].endswith(" The gate holds the new model because no test example has a loss to compare.")
+    assert found[-1].endswith(
+        " For more test examples, add data or raise split.test_share, then type `make run`."
+    )

@@ -1,0 +1,216 @@
+"""The checks of the gate besides the gain, each with a verdict and a reason."""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nightshift.data.benchmarks import TEST_ANSWERS
+from nightshift.data.schemas import Score
+from nightshift.data.statistics import holm, interval, p_value
+from tasks.gate import GateParams
+from tasks.gate.pairs import Pairs, by_benchmark, differences, key
+
+Verdict = Literal["promote", "hold", "reject", "error"]
+# Remedies for too few test examples, and too few of them whose answers are compared.
+MORE_EXAMPLES = "add data or raise split.test_share"
+MORE_ANSWERS = f"{MORE_EXAMPLES}, or raise the limits in evaluate.exact_match"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Result of one check.
+
+    Attributes:
+        name: Name of the check.
+        verdict: Verdict of the check.
+        message: Reason, with figures.
+    """
+
+    name: str
+    verdict: Verdict
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Test of a slice for a loss.
+
+    Attributes:
+        name: `benchmark/slice`.
+        items: Number of paired items.
+        mean: Change of the accuracy, -1 to 1.
+        p_value: One-sided p-value.
+        is_worse: Whether the slice is significantly worse, with Holm's correction over all slices.
+    """
+
+    name: str
+    items: int
+    mean: float
+    p_value: float
+    is_worse: bool
+
+
+def check_figures(name: str, verdict: Verdict, message: str, *figures: float) -> Check:
+    """Build a check from figures; a figure that is not finite makes the verdict an error.
+
+    Example:
+        >>> check_figures("gain", "promote", "better: +nan%", math.nan).verdict
+        'error'
+    """
+    if all(math.isfinite(figure) for figure in figures):
+        return Check(name, verdict, message)
+    return Check(name, "error", f"not a finite number: {message}; check the scores in data/evaluate")
+
+
+def check_items(groups: Mapping[str, Pairs], params: GateParams) -> Iterator[Check]:
+    """Find benchmarks that have too few items for a verdict."""
+    for name, group in groups.items():
+        if len(group) < params.min_items:
+            is_own = name == TEST_ANSWERS
+            remedy = MORE_ANSWERS if is_own else "add items or raise evaluate.limit"
+            yield check_few(name, len(group), "items", remedy, params)
+
+
+def check_few(name: str, count: int, what: str, remedy: str, params: GateParams) -> Check:
+    """Hold because there are too few items; the number includes only what both models have scores for."""
+    message = f"too few {what}: {count} of the {params.min_items} that gate.min_items requires; {remedy}"
+    return Check(name, "hold", message)
+
+
+def check_floors(groups: Mapping[str, Pairs], params: GateParams) -> Iterator[Check]:
+    """Compare the candidate with the lowest allowed accuracy."""
+    for name, group in groups.items():
+        if group and name in params.floors:
+            accuracy, floor = (
+                sum(candidate["score"] for candidate, _ in group) / len(group),
+                params.floors[name],
+            )
+            verdict: Verdict = "promote" if accuracy >= floor else "reject"
+            yield check_figures(f"{name}, floor", verdict, f"{accuracy:.1%}, minimum {floor:.1%}", accuracy)
+
+
+def check_margins(groups: Mapping[str, Pairs], reference: str, params: GateParams) -> Iterator[Check]:
+    """Check non-inferiority on the benchmarks of the gain and of retention that have enough items."""
+    enough = {name: group for name, group in groups.items() if len(group) >= params.min_items}
+    for name, group in enough.items():
+        if name not in (*params.retention, *params.behaviour):
+            yield check_non_inferiority(name, reference, group, params.margin, params)
+    for name, group in enough.items():
+        if name in params.retention:
+            yield check_non_inferiority(name, "base", group, params.retention[name], params)
+
+
+def check_non_inferiority(
+    name: str, reference: str, pairs: Pairs, margin: float, params: GateParams
+) -> Check:
+    """Check non-inferiority: the whole confidence interval must be at or above minus the margin."""
+    found = differences(pairs)
+    low, high = interval(found, params.alpha, params.n_resamples, params.seed)
+    message = format_change(float(found.mean()), low, high, params)
+    name, allowed = f"{name}, against {reference}", format_points(margin)
+    if low >= -margin:
+        return check_figures(name, "promote", f"{message}; within the allowed loss of {allowed}", low, high)
+    if high < -margin:
+        return check_figures(name, "reject", f"{message}; lost more than the allowed {allowed}", low, high)
+    why = f"the loss may exceed the allowed {allowed}"
+    return check_figures(name, "hold", f"{message}; {why}", low, high)
+
+
+def compare_slices(pairs: Pairs, params: GateParams) -> list[Slice]:
+    """Test each slice for a loss, with Holm's correction; a single slice is the whole benchmark."""
+    found = {name: differences(group) for name, group in by_benchmark(pairs, and_slice=True)}
+    if len(found) < 2:
+        return []
+    # Holm's correction compares the lowest p-value with this level.
+    alpha = params.alpha / len(found)
+    p_values = [p_value(one, params.n_resamples, params.seed, "less", alpha) for one in found.values()]
+    are_worse = holm(p_values, params.alpha)
+    return [
+        Slice(name, len(one), float(one.mean()), p, is_worse)
+        for (name, one), p, is_worse in zip(found.items(), p_values, are_worse, strict=True)
+    ]
+
+
+def check_slices(slices: Sequence[Slice], params: GateParams) -> Iterator[Check]:
+    """Find slices that are significantly worse by more than the margin."""
+    if not slices:
+        return
+    # A large loss on few items need not be significant; it is named all the same.
+    low = [one for one in slices if one.mean < -params.margin]
+    worse = [one for one in low if one.is_worse]
+    verdict: Verdict = "reject" if worse else "promote"
+    message = (
+        f"{len(worse) or 'none'} of {len(slices)} significantly worse by more than "
+        f"{format_points(params.margin)}"
+    )
+    if named := worse or low:
+        shown = (
+            f"{one.name} {format_points(one.mean, '+')} on {one.items} items (p {one.p_value:.2g})"
+            for one in named
+        )
+        message += f"; {'' if worse else 'not significant: '}{', '.join(shown)}"
+    figures = (figure for one in slices for figure in (one.p_value, one.mean))
+    yield check_figures("slices", verdict, message, *figures)
+
+
+def check_heldout(pairs: Pairs, losses: tuple[float, float], max_increase: float) -> Iterator[Check]:
+    """Guard the held-out loss; without test examples it cannot be compared."""
+    if pairs:
+        yield check_loss(*losses, max_increase)
+    else:
+        message = f"no test example has a loss of both models; {MORE_EXAMPLES}"
+        yield Check("held-out loss", "hold", message)
+
+
+def check_loss(loss: float, reference_loss: float, max_increase: float) -> Check:
+    """Compare the held-out losses.
+
+    Example:
+        >>> check_loss(2.0, 2.1, 0.05).verdict, check_loss(2.3, 2.1, 0.05).verdict
+        ('promote', 'reject')
+    """
+    message = f"{loss:.3f} nats per token, reference {reference_loss:.3f}"
+    verdict: Verdict = "reject" if loss > reference_loss * (1 + max_increase) else "promote"
+    return check_figures("held-out loss", verdict, message, loss, reference_loss)
+
+
+def check_unread(rows: Sequence[Score], reference: str) -> Iterator[Check]:
+    """Find items that the reference answered and the candidate, on another base, cannot read."""
+    read = {key(row) for row in rows if row["model"] == reference and row["status"] == "ok"}
+    unread = [row for row in rows if row["model"] == "candidate" and row["status"] == "skipped"]
+    if lost := [row for row in unread if key(row) in read]:
+        first = f"{'/'.join(key(lost[0]))}: {lost[0]['answer']}"
+        message = (
+            f"{len(lost)} items that the {reference} answered were skipped for both models, first: {first}"
+        )
+        yield Check("unread", "hold", message)
+
+
+def find_ignored(scored: Collection[str], params: GateParams) -> Iterator[Check]:
+    """Note the names in `gate` of benchmarks that were not scored; they do not change the verdict."""
+    for setting in ("floors", "retention", "behaviour"):
+        for name in sorted({*getattr(params, setting)}.difference(scored)):
+            message = f"ignored: gate.{setting} lists it, but no benchmark with this name was scored"
+            yield Check(name, "promote", message)
+
+
+def format_change(mean: float, low: float, high: float, params: GateParams) -> str:
+    """Format a change of the accuracy with its confidence interval.
+
+    Example:
+        >>> format_change(0.175, 0.1, 0.2583, GateParams.model_construct(alpha=0.05))
+        '+17.5 points of accuracy (95% interval +10.0 to +25.8)'
+    """
+    interval = f"{100 * (1 - params.alpha):g}% interval {100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * mean:+.1f} points of accuracy ({interval})"
+
+
+def format_points(share: float, sign: str = "") -> str:
+    """Format a difference of accuracies in percentage points, with its sign if `sign` is "+".
+
+    Example:
+        >>> format_points(0.1), format_points(-0.2, "+")
+        ('10.0 points', '-20.0 points')
+    """
+    return f"{100 * share:{sign}.1f} points"
