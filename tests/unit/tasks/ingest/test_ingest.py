@@ -26,6 +26,7 @@ PARAMS = {
     "max_shard_bytes": 10**9,
     "max_compression_ratio": 200,
     "max_tokens": None,
+    "fix_encoding": False,
     "pii": "report",
     "pii_model": None,
 }
@@ -61,10 +62,12 @@ def run(in_tmp: Path) -> Run:
 
 BAD = {
     b'{"messages": [': "malformed_json",
-    b'{"text": NaN}': "malformed_json",
+    b'{"text": NaN}': "not_text",
+    b'{"text": "a", "text": "b"}': "duplicate_key",
     b"\xff\xfe\x00": "not_utf8",
     b"[1]": "not_an_object",
-    b'{"question": "x"}': "unknown_format",
+    b'{"question": "x"}': "no_answer",
+    b'{"frage": "x"}': "unknown_format",
     b'{"messages": 1}': "no_messages",
     b'{"text": 1}': "not_text",
     rb'{"text": "\ud800"}': "lone_surrogate",
@@ -79,8 +82,9 @@ BAD = {
     chat(("user", "Hi\0"), ("assistant", "Ho")): "control_character",
     chat(("user", "a \u202e b"), ("assistant", "Ho")): "control_character",
     chat(("user", "a \ufffd b"), ("assistant", "Ho")): "control_character",
-    chat(("assistant", "Ho"), ("user", "Hi")): "wrong_order",
-    chat(("user", "Hi"), ("system", "Be kind"), ("assistant", "Ho")): "wrong_order",
+    chat(("assistant", "Ho"), ("user", "Hi")): "no_final_answer",
+    chat(("tool", "3"), ("assistant", "Ho")): "wrong_order",
+    chat(("system", " ")): "no_final_answer",
     chat(("user", "Hi")): "no_final_answer",
     chat(("system", "Be kind")): "no_final_answer",
     chat(("user", "Hi"), ("assistant", "Ho"), ("tool", "3"), ("assistant", "3")): "unpaired_tool_answer",
@@ -152,20 +156,58 @@ def test_a_tool_call_is_stored_as_json_with_sorted_keys_and_its_result_has_a_nam
             "content": "",
             "tool_calls": '[{"arguments": {"a": 1, "b": 2}, "name": "add"}]',
             "name": None,
+            "train": None,
         },
-        {"role": "tool", "content": "3", "tool_calls": None, "name": "add"},
+        {"role": "tool", "content": "3", "tool_calls": None, "name": "add", "train": None},
     ]
 
 
-def test_repaired_rows_are_counted(run: Run) -> None:
+def test_repaired_rows_are_counted(run: Run, in_tmp: Path) -> None:
     rows = (
         chat(("user", "Caf\u00c3\u00a9?\r\nYes?"), ("assistant", "Ja"))
         + b"\n"
         + chat(("user", "Café?"), ("assistant", "Ja"))
     )
-    found = run({"a/000001.jsonl": rows})
+    found = run({"a/000001.jsonl": rows}, fix_encoding=True)
     assert [row["messages"][0]["content"] for row in found["examples"]] == ["Café?\nYes?", "Café?"]
     assert found["summary"]["repaired"] == {"line_ends": 1, "mojibake": 1}
+    assert [json.loads(line) for line in (in_tmp / "data/ingest/repairs.jsonl").open()] == [
+        {
+            "repair": "line_ends",
+            "origin": "a/000001.jsonl:1",
+            "before": "Caf\u00c3\u00a9?\r\nYes?",
+            "after": "Caf\u00c3\u00a9?\nYes?",
+        },
+        {
+            "repair": "mojibake",
+            "origin": "a/000001.jsonl:1",
+            "before": "Caf\u00c3\u00a9?\nYes?",
+            "after": "Café?\nYes?",
+        },
+    ]
+
+
+def test_text_is_not_changed_by_default(run: Run) -> None:
+    texts = ["Caf\u00c3\u00a9 is UTF-8 read as Latin-1", "  return 1\n", " blue. "]
+    rows = [chat(("user", text), ("assistant", text)) for text in texts]
+    found = run({"a/000001.jsonl": b"\n".join(rows)})
+    assert [row["messages"][0]["content"] for row in found["examples"]] == texts
+    assert [row["messages"][1]["content"] for row in found["examples"]] == texts
+    assert found["summary"]["repaired"] == {}
+
+
+def test_examples_of_repairs_are_few_short_and_without_personal_data(run: Run, in_tmp: Path) -> None:
+    long = "x" * 500 + "\r\n" + "y" * 500
+    rows = [chat(("user", "ada@example.org\r\nHi"), ("assistant", "Ho"))]
+    rows += [chat(("user", long), ("assistant", "Ho"))] * 4
+    found = run({"a/000001.jsonl": b"\n".join(rows)}, max_row_bytes=5000)
+    assert found["summary"]["repaired"] == {"line_ends": 5}
+    examples = [json.loads(line) for line in (in_tmp / "data/ingest/repairs.jsonl").open()]
+    assert [one["origin"] for one in examples] == [f"a/000001.jsonl:{number}" for number in (2, 3, 4)]
+    assert examples[0]["before"] == "…" + "x" * 20 + "\r\n" + "y" * 57
+    assert len(examples[0]["after"]) == 80
+    run({}, pii="redact", max_row_bytes=5000)
+    assert (in_tmp / "data/ingest/repairs.jsonl").read_text() == ""
 
 
 def test_tokens_are_counted_and_longer_examples_are_quarantined(run: Run) -> None:
@@ -273,14 +315,14 @@ def test_csv_and_parquet_with_wrong_columns_or_types_are_quarantined_by_row(run:
     buffer = io.BytesIO()
     table = pa.table({"messages": [7, None], "text": [["a"], None], "when": [datetime.date(2020, 1, 1)] * 2})
     pq.write_table(table, buffer)
-    shards = {"a/000001.csv": b"prompt,answer\nHi,Ho\n", "a/000002.parquet": buffer.getvalue()}
+    shards = {"a/000001.csv": b"frage,antwort\nHi,Ho\n", "a/000002.parquet": buffer.getvalue()}
     found = run(shards)["quarantine"]
     assert [(row["origin"], row["reason"]) for row in found] == [
         ("a/000001.csv:2", "unknown_format"),
         ("a/000002.parquet:1", "no_messages"),
         ("a/000002.parquet:2", "unknown_format"),
     ]
-    assert found[0]["remedy"].endswith("keys seen (answer, prompt)")
+    assert found[0]["remedy"].endswith("keys seen (antwort, frage)")
 
 
 def test_parquet_with_nested_turns_gives_the_same_example_as_json_lines(run: Run) -> None:
