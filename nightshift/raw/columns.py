@@ -35,7 +35,7 @@ CHOICES = ("choices", "options", "option_a", "opa", "choice_a", "endings", "sol1
 TASKS = """
     label labels label_text text_label class class_label category_label sentiment emotion intent target
     targets answer answers question response responses completion output outputs summary highlights
-    translation role ner_tags pos_tags
+    translation ner_tags pos_tags
 """
 TARGETS = frozenset(TASKS.split())
 

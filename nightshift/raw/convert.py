@@ -20,7 +20,7 @@ from nightshift.raw.contents import read_content, read_text
 from nightshift.raw.faults import RowError
 from nightshift.raw.flags import pop_flag
 from nightshift.raw.formats import RawRow
-from nightshift.raw.messages import read_turns
+from nightshift.raw.messages import CONTENT_KEYS, read_turns
 from nightshift.raw.options import SourceOptions
 from nightshift.raw.pairs import has_answer, has_question, read_pair, shown
 from nightshift.raw.preferences import CHOSEN, apply_preference
@@ -73,6 +73,8 @@ def read_rest(rest: RawRow, row: RawRow, options: SourceOptions, ignored: set[st
         return read_turns(rest.pop(key), options.roles, ignored)
     if has_question(rest) and ("text" not in rest or has_answer(rest)):
         return read_pair(rest, options.roles, ignored)
+    if ("role" in rest and any(key in rest for key in CONTENT_KEYS)) or ("from" in rest and "value" in rest):
+        raise RowError("one_message", shown(row))
     if "text" not in rest:
         raise RowError("unknown_format", shown(row))
     if labels := [key for key in rest if key in TARGETS and is_given(rest[key])]:

@@ -35,6 +35,7 @@ REMEDIES = {
         "a text with a label is a task, not a document: map the columns of the source, such as "
         "`columns: {prompt: text, completion: label}`, or remove the label"
     ),
+    "one_message": "write all messages of a conversation as a list into one row; keys seen",
     "conversation_tree": "write each path through the tree as a list of messages",
     "pretokenized": "give the text: token ids belong to one tokenizer",
     "preference": (

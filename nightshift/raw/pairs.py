@@ -49,12 +49,13 @@ def read_pair(rest: RawRow, roles: Mapping[str, str], ignored: set[str]) -> list
     for key in CHOICES:
         if is_given(rest.get(key)):
             raise RowError("choices", f"column {key}")
-    asked = rest.pop(_find_question(rest))
+    question, answer = _find_question(rest), _answer(rest, roles, ignored)
+    asked = rest.pop(question)
     if is_messages(asked):
-        return [*read_turns(asked, roles, ignored), *_answer(rest, roles, ignored)]
+        return [*read_turns(asked, roles, ignored), *answer]
     parts = [read_text(asked), *(_context(rest.pop(key)) for key in CONTEXTS if key in rest)]
     text = "\n\n".join(part for part in parts if part.strip())
-    return [*_history(rest.pop("history", None)), Turn("user", text), *_answer(rest, roles, ignored)]
+    return [*_history(rest.pop("history", None)), Turn("user", text), *answer]
 
 
 def _find_question(rest: RawRow) -> str:

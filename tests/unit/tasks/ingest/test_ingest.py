@@ -15,6 +15,7 @@ import yaml
 
 from nightshift.core.errors import DataError
 from nightshift.data.drops import Drops
+from nightshift.data.encode import IGNORED, Encoded, count_supervised, encode_known, load_encoder, open_memo
 from nightshift.raw.shards import find_shards
 from tasks.ingest.__main__ import main, require_rows
 from tests.helpers.byte_base import make_byte_base
@@ -110,6 +111,112 @@ def test_the_quarantine_contains_the_keys_but_no_text_of_the_row(run: Run) -> No
     found = run({"mine/000001.jsonl": b'{"frage": "geheim", "ada@example.org": "geheim"}'})
     assert found["quarantine"][0]["remedy"].endswith("keys seen ([EMAIL], frage)")
     assert "geheim" not in json.dumps(found["quarantine"])
+
+
+def options(**sources: Any) -> bytes:
+    """Return data/raw/options.json."""
+    return json.dumps(sources).encode()
+
+
+def test_only_trained_turns_have_labels(run: Run, in_tmp: Path) -> None:
+    turns = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "three", "weight": 0},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "four", "weight": 1},
+    ]
+    (example,) = run({"a/000001.jsonl": json.dumps({"messages": turns}).encode()})["examples"]
+    assert [turn["train"] for turn in example["messages"]] == [None, False, None, None]
+    encoder = load_encoder(in_tmp / "data/base/model")
+    with open_memo(encoder) as memo:
+        same = [{**turn, "train": None} for turn in example["messages"]]
+        found, all_trained = encode_known([(example["messages"], None), (same, None)], encoder, memo)
+    assert isinstance(found, Encoded)
+    assert isinstance(all_trained, Encoded)
+    assert found.input_ids.tolist() == all_trained.input_ids.tolist()
+    stop = encoder.tokenizer.token_to_id("<|im_end|>")
+    trained = [token for token in found.labels.tolist() if token != IGNORED]
+    assert (encoder.tokenizer.decode(trained), trained[-1]) == ("four", stop)
+    assert count_supervised(all_trained.labels) == len("three") + 1 + len("four") + 1
+
+
+def test_columns_that_are_not_read_are_counted_and_warned_of_once(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = GOOD | {"id": 1, "hint": "x", "empty": ""}
+    other = {"messages": [turn | {"logprobs": [1]} for turn in GOOD["messages"]]}
+    shards = {
+        "a/000001.jsonl": b"\n".join(json.dumps(one).encode() for one in (row, row, other)),
+        "a/000002.jsonl": json.dumps(row).encode(),
+        "b/000003.jsonl": json.dumps(GOOD | {"source": "web"}).encode(),
+    }
+    found = run(shards)
+    assert found["summary"]["ignored_columns"] == {
+        "a": {"hint": 3, "id": 3, "messages.logprobs": 1},
+        "b": {"source": 1},
+    }
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == ["a: columns that are not read: hint (3 rows), messages.logprobs (1 rows)"]
+
+
+def test_rows_with_a_key_of_their_own_do_not_fill_the_summary(run: Run) -> None:
+    rows = [json.dumps(GOOD | {f"key{number}": 1}).encode() for number in range(150)]
+    counts = run({"a/000001.jsonl": b"\n".join(rows)})["summary"]["ignored_columns"]["a"]
+    assert (len(counts), counts["(other columns)"]) == (101, 50)
+
+
+def test_the_options_of_a_source_map_its_columns_and_speakers(run: Run) -> None:
+    shards = {
+        "a/000001.csv": b"frage,antwort\nHi,Ho\n",
+        "b/000002.jsonl": chat(("Kunde", "Hi"), ("Berater", "Ho")),
+        "options.json": options(
+            a={"columns": {"question": "frage", "answer": "antwort"}},
+            b={"roles": {"Kunde": "user", "Berater": "assistant"}},
+        ),
+    }
+    for example in run(shards)["examples"]:
+        assert [(turn["role"], turn["content"]) for turn in example["messages"]] == [
+            ("user", "Hi"),
+            ("assistant", "Ho"),
+        ]
+
+
+def test_a_mapped_column_that_no_row_has_is_an_error(run: Run) -> None:
+    shards = {
+        "a/000001.csv": b"question,reply\nHi,Ho\n",
+        "b/000002.jsonl": json.dumps(GOOD).encode(),
+        "options.json": options(a={"columns": {"question": "question", "answer": "best"}}),
+    }
+    message = r"a: no row has the columns best; correct `columns`.*; columns seen: question, reply"
+    with pytest.raises(DataError, match=message):
+        run(shards)
+
+
+def test_a_mapped_column_may_be_missing_in_some_rows(run: Run) -> None:
+    rows = b'{"q": "Hi", "a": "Ho", "more": "!"}\n{"q": "Hi", "a": "Ho"}\n'
+    columns = {"question": "q", "answer": "a", "context": "more"}
+    found = run({"a/000001.jsonl": rows, "options.json": options(a={"columns": columns})})
+    assert [row["messages"][0]["content"] for row in found["examples"]] == ["Hi\n\n!", "Hi"]
+
+
+def test_rejected_answers_are_counted_but_are_no_bad_rows(run: Run) -> None:
+    rows = [json.dumps(GOOD | {"label": number % 2 == 0}).encode() for number in range(40)]
+    shards = {"a/000001.jsonl": b"\n".join(rows), "options.json": options(a={"preference": "chosen"})}
+    found = run(shards, max_drop_rate=0.05)
+    assert (found["summary"]["rows_out"], found["summary"]["dropped"]) == (20, {"rejected_answer": 20})
+
+
+@pytest.mark.parametrize(
+    "bad", [b'{"frage": "Hi", "antwort": "Ho"}', b'{"prompt": "Hi", "chosen": "Ho", "rejected": "Hm"}']
+)
+def test_one_bad_source_of_several_fails_the_stage(run: Run, bad: bytes) -> None:
+    shards = {
+        "good/000001.jsonl": b"\n".join([json.dumps(GOOD).encode()] * 1000),
+        "bad/000002.jsonl": b"\n".join([bad] * 20),
+    }
+    with pytest.raises(DataError, match=r"20 of 20 rows of bad are dropped") as caught:
+        run(shards, max_drop_rate=0.05)
+    assert "good" not in str(caught.value)
 
 
 def test_rows_of_all_formats_are_in_order_of_arrival(run: Run) -> None:
