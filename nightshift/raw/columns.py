@@ -1,5 +1,6 @@
 """Columns of a row: renamed as the source's options say, refused if nothing can be learned with them."""
 
+from functools import lru_cache
 from typing import Any
 
 from nightshift.raw.faults import RowError
@@ -110,4 +111,15 @@ def is_harmless(column: str) -> bool:
 
 def ignored_columns(rest: RawRow) -> set[str]:
     """Return the names of the columns that were not read, without personal data, at most 40 characters."""
-    return {redact(key)[:40] for key, value in rest.items() if is_given(value)}
+    return {column_name(key) for key, value in rest.items() if is_given(value)}
+
+
+@lru_cache(maxsize=4096)
+def column_name(key: str) -> str:
+    """Return the name of a column for a report, without personal data, at most 40 characters.
+
+    Example:
+        >>> column_name("ada@example.org")
+        '[EMAIL]'
+    """
+    return redact(key)[:40]

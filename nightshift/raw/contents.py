@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nightshift.raw.columns import is_given
+from nightshift.raw.columns import column_name, is_given
 from nightshift.raw.faults import RowError
 from nightshift.raw.flags import pop_flag
 from nightshift.raw.formats import RawRow
@@ -67,7 +67,7 @@ def read_content(value: object, where: str = "") -> Content:
         rest = {key: one for key, one in part.items() if one is not None}
         flags.append(pop_flag(rest, where))
         _add_part(content, rest)
-        content.ignored.update(f"content.{key}" for key in rest if is_given(rest[key]))
+        content.ignored.update(f"content.{column_name(key)}" for key in rest if is_given(rest[key]))
     if len(set(flags)) > 1:
         raise RowError("partial_training", where)
     content.train = flags[0] if flags else None

@@ -56,19 +56,19 @@ def forget_rows(shard: Path, numbers: Set[int], raw: Path, forgotten: Forgotten)
 
 
 def conversations(shard: Path) -> Iterator[tuple[int, Conversation]]:
-    """Yield (number, conversation) for the rows of a shard that can be converted to a conversation.
-
-    The encoding is always repaired: a digest must not depend on a parameter.
-    """
+    """Yield (number, conversation) for the rows of a shard that can be converted to a conversation."""
     options = read_options(shard.parent.parent, shard.parent.name)
     for number, row in read_shard(shard, NO_LIMITS):
         if not isinstance(row, RowError):
             with suppress(RowError, RecursionError):
-                yield number, repair(convert(row, options), fix_encoding=True)
+                yield number, convert(row, options)
 
 
 def content_digest(conversation: Conversation) -> str:
-    """Return the digest of a conversation's content, whatever its origin: BLAKE2b, 32 bytes in hex."""
+    """Return the digest of a conversation's content, whatever its origin: BLAKE2b, 32 bytes in hex.
+
+    The encoding is always repaired: a digest must not depend on a parameter.
+    """
     contents = [
         [
             turn.role,
@@ -76,7 +76,7 @@ def content_digest(conversation: Conversation) -> str:
             turn.name,
             [[call.name, call.arguments] for call in turn.calls],
         ]
-        for turn in conversation.turns
+        for turn in repair(conversation, fix_encoding=True).turns
     ]
     return text_digest(dumps(contents), dumps(conversation.tools), size=32)
 

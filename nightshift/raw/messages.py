@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nightshift.raw.columns import is_given
+from nightshift.raw.columns import column_name, is_given
 from nightshift.raw.contents import MEDIA, read_content, word
 from nightshift.raw.faults import RowError
 from nightshift.raw.flags import pop_flag
@@ -84,6 +84,8 @@ def read_turns(value: object, roles: Mapping[str, str], ignored: set[str]) -> li
 
 def read_message(message: RawRow, number: int, roles: Mapping[str, str], ignored: set[str]) -> list[Turn]:
     """Read a message: one turn, or the answers of several tools and a turn of the user (Anthropic)."""
+    if len(message) == 2 and (simple := _simple_turn(message, roles)):
+        return [simple]
     rest = {key: value for key, value in message.items() if value is not None}
     speaker = next((rest.pop(key) for key in ROLE_KEYS if key in rest), None)
     if not isinstance(speaker, str):
@@ -91,7 +93,7 @@ def read_message(message: RawRow, number: int, roles: Mapping[str, str], ignored
     where = f"turn {number}"
     role, flag = find_role(speaker, roles, where), pop_flag(rest, where)
     value = next((rest.pop(key) for key in CONTENT_KEYS if key in rest), None)
-    if any(is_given(rest.get(key)) for key in MEDIA):
+    if any(key in MEDIA and is_given(rest[key]) for key in rest):
         raise RowError("not_text", where)
     if role == "assistant" and speaker not in roles and _plain(speaker) in CALLERS:
         turns = [Turn(role, "", parse_sharegpt_calls(value))]
@@ -101,7 +103,7 @@ def read_message(message: RawRow, number: int, roles: Mapping[str, str], ignored
     train = False not in flags
     if role != "assistant" and flag:
         ignored.add(f"messages: training flag of a {role} turn")
-    ignored.update(f"messages.{key}" for key in rest if is_given(rest[key]))
+    ignored.update(f"messages.{column_name(key)}" for key in rest if is_given(rest[key]))
     return [Turn(t.role, t.content, t.calls, t.name, t.call_id, train=train) for t in turns]
 
 
@@ -119,6 +121,17 @@ def find_role(speaker: str, roles: Mapping[str, str], where: str) -> str:
     if role is None:
         raise RowError("unknown_role", where)
     return role
+
+
+def _simple_turn(message: RawRow, roles: Mapping[str, str]) -> Turn | None:
+    """Read the usual message, a speaker and a text, ten times faster; None for another one."""
+    speaker, text = message.get("role"), message.get("content")
+    if speaker is None:
+        speaker, text = message.get("from"), message.get("value")
+    if not isinstance(speaker, str) or not isinstance(text, str) or speaker in CALLERS or speaker in roles:
+        return None
+    role = ROLES.get(speaker)
+    return Turn(role, text) if role else None
 
 
 def _plain(speaker: str) -> str:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nightshift.raw.columns import CHOICES, is_given
+from nightshift.raw.columns import CHOICES, column_name, is_given
 from nightshift.raw.contents import read_text
 from nightshift.raw.faults import RowError
 from nightshift.raw.formats import RawRow
 from nightshift.raw.messages import is_messages, read_turns
-from nightshift.raw.pii import redact
 from nightshift.raw.tool_calls import from_json, parse_calls
 from nightshift.raw.turns import Turn
 
@@ -92,7 +91,7 @@ def shown(row: Mapping[str, Any]) -> str:
         >>> shown({"frage": "Hi", "ada@example.org": 1})
         '[EMAIL], frage'
     """
-    return ", ".join(sorted(redact(key)[:40] for key in row)[:12]) or "none"
+    return ", ".join(sorted(map(column_name, row))[:12]) or "none"
 
 
 def _answer(rest: RawRow, roles: Mapping[str, str], ignored: set[str]) -> list[Turn]:

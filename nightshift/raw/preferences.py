@@ -16,6 +16,7 @@ GOOD = (True, "true", "good", "chosen", "desirable", "1")
 BAD = (False, -1, "false", "bad", "rejected", "undesirable", "0", "-1")
 # Columns that grade the answer.
 RATINGS = ("score", "scores", "rating", "ratings", "reward", "rewards", "grade", "helpfulness", "correctness")
+NAMES = frozenset((*CHOSEN, *REJECTED, *LABELS, *RATINGS))
 
 
 def apply_preference(rest: RawRow, lists: tuple[str, ...], preference: Literal["refuse", "chosen"]) -> None:
@@ -35,6 +36,8 @@ def apply_preference(rest: RawRow, lists: tuple[str, ...], preference: Literal["
         >>> row
         {'prompt': 'Hi', 'completion': 'Ho'}
     """
+    if rest.keys().isdisjoint(NAMES):
+        return
     compared = [key for key in (*CHOSEN, *REJECTED) if is_given(rest.get(key))]
     labels = {key: _as_label(rest[key]) for key in LABELS if key in rest}
     labels = {key: good for key, good in labels.items() if good is not None}
