@@ -22,8 +22,8 @@ HARMLESS = frozenset(DESCRIPTIONS.split())
 # Reason to refuse a row -> columns that no format reads and that change what the row means.
 REASONS = {
     "not_text": """
-        image images img image_path image_file image_url image_urls pixel_values audio audios audio_path
-        video videos video_path
+        image images img image_path image_file image_url image_urls picture pictures photo pixel_values
+        audio audios audio_path audio_url video videos video_path video_url
     """,
     "pretokenized": "input_ids token_ids prompt_ids completion_ids",
     "conversation_tree": "parent_id parent_message_id message_tree_id replies",
@@ -97,6 +97,20 @@ def refuse_columns(rest: RawRow) -> None:
     for key in rest:
         if key in REFUSED and is_given(rest[key]):
             raise RowError(REFUSED[key], f"column {key}")
+        if is_media(rest[key]):
+            raise RowError("not_text", f"column {column_name(key)}")
+
+
+def is_media(value: object) -> bool:
+    """Return whether a value is an image, audio or video as `datasets` stores it in Parquet and Arrow.
+
+    Example:
+        >>> is_media([{"bytes": b"PNG", "path": "1.png"}]), is_media({"text": "PNG"})
+        (True, False)
+    """
+    if isinstance(value, list):
+        return bool(value) and is_media(value[0])
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
 
 
 def is_harmless(column: str) -> bool:
@@ -122,4 +136,5 @@ def column_name(key: str) -> str:
         >>> column_name("ada@example.org")
         '[EMAIL]'
     """
-    return redact(key)[:40]
+    # A key of JSON inside a cell may have half a surrogate pair, which no file can hold.
+    return redact(key.encode("utf-8", "replace").decode("utf-8"))[:40]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from nightshift.raw.columns import TARGETS, ignored_columns, is_given, prepare, refuse_columns
 from nightshift.raw.contents import read_content, read_text
 from nightshift.raw.faults import RowError
-from nightshift.raw.flags import pop_flag
+from nightshift.raw.flags import ROW_FLAGS, pop_flag
 from nightshift.raw.formats import RawRow
 from nightshift.raw.messages import CONTENT_KEYS, read_turns
 from nightshift.raw.options import SourceOptions
@@ -56,7 +56,7 @@ def convert(row: RawRow, options: SourceOptions = DEFAULTS) -> Conversation:
     refuse_columns(rest)
     if find_list(rest) or has_question(rest) or any(key in rest for key in CHOSEN):
         apply_preference(rest, LISTS, options.preference)
-    if pop_flag(rest, "the row") is False:
+    if pop_flag(rest, "the row", ROW_FLAGS) is False:
         raise RowError("no_supervised_token", "the row has the weight 0")
     turns = read_rest(rest, row, options, ignored)
     tools = [tool for key, parse in TOOLS if is_given(rest.get(key)) for tool in parse(rest.pop(key))]

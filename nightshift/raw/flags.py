@@ -1,20 +1,25 @@
 """Training flags of a message: whether its tokens get labels."""
 
+from collections.abc import Sequence
+
 from nightshift.raw.faults import RowError
 from nightshift.raw.formats import RawRow
 
-# OpenAI and LLaMA-Factory give a weight, Axolotl a boolean.
-FLAGS = ("weight", "loss_weight", "train", "training")
+# OpenAI and LLaMA-Factory give a weight, Axolotl and ms-swift a boolean.
+FLAGS = ("weight", "loss_weight", "loss_scale", "loss_mask", "loss", "train", "training", "trainable")
+# The same as a column of the row, where `loss` is often a measurement.
+ROW_FLAGS = ("weight", "loss_weight", "train", "training")
 # Axolotl's flags of parts of a text, which a label per turn cannot express.
 SPANS = ("training_detail", "train_detail")
 
 
-def pop_flag(rest: RawRow, where: str) -> bool | None:
+def pop_flag(rest: RawRow, where: str, flags: Sequence[str] = FLAGS) -> bool | None:
     """Remove the training flags from a message, a part of its content, or a row.
 
     Args:
         rest: Keys and values that were not read yet.
         where: Place in the row, for the error.
+        flags: Names of the flags.
 
     Returns:
         Whether it is trained; None without a flag.
@@ -28,7 +33,7 @@ def pop_flag(rest: RawRow, where: str) -> bool | None:
     """
     if any(rest.pop(key, None) for key in SPANS):
         raise RowError("partial_training", where)
-    values = [rest.pop(key) for key in FLAGS if key in rest]
+    values = [rest.pop(key) for key in flags if key in rest]
     given = [value for value in values if value is not None]
     for value in given:
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):

@@ -8,14 +8,28 @@ from nightshift.raw.faults import RowError
 from nightshift.raw.formats import RawRow
 from nightshift.raw.messages import CONTENT_KEYS, ROLE_KEYS, is_messages, parse_messages
 
-CHOSEN = ("chosen", "chosen_messages", "chosen_response", "chosen_answer", "accepted")
+CHOSEN = ("chosen", "chosen_messages", "chosen_response", "chosen_answer")
 REJECTED = ("rejected", "rejected_messages", "rejected_response", "rejected_answer")
-# Columns that say whether the answer is a good one: TRL, LLaMA-Factory, OpenMathInstruct.
-LABELS = ("label", "kto_tag", "is_correct", "correct", "desirable", "is_chosen")
+# Columns that say whether the answer is a good one: TRL, LLaMA-Factory, OpenMathInstruct, BeaverTails.
+LABELS = (
+    *("label", "kto_tag", "desirable", "is_chosen", "accepted", "thumbs_up"),
+    *("is_correct", "correct", "is_valid", "is_safe", "passed", "resolved"),
+)
 GOOD = (True, "true", "good", "chosen", "desirable", "1")
 BAD = (False, -1, "false", "bad", "rejected", "undesirable", "0", "-1")
 # Columns that grade the answer.
-RATINGS = ("score", "scores", "rating", "ratings", "reward", "rewards", "grade", "helpfulness", "correctness")
+RATINGS = (
+    "score",
+    "scores",
+    "rating",
+    "ratings",
+    "reward",
+    "rewards",
+    "grade",
+    "helpfulness",
+    "correctness",
+    "quality",
+)
 NAMES = frozenset((*CHOSEN, *REJECTED, *LABELS, *RATINGS))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nightshift.core.errors import DataError
 from nightshift.raw.arrays import Shape, find_shape, split_rows
+from nightshift.raw.columns import column_name
 from nightshift.raw.faults import RowError
 from nightshift.raw.formats import SEPARATORS, RawRow, shard_suffix, split_suffix
 from nightshift.raw.streams import Limits, damaged, not_utf8, open_bytes, read_line, skip_bom
@@ -117,8 +118,8 @@ def parse_json(line: bytes | None) -> RawRow | RowError:
         return RowError("not_utf8")
     except RecursionError:
         return RowError("too_deep")
-    except DuplicateKeyError:
-        return RowError("duplicate_key")
+    except DuplicateKeyError as err:
+        return RowError("duplicate_key", column_name(str(err)))
     except ValueError as err:
         place = f"column {err.colno}" if isinstance(err, json.JSONDecodeError) else ""
         return RowError("malformed_json", place)

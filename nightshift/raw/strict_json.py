@@ -52,5 +52,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object whose keys occur once."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise DuplicateKeyError
+        raise DuplicateKeyError(next(key for key in found if sum(key == other for other, _ in pairs) > 1))
     return found

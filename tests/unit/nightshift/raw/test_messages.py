@@ -36,6 +36,8 @@ def fault(*messages: dict[str, Any], **columns: Any) -> tuple[str, str]:
         {"loss_weight": 0},
         {"train": False},
         {"training": False},
+        {"loss": False},
+        {"loss_mask": 0},
         {"weight": 1, "train": False},
         {"content": [{"type": "text", "text": "Ho", "train": False}]},
         {"content": [{"type": "text", "text": "H", "weight": 0}, {"type": "text", "text": "o", "weight": 0}]},
@@ -67,6 +69,13 @@ def test_a_turn_that_is_to_be_trained_is(flag: dict[str, Any]) -> None:
 )
 def test_flags_that_cannot_be_obeyed_are_faults(flag: dict[str, Any], reason: str, detail: str) -> None:
     assert fault(ASK, answer(**flag)) == (reason, detail)
+
+
+def test_a_row_may_have_a_flag_and_measurements() -> None:
+    assert fault(ASK, answer(), weight=0) == ("no_supervised_token", "the row has the weight 0")
+    assert fault(ASK, answer(), train=False) == ("no_supervised_token", "the row has the weight 0")
+    assert fault(ASK, answer(), weight=0.3) == ("unsupported_weight", "0.3, the row")
+    assert read(ASK, answer(), weight=1, loss=2.31).ignored == {"loss"}
 
 
 def test_a_flag_of_a_user_turn_is_counted_if_it_asks_for_training() -> None:
@@ -144,6 +153,17 @@ def test_tools_that_the_system_turn_lists_are_not_listed_again() -> None:
 def test_what_is_not_read_of_a_message_is_reported_once() -> None:
     found = read(ASK | {"name": "ada", "id": ""}, answer(reasoning_content="r", logprobs=[1]))
     assert found.ignored == {"messages.name", "messages.reasoning_content", "messages.logprobs"}
+
+
+def test_a_key_that_no_file_can_hold_is_reported_readably() -> None:
+    row = {"messages": '[{"role": "user", "content": "Hi", "\\ud800": 1}]'}
+    assert convert(row).ignored == {"messages.?"}
+
+
+@pytest.mark.parametrize("value", [b"PNG", {"bytes": b"PNG"}, [{"bytes": b"PNG", "path": None}]])
+def test_media_of_a_row_are_a_fault_whatever_the_column_is_called(value: object) -> None:
+    with pytest.raises(RowError, match="not_text"):
+        convert({"messages": [ASK, answer()], "jpg": value})
 
 
 @pytest.mark.parametrize("keys", [{"images": ["a"]}, {"audio": {"id": "a"}}, {"video": "a"}])

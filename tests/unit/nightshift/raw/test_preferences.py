@@ -29,6 +29,8 @@ COMPARED: list[dict[str, Any]] = [
     {"messages": PAIR, "kto_tag": "true"},
     {"prompt": "Hi", "completion": "Ho", "label": 1},
     {"question": "Hi", "answer": "Ho", "is_correct": True},
+    {"prompt": "Hi", "response": "Ho", "is_safe": True},
+    {"messages": PAIR, "resolved": True},
     {"prompt": "Hi", "response": "Ho", "helpfulness": 4},
     {"prompt": "Hi", "response": "Ho", "rating": "4.5"},
     {"prompt": "Hi", "response": "Ho", "scores": {"a": 1}},
