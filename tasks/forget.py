@@ -29,14 +29,15 @@ from nightshift.pipeline.dvc_cache import md5, purge, record
 from nightshift.pipeline.graph import outputs, read_stages, reads, stage_order
 from nightshift.raw.erase import content_digest, conversations, forget_rows
 from nightshift.raw.forgotten import read_forgotten
+from nightshift.raw.repairs import arrange, repair
 from nightshift.raw.shards import find_shards
 from nightshift.raw.turns import Conversation
 from nightshift.registry.lineage import open_lineage
 from nightshift.registry.versions import FORGOTTEN, registered
 from nightshift.tracking.runs import experiment_id
 
-# Leading characters of a turn that a report always shows.
-SHOWN = 200
+# Leading characters of a turn that a report always shows, without the spaces before them.
+SHOWN = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,9 @@ def erase(found: Affected, client: MlflowClient, name: str) -> None:
 
 def remove_pages(client: MlflowClient, erased: Sequence[Conversation]) -> None:
     """Delete the MLflow reports that show one of these conversations, matched by its last two turns."""
-    texts = [[str(escape(turn.content[:SHOWN])) for turn in one.turns[-2:]] for one in erased]
+    # A page shows the rows as they were repaired then.
+    shown = [arrange(repair(one, fix_encoding=fix)) for one in erased for fix in (False, True)]
+    texts = [[str(escape(turn.content.strip()[:SHOWN])) for turn in one.turns[-2:]] for one in shown]
     token = None
     while token != "":
         runs = client.search_runs([experiment_id(client)], page_token=token)

@@ -15,6 +15,7 @@ BASE = DATA / "base" / "model"
 BASE_RECORD = DATA / "base" / "base.json"
 
 INGESTED = DATA / "ingest" / "examples.parquet"
+REPAIRS = DATA / "ingest" / "repairs.jsonl"
 QUARANTINE = DATA / "ingest" / "quarantine.jsonl"
 PII = DATA / "ingest" / "pii.jsonl"
 

@@ -45,6 +45,11 @@ class Drops:
         """Return source -> reason -> rows, sorted."""
         return {source: dict(sorted(self.dropped[source].items())) for source in sorted(self.dropped)}
 
+    def kept_by_source(self) -> dict[str, int]:
+        """Return source -> rows that are not dropped, sorted."""
+        lost = {source: counts.total() for source, counts in self.dropped.items()}
+        return {source: self.read[source] - lost.get(source, 0) for source in sorted(self.read)}
+
 
 def require_drop_rate(
     drops: Drops,

@@ -161,7 +161,7 @@ def render(
         prefixes = [
             (_apply(turns[:i], functions, encoder, prompt=True), _apply(turns[: i + 1], functions, encoder))
             for i, turn in enumerate(turns)
-            if turn["role"] == "assistant"
+            if turn["role"] == "assistant" and turn.get("train") is not False
         ]
     except (jinja2.TemplateError, TypeError, ValueError) as err:
         logging.getLogger(__name__).debug("template: %s", err)
@@ -237,7 +237,8 @@ def _label(tokens: Any, spans: list[tuple[int, int]], stop_id: int | None) -> En
 def _key(messages: Sequence[Message], tools: str | None) -> str:
     """Return the cache key of a conversation: everything its tokens depend on besides the tokenizer."""
     values = chain.from_iterable(
-        (m["role"], m["content"], m.get("tool_calls") or "", m.get("name") or "") for m in messages
+        (m["role"], m["content"], m.get("tool_calls") or "", m.get("name") or "", str(m.get("train")))
+        for m in messages
     )
     return text_digest(tools or "", *values, size=16)
 

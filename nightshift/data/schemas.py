@@ -13,12 +13,14 @@ class Message(TypedDict):
         content: Text of the turn.
         tool_calls: JSON list of {"name", "arguments"} of an assistant turn, or None.
         name: Function that a tool turn answers, or None.
+        train: False for an assistant turn without labels; None for the default: assistant turns have them.
     """
 
     role: str
     content: str
     tool_calls: str | None
     name: str | None
+    train: bool | None
 
 
 class Example(TypedDict):
@@ -113,6 +115,7 @@ MESSAGES = pa.list_(
             ("content", pa.string()),
             ("tool_calls", pa.string()),
             ("name", pa.string()),
+            ("train", pa.bool_()),
         ]
     )
 )

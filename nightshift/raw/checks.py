@@ -1,15 +1,13 @@
-"""Checks of a conversation: intact text, no chat markup, roles in order."""
+"""Checks of a conversation: intact text, no chat markup, roles in order, something to train."""
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-import ftfy
-
 from nightshift.raw.faults import ROLES, RowError
 from nightshift.raw.strict_json import dumps
 from nightshift.raw.tool_calls import pair_answers
-from nightshift.raw.turns import Conversation
+from nightshift.raw.turns import Conversation, Turn
 
 # Markup that chat templates write between turns (<|im_start|>, [INST], <s>). In a text it could forge
 # a turn.
@@ -19,7 +17,12 @@ CHAT_MARKUP = r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffd]")
 
 # Role -> roles that may follow it.
-FOLLOWERS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+FOLLOWERS = {
+    "": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
 
 
 def compile_special_tokens(tokens: Collection[str]) -> re.Pattern[str]:
@@ -34,33 +37,6 @@ def compile_special_tokens(tokens: Collection[str]) -> re.Pattern[str]:
     return re.compile("|".join([CHAT_MARKUP, *map(re.escape, own)]))
 
 
-def repair(conversation: Conversation) -> tuple[Conversation, set[str]]:
-    """Fix wrong decoding (mojibake) and Windows line endings; strip the turns of a chat.
-
-    Only non-ASCII text can be mojibake. A plain text row keeps its outer whitespace.
-
-    Returns:
-        The conversation, and the repairs: `mojibake`, `line_ends`.
-
-    Example:
-        >>> from nightshift.raw.turns import Turn
-        >>> conversation, repaired = repair(Conversation([Turn("user", "Caf\u00c3\u00a9")]))
-        >>> conversation.turns[0].content, repaired
-        ('Café', {'mojibake'})
-    """
-    turns, repaired = [], set()
-    for turn in conversation.turns:
-        text = turn.content if turn.role == "text" else turn.content.strip()
-        if "\r\n" in text:
-            text = text.replace("\r\n", "\n")
-            repaired.add("line_ends")
-        if not text.isascii() and (decoded := ftfy.fix_encoding(text)) != text:
-            text = decoded
-            repaired.add("mojibake")
-        turns.append(turn if text == turn.content else replace(turn, content=text))
-    return replace(conversation, turns=turns), repaired
-
-
 def check(conversation: Conversation, special: re.Pattern[str]) -> Conversation:
     """Check roles, contents and order, and pair tool answers with their calls.
 
@@ -68,24 +44,34 @@ def check(conversation: Conversation, special: re.Pattern[str]) -> Conversation:
         RowError: The first problem found.
     """
     turns = conversation.turns
+    if not turns:
+        raise RowError("no_final_answer")
     for number, turn in enumerate(turns, start=1):
         if turn.role not in ROLES and (turn.role != "text" or len(turns) > 1):
             raise RowError("unknown_role", f"turn {number}")
-        if turn.calls and turn.role != "assistant":
-            raise RowError("malformed_tool_call", f"turn {number} is not an assistant turn")
-        if not (turn.calls or turn.content.strip()):
-            raise RowError("empty_content", f"turn {number}")
-        _check_text(turn.content, special, number)
-        for call in turn.calls:
-            _check_text(dumps([call.name, call.arguments]), special, number)
-        if turn.name:
-            _check_text(turn.name, special, number)
+        _check_turn(turn, special, number)
     if conversation.tools:
         _check_text(dumps(conversation.tools), special, 0)
     if turns[0].role == "text":
         return conversation
     _check_order([turn.role for turn in turns])
+    if not any(turn.train for turn in turns if turn.role == "assistant"):
+        raise RowError("no_supervised_token", "every assistant turn has the weight 0")
     return replace(conversation, turns=pair_answers(turns))
+
+
+def _check_turn(turn: Turn, special: re.Pattern[str], number: int) -> None:
+    """Check one turn."""
+    if turn.calls and turn.role != "assistant":
+        raise RowError("malformed_tool_call", f"turn {number} is not an assistant turn")
+    # A tool may well answer nothing.
+    if not (turn.calls or turn.content.strip() or turn.role == "tool"):
+        raise RowError("empty_content", f"turn {number}")
+    _check_text(turn.content, special, number)
+    for call in turn.calls:
+        _check_text(dumps([call.name, call.arguments]), special, number)
+    if turn.name:
+        _check_text(turn.name, special, number)
 
 
 def _check_text(text: str, special: re.Pattern[str], number: int) -> None:
@@ -98,16 +84,18 @@ def _check_text(text: str, special: re.Pattern[str], number: int) -> None:
 
 
 def _check_order(roles: Sequence[str]) -> None:
-    """Check the order: optional system turn, then user and assistant turns alternating, assistant last.
+    """Check the order: user and assistant turns alternating, assistant last; system turns anywhere.
 
-    Tool turns come between two assistant turns: user, assistant, tool, tool, assistant, user.
-    `pair_answers` checks whether the tools were called.
+    The assistant may begin. Tool turns come between two assistant turns: user, assistant, tool, tool,
+    assistant, user. `pair_answers` checks whether the tools were called. Whether the model knows system
+    turns in the middle, its chat template decides.
     """
-    turns = roles[1:] if roles[0] == "system" else roles
-    before = "assistant"
-    for number, role in enumerate(turns, start=1 + len(roles) - len(turns)):
+    before = ""
+    for number, role in enumerate(roles, start=1):
+        if role == "system":
+            continue
         if role not in FOLLOWERS[before]:
             raise RowError("wrong_order", f"turn {number}")
         before = role
-    if not turns or turns[-1] != "assistant":
+    if roles[-1] != "assistant":
         raise RowError("no_final_answer")

@@ -1,157 +1,115 @@
-"""Convert rows of common dataset formats to turns; the keys of a row determine its format.
+"""Convert rows of common dataset formats to turns; the columns of a row determine its format.
 
-| format | keys |
+| format | columns |
 |---|---|
-| messages (OpenAI) | `messages`: role, content, tool_calls, tool_call_id; `tools` |
+| messages (OpenAI, Anthropic, Hermes, ...) | `messages`: role, content, tool_calls, tool_call_id; `tools` |
 | ShareGPT | `conversations`: from, value; `system`, `tools` |
 | Alpaca | `instruction`, `output`; `input`, `system`, `history` |
 | prompt-completion (TRL) | `prompt`, `completion`: text or messages; `tools` |
+| question and answer | `question`, `answer` and similar names (`nightshift.raw.pairs`); `context` |
 | plain text | `text` |
 
-The first format whose keys are all present applies; other keys of the row are ignored.
+The first format whose columns are present applies. What it does not read is counted, unless it changes
+what the row means: then the row is refused.
 """
 
 from collections.abc import Callable
 
+from nightshift.raw.columns import TARGETS, ignored_columns, is_given, prepare, refuse_columns
+from nightshift.raw.contents import read_content, read_text
 from nightshift.raw.faults import RowError
+from nightshift.raw.flags import ROW_FLAGS, pop_flag
 from nightshift.raw.formats import RawRow
-from nightshift.raw.pii import redact
-from nightshift.raw.strict_json import loads
-from nightshift.raw.tool_calls import parse_calls, parse_sharegpt_calls, parse_tools
+from nightshift.raw.messages import CONTENT_KEYS, read_turns
+from nightshift.raw.options import SourceOptions
+from nightshift.raw.pairs import has_answer, has_question, read_pair, shown
+from nightshift.raw.preferences import CHOSEN, apply_preference
+from nightshift.raw.tool_calls import TEXT_CALL, parse_functions, parse_tools
 from nightshift.raw.turns import Conversation, Turn
 
-# ShareGPT has no standard: names that FastChat, Axolotl and LLaMA-Factory read.
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-}
+# Columns with a list of messages, in order of precedence. `turns` is often a number, `dialog` often text.
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "contents", "chat")
+SYSTEMS = ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction")
+TOOLS: tuple[tuple[str, Callable[[object], list[RawRow]]], ...] = (
+    ("tools", parse_tools),
+    ("functions", parse_functions),
+)
+DEFAULTS = SourceOptions()
 
 
-def convert(row: RawRow) -> Conversation:
+def convert(row: RawRow, options: SourceOptions = DEFAULTS) -> Conversation:
     """Convert a row of any known format.
 
+    Args:
+        row: Row as its author wrote it.
+        options: Options of its source: columns, roles and preference.
+
     Raises:
-        RowError: No format matches, or a part of the row has the wrong type.
+        RowError: No format matches, a part of the row has the wrong type, or a column changes what the
+            row means in a way that cannot be trained.
 
     Example:
         >>> [turn.role for turn in convert({"instruction": "Add", "input": "1, 2", "output": "3"}).turns]
         ['user', 'assistant']
     """
-    for keys, read in SHAPES:
-        if all(row.get(key) is not None for key in keys):
-            turns = read(row)
-            return Conversation(_with_system(row, turns), parse_tools(row.get("tools")))
-    seen = sorted(redact(key)[:40] for key in row)[:12]
-    raise RowError("unknown_format", ", ".join(seen) or "none")
+    rest, ignored = prepare(row, options), set[str]()
+    refuse_columns(rest)
+    if find_list(rest) or has_question(rest) or any(key in rest for key in CHOSEN):
+        apply_preference(rest, LISTS, options.preference)
+    if pop_flag(rest, "the row", ROW_FLAGS) is False:
+        raise RowError("no_supervised_token", "the row has the weight 0")
+    turns = read_rest(rest, row, options, ignored)
+    tools = [tool for key, parse in TOOLS if is_given(rest.get(key)) for tool in parse(rest.pop(key))]
+    turns = with_system(rest, turns)
+    if tools and lists_tools_itself(turns):
+        tools = []
+        ignored.add("tools")
+    if options.group_by:
+        # The split reads it.
+        rest.pop(options.group_by.split(".")[0].lower(), None)
+    return Conversation(turns, tools, frozenset(ignored | ignored_columns(rest)))
 
 
-def read_turns(value: object) -> list[Turn]:
-    """Read a list of OpenAI or ShareGPT turns; CSV contains the list as JSON.
-
-    Raises:
-        RowError: The value is not a list of turns.
-    """
-    if isinstance(value, str):
-        try:
-            value = loads(value)
-        except ValueError as err:
-            raise RowError("no_messages", "not valid JSON") from err
-    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
-        raise RowError("no_messages")
-    return [_sharegpt_turn(turn) if turn.get("from") is not None else _message_turn(turn) for turn in value]
-
-
-def _message_turn(message: RawRow) -> Turn:
-    """Read a turn with role and content (OpenAI format)."""
-    role, call_id = message.get("role"), _word(message.get("tool_call_id"))
-    if not isinstance(role, str):
-        raise RowError("no_messages", "a turn has no role")
-    calls = parse_calls(message.get("tool_calls")) if message.get("tool_calls") else ()
-    # OpenAI also allows a name on user turns; no chat template renders it.
-    name = _word(message.get("name")) if role == "tool" else None
-    return Turn(role, _text(message.get("content")), calls, name, call_id)
+def read_rest(rest: RawRow, row: RawRow, options: SourceOptions, ignored: set[str]) -> list[Turn]:
+    """Read the turns of a row in the first format that fits, and remove its columns from `rest`."""
+    if key := find_list(rest):
+        return read_turns(rest.pop(key), options.roles, ignored)
+    if has_question(rest) and ("text" not in rest or has_answer(rest)):
+        return read_pair(rest, options.roles, ignored)
+    if ("role" in rest and any(key in rest for key in CONTENT_KEYS)) or ("from" in rest and "value" in rest):
+        raise RowError("one_message", shown(row))
+    if "text" not in rest:
+        raise RowError("unknown_format", shown(row))
+    if labels := [key for key in rest if key in TARGETS and is_given(rest[key])]:
+        raise RowError("labelled_text", ", ".join(["text", *labels]))
+    return [Turn("text", read_text(rest.pop("text")))]
 
 
-def _sharegpt_turn(turn: RawRow) -> Turn:
-    """Read a turn with from and value (ShareGPT format)."""
-    word, value = turn["from"], turn.get("value")
-    role = SHAREGPT_ROLES.get(word) if isinstance(word, str) else None
-    if role is None:
-        raise RowError("unknown_role", f"from is not one of {', '.join(SHAREGPT_ROLES)}")
-    if word == "function_call":
-        return Turn(role, "", parse_sharegpt_calls(value))
-    return Turn(role, _text(value), name=_word(turn.get("name")))
+def find_list(rest: RawRow) -> str | None:
+    """Return the column with the messages; `messages` and `conversations` never contain anything else."""
+    found = [key for key in LISTS if key in rest and (key in LISTS[:2] or is_list(rest[key]))]
+    return next((key for key in found if is_given(rest[key])), found[0] if found else None)
 
 
-def _alpaca(row: RawRow) -> list[Turn]:
-    """Join instruction and input to one question; earlier turns come from `history`."""
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(r, list) and len(r) == 2 for r in history):
-        raise RowError("no_messages", "history is not a list of [question, answer]")
-    turns = [
-        Turn(role, _text(text))
-        for round_ in history
-        for role, text in zip(("user", "assistant"), round_, strict=True)
-    ]
-    parts = [_text(row["instruction"]).strip(), _text(row.get("input")).strip()]
-    question = "\n\n".join(part for part in parts if part)
-    return [*turns, Turn("user", question), Turn("assistant", _text(row["output"]))]
+def is_list(value: object) -> bool:
+    """Return whether a value is a list, or a list of objects as JSON."""
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{"))
 
 
-def _prompt_completion(row: RawRow) -> list[Turn]:
-    """Read prompt and completion, each a string or a list of messages."""
-    return [*_part(row["prompt"], "user"), *_part(row["completion"], "assistant")]
-
-
-def _part(value: object, role: str) -> list[Turn]:
-    """Read a string as one turn, a list as messages."""
-    return [Turn(role, value)] if isinstance(value, str) else read_turns(value)
-
-
-def _with_system(row: RawRow, turns: list[Turn]) -> list[Turn]:
-    """Prepend the row's separate system prompt to the turns."""
-    system = row.get("system")
-    if not system or turns[0].role in ("system", "text"):
+def with_system(rest: RawRow, turns: list[Turn]) -> list[Turn]:
+    """Prepend the row's separate system prompt to the turns; a system turn among them wins."""
+    found = next((key for key in SYSTEMS if is_given(rest.get(key))), None)
+    has_own = turns[0].role == "text" or (turns[0].role == "system" and turns[0].content.strip())
+    if found is None or has_own:
         return turns
-    return [Turn("system", _text(system)), *turns]
+    return [Turn("system", read_content(rest.pop(found)).text), *turns]
 
 
-def _text(value: object) -> str:
-    """Return content as text: a string, or OpenAI's list of text parts; None becomes empty.
-
-    Raises:
-        RowError: The content has another type.
-    """
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if not isinstance(value, list):
-        raise RowError("not_text", type(value).__name__)
-    texts = [part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    if len(texts) < len(value):
-        raise RowError("not_text", "a part is not text")
-    return "".join(texts)
-
-
-def _word(value: object) -> str | None:
-    """Return a name or id if it is a non-empty string, otherwise None."""
-    return value if isinstance(value, str) and value else None
-
-
-SHAPES: tuple[tuple[tuple[str, ...], Callable[[RawRow], list[Turn]]], ...] = (
-    (("messages",), lambda row: read_turns(row["messages"])),
-    (("conversations",), lambda row: read_turns(row["conversations"])),
-    (("instruction", "output"), _alpaca),
-    (("prompt", "completion"), _prompt_completion),
-    (("text",), lambda row: [Turn("text", _text(row["text"]))]),
-)
+def lists_tools_itself(turns: list[Turn]) -> bool:
+    """Return whether the system turn already lists the tools, and the calls are text (Hermes)."""
+    return (
+        turns[0].role == "system"
+        and "<tools>" in turns[0].content
+        and not any(turn.calls for turn in turns)
+        and any(turn.role == "assistant" and TEXT_CALL.search(turn.content) for turn in turns)
+    )

@@ -8,20 +8,19 @@ from collections.abc import Iterator, Set
 from contextlib import suppress
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from nightshift.core.files import atomic_write, file_digest, text_digest, write_json
-from nightshift.raw.arrays import split_array
-from nightshift.raw.checks import repair
+from nightshift.raw.arrays import split_rows
 from nightshift.raw.convert import convert
 from nightshift.raw.faults import RowError
 from nightshift.raw.forgotten import Forgotten, read_forgotten, write_forgotten
-from nightshift.raw.formats import shard_suffix, split_suffix
-from nightshift.raw.readers import ROWS_PER_BATCH, CsvLines, read_shard
+from nightshift.raw.formats import SEPARATORS, shard_suffix, split_suffix
+from nightshift.raw.options import read_options
+from nightshift.raw.readers import CsvLines, json_shape, read_shard
+from nightshift.raw.repairs import repair
 from nightshift.raw.shards import DIGESTS, read_digests
-from nightshift.raw.streams import Limits, damaged, open_bytes, skip_bom
+from nightshift.raw.streams import Limits, damaged, open_bytes, open_codec, skip_bom
 from nightshift.raw.strict_json import dumps
+from nightshift.raw.tables import TABLES, erase_table
 from nightshift.raw.turns import Conversation
 
 log = logging.getLogger(__name__)
@@ -58,17 +57,26 @@ def forget_rows(shard: Path, numbers: Set[int], raw: Path, forgotten: Forgotten)
 
 def conversations(shard: Path) -> Iterator[tuple[int, Conversation]]:
     """Yield (number, conversation) for the rows of a shard that can be converted to a conversation."""
+    options = read_options(shard.parent.parent, shard.parent.name)
     for number, row in read_shard(shard, NO_LIMITS):
         if not isinstance(row, RowError):
             with suppress(RowError, RecursionError):
-                yield number, repair(convert(row))[0]
+                yield number, convert(row, options)
 
 
 def content_digest(conversation: Conversation) -> str:
-    """Return the digest of a conversation's content, whatever its origin: BLAKE2b, 32 bytes in hex."""
+    """Return the digest of a conversation's content, whatever its origin: BLAKE2b, 32 bytes in hex.
+
+    The encoding is always repaired: a digest must not depend on a parameter.
+    """
     contents = [
-        [turn.role, turn.content, turn.name, [[call.name, call.arguments] for call in turn.calls]]
-        for turn in conversation.turns
+        [
+            turn.role,
+            turn.content if turn.role == "text" else turn.content.strip(),
+            turn.name,
+            [[call.name, call.arguments] for call in turn.calls],
+        ]
+        for turn in repair(conversation, fix_encoding=True).turns
     ]
     return text_digest(dumps(contents), dumps(conversation.tools), size=32)
 
@@ -77,7 +85,7 @@ def erase_rows(path: Path, numbers: Set[int]) -> None:
     """Rewrite a shard without some of its rows.
 
     Erased rows leave placeholders that keep the numbering: blank lines, `null` in a JSON array, a row of
-    nulls in Parquet.
+    nulls in a table. A JSON document other than JSON Lines becomes an array.
 
     Args:
         path: Path of the shard.
@@ -88,43 +96,55 @@ def erase_rows(path: Path, numbers: Set[int]) -> None:
     """
     form, codec = split_suffix(shard_suffix(path.name) or "")
     with atomic_write(path) as temporary:
-        if form == "parquet":
-            erase_parquet(path, temporary, numbers)
+        if form in TABLES:
+            erase_table(path, temporary, form, numbers)
             return
-        with (
-            open_bytes(path, codec, NO_LIMITS) as source,
-            pa.output_stream(str(temporary), compression=codec) as target,
-        ):
-            skip_bom(source)
+        with open_bytes(path, codec, NO_LIMITS) as source, open_codec(temporary, codec, write=True) as target:
+            skip_bom(path, source)
             for chunk in without_rows(path, form, source, numbers):
                 target.write(chunk)
 
 
 def without_rows(path: Path, form: str, source: io.BufferedReader, numbers: Set[int]) -> Iterator[bytes]:
     """Yield the bytes of a text shard without the rows."""
-    if form == "json" and source.peek(1).lstrip().startswith(b"["):
+    shape = json_shape(path, NO_LIMITS) if form == "json" else "lines"
+    if shape != "lines":
         yield b"["
         try:
-            for number, element in enumerate(split_array(source, NO_LIMITS.row_bytes), start=1):
+            for number, element in enumerate(split_rows(source, shape, NO_LIMITS.row_bytes), start=1):
                 yield b",\n" if number > 1 else b""
                 yield b"null" if number in numbers else element or b""
         except ValueError as err:
             raise damaged(path, err) from err
         yield b"]\n"
         return
-    lines = csv_lines(path, numbers) if form == "csv" else numbers
+    if form == "txt":
+        yield from without_documents(source, numbers)
+        return
+    lines = csv_lines(path, SEPARATORS[form], numbers) if form in SEPARATORS else numbers
     for number, line in enumerate(source, start=1):
         yield b"\n" if number in lines else line
 
 
-def csv_lines(path: Path, numbers: Set[int]) -> set[int]:
+def without_documents(source: io.BufferedReader, numbers: Set[int]) -> Iterator[bytes]:
+    """Yield the lines of a text file, blank for the documents that begin at these lines."""
+    is_erased, is_inside = False, False
+    for number, line in enumerate(source, start=1):
+        if not line.strip():
+            is_erased = is_inside = False
+        elif not is_inside:
+            is_erased, is_inside = number in numbers, True
+        yield b"\n" if is_erased else line
+
+
+def csv_lines(path: Path, separator: str, numbers: Set[int]) -> set[int]:
     """Return the numbers of all lines of some CSV rows; a row's own number is that of its last line."""
     csv.field_size_limit(NO_LIMITS.row_bytes)
     found: set[int] = set()
     with open_bytes(path, split_suffix(shard_suffix(path.name) or "")[1], NO_LIMITS) as source:
-        skip_bom(source)
+        skip_bom(path, source)
         lines = CsvLines(source, NO_LIMITS.row_bytes)
-        rows = csv.reader(lines, strict=True)
+        rows = csv.reader(lines, delimiter=separator, strict=True)
         before = 0
         while True:
             try:
@@ -136,16 +156,3 @@ def csv_lines(path: Path, numbers: Set[int]) -> set[int]:
             if lines.number in numbers:
                 found.update(range(before + 1, lines.number + 1))
             before = lines.number
-
-
-def erase_parquet(path: Path, target: Path, numbers: Set[int]) -> None:
-    """Write a copy of a Parquet file with nulls for some of its rows."""
-    with pq.ParquetFile(path) as source:
-        # Non-nullable columns cannot hold nulls.
-        schema = pa.schema([field.with_nullable(nullable=True) for field in source.schema_arrow])
-        with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-            first = 1
-            for batch in source.iter_batches(ROWS_PER_BATCH):
-                kept = [None if first + i in numbers else i for i in range(batch.num_rows)]
-                writer.write_batch(batch.take(pa.array(kept, pa.int64())).cast(schema))
-                first += batch.num_rows

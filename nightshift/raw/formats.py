@@ -5,10 +5,15 @@ from typing import Any
 
 # A row as its author wrote it.
 RawRow = dict[str, Any]
-# Parquet compresses its own pages; gzip or zstd around it would prevent reading by row group.
-SUFFIX = re.compile(r"\.(?:(?P<text>jsonl|json|csv)(?:\.(?P<codec>gz|zst))?|(?P<table>parquet))$")
-CODECS = {"gz": "gzip", "zst": "zstd"}
-READABLE = ".jsonl, .json, .csv (also with .gz or .zst) and .parquet"
+# The tables compress their own pages; another compression around them would prevent reading by row group.
+SUFFIX = re.compile(
+    r"\.(?:(?P<text>jsonl|ndjson|json|csv|tsv|txt)(?:\.(?P<codec>gz|zst|bz2|xz))?"
+    r"|(?P<table>parquet|arrow|feather))$"
+)
+CODECS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "xz": "xz"}
+# Column separator of the formats with a header line.
+SEPARATORS = {"csv": ",", "tsv": "\t"}
+READABLE = ".jsonl, .ndjson, .json, .csv, .tsv, .txt (also .gz, .zst, .bz2, .xz), .parquet, .arrow, .feather"
 
 
 def shard_suffix(name: str) -> str | None:

@@ -1,9 +1,8 @@
-"""Numbered rows of a shard, one at a time: JSON Lines, JSON array, CSV, Parquet.
+"""Numbered rows of a shard, one at a time: JSON, CSV, text; `nightshift.raw.tables` reads the rest.
 
 An unreadable row is yielded as a `RowError`. If the rest of a shard cannot be read, the stage fails.
 """
 
-import contextlib
 import csv
 import io
 import json
@@ -11,17 +10,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from nightshift.raw.arrays import split_array
+from nightshift.core.errors import DataError
+from nightshift.raw.arrays import Shape, find_shape, split_rows
+from nightshift.raw.columns import column_name
 from nightshift.raw.faults import RowError
-from nightshift.raw.formats import RawRow, shard_suffix, split_suffix
-from nightshift.raw.streams import Limits, damaged, open_bytes, read_line, require_size, skip_bom
-from nightshift.raw.strict_json import loads
+from nightshift.raw.formats import SEPARATORS, RawRow, shard_suffix, split_suffix
+from nightshift.raw.streams import Limits, damaged, not_utf8, open_bytes, read_line, skip_bom
+from nightshift.raw.strict_json import DuplicateKeyError, loads_row
+from nightshift.raw.tables import TABLES, Numbered, read_table
 
-Numbered = Iterator[tuple[int, RawRow | RowError]]
-ROWS_PER_BATCH = 1024
 ESCAPE = re.compile(r"\\u[dD]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -29,26 +26,71 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 def read_shard(path: Path, limits: Limits) -> Numbered:
     """Yield (number, row or error) for every row of a shard.
 
-    Numbers start at 1: lines of JSON Lines and CSV, elements of a JSON array, rows of Parquet.
+    Numbers start at 1: lines of JSON Lines, CSV and text, elements of a JSON array, rows of a table.
 
     Raises:
-        DataError: The shard is damaged, or exceeds the limits.
+        DataError: The shard is damaged, is not UTF-8, or exceeds the limits.
     """
     if not path.stat().st_size:
         yield 1, RowError("empty_file")
         return
     form, codec = split_suffix(shard_suffix(path.name) or "")
-    if form == "parquet":
-        yield from read_parquet(path, limits)
+    if form in TABLES:
+        yield from read_table(path, TABLES[form], limits)
         return
+    shape = json_shape(path, limits) if form == "json" else "lines"
     with open_bytes(path, codec, limits) as file:
-        skip_bom(file)
-        if form == "csv":
-            yield from read_csv(path, file, limits.row_bytes)
-        elif form == "json" and file.peek(1).lstrip().startswith(b"["):
-            yield from read_array(path, file, limits.row_bytes)
-        else:
+        skip_bom(path, file)
+        if form in SEPARATORS:
+            yield from read_csv(path, file, limits.row_bytes, SEPARATORS[form])
+        elif form == "txt":
+            yield from read_documents(file, limits.row_bytes)
+        elif shape == "lines":
             yield from read_json_lines(file, limits.row_bytes)
+        else:
+            yield from read_document(path, file, shape, limits.row_bytes)
+
+
+def json_shape(path: Path, limits: Limits) -> Shape:
+    """Return how a .json file contains its rows.
+
+    Raises:
+        DataError: It contains several lists of rows, or is not UTF-8.
+    """
+    with open_bytes(path, split_suffix(shard_suffix(path.name) or "")[1], limits) as file:
+        skip_bom(path, file)
+        try:
+            return find_shape(file)
+        except ValueError as err:
+            raise DataError(f"{path}: {err}") from err
+
+
+def read_documents(file: io.BufferedReader, limit: int) -> Numbered:
+    """Yield the documents of a text file, which blank lines separate; a number is that of its first line."""
+    number, first, lines, size = 0, 0, list[bytes](), 0
+    while (line := read_line(file, limit)) != b"":
+        number += 1
+        if line is not None and not line.strip():
+            if size:
+                yield first, _document(lines, size, limit)
+            lines, size = [], 0
+            continue
+        first = first if size else number
+        size += limit + 1 if line is None else len(line)
+        if size <= limit and line is not None:
+            lines.append(line)
+    if size:
+        yield first, _document(lines, size, limit)
+
+
+def _document(lines: list[bytes], size: int, limit: int) -> RawRow | RowError:
+    """Return a document as a row of text."""
+    if size > limit:
+        return RowError("too_large")
+    try:
+        return {"text": b"".join(lines).decode("utf-8").rstrip("\r\n")}
+    except UnicodeDecodeError:
+        return RowError("not_utf8")
 
 
 def read_json_lines(file: io.BufferedReader, limit: int) -> Numbered:
@@ -71,11 +113,13 @@ def parse_json(line: bytes | None) -> RawRow | RowError:
         return RowError("too_large")
     try:
         text = line.decode("utf-8")
-        row = loads(text)
+        row = loads_row(text)
     except UnicodeDecodeError:
         return RowError("not_utf8")
     except RecursionError:
         return RowError("too_deep")
+    except DuplicateKeyError as err:
+        return RowError("duplicate_key", column_name(str(err)))
     except ValueError as err:
         place = f"column {err.colno}" if isinstance(err, json.JSONDecodeError) else ""
         return RowError("malformed_json", place)
@@ -87,14 +131,14 @@ def parse_json(line: bytes | None) -> RawRow | RowError:
     return row
 
 
-def read_array(path: Path, file: io.BufferedReader, limit: int) -> Numbered:
-    """Yield the elements of a JSON array.
+def read_document(path: Path, file: io.BufferedReader, shape: Shape, limit: int) -> Numbered:
+    """Yield the rows of a JSON document that is not JSON Lines.
 
     Raises:
         DataError: The array is not closed, or data follows it.
     """
     try:
-        for number, element in enumerate(split_array(file, limit), start=1):
+        for number, element in enumerate(split_rows(file, shape, limit), start=1):
             yield number, parse_json(element)
     except ValueError as err:
         raise damaged(path, err) from err
@@ -125,15 +169,16 @@ class CsvLines:
         return line.decode("utf-8", "surrogateescape")
 
 
-def read_csv(path: Path, file: io.BufferedReader, limit: int) -> Numbered:
+def read_csv(path: Path, file: io.BufferedReader, limit: int, separator: str = ",") -> Numbered:
     """Yield the rows of a CSV file with a header; a row's number is that of its last line.
 
     Raises:
-        DataError: The header has no or duplicate column names, or a quote is never closed.
+        DataError: The header has no or duplicate column names, another separator or encoding, or a quote
+            is never closed.
     """
     csv.field_size_limit(limit)
     lines = CsvLines(file, limit)
-    rows = csv.reader(lines, strict=True)
+    rows = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] | None = None
     while True:
         try:
@@ -147,45 +192,27 @@ def read_csv(path: Path, file: io.BufferedReader, limit: int) -> Numbered:
             return
         if header is None:
             header = fields
-            if not any(header) or len(set(header)) < len(header):
-                raise damaged(path, "line 1: the header has no column names or a duplicate")
+            require_header(path, header)
         elif fields:
             yield lines.number, _csv_row(header, fields)
 
 
-def read_parquet(path: Path, limits: Limits) -> Numbered:
-    """Yield the rows of a Parquet file, batch by batch.
+def require_header(path: Path, header: list[str]) -> None:
+    """Check the first line of a CSV file.
 
     Raises:
-        DataError: The file is damaged, or its metadata reports a size above the limit.
+        DataError: It has no or duplicate column names, another separator, or is not UTF-8.
     """
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            meta = file.metadata
-            size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-            require_size(path, size, limits)
-            for batch in file.iter_batches(ROWS_PER_BATCH):
-                for row in _batch_rows(batch, limits.row_bytes):
-                    number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError) as err:
-        raise damaged(path, err) from err
-
-
-def _batch_rows(batch: pa.RecordBatch, limit: int) -> Iterator[RawRow | RowError]:
-    """Yield the rows of a batch; one by one only if the batch is too large or cannot be decoded."""
-    if batch.nbytes <= limit:
-        with contextlib.suppress(UnicodeDecodeError):
-            rows = batch.to_pylist()
-            yield from rows
-            return
-    for i in range(batch.num_rows):
-        one = batch.slice(i, 1)
-        try:
-            yield RowError("too_large") if one.nbytes > limit else one.to_pylist()[0]
-        except UnicodeDecodeError:
-            yield RowError("not_utf8")
+    if any(SURROGATE.search(name) for name in header):
+        raise not_utf8(path, "in another encoding")
+    if not any(header) or len(set(header)) < len(header):
+        raise damaged(path, "line 1: the header has no column names or a duplicate")
+    other = next((sign for sign in (";", "\t", "|", ",") if sign in header[0]), None)
+    if len(header) == 1 and other:
+        raise DataError(
+            f"{path}: line 1: the columns are separated by {other!r}; save the source file with commas as "
+            ".csv, or with tabs as .tsv, and run `nightshift snapshot`"
+        )
 
 
 def _csv_row(header: list[str], fields: list[str]) -> RawRow | RowError:

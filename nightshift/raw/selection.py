@@ -14,8 +14,9 @@ from nightshift.raw.faults import RowError
 from nightshift.raw.formats import RawRow
 from nightshift.raw.options import SourceOptions, read_options
 from nightshift.raw.pii import redact
-from nightshift.raw.readers import Numbered, read_shard
+from nightshift.raw.readers import read_shard
 from nightshift.raw.streams import Limits
+from nightshift.raw.tables import Numbered
 from nightshift.raw.versions import outdated_shards
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,8 @@
 """Decompressed bytes and lines of a shard, within limits: a small file cannot fill memory or disk."""
 
+import bz2
 import io
+import lzma
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,13 @@ import pyarrow as pa
 from nightshift.core.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+# The first bytes of text in other encodings: byte order marks, and the zero bytes of ASCII without one.
+ENCODINGS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 # Small files may have any ratio: 64 MiB do no harm.
 RATIO_FREE_BYTES = 64 * 2**20
 
@@ -37,11 +46,11 @@ class LimitedStream(io.RawIOBase):
 
         Args:
             path: Path of the shard.
-            codec: gzip, zstd, or None if it is not compressed.
+            codec: gzip, zstd, bz2, xz, or None if it is not compressed.
             limits: Size limits.
         """
         self._path = path
-        self._source: Any = pa.input_stream(str(path), compression=codec)
+        self._source: Any = open_codec(path, codec)
         self._limits = limits
         self._count = 0
 
@@ -57,7 +66,7 @@ class LimitedStream(io.RawIOBase):
         """
         try:
             count = int(self._source.readinto(buffer))
-        except OSError as err:
+        except (OSError, EOFError, lzma.LZMAError) as err:
             raise damaged(self._path, err) from err
         self._count += count
         require_size(self._path, self._count, self._limits)
@@ -68,6 +77,16 @@ class LimitedStream(io.RawIOBase):
         if not self.closed:
             self._source.close()
         super().close()
+
+
+def open_codec(path: Path, codec: str | None, *, write: bool = False) -> Any:
+    """Open a file of compressed bytes to read them decompressed, or to write them."""
+    if codec == "xz":
+        return lzma.open(path, "wb" if write else "rb")
+    if codec == "bz2":
+        return bz2.open(path, "wb" if write else "rb")
+    opened = pa.output_stream if write else pa.input_stream
+    return opened(str(path), compression=codec)
 
 
 def require_size(path: Path, size: int, limits: Limits) -> None:
@@ -108,7 +127,26 @@ def read_line(file: io.BufferedReader, limit: int) -> bytes | None:
     return None
 
 
-def skip_bom(file: io.BufferedReader) -> None:
-    """Skip the UTF-8 byte order mark that some editors write."""
-    if file.peek(len(BOM)).startswith(BOM):
+def skip_bom(path: Path, file: io.BufferedReader) -> None:
+    """Skip the UTF-8 byte order mark that some editors write.
+
+    Raises:
+        DataError: The file has another encoding.
+    """
+    start = file.peek(4)[:4]
+    if start.startswith(BOM):
         file.read(len(BOM))
+        return
+    other = next((name for mark, name in ENCODINGS if start.startswith(mark)), None)
+    # ASCII without a mark: every second byte is zero, or three of four.
+    if other is None and len(start) == 4 and start.count(0) in (2, 3):
+        other = "UTF-16" if start.count(0) == 2 else "UTF-32"
+    if other:
+        raise not_utf8(path, other)
+
+
+def not_utf8(path: Path, found: str) -> DataError:
+    """Build the error for a file in another encoding."""
+    return DataError(
+        f"{path}: the text is {found}; save the source file as UTF-8 and run `nightshift snapshot`"
+    )

@@ -1,5 +1,6 @@
 """Tool calls: parse the OpenAI and ShareGPT formats, and pair each answer with its call."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,10 @@ from nightshift.raw.turns import Call, Turn
 
 # Nesting depth of lists and objects. Real function schemas have 10 to 20 levels; templates recurse.
 MAX_DEPTH = 64
+# Calls that an assistant writes as text: Hermes, Glaive, ToolACE. They are trained as they are written.
+TEXT_CALL = re.compile(
+    r"<\|?tool_calls?\|?>|<function(?:call|=)|^\s*\[\s*[A-Za-z_][\w .:/-]*\(.*\)\s*\]\s*$", re.DOTALL
+)
 
 
 def parse_calls(value: object) -> tuple[Call, ...]:
@@ -40,16 +45,40 @@ def parse_sharegpt_calls(value: object) -> tuple[Call, ...]:
 
 
 def parse_tools(value: object) -> list[dict[str, Any]]:
-    """Parse the tools available to the assistant; a string contains the list as JSON.
+    """Parse the tools available to the assistant; a string contains the list, or one tool, as JSON.
 
     Raises:
         RowError: The value is not a list of objects.
+
+    Example:
+        >>> parse_tools([{"name": "add", "input_schema": {"type": "object"}}])
+        [{'type': 'function', 'function': {'name': 'add', 'parameters': {'type': 'object'}}}]
     """
     tools = from_json(value) if value else []
+    tools = [from_json(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("malformed_tool_call", "tools is not a list of objects")
     _require_json(tools)
-    return tools
+    return [_from_anthropic(tool) for tool in tools]
+
+
+def parse_functions(value: object) -> list[dict[str, Any]]:
+    """Parse OpenAI's legacy `functions`: the same tools without their wrapper.
+
+    Raises:
+        RowError: See `parse_tools`.
+    """
+    return [
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in parse_tools(value)
+    ]
+
+
+def _from_anthropic(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool in OpenAI's form, which chat templates render, if it is in Anthropic's."""
+    if "input_schema" not in tool:
+        return tool
+    function = {key: tool[key] for key in ("name", "description") if key in tool}
+    return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
 
 
 def from_json(value: object) -> Any:
@@ -70,7 +99,8 @@ def pair_answers(turns: Sequence[Turn]) -> list[Turn]:
     """Return the turns with each tool turn named after its function, in the order of the calls.
 
     A tool turn answers the call with its id; without an id, the first open call of its name; without a
-    name, the first open call. A conversation may end with calls.
+    name, the first open call. Answers to calls that are written as text stay as they are. A conversation
+    may end with calls.
 
     Raises:
         RowError: A tool turn matches no call, or a call has no answer before the next other turn.
@@ -80,7 +110,9 @@ def pair_answers(turns: Sequence[Turn]) -> list[Turn]:
         start = len(paired)
         calls = paired[-1].calls if paired else ()
         end = next((i for i in range(start, len(turns)) if turns[i].role != "tool"), len(turns))
-        if calls or end > start:
+        if not calls and paired and TEXT_CALL.search(paired[-1].content):
+            paired += turns[start:end]
+        elif calls or end > start:
             paired += _pair(calls, turns[start:end], start + 1)
         paired += turns[end : end + 1]
     return paired

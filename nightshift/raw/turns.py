@@ -1,7 +1,11 @@
 """Conversations while they are read and checked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+# A repair's text before and after, cut to the place that changed.
+Change = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class Turn:
         calls: Tool calls of an assistant turn.
         name: Function that a tool turn answers.
         call_id: Id of the call that a tool turn answers.
+        train: Whether an assistant turn is trained.
     """
 
     role: str
@@ -30,11 +35,21 @@ class Turn:
     calls: tuple[Call, ...] = field(default=())
     name: str | None = None
     call_id: str | None = None
+    train: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, and the tools available to the assistant as JSON values, empty if there are none."""
+    """The turns of a row.
+
+    Attributes:
+        turns: Turns, in order.
+        tools: Tools available to the assistant as JSON values, empty if there are none.
+        ignored: Columns of the row, and keys of its messages (`messages.name`), that were not read.
+        changes: Repair -> the first place that it changed.
+    """
 
     turns: list[Turn]
     tools: list[dict[str, Any]] = field(default_factory=list)
+    ignored: frozenset[str] = frozenset()
+    changes: Mapping[str, Change] = field(default_factory=dict)

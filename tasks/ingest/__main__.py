@@ -1,23 +1,25 @@
-"""Run the stage: one pass over all shards, three output files."""
+"""Run the stage: one pass over all shards, four output files."""
 
 import json
+import logging
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from nightshift.core.config import load_params
 from nightshift.core.errors import DataError
-from nightshift.core.files import atomic_write, write_rows
+from nightshift.core.files import atomic_write, jsonl, write_rows
 from nightshift.core.memo import Memo
-from nightshift.core.paths import BASE, INGESTED, PII, QUARANTINE, RAW
+from nightshift.core.paths import BASE, INGESTED, PII, QUARANTINE, RAW, REPAIRS
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import Drops, require_drop_rate
 from nightshift.data.encode import Encoder, load_encoder, open_memo
 from nightshift.data.schemas import EXAMPLES
 from nightshift.raw.checks import compile_special_tokens
+from nightshift.raw.columns import is_harmless
 from nightshift.raw.faults import RowError
 from nightshift.raw.pii import find_pii
 from nightshift.raw.selection import Selection
@@ -25,7 +27,14 @@ from nightshift.raw.streams import Limits
 from tasks.ingest import IngestParams
 from tasks.ingest.lengths import batches, describe, measure, special_tokens
 from tasks.ingest.presidio import load_presidio
-from tasks.ingest.rows import Example, Outcome, Privacy, read_outcomes
+from tasks.ingest.rows import Example, Outcome, Privacy, Rules, read_outcomes
+
+log = logging.getLogger(__name__)
+# Examples of each repair, and names of ignored columns of a source. Rows may be maps with a key for each.
+EXAMPLES_PER_REPAIR = 3
+MAX_COLUMNS = 100
+# Reasons of rows that are left out as intended.
+HARMLESS_DROPS = ("empty_file", "rejected_answer")
 
 
 @dataclass(slots=True)
@@ -35,12 +44,16 @@ class Tally:
     Attributes:
         drops: Rows read and quarantined.
         repaired: Repaired rows, by repair.
+        repairs: The first places that each repair changed.
+        ignored: Rows with a column that is not read, by source and column.
         pii: Findings of personal data, by (source, kind).
         tokens: Token count of each example.
     """
 
     drops: Drops = field(default_factory=Drops)
     repaired: Counter[str] = field(default_factory=Counter)
+    repairs: list[dict[str, str]] = field(default_factory=list)
+    ignored: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     pii: Counter[tuple[str, str]] = field(default_factory=Counter)
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
 
@@ -55,13 +68,18 @@ def main() -> None:
         write_outputs(examples, params, encoder, tally, selection)
         selection.require_groups()
         require_rows(tally.drops, params.max_drop_rate)
+    warn_of_columns(tally.ignored)
     write_summary(
         "ingest",
         rows_in=tally.drops.read.total(),
         rows_out=len(tally.tokens),
         dropped=tally.drops.by_reason(),
         dropped_by_source=tally.drops.by_source(),
+        rows_out_by_source=tally.drops.kept_by_source(),
         repaired=dict(sorted(tally.repaired.items())),
+        ignored_columns={
+            source: dict(sorted(counts.items())) for source, counts in sorted(tally.ignored.items())
+        },
         tokens=describe(tally.tokens),
         pii=by_source(tally.pii),
         **selection.counts(),
@@ -75,14 +93,16 @@ def write_outputs(
     limits = Limits(params.max_row_bytes, params.max_shard_bytes, params.max_compression_ratio)
     special = compile_special_tokens(special_tokens(encoder))
     privacy = Privacy(params.pii, load_presidio(params.pii_model) if params.pii_model else find_pii)
+    rules = Rules(special, privacy, params.fix_encoding)
     with (
         open_memo(encoder) as memo,
+        atomic_write(REPAIRS) as repairs,
         atomic_write(QUARANTINE) as quarantine,
         atomic_write(PII) as pii,
         quarantine.open("w", encoding="utf-8") as bad,
         pii.open("w", encoding="utf-8") as personal,
     ):
-        outcomes = read_outcomes(RAW, limits, special, privacy, selection)
+        outcomes = read_outcomes(RAW, limits, rules, selection)
         measured = measure_all(outcomes, encoder, memo, params.max_tokens)
         counted = (
             one
@@ -90,6 +110,8 @@ def write_outputs(
             if not selection.is_mended(one[0].origin.rpartition(":")[0], one[0].result)
         )
         write_rows(examples, separate(counted, bad, personal, tally), EXAMPLES)
+        shown = tally.repairs if params.pii != "redact" else []
+        repairs.write_text(jsonl(shown), encoding="utf-8")
 
 
 def measure_all(
@@ -116,9 +138,31 @@ def separate(
             line = f"{RAW}/{outcome.origin}: {fault.reason}; {fault.remedy}"
             tally.drops.add(outcome.source, fault.reason, line)
             continue
-        tally.repaired.update(outcome.repaired)
+        count_changes(outcome, tally)
         tally.tokens.append(tokens)
         yield outcome.result
+
+
+def count_changes(outcome: Outcome, tally: Tally) -> None:
+    """Count the repairs of a row and the columns that were not read; keep the first examples."""
+    for name, (before, after) in outcome.repaired.items():
+        tally.repaired[name] += 1
+        known = sum(one["repair"] == name for one in tally.repairs)
+        # An example is text of the row, which must not spread personal data.
+        if known < EXAMPLES_PER_REPAIR and not outcome.pii_spans:
+            row = {"repair": name, "origin": outcome.origin, "before": before, "after": after}
+            tally.repairs.append(row)
+    counts = tally.ignored[outcome.source] if outcome.ignored else Counter[str]()
+    for column in sorted(outcome.ignored):
+        counts[column if column in counts or len(counts) < MAX_COLUMNS else "(other columns)"] += 1
+
+
+def warn_of_columns(ignored: Mapping[str, Counter[str]]) -> None:
+    """Log the columns of each source that were not read, except those that only describe a row."""
+    for source, counts in sorted(ignored.items()):
+        names = [f"{name} ({rows:,} rows)" for name, rows in sorted(counts.items()) if not is_harmless(name)]
+        if names:
+            log.warning("%s: columns that are not read: %s", source, ", ".join(names))
 
 
 def write_line(file: TextIO, row: dict[str, Any]) -> None:
@@ -142,12 +186,12 @@ def by_source(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
 def require_rows(drops: Drops, limit: float) -> None:
     """Fail if there are no rows, or too many bad rows overall or in a source.
 
-    A source may still be empty: an empty file is recorded but is not a bad row.
+    A source may still be empty: an empty file is recorded but is not a bad row. Neither is a rejected answer.
 
     Raises:
         DataError: There are no rows, or the rate of bad rows is above `limit`.
     """
-    if drops.read.total() == drops.by_reason()["empty_file"]:
+    if drops.read.total() == sum(drops.by_reason()[reason] for reason in HARMLESS_DROPS):
         raise DataError(f"{RAW}: no rows; run `nightshift snapshot` or check snapshot.sources")
     require_drop_rate(
         drops,
@@ -155,7 +199,7 @@ def require_rows(drops: Drops, limit: float) -> None:
         (QUARANTINE, "ingest.max_drop_rate"),
         "fix the rows in their file and run `nightshift snapshot` (bad rows of its older version no longer "
         "count), remove the source from snapshot.sources",
-        harmless=("empty_file",),
+        harmless=HARMLESS_DROPS,
         fewest=1,
     )
 

@@ -57,7 +57,7 @@ def measure(
             yield outcome, 0
             continue
         fault, count = _check_length(next(encoded), max_tokens)
-        yield (replace(outcome, result=fault, repaired=frozenset()) if fault else outcome), count
+        yield (replace(outcome, result=fault) if fault else outcome), count
 
 
 def describe(counts: Sequence[int]) -> dict[str, Any]:

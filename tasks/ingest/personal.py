@@ -47,7 +47,7 @@ def redact_conversation(conversation: Conversation, find: Find) -> Conversation:
         )
         for turn in conversation.turns
     ]
-    return Conversation(turns, redact_json(conversation.tools, find))
+    return replace(conversation, turns=turns, tools=redact_json(conversation.tools, find))
 
 
 def redact_json(value: Any, find: Find = find_pii) -> Any:

@@ -3,22 +3,28 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nightshift.core.errors import DataError
 from nightshift.core.files import text_digest
-from nightshift.raw.checks import check, repair
+from nightshift.raw.checks import check
+from nightshift.raw.columns import find_column
 from nightshift.raw.convert import convert
 from nightshift.raw.faults import RowError
 from nightshift.raw.forgotten import read_forgotten
+from nightshift.raw.formats import RawRow
+from nightshift.raw.options import SourceOptions
+from nightshift.raw.pairs import shown
 from nightshift.raw.pii import Find, find_pii
+from nightshift.raw.repairs import arrange, repair
 from nightshift.raw.selection import Selection
 from nightshift.raw.shards import read_digests, require_digest, used_shards
 from nightshift.raw.streams import Limits
 from nightshift.raw.strict_json import dumps
-from nightshift.raw.turns import Conversation, Turn
+from nightshift.raw.turns import Change, Conversation, Turn
 from tasks.ingest.personal import PiiSpan, calls_json, find_pii_spans, redact_conversation
 
 Example = dict[str, Any]
@@ -33,6 +39,21 @@ class Privacy:
 
 
 @dataclass(frozen=True, slots=True)
+class Rules:
+    """How all rows are checked and repaired.
+
+    Attributes:
+        special: Markup that no text may contain.
+        privacy: Handling of personal data.
+        fix_encoding: Whether wrongly decoded text is repaired.
+    """
+
+    special: re.Pattern[str]
+    privacy: Privacy
+    fix_encoding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """Result of one row.
 
@@ -40,59 +61,89 @@ class Outcome:
         origin: Origin of the row, `source/arrival.suffix:number`.
         source: Name of the source.
         result: Example (see `nightshift.data.schemas.EXAMPLES`), or fault.
-        repaired: Repairs made to the row.
+        repaired: Repair made to the row -> the first place that it changed.
+        ignored: Columns and keys of messages that were not read.
         pii_spans: Positions of personal data.
     """
 
     origin: str
     source: str
     result: Example | RowError
-    repaired: frozenset[str] = frozenset()
+    repaired: Mapping[str, Change] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
     pii_spans: tuple[PiiSpan, ...] = ()
 
 
 def read_outcomes(
-    raw: Path,
-    limits: Limits,
-    special: re.Pattern[str],
-    privacy: Privacy,
-    selection: Selection | None = None,
+    raw: Path, limits: Limits, rules: Rules, selection: Selection | None = None
 ) -> Iterator[Outcome]:
     """Read, convert and check every row of every shard in use, ordered by arrival and row number.
 
     Args:
-        raw: Folder with `<source>/<arrival>.<suffix>`.
+        raw: Folder with `<source>/<arrival>.<suffix>` and the options of the sources.
         limits: Size limits of shards and rows.
-        special: Markup that no text may contain.
-        privacy: Handling of personal data.
+        rules: How the rows are checked and repaired.
         selection: Counts the rows that are left out; by default nobody asks for the counts.
 
     Raises:
-        DataError: A shard cannot be read completely.
+        DataError: A shard cannot be read completely, or no row of a source has a column that its options
+            name.
     """
     selection = selection or Selection(raw)
-    digests, forgotten = read_digests(raw), read_forgotten(raw)
+    digests, forgotten, mapped = read_digests(raw), read_forgotten(raw), dict[str, Mapped]()
     for arrival, path in used_shards(raw):
-        name = path.relative_to(raw).as_posix()
+        name, source = path.relative_to(raw).as_posix(), path.parent.name
         require_digest(path, digests.get(name))
+        columns = mapped.setdefault(source, Mapped(selection.options(source)))
         for number, row in selection.rows(path, limits):
+            columns.note(row)
             if (origin := f"{name}:{number}") not in forgotten.rows:
-                outcome = convert_row(row, origin, arrival, special, privacy)
+                outcome = convert_row(row, origin, arrival, rules, columns.options)
                 if isinstance(outcome.result, dict) and isinstance(row, dict):
                     selection.complete(outcome.result, row)
                 yield outcome
+    for source, columns in mapped.items():
+        columns.require(raw / source)
+
+
+class Mapped:
+    """The columns that a source's options name, and whether a row has them."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+        self._missing = dict(options.columns)
+        self._seen: dict[str, None] = {}
+
+    def note(self, row: RawRow | RowError) -> None:
+        """Look for the columns that no row had so far."""
+        if not self._missing or isinstance(row, RowError):
+            return
+        self._seen |= dict.fromkeys(row)
+        self._missing = {key: one for key, one in self._missing.items() if find_column(row, one) is None}
+
+    def require(self, where: Path) -> None:
+        """Check that some row of the source has each column.
+
+        Raises:
+            DataError: No row has one of them.
+        """
+        if self._missing and self._seen:
+            raise DataError(
+                f"{where}: no row has the columns {', '.join(self._missing.values())}; correct "
+                f"`columns` of the source in snapshot.sources; columns seen: {shown(self._seen)}"
+            )
 
 
 def convert_row(
-    row: dict[str, Any] | RowError, origin: str, arrival: int, special: re.Pattern[str], privacy: Privacy
+    row: RawRow | RowError, origin: str, arrival: int, rules: Rules, options: SourceOptions
 ) -> Outcome:
     """Convert, repair and check one row; find its personal data before building the example."""
-    source = origin.split("/", 1)[0]
+    source, privacy = origin.split("/", 1)[0], rules.privacy
     try:
         if isinstance(row, RowError):
             raise row
-        conversation, repaired = repair(convert(row))
-        conversation = check(conversation, special)
+        conversation = arrange(repair(convert(row, options), fix_encoding=rules.fix_encoding))
+        conversation = check(conversation, rules.special)
         spans = tuple(find_pii_spans(conversation, privacy.find))
         if spans and privacy.mode == "redact":
             conversation = redact_conversation(conversation, privacy.find)
@@ -105,7 +156,7 @@ def convert_row(
         counts = sorted(Counter(span.kind for span in spans).items())
         detail = ", ".join(f"{count} {kind}" for kind, count in counts)
         return Outcome(origin, source, RowError("pii", detail), pii_spans=spans)
-    return Outcome(origin, source, example, frozenset(repaired), spans)
+    return Outcome(origin, source, example, conversation.changes, conversation.ignored, spans)
 
 
 def build_example(conversation: Conversation, origin: str, source: str, arrival: int) -> Example:
@@ -124,11 +175,13 @@ def build_example(conversation: Conversation, origin: str, source: str, arrival:
     }
 
 
-def _message(turn: Turn) -> dict[str, str]:
+def _message(turn: Turn) -> dict[str, Any]:
     """Return a turn as a message without empty fields."""
-    message = {"role": turn.role, "content": turn.content}
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
     if turn.calls:
         message["tool_calls"] = calls_json(turn)
     if turn.name:
         message["name"] = turn.name
+    if turn.role == "assistant" and not turn.train:
+        message["train"] = False
     return message

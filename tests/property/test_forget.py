@@ -14,26 +14,38 @@ from nightshift.pipeline.dvc_cache import Run, affected
 from nightshift.raw.erase import NO_LIMITS, erase_rows
 from nightshift.raw.faults import RowError
 from nightshift.raw.readers import read_shard
+from nightshift.raw.streams import open_codec
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), min_size=1, max_size=8)
-FORMATS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.zst", ".json.zst", ".parquet")
+FORMATS = (
+    *(".jsonl", ".ndjson.xz", ".json", ".csv", ".tsv.bz2", ".txt", ".txt.gz", ".jsonl.gz", ".csv.zst"),
+    *(".json.zst", ".parquet", ".arrow", ".feather"),
+)
 
 
 def write(path: Path, texts: list[str], bom: bytes) -> None:
     """Write a shard with a malformed row and multi-line rows, where the format allows them."""
-    if path.suffix == ".parquet":
+    if path.suffix in (".parquet", ".arrow", ".feather"):
         table = pa.table({"text": texts, "meta": [{"n": len(text)} for text in texts]})
-        pq.write_table(table, path, row_group_size=2)
+        if path.suffix == ".parquet":
+            pq.write_table(table, path, row_group_size=2)
+            return
+        create = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
+        with create(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
         return
-    if ".csv" in path.name:
-        lines = ["text,note", *('"' + text.replace('"', '""') + '",\u00e9' for text in texts), "a,b,c"]
-        content = "\n".join(lines) + "\n"
-    elif ".jsonl" in path.name:
+    if ".csv" in path.name or ".tsv" in path.name:
+        comma = "," if ".csv" in path.name else "\t"
+        fields = [("text", "note"), *(('"' + text.replace('"', '""') + '"', "\u00e9") for text in texts)]
+        content = "\n".join([*(comma.join(row) for row in fields), comma.join("abc")]) + "\n"
+    elif ".txt" in path.name:
+        content = "\n \n\n".join(f"{text}|\nmore" for text in texts)
+    elif ".jsonl" in path.name or ".ndjson" in path.name:
         content = "\n\n".join(json.dumps({"text": text}) for text in texts) + "\n{bad\n"
     else:
         content = "[" + " ,\n".join([*(json.dumps({"text": text}) for text in texts), '{"bad" 1}']) + "\n]"
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-    with pa.output_stream(str(path), compression=codec) as file:
+    codec = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}.get(path.suffix)
+    with open_codec(path, codec, write=True) as file:
         file.write(bom + content.encode())
 
 
@@ -60,6 +72,29 @@ def test_other_rows_keep_their_numbers_and_content(
     # An erased row keeps none of its content.
     nothing = ("not_an_object", {"text": None, "meta": None})
     assert all(after[n] in nothing for n in numbers & after.keys())
+
+
+WRAPPED = st.sampled_from(
+    ['{"data": [%s]}', '{"version": 1,\n "train": [%s], "note": {"data": []}}', "%s\n", " [%s] "]
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(texts=st.lists(WORDS, min_size=1, max_size=4, unique=True), wrapped=WRAPPED, data=st.data())
+def test_rows_are_erased_from_every_shape_of_a_json_file(
+    tmp_path: Path, texts: list[str], wrapped: str, data: st.DataObject
+) -> None:
+    path = tmp_path / "000001.json"
+    comma = "," if "[" in wrapped else "\n"
+    path.write_text(wrapped % comma.join(json.dumps({"text": text}, indent=1) for text in texts))
+    assert rows(path) == {number: {"text": text} for number, text in enumerate(texts, start=1)}
+    numbers = data.draw(st.sets(st.sampled_from(range(1, len(texts) + 1)), min_size=1))
+    erase_rows(path, numbers)
+    expected = {
+        number: "not_an_object" if number in numbers else {"text": text}
+        for number, text in enumerate(texts, start=1)
+    }
+    assert rows(path) == expected
 
 
 @given(

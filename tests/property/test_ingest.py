@@ -19,7 +19,7 @@ from nightshift.raw.faults import RowError
 from nightshift.raw.pii import find_pii, redact
 from nightshift.raw.streams import Limits
 from tasks.ingest.lengths import measure
-from tasks.ingest.rows import Privacy, read_outcomes
+from tasks.ingest.rows import Privacy, Rules, read_outcomes
 from tests.helpers.byte_base import make_byte_base
 
 LIMITS = Limits(row_bytes=2000, shard_bytes=10**9, ratio=200)
@@ -30,7 +30,8 @@ JSON = st.recursive(
     max_leaves=10,
 )
 TURN = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": JSON}
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": JSON},
+    optional={"weight": JSON, "tool_calls": JSON, "function_call": JSON, "name": JSON},
 )
 ROW = st.one_of(
     st.fixed_dictionaries({"messages": st.lists(TURN, max_size=4)}),
@@ -38,6 +39,9 @@ ROW = st.one_of(
     st.fixed_dictionaries({"conversations": JSON}),
     st.fixed_dictionaries({"prompt": JSON, "completion": JSON, "system": JSON}),
     st.fixed_dictionaries({"instruction": JSON, "output": JSON, "history": JSON}),
+    st.fixed_dictionaries({"question": JSON, "context": JSON, "answers": JSON, "tools": JSON}),
+    st.fixed_dictionaries({"prompt": JSON, "chosen": JSON, "rejected": JSON, "label": JSON}),
+    st.fixed_dictionaries({"messages": st.lists(TURN, max_size=2), "weight": JSON, "score": JSON}),
     JSON,
 )
 LINE = ROW.map(lambda row: json.dumps(row).encode()) | st.binary(min_size=1, max_size=50).filter(
@@ -49,7 +53,7 @@ def outcomes(folder: Path, lines: list[bytes], mode: Any = "report") -> list[Any
     path = folder / "a" / "000001.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"\n".join(lines))
-    return list(read_outcomes(folder, LIMITS, MARKUP, Privacy(mode)))
+    return list(read_outcomes(folder, LIMITS, Rules(MARKUP, Privacy(mode))))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

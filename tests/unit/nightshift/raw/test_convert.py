@@ -74,7 +74,7 @@ def test_plain_text_is_one_turn_and_keeps_its_indentation() -> None:
     ("row", "reason", "detail"),
     [
         ({}, "unknown_format", "none"),
-        ({"prompt": "a", "chosen": "b"}, "unknown_format", "chosen, prompt"),
+        ({"frage": "a", "antwort": "b"}, "unknown_format", "antwort, frage"),
         ({"messages": []}, "no_messages", ""),
         ({"messages": ["Hi"]}, "no_messages", ""),
         ({"messages": "Hi"}, "no_messages", "not valid JSON"),

@@ -15,6 +15,7 @@ import yaml
 
 from nightshift.core.errors import DataError
 from nightshift.data.drops import Drops
+from nightshift.data.encode import IGNORED, Encoded, count_supervised, encode_known, load_encoder, open_memo
 from nightshift.raw.shards import find_shards
 from tasks.ingest.__main__ import main, require_rows
 from tests.helpers.byte_base import make_byte_base
@@ -26,6 +27,7 @@ PARAMS = {
     "max_shard_bytes": 10**9,
     "max_compression_ratio": 200,
     "max_tokens": None,
+    "fix_encoding": False,
     "pii": "report",
     "pii_model": None,
 }
@@ -61,10 +63,12 @@ def run(in_tmp: Path) -> Run:
 
 BAD = {
     b'{"messages": [': "malformed_json",
-    b'{"text": NaN}': "malformed_json",
+    b'{"text": NaN}': "not_text",
+    b'{"text": "a", "text": "b"}': "duplicate_key",
     b"\xff\xfe\x00": "not_utf8",
     b"[1]": "not_an_object",
-    b'{"question": "x"}': "unknown_format",
+    b'{"question": "x"}': "no_answer",
+    b'{"frage": "x"}': "unknown_format",
     b'{"messages": 1}': "no_messages",
     b'{"text": 1}': "not_text",
     rb'{"text": "\ud800"}': "lone_surrogate",
@@ -79,8 +83,9 @@ BAD = {
     chat(("user", "Hi\0"), ("assistant", "Ho")): "control_character",
     chat(("user", "a \u202e b"), ("assistant", "Ho")): "control_character",
     chat(("user", "a \ufffd b"), ("assistant", "Ho")): "control_character",
-    chat(("assistant", "Ho"), ("user", "Hi")): "wrong_order",
-    chat(("user", "Hi"), ("system", "Be kind"), ("assistant", "Ho")): "wrong_order",
+    chat(("assistant", "Ho"), ("user", "Hi")): "no_final_answer",
+    chat(("tool", "3"), ("assistant", "Ho")): "wrong_order",
+    chat(("system", " ")): "no_final_answer",
     chat(("user", "Hi")): "no_final_answer",
     chat(("system", "Be kind")): "no_final_answer",
     chat(("user", "Hi"), ("assistant", "Ho"), ("tool", "3"), ("assistant", "3")): "unpaired_tool_answer",
@@ -106,6 +111,112 @@ def test_the_quarantine_contains_the_keys_but_no_text_of_the_row(run: Run) -> No
     found = run({"mine/000001.jsonl": b'{"frage": "geheim", "ada@example.org": "geheim"}'})
     assert found["quarantine"][0]["remedy"].endswith("keys seen ([EMAIL], frage)")
     assert "geheim" not in json.dumps(found["quarantine"])
+
+
+def options(**sources: Any) -> bytes:
+    """Return data/raw/options.json."""
+    return json.dumps(sources).encode()
+
+
+def test_only_trained_turns_have_labels(run: Run, in_tmp: Path) -> None:
+    turns = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "three", "weight": 0},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "four", "weight": 1},
+    ]
+    (example,) = run({"a/000001.jsonl": json.dumps({"messages": turns}).encode()})["examples"]
+    assert [turn["train"] for turn in example["messages"]] == [None, False, None, None]
+    encoder = load_encoder(in_tmp / "data/base/model")
+    with open_memo(encoder) as memo:
+        same = [{**turn, "train": None} for turn in example["messages"]]
+        found, all_trained = encode_known([(example["messages"], None), (same, None)], encoder, memo)
+    assert isinstance(found, Encoded)
+    assert isinstance(all_trained, Encoded)
+    assert found.input_ids.tolist() == all_trained.input_ids.tolist()
+    stop = encoder.tokenizer.token_to_id("<|im_end|>")
+    trained = [token for token in found.labels.tolist() if token != IGNORED]
+    assert (encoder.tokenizer.decode(trained), trained[-1]) == ("four", stop)
+    assert count_supervised(all_trained.labels) == len("three") + 1 + len("four") + 1
+
+
+def test_columns_that_are_not_read_are_counted_and_warned_of_once(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = GOOD | {"id": 1, "hint": "x", "empty": ""}
+    other = {"messages": [turn | {"logprobs": [1]} for turn in GOOD["messages"]]}
+    shards = {
+        "a/000001.jsonl": b"\n".join(json.dumps(one).encode() for one in (row, row, other)),
+        "a/000002.jsonl": json.dumps(row).encode(),
+        "b/000003.jsonl": json.dumps(GOOD | {"source": "web"}).encode(),
+    }
+    found = run(shards)
+    assert found["summary"]["ignored_columns"] == {
+        "a": {"hint": 3, "id": 3, "messages.logprobs": 1},
+        "b": {"source": 1},
+    }
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == ["a: columns that are not read: hint (3 rows), messages.logprobs (1 rows)"]
+
+
+def test_rows_with_a_key_of_their_own_do_not_fill_the_summary(run: Run) -> None:
+    rows = [json.dumps(GOOD | {f"key{number}": 1}).encode() for number in range(150)]
+    counts = run({"a/000001.jsonl": b"\n".join(rows)})["summary"]["ignored_columns"]["a"]
+    assert (len(counts), counts["(other columns)"]) == (101, 50)
+
+
+def test_the_options_of_a_source_map_its_columns_and_speakers(run: Run) -> None:
+    shards = {
+        "a/000001.csv": b"frage,antwort\nHi,Ho\n",
+        "b/000002.jsonl": chat(("Kunde", "Hi"), ("Berater", "Ho")),
+        "options.json": options(
+            a={"columns": {"question": "frage", "answer": "antwort"}},
+            b={"roles": {"Kunde": "user", "Berater": "assistant"}},
+        ),
+    }
+    for example in run(shards)["examples"]:
+        assert [(turn["role"], turn["content"]) for turn in example["messages"]] == [
+            ("user", "Hi"),
+            ("assistant", "Ho"),
+        ]
+
+
+def test_a_mapped_column_that_no_row_has_is_an_error(run: Run) -> None:
+    shards = {
+        "a/000001.csv": b"question,reply\nHi,Ho\n",
+        "b/000002.jsonl": json.dumps(GOOD).encode(),
+        "options.json": options(a={"columns": {"question": "question", "answer": "best"}}),
+    }
+    message = r"a: no row has the columns best; correct `columns`.*; columns seen: question, reply"
+    with pytest.raises(DataError, match=message):
+        run(shards)
+
+
+def test_a_mapped_column_may_be_missing_in_some_rows(run: Run) -> None:
+    rows = b'{"q": "Hi", "a": "Ho", "more": "!"}\n{"q": "Hi", "a": "Ho"}\n'
+    columns = {"question": "q", "answer": "a", "context": "more"}
+    found = run({"a/000001.jsonl": rows, "options.json": options(a={"columns": columns})})
+    assert [row["messages"][0]["content"] for row in found["examples"]] == ["Hi\n\n!", "Hi"]
+
+
+def test_rejected_answers_are_counted_but_are_no_bad_rows(run: Run) -> None:
+    rows = [json.dumps(GOOD | {"label": number % 2 == 0}).encode() for number in range(40)]
+    shards = {"a/000001.jsonl": b"\n".join(rows), "options.json": options(a={"preference": "chosen"})}
+    found = run(shards, max_drop_rate=0.05)
+    assert (found["summary"]["rows_out"], found["summary"]["dropped"]) == (20, {"rejected_answer": 20})
+
+
+@pytest.mark.parametrize(
+    "bad", [b'{"frage": "Hi", "antwort": "Ho"}', b'{"prompt": "Hi", "chosen": "Ho", "rejected": "Hm"}']
+)
+def test_one_bad_source_of_several_fails_the_stage(run: Run, bad: bytes) -> None:
+    shards = {
+        "good/000001.jsonl": b"\n".join([json.dumps(GOOD).encode()] * 1000),
+        "bad/000002.jsonl": b"\n".join([bad] * 20),
+    }
+    with pytest.raises(DataError, match=r"20 of 20 rows of bad are dropped") as caught:
+        run(shards, max_drop_rate=0.05)
+    assert "good" not in str(caught.value)
 
 
 def test_rows_of_all_formats_are_in_order_of_arrival(run: Run) -> None:
@@ -152,20 +263,58 @@ def test_a_tool_call_is_stored_as_json_with_sorted_keys_and_its_result_has_a_nam
             "content": "",
             "tool_calls": '[{"arguments": {"a": 1, "b": 2}, "name": "add"}]',
             "name": None,
+            "train": None,
         },
-        {"role": "tool", "content": "3", "tool_calls": None, "name": "add"},
+        {"role": "tool", "content": "3", "tool_calls": None, "name": "add", "train": None},
     ]
 
 
-def test_repaired_rows_are_counted(run: Run) -> None:
+def test_repaired_rows_are_counted(run: Run, in_tmp: Path) -> None:
     rows = (
         chat(("user", "Caf\u00c3\u00a9?\r\nYes?"), ("assistant", "Ja"))
         + b"\n"
         + chat(("user", "Café?"), ("assistant", "Ja"))
     )
-    found = run({"a/000001.jsonl": rows})
+    found = run({"a/000001.jsonl": rows}, fix_encoding=True)
     assert [row["messages"][0]["content"] for row in found["examples"]] == ["Café?\nYes?", "Café?"]
     assert found["summary"]["repaired"] == {"line_ends": 1, "mojibake": 1}
+    assert [json.loads(line) for line in (in_tmp / "data/ingest/repairs.jsonl").open()] == [
+        {
+            "repair": "line_ends",
+            "origin": "a/000001.jsonl:1",
+            "before": "Caf\u00c3\u00a9?\r\nYes?",
+            "after": "Caf\u00c3\u00a9?\nYes?",
+        },
+        {
+            "repair": "mojibake",
+            "origin": "a/000001.jsonl:1",
+            "before": "Caf\u00c3\u00a9?\nYes?",
+            "after": "Café?\nYes?",
+        },
+    ]
+
+
+def test_text_is_not_changed_by_default(run: Run) -> None:
+    texts = ["Caf\u00c3\u00a9 is UTF-8 read as Latin-1", "  return 1\n", " blue. "]
+    rows = [chat(("user", text), ("assistant", text)) for text in texts]
+    found = run({"a/000001.jsonl": b"\n".join(rows)})
+    assert [row["messages"][0]["content"] for row in found["examples"]] == texts
+    assert [row["messages"][1]["content"] for row in found["examples"]] == texts
+    assert found["summary"]["repaired"] == {}
+
+
+def test_examples_of_repairs_are_few_short_and_without_personal_data(run: Run, in_tmp: Path) -> None:
+    long = "x" * 500 + "\r\n" + "y" * 500
+    rows = [chat(("user", "ada@example.org\r\nHi"), ("assistant", "Ho"))]
+    rows += [chat(("user", long), ("assistant", "Ho"))] * 4
+    found = run({"a/000001.jsonl": b"\n".join(rows)}, max_row_bytes=5000)
+    assert found["summary"]["repaired"] == {"line_ends": 5}
+    examples = [json.loads(line) for line in (in_tmp / "data/ingest/repairs.jsonl").open()]
+    assert [one["origin"] for one in examples] == [f"a/000001.jsonl:{number}" for number in (2, 3, 4)]
+    assert examples[0]["before"] == "…" + "x" * 20 + "\r\n" + "y" * 57
+    assert len(examples[0]["after"]) == 80
+    run({}, pii="redact", max_row_bytes=5000)
+    assert (in_tmp / "data/ingest/repairs.jsonl").read_text() == ""
 
 
 def test_tokens_are_counted_and_longer_examples_are_quarantined(run: Run) -> None:
@@ -273,14 +422,14 @@ def test_csv_and_parquet_with_wrong_columns_or_types_are_quarantined_by_row(run:
     buffer = io.BytesIO()
     table = pa.table({"messages": [7, None], "text": [["a"], None], "when": [datetime.date(2020, 1, 1)] * 2})
     pq.write_table(table, buffer)
-    shards = {"a/000001.csv": b"prompt,answer\nHi,Ho\n", "a/000002.parquet": buffer.getvalue()}
+    shards = {"a/000001.csv": b"frage,antwort\nHi,Ho\n", "a/000002.parquet": buffer.getvalue()}
     found = run(shards)["quarantine"]
     assert [(row["origin"], row["reason"]) for row in found] == [
         ("a/000001.csv:2", "unknown_format"),
         ("a/000002.parquet:1", "no_messages"),
         ("a/000002.parquet:2", "unknown_format"),
     ]
-    assert found[0]["remedy"].endswith("keys seen (answer, prompt)")
+    assert found[0]["remedy"].endswith("keys seen (antwort, frage)")
 
 
 def test_parquet_with_nested_turns_gives_the_same_example_as_json_lines(run: Run) -> None:
