@@ -46,7 +46,7 @@ def distinct(count: int, seed: int = 0) -> list[Row]:
 
 
 def unreadable(count: int) -> list[Row]:
-    """Return rows in an unknown format."""
+    """Return rows without an answer."""
     return [{"question": text} for text in texts(count)]
 
 
@@ -102,24 +102,24 @@ def test_an_unreadable_source_fails_ingest(run: Run) -> None:
         run("ingest", [("good", distinct(1000)), ("bad", unreadable(50))])
     first, *shown = str(caught.value).splitlines()
     assert first == (
-        "data/ingest/quarantine.jsonl: 50 of 50 rows of bad are dropped (unknown_format 50), more "
+        "data/ingest/quarantine.jsonl: 50 of 50 rows of bad are dropped (no_answer 50), more "
         "than ingest.max_drop_rate=0.05; fix the rows in their file and run `nightshift snapshot` (bad rows "
         "of its older version no longer count), remove the source from snapshot.sources, or raise the limit"
     )
-    assert shown[0].startswith("  data/raw/bad/000002.jsonl:1: unknown_format; use messages, conversations")
+    assert shown[0].startswith("  data/raw/bad/000002.jsonl:1: no_answer; add the answer, or name its column")
     assert len(shown) == 5
     assert not Path("data/ingest/examples.parquet").exists()
 
 
 def test_an_unreadable_source_with_few_rows_fails_ingest_too(run: Run) -> None:
-    with pytest.raises(DataError, match=r"2 of 2 rows of bad are dropped \(unknown_format 2\)"):
+    with pytest.raises(DataError, match=r"2 of 2 rows of bad are dropped \(no_answer 2\)"):
         run("ingest", [("good", distinct(1000)), ("bad", unreadable(2))])
 
 
 def test_some_bad_rows_of_a_small_source_and_an_empty_file_are_accepted(run: Run) -> None:
     small = [*distinct(5, seed=7), *unreadable(2)]
     summary = run("ingest", [("good", distinct(1000)), ("small", small), ("later", [])])
-    assert summary["dropped_by_source"] == {"later": {"empty_file": 1}, "small": {"unknown_format": 2}}
+    assert summary["dropped_by_source"] == {"later": {"empty_file": 1}, "small": {"no_answer": 2}}
 
 
 def test_chats_with_one_long_system_prompt_stay_and_their_copies_go(run: Run) -> None:
@@ -323,9 +323,9 @@ def test_a_source_whose_rows_are_all_too_long_fails_pack(run: Run) -> None:
 
 
 def test_an_empty_training_or_test_set_fails_split(run: Run) -> None:
-    with pytest.raises(DataError, match=r"data/split/test.parquet: 0 of 3 examples; raise split.test_share"):
+    with pytest.raises(DataError, match=r"data/split/test.parquet: 0 of 3 examples, which form 3 group.s.; raise split.test_share"):
         run("split", [("chats", distinct(3))], {"split": {"test_share": 0.0001}})
-    with pytest.raises(DataError, match=r"data/split/train.parquet: 0 of 3 examples; lower split.test_share"):
+    with pytest.raises(DataError, match=r"data/split/train.parquet: 0 of 3 examples, which form 3 group.s.; lower split.test_share"):
         run("split", [("chats", distinct(3))], {"split": {"test_share": 0.9499}})
     with pytest.raises(DataError, match=r"data/split/test.parquet: 0 of 3 examples"):
         run("split", [("chats", distinct(3))], {"split": {"by_phrasing": ["chats"]}})

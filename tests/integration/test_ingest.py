@@ -27,6 +27,7 @@ def test_the_demo_data_gives_the_expected_counts(
         "rows_out": 2100,
         "dropped": {"empty_content": 1, "no_final_answer": 43},
         "dropped_by_source": {"dialogs": {"empty_content": 1, "no_final_answer": 43}},
+        "rows_out_by_source": {"dialogs": 1982, "elements": 118},
         "repaired": {},
         "ignored_columns": {},
         "pii": {"dialogs": {"email": 2}},

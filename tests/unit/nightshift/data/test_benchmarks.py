@@ -104,7 +104,7 @@ def test_questions_include_all_wordings_but_no_answers() -> None:
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": "Two?"},
     ]
-    assert list(questions({"id": "a", "references": ["x"], "messages": turns})) == ["One?", "Two?"]
+    assert list(questions({"id": "a", "references": ["x"], "messages": turns})) == ["One?\nTwo?"]
     assert list(questions(GOOD["direction"][1])) == ["Q?", "C?"]
 
 
