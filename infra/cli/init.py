@@ -222,17 +222,20 @@ def choose(lengths: Sequence[int], parameters: int, config: Mapping[str, Any]) -
     reason = f"the longest example has {max(lengths):,} tokens"
     if longer:
         reason += f"; {longer:,} longer ones are dropped, {lost / total:.1%} of the tokens"
-    limit_of_loss, limit_of_drops = max(0.02, lost / total * 1.5), max(0.5, longer / count * 1.5)
-    return [
-        Choice("pack.max_length", max_length, reason),
-        Choice("pack.max_lost_token_share", round_up(limit_of_loss), "the stage fails above it"),
-        Choice("pack.max_drop_rate", round_up(limit_of_drops), "the stage fails above it"),
-        Choice("split.test_share", test, f"about {count * test:,.0f} of {count:,} examples judge the model"),
-        Choice("split.validation_share", validation, f"about {count * validation:,.0f} examples"),
-        Choice("sft.num_train_epochs", epochs, f"{count:,} examples, {total:,} tokens"),
-        Choice("sft.learning_rate", rate, f"LoRA on {parameters / 1e6:,.0f} million weights"),
-        Choice("sft.gradient_accumulation_steps", accumulate, f"about {rows:,} packed rows in an epoch"),
-    ]
+    chosen = {
+        "pack.max_length": (max_length, reason),
+        "split.test_share": (test, f"about {count * test:,.0f} of {count:,} examples judge the model"),
+        "split.validation_share": (validation, f"about {count * validation:,.0f} examples"),
+        "sft.num_train_epochs": (epochs, f"{count:,} examples, {total:,} tokens"),
+        "sft.learning_rate": (rate, f"LoRA on {parameters / 1e6:,.0f} million weights"),
+        "sft.gradient_accumulation_steps": (accumulate, f"about {rows:,} packed rows in an epoch"),
+    }
+    # Above these limits, which params.yaml sets, the stage would fail.
+    if lost > 0.02 * total:
+        chosen["pack.max_lost_token_share"] = round_up(lost / total * 1.5), "accepts this loss of tokens"
+    if longer > 0.5 * count:
+        chosen["pack.max_drop_rate"] = round_up(longer / count * 1.5), "accepts this loss of examples"
+    return [Choice(key, *value) for key, value in chosen.items()]
 
 
 def context_of(config: Mapping[str, Any]) -> int:

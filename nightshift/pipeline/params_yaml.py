@@ -69,7 +69,7 @@ def _place(parent: Any, key: str, value: Any) -> None:
     is_block = isinstance(old, CommentedMap) and not old.fa.flow_style() and isinstance(value, dict) and value
     holder, place = parent, key
     if isinstance(value, dict):
-        value = CommentedMap(value)
+        value = CommentedMap({name: _on_one_line(one) for name, one in value.items()})
     elif isinstance(value, list):
         value = CommentedSeq(value)
     if is_block:
@@ -79,6 +79,15 @@ def _place(parent: Any, key: str, value: Any) -> None:
     parent[key] = value
     if comment := _end_comment(old):
         holder.ca.items[place] = [None, None, comment, None]
+
+
+def _on_one_line(value: Any) -> Any:
+    """Return a nested mapping in flow style, other values unchanged."""
+    if not isinstance(value, dict):
+        return value
+    nested = CommentedMap(value)
+    nested.fa.set_flow_style()
+    return nested
 
 
 def _end_comment(node: Any) -> Any:

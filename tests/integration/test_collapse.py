@@ -323,9 +323,15 @@ def test_a_source_whose_rows_are_all_too_long_fails_pack(run: Run) -> None:
 
 
 def test_an_empty_training_or_test_set_fails_split(run: Run) -> None:
-    with pytest.raises(DataError, match=r"data/split/test.parquet: 0 of 3 examples, which form 3 group.s.; raise split.test_share"):
+    with pytest.raises(
+        DataError,
+        match=r"data/split/test.parquet: 0 of 3 examples, which form 3 group.s.; raise split.test_share",
+    ):
         run("split", [("chats", distinct(3))], {"split": {"test_share": 0.0001}})
-    with pytest.raises(DataError, match=r"data/split/train.parquet: 0 of 3 examples, which form 3 group.s.; lower split.test_share"):
+    with pytest.raises(
+        DataError,
+        match=r"data/split/train.parquet: 0 of 3 examples, which form 3 group.s.; lower split.test_share",
+    ):
         run("split", [("chats", distinct(3))], {"split": {"test_share": 0.9499}})
     with pytest.raises(DataError, match=r"data/split/test.parquet: 0 of 3 examples"):
         run("split", [("chats", distinct(3))], {"split": {"by_phrasing": ["chats"]}})

@@ -17,8 +17,6 @@ def test_a_thousand_short_examples_get_short_rows_and_three_epochs() -> None:
     values = chosen([100] * 990 + [431] * 9)
     assert values == {
         "pack.max_length": 448,
-        "pack.max_lost_token_share": 0.02,
-        "pack.max_drop_rate": 0.5,
         "split.test_share": 0.1,
         "split.validation_share": 0.05,
         "sft.num_train_epochs": 3,
