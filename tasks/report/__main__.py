@@ -4,6 +4,7 @@
 it is not set, as in a manual run, to the run that trained the candidate.
 """
 
+import json
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ from nightshift.core.paths import (
     PAGE,
     PLAN,
     REJECTED,
+    REPAIRS,
     SCORES,
     SHORT,
     SIMILARITY,
@@ -123,6 +125,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "heldout_texts": read_heldout(TEST, heldout),
         "changes": changes,
         "summaries": summaries,
+        "repairs": [json.loads(line) for line in REPAIRS.read_text(encoding="utf-8").splitlines()],
         "unused": unused_by_snapshot(),
         "funnel": [stage for stage in summaries if stage in {end[0] for way in TRANSFERS for end in way}],
         "accepted": accepted_paraphrases(AUGMENTED_TRAIN, SIMILARITY),

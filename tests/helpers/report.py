@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 from mlflow import MlflowClient
 
-from nightshift.core.files import file_digest, write_figures, write_json, write_rows, write_text
+from nightshift.core.files import file_digest, jsonl, write_figures, write_json, write_rows, write_text
 from nightshift.data.schemas import AUGMENTED, GROUPED, MESSAGES
 from nightshift.registry import versions
 from nightshift.registry.lineage import write_lineage
@@ -36,6 +36,8 @@ SUMMARIES: dict[str, dict[str, Any]] = {
         "dropped": {"malformed_json": 2},
         "dropped_by_source": {"facts": {"malformed_json": 2}},
         "pii": {"facts": {"email": 1}},
+        "repaired": {"mojibake": 1},
+        "ignored_columns": {"facts": {"rating_of_user": 4}},
     },
     "dedupe": {"rows_in": 10, "rows_out": 9, "dropped": {"near_duplicate": 1}},
     "split": {
@@ -152,6 +154,8 @@ def make_night(folder: Path, *, champion: bool = True) -> None:
     write_json(data / "sft" / "plan.json", {"learning_rate": [0.0, 0.001, 0.0005]})
     write_json(data / "sft" / "effective.json", {"precision": {"requested": "auto", "effective": "bf16"}})
     write_json(data / "evaluate" / "models.json", {})
+    repair = {"repair": "mojibake", "origin": "facts/000001.jsonl:3", "before": "CafÃ©", "after": HOSTILE}
+    write_text(data / "ingest" / "repairs.jsonl", jsonl([repair]))
     write_examples(data)
     write_mlflow(folder, champion=champion)
     write_scores(data, [row for row in night_scores() if champion or row["model"] != "champion"])

@@ -169,7 +169,7 @@ def test_the_page_renders_on_phone_and_desktop_in_light_and_dark_without_request
                 "validation: 2.2 at step 3, lowest 2.2 at step 3, 2.2 at step 3"
             )
             # Shown as text, once as a source and once as a paraphrase.
-            assert page.locator("body").inner_text().count(HOSTILE) == 2
+            assert page.locator("body").inner_text().count(HOSTILE) == 3
             assert page.locator("script, img, article svg").count() == 0
             assert visit.errors == []
             assert visit.requests == [PAGE.absolute().as_uri()]
@@ -242,6 +242,13 @@ def test_unused_data_on_disk_is_listed(checkout: Path) -> None:
     write_text(checkout / "data/raw/old/000009.jsonl", "x" * 1500)
     assert line in plain(write_page())
     assert SHORT.read_text(encoding="utf-8").splitlines()[-2:] == ["", line]
+
+
+def test_what_ingest_changed_and_did_not_read_is_shown(checkout: Path) -> None:
+    page = plain(write_page())
+    assert "Columns that ingest did not read, with the number of rows: facts rating of user 4" in page
+    assert "Rows that ingest changed: mojibake 1" in page
+    assert "Examples of the changes: 1 mojibake, facts/000001.jsonl:3 before: CafÃ© after: <script>" in page
 
 
 def test_a_night_without_a_benchmark_is_judged_and_shown_by_its_loss(checkout: Path) -> None:
