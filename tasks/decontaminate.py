@@ -29,7 +29,7 @@ from nightshift.core.stage import run_main, write_summary
 from nightshift.data.benchmarks import HELDOUT, evaluation_questions, prompt_of, questions_of
 from nightshift.data.drops import Drops, Rate, require_drop_rate
 from nightshift.data.schemas import AUGMENTED, AugmentedExample
-from nightshift.data.text import Shingles, canonical, ngrams, shingles, weight
+from nightshift.data.text import Shingles, canonical, is_another_question, ngrams, shingles, weight
 
 HITS_SCHEMA = pa.schema(
     [
@@ -109,14 +109,15 @@ class Index:
         by_text: Whole text -> position in `questions`.
         by_ngram: n-gram of a long question -> position of the question.
         by_shingle: Shingle -> positions of the questions that have it.
-        many: Number of rows above which a passage that they share is not counted.
+        is_test: Whether these are the prompts of test examples: one common n-gram is no overlap then, nor
+            are other questions about the same document.
     """
 
     questions: Sequence[Question]
     by_text: Mapping[str, int]
     by_ngram: Mapping[str, int]
     by_shingle: Mapping[str, Sequence[int]]
-    many: int
+    is_test: bool
 
 
 class Row(NamedTuple):
@@ -147,9 +148,9 @@ def main() -> None:
     params = load_params(DecontaminateParams, "decontaminate")
     questions = list(evaluation_questions(TEST, BENCHMARKS))
     in_benchmarks = [one for one in questions if one[0] != HELDOUT]
-    benchmarks = build_index(in_benchmarks, params, MANY_FOR_BENCHMARKS, has_ngrams=True)
+    benchmarks = build_index(in_benchmarks, params, is_test=False)
     in_test = [one for one in questions if one[0] == HELDOUT]
-    test = build_index(in_test, params, MANY_FOR_TEST, has_ngrams=False)
+    test = build_index(in_test, params, is_test=True)
     drops = Drops()
     hits = find_hits(count_rows(iterate_rows(AUGMENTED_TRAIN), drops), benchmarks, test, params)
     for row_source, hit in hits.values():
@@ -193,15 +194,14 @@ def describe_hit(hit: Hit) -> str:
 
 
 def build_index(
-    questions: Iterable[tuple[str, str, str]], params: DecontaminateParams, many: int, *, has_ngrams: bool
+    questions: Iterable[tuple[str, str, str]], params: DecontaminateParams, *, is_test: bool
 ) -> Index:
     """Index the questions, except questions without words.
 
     Args:
         questions: (benchmark, item id, question).
         params: Overlap thresholds.
-        many: Number of rows above which a passage that they share is not counted.
-        has_ngrams: Whether a single common n-gram is an overlap.
+        is_test: Whether these are the prompts of test examples.
     """
     found: dict[str, Question] = {}
     for benchmark, item, content in questions:
@@ -214,12 +214,12 @@ def build_index(
         words = question.text.split()
         if sum(map(weight, words)) < params.min_question_words:
             continue
-        for gram in ngrams(words, params.ngram_size) if has_ngrams else ():
+        for gram in ngrams(words, params.ngram_size) if not is_test else ():
             by_ngram.setdefault(gram, number)
         for shingle in question.shingles:
             by_shingle[shingle].append(number)
     by_text = {text: number for number, text in enumerate(found)}
-    return Index(list(found.values()), by_text, by_ngram, by_shingle, many)
+    return Index(list(found.values()), by_text, by_ngram, by_shingle, is_test)
 
 
 def find_hits(
@@ -241,8 +241,8 @@ def find_hits(
             for counts, some in zip(rows_with, found, strict=True):
                 counts.update({passage for one in some for passage in (*one.ngrams, *one.shingles)})
     shared = [
-        {passage for passage, count in counts.items() if count > index.many}
-        for counts, index in zip(rows_with, indexes, strict=True)
+        {passage for passage, count in counts.items() if count > many}
+        for counts, many in zip(rows_with, (MANY_FOR_BENCHMARKS, MANY_FOR_TEST), strict=True)
     ]
     hits = {}
     for row, found in overlaps:
@@ -289,6 +289,8 @@ def match(
             question = index.questions[number]
             share = containment(question.shingles, overlap.shingles)
             own = containment(question.shingles - shared, overlap.shingles)
+            if index.is_test and is_another_question(overlap.text.split(), question.text.split()):
+                continue
             if min(share, own) >= params.max_containment:
                 whole = f" {question.text} " in f" {overlap.text} "
                 reason = "shared_ngram" if whole else "contained_question"

@@ -38,6 +38,10 @@ LETTERS_PER_WORD = {"THAI": 4, "LAO": 4, "KHMER": 4, "MYANMAR": 4}
 # 3-shingles from 1 to 0.25. Its character shingles are compared instead.
 SHORT = 8
 CHARACTER_SHINGLE = 5
+# Least Jaccard similarity, 0 to 1, of two questions, or of two answers, that say the same.
+ALIKE = 0.5
+# Words of a passage that can be a question of its own.
+PASSAGE = 4
 Shingles = frozenset[str]
 _ASCII = "".join(chr(c).lower() if WORD.match(chr(c)) else " " for c in range(128))
 
@@ -167,3 +171,22 @@ def ngrams(words: Sequence[str], size: int) -> Iterator[str]:
             return
         yield " ".join(words[start:stop])
         total -= weights[start]
+
+
+def is_another_question(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Return whether two prompts are the same but for one passage, which has nothing in common.
+
+    Few questions about one document do not make it a template. Edits are scattered, or of few words.
+
+    Example:
+        >>> is_another_question("a b who is the king".split(), "a b when did it rain".split())
+        True
+        >>> is_another_question("a b who is the king".split(), "a b who was the king".split())
+        False
+    """
+    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    end = next((i for i, (a, b) in enumerate(zip(reversed(one), reversed(other), strict=False)) if a != b), 0)
+    passages = [words[start : max(start, len(words) - end)] for words in (one, other)]
+    if min(map(len, passages)) < PASSAGE:
+        return False
+    return jaccard(frozenset(passages[0]), frozenset(passages[1])) < ALIKE

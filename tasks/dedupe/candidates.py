@@ -9,15 +9,20 @@ from operator import itemgetter
 
 import numpy as np
 
-from nightshift.data.text import Shingles, comparable_shingles, is_short, jaccard
+from nightshift.data.text import (
+    ALIKE,
+    Shingles,
+    comparable_shingles,
+    is_another_question,
+    is_short,
+    jaccard,
+)
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.signatures import Keys
 from tasks.dedupe.templates import Templates
 
 # Cached shingle sets: about 0.5 GB for 100-word texts.
 CACHED_SETS = 2**16
-# Least Jaccard similarity, 0 to 1, of the questions and of the answers of two near-duplicates.
-ALIKE = 0.5
 # Survivors with a common key that a later text is compared with. Without a limit, texts just below the
 # threshold would cost the square of their number.
 LARGEST_BUCKET = 32
@@ -137,7 +142,8 @@ def near_similarity(one: Compared, other: Compared, threshold: float) -> float:
     if one.prompt == other.prompt:
         return similarity if jaccard(one.answer, other.answer) >= threshold else 0
     is_alike = (
-        jaccard(one.answer, other.answer) >= ALIKE
+        not is_another_question(one.prompt.split(), other.prompt.split())
+        and jaccard(one.answer, other.answer) >= ALIKE
         and bool(one.own and other.own)
         and jaccard(one.own, other.own) >= ALIKE
         and jaccard(one.own | one.answer, other.own | other.answer) >= threshold

@@ -34,7 +34,7 @@ def is_hit(text: str, questions: list[str]) -> bool:
 @given(TEXTS, st.lists(TEXTS, max_size=6))
 def test_the_index_finds_the_same_hits_as_an_exhaustive_search(text: str, questions: list[str]) -> None:
     items = [("b", str(i), question) for i, question in enumerate(questions)]
-    index = build_index(items, PARAMS, many=10, has_ngrams=True)
+    index = build_index(items, PARAMS, is_test=False)
     row: dict[str, Any] = {
         "id": "r",
         "origin": "s/000001.jsonl:1",
@@ -42,5 +42,5 @@ def test_the_index_finds_the_same_hits_as_an_exhaustive_search(text: str, questi
         "parent_id": None,
         "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}],
     }
-    nothing = build_index([], PARAMS, many=2, has_ngrams=False)
+    nothing = build_index([], PARAMS, is_test=True)
     assert bool(find_hits([row], index, nothing, PARAMS)) == is_hit(text, questions)  # type: ignore[list-item]

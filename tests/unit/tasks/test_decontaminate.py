@@ -15,8 +15,8 @@ LONG = "one two three four five six seven eight nine ten eleven twelve thirteen 
 SHORT = "In which year was gallium found?"
 PARAMS = DecontaminateParams(ngram_size=13, min_question_words=5, max_containment=0.8, max_drop_rate=1.0)
 ITEMS = [("facts", "q1", "Who found Tin?"), ("facts", "q2", LONG), ("facts", "q3", SHORT)]
-BENCHMARKS = build_index(ITEMS, PARAMS, 10, has_ngrams=True)
-NOTHING = build_index([], PARAMS, 2, has_ngrams=False)
+BENCHMARKS = build_index(ITEMS, PARAMS, is_test=False)
+NOTHING = build_index([], PARAMS, is_test=True)
 
 
 def row(*turns: str, role: str = "user", number: int = 7) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def hit(question: str, answer: str = "x", role: str = "user") -> tuple[str, str]
 def hits_of_test(rows: list[dict[str, Any]], *test: dict[str, Any]) -> list[str]:
     """Return the ids of the rows that overlap with test examples."""
     questions = [("test", one["id"], prompt_of(one)) for one in test]
-    index = build_index(questions, PARAMS, 2, has_ngrams=False)
+    index = build_index(questions, PARAMS, is_test=True)
     return list(find_hits(rows, NOTHING, index, PARAMS))  # type: ignore[arg-type]
 
 
@@ -124,7 +124,7 @@ def test_questions_about_a_document_of_a_test_example_are_no_hits() -> None:
     asked = [row(f"{document} {' '.join(f'q{i}{j}' for j in range(8))}", "x", number=i) for i in range(4)]
     held = row(f"{document} what is the seventh word of it all", "x", number=9)
     copy = row(f"{document} what is the seventh word of it all now", "x", number=5)
-    assert hits_of_test(asked, held) == []
+    assert hits_of_test(asked, held) == hits_of_test(asked[:1], held) == []
     assert hits_of_test([*asked, copy], held) == ["r5"]
 
 
@@ -145,7 +145,7 @@ def test_an_absolute_value_is_asked_for_each_number() -> None:
     ],
 )
 def test_scripts_without_spaces_are_compared_by_characters(question: str, text: str, *, is_hit: bool) -> None:
-    index = build_index([("facts", "q", question)], PARAMS, 10, has_ngrams=True)
+    index = build_index([("facts", "q", question)], PARAMS, is_test=False)
     assert bool(find_hits([row(text)], index, NOTHING, PARAMS)) == is_hit  # type: ignore[list-item]
 
 
