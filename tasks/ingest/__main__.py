@@ -11,18 +11,18 @@ from typing import Any, TextIO
 from nightshift.core.config import load_params
 from nightshift.core.errors import DataError
 from nightshift.core.files import atomic_write, write_rows
-from nightshift.core.memo import Memo
 from nightshift.core.paths import BASE, INGESTED, PII, QUARANTINE, RAW
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import Drops, require_drop_rate
-from nightshift.data.encode import Encoder, load_encoder, open_memo
+from nightshift.data.encode import Encoder, load_encoder
 from nightshift.data.schemas import EXAMPLES
+from nightshift.data.tokens import open_memo
 from nightshift.raw.checks import compile_special_tokens
 from nightshift.raw.faults import RowError
 from nightshift.raw.pii import find_pii
 from nightshift.raw.streams import Limits
 from tasks.ingest import IngestParams
-from tasks.ingest.lengths import batches, describe, measure, special_tokens
+from tasks.ingest.lengths import describe, measure, special_tokens
 from tasks.ingest.presidio import load_presidio
 from tasks.ingest.rows import Example, Outcome, Privacy, read_outcomes
 
@@ -78,16 +78,8 @@ def write_outputs(examples: Path, params: IngestParams, encoder: Encoder, tally:
         pii.open("w", encoding="utf-8") as personal,
     ):
         outcomes = read_outcomes(RAW, limits, special, privacy)
-        measured = measure_all(outcomes, encoder, memo, params.max_tokens)
+        measured = measure(outcomes, encoder, memo, params.max_tokens)
         write_rows(examples, separate(measured, bad, personal, tally), EXAMPLES)
-
-
-def measure_all(
-    outcomes: Iterable[Outcome], encoder: Encoder, memo: Memo, max_tokens: int | None
-) -> Iterator[tuple[Outcome, int]]:
-    """Yield all outcomes with their token counts, encoded in batches."""
-    for batch in batches(outcomes):
-        yield from measure(batch, encoder, memo, max_tokens)
 
 
 def separate(
