@@ -21,7 +21,8 @@ from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import iterate_batches, read_json, write_text
 from nightshift.core.paths import BASE, DATA, INGESTED
 from nightshift.core.state import tools_environment
-from nightshift.data.encode import Encoded, encode_known, load_encoder, open_memo
+from nightshift.data.encode import Encoded, load_encoder
+from nightshift.data.tokens import encode_known, open_memo
 from nightshift.pipeline.ledger import entry
 from nightshift.pipeline.params_yaml import edit
 from tasks.check import check

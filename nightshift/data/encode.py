@@ -6,24 +6,23 @@ torch: transformers renders the template, and `tokenizers` tokenizes the text.
 
 import json
 import logging
+import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from nightshift.core.code_digest import source_digest, versions
 from nightshift.core.errors import DataError
 from nightshift.core.files import file_digest, read_json, text_digest
-from nightshift.core.memo import Memo
+from nightshift.data.template import is_answer, locate_answers, make_chat
 
 IGNORED = -100
-# Fallback date of Llama 3's templates. With a fixed date, a row has the same tokens every night.
-DATE = "26 Jul 2024"
 # Reason why a conversation cannot be encoded -> fix.
 FAULTS = {
     "template_fails": "fix the turns to match the base's chat template",
@@ -31,17 +30,44 @@ FAULTS = {
     "template_changes_turns": "the base's chat template changes earlier turns; use another template",
     "no_supervised_token": "add text to the assistant turn",
 }
+# A character has at most this many tokens, with a prefix space.
+UNORDERED = 6
+SPACE = re.compile(r"\s*")
 Message = Mapping[str, Any]
+# Messages, and tools as JSON.
 Conversation = tuple[Sequence[Message], str | None]
 Ids = NDArray[np.int32]
 
 
+class Rendered(NamedTuple):
+    """A rendered conversation, with positions in characters.
+
+    Attributes:
+        text: The text.
+        answers: First and last + 1 character of each supervised part: an assistant turn's content and stop
+            token, or a whole plain text.
+        rounds: First character of each round, which starts with a user turn (the first with the text) and
+            ends with the assistant turn before the next one; empty for a plain text.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+    rounds: list[int]
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One tokenized conversation: ids and labels, shape (n_tokens,), int32; -100 means no label."""
+    """One tokenized conversation.
+
+    Attributes:
+        input_ids: Token ids, shape (n_tokens,), int32.
+        labels: Labels, shape (n_tokens,), int32; -100 means no label.
+        rounds: First token of each round, shape (n_rounds,), int32; empty for a plain text.
+    """
 
     input_ids: Ids
     labels: Ids
+    rounds: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +124,6 @@ def load_encoder(folder: Path) -> Encoder:
     )
 
 
-def open_memo(encoder: Encoder) -> Memo:
-    """Open the cache of token ids for this code, tokenizer and template."""
-    engines = versions("jinja2", "numpy", "tokenizers", "transformers")
-    code = source_digest("nightshift/data/encode.py")
-    return Memo("tokens", {"code": code, "engines": engines, "tokenizer": encoder.digest})
-
-
-def encode_known(conversations: Sequence[Conversation], encoder: Encoder, memo: Memo) -> list[Encoded | str]:
-    """Encode conversations, each of them once in the lifetime of the cache.
-
-    Returns:
-        For each conversation, in order: its tokens, or the reason for failure (see `FAULTS`).
-    """
-    keys = [_key(*conversation) for conversation in conversations]
-    known: dict[str, Encoded | str] = {
-        key: _from_bytes(value) for key, value in memo.read(list(dict.fromkeys(keys))).items()
-    }
-    new = {key: one for key, one in zip(keys, conversations, strict=True) if key not in known}
-    encoded = dict(zip(new, encode_batch(list(new.values()), encoder), strict=True))
-    memo.write((key, _to_bytes(one)) for key, one in encoded.items() if isinstance(one, Encoded))
-    known |= encoded
-    return [known[key] for key in keys]
-
-
 def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> list[Encoded | str]:
     """Render, tokenize on all CPU cores, and label.
 
@@ -133,45 +135,48 @@ def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> lis
         For each conversation, in order: its tokens, or the reason for failure (see `FAULTS`).
     """
     rendered = [render(messages, tools, encoder) for messages, tools in conversations]
-    texts = [one[0] for one in rendered if not isinstance(one, str)]
-    tokens = iter(encoder.tokenizer.encode_batch(texts, add_special_tokens=False))
+    return label_all(rendered, tokenize(rendered, encoder), encoder)
+
+
+def tokenize(rendered: Sequence[Rendered | str], encoder: Encoder) -> list[Any]:
+    """Tokenize the rendered conversations."""
+    texts = [one.text for one in rendered if isinstance(one, Rendered)]
+    tokens: list[Any] = encoder.tokenizer.encode_batch(texts, add_special_tokens=False)
+    return tokens
+
+
+def label_all(
+    rendered: Sequence[Rendered | str], tokens: Sequence[Any], encoder: Encoder
+) -> list[Encoded | str]:
+    """Label the tokens of the rendered conversations; a reason for failure stays."""
+    remaining = iter(tokens)
     return [
-        one
-        if isinstance(one, str)
-        else _label(next(tokens), one[1], encoder.stop_id if messages[0]["role"] == "text" else None)
-        for one, (messages, _) in zip(rendered, conversations, strict=True)
+        one if isinstance(one, str) else _label(next(remaining), one, encoder.stop_id) for one in rendered
     ]
 
 
-def render(
-    messages: Sequence[Message], tools: str | None, encoder: Encoder
-) -> tuple[str, list[tuple[int, int]]] | str:
-    """Render a conversation and locate the assistant's turns in the text.
+def render(messages: Sequence[Message], tools: str | None, encoder: Encoder) -> Rendered | str:
+    """Render a conversation, and locate the assistant's turns in the text.
 
     Returns:
-        The text and, for each assistant turn, first and last + 1 character of its content and stop
-        token; or a reason from `FAULTS`.
+        The text with its answers, or a reason from `FAULTS`.
     """
     if messages[0]["role"] == "text":
-        return messages[0]["content"], [(0, len(messages[0]["content"]))]
+        return Rendered(messages[0]["content"], [(0, len(messages[0]["content"]))], [])
     turns = [_turn(message) for message in messages]
-    functions = json.loads(tools) if tools else None
     try:
-        text = _apply(turns, functions, encoder)
-        prefixes = [
-            (_apply(turns[:i], functions, encoder, prompt=True), _apply(turns[: i + 1], functions, encoder))
-            for i, turn in enumerate(turns)
-            if turn["role"] == "assistant" and turn.get("train") is not False
-        ]
+        functions = json.loads(tools) if tools else None
+        chat = make_chat(encoder.template, encoder.special_tokens, functions, turns)
+        text = chat.render()
+        answers = locate_answers(chat, text)
     except (jinja2.TemplateError, TypeError, ValueError) as err:
         logging.getLogger(__name__).debug("template: %s", err)
         return "template_fails"
     if not all(part in text for turn in turns for part in _parts(turn)):
         return "template_drops_turn"
-    if not all(text.startswith(after) and after.startswith(before) for before, after in prefixes):
+    if answers is None:
         return "template_changes_turns"
-    # The model does not generate the text after the stop token (a line break in ChatML).
-    return text, [(len(before), len(after.rstrip())) for before, after in prefixes]
+    return Rendered(text, answers, _find_rounds(turns, answers, text))
 
 
 def count_supervised(labels: Sequence[int] | Ids) -> int:
@@ -182,27 +187,6 @@ def count_supervised(labels: Sequence[int] | Ids) -> int:
         2
     """
     return int(np.count_nonzero(np.asarray(labels) != IGNORED))
-
-
-def _apply(
-    turns: list[dict[str, Any]],
-    functions: list[Any] | None,
-    encoder: Encoder,
-    *,
-    prompt: bool = False,
-) -> str:
-    """Render turns like `apply_chat_template` of transformers."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    (text,), _ = render_jinja_template(
-        [turns],
-        tools=functions,
-        chat_template=encoder.template,
-        add_generation_prompt=prompt,
-        date_string=DATE,
-        **encoder.special_tokens,
-    )
-    return str(text)
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -219,40 +203,46 @@ def _parts(turn: Mapping[str, Any]) -> Iterator[str]:
     yield from (call["function"]["name"] for call in turn.get("tool_calls", ()))
 
 
-def _label(tokens: Any, spans: list[tuple[int, int]], stop_id: int | None) -> Encoded | str:
-    """Label the tokens inside the spans; append the stop token if there is one."""
+def _find_rounds(
+    turns: Sequence[Mapping[str, Any]], answers: Sequence[tuple[int, int]], text: str
+) -> list[int]:
+    """Return the first character of each round; the white space after an answer belongs to its round."""
+    following = [after["role"] for turn, after in pairwise(turns) if is_answer(turn)]
+    ends = [end for (_, end), role in zip(answers, following, strict=False) if role != "tool"]
+    return [0, *(SPACE.match(text, end).end() for end in ends)]  # type: ignore[union-attr]
+
+
+def _label(tokens: Any, rendered: Rendered, stop_id: int) -> Encoded | str:
+    """Label the tokens inside the answers; a plain text ends with the stop token."""
     ids = np.array(tokens.ids, dtype=np.int32)
-    offsets = np.array(tokens.offsets, dtype=np.int64).reshape(-1, 2)
-    inside = np.zeros(len(ids), dtype=bool)
-    for start, end in spans:
-        inside |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
-    if not inside.any():
+    labels = np.full(len(ids), IGNORED, dtype=np.int32)
+    for start, end in rendered.answers:
+        inside = _find_inside(tokens, start, end)
+        labels[inside] = ids[inside]
+    if not count_supervised(labels):
         return "no_supervised_token"
-    labels = np.where(inside, ids, np.int32(IGNORED))
-    if stop_id is not None:
-        ids, labels = np.append(ids, np.int32(stop_id)), np.append(labels, np.int32(stop_id))
-    return Encoded(ids, labels)
+    if not rendered.rounds:
+        return Encoded(np.append(ids, np.int32(stop_id)), np.append(labels, np.int32(stop_id)))
+    rounds = [_find_token(tokens, start, 0) for start in rendered.rounds]
+    return Encoded(ids, labels, np.array(rounds, dtype=np.int32))
 
 
-def _key(messages: Sequence[Message], tools: str | None) -> str:
-    """Return the cache key of a conversation: everything its tokens depend on besides the tokenizer."""
-    values = chain.from_iterable(
-        (m["role"], m["content"], m.get("tool_calls") or "", m.get("name") or "", str(m.get("train")))
-        for m in messages
-    )
-    return text_digest(tools or "", *values, size=16)
+def _find_inside(tokens: Any, start: int, end: int) -> list[int]:
+    """Return the tokens between two characters, without reading the offsets of all tokens.
+
+    Offsets are in order, except that of a prefix space, which may be after the bytes of its character.
+    """
+    count = len(tokens)
+    first, stop = _find_token(tokens, start, 0), _find_token(tokens, end + 1, 1)
+    edges = {*range(first - UNORDERED, first + UNORDERED), *range(stop - UNORDERED, stop + UNORDERED)}
+    checked = [tokens.token_to_chars(i) if 0 <= i < count else (-1, -1) for i in edges]
+    inside = [i for i, (low, high) in zip(edges, checked, strict=True) if low >= start and high <= end]
+    return [*inside, *range(first + UNORDERED, stop - UNORDERED)]
 
 
-def _to_bytes(encoded: Encoded) -> bytes:
-    inside: NDArray[np.bool_] = encoded.labels != IGNORED
-    return encoded.input_ids.tobytes() + inside.tobytes()
-
-
-def _from_bytes(value: bytes) -> Encoded:
-    count = len(value) // 5
-    ids = np.frombuffer(value, dtype=np.int32, count=count)
-    inside = np.frombuffer(value, dtype=bool, offset=4 * count)
-    return Encoded(ids, np.where(inside, ids, np.int32(IGNORED)))
+def _find_token(tokens: Any, position: int, side: int) -> int:
+    """Return the first token that starts (side 0) or ends (side 1) at a character or after it."""
+    return bisect_left(range(len(tokens)), position, key=lambda i: tokens.token_to_chars(i)[side])
 
 
 def _content(value: object) -> str:

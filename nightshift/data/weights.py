@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-
-import pyarrow as pa
+from typing import Any
 
 from nightshift.core.files import text_digest
 
-# Columns that `Weights.apply` reads.
+Row = Mapping[str, Any]
+
+# Columns that `Weights.repeat` reads.
 COLUMNS = ("source", "group_id", "ordinal")
 
 
@@ -26,19 +27,19 @@ class Weights:
     left_out: Counter[str] = field(default_factory=Counter)
     added: Counter[str] = field(default_factory=Counter)
 
-    def apply(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Yield batches with each example repeated or left out; the copies of an example are adjacent.
+    def repeat(self, rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
+        """Yield (row number, row), each row as often as it is trained; the copies of a row are adjacent.
 
         Args:
-            batches: Batches with the columns `COLUMNS`.
+            rows: Examples with the columns `COLUMNS`.
         """
-        for batch in batches:
-            rows = list(zip(*(batch[name].to_pylist() for name in COLUMNS), strict=True))
-            counts = [copies(self.of.get(row[0], 1.0), f"{row[1]}/{row[2] or 0}") for row in rows]
-            for row, count in zip(rows, counts, strict=True):
-                self.left_out[row[0]] += count == 0
-                self.added[row[0]] += max(count - 1, 0)
-            yield batch.take(pa.array([i for i, n in enumerate(counts) for _ in range(n)], pa.int64()))
+        for number, row in enumerate(rows):
+            source = row["source"]
+            count = copies(self.of.get(source, 1.0), f"{row['group_id']}/{row['ordinal'] or 0}")
+            self.left_out[source] += count == 0
+            self.added[source] += max(count - 1, 0)
+            for _ in range(count):
+                yield number, row
 
 
 def copies(weight: float, key: str) -> int:

@@ -60,6 +60,8 @@ def find_reason(row: Mapping[str, Any], encoder: Encoder, max_tokens: int) -> st
     *before, last = row["messages"]
     if last["role"] != "assistant" or last["tool_calls"] or not last["content"].strip() or not before:
         return "no_text_answer"
+    if last.get("train") is False:
+        return "not_trained"
     tokens = encoder.tokenizer.encode(last["content"], add_special_tokens=False)
     return "too_long" if len(tokens.ids) > max_tokens else None
 
@@ -75,5 +77,4 @@ def render_prompt(messages: Sequence[Message], row: Mapping[str, Any], encoder: 
     rendered = render(messages, row["tools"], encoder)
     if isinstance(rendered, str):
         return None
-    text, spans = rendered
-    return text[: spans[-1][0]]
+    return rendered.text[: rendered.answers[-1][0]]

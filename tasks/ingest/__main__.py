@@ -12,12 +12,12 @@ from typing import Any, TextIO
 from nightshift.core.config import load_params
 from nightshift.core.errors import DataError
 from nightshift.core.files import atomic_write, jsonl, write_rows
-from nightshift.core.memo import Memo
 from nightshift.core.paths import BASE, INGESTED, PII, QUARANTINE, RAW, REPAIRS
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import Drops, require_drop_rate
-from nightshift.data.encode import Encoder, load_encoder, open_memo
+from nightshift.data.encode import Encoder, load_encoder
 from nightshift.data.schemas import EXAMPLES
+from nightshift.data.tokens import open_memo
 from nightshift.raw.checks import compile_special_tokens
 from nightshift.raw.columns import is_harmless
 from nightshift.raw.faults import RowError
@@ -25,7 +25,7 @@ from nightshift.raw.pii import find_pii
 from nightshift.raw.selection import Selection
 from nightshift.raw.streams import Limits
 from tasks.ingest import IngestParams
-from tasks.ingest.lengths import batches, describe, measure, special_tokens
+from tasks.ingest.lengths import describe, measure, special_tokens
 from tasks.ingest.presidio import load_presidio
 from tasks.ingest.rows import Example, Outcome, Privacy, Rules, read_outcomes
 
@@ -103,7 +103,7 @@ def write_outputs(
         pii.open("w", encoding="utf-8") as personal,
     ):
         outcomes = read_outcomes(RAW, limits, rules, selection)
-        measured = measure_all(outcomes, encoder, memo, params.max_tokens)
+        measured = measure(outcomes, encoder, memo, params.max_tokens)
         counted = (
             one
             for one in measured
@@ -112,14 +112,6 @@ def write_outputs(
         write_rows(examples, separate(counted, bad, personal, tally), EXAMPLES)
         shown = tally.repairs if params.pii != "redact" else []
         repairs.write_text(jsonl(shown), encoding="utf-8")
-
-
-def measure_all(
-    outcomes: Iterable[Outcome], encoder: Encoder, memo: Memo, max_tokens: int | None
-) -> Iterator[tuple[Outcome, int]]:
-    """Yield all outcomes with their token counts, encoded in batches."""
-    for batch in batches(outcomes):
-        yield from measure(batch, encoder, memo, max_tokens)
 
 
 def separate(

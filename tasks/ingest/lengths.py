@@ -5,13 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from nightshift.core.memo import Memo
-from nightshift.data.encode import Encoded, Encoder, encode_known
+from nightshift.data.encode import Conversation, Encoded, Encoder
+from nightshift.data.tokens import encode_stream
 from nightshift.raw.faults import RowError
 from tasks.ingest.rows import Outcome
-
-# A batch is full at this many rows or characters (32 MiB of ASCII), whichever comes first.
-ROWS_PER_BATCH = 4_000
-CHARACTERS_PER_BATCH = 32 * 2**20
 
 
 def special_tokens(encoder: Encoder) -> list[str]:
@@ -20,23 +17,8 @@ def special_tokens(encoder: Encoder) -> list[str]:
     return sorted(token.content for token in tokens if token.special)
 
 
-def batches(outcomes: Iterable[Outcome]) -> Iterator[list[Outcome]]:
-    """Group outcomes into batches by count and size, in order."""
-    batch: list[Outcome] = []
-    size = 0
-    for outcome in outcomes:
-        batch.append(outcome)
-        if isinstance(outcome.result, dict):
-            size += sum(len(message["content"]) for message in outcome.result["messages"])
-        if len(batch) >= ROWS_PER_BATCH or size >= CHARACTERS_PER_BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def measure(
-    outcomes: Sequence[Outcome], encoder: Encoder, memo: Memo, max_tokens: int | None
+    outcomes: Iterable[Outcome], encoder: Encoder, memo: Memo, max_tokens: int | None
 ) -> Iterator[tuple[Outcome, int]]:
     """Encode the examples among the outcomes.
 
@@ -50,29 +32,33 @@ def measure(
         Each outcome in order, with its token count; 0 for a fault. An example that the template does not
         render, or that is too long, becomes a fault.
     """
-    examples = [one.result for one in outcomes if isinstance(one.result, dict)]
-    encoded = iter(encode_known([(one["messages"], one["tools"]) for one in examples], encoder, memo))
-    for outcome in outcomes:
-        if isinstance(outcome.result, RowError):
+    for outcome, encoded in encode_stream(map(_with_conversation, outcomes), encoder, memo):
+        if encoded is None:
             yield outcome, 0
             continue
-        fault, count = _check_length(next(encoded), max_tokens)
+        fault, count = _check_length(encoded, max_tokens)
         yield (replace(outcome, result=fault) if fault else outcome), count
 
 
 def describe(counts: Sequence[int]) -> dict[str, Any]:
-    """Return total, minimum, median, 90th and 99th percentile and maximum of the token counts.
+    """Return total, minimum, median, 90th, 95th and 99th percentile and maximum of the token counts.
 
     Example:
         >>> describe([3, 1, 2])
-        {'total': 6, 'min': 1, 'p50': 2, 'p90': 3, 'p99': 3, 'max': 3}
+        {'total': 6, 'min': 1, 'p50': 2, 'p90': 3, 'p95': 3, 'p99': 3, 'max': 3}
     """
     if not counts:
         return {"total": 0}
     ordered = sorted(counts)
     last = len(ordered) - 1
-    percentiles = {f"p{p}": ordered[round(last * p / 100)] for p in (50, 90, 99)}
+    percentiles = {f"p{p}": ordered[round(last * p / 100)] for p in (50, 90, 95, 99)}
     return {"total": sum(ordered), "min": ordered[0], **percentiles, "max": ordered[-1]}
+
+
+def _with_conversation(outcome: Outcome) -> tuple[Outcome, Conversation | None]:
+    """Return the outcome with its messages and tools; None for a fault."""
+    example = outcome.result
+    return outcome, (None if isinstance(example, RowError) else (example["messages"], example["tools"]))
 
 
 def _check_length(encoded: Encoded | str, max_tokens: int | None) -> tuple[RowError | None, int]:

@@ -36,7 +36,8 @@ from nightshift.core.paths import (
 )
 from nightshift.core.stage import run_main, write_summary
 from nightshift.core.state import state_dir
-from nightshift.data.encode import FAULTS, count_supervised, encode_known, load_encoder, open_memo
+from nightshift.data.encode import FAULTS, count_supervised, load_encoder
+from nightshift.data.tokens import encode_known, open_memo
 from nightshift.tracking import spool
 from nightshift.tracking.runs import tracking_uri
 from tasks.sft import SftParams

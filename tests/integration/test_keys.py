@@ -16,8 +16,9 @@ import pytest
 from nightshift.core.config import load_params
 from nightshift.core.files import read_json, write_json, write_rows
 from nightshift.core.memo import Memo
-from nightshift.data.encode import load_encoder, open_memo
+from nightshift.data.encode import load_encoder
 from nightshift.data.schemas import AUGMENTED, GROUPED
+from nightshift.data.tokens import open_memo
 from nightshift.replies import Failure
 from tasks.augment import AugmentParams
 from tasks.augment.propose import by_model

@@ -1,52 +1,69 @@
 """Properties of packing."""
 
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+import pyarrow as pa
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nightshift.data.encode import Encoded
-from tasks.pack import OverLength, build_rows, fit, join, pack
+from tasks.pack import OverLength, PackParams
+from tasks.pack.__main__ import Tally, add, build_batches
+from tasks.pack.packer import pack
+from tasks.pack.spans import SpanFile
 
+# Tokens, index of the first labelled token, and tokens of a round (0 for a plain text).
 EXAMPLES = st.lists(
-    st.tuples(st.integers(1, 40), st.integers(0, 40)).map(lambda pair: (pair[0], min(pair))),
-    min_size=1,
-    max_size=30,
+    st.tuples(st.integers(1, 40), st.integers(0, 40), st.integers(0, 20)), min_size=1, max_size=30
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(EXAMPLES, st.sampled_from(["drop", "truncate", "split"]))
 def test_packing_conserves_tokens_and_never_overfills(
-    examples: list[tuple[int, int]], policy: OverLength
+    tmp_path: Path, examples: list[tuple[int, int, int]], policy: OverLength
 ) -> None:
-    """Each example is (length, index of the first labelled token); tokens are unique in the corpus."""
+    """Tokens are unique in the corpus."""
     encoded = []
-    for number, (length, first_label) in enumerate(examples):
+    for number, (length, first_label, size) in enumerate(examples):
         ids = (np.arange(length) + 1000 * number).astype(np.int32)
-        encoded.append(Encoded(ids, np.where(np.arange(length) >= first_label, ids, np.int32(-100))))
-    names = [str(number) for number in range(len(examples))]
-    corpus = join(encoded, names, [f"s/000001.jsonl:{name}" for name in names])
-    spans, dropped, lost = fit(corpus, 16, policy)
-    assert sum(length for length, _ in examples) == sum(s.stop - s.start for s in spans) + lost.total()
-    assert len(examples) == len({span.example for span in spans}) + len(dropped)
-    if not spans:
-        return
-    rows = build_rows(corpus, spans, pack([s.stop - s.start for s in spans], 16)).to_pylist()
-    placed = []
+        labels = np.where(np.arange(length) >= first_label, ids, np.int32(-100))
+        encoded.append(Encoded(ids, labels, np.arange(0, length if size else 0, size or 1, dtype=np.int32)))
+    params = PackParams(
+        packing=True, max_length=16, over_length=policy, max_lost_token_share=1.0, max_drop_rate=1.0
+    )
+    tally = Tally()
+    with SpanFile.create(tmp_path) as spans:
+        for number, one in enumerate(encoded):
+            add({"origin": f"s/000001.jsonl:{number}"}, one, spans, params, tally)
+        kept = list(zip(spans.examples, spans.starts, spans.lengths, strict=True))
+        assert sum(one[0] for one in examples) == sum(spans.lengths) + tally.lost.total()
+        assert len(examples) == len(set(spans.examples)) + tally.drops.by_reason().total()
+        if not kept:
+            return
+        names = [str(number) for number in range(len(examples))]
+        table = pa.table({"id": names, "origin": names})
+        batches = build_batches(spans, pack(spans.lengths, 16), table)
+        rows = [row for batch in batches for row in batch.to_pylist()]
+    placed, supervised = [], 0
     for row in rows:
         assert len(row["input_ids"]) == len(row["labels"]) == sum(row["seq_lengths"]) <= 16
         begins = [0, *accumulate(row["seq_lengths"])]
         for i, (name, start) in enumerate(zip(row["example_ids"], row["starts"], strict=True)):
             labels = row["labels"][begins[i] : begins[i + 1]]
             ids = row["input_ids"][begins[i] : begins[i + 1]]
-            placed += ids
-            assert ids == encoded[int(name)].input_ids[start : start + len(ids)].tolist()
-            assert labels[0] == -100
+            placed.append((int(name), start, len(ids)))
+            source = encoded[int(name)]
+            assert ids == source.input_ids[start : start + len(ids)].tolist()
+            assert labels == [-100, *source.labels[start + 1 : start + len(ids)].tolist()]
+            supervised += sum(label != -100 for label in labels)
             assert any(label != -100 for label in labels)
-            assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
-    assert len(placed) == len(set(placed)) == sum(s.stop - s.start for s in spans)
+            if policy == "split" and len(source.rounds):
+                assert {start, start + len(ids)} <= {*source.rounds.tolist(), len(source.input_ids)}
+    assert sorted(placed) == sorted(kept)
+    assert supervised == tally.supervised
     # Best fit: any two rows together exceed one row's capacity.
     sizes = sorted(len(row["input_ids"]) for row in rows)
     assert len(sizes) < 2 or sizes[0] + sizes[1] > 16

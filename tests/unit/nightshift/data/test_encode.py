@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nightshift.core.errors import DataError
-from nightshift.data.encode import FAULTS, Encoder, encode_batch, encode_known, load_encoder, open_memo
+from nightshift.data.encode import FAULTS, Encoder, encode_batch, load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +104,35 @@ def test_a_template_that_omits_tool_calls_is_a_fault(encoder: Encoder, tokenizer
     assert whole == '{"name": "weather", "arguments": {"city": "Bern"}}<|im_end|>No.<|im_end|>'
 
 
-def test_encoded_conversations_are_read_from_the_cache(encoder: Encoder, in_tmp: Path) -> None:
-    conversations = [(chat("Hi", "Hello."), None), (chat("Hi", "Hello."), None), (chat("a", "b"), None)]
-    with open_memo(encoder) as memo:
-        first = encode_known(conversations, encoder, memo)
-        again = encode_known(conversations, with_template("{{ broken", encoder), memo)
-    for one, other in zip(first, again, strict=True):
+def test_a_round_starts_with_each_user_turn_after_an_answer(encoder: Encoder, tokenizer: Any) -> None:
+    system = [{"role": "system", "content": "Be brief."}]
+    conversations = [
+        [*system, *chat("Hi", "Hello.", "Who?", "Me.")],
+        chat("a", "b"),
+        [
+            *system,
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "content": "weather"},
+            {"role": "tool", "content": "dry", "name": "weather"},
+            {"role": "assistant", "content": "No."},
+            {"role": "user", "content": "Sun?"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+    ]
+    texts = []
+    for one in encode_batch([(messages, None) for messages in conversations], encoder):
         assert not isinstance(one, str)
-        assert not isinstance(other, str)
-        assert one.input_ids.tolist() == other.input_ids.tolist()
-        assert one.labels.tolist() == other.labels.tolist()
+        edges = pairwise([*one.rounds.tolist(), len(one.input_ids)])
+        texts.append([tokenizer.decode(one.input_ids[start:stop]) for start, stop in edges])
+    assert [len(rounds) for rounds in texts] == [2, 1, 2]
+    assert texts[0][1] == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n"
+    assert texts[2][0].endswith("<|im_start|>assistant\nNo.<|im_end|>\n")
+
+
+def test_a_plain_text_has_no_rounds(encoder: Encoder) -> None:
+    (encoded,) = encode_batch([([{"role": "text", "content": "Gallium melts."}], None)], encoder)
+    assert not isinstance(encoded, str)
+    assert encoded.rounds.tolist() == []
 
 
 def test_a_base_without_a_chat_template_is_rejected(tiny_base: Path, tmp_path: Path) -> None:

@@ -320,7 +320,15 @@ def test_examples_of_repairs_are_few_short_and_without_personal_data(run: Run, i
 def test_tokens_are_counted_and_longer_examples_are_quarantined(run: Run) -> None:
     # One token per byte: 5 bytes and the stop token.
     found = run({"a/000001.jsonl": b'{"text": "12345"}\n{"text": "123456789"}\n'}, max_tokens=6)
-    assert found["summary"]["tokens"] == {"total": 6, "min": 6, "p50": 6, "p90": 6, "p99": 6, "max": 6}
+    assert found["summary"]["tokens"] == {
+        "total": 6,
+        "min": 6,
+        "p50": 6,
+        "p90": 6,
+        "p95": 6,
+        "p99": 6,
+        "max": 6,
+    }
     assert found["quarantine"] == [
         {
             "origin": "a/000001.jsonl:2",
