@@ -15,7 +15,8 @@ import yaml
 
 from nightshift.core.errors import DataError
 from nightshift.data.drops import Drops
-from nightshift.data.encode import IGNORED, Encoded, count_supervised, encode_known, load_encoder, open_memo
+from nightshift.data.encode import IGNORED, Encoded, count_supervised, load_encoder
+from nightshift.data.tokens import encode_known, open_memo
 from nightshift.raw.shards import find_shards
 from tasks.ingest.__main__ import main, require_rows
 from tests.helpers.byte_base import make_byte_base

@@ -49,7 +49,7 @@ def test_rows_record_the_origin_of_every_span(spans: SpanFile, monkeypatch: pyte
     }
     tally = stage.Tally()
     for origin, encoded in examples.items():
-        stage.add({"origin": origin}, encoded, spans, params("split"), tally)
+        stage.add(len(tally.lengths), {"origin": origin}, encoded, spans, params("split"), tally)
     assert (tally.lost, tally.supervised) == (Counter({"no_supervised_token": 1}), 13)
     # One row is written at a time.
     monkeypatch.setattr(stage, "TOKENS_PER_BATCH", 8)
@@ -113,7 +113,9 @@ def tally(spans: SpanFile, over_length: str, *examples: Encoded, max_length: int
     counts = stage.Tally()
     for number, encoded in enumerate(examples, start=1):
         origin = {"origin": f"s/000001.jsonl:{number}"}
-        stage.add(origin, encoded, spans, params(over_length, max_length=max_length), counts)
+        stage.add(
+            len(counts.lengths), origin, encoded, spans, params(over_length, max_length=max_length), counts
+        )
     return counts
 
 
