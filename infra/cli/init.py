@@ -173,7 +173,7 @@ def run_stage(console: Console, stage: str) -> None:
             check=False,
         )
     if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if line.startswith(("error: ", "  "))]
+        errors = [line for line in done.stdout.splitlines() if line.startswith(("error: ", "ERROR: ", "  "))]
         raise StageError("\n".join(errors).removeprefix("error: ") or done.stdout)
 
 

@@ -1,13 +1,19 @@
 """Edit values in params.yaml; comments, order and layout stay."""
 
+import re
 from collections.abc import Mapping
 from io import StringIO
 from typing import Any
 
+import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from nightshift.core.config import config_error
+
+# Text that needs no quotes inside brackets.
+PLAIN = re.compile(r"[A-Za-z_./~][\w./@~-]*")
 
 
 def edit(text: str, overrides: Mapping[str, Any]) -> str:
@@ -68,26 +74,34 @@ def _place(parent: Any, key: str, value: Any) -> None:
     old = parent.get(key)
     is_block = isinstance(old, CommentedMap) and not old.fa.flow_style() and isinstance(value, dict) and value
     holder, place = parent, key
-    if isinstance(value, dict):
-        value = CommentedMap({name: _on_one_line(one) for name, one in value.items()})
-    elif isinstance(value, list):
-        value = CommentedSeq(value)
     if is_block:
+        value = CommentedMap({_on_one_line(name): _on_one_line(one) for name, one in value.items()})
         holder, place = value, list(value)[-1]
-    elif isinstance(value, CommentedMap | CommentedSeq):
-        value.fa.set_flow_style()
+    elif not isinstance(value, str) or parent.fa.flow_style() or yaml.safe_load(value) != value:
+        value = _on_one_line(value)
     parent[key] = value
     if comment := _end_comment(old):
         holder.ca.items[place] = [None, None, comment, None]
 
 
 def _on_one_line(value: Any) -> Any:
-    """Return a nested mapping in flow style, other values unchanged."""
-    if not isinstance(value, dict):
-        return value
-    nested = CommentedMap(value)
-    nested.fa.set_flow_style()
-    return nested
+    """Return a value as it is written inside brackets.
+
+    There, YAML 1.2 parsers such as DVC's end a plain text at a colon, also in a URL. YAML 1.1 parsers such
+    as PyYAML read a plain `yes` as true.
+    """
+    if isinstance(value, str):
+        is_plain = PLAIN.fullmatch(value) and yaml.safe_load(value) == value
+        return value if is_plain else DoubleQuotedScalarString(value)
+    if isinstance(value, dict):
+        mapping = CommentedMap({_on_one_line(name): _on_one_line(one) for name, one in value.items()})
+        mapping.fa.set_flow_style()
+        return mapping
+    if isinstance(value, list):
+        items = CommentedSeq(map(_on_one_line, value))
+        items.fa.set_flow_style()
+        return items
+    return value
 
 
 def _end_comment(node: Any) -> Any:
