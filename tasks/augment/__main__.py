@@ -1,6 +1,7 @@
 """Run the stage: propose candidates, check them, write train with the accepted paraphrases."""
 
 import hashlib
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from nightshift.replies import open_memo
 from tasks.augment import AugmentParams, Style
 from tasks.augment.meaning import load_embedder
 from tasks.augment.prompts import SPEAKERS
-from tasks.augment.propose import CandidateRequest, Proposal, Propose, by_model, by_rules
+from tasks.augment.propose import NO_RULE, CandidateRequest, Proposal, Propose, by_model, by_rules
 from tasks.augment.quality import CompareMeaning, Messages, Scores, check_paraphrase
 
 _SCORE_FIELDS = [
@@ -42,6 +43,9 @@ REJECTED_SCHEMA = pa.schema(
 SCORES_SCHEMA = pa.schema([pa.field("id", pa.string()), *_SCORE_FIELDS])
 # Further calls for missing paraphrases; their prompts list the rejected candidates.
 REFILLS = 2
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -71,6 +75,7 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     accepted_by_source: Counter[str] = field(default_factory=Counter)
     rejected_by_source: Counter[str] = field(default_factory=Counter)
+    unruly_by_source: Counter[str] = field(default_factory=Counter)
 
 
 def main() -> None:
@@ -90,6 +95,7 @@ def main() -> None:
         compare = load_embedder(params.embedder) if params.embedder else None
         rows = augment(propose, params, compare, tally, (log_rejected, log_scores))
         write_rows(AUGMENTED_TRAIN, rows, AUGMENTED)
+    require_rules(tally)
     require_acceptance(tally.accepted_by_source, tally.rejected_by_source, params.min_acceptance_rate)
     write_summary(
         "augment",
@@ -153,6 +159,7 @@ def paraphrase(
         tally.rejected.update(row["reason"] for row in work.rejected)
         tally.accepted_by_source[work.example["source"]] += len(work.accepted)
         tally.rejected_by_source[work.example["source"]] += len(work.rejected)
+        tally.unruly_by_source[work.example["source"]] += work.failure == NO_RULE
         if missing := wanted - len(work.accepted):
             tally.shortfall[work.failure or "rejected"] += missing
 
@@ -207,6 +214,23 @@ def choose_style(example_id: str, number: int, params: AugmentParams) -> Style:
     styles = sorted(params.styles)
     weights = [params.styles[style] for style in styles]
     return random.Random(digest).choices(styles, weights)[0]
+
+
+def require_rules(tally: Tally) -> None:
+    """Warn of sources with examples that no rule fits, and fail if one has no other examples.
+
+    Raises:
+        DataError: No rule fits any example of a source.
+    """
+    for source, count in sorted((+tally.unruly_by_source).items()):
+        others = tally.accepted_by_source[source] + tally.rejected_by_source[source]
+        message = f"augment.backend=rules: no rule fits {count} examples of {source}"
+        if not others:
+            raise DataError(
+                f"{TRAIN}: {message}, which are all of them; remove it from augment.sources, or set "
+                "augment.backend to transformers or openai"
+            )
+        log.warning("%s; they have no paraphrase", message)
 
 
 def require_acceptance(accepted: Counter[str], rejected: Counter[str], limit: float) -> None:

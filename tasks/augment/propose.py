@@ -16,6 +16,9 @@ from tasks.augment.prompts import VERSION, build_prompt, read_versions
 from tasks.augment.quality import Messages
 from tasks.augment.rules import propose
 
+# No rule fits the wording of an example.
+NO_RULE = "no_rule_fits"
+
 
 @dataclass(frozen=True, slots=True)
 class CandidateRequest:
@@ -58,7 +61,8 @@ Propose = Callable[[Sequence[CandidateRequest]], list[Proposal]]
 
 def by_rules(calls: Sequence[CandidateRequest]) -> list[Proposal]:
     """Propose candidates by rules: immediate, deterministic, style `reword` only."""
-    return [Proposal(list(propose(call.turns, call.count))) for call in calls]
+    found = [list(propose(call.turns, call.count)) for call in calls]
+    return [Proposal(versions, failure=None if versions else NO_RULE) for versions in found]
 
 
 def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:

@@ -12,7 +12,7 @@ from nightshift.core.errors import DataError
 from nightshift.core.memo import Memo
 from nightshift.replies import Failure, OnReply, Reply, Request, Result, ask
 from tasks.augment import AugmentParams
-from tasks.augment.__main__ import Tally, Work, choose_style, paraphrase, require_acceptance
+from tasks.augment.__main__ import Tally, Work, choose_style, paraphrase, require_acceptance, require_rules
 from tasks.augment.prompts import build_prompt, read_versions
 from tasks.augment.propose import CandidateRequest, Proposal, build_request, by_rules
 from tasks.augment.quality import check_paraphrase
@@ -90,11 +90,32 @@ def test_a_meaning_similarity_below_the_threshold_is_rejected_with_its_score() -
          ["Tell me in which year Tin was found.", "It was in 1900 that Tin was discovered."]),
         ("Where does the name Tin come from?", "Latin.",
          ["Tell me where the name Tin comes from.", "Latin."]),
-        ("Hello there", "Hi", ["Hello there", "Hi"]),
+        ("Who washed the car?", "The car was washed by Ann Lee and Bo.",
+         ["Tell me who washed the car.", "Ann Lee and Bo washed the car."]),
     ],
 )  # fmt: skip
 def test_the_rules_reword_questions_and_answers(question: str, answer: str, expected: list[str]) -> None:
     assert list(propose(chat(question, answer), 1)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Hello there", "Hi"),
+        ("What is the best way to learn, and how long does it take?", "Practice."),
+        ("Who is the man that came?", "Bo."),
+        ("What are you doing?", "Nothing."),
+        ("Where is it?", "It was painted by Ann."),
+        ("Why?", "The first of January is called New Year's Day, and it is a holiday."),
+        ("Why?", "He was interested in music."),
+        ("Why?", "Rome is big. The bridge was opened by Ann."),
+        ("Why?", "The book was published by 1990."),
+        ("Why?", "The capital of France is a city on the Seine."),
+        ("Why?", "The price of milk is very high."),
+    ],
+)
+def test_no_rule_fits_where_the_result_would_not_be_a_sentence(question: str, answer: str) -> None:
+    assert list(propose(chat(question, answer), 1)) == []
 
 
 def work(messages: list[dict[str, Any]]) -> Work:
@@ -114,6 +135,22 @@ def test_a_paraphrase_keeps_its_parents_group_and_a_shortfall_is_not_padded() ->
     assert {(row["group_id"], row["parent_id"]) for row in other.accepted} == {("g", "p")}
     assert len({row["id"] for row in other.accepted} | {"p"}) == len(other.accepted) + 1
     assert tally.wanted == 6 == tally.added + tally.shortfall.total()
+    assert tally.shortfall["no_rule_fits"] == 3
+    assert same.rejected == []
+
+
+def test_examples_that_no_rule_fits_are_named_and_a_source_of_them_is_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tally = Tally()
+    fits, fits_not = work(chat("Who discovered Tin?", "Ann.")), work(chat("Hello there", "Hi"))
+    paraphrase([fits, fits_not], by_rules, params(), None, tally)
+    require_rules(tally)
+    assert caplog.messages == ["augment.backend=rules: no rule fits 1 examples of s; they have no paraphrase"]
+    tally = Tally()
+    paraphrase([fits_not], by_rules, params(), None, tally)
+    with pytest.raises(DataError, match=r"no rule fits 1 examples of s, which are all of them; remove it"):
+        require_rules(tally)
 
 
 class Script:
