@@ -155,7 +155,7 @@ def _read_turn(role: str, value: object, rest: RawRow, where: str, ignored: set[
 
 
 def _refusal(rest: RawRow) -> str:
-    """Return an OpenAI refusal, which stands in place of the content."""
+    """Return an OpenAI refusal, which replaces the content."""
     refusal: Any = rest.get("refusal")
     return rest.pop("refusal") if isinstance(refusal, str) else ""
 

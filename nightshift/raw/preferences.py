@@ -90,7 +90,7 @@ def _as_label(value: object) -> bool | None:
     """Return whether a label says good or bad; None for another one, such as a topic.
 
     Raises:
-        RowError: The label is a number of which nobody knows what it means.
+        RowError: The label is a number without a known meaning.
     """
     word = value.strip().lower() if isinstance(value, str) else value
     if word in GOOD:

@@ -83,7 +83,7 @@ def read_outcomes(
         raw: Folder with `<source>/<arrival>.<suffix>` and the options of the sources.
         limits: Size limits of shards and rows.
         rules: How the rows are checked and repaired.
-        selection: Counts the rows that are left out; by default nobody asks for the counts.
+        selection: Counts the rows that are left out; by default they are not needed.
 
     Raises:
         DataError: A shard cannot be read completely, or no row of a source has a column that its options
