@@ -64,7 +64,7 @@ def finetune(
             ship(run_id)
             board = collect()
             name, message = describe_outcome(board, has_changed=bool(may_run))
-            describe_run(run_id, f"**{name}**: {message}")
+            describe_run(run_id, name, message)
     add_tags([board["gate"]["verdict"], f"version {board['version']}"])
     get_run_logger().info("%s: %s", name, message)
     return Completed(name=name, message=message)

@@ -85,12 +85,14 @@ def link() -> str:
     return f"[Flow run in Prefect]({url_for('flow-run', UUID(prefect.runtime.flow_run.id))})"
 
 
-def describe_run(run_id: str | None, outcome: str) -> None:
-    """Show how the run ended on its page in MLflow; an error is only logged."""
+def describe_run(run_id: str | None, outcome: str, message: str) -> None:
+    """Show how the run ended in MLflow, by its name in the list and on its page; an error is only logged."""
     if run_id is None:
         return
+    client, name = MlflowClient(tracking_uri()), prefect.runtime.flow_run.name or "finetune"
     try:
-        MlflowClient(tracking_uri()).set_tag(run_id, MLFLOW_RUN_NOTE, f"{outcome}\n\n{link()}")
+        client.update_run(run_id, name=f"{name}: {outcome}")
+        client.set_tag(run_id, MLFLOW_RUN_NOTE, f"**{outcome}**: {message}\n\n{link()}")
     except MlflowException as err:
         get_run_logger().warning("MLflow: run %s has no description: %s", run_id, err)
 
