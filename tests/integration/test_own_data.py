@@ -105,10 +105,8 @@ def test_trained_tokens_are_marked(start: Start) -> None:
     assert '"completion": "def f(' in printed
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["rag", *(pytest.param(one, marks=pytest.mark.long) for one in sorted(set(LAYOUTS) - {REFUSED, "rag"}))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {REFUSED}))
 def test_a_data_set_gets_a_verdict_in_two_commands(
     tmp_path: Path, tiny_base: Path, clean_environment: dict[str, str], layout: str
 ) -> None:
