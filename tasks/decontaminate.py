@@ -230,9 +230,11 @@ def find_hits(
     overlaps: list[tuple[Row, list[list[Overlap]]]] = []
     rows_with: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for example in rows:
-        turns = questions_of(example)
+        turns, prompt = questions_of(example), prompt_of(example)
         asked = [*turns, "\n".join(turns)] if len(turns) > 1 else turns
-        texts = ([canonical(text) for text in asked], [canonical(prompt_of(example))])
+        # Usually, the only turn is the prompt.
+        forms = {text: canonical(text) for text in {*asked, prompt}}
+        texts = ([forms[text] for text in asked], [forms[prompt]])
         found = [find_overlaps(some, index, params) for some, index in zip(texts, indexes, strict=True)]
         if any(found):
             overlaps.append((Row(example["id"], example["origin"], example["source"]), found))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -20,6 +21,7 @@ from nightshift.core.config import PARAMS
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import iterate_batches, read_json, write_text
 from nightshift.core.paths import BASE, DATA, INGESTED
+from nightshift.core.stage import RESULT
 from nightshift.core.state import tools_environment
 from nightshift.data.encode import Encoded, load_encoder
 from nightshift.data.tokens import encode_known, open_memo
@@ -156,25 +158,27 @@ def write_values(values: Mapping[str, Any]) -> None:
 
 
 def run_stage(console: Console, stage: str) -> None:
-    """Run one stage through DVC, whose cache a later run uses; show its output only if it fails.
+    """Run one stage through DVC, whose cache a later run uses; its output is shown only if DVC fails.
 
     Raises:
         StageError: The stage failed.
     """
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
     force = ["--force"] if stage == "snapshot" else []
-    with console.status(f"{stage} ..."):
+    with console.status(f"{stage} ..."), TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
         done = subprocess.run(
             [*command, *force],
-            env={**os.environ, **tools_environment()},
+            env={**os.environ, **tools_environment(), RESULT: str(result)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
         )
+        # A crashed program leaves no result.
+        error = read_json(result)["error"] if result.is_file() else None
     if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if line.startswith(("error: ", "ERROR: ", "  "))]
-        raise StageError("\n".join(errors).removeprefix("error: ") or done.stdout)
+        raise StageError(error or done.stdout)
 
 
 def token_lengths() -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +51,20 @@ def examples_file(stage: str) -> Path:
     Raises:
         ConfigError: The stage writes no examples.
     """
-    stages = read_stages()
-    tables = {
-        name: [out for out in outputs(stages[name]) if out.endswith(".parquet")] for name in DATA_STAGES
-    }
-    if stage not in tables:
-        raise ConfigError(f"--stage {stage}: writes no examples; use one of {', '.join(tables)}")
-    return Path(tables[stage][0])
+    if stage not in DATA_STAGES:
+        raise ConfigError(f"--stage {stage}: writes no examples; use one of {', '.join(DATA_STAGES)}")
+    return next(Path(out) for out in outputs(read_stages()[stage]) if out.endswith(".parquet"))
 
 
 def packed_examples(console: Console) -> Iterator[Panel]:
     """Yield the examples of the packed rows, with the tokens that are trained marked."""
     tokenizer = load_encoder(BASE).tokenizer
     for number, row in enumerate(iterate_rows(PACKED), start=1):
-        stops = [sum(row["seq_lengths"][: i + 1]) for i in range(len(row["seq_lengths"]))]
-        for place, (start, stop) in enumerate(pairwise([0, *stops]), start=1):
+        edges = accumulate(row["seq_lengths"], initial=0)
+        for place, (start, stop) in enumerate(pairwise(edges), start=1):
             ids, labels = row["input_ids"][start:stop], row["labels"][start:stop]
             trained = sum(label != IGNORED for label in labels)
-            title = f"{row['origins'][place - 1]}, row {number}, example {place} of {len(stops)}"
+            title = f"{row['origins'][place - 1]}, row {number}, example {place} of {len(row['origins'])}"
             yield Panel(
                 mark(tokenizer, ids, labels, in_colour=console.is_terminal),
                 title=title,

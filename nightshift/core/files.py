@@ -167,6 +167,16 @@ def text_digest(*parts: str, size: int = 8) -> str:
     return state.hexdigest()
 
 
+def hash_share(text: str) -> float:
+    """Return the hash of a text as a number from 0 to below 1.
+
+    Example:
+        >>> hash_share("a") == hash_share("a"), 0 <= hash_share("b") < 1
+        (True, True)
+    """
+    return int(text_digest(text), 16) / 2**64
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nightshift.core.files import text_digest
+from nightshift.core.files import hash_share
 
 Row = Mapping[str, Any]
 
@@ -53,4 +53,4 @@ def copies(weight: float, key: str) -> int:
         (2, 1508, 1)
     """
     whole = int(weight)
-    return whole + (int(text_digest(key), 16) / 2**64 < weight - whole)
+    return whole + (hash_share(key) < weight - whole)

@@ -78,11 +78,6 @@ def split_rows(file: io.BufferedReader, shape: Shape, limit: int) -> Elements:
         raise ValueError("unexpected data after the array")
 
 
-def split_array(file: io.BufferedReader, limit: int) -> Elements:
-    """Yield the elements of a JSON array; see `split_rows`."""
-    return split_rows(file, "array", limit)
-
-
 def _skip_to_list(pieces: Pieces) -> None:
     """Read up to the opening bracket of the rows."""
     text, depth = b"", 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -65,13 +65,15 @@ def write_options(raw: Path, options: Mapping[str, SourceOptions]) -> None:
 
 def read_weights(raw: Path) -> dict[str, float]:
     """Return source -> weight, of the sources whose weight is not 1."""
-    path = raw / OPTIONS
-    listed = read_json(path) if path.is_file() else {}
-    return {source: one["weight"] for source, one in listed.items() if "weight" in one}
+    return {source: one["weight"] for source, one in _read(raw).items() if "weight" in one}
 
 
 def read_options(raw: Path, source: str) -> SourceOptions:
     """Return the options of a source; the defaults for manually added data."""
+    return SourceOptions.model_validate(_read(raw).get(source, {}))
+
+
+def _read(raw: Path) -> dict[str, Any]:
+    """Return source -> options that differ from the default; empty for manually added data."""
     path = raw / OPTIONS
-    listed = read_json(path) if path.is_file() else {}
-    return SourceOptions.model_validate(listed.get(source, {}))
+    return dict(read_json(path)) if path.is_file() else {}

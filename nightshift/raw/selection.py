@@ -9,7 +9,8 @@ from typing import Any
 
 from nightshift.core.config import suggestion
 from nightshift.core.errors import DataError
-from nightshift.core.files import text_digest
+from nightshift.core.files import hash_share, text_digest
+from nightshift.raw.columns import find_column
 from nightshift.raw.faults import RowError
 from nightshift.raw.formats import RawRow
 from nightshift.raw.options import SourceOptions, read_options
@@ -160,20 +161,8 @@ def find_group(row: RawRow, column: str) -> str | None:
         >>> find_group({"meta": None}, "meta.id"), find_group({"id": ""}, "id")
         (None, None)
     """
-    value: Any = row
-    for key in [column] if column in row else column.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
+    value = find_column(row, column)
     if value is None or value == "":
         return None
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return text_digest(column, text.strip())
-
-
-def hash_share(text: str) -> float:
-    """Return the hash of a text as a number from 0 to below 1.
-
-    Example:
-        >>> hash_share("a") == hash_share("a"), 0 <= hash_share("b") < 1
-        (True, True)
-    """
-    return int(text_digest(text), 16) / 2**64

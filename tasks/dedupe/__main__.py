@@ -18,7 +18,7 @@ from nightshift.data.drops import Drops, require_drop_rate
 from nightshift.data.schemas import GROUPED
 from nightshift.data.text import canonical_messages
 from tasks.dedupe import DedupeParams
-from tasks.dedupe.candidates import Removal, Text, keep_first, prepare
+from tasks.dedupe.candidates import Removal, Text, keep_first, own_shingles
 from tasks.dedupe.reasons import HARMLESS, classify_removals
 from tasks.dedupe.signatures import (
     Keys,
@@ -139,8 +139,8 @@ def find_keys(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> tuple[
     templates = Templates((texts[i].prompt for i in crowd), params.shingle_size)
     if not templates:
         return keys, templates
-    own = [prepare(texts[i], params.shingle_size, templates) for i in crowd]
-    spelled = [spell_shingles(one.own | one.answer) for one in own]
+    own = (own_shingles(texts[i], params.shingle_size, templates) for i in crowd)
+    spelled = [spell_shingles(prompt | answer) for prompt, answer in own]
     numbers = np.broadcast_to(np.arange(len(texts), dtype=np.uint64)[:, None], keys.shape)
     further = numbers.copy()
     further[crowd] = sign_cached(spelled, params, memo, sign_passages)

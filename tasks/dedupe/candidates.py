@@ -121,10 +121,18 @@ def keep_first(
 
 def prepare(text: Text, size: int, templates: Templates) -> Compared:
     """Compute the shingles of a text and of its parts."""
-    answer = comparable_shingles(text.answer, size)
-    prompt = comparable_shingles(text.prompt, size) if text.prompt else frozenset[str]()
-    own = templates.own(text.prompt) if templates and not is_short(text.prompt) else prompt
+    own, answer = own_shingles(text, size, templates)
     return Compared(text.prompt, comparable_shingles(text.whole, size), own, answer)
+
+
+def own_shingles(text: Text, size: int, templates: Templates) -> tuple[Shingles, Shingles]:
+    """Return the shingles of a prompt that are not part of a template, and those of the answer."""
+    answer = comparable_shingles(text.answer, size)
+    if not text.prompt:
+        return frozenset(), answer
+    is_compared_by_words = templates and not is_short(text.prompt)
+    own = templates.own(text.prompt) if is_compared_by_words else comparable_shingles(text.prompt, size)
+    return own, answer
 
 
 def near_similarity(one: Compared, other: Compared, threshold: float) -> float:

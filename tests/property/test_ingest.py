@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nightshift.core.memo import Memo
 from nightshift.data.encode import Encoder, load_encoder
-from nightshift.raw.arrays import split_array
+from nightshift.raw.arrays import split_rows
 from nightshift.raw.checks import CONTROL, compile_special_tokens
 from nightshift.raw.checksums import IBAN_LENGTHS, card_length, iban_length, is_luhn
 from nightshift.raw.faults import RowError
@@ -96,7 +96,7 @@ def test_an_array_is_split_into_its_elements(rows: list[Any], indent: int | None
             return super().read(size)
 
     text = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
-    cut = split_array(Chunks(io.BytesIO(text)), 10**6)  # type: ignore[arg-type]
+    cut = split_rows(Chunks(io.BytesIO(text)), "array", 10**6)  # type: ignore[arg-type]
     assert [json.loads(element or b"") for element in cut] == rows
 
 

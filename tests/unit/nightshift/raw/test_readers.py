@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.core.errors import DataError
-from nightshift.raw.arrays import split_array
+from nightshift.raw.arrays import split_rows
 from nightshift.raw.faults import RowError
 from nightshift.raw.readers import read_shard
 from nightshift.raw.streams import Limits, open_codec
@@ -231,7 +231,7 @@ class OneByteAtATime(io.BufferedReader):
 def test_chunks_may_end_anywhere() -> None:
     rows = [{"a": '\\"', "b": ["\\", {"c": "[,]"}]}, {"a": "é€😀"}]
     file = OneByteAtATime(io.BytesIO(json.dumps(rows, ensure_ascii=False).encode()))
-    assert [json.loads(element or b"") for element in split_array(file, 1000)] == rows
+    assert [json.loads(element or b"") for element in split_rows(file, "array", 1000)] == rows
 
 
 def test_bad_csv_rows_are_numbered_by_their_last_line(tmp_path: Path) -> None:
