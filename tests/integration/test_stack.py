@@ -28,6 +28,7 @@ from nightshift.core.errors import StageError
 from nightshift.core.files import write_json
 from nightshift.pipeline import leases
 from tests.helpers.checkouts import ROOT
+from tests.helpers.processes import command_line
 
 pytestmark = pytest.mark.timeout(300)
 PREFECT = Path(sys.executable).with_name("prefect")
@@ -175,7 +176,7 @@ def start_long_run(folder: Path, running: Stack) -> str:
 
 def test_concurrent_ups_start_one_stack(folder: Path) -> None:
     assert [healthy for *_, healthy in stack.status()] == [True, True, True]
-    commands = [" ".join(process.cmdline()) for process in processes(folder)]
+    commands = [" ".join(command_line(process)) for process in processes(folder)]
     for service in ("infra.local.prefect_server", "mlflow server", "prefect worker start"):
         assert len([command for command in commands if service in command]) == 1
 

@@ -14,6 +14,7 @@ import pytest
 
 from nightshift.core.files import file_digest, read_json, tree_digest
 from tests.helpers.checkouts import BIN, make_checkout
+from tests.helpers.processes import command_line
 from tests.helpers.sft import only_run
 
 MODEL = Path("data/sft/model")
@@ -102,7 +103,7 @@ def members(root: int) -> list[psutil.Process]:
 
 def victim(processes: list[psutil.Process], word: str) -> psutil.Process:
     """Return the deepest process whose command line contains the word."""
-    return next(p for p in reversed(processes) if word in " ".join(p.cmdline()))
+    return next(p for p in reversed(processes) if word in " ".join(command_line(p)))
 
 
 def release(held: psutil.Process) -> None:
@@ -121,8 +122,8 @@ def release(held: psutil.Process) -> None:
 
 def require_gone(processes: list[psutil.Process]) -> None:
     deadline = time.monotonic() + 30
-    while alive := [p for p in processes if p.is_running() and p.status() != "zombie"]:
-        assert time.monotonic() < deadline, [" ".join(p.cmdline()) for p in alive]
+    while alive := [p for p in processes if command_line(p)]:
+        assert time.monotonic() < deadline, [" ".join(command_line(p)) for p in alive]
         time.sleep(0.2)
 
 
@@ -164,7 +165,7 @@ def test_kill_9_of_the_stage_leaves_no_process_and_training_resumes_exactly(
 ) -> None:
     with training(prepared, clean_environment, "killed-stage") as (process, held):
         processes = members(process.pid)
-        stage = next(p for p in processes if p.cmdline()[-2:] == ["-m", "tasks.sft"])
+        stage = next(p for p in processes if command_line(p)[-2:] == ["-m", "tasks.sft"])
         stage.kill()
         release(held)
         require_gone(processes)

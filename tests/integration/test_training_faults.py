@@ -18,6 +18,7 @@ from tasks.pack import ROWS
 from tasks.sft import checkpoints
 from tests.helpers import poisoned as poison
 from tests.helpers import sft
+from tests.helpers.processes import command_line
 from tests.helpers.sft import history, make_folder, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))
@@ -60,7 +61,10 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Return the training processes."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in below if p.cmdline()[-3:-1] == ["-m", "tasks.sft.worker"] and "--" not in p.cmdline()]
+    commands = {process: command_line(process) for process in below}
+    return [
+        p for p, words in commands.items() if words[-3:-1] == ["-m", "tasks.sft.worker"] and "--" not in words
+    ]
 
 
 def require_exact_resume(

@@ -15,6 +15,7 @@ from tasks.pack import PackParams, packer
 from tasks.pack import __main__ as stage
 from tasks.pack.packer import pack, start_packer
 from tasks.pack.spans import Numbers, SpanFile
+from tests.helpers.processes import command_line
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_large_set_is_packed_in_parts_of_limited_size(monkeypatch: pytest.Monk
 
 
 def packer_process() -> psutil.Process:
-    (process,) = [one for one in psutil.Process().children() if "spawn_main" in " ".join(one.cmdline())]
+    (process,) = [one for one in psutil.Process().children() if "spawn_main" in " ".join(command_line(one))]
     return process
 
 
