@@ -19,8 +19,10 @@ from nightshift.core.errors import DataError
 from nightshift.core.files import file_digest, write_json
 from nightshift.core.paths import BASE, BASE_RECORD
 from nightshift.core.stage import run_main, write_summary
+from nightshift.data.chat_templates import find_template
 from nightshift.hub import explain_hub_errors
 
+SpecialToken = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
 HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
 log = logging.getLogger(__name__)
 
@@ -31,10 +33,23 @@ class BaseParams(StageParams):
     Attributes:
         model: Model reference: `package:<name>`, a local folder, or `hub:<id>@<commit>`.
         dtype: Precision of the stored weights.
+        chat_template: Name or file of a chat template; None for the tokenizer's own.
+        special_tokens: Role, such as eos_token -> token; it replaces the tokenizer's own.
+        added_tokens: Tokens to add to the vocabulary.
     """
 
     model: str
     dtype: Literal["bfloat16", "float32"]
+    chat_template: str | None
+    special_tokens: dict[SpecialToken, str]
+    added_tokens: list[str]
+
+    @field_validator("chat_template")
+    @classmethod
+    def _chat_template_exists(cls, value: str | None) -> str | None:
+        if value is not None:
+            find_template(value)
+        return value
 
     @field_validator("model")
     @classmethod

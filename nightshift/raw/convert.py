@@ -75,7 +75,7 @@ def read_rest(rest: RawRow, row: RawRow, options: SourceOptions, ignored: set[st
     if key := find_list(rest):
         return read_turns(rest.pop(key), options.roles, ignored)
     if has_question(rest) and ("text" not in rest or has_answer(rest)):
-        return read_pair(rest, options.roles, ignored)
+        return read_pair(rest, options, ignored)
     if ("role" in rest and any(key in rest for key in CONTENT_KEYS)) or ("from" in rest and "value" in rest):
         raise RowError("one_message", shown(row))
     if "text" not in rest:

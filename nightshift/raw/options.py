@@ -35,6 +35,7 @@ class SourceOptions(StageParams):
     Attributes:
         columns: Key that a format defines, such as `instruction` -> column of the source that holds it.
         roles: Role or speaker as the source names it -> system, user, assistant or tool.
+        input_separator: Text between a question and each of its contexts, such as Alpaca's `input`.
         preference: Rows with a chosen and a rejected answer, or an answer with a rating: `refuse` them, or
             train on the `chosen` answers only.
         split: Split of the data set to read, such as train, or `all`; None reads all files, of which none may
@@ -48,6 +49,7 @@ class SourceOptions(StageParams):
 
     columns: dict[str, str] = Field(default_factory=dict)
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
+    input_separator: str = "\n\n"
     preference: Literal["refuse", "chosen"] = "refuse"
     split: Text | None = None
     limit: Limit = None

@@ -8,6 +8,7 @@ from nightshift.raw.contents import read_text
 from nightshift.raw.faults import RowError
 from nightshift.raw.formats import RawRow
 from nightshift.raw.messages import is_messages, read_turns
+from nightshift.raw.options import SourceOptions
 from nightshift.raw.tool_calls import from_json, parse_calls
 from nightshift.raw.turns import Turn
 
@@ -29,31 +30,32 @@ def has_answer(rest: RawRow) -> bool:
     return any(key in rest for key in (*ANSWERS, "answers"))
 
 
-def read_pair(rest: RawRow, roles: Mapping[str, str], ignored: set[str]) -> list[Turn]:
+def read_pair(rest: RawRow, options: SourceOptions, ignored: set[str]) -> list[Turn]:
     r"""Read the question with its context, earlier turns (`history`), and the answer.
 
     Args:
         rest: Columns of the row; those that are read are removed.
-        roles: Speaker as the source names it -> role.
+        options: Options of its source: roles, and the text between the question and its contexts.
         ignored: Receives the keys of messages that are not read.
 
     Raises:
         RowError: Question or answer is missing or ambiguous, or is not text.
 
     Example:
-        >>> turns = read_pair({"question": "Who?", "context": "Ada wrote it.", "answer": "Ada"}, {}, set())
+        >>> row = {"question": "Who?", "context": "Ada wrote it.", "answer": "Ada"}
+        >>> turns = read_pair(row, SourceOptions(), set())
         >>> [turn.content for turn in turns]
         ['Who?\n\nAda wrote it.', 'Ada']
     """
     for key in CHOICES:
         if is_given(rest.get(key)):
             raise RowError("choices", f"column {key}")
-    question, answer = _find_question(rest), _answer(rest, roles, ignored)
+    question, answer = _find_question(rest), _answer(rest, options.roles, ignored)
     asked = rest.pop(question)
     if is_messages(asked):
-        return [*read_turns(asked, roles, ignored), *answer]
+        return [*read_turns(asked, options.roles, ignored), *answer]
     parts = [read_text(asked), *(_context(rest.pop(key)) for key in CONTEXTS if key in rest)]
-    text = "\n\n".join(part for part in parts if part.strip())
+    text = options.input_separator.join(part for part in parts if part.strip())
     return [*_history(rest.pop("history", None)), Turn("user", text), *answer]
 
 

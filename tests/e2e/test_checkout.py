@@ -291,16 +291,107 @@ def is_healthy(url: str) -> bool:
     return False
 
 
-@pytest.mark.long
-def test_a_version_is_rebuilt_bit_identically_from_its_lineage(checkout: ServedCheckout) -> None:
-    checkout.make_run()
-    output = checkout.type("nightshift", "reproduce", "1")
-    assert "bit-identical" in output
+def documented_operations() -> set[str]:
+    """Return every command of docs/operations.md; a name alone counts if no command begins with it."""
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    spans = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)}
+    programs = r"(?:NIGHTSHIFT_BASE=FOLDER )?(nightshift|make|dvc|git|prefect|python|ssh|mlflow|pip)( |$)"
+    found = {span for span in spans if re.match(programs, span)}
+    return {one for one in found if not any(other.startswith(f"{one} ") for other in found)}
+
+
+def test_every_command_of_the_operations_page_works_as_printed(
+    checkout: ServedCheckout, tiny_base: Path, tmp_path: Path
+) -> None:
+    """What stands for something else in the page is replaced, and nothing else."""
+    adopted, shared, repository = tmp_path / "adopted", tmp_path / "shared", tmp_path / "origin.git"
+    shutil.copytree(checkout.folder / "data/sft/model", adopted)
+    config = adopted / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    checkout.environment |= {
+        **{
+            f"GIT_{who}_{what}": "t@example.invalid"
+            for who in ("AUTHOR", "COMMITTER")
+            for what in ("NAME", "EMAIL")
+        },
+        "GIT_EDITOR": "sh -c 'echo a night > $0'",
+        "COLUMNS": "200",
+    }
+    checkout.type("git", "init", "-q", "--bare", str(repository))
+    checkout.type("git", "remote", "add", "origin", str(repository))
+    checkout.type("git", "push", "-qu", "origin", "HEAD")
+    (checkout.folder / ".venv").symlink_to(BIN.parent)
+    typed = set()
+
+    def run(command: str, code: int = 0, on: Checkout = checkout, answer: str = "", **replaced: Any) -> str:
+        typed.add(command)
+        for word, value in replaced.items():
+            command = re.sub(rf"\b{word}\b", str(value), command)
+        # The environment is installed already.
+        command = command.replace("make ", "make -o .venv/ready ")
+        return on.type("bash", "-euo", "pipefail", "-c", command, code=code, answer=answer)
+
+    # The stack, the stages, the gate.
+    assert "healthy" in run("nightshift up") + run("nightshift status")
+    assert "nightshift" in run("prefect work-pool inspect nightshift")
+    run("python -m tasks.check")
+    run("nightshift snapshot")
+    run("NIGHTSHIFT_BASE=FOLDER nightshift snapshot", FOLDER=tiny_base)
+    run("dvc repro base")
+    run("python -m tasks.sft")
+    run("python -m tasks.report")
+    verdicts = {"promote": 0, "hold": 3, "reject": 4}
+    run("nightshift gate", code=verdicts[read_json(checkout.folder / "data/gate/gate.json")["verdict"]])
+
+    # The registry.
+    run('nightshift adopt FOLDER --reason "..."', FOLDER=adopted)
+    run('nightshift promote 7 --reason "..."', **{"7": 1})
+    run('nightshift rollback --reason "..."')
+    run('nightshift acknowledge --reason "..."')
+    assert "rollback" in run("nightshift history")
+    assert "elements/000001.jsonl" in run("nightshift trace 7", **{"7": 1})
+    assert "elements/000001.jsonl:3" in run("nightshift trace --row elements/000001.jsonl:3")
+    rebuilt = run("nightshift reproduce 7", **{"7": 1})
+    assert "bit-identical" in rebuilt
     for stage in STAGES[: STAGES.index("sft") + 1]:
-        assert f"Running stage '{stage}'" in output
-    assert re.search(r"outputs that differ +none of \d\d", output)
-    trace = checkout.type("nightshift", "trace", "1")
-    assert "elements/000001.jsonl" in trace
+        assert f"Running stage '{stage}'" in rebuilt
+    assert re.search(r"outputs that differ +none of \d\d", rebuilt)
+
+    # Git and one remote.
+    run("dvc remote modify storage url s3://bucket/nightshift", **{"s3://bucket/nightshift": shared})
+    run("dvc remote modify NAME verify true", NAME="storage")
+    checkout.type("git", "add", ".dvc/config")
+    run("git add dvc.lock params.yaml")
+    run("git commit")
+    run("dvc push --run-cache")
+    run("git push")
+    checkout.type("git", "clone", "-q", str(repository), str(tmp_path / "clone"))
+    second = Checkout(tmp_path / "clone", checkout.environment)
+    run("dvc cache dir --local FOLDER", on=second, FOLDER=tmp_path / "cache")
+    run("dvc remote modify --local storage url FOLDER", on=second, FOLDER=shared)
+    run("git pull", on=second)
+    run("dvc pull --run-cache", on=second)
+    assert "everything is up to date" in run("dvc pull -v", on=second).lower()
+    assert "Running stage" not in run("dvc repro", on=second)
+    run("git checkout dvc.lock", on=second)
+    run("dvc checkout --force data/champion", on=second)
+
+    # A row is erased, the next night runs without it, and everything ends.
+    run("nightshift forget elements/000001.jsonl:3", answer="y\n")
+    assert "\nsft " in run("nightshift run")
+    assert "NothingNew" in run("make run")
+    run("make down")
+    run("nightshift down")
+    run("make clean")
+    assert (checkout.folder / ".nightshift/mlflow.db").exists()
+    run("make purge", answer="y\n")
+    assert not (checkout.folder / "data").exists()
+
+    elsewhere = {
+        "nightshift serve": "test_a_second_machine_reproduces_promotes_and_uses_the_model",
+        "ssh -L 5000:127.0.0.1:5000 HOST": "needs a second host",
+    }
+    assert documented_operations() == typed | set(elsewhere)
 
 
 def flow_processes(folder: Path) -> list[psutil.Process]:

@@ -20,13 +20,19 @@ class Checkout:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.environment = folder, environment
 
-    def type(self, *command: str, code: int = 0) -> str:
-        """Run a command to completion, assert its exit code and return its output."""
+    def type(self, *command: str, code: int = 0, answer: str = "") -> str:
+        """Run a command to completion, assert its exit code and return its output.
+
+        Args:
+            command: Program and arguments.
+            code: Expected exit code.
+            answer: What the user types into the command.
+        """
         done = subprocess.run(
             command,
             cwd=self.folder,
             env=self.environment,
-            stdin=subprocess.DEVNULL,
+            input=answer,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,0 +1,56 @@
+"""Chat templates by name: prompt formats of base models here, those of instruct models from TRL."""
+
+import importlib.util
+import re
+from datetime import date
+from pathlib import Path
+
+from nightshift.core.config import suggestion
+
+OWN = Path(__file__).parent / "chat_templates"
+# Training with a fixed date: otherwise a row has other tokens every night. It is the fallback of Llama 3's
+# templates.
+TODAY = date(2024, 7, 26)
+STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(?P<format>[^"']*)\1\s*\)""")
+
+
+def list_templates() -> dict[str, Path]:
+    """Return name -> file of the chat templates that are known by name."""
+    spec = importlib.util.find_spec("trl")
+    folders = [*(spec.submodule_search_locations or [] if spec else [])]
+    files = [file for folder in folders for file in sorted(Path(folder, "chat_templates").glob("*.jinja"))]
+    # A training template renders other prompts than the model is asked with.
+    known = {file.stem: file for file in files if not file.stem.endswith("_training")}
+    return known | {file.stem: file for file in sorted(OWN.glob("*.jinja"))}
+
+
+def find_template(reference: str) -> Path:
+    """Return the file of a chat template.
+
+    Args:
+        reference: Name of a template, or path of a file.
+
+    Raises:
+        ValueError: There is neither.
+
+    Example:
+        >>> find_template("chatml").name
+        'chatml.jinja'
+    """
+    known = list_templates()
+    if reference in known:
+        return known[reference]
+    if Path(reference).is_file():
+        return Path(reference)
+    near = suggestion(reference, list(known))
+    raise ValueError(f"{reference!r} is neither a file nor the name of a chat template; {near}")
+
+
+def freeze_dates(template: str) -> str:
+    """Replace today's date in a template by a fixed one, so that a row has the same tokens every night.
+
+    Example:
+        >>> freeze_dates("Today: {{ strftime_now('%d %b %Y') }}")
+        "Today: {{ '26 Jul 2024' }}"
+    """
+    return STRFTIME.sub(lambda found: repr(TODAY.strftime(found["format"])), template)
