@@ -16,6 +16,7 @@ from nightshift.core.config import PARAMS, StageParams, config_error, problems, 
 from nightshift.core.stage import run_main
 from nightshift.pipeline.graph import find_unread, read_stages
 from nightshift.pipeline.params_yaml import edit
+from tasks.base import is_template_edited
 
 # Sections used after the graph -> module of the schema.
 OUTSIDE_THE_GRAPH = {"judge": "tasks.judge", "registry": "nightshift.registry.versions"}
@@ -48,6 +49,10 @@ def check(values: dict[str, Any]) -> None:
         "of the stage that needs them"
         for stage in find_unread()
     ]
+    if not faulty["base"] and is_template_edited(reference := values["base"]["chat_template"]):
+        found.append(
+            f"base.chat_template: {reference} was edited since it was read; run `dvc repro --force base`"
+        )
     if found:
         raise config_error(found)
     for line in find_unknown_names(values):

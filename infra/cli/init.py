@@ -23,7 +23,7 @@ from nightshift.core.files import iterate_batches, read_json, write_text
 from nightshift.core.paths import BASE, DATA, INGESTED
 from nightshift.core.stage import RESULT
 from nightshift.core.state import tools_environment
-from nightshift.data.encode import Encoded, load_encoder
+from nightshift.data.encode import load_encoder
 from nightshift.data.tokens import encode_known, open_memo
 from nightshift.pipeline.ledger import entry
 from nightshift.pipeline.params_yaml import edit
@@ -182,14 +182,14 @@ def run_stage(console: Console, stage: str) -> None:
 
 
 def token_lengths() -> list[int]:
-    """Return the number of tokens of each example; their tokens are in the cache that ingest filled."""
+    """Return the number of tokens of each sequence; their tokens are in the cache that ingest filled."""
     encoder = load_encoder(BASE)
     lengths: list[int] = []
     with open_memo(encoder) as memo:
         for batch in iterate_batches(INGESTED, ["messages", "tools"]):
             rows = [(row["messages"], row["tools"]) for row in batch.to_pylist()]
             encoded = encode_known(rows, encoder, memo)
-            lengths += [len(one.input_ids) for one in encoded if isinstance(one, Encoded)]
+            lengths += [len(one.input_ids) for ones in encoded if isinstance(ones, list) for one in ones]
     return lengths
 
 

@@ -104,6 +104,8 @@ def turn(message: Mapping[str, Any]) -> Text:
     """Format one turn."""
     name = f" ({message['name']})" if message.get("name") else ""
     text = Text(f"{message['role']}{name}: ", style="bold")
+    if message.get("reasoning"):
+        text.append(f"{message['reasoning']}\n", style="italic")
     text.append(message["content"], style="")
     if message.get("tool_calls"):
         text.append(f" {message['tool_calls']}", style="cyan")

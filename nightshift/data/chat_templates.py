@@ -1,17 +1,11 @@
 """Chat templates by name: prompt formats of base models here, those of instruct models from TRL."""
 
 import importlib.util
-import re
-from datetime import date
 from pathlib import Path
 
 from nightshift.core.config import suggestion
 
 OWN = Path(__file__).parent / "chat_templates"
-# Training with a fixed date: otherwise a row has other tokens every night. It is the fallback of Llama 3's
-# templates.
-TODAY = date(2024, 7, 26)
-STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(?P<format>[^"']*)\1\s*\)""")
 
 
 def list_templates() -> dict[str, Path]:
@@ -44,13 +38,3 @@ def find_template(reference: str) -> Path:
         return Path(reference)
     near = suggestion(reference, list(known))
     raise ValueError(f"{reference!r} is neither a file nor the name of a chat template; {near}")
-
-
-def freeze_dates(template: str) -> str:
-    """Replace today's date in a template by a fixed one, so that a row has the same tokens every night.
-
-    Example:
-        >>> freeze_dates("Today: {{ strftime_now('%d %b %Y') }}")
-        "Today: {{ '26 Jul 2024' }}"
-    """
-    return STRFTIME.sub(lambda found: repr(TODAY.strftime(found["format"])), template)

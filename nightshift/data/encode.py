@@ -1,11 +1,11 @@
 """Token ids and labels of a conversation, from the base model's chat template and tokenizer.
 
-Only assistant turns, including their stop tokens, are labeled; in plain text every token is. Needs no
-torch: transformers renders the template, and `tokenizers` tokenizes the text.
+Only assistant turns, including their stop tokens, are labeled; in plain text every token is. A conversation
+has one sequence of tokens, or one for each answer (see `nightshift.data.template`). Needs no torch:
+transformers renders the template, and `tokenizers` tokenizes the text.
 """
 
 import json
-import logging
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,29 +14,57 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from nightshift.core.errors import DataError
 from nightshift.core.files import file_digest, read_json, text_digest
-from nightshift.data.template import is_answer, locate_answers, make_chat
+from nightshift.data.template import (
+    TEMPLATE_ERRORS,
+    Template,
+    drops_tools,
+    freeze_dates,
+    is_answer,
+    load_template,
+    make_chat,
+    reasoning_of,
+    render_answers,
+    visible,
+)
 
 IGNORED = -100
 # Reason why a conversation cannot be encoded -> fix.
 FAULTS = {
+    "no_chat_template": "the base has no chat template; set base.chat_template, such as alpaca or chatml",
     "template_fails": "fix the turns to match the base's chat template",
-    "template_drops_turn": "the base's chat template omits part of the conversation; use another template",
-    "template_changes_turns": "the base's chat template changes earlier turns; use another template",
+    "template_drops_turn": "the base's chat template omits part of the conversation; set base.chat_template",
+    "template_drops_tools": "the base's chat template renders no tools or calls; set base.chat_template",
+    "template_drops_reasoning": "the base's chat template omits the reasoning of an answer; set "
+    "base.chat_template",
+    "template_changes_turns": "the base's chat template renders an answer that does not follow from its "
+    "prompt; set base.chat_template",
     "no_supervised_token": "add text to the assistant turn",
 }
 # A character has at most this many tokens, with a prefix space.
 UNORDERED = 6
 SPACE = re.compile(r"\s*")
+# Forms of a turn that calls tools: whether empty content is null, and whether arguments are JSON text.
+FORMS = ((False, False), (True, False), (True, True), (False, True))
 Message = Mapping[str, Any]
 # Messages, and tools as JSON.
 Conversation = tuple[Sequence[Message], str | None]
 Ids = NDArray[np.int32]
+
+
+class Fault(NamedTuple):
+    """Why a conversation cannot be encoded: a reason from `FAULTS`, and what the chat template says."""
+
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        """Return the reason with the remedy."""
+        return "; ".join(filter(None, [self.reason, self.detail, FAULTS[self.reason]]))
 
 
 class Rendered(NamedTuple):
@@ -76,16 +104,17 @@ class Encoder:
 
     Attributes:
         tokenizer: `tokenizers.Tokenizer`.
-        template: Jinja source of the chat template.
-        special_tokens: bos_token, eos_token and others, by their names in the template.
+        template: Chat template, if the base has one.
         stop_id: Id of the end-of-sequence token, which ends a plain text.
+        start_id: Id of the beginning-of-sequence token, with which a plain text starts; None if the tokenizer
+            adds none.
         digest: Digest of everything that token ids depend on.
     """
 
     tokenizer: Any
-    template: str
-    special_tokens: dict[str, str]
+    template: Template | None
     stop_id: int
+    start_id: int | None
     digest: str
 
 
@@ -93,8 +122,7 @@ def load_encoder(folder: Path) -> Encoder:
     """Load tokenizer.json and the chat template from a model folder.
 
     Raises:
-        DataError: A file, the chat template or the end-of-sequence token is missing, or the template
-            always prints today's date.
+        DataError: A file or the end-of-sequence token is missing, or the template prints today's date.
     """
     from tokenizers import Tokenizer
 
@@ -104,27 +132,30 @@ def load_encoder(folder: Path) -> Encoder:
             raise DataError(f"{file}: not found; run `dvc repro base`")
     config = read_json(files[1])
     own = folder / "chat_template.jinja"
-    template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+    source = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
     special = {key: _content(value) for key, value in config.items() if key.endswith("_token") and value}
     tokenizer = Tokenizer.from_file(str(files[0]))
     stop_id = tokenizer.token_to_id(special.get("eos_token", ""))
-    if not isinstance(template, str) or stop_id is None:
-        raise DataError(f"{folder}: needs a chat template and an eos_token; use an instruction-tuned base")
-    if "strftime_now" in template and "date_string" not in template:
+    if stop_id is None:
+        raise DataError(f"{folder}: the tokenizer has no eos_token; set base.special_tokens")
+    if source and "strftime_now(" in freeze_dates(source):
         raise DataError(
             f"{folder}: the chat template prints today's date, so a row would have different tokens every "
-            "night; use a copy of the template with a fixed date"
+            "night; set base.chat_template to a copy with a fixed date"
         )
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    start_id = tokenizer.token_to_id(special.get("bos_token", ""))
+    starts = start_id is not None and tokenizer.encode("a").ids[:1] == [start_id]
     return Encoder(
         tokenizer,
-        template,
-        special,
+        load_template(source, special, added) if source else None,
         stop_id=stop_id,
-        digest=text_digest(file_digest(files[0]), template, json.dumps(special, sort_keys=True), size=16),
+        start_id=start_id if starts else None,
+        digest=text_digest(file_digest(files[0]), source or "", json.dumps(special, sort_keys=True), size=16),
     )
 
 
-def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> list[Encoded | str]:
+def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> list[list[Encoded] | Fault]:
     """Render, tokenize on all CPU cores, and label.
 
     Args:
@@ -132,51 +163,74 @@ def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> lis
         encoder: Tokenizer and chat template of the base model.
 
     Returns:
-        For each conversation, in order: its tokens, or the reason for failure (see `FAULTS`).
+        For each conversation, in order: its sequences of tokens, or the reason for failure (see `FAULTS`).
     """
     rendered = [render(messages, tools, encoder) for messages, tools in conversations]
     return label_all(rendered, tokenize(rendered, encoder), encoder)
 
 
-def tokenize(rendered: Sequence[Rendered | str], encoder: Encoder) -> list[Any]:
-    """Tokenize the rendered conversations."""
-    texts = [one.text for one in rendered if isinstance(one, Rendered)]
+def tokenize(rendered: Sequence[Sequence[Rendered] | Fault], encoder: Encoder) -> list[Any]:
+    """Tokenize the texts of the rendered conversations."""
+    texts = [one.text for ones in rendered if not isinstance(ones, Fault) for one in ones]
     tokens: list[Any] = encoder.tokenizer.encode_batch(texts, add_special_tokens=False)
     return tokens
 
 
 def label_all(
-    rendered: Sequence[Rendered | str], tokens: Sequence[Any], encoder: Encoder
-) -> list[Encoded | str]:
+    rendered: Sequence[Sequence[Rendered] | Fault], tokens: Sequence[Any], encoder: Encoder
+) -> list[list[Encoded] | Fault]:
     """Label the tokens of the rendered conversations; a reason for failure stays."""
     remaining = iter(tokens)
-    return [
-        one if isinstance(one, str) else _label(next(remaining), one, encoder.stop_id) for one in rendered
-    ]
+    return [ones if isinstance(ones, Fault) else _label_parts(ones, remaining, encoder) for ones in rendered]
 
 
-def render(messages: Sequence[Message], tools: str | None, encoder: Encoder) -> Rendered | str:
+def render(messages: Sequence[Message], tools: str | None, encoder: Encoder) -> list[Rendered] | Fault:
     """Render a conversation, and locate the assistant's turns in the text.
 
+    Templates expect calls in different forms: arguments as an object or as JSON, and the content of a turn
+    that only calls tools empty or null. The first form that is rendered completely applies.
+
     Returns:
-        The text with its answers, or a reason from `FAULTS`.
+        One text with all answers, or one text for each of them; or the reason why there is none.
     """
     if messages[0]["role"] == "text":
-        return Rendered(messages[0]["content"], [(0, len(messages[0]["content"]))], [])
+        return [Rendered(messages[0]["content"], [(0, len(messages[0]["content"]))], [])]
+    if encoder.template is None:
+        return Fault("no_chat_template")
     turns = [_turn(message) for message in messages]
+    faults: list[Fault] = []
+    for form in FORMS if any("tool_calls" in turn for turn in turns) else FORMS[:1]:
+        rendered = _render(encoder.template, tools, [_with_form(turn, *form) for turn in turns])
+        if not isinstance(rendered, Fault):
+            return rendered
+        faults.append(rendered)
+    return next((fault for fault in faults if fault.reason != "template_fails"), faults[0])
+
+
+def _render(template: Template, tools: str | None, turns: Sequence[dict[str, Any]]) -> list[Rendered] | Fault:
+    """Render turns in the form that templates expect."""
     try:
-        functions = json.loads(tools) if tools else None
-        chat = make_chat(encoder.template, encoder.special_tokens, functions, turns)
-        text = chat.render()
-        answers = locate_answers(chat, text)
-    except (jinja2.TemplateError, TypeError, ValueError) as err:
-        logging.getLogger(__name__).debug("template: %s", err)
-        return "template_fails"
-    if not all(part in text for turn in turns for part in _parts(turn)):
-        return "template_drops_turn"
-    if answers is None:
-        return "template_changes_turns"
-    return Rendered(text, answers, _find_rounds(turns, answers, text))
+        chat = make_chat(template, json.loads(tools) if tools else None, turns)
+        parts = render_answers(chat)
+        if (tools or any("tool_calls" in turn for turn in turns)) and drops_tools(chat):
+            return Fault("template_drops_tools")
+    except TEMPLATE_ERRORS as err:
+        return Fault("template_fails", str(err).partition("\n")[0][:200])
+    if parts is None:
+        return Fault("template_changes_turns")
+    for part in parts:
+        shown = chat.turns[: part.n_turns]
+        if not all(visible(turn, template) in part.text for turn in shown):
+            return Fault("template_drops_turn")
+        trained = shown if len(parts) == 1 else shown[-1:]
+        if template.has_reasoning and not all(
+            piece in part.text for turn in trained if is_answer(turn) for piece in reasoning_of(turn)
+        ):
+            return Fault("template_drops_reasoning")
+    return [
+        Rendered(text, answers, _find_rounds(turns[:n_turns], answers, text) if is_divisible else [0])
+        for text, answers, n_turns, is_divisible in parts
+    ]
 
 
 def count_supervised(labels: Sequence[int] | Ids) -> int:
@@ -197,10 +251,19 @@ def _turn(message: Message) -> dict[str, Any]:
     return turn
 
 
-def _parts(turn: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the strings of a turn that the rendered text must contain."""
-    yield turn["content"].strip()
-    yield from (call["function"]["name"] for call in turn.get("tool_calls", ()))
+def _with_form(turn: dict[str, Any], has_null: bool, is_json: bool) -> dict[str, Any]:  # noqa: FBT001
+    """Return a turn with its calls in one of the `FORMS`."""
+    if "tool_calls" not in turn:
+        return turn
+    calls = turn["tool_calls"]
+    if is_json:
+        functions = [call["function"] for call in calls]
+        texts = [json.dumps(one["arguments"], ensure_ascii=False) for one in functions]
+        calls = [
+            {"type": "function", "function": {**one, "arguments": text}}
+            for one, text in zip(functions, texts, strict=True)
+        ]
+    return {**turn, "tool_calls": calls, "content": turn["content"] or (None if has_null else "")}
 
 
 def _find_rounds(
@@ -212,31 +275,49 @@ def _find_rounds(
     return [0, *(SPACE.match(text, end).end() for end in ends)]  # type: ignore[union-attr]
 
 
-def _label(tokens: Any, rendered: Rendered, stop_id: int) -> Encoded | str:
-    """Label the tokens inside the answers; a plain text ends with the stop token."""
+def _label_parts(parts: Sequence[Rendered], tokens: Iterator[Any], encoder: Encoder) -> list[Encoded] | Fault:
+    """Label all texts of a conversation; the first reason for failure is that of the conversation."""
+    labelled = [_label(next(tokens), part, encoder) for part in parts]
+    faults = [one for one in labelled if isinstance(one, Fault)]
+    return faults[0] if faults else [one for one in labelled if isinstance(one, Encoded)]
+
+
+def _label(tokens: Any, rendered: Rendered, encoder: Encoder) -> Encoded | Fault:
+    """Label the tokens inside the answers; a plain text gets the start and stop tokens."""
     ids = np.array(tokens.ids, dtype=np.int32)
     labels = np.full(len(ids), IGNORED, dtype=np.int32)
     for start, end in rendered.answers:
-        inside = _find_inside(tokens, start, end)
+        edge = SPACE.match(rendered.text, end).end()  # type: ignore[union-attr]
+        inside = _find_inside(tokens, start, end, edge)
         labels[inside] = ids[inside]
     if not count_supervised(labels):
-        return "no_supervised_token"
+        return Fault("no_supervised_token")
     if not rendered.rounds:
-        return Encoded(np.append(ids, np.int32(stop_id)), np.append(labels, np.int32(stop_id)))
+        first: list[int] = [] if encoder.start_id is None else [encoder.start_id]
+        ids = np.array([*first, *ids, encoder.stop_id], dtype=np.int32)
+        labels = np.array([*([IGNORED] * len(first)), *labels, encoder.stop_id], dtype=np.int32)
+        return Encoded(ids, labels)
     rounds = [_find_token(tokens, start, 0) for start in rendered.rounds]
     return Encoded(ids, labels, np.array(rounds, dtype=np.int32))
 
 
-def _find_inside(tokens: Any, start: int, end: int) -> list[int]:
+def _find_inside(tokens: Any, start: int, end: int, edge: int) -> list[int]:
     """Return the tokens between two characters, without reading the offsets of all tokens.
 
-    Offsets are in order, except that of a prefix space, which may be after the bytes of its character.
+    Offsets are in order, except that of a prefix space, which may be after the bytes of its character. The
+    offset of a special token may include the white space after it (Phi-3's <|end|>).
+
+    Args:
+        tokens: `tokenizers.Encoding`.
+        start: First character.
+        end: Last character + 1.
+        edge: End of the white space after it.
     """
     count = len(tokens)
-    first, stop = _find_token(tokens, start, 0), _find_token(tokens, end + 1, 1)
+    first, stop = _find_token(tokens, start, 0), _find_token(tokens, edge + 1, 1)
     edges = {*range(first - UNORDERED, first + UNORDERED), *range(stop - UNORDERED, stop + UNORDERED)}
     checked = [tokens.token_to_chars(i) if 0 <= i < count else (-1, -1) for i in edges]
-    inside = [i for i, (low, high) in zip(edges, checked, strict=True) if low >= start and high <= end]
+    inside = [i for i, (low, high) in zip(edges, checked, strict=True) if start <= low < end and high <= edge]
     return [*inside, *range(first + UNORDERED, stop - UNORDERED)]
 
 

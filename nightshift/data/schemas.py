@@ -11,6 +11,7 @@ class Message(TypedDict):
     Attributes:
         role: system, user, assistant, tool or text.
         content: Text of the turn.
+        reasoning: What the assistant thought before its answer, or None.
         tool_calls: JSON list of {"name", "arguments"} of an assistant turn, or None.
         name: Function that a tool turn answers, or None.
         train: False for an assistant turn without labels; None for the default: assistant turns have them.
@@ -18,6 +19,7 @@ class Message(TypedDict):
 
     role: str
     content: str
+    reasoning: str | None
     tool_calls: str | None
     name: str | None
     train: bool | None
@@ -113,6 +115,7 @@ MESSAGES = pa.list_(
         [
             ("role", pa.string()),
             ("content", pa.string()),
+            ("reasoning", pa.string()),
             ("tool_calls", pa.string()),
             ("name", pa.string()),
             ("train", pa.bool_()),

@@ -34,6 +34,8 @@ LETTER_OR_WORD = re.compile(
 )
 # Letters of an unspaced script that weigh as much as a word; Chinese and Japanese have about two in a word.
 LETTERS_PER_WORD = {"THAI": 4, "LAO": 4, "KHMER": 4, "MYANMAR": 4}
+# Texts of a turn.
+TEXTS = ("content", "reasoning", "tool_calls")
 # A shorter text has too few word shingles: changing one word of seven moves the similarity of
 # 3-shingles from 1 to 0.25. Its character shingles are compared instead.
 SHORT = 8
@@ -90,15 +92,14 @@ def _space_sign(match: re.Match[str]) -> str:
 
 
 def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the canonical text of turns, with their roles and tool calls.
+    """Return the canonical text of turns, with their roles, reasoning and tool calls.
 
     Example:
         >>> canonical_messages([{"role": "user", "content": "Who are you?"}])
         'user who are you'
     """
     return " ".join(
-        f"{m['role']} {canonical(m['content'])} {canonical(m.get('tool_calls') or '')}".rstrip()
-        for m in messages
+        " ".join(filter(None, [m["role"], *(canonical(m.get(key) or "") for key in TEXTS)])) for m in messages
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from nightshift.data.encode import (
     Conversation,
     Encoded,
     Encoder,
+    Fault,
     Message,
     label_all,
     render,
@@ -26,18 +27,21 @@ from nightshift.data.encode import (
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 2 * 2**20
 Item = TypeVar("Item")
+Sequences = list[Encoded]
 
 
 def open_memo(encoder: Encoder) -> Memo:
     """Open the cache of token ids for this code, tokenizer and template."""
     engines = versions("jinja2", "numpy", "tokenizers", "transformers")
-    code = source_digest(*(f"nightshift/data/{name}.py" for name in ("encode", "template", "tokens")))
+    code = source_digest(
+        *(f"nightshift/data/{name}.py" for name in ("chat_templates", "encode", "template", "tokens"))
+    )
     return Memo("tokens", {"code": code, "engines": engines, "tokenizer": encoder.digest})
 
 
 def encode_stream(
     items: Iterable[tuple[Item, Conversation | None]], encoder: Encoder, memo: Memo
-) -> Iterator[tuple[Item, Encoded | str | None]]:
+) -> Iterator[tuple[Item, Sequences | Fault | None]]:
     """Encode a stream of conversations, each of them once in the lifetime of the cache.
 
     One batch is tokenized in a thread, which runs on all CPU cores without the interpreter lock, while the
@@ -49,11 +53,11 @@ def encode_stream(
         memo: Cache from `open_memo`.
 
     Yields:
-        Each value in order, with the tokens of its conversation, the reason for failure (see `FAULTS`), or
-        None without a conversation.
+        Each value in order, with the sequences of its conversation or why it cannot be encoded, or None
+        without a conversation.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
-        finish: Callable[[], Iterator[tuple[Item, Encoded | str | None]]] | None = None
+        finish: Callable[[], Iterator[tuple[Item, Sequences | Fault | None]]] | None = None
         for batch in _batches(items):
             following = _begin(batch, encoder, memo, thread)
             if finish:
@@ -63,7 +67,9 @@ def encode_stream(
             yield from finish()
 
 
-def encode_known(conversations: Sequence[Conversation], encoder: Encoder, memo: Memo) -> list[Encoded | str]:
+def encode_known(
+    conversations: Sequence[Conversation], encoder: Encoder, memo: Memo
+) -> list[Sequences | Fault]:
     """Encode conversations like `encode_stream`, and return the results in order."""
     stream = encode_stream(((None, conversation) for conversation in conversations), encoder, memo)
     return [one for _, one in stream if one is not None]
@@ -87,19 +93,19 @@ def _batches(
 
 def _begin(
     batch: Sequence[tuple[Item, Conversation | None]], encoder: Encoder, memo: Memo, thread: Executor
-) -> Callable[[], Iterator[tuple[Item, Encoded | str | None]]]:
+) -> Callable[[], Iterator[tuple[Item, Sequences | Fault | None]]]:
     """Render the new conversations of a batch, start to tokenize them, and return how to finish."""
     keys = [_key(*conversation) if conversation else "" for _, conversation in batch]
     conversations = {key: one for key, (_, one) in zip(keys, batch, strict=True) if one}
-    known: dict[str, Encoded | str] = {
+    known: dict[str, Sequences | Fault] = {
         key: _from_bytes(value) for key, value in memo.read(list(conversations)).items()
     }
     new = {key: render(*one, encoder) for key, one in conversations.items() if key not in known}
     tokens = thread.submit(tokenize, list(new.values()), encoder)
 
-    def finish() -> Iterator[tuple[Item, Encoded | str | None]]:
+    def finish() -> Iterator[tuple[Item, Sequences | Fault | None]]:
         encoded = dict(zip(new, label_all(list(new.values()), tokens.result(), encoder), strict=True))
-        memo.write((key, _to_bytes(one)) for key, one in encoded.items() if isinstance(one, Encoded))
+        memo.write((key, _to_bytes(one)) for key, one in encoded.items() if not isinstance(one, Fault))
         known.update(encoded)
         for (item, _), key in zip(batch, keys, strict=True):
             yield item, known.get(key)
@@ -110,27 +116,41 @@ def _begin(
 def _key(messages: Sequence[Message], tools: str | None) -> str:
     """Return the cache key of a conversation: everything its tokens depend on besides the tokenizer."""
     values = chain.from_iterable(
-        (m["role"], m["content"], m.get("tool_calls") or "", m.get("name") or "", str(m.get("train")))
+        (
+            *(m["role"], m["content"], m.get("reasoning") or "", m.get("tool_calls") or ""),
+            *(m.get("name") or "", str(m.get("train"))),
+        )
         for m in messages
     )
     return text_digest(tools or "", *values, size=16)
 
 
-def _to_bytes(encoded: Encoded) -> bytes:
-    """Return int32 values: numbers of rounds and edges, rounds, edges of the labelled parts, token ids."""
-    inside = np.zeros(len(encoded.labels) + 2, dtype=bool)
-    np.not_equal(encoded.labels, IGNORED, out=inside[1:-1])
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
-    counts = [len(encoded.rounds), len(edges)]
-    return np.concatenate([counts, encoded.rounds, edges, encoded.input_ids], dtype=np.int32).tobytes()
+def _to_bytes(sequences: Sequences) -> bytes:
+    """Return int32 values: the number of values of each sequence and those values, one after the other.
+
+    The values of a sequence: numbers of rounds and edges, rounds, edges of the labelled parts, token ids.
+    """
+    values: list[Any] = []
+    for one in sequences:
+        inside = np.zeros(len(one.labels) + 2, dtype=bool)
+        np.not_equal(one.labels, IGNORED, out=inside[1:-1])
+        edges = np.flatnonzero(inside[1:] != inside[:-1])
+        counts = [len(one.rounds), len(edges)]
+        parts: list[Any] = [counts, one.rounds, edges, one.input_ids]
+        values += [[sum(len(part) for part in parts)], *parts]
+    return np.concatenate(values, dtype=np.int32).tobytes()
 
 
-def _from_bytes(value: bytes) -> Encoded:
+def _from_bytes(value: bytes) -> Sequences:
     """Reverse `_to_bytes`."""
     values = np.frombuffer(value, dtype=np.int32)
-    n_rounds, n_edges = values[:2].tolist()
-    rounds, edges, ids = np.split(values[2:], [n_rounds, n_rounds + n_edges])
-    labels = np.full(len(ids), IGNORED, dtype=np.int32)
-    for start, stop in edges.reshape(-1, 2).tolist():
-        labels[start:stop] = ids[start:stop]
-    return Encoded(ids, labels, rounds)
+    sequences = []
+    while len(values):
+        one, values = values[1 : 1 + values[0]], values[1 + values[0] :]
+        n_rounds, n_edges = one[:2].tolist()
+        rounds, edges, ids = np.split(one[2:], [n_rounds, n_rounds + n_edges])
+        labels = np.full(len(ids), IGNORED, dtype=np.int32)
+        for start, stop in edges.reshape(-1, 2).tolist():
+            labels[start:stop] = ids[start:stop]
+        sequences.append(Encoded(ids, labels, rounds))
+    return sequences

@@ -68,6 +68,7 @@ def _check_turn(turn: Turn, special: re.Pattern[str], number: int) -> None:
     if not (turn.calls or turn.content.strip() or turn.role == "tool"):
         raise RowError("empty_content", f"turn {number}")
     _check_text(turn.content, special, number)
+    _check_text(turn.reasoning, special, number)
     for call in turn.calls:
         _check_text(dumps([call.name, call.arguments]), special, number)
     if turn.name:

@@ -14,8 +14,9 @@ from nightshift.raw.turns import Call, Turn
 
 TEXT_PARTS = (None, "text", "input_text", "output_text", "refusal")
 TEXT_KEYS = ("text", "value", "content", "refusal")
-# Reasoning has no place in an example yet: templates differ in whether and where they render it.
-REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content")
+# Names of reasoning: of a part, and of a key of a message. Redacted thinking is encrypted.
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+REDACTED = "redacted_thinking"
 MEDIA = ("image", "image_url", "images", "audio", "input_audio", "audios", "video", "videos", "file")
 
 
@@ -25,6 +26,7 @@ class Content:
 
     Attributes:
         text: Its text parts, joined.
+        reasoning: Its reasoning parts, joined.
         calls: Tool calls among the parts.
         answers: Answers of tools among the parts, as tool turns.
         train: Training flag of the parts; None without one.
@@ -32,6 +34,7 @@ class Content:
     """
 
     text: str = ""
+    reasoning: str = ""
     calls: tuple[Call, ...] = ()
     answers: list[Turn] = field(default_factory=list)
     train: bool | None = None
@@ -101,9 +104,15 @@ def describe_type(value: object) -> str:
 def _add_part(content: Content, rest: RawRow) -> None:
     """Read one part; what stays in `rest` is not read."""
     kind = rest.pop("type", None)
-    if kind in REASONING_PARTS:
+    if kind == REDACTED:
         rest.clear()
         content.ignored.add(f"content.{kind}")
+    elif kind in REASONING:
+        rest.pop("signature", None)
+        thought = _first(rest, (kind, *TEXT_KEYS))
+        if not isinstance(thought, str):
+            raise RowError("not_text", "a part is not text")
+        content.reasoning += thought
     elif kind in ("tool_call", "tool_calls"):
         content.calls += parse_sharegpt_calls(_first(rest, ("value", "content", "tool_calls")))
     elif kind == "tool_use":

@@ -75,6 +75,7 @@ def content_digest(conversation: Conversation) -> str:
             turn.content if turn.role == "text" else turn.content.strip(),
             turn.name,
             [[call.name, call.arguments] for call in turn.calls],
+            *([turn.reasoning.strip()] if turn.reasoning else []),
         ]
         for turn in repair(conversation, fix_encoding=True).turns
     ]

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nightshift.raw.columns import column_name, is_given
-from nightshift.raw.contents import MEDIA, read_content, word
+from nightshift.raw.contents import MEDIA, REASONING, read_content, read_text, word
 from nightshift.raw.faults import RowError
 from nightshift.raw.flags import pop_flag
 from nightshift.raw.formats import RawRow
@@ -104,7 +105,7 @@ def read_message(message: RawRow, number: int, roles: Mapping[str, str], ignored
     if role != "assistant" and flag:
         ignored.add(f"messages: training flag of a {role} turn")
     ignored.update(f"messages.{column_name(key)}" for key in rest if is_given(rest[key]))
-    return [Turn(t.role, t.content, t.calls, t.name, t.call_id, train=train) for t in turns]
+    return [replace(turn, train=train) for turn in turns]
 
 
 def find_role(speaker: str, roles: Mapping[str, str], where: str) -> str:
@@ -147,10 +148,13 @@ def _read_turn(role: str, value: object, rest: RawRow, where: str, ignored: set[
         found = rest.pop(key, None)
         if is_given(found):
             calls += parse_sharegpt_calls(found) if key == "function_call" else parse_calls(found)
-    text = content.text or _refusal(rest)
+    text, reasoning = content.text or _refusal(rest), content.reasoning
+    thought = next((one for one in REASONING if is_given(rest.get(one))), None)
+    if role == "assistant" and thought:
+        reasoning = read_text(rest.pop(thought))
     # OpenAI also allows a name on user turns; no chat template renders it.
     name, call_id = (_tool_name(rest), _call_id(rest)) if role == "tool" else (None, None)
-    turn = Turn(role, text, calls, name, call_id, train=content.train is not False)
+    turn = Turn(role, text, calls, name, call_id, content.train is not False, reasoning)
     return [*content.answers, *([turn] if text or calls or not content.answers else [])]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nightshift.raw.columns import CHOICES, column_name, is_given
-from nightshift.raw.contents import read_text
+from nightshift.raw.contents import REASONING, read_text
 from nightshift.raw.faults import RowError
 from nightshift.raw.formats import RawRow
 from nightshift.raw.messages import is_messages, read_turns
@@ -106,7 +106,9 @@ def _answer(rest: RawRow, roles: Mapping[str, str], ignored: set[str]) -> list[T
     value = rest.pop(key)
     if is_messages(value):
         return read_turns(value, roles, ignored)
-    return [Turn("assistant", read_text(value))]
+    thought = find_one(rest, REASONING)
+    reasoning = read_text(rest.pop(thought)) if thought else ""
+    return [Turn("assistant", read_text(value), reasoning=reasoning)]
 
 
 def _answers(value: object, *, has_tools: bool) -> Turn:

@@ -76,8 +76,11 @@ def cut(before: str, after: str) -> Change:
 
 
 def _join(first: Turn, second: Turn) -> Turn:
-    content = "\n\n".join(text for text in (first.content, second.content) if text.strip())
-    return replace(first, content=content, calls=(*first.calls, *second.calls))
+    content, reasoning = (
+        "\n\n".join(text for text in texts if text.strip())
+        for texts in ((first.content, second.content), (first.reasoning, second.reasoning))
+    )
+    return replace(first, content=content, reasoning=reasoning, calls=(*first.calls, *second.calls))
 
 
 def _roles(turns: list[Turn]) -> str:

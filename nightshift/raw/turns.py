@@ -28,6 +28,7 @@ class Turn:
         name: Function that a tool turn answers.
         call_id: Id of the call that a tool turn answers.
         train: Whether an assistant turn is trained.
+        reasoning: What the assistant thought before its answer.
     """
 
     role: str
@@ -36,6 +37,7 @@ class Turn:
     name: str | None = None
     call_id: str | None = None
     train: bool = True
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

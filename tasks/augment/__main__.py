@@ -267,6 +267,10 @@ def _is_selected(example: GroupedExample, params: AugmentParams, tally: Tally) -
     if any(turn["role"] == "tool" or turn["tool_calls"] for turn in example["messages"]):
         tally.skipped["tool_calls"] += 1
         return False
+    # It leads to the answer as it is worded.
+    if any(turn["reasoning"] for turn in example["messages"]):
+        tally.skipped["reasoning"] += 1
+        return False
     return True
 
 

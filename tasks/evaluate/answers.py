@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nightshift.core.files import iterate_rows, text_digest
-from nightshift.data.encode import Encoder, Message, load_encoder, render
+from nightshift.data.encode import Encoder, Fault, Message, load_encoder, render
 from tasks.evaluate import ExactMatchParams
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def render_prompt(messages: Sequence[Message], row: Mapping[str, Any], encoder: 
         encoder: Tokenizer and chat template of the model's base.
     """
     rendered = render(messages, row["tools"], encoder)
-    if isinstance(rendered, str):
+    if isinstance(rendered, Fault):
         return None
-    return rendered.text[: rendered.answers[-1][0]]
+    last = rendered[-1]
+    return last.text[: last.answers[-1][0]]

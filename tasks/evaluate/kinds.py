@@ -95,7 +95,7 @@ def score_choice(
 def render_questions(model: Model, items: Sequence[Item]) -> list[str]:
     """Render the questions or conversations of generation items."""
     return [
-        model.apply_chat_template(item.get("messages") or [{"role": "user", "content": item["question"]}])
+        model.render(item.get("messages") or [{"role": "user", "content": item["question"]}])
         for item in items
     ]
 

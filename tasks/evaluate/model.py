@@ -1,6 +1,7 @@
 """lm-eval's HFLM with a single prefill per prompt and optional retrieval."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from nightshift.data.template import find_answer_prefix, read_template
 from tasks.evaluate.retrieval import add_documents
 
 # Result for a sequence that exceeds the context length; the model does not run on it.
@@ -43,16 +45,44 @@ class Model(HFLM):
             batch_size: Sequences per forward pass.
             find: Function that retrieves the documents for a question; None disables retrieval.
         """
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        # A chat template writes the start token itself.
+        starts = False if tokenizer.chat_template else None
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=starts)
         self._find = find
+        self._template = read_template(tokenizer)
+        self._prefix = find_answer_prefix(self._template) if self._template else ""
 
     def apply_chat_template(
         self,
         chat_history: list[dict[str, str]],
-        add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - lm-eval's signature
+        add_generation_prompt: bool = True,  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
     ) -> str:
-        """Render a conversation, with the retrieved documents before its last question."""
-        return str(super().apply_chat_template(self.add_notes(chat_history), add_generation_prompt))
+        """Render a conversation up to where a given answer starts; lm-eval compares answers there."""
+        return self.render(chat_history) + self._prefix
+
+    def render(self, turns: list[dict[str, Any]]) -> str:
+        """Render a conversation and the prompt for an answer, with the retrieved documents.
+
+        Without a chat template, each turn is a paragraph.
+        """
+        turns = self.add_notes(turns)
+        if self._template is None:
+            return "".join(f"{turn['content']}\n\n" for turn in turns)
+        return self._template.render(turns, None, prompt=True)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:  # noqa: ARG002, FBT001, FBT002
+        """Return the chat template for lm-eval's records; empty if there is none."""
+        return self._template.source if self._template else ""
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:  # noqa: FBT001, FBT002
+        """Decode tokens; of a generated answer, what follows the reasoning."""
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+        if not (skip_special_tokens and self._prefix and self._template):
+            return text
+        # The prefix ends with the token that starts the content: </think>, or <|message|> of gpt-oss.
+        start = self._prefix.rstrip()[self._prefix.rstrip().rfind("<") :]
+        answer = str(self.tokenizer.decode(tokens)).rpartition(start)[2]
+        return re.sub("|".join(map(re.escape, self._template.added_tokens)), "", answer)
 
     def add_notes(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Add the retrieved documents, if any, to the last turn of a conversation if that is a question."""

@@ -15,7 +15,15 @@ from transformers import AutoTokenizer
 from nightshift.core.files import iterate_rows, read_json, read_rows, write_rows
 from nightshift.core.stage import print_line, run_main
 from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
-from nightshift.data.encode import FAULTS, IGNORED, Encoder, encode_batch, load_encoder
+from nightshift.data.encode import (
+    IGNORED,
+    Encoded,
+    Encoder,
+    Fault,
+    count_supervised,
+    encode_batch,
+    load_encoder,
+)
 from tasks.evaluate.answers import Answers
 from tasks.evaluate.kinds import score_answers, score_benchmark
 from tasks.evaluate.model import Model, load_model
@@ -101,22 +109,27 @@ def heldout_losses(
             "expected": example["messages"][-1]["content"],
             "answer": None,
         }
-        if isinstance(one, str):
-            yield row | {"status": "skipped", "answer": f"{one}; {FAULTS[one]}"}
+        if isinstance(one, Fault):
+            yield row | {"status": "skipped", "answer": str(one)}
             continue
-        labels = torch.tensor(one.labels[1:], dtype=torch.long, device=model.device)
-        row["tokens"] = int((labels != IGNORED).sum())
-        if len(one.input_ids) > longest:
-            reason = f"{len(one.input_ids)} tokens exceed the model's context of {longest}"
+        row["tokens"] = sum(count_supervised(part.labels[1:]) for part in one)
+        if (length := max(len(part.input_ids) for part in one)) > longest:
+            reason = f"{length} tokens exceed the model's context of {longest}"
             yield row | {"status": "skipped", "answer": reason}
             continue
-        ids = torch.tensor(one.input_ids[None], dtype=torch.long, device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        loss = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
+        loss = sum(sequence_loss(model, part) for part in one)
         if math.isfinite(loss):
             yield row | {"score": loss}
         else:
             yield row | {"status": "error", "answer": f"the loss is {loss}"}
+
+
+def sequence_loss(model: Any, encoded: Encoded) -> float:
+    """Return the summed negative log-likelihood (nats) of the labels of one sequence."""
+    ids = torch.tensor(encoded.input_ids[None], dtype=torch.long, device=model.device)
+    labels = torch.tensor(encoded.labels[1:], dtype=torch.long, device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return float(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
 
 
 if __name__ == "__main__":

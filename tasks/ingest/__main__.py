@@ -93,7 +93,8 @@ def write_outputs(
     limits = Limits(params.max_row_bytes, params.max_shard_bytes, params.max_compression_ratio)
     special = compile_special_tokens(special_tokens(encoder))
     privacy = Privacy(params.pii, load_presidio(params.pii_model) if params.pii_model else find_pii)
-    rules = Rules(special, privacy, params.fix_encoding)
+    has_reasoning = encoder.template is not None and encoder.template.has_reasoning
+    rules = Rules(special, privacy, params.fix_encoding, has_reasoning)
     with (
         open_memo(encoder) as memo,
         atomic_write(REPAIRS) as repairs,

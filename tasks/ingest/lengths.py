@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from nightshift.core.memo import Memo
-from nightshift.data.encode import Conversation, Encoded, Encoder
+from nightshift.data.encode import Conversation, Encoded, Encoder, Fault
 from nightshift.data.tokens import encode_stream
 from nightshift.raw.faults import RowError
 from tasks.ingest.rows import Outcome
@@ -29,8 +29,8 @@ def measure(
         max_tokens: Longest accepted example, in tokens; None for no limit.
 
     Yields:
-        Each outcome in order, with its token count; 0 for a fault. An example that the template does not
-        render, or that is too long, becomes a fault.
+        Each outcome in order, with its token count, which is that of its longest sequence; 0 for a fault. An
+        example that the template does not render, or that is too long, becomes a fault.
     """
     for outcome, encoded in encode_stream(map(_with_conversation, outcomes), encoder, memo):
         if encoded is None:
@@ -61,11 +61,11 @@ def _with_conversation(outcome: Outcome) -> tuple[Outcome, Conversation | None]:
     return outcome, (None if isinstance(example, RowError) else (example["messages"], example["tools"]))
 
 
-def _check_length(encoded: Encoded | str, max_tokens: int | None) -> tuple[RowError | None, int]:
+def _check_length(encoded: list[Encoded] | Fault, max_tokens: int | None) -> tuple[RowError | None, int]:
     """Return the fault of an encoded example, or its token count."""
-    if isinstance(encoded, str):
-        return RowError(encoded), 0
-    count = len(encoded.input_ids)
+    if isinstance(encoded, Fault):
+        return RowError(*encoded), 0
+    count = max(len(one.input_ids) for one in encoded)
     if max_tokens is not None and count > max_tokens:
         return RowError("too_many_tokens", f"{count}, ingest.max_tokens={max_tokens}"), 0
     return None, count

@@ -16,7 +16,7 @@ class PiiSpan:
     Attributes:
         kind: Kind of data, such as email.
         turn: Number of the turn, from 1; 0 for the row's tools.
-        field: `content`, `tool_calls` or `tools`.
+        field: `content`, `reasoning`, `tool_calls` or `tools`.
         start: First character in the field, or in its JSON if it is not text.
         end: Last character + 1.
     """
@@ -43,6 +43,7 @@ def redact_conversation(conversation: Conversation, find: Find) -> Conversation:
         replace(
             turn,
             content=redact(turn.content, find),
+            reasoning=redact(turn.reasoning, find),
             calls=tuple(replace(call, arguments=redact_json(call.arguments, find)) for call in turn.calls),
         )
         for turn in conversation.turns
@@ -74,6 +75,8 @@ def _texts(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
         yield 0, "tools", dumps(conversation.tools)
     for number, turn in enumerate(conversation.turns, start=1):
         yield number, "content", turn.content
+        if turn.reasoning:
+            yield number, "reasoning", turn.reasoning
         if turn.calls:
             yield number, "tool_calls", calls_json(turn)
 

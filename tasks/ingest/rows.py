@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,11 +46,13 @@ class Rules:
         special: Markup that no text may contain.
         privacy: Handling of personal data.
         fix_encoding: Whether wrongly decoded text is repaired.
+        has_reasoning: Whether the base's chat template renders reasoning; otherwise it is not read.
     """
 
     special: re.Pattern[str]
     privacy: Privacy
     fix_encoding: bool = False
+    has_reasoning: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,10 @@ def convert_row(
     try:
         if isinstance(row, RowError):
             raise row
-        conversation = arrange(repair(convert(row, options), fix_encoding=rules.fix_encoding))
+        conversation = convert(row, options)
+        if not rules.has_reasoning:
+            conversation = without_reasoning(conversation)
+        conversation = arrange(repair(conversation, fix_encoding=rules.fix_encoding))
         conversation = check(conversation, rules.special)
         spans = tuple(find_pii_spans(conversation, privacy.find))
         if spans and privacy.mode == "redact":
@@ -157,6 +162,14 @@ def convert_row(
         detail = ", ".join(f"{count} {kind}" for kind, count in counts)
         return Outcome(origin, source, RowError("pii", detail), pii_spans=spans)
     return Outcome(origin, source, example, conversation.changes, conversation.ignored, spans)
+
+
+def without_reasoning(conversation: Conversation) -> Conversation:
+    """Return a conversation without the reasoning of its answers, which then counts as not read."""
+    if not any(turn.reasoning for turn in conversation.turns):
+        return conversation
+    turns = [replace(turn, reasoning="") for turn in conversation.turns]
+    return replace(conversation, turns=turns, ignored=conversation.ignored | {"messages.reasoning"})
 
 
 def build_example(conversation: Conversation, origin: str, source: str, arrival: int) -> Example:
@@ -178,6 +191,8 @@ def build_example(conversation: Conversation, origin: str, source: str, arrival:
 def _message(turn: Turn) -> dict[str, Any]:
     """Return a turn as a message without empty fields."""
     message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.reasoning:
+        message["reasoning"] = turn.reasoning
     if turn.calls:
         message["tool_calls"] = calls_json(turn)
     if turn.name:

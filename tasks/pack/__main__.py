@@ -38,7 +38,7 @@ class Tally:
 
     Attributes:
         drops: Examples read, and lost entirely.
-        lengths: Tokens of each example.
+        lengths: Tokens of each sequence: of an example, or of each of its answers.
         lost: Lost tokens, by reason.
         lost_if_split: Tokens that `over_length: split` would lose.
         supervised: Supervised tokens of the spans.
@@ -76,8 +76,8 @@ def main() -> None:
     tokens = sum(spans.lengths)
     write_summary(
         "pack",
-        rows_in=len(tally.lengths) - weights.added.total() + weights.left_out.total(),
-        rows_out=len(tally.lengths) - tally.drops.by_reason().total(),
+        rows_in=tally.drops.read.total() - weights.added.total() + weights.left_out.total(),
+        rows_out=tally.drops.read.total() - tally.drops.by_reason().total(),
         added=weights.added.total(),
         dropped=tally.drops.by_reason() + Counter(weight=weights.left_out.total()),
         dropped_by_source=tally.drops.by_source(),
@@ -99,8 +99,8 @@ def one_per_row(lengths: Sequence[int], max_length: int) -> list[list[int]]:  # 
     return [[number] for number in range(len(lengths))]
 
 
-def encode_examples(weights: Weights) -> Iterator[tuple[int, Row, Encoded]]:
-    """Yield the row number of each example, the example (without id) and its tokens, cached ones if possible.
+def encode_examples(weights: Weights) -> Iterator[tuple[int, Row, list[Encoded]]]:
+    """Yield the row number of each example, the example (without id) and its sequences of tokens.
 
     Raises:
         DataError: An example that passed ingest cannot be encoded.
@@ -110,27 +110,32 @@ def encode_examples(weights: Weights) -> Iterator[tuple[int, Row, Encoded]]:
     items = (((number, row), (row["messages"], row["tools"])) for number, row in examples)
     with open_memo(encoder) as memo:
         for (number, row), encoded in encode_stream(items, encoder, memo):
-            if not isinstance(encoded, Encoded):
-                reason = str(encoded)
-                raise DataError(f"{CLEAN_TRAIN}: {row['origin']}: {reason}; {FAULTS[reason]}")
+            if not isinstance(encoded, list):
+                raise DataError(f"{CLEAN_TRAIN}: {row['origin']}: {encoded}")
             yield number, row, encoded
 
 
-def add(number: int, row: Row, encoded: Encoded, spans: SpanFile, params: PackParams, tally: Tally) -> None:
-    """Cut one example into spans, store them with its row number, and count them."""
-    length = len(encoded.input_ids)
-    kept, lost = fit(encoded, params.max_length, params.over_length)
-    tally.supervised += sum(spans.append(number, span, encoded) for span in kept)
-    tally.lengths.append(length)
+def add(
+    number: int, row: Row, sequences: Sequence[Encoded], spans: SpanFile, params: PackParams, tally: Tally
+) -> None:
+    """Cut the sequences of one example into spans, store them with its row number, and count them."""
+    lost, stored = Counter[str](), len(spans.lengths)
+    for encoded in sequences:
+        length = len(encoded.input_ids)
+        kept, too_much = fit(encoded, params.max_length, params.over_length)
+        tally.supervised += sum(spans.append(number, span, encoded) for span in kept)
+        tally.lengths.append(length)
+        lost += too_much
+        whole = cut(length, encoded.rounds.tolist(), params.max_length, "split")
+        tally.lost_if_split += length - sum(span.stop - span.start for span in whole)
     tally.lost += lost
-    whole = cut(length, encoded.rounds.tolist(), params.max_length, "split")
-    tally.lost_if_split += length - sum(span.stop - span.start for span in whole)
     origin = row["origin"]
     source = origin.split("/", 1)[0]
     tally.drops.read[source] += 1
-    if not kept:
+    if len(spans.lengths) == stored:
         reason = "over_length" if lost["over_length"] else "no_supervised_token"
-        tally.drops.add(source, reason, f"{origin}: {reason}; {length} tokens")
+        tokens = sum(len(encoded.input_ids) for encoded in sequences)
+        tally.drops.add(source, reason, f"{origin}: {reason}; {tokens} tokens")
 
 
 def require_fit(tally: Tally, params: PackParams) -> None:

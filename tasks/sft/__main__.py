@@ -36,7 +36,7 @@ from nightshift.core.paths import (
 )
 from nightshift.core.stage import run_main, write_summary
 from nightshift.core.state import state_dir
-from nightshift.data.encode import FAULTS, count_supervised, load_encoder
+from nightshift.data.encode import Fault, count_supervised, load_encoder
 from nightshift.data.tokens import encode_known, open_memo
 from nightshift.tracking import spool
 from nightshift.tracking.runs import tracking_uri
@@ -181,13 +181,14 @@ def write_eval_rows(path: Path, max_length: int) -> None:
         encoded = encode_known([(row["messages"], row["tools"]) for row in examples], encoder, memo)
     rows: list[dict[str, list[int]]] = []
     for result, example in zip(encoded, examples, strict=True):
-        if isinstance(result, str):
-            raise DataError(f"{VALIDATION}: {example['origin']}: {result}; {FAULTS[result]}")
-        if not rows or sum(rows[-1]["seq_lengths"]) + len(result.input_ids) > max_length:
-            rows.append({"input_ids": [], "labels": [], "seq_lengths": []})
-        rows[-1]["input_ids"] += result.input_ids.tolist()
-        rows[-1]["labels"] += result.labels.tolist()
-        rows[-1]["seq_lengths"].append(len(result.input_ids))
+        if isinstance(result, Fault):
+            raise DataError(f"{VALIDATION}: {example['origin']}: {result}")
+        for one in result:
+            if not rows or sum(rows[-1]["seq_lengths"]) + len(one.input_ids) > max_length:
+                rows.append({"input_ids": [], "labels": [], "seq_lengths": []})
+            rows[-1]["input_ids"] += one.input_ids.tolist()
+            rows[-1]["labels"] += one.labels.tolist()
+            rows[-1]["seq_lengths"].append(len(one.input_ids))
     write_rows(path, rows, EVAL_ROWS)
 
 

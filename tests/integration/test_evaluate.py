@@ -326,7 +326,9 @@ def test_answers_are_compared_without_case_and_punctuation_and_unreadable_exampl
     assert (first["score"], first["question"], second["score"]) == (1.0, "20 degrees", 0.0)
     assert asked[0].endswith("20 degrees<|im_end|>\n<|im_start|>assistant\n")
     fails = "{% for turn in messages if turn.role == 'tool' %}{{ raise_exception('no tools') }}{% endfor %}"
-    broken = replace(encoder, template=fails + encoder.template)
+    assert encoder.template
+    source = fails + encoder.template.source
+    broken = replace(encoder, template=replace(encoder.template, source=source))
     first, second = score_answers(asker, broken, evaluate.TEST, answers)
     assert (first["status"], first["score"], first["expected"]) == ("skipped", None, "The YES!")
     assert first["answer"] == "the chat template does not render it"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nightshift.core.errors import DataError
-from nightshift.data.encode import IGNORED, Encoded, Encoder, encode_batch, load_encoder
+from nightshift.data.encode import IGNORED, Encoded, Encoder, Fault, encode_batch, load_encoder
 from nightshift.raw.checks import compile_special_tokens
 from nightshift.raw.faults import RowError
 from nightshift.raw.formats import shard_suffix
@@ -50,9 +50,10 @@ def describe(outcome: Outcome, encoder: Encoder) -> str:
         detail = f" ({outcome.result.detail})" if outcome.result.detail else ""
         return f"refused: {outcome.result.reason}{detail}"
     messages, tools = outcome.result["messages"], outcome.result["tools"]
-    (encoded,) = encode_batch([(messages, tools)], encoder)
-    if isinstance(encoded, str):
-        return f"refused: {encoded}"
+    (found,) = encode_batch([(messages, tools)], encoder)
+    if isinstance(found, Fault):
+        return f"refused: {found.reason}"
+    (encoded,) = found
     trained = iter(labelled(encoded, encoder))
     turns = [f"tools {quote(tools)}"] if tools else []
     for message in messages:

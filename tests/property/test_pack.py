@@ -37,7 +37,7 @@ def test_packing_conserves_tokens_and_never_overfills(
     tally = Tally()
     with SpanFile.create(tmp_path) as spans:
         for number, one in enumerate(encoded):
-            add(number, {"origin": f"s/000001.jsonl:{number}"}, one, spans, params, tally)
+            add(number, {"origin": f"s/000001.jsonl:{number}"}, [one], spans, params, tally)
         kept = list(zip(spans.examples, spans.starts, spans.lengths, strict=True))
         assert sum(one[0] for one in examples) == sum(spans.lengths) + tally.lost.total()
         assert len(examples) == len(set(spans.examples)) + tally.drops.by_reason().total()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 
 from nightshift.core.errors import DataError
-from nightshift.data.encode import FAULTS, Encoder, encode_batch, load_encoder
+from nightshift.data.encode import Encoded, Encoder, Fault, encode_batch, load_encoder
+from nightshift.data.template import freeze_dates, load_template
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +24,14 @@ def chat(*turns: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
+def encode(messages: Sequence[Mapping[str, Any]], encoder: Encoder) -> list[Encoded]:
+    (sequences,) = encode_batch([(messages, None)], encoder)
+    assert not isinstance(sequences, Fault), str(sequences)
+    return sequences
+
+
 def labelled(messages: list[dict[str, Any]], encoder: Encoder, tokenizer: Any) -> str:
-    (encoded,) = encode_batch([(messages, None)], encoder)
-    assert not isinstance(encoded, str)
+    (encoded,) = encode(messages, encoder)
     return str(tokenizer.decode([label for label in encoded.labels if label != -100]))
 
 
@@ -37,9 +45,9 @@ def test_tokens_equal_those_of_transformers(encoder: Encoder, tokenizer: Any) ->
         chat("Hi", "Hello."),
         [{"role": "system", "content": "Be brief."}, *chat("naïve 🙂?", "Ünïcode 数 1,234.5\n\n  x")],
     ]
-    encoded = encode_batch([(messages, None) for messages in conversations], encoder)
+    encoded = [one for messages in conversations for one in encode(messages, encoder)]
     expected = [tokenizer.apply_chat_template(m, tokenize=True)["input_ids"] for m in conversations]
-    assert [one.input_ids.tolist() for one in encoded if not isinstance(one, str)] == expected
+    assert [one.input_ids.tolist() for one in encoded] == expected
 
 
 def test_labels_are_exact_with_spaces_and_emoji_at_the_edges(encoder: Encoder, tokenizer: Any) -> None:
@@ -52,19 +60,19 @@ def test_plain_text_is_fully_labelled_and_ends_with_the_stop_token(encoder: Enco
 
 
 def with_template(template: str, encoder: Encoder) -> Encoder:
-    return Encoder(encoder.tokenizer, template, {}, encoder.stop_id, "x")
+    loaded = load_template(template, {}, ["<|im_end|>"])
+    return replace(encoder, template=loaded)
 
 
 def test_a_template_with_a_date_gets_a_fixed_date(encoder: Encoder, tokenizer: Any) -> None:
-    template = "{{ date_string }}:{% for m in messages %} {{ m['content'] }}{% endfor %}"
-    (encoded,) = encode_batch([(chat("Hi", "Hello"), None)], with_template(template, encoder))
-    assert not isinstance(encoded, str)
+    template = "{{ strftime_now('%d %b %Y') }}:{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    (encoded,) = encode(chat("Hi", "Hello"), with_template(freeze_dates(template), encoder))
     assert tokenizer.decode(encoded.input_ids) == "26 Jul 2024: Hi Hello"
 
 
-def test_a_template_that_always_prints_today_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_template_that_prints_today_in_another_way_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_base, tmp_path / "base")
-    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    (folder / "chat_template.jinja").write_text("{{ strftime_now(format) }}")
     with pytest.raises(DataError, match="prints today's date"):
         load_encoder(folder)
 
@@ -82,8 +90,10 @@ def test_a_template_that_always_prints_today_is_rejected(tiny_base: Path, tmp_pa
     ],
 )
 def test_an_unusable_template_is_a_fault_with_a_remedy(template: str, fault: str, encoder: Encoder) -> None:
-    assert encode_batch([(chat("a", "b"), None)], with_template(template, encoder)) == [fault]
-    assert FAULTS[fault]
+    (found,) = encode_batch([(chat("a", "b"), None)], with_template(template, encoder))
+    assert isinstance(found, Fault)
+    assert found.reason == fault
+    assert "base.chat_template" in str(found) or "fix the turns" in str(found)
 
 
 def test_a_template_that_omits_tool_calls_is_a_fault(encoder: Encoder, tokenizer: Any) -> None:
@@ -94,7 +104,7 @@ def test_a_template_that_omits_tool_calls_is_a_fault(encoder: Encoder, tokenizer
         {"role": "tool", "content": "dry", "name": "weather"},
         {"role": "assistant", "content": "No."},
     ]
-    assert encode_batch([(messages, None)], encoder) == ["template_drops_turn"]
+    assert encode_batch([(messages, None)], encoder) == [Fault("template_drops_tools")]
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>"
@@ -120,8 +130,8 @@ def test_a_round_starts_with_each_user_turn_after_an_answer(encoder: Encoder, to
         ],
     ]
     texts = []
-    for one in encode_batch([(messages, None) for messages in conversations], encoder):
-        assert not isinstance(one, str)
+    for messages in conversations:
+        (one,) = encode(messages, encoder)
         edges = pairwise([*one.rounds.tolist(), len(one.input_ids)])
         texts.append([tokenizer.decode(one.input_ids[start:stop]) for start, stop in edges])
     assert [len(rounds) for rounds in texts] == [2, 1, 2]
@@ -130,15 +140,17 @@ def test_a_round_starts_with_each_user_turn_after_an_answer(encoder: Encoder, to
 
 
 def test_a_plain_text_has_no_rounds(encoder: Encoder) -> None:
-    (encoded,) = encode_batch([([{"role": "text", "content": "Gallium melts."}], None)], encoder)
-    assert not isinstance(encoded, str)
+    (encoded,) = encode([{"role": "text", "content": "Gallium melts."}], encoder)
     assert encoded.rounds.tolist() == []
 
 
-def test_a_base_without_a_chat_template_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_base_without_a_chat_template_trains_on_plain_texts_only(
+    tiny_base: Path, tmp_path: Path, tokenizer: Any
+) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_base / name).read_bytes())
-    with pytest.raises(DataError, match="needs a chat template"):
-        load_encoder(tmp_path)
+    plain = load_encoder(tmp_path)
+    assert labelled([{"role": "text", "content": "Tin."}], plain, tokenizer) == "Tin.<|im_end|>"
+    assert encode_batch([(chat("a", "b"), None)], plain) == [Fault("no_chat_template")]
     with pytest.raises(DataError, match=r"tokenizer\.json: not found"):
         load_encoder(tmp_path / "nowhere")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nightshift.data.template import Chat, find_kinds, locate_answers, make_chat
+from nightshift.data.template import Template, find_kinds, locate_answers, make_chat
 from tests.helpers.byte_base import TEMPLATE
 
 
@@ -12,13 +12,13 @@ from tests.helpers.byte_base import TEMPLATE
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the list to which the number of turns of each rendering is added."""
     sizes: list[int] = []
-    render = Chat._context
+    context = Template.context
 
-    def record(chat: Chat, turns: Any, *, prompt: bool) -> dict[str, Any]:
+    def record(template: Template, turns: Any, functions: Any, *, prompt: bool) -> dict[str, Any]:
         sizes.append(len(turns))
-        return render(chat, turns, prompt=prompt)
+        return context(template, turns, functions, prompt=prompt)
 
-    monkeypatch.setattr(Chat, "_context", record)
+    monkeypatch.setattr(Template, "context", record)
     return sizes
 
 
@@ -27,7 +27,7 @@ def alternate(count: int) -> list[dict[str, Any]]:
 
 
 def test_a_long_conversation_is_rendered_a_few_times(rendered: list[int]) -> None:
-    chat = make_chat(TEMPLATE, {}, None, alternate(400))
+    chat = make_chat(Template(TEMPLATE, {}), None, alternate(400))
     text = chat.render()
     found = locate_answers(chat, text)
     assert found
@@ -50,7 +50,7 @@ def test_agents_with_many_calls_are_rendered_a_few_times(rendered: list[int]) ->
         ],
         {"role": "assistant", "content": "done"},
     ]
-    chat = make_chat(TEMPLATE, {}, None, turns)
+    chat = make_chat(Template(TEMPLATE, {}), None, turns)
     text = chat.render()
     found = locate_answers(chat, text)
     assert found
@@ -59,7 +59,7 @@ def test_agents_with_many_calls_are_rendered_a_few_times(rendered: list[int]) ->
 
 
 def test_a_short_conversation_is_rendered_up_to_each_answer(rendered: list[int]) -> None:
-    chat = make_chat(TEMPLATE, {}, None, alternate(6))
+    chat = make_chat(Template(TEMPLATE, {}), None, alternate(6))
     locate_answers(chat, chat.render())
     assert rendered == [6, 1, 2, 3, 4, 5]
 
@@ -68,7 +68,7 @@ def test_a_turn_with_a_marker_of_the_template_has_a_kind_of_its_own() -> None:
     template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
     turns = alternate(10)
     turns[5]["content"] = "a</think>b"
-    kinds = find_kinds(make_chat(template, {}, None, turns))
+    kinds = find_kinds(make_chat(Template(template, {}), None, turns))
     # The first turn is preceded by nothing of the kind.
     assert kinds[1] == kinds[3]
     assert len({kinds[i] for i in (3, 5, 7)}) == 3
@@ -77,21 +77,21 @@ def test_a_turn_with_a_marker_of_the_template_has_a_kind_of_its_own() -> None:
 
 def test_a_tool_that_is_not_an_object_is_rejected() -> None:
     with pytest.raises(ValueError, match="not a JSON object"):
-        make_chat(TEMPLATE, {}, ["weather"], alternate(2))
+        make_chat(Template(TEMPLATE, {}), ["weather"], alternate(2))
 
 
 @pytest.mark.parametrize("number", [10, 12, 17])
 def test_a_marker_in_the_middle_that_changes_the_prompt_is_found(number: int) -> None:
-    """From the turn with /no_think on, the prompt is no longer what stands before the answer."""
+    """From the turn with /no_think on, the prompt is no longer what comes before the answer."""
     template = (
         "{% set ns = namespace(on=false) %}{% for m in messages %}"
         "{% if '/no_think' in m.content %}{% set ns.on = true %}{% endif %}"
         "<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% if ns.on %}<think></think>{% endif %}{% endif %}"
     )
-    plain = make_chat(template, {}, None, alternate(20))
+    plain = make_chat(Template(template, {}), None, alternate(20))
     assert len(locate_answers(plain, plain.render()) or []) == 10
     turns = alternate(20)
     turns[number]["content"] += " /no_think"
-    chat = make_chat(template, {}, None, turns)
+    chat = make_chat(Template(template, {}), None, turns)
     assert locate_answers(chat, chat.render()) is None

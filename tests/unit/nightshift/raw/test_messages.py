@@ -151,8 +151,8 @@ def test_tools_that_the_system_turn_lists_are_not_listed_again() -> None:
 
 
 def test_what_is_not_read_of_a_message_is_reported_once() -> None:
-    found = read(ASK | {"name": "ada", "id": ""}, answer(reasoning_content="r", logprobs=[1]))
-    assert found.ignored == {"messages.name", "messages.reasoning_content", "messages.logprobs"}
+    found = read(ASK | {"name": "ada", "id": ""}, answer(tone="calm", logprobs=[1]))
+    assert found.ignored == {"messages.name", "messages.tone", "messages.logprobs"}
 
 
 def test_a_key_that_no_file_can_hold_is_reported_readably() -> None:

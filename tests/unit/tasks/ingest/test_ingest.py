@@ -15,7 +15,7 @@ import yaml
 
 from nightshift.core.errors import DataError
 from nightshift.data.drops import Drops
-from nightshift.data.encode import IGNORED, Encoded, count_supervised, load_encoder
+from nightshift.data.encode import IGNORED, Fault, count_supervised, load_encoder
 from nightshift.data.tokens import encode_known, open_memo
 from nightshift.raw.shards import find_shards
 from tasks.ingest.__main__ import main, require_rows
@@ -131,9 +131,8 @@ def test_only_trained_turns_have_labels(run: Run, in_tmp: Path) -> None:
     encoder = load_encoder(in_tmp / "data/base/model")
     with open_memo(encoder) as memo:
         same = [{**turn, "train": None} for turn in example["messages"]]
-        found, all_trained = encode_known([(example["messages"], None), (same, None)], encoder, memo)
-    assert isinstance(found, Encoded)
-    assert isinstance(all_trained, Encoded)
+        sequences = encode_known([(example["messages"], None), (same, None)], encoder, memo)
+    found, all_trained = [one for ones in sequences if not isinstance(ones, Fault) for one in ones]
     assert found.input_ids.tolist() == all_trained.input_ids.tolist()
     stop = encoder.tokenizer.token_to_id("<|im_end|>")
     trained = [token for token in found.labels.tolist() if token != IGNORED]
@@ -262,11 +261,19 @@ def test_a_tool_call_is_stored_as_json_with_sorted_keys_and_its_result_has_a_nam
         {
             "role": "assistant",
             "content": "",
+            "reasoning": None,
             "tool_calls": '[{"arguments": {"a": 1, "b": 2}, "name": "add"}]',
             "name": None,
             "train": None,
         },
-        {"role": "tool", "content": "3", "tool_calls": None, "name": "add", "train": None},
+        {
+            "role": "tool",
+            "content": "3",
+            "reasoning": None,
+            "tool_calls": None,
+            "name": "add",
+            "train": None,
+        },
     ]
 
 

@@ -115,9 +115,19 @@ def tally(spans: SpanFile, over_length: str, *examples: Encoded, max_length: int
     for number, encoded in enumerate(examples, start=1):
         origin = {"origin": f"s/000001.jsonl:{number}"}
         stage.add(
-            len(counts.lengths), origin, encoded, spans, params(over_length, max_length=max_length), counts
+            len(counts.lengths), origin, [encoded], spans, params(over_length, max_length=max_length), counts
         )
     return counts
+
+
+def test_an_example_whose_longest_answer_is_lost_keeps_the_others(spans: SpanFile) -> None:
+    counts, row = stage.Tally(), {"origin": "s/000001.jsonl:1"}
+    answers = [example(list(range(1, length)), 1) for length in (5, 20)]
+    stage.add(0, row, answers, spans, params("drop"), counts)
+    stage.add(1, row, answers[1:], spans, params("drop"), counts)
+    assert (spans.examples.tolist(), spans.lengths.tolist()) == ([0], [4])
+    assert (counts.drops.read["s"], dict(counts.drops.by_reason())) == (2, {"over_length": 1})
+    assert counts.lost == {"over_length": 38}
 
 
 def test_the_share_of_lost_tokens_is_limited(spans: SpanFile) -> None:
