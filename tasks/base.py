@@ -22,7 +22,7 @@ from nightshift.core.files import file_digest, read_json, write_json
 from nightshift.core.paths import BASE, BASE_RECORD
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.chat_templates import OWN as PROMPT_FORMATS
-from nightshift.data.chat_templates import find_template, list_templates
+from nightshift.data.chat_templates import find_template
 from nightshift.data.template import (
     ASSISTANT,
     CALLS,
@@ -234,16 +234,6 @@ def set_template(model: Any, tokenizer: Any, reference: str | None) -> None:
     stops = set(own_stops if isinstance(own_stops, list) else [] if own_stops is None else [own_stops])
     stops |= {tokenizer.convert_tokens_to_ids(stop) for stop in find_stop_tokens(tokenizer, reference)}
     model.generation_config.eos_token_id = sorted(stops)
-
-
-def is_template_edited(reference: str | None) -> bool:
-    """Return whether a template file is not the one that the saved base has, although its path is."""
-    if reference is None or reference in list_templates() or not BASE_RECORD.is_file():
-        return False
-    saved = BASE / "chat_template.jinja"
-    is_same_path = read_json(BASE_RECORD).get("chat_template") == reference
-    source = find_template(reference).read_text(encoding="utf-8")
-    return is_same_path and saved.is_file() and saved.read_text(encoding="utf-8") != freeze_dates(source)
 
 
 def find_stop_tokens(tokenizer: Any, reference: str | None) -> Iterator[str]:

@@ -14,9 +14,9 @@ import yaml
 
 from nightshift.core.config import PARAMS, StageParams, config_error, problems, read_params, suggestion
 from nightshift.core.stage import run_main
+from nightshift.data.chat_templates import is_template_edited
 from nightshift.pipeline.graph import find_unread, read_stages
 from nightshift.pipeline.params_yaml import edit
-from tasks.base import is_template_edited
 
 # Sections used after the graph -> module of the schema.
 OUTSIDE_THE_GRAPH = {"judge": "tasks.judge", "registry": "nightshift.registry.versions"}

@@ -27,7 +27,7 @@ from nightshift.core.errors import GateError, StageError
 from nightshift.core.files import read_json, write_json
 from nightshift.core.stage import OFFLINE
 from nightshift.core.state import tools_environment
-from nightshift.registry.served_model import PROBES, generate, load
+from nightshift.registry.served_model import PROBES, encode_prompt, generate, load
 from nightshift.registry.versions import DIGEST, open_model
 from tasks.sft.checkpoints import find_non_finite
 
@@ -135,9 +135,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> tuple[Any, Any]:
         (n_tokens, n_vocabulary), float32.
     """
     turns = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"]
+    prompt = encode_prompt(tokenizer, turns)["input_ids"]
     _, new = generate(model, tokenizer, turns, ANSWER_TOKENS)
     ids = torch.cat([prompt[0], new])[None]
     return ids, model(input_ids=ids).logits[0]

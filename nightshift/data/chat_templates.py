@@ -4,6 +4,9 @@ import importlib.util
 from pathlib import Path
 
 from nightshift.core.config import suggestion
+from nightshift.core.files import read_json
+from nightshift.core.paths import BASE, BASE_RECORD
+from nightshift.data.template import freeze_dates
 
 OWN = Path(__file__).parent / "chat_templates"
 
@@ -38,3 +41,13 @@ def find_template(reference: str) -> Path:
         return Path(reference)
     near = suggestion(reference, list(known))
     raise ValueError(f"{reference!r} is neither a file nor the name of a chat template; {near}")
+
+
+def is_template_edited(reference: str | None) -> bool:
+    """Return whether a template file is not the one that the saved base has, although its path is."""
+    if reference is None or reference in list_templates() or not BASE_RECORD.is_file():
+        return False
+    saved = BASE / "chat_template.jinja"
+    is_same_path = read_json(BASE_RECORD).get("chat_template") == reference
+    source = find_template(reference).read_text(encoding="utf-8")
+    return is_same_path and saved.is_file() and saved.read_text(encoding="utf-8") != freeze_dates(source)

@@ -138,6 +138,20 @@ def fastest_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def encode_prompt(tokenizer: Any, turns: list[dict[str, str]]) -> Any:
+    """Encode a conversation and the prompt for an answer; without a chat template, each turn is a paragraph.
+
+    Returns:
+        Tensors by name, such as input_ids, shape (1, n_tokens).
+    """
+    if not tokenizer.chat_template:
+        text = "".join(f"{turn['content']}\n\n" for turn in turns)
+        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    return tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -151,7 +165,7 @@ def generate(
 
     Args:
         model: Model with or without an adapter.
-        tokenizer: Tokenizer with a chat template.
+        tokenizer: Tokenizer of the base.
         turns: Conversation, role and content of each turn.
         limit: Maximum number of new tokens.
         forced: Whether to ignore the stop token and generate exactly `limit` tokens, so that no model
@@ -164,9 +178,7 @@ def generate(
     Raises:
         TooLongError: The conversation leaves no room for an answer.
     """
-    inputs = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
+    inputs = encode_prompt(tokenizer, turns).to(model.device)
     n_prompt = inputs["input_ids"].shape[1]
     context = getattr(model.config, "max_position_embeddings", sys.maxsize)
     if n_prompt >= context:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nightshift.core.errors import ConfigError
 from nightshift.replies import Generate, OnReply, Reply, Request, Result, request_key
 
 
@@ -18,6 +19,9 @@ def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Gener
         folder: Folder with model and tokenizer; safetensors only.
         model_name: Backend, model, revision and sampling parameters, as one string.
         sampling: Sampling parameters: temperature, top_p and max_new_tokens.
+
+    Raises:
+        ConfigError: The model has no chat template.
     """
     import torch
     from tqdm import tqdm
@@ -31,6 +35,11 @@ def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Gener
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
     model = model.to(device).eval()
+    if not tokenizer.chat_template:
+        raise ConfigError(f"augment.model: {folder} has no chat template; choose an instruct model")
+    # Its chat template may end an answer with another token than the one that ends a text.
+    own = model.generation_config.eos_token_id
+    stops = torch.tensor(own if own is not None else tokenizer.eos_token_id, device=device)
 
     def generate(requests: Sequence[Request], on_reply: OnReply) -> list[Result]:
         results: list[Result] = []
@@ -50,7 +59,7 @@ def load_local(folder: Path, model_name: str, sampling: dict[str, Any]) -> Gener
                 )
             answers = output[:, length:]
             # A truncated text is not an answer.
-            whole = (answers == tokenizer.eos_token_id).any(dim=1).tolist()
+            whole = torch.isin(answers, stops).any(dim=1).tolist()
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             reply = Reply(
                 tuple(text if done else "" for text, done in zip(texts, whole, strict=True)),

@@ -79,7 +79,9 @@ def test_a_stage_declares_all_code_that_it_runs(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_declares_no_code_that_it_does_not_run(stage: str) -> None:
-    code = [path for path in STAGES[stage]["deps"] if path.startswith(("nightshift/", "tasks/"))]
+    deps = [path for path in STAGES[stage]["deps"] if path.startswith(("nightshift/", "tasks/"))]
+    # Chat templates are data, which a stage reads.
+    code = [path for path in deps if path.endswith(".py") or any((ROOT / path).rglob("*.py"))]
     run = closure(stage)
     assert [p for p in code if p not in run and not any(q.startswith(f"{p}/") for q in run)] == []
 

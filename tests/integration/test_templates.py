@@ -14,7 +14,7 @@ import pytest
 from nightshift.data.chat_templates import list_templates
 from nightshift.data.encode import IGNORED, Encoded, Encoder, Fault, encode_batch, load_encoder
 from nightshift.data.template import freeze_dates
-from nightshift.registry.served_model import generate, has_stopped
+from nightshift.registry.served_model import encode_prompt, generate, has_stopped
 from tasks.base import BaseParams, set_template
 from tests.helpers.checkouts import ROOT
 from tests.helpers.templates import make_model, make_tokenizer, save_tokenizer
@@ -164,6 +164,17 @@ def test_the_start_token_is_the_same_in_texts_training_evaluation_and_serving(tm
     assert tokenizer.bos_token_id not in chat.input_ids
     model = Model(make_model(tokenizer), tokenizer, 1)
     assert tokenizer.bos_token_id not in model.tok_encode(model.apply_chat_template(ASKED))
+
+
+def test_without_a_template_evaluation_and_serving_ask_in_paragraphs_after_the_start_token() -> None:
+    from tasks.evaluate.model import Model
+
+    tokenizer = make_tokenizer("", adds_start=True)
+    tokenizer.chat_template = None
+    served = encode_prompt(tokenizer, ASKED)["input_ids"][0].tolist()
+    model = Model(make_model(tokenizer), tokenizer, 1)
+    assert tokenizer.decode(served) == "<s>Who wrote it?\n\n"
+    assert model.tok_encode(model.apply_chat_template(ASKED)) == served
 
 
 def test_a_prompt_format_starts_as_the_tokenizer_starts_texts() -> None:

@@ -50,7 +50,7 @@ def test_rows_record_the_origin_of_every_span(spans: SpanFile, monkeypatch: pyte
     }
     tally = stage.Tally()
     for origin, encoded in examples.items():
-        stage.add(len(tally.lengths), {"origin": origin}, encoded, spans, params("split"), tally)
+        stage.add(len(tally.lengths), {"origin": origin}, [encoded], spans, params("split"), tally)
     assert (tally.lost, tally.supervised) == (Counter({"no_supervised_token": 1}), 13)
     # One row is written at a time.
     monkeypatch.setattr(stage, "TOKENS_PER_BATCH", 8)
