@@ -44,6 +44,8 @@ MANY_EXAMPLES, EPOCHS = 10_000, 3
 # Parameters of a model -> learning rate with LoRA. Smaller models tolerate, and need, higher rates
 # (Schulman et al., LoRA Without Regret, 2025).
 LEARNING_RATES = ((1e9, 1.0e-3), (4e9, 4.0e-4), (2e10, 2.0e-4), (math.inf, 1.0e-4))
+# Alpaca's prompt has the input of an instruction under a heading of its own.
+ALPACA_INPUT = {"input_separator": "\n\n### Input:\n"}
 # Optimizer steps of an epoch that a larger batch should leave.
 STEPS = 100
 
@@ -73,10 +75,18 @@ def init(console: Console, data: Sequence[str], model: str | None, benchmarks: S
     before = PARAMS.read_text(encoding="utf-8")
     try:
         write_values(first_values(data, model, benchmarks))
-        for stage in ("snapshot", "base", "ingest"):
+        for stage in ("snapshot", "base"):
             run_stage(console, stage)
-        lengths = token_lengths()
-        choices = choose(lengths, count_parameters(BASE), read_json(BASE / "config.json"))
+        choices = []
+        if load_encoder(BASE).template is None:
+            choices = [Choice("base.chat_template", "alpaca", "the base has none; plain texts need none")]
+            write_values(
+                {"base.chat_template": "alpaca", "snapshot.sources": name_sources(data, ALPACA_INPUT)}
+            )
+            for stage in ("snapshot", "base"):
+                run_stage(console, stage)
+        run_stage(console, "ingest")
+        choices += choose(token_lengths(), count_parameters(BASE), read_json(BASE / "config.json"))
         write_values({choice.key: choice.value for choice in choices})
     except BaseException:
         write_text(PARAMS, before)
@@ -103,7 +113,7 @@ def first_values(data: Sequence[str], model: str | None, benchmarks: Sequence[st
     asked = {name_of(location): location for location in benchmarks}
     if len(asked) < len(benchmarks):
         raise ConfigError("--benchmark: two benchmarks have the same name; rename one of the folders")
-    values = {
+    values: dict[str, Any] = {
         "snapshot.sources": name_sources(data),
         "snapshot.benchmarks": asked | RETENTION,
         "split.by_phrasing": [],
@@ -113,11 +123,18 @@ def first_values(data: Sequence[str], model: str | None, benchmarks: Sequence[st
         "gate.retention": dict.fromkeys(RETENTION, 0.1),
         "gate.behaviour": [],
     }
-    return values | ({"base.model": model} if model else {})
+    if model:
+        values |= {"base.model": model, "base.chat_template": None}
+        values |= {"base.special_tokens": {}, "base.added_tokens": []}
+    return values
 
 
-def name_sources(data: Sequence[str]) -> dict[str, dict[str, str]]:
+def name_sources(data: Sequence[str], options: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
     """Name each location after its file or folder; the newest content of a path is the whole source.
+
+    Args:
+        data: Locations.
+        options: Options of all sources.
 
     Example:
         >>> name_sources(["exports/My Chats.jsonl", "old/my_chats.csv"])
@@ -131,7 +148,7 @@ def name_sources(data: Sequence[str]) -> dict[str, dict[str, str]]:
         while name in sources:
             number += 1
             name = f"{stem}_{number}"
-        sources[name] = {"path": location, "mode": "replace"}
+        sources[name] = {"path": location, "mode": "replace", **(options or {})}
     return sources
 
 
@@ -304,5 +321,6 @@ def choices_table(choices: Sequence[Choice]) -> Table:
     """Return a table of the chosen values."""
     table = Table("parameter", "value", "because", title="params.yaml", box=None)
     for choice in choices:
-        table.add_row(choice.key, f"{choice.value:g}", choice.reason)
+        value = choice.value if isinstance(choice.value, str) else f"{choice.value:g}"
+        table.add_row(choice.key, value, choice.reason)
     return table

@@ -1,5 +1,6 @@
 """From a file of one's own to trained rows, or to a verdict, without an edit by hand."""
 
+import re
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -12,8 +13,9 @@ from ruamel.yaml import YAML
 
 from infra.cli import init, show
 from nightshift.core.errors import DataError, StageError
-from nightshift.core.files import read_json, write_json
-from nightshift.core.paths import BASE, BASE_RECORD, CHAMPION_RECORD
+from nightshift.core.files import jsonl, read_json, read_rows, write_json
+from nightshift.core.paths import BASE, BASE_RECORD, CHAMPION_RECORD, PACKED
+from nightshift.data.encode import load_encoder
 from tests.helpers.checkouts import ROOT, Checkout, make_checkout
 from tests.helpers.own_data import COUNT, LAYOUTS, write_rows
 
@@ -119,6 +121,31 @@ def test_a_data_set_gets_a_verdict_in_two_commands(
     assert gate["gain"]["unit"] == "nats per token"
     assert gate["verdict"] in ("promote", "hold")
     assert gate["loss"] < gate["reference_loss"]
+
+
+@pytest.mark.usefixtures("start")
+def test_a_base_without_a_chat_template_gets_a_prompt_format(
+    in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = shutil.copytree(tiny_base, in_tmp / "plain")
+    (plain / "chat_template.jinja").unlink()
+
+    def run_stage(_: Console, stage: str) -> None:
+        import_module("tasks.base" if stage == "base" else f"tasks.{stage}.__main__").main()
+
+    monkeypatch.setattr(init, "run_stage", run_stage)
+    rows = [{"instruction": f"Add one to {i}.", "input": f"{i}", "output": f"{i + 1}."} for i in range(60)]
+    (in_tmp / "sums.jsonl").write_text(jsonl(rows))
+    console = Console(width=200, force_terminal=False, record=True)
+    init.init(console, ["sums.jsonl"], str(plain), [])
+    assert "base.chat_template" in console.export_text()
+    run("dedupe", "split", "augment", "decontaminate", "pack")
+    row = read_rows(PACKED)[0]
+    text = load_encoder(BASE).tokenizer.decode(row["input_ids"], skip_special_tokens=False)
+    assert text.startswith("Below is an instruction that describes a task, paired with an input that")
+    assert re.search(
+        r"### Instruction:\nAdd one to (\d+)\.\n\n### Input:\n\1\n\n### Response:\n\d+\.<\|im_end\|>", text
+    )
 
 
 def test_a_failed_stage_leaves_the_parameters_as_they_were(
