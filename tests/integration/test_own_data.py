@@ -15,12 +15,15 @@ from infra.cli import init, show
 from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import jsonl, read_json, read_rows, write_json
 from nightshift.core.paths import BASE, BASE_RECORD, CHAMPION_RECORD, PACKED
+from nightshift.data.chat_templates import find_template
 from nightshift.data.encode import load_encoder
 from tests.helpers.checkouts import ROOT, Checkout, make_checkout
 from tests.helpers.own_data import COUNT, LAYOUTS, write_rows
 
 REFUSED = "kto"
 Start = Callable[[str], str]
+# Layout -> chat template of its base; SmolLM2's renders no tools, as the next test shows.
+TEMPLATES = {"tools": "qwen2_5"}
 
 
 @pytest.fixture
@@ -31,8 +34,8 @@ def start(in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Sta
 
     def run_stage(_: Console, stage: str) -> None:
         if stage == "base":
-            shutil.copytree(tiny_base, BASE)
-            write_json(BASE_RECORD, {"model": str(tiny_base), "dtype": "float32", "files": {}})
+            shutil.copytree(in_tmp / "base", BASE)
+            write_json(BASE_RECORD, {"model": "base", "dtype": "float32", "files": {}})
         else:
             import_module(f"tasks.{stage}.__main__").main()
 
@@ -42,12 +45,20 @@ def start(in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Sta
     )
 
     def start_with(layout: str) -> str:
+        make_base(layout, tiny_base, in_tmp / "base")
         write_rows(layout, in_tmp / f"{layout}.jsonl")
         console = Console(width=200, force_terminal=False, record=True)
-        init.init(console, [f"{layout}.jsonl"], str(tiny_base), [])
+        init.init(console, [f"{layout}.jsonl"], "base", [])
         return console.export_text()
 
     return start_with
+
+
+def make_base(layout: str, tiny_base: Path, target: Path) -> None:
+    """Copy the small base, with a chat template that renders what the layout has."""
+    shutil.copytree(tiny_base, target)
+    if layout in TEMPLATES:
+        shutil.copy(find_template(TEMPLATES[layout]), target / "chat_template.jinja")
 
 
 def run(*stages: str) -> dict[str, Any]:
@@ -67,6 +78,19 @@ def test_every_row_of_a_data_set_is_trained_or_held_out(start: Start, layout: st
     assert min(split["rows_out_by_side"].values()) >= 8
     packed = run("augment", "decontaminate", "pack")
     assert (packed["rows_in"], packed["dropped"]) == (split["rows_out_by_side"]["train"], {})
+
+
+def test_calls_are_refused_if_the_template_of_the_base_does_not_render_them(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TEMPLATES, "tools", "chatml")
+    with pytest.raises(DataError, match="template_fails"):
+        start("tools")
+    shutil.rmtree("base")
+    shutil.rmtree(BASE)
+    monkeypatch.delitem(TEMPLATES, "tools")
+    with pytest.raises(DataError, match="template_drops_tools"):
+        start("tools")
 
 
 def test_rated_answers_are_refused_with_the_remedy(start: Start) -> None:
@@ -115,7 +139,8 @@ def test_a_data_set_gets_a_verdict_in_two_commands(
     checkout = Checkout(make_checkout(tmp_path / "checkout", tiny_base), clean_environment)
     shutil.copy(ROOT / "params.yaml", checkout.folder / "params.yaml")
     write_rows(layout, tmp_path / f"{layout}.jsonl")
-    checkout.type("nightshift", "init", "--force", "--data", f"../{layout}.jsonl", "--model", str(tiny_base))
+    make_base(layout, tiny_base, tmp_path / "base")
+    checkout.type("nightshift", "init", "--force", "--data", f"../{layout}.jsonl", "--model", "../base")
     checkout.type("dvc", "repro", "gate")
     gate = read_json(checkout.folder / "data/gate/gate.json")
     assert gate["gain"]["unit"] == "nats per token"

@@ -89,7 +89,7 @@ CALLS = st.lists(
 def conversations(draw: st.DrawFn) -> tuple[list[dict[str, Any]], str | None]:
     """Draw a conversation in which turns of the same kind occur often."""
     content = draw(st.sampled_from([CONTENT, WORDS, WORDS]))
-    has_tools = draw(st.booleans())
+    has_tools, has_reasoning = draw(st.booleans()), draw(st.booleans())
     messages = [{"role": "system", "content": draw(content)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 7))):
         messages.append({"role": "user", "content": draw(content)})
@@ -97,6 +97,8 @@ def conversations(draw: st.DrawFn) -> tuple[list[dict[str, Any]], str | None]:
             messages.append({"role": "assistant", "content": "", "tool_calls": draw(CALLS)})
             messages += [{"role": "tool", "content": draw(content)} for _ in range(draw(st.integers(1, 2)))]
         messages.append({"role": "assistant", "content": draw(content)})
+        if has_reasoning and draw(st.booleans()):
+            messages[-1]["reasoning"] = draw(WORDS)
     tools = json.dumps([{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}])
     return messages, tools if has_tools and draw(st.booleans()) else None
 
@@ -132,8 +134,8 @@ def render_prefixes(messages: list[dict[str, Any]], tools: str | None, template:
         shown = {text: turns}
         found = [(text, [(len(before), len(after.rstrip())) for before, after in pairs])]
     else:
-        contents = [turns[i]["content"] for i in answers]
-        follow = [follow_prompt(*one) for one in zip(contents, pairs, bare, strict=True)]
+        said = [turns[i] for i in answers]
+        follow = [follow_prompt(*one) for one in zip(said, pairs, bare, strict=True)]
         if None in follow:
             return "template_changes_turns"
         shown = {one: turns[: i + 1] for i, one in zip(answers, follow, strict=True) if one}
@@ -145,7 +147,7 @@ def render_prefixes(messages: list[dict[str, Any]], tools: str | None, template:
     return found
 
 
-def follow_prompt(content: str, pair: tuple[str, str], bare: str) -> str | None:
+def follow_prompt(turn: dict[str, Any], pair: tuple[str, str], bare: str) -> str | None:
     """Return the turns up to an answer, after the prompt for it."""
     before, after = pair
     if after.startswith(before):
@@ -155,7 +157,9 @@ def follow_prompt(content: str, pair: tuple[str, str], bare: str) -> str | None:
     common = len(os.path.commonprefix([before, after]))  # noqa: RUF071
     opened = before[common:].strip()
     if opened == "<think>":
-        thought = content.split("</think>")[0].split("<think>")[-1].strip() if "</think>" in content else ""
+        content = turn["content"]
+        inside = content.split("</think>")[0].split("<think>")[-1] if "</think>" in content else ""
+        thought = "\n".join(one.strip() for one in (inside, turn.get("reasoning", "")) if one.strip())
         return f"{before}{thought}\n</think>\n\n{after[common:].lstrip()}".rstrip()
     return None if opened else (before + after[common:]).rstrip()
 
