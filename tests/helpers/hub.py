@@ -18,20 +18,23 @@ class Hub:
 
     Attributes:
         files: `models/owner/name` or `datasets/owner/name` -> path -> bytes, all at `COMMIT`.
-        refusals: Repository, in the same form -> status and X-Error-Code of every response.
+        refusals: Repository, in the same form -> status and X-Error-Code of every response without the token.
+        token: Access token that opens refused repositories; None for none.
         requests: Paths of all requests so far.
         url: Base URL of the Hub.
     """
 
     files: Mapping[str, Mapping[str, bytes]]
     refusals: Mapping[str, tuple[int, str]]
+    token: str | None = None
     requests: list[str] = field(default_factory=list)
     url: str = ""
 
-    def answer(self, path: str) -> tuple[int, str, bytes]:
+    def answer(self, path: str, authorization: str | None) -> tuple[int, str, bytes]:
         """Return status, error code and body for a path."""
         self.requests.append(path)
-        for repository, (status, code) in self.refusals.items():
+        is_open = self.token is not None and authorization == f"Bearer {self.token}"
+        for repository, (status, code) in ({} if is_open else self.refusals).items():
             if repository.removeprefix("models/") in path:
                 return status, code, b"{}"
         for repository, files in self.files.items():
@@ -55,14 +58,16 @@ class Hub:
 
 @contextmanager
 def serve_hub(
-    files: Mapping[str, Mapping[str, bytes]], refusals: Mapping[str, tuple[int, str]] | None = None
+    files: Mapping[str, Mapping[str, bytes]],
+    refusals: Mapping[str, tuple[int, str]] | None = None,
+    token: str | None = None,
 ) -> Iterator[Hub]:
     """Serve a Hub on a free port until the block ends."""
-    hub = Hub(files, refusals or {})
+    hub = Hub(files, refusals or {}, token)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            status, code, body = hub.answer(self.path.split("?")[0])
+            status, code, body = hub.answer(self.path.split("?")[0], self.headers.get("Authorization"))
             self.send_response(status)
             headers = {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, "ETag": f'"{len(body)}"'}
             for name, value in {**headers, "X-Error-Code": code}.items():

@@ -114,6 +114,19 @@ def test_a_model_that_cannot_be_downloaded_is_an_error_with_a_remedy(
     assert not (tmp_path / "data/base/base.json").exists()
 
 
+def test_a_gated_model_is_downloaded_with_the_token_of_the_stacks_environment(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    reference, files = f"hub:owner/gated@{COMMIT}", {"models/owner/gated": model_files(tiny_base)}
+    with serve_hub(files, REFUSALS, token="hf_mine") as hub:
+        environment = hub.environment(tmp_path / "cache")
+        wrong = run_base(tmp_path / "wrong", reference, {**environment, "HF_TOKEN": "hf_other"})
+        require_one_error(wrong, rf"error: base\.model: {reference}: GatedRepoError: .*set HF_TOKEN")
+        done = run_base(tmp_path / "right", reference, {**environment, "HF_TOKEN": "hf_mine"})
+    assert done.returncode == 0, done.stderr
+    assert "hf_mine" not in done.stdout + done.stderr + (tmp_path / "right/data/base/base.json").read_text()
+
+
 def test_an_unreachable_or_blocked_hub_is_an_error_with_a_remedy(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
