@@ -160,20 +160,18 @@ def load_template(source: str, special_tokens: Mapping[str, str], added_tokens: 
         special_tokens: bos_token, eos_token and others, by their names in the template.
         added_tokens: Tokens that the tokenizer never splits.
     """
-    tokens = dict.fromkeys([*added_tokens, *special_tokens.values()])
+    tokens, eos = dict.fromkeys([*added_tokens, *special_tokens.values()]), special_tokens.get("eos_token")
     template = Template(source, special_tokens, tuple(tokens))
-    try:
+    # What it raises for these conversations is a fault of the rows that are like them.
+    with contextlib.suppress(*TEMPLATE_ERRORS):
         asked = template.render([USER, ASSISTANT, USER], None).rstrip()
-    except TEMPLATE_ERRORS:
-        # Conversations that it renders may exist; the others are faults of their rows.
-        return template
-    eos = special_tokens.get("eos_token")
-    # Phi-3 ends a turn with <|end|>, and every conversation with <|endoftext|> as well.
-    if eos and asked.endswith(eos) and asked.removesuffix(eos).rstrip().endswith(template.added_tokens):
-        template = replace(template, closing=eos)
-    thought = make_chat(template, None, [USER, {**ASSISTANT, "reasoning": PROBE * 2}])
-    part = render_answer(thought, 1)
-    return replace(template, has_reasoning=part is not None and PROBE * 2 in part.text)
+        # Phi-3 ends a turn with <|end|>, and every conversation with <|endoftext|> as well.
+        if eos and asked.endswith(eos) and asked.removesuffix(eos).rstrip().endswith(template.added_tokens):
+            template = replace(template, closing=eos)
+        thought = make_chat(template, None, [USER, {**ASSISTANT, "reasoning": PROBE * 2}])
+        part = render_answer(thought, 1)
+        template = replace(template, has_reasoning=part is not None and PROBE * 2 in part.text)
+    return template
 
 
 def read_template(tokenizer: Any) -> Template | None:
