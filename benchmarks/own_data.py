@@ -55,14 +55,12 @@ def main(rows: int) -> None:
 
 
 def passages(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Yield chats cut from real text at random: a third of the words is the question."""
+    """Yield chats of words from real text, drawn at random so that no two are near: a third is the question."""
     rng = random.Random(seed)
     words = [word for text in real_documents(4000) for word in text.split()]
     for _ in range(count):
-        size = rng.randint(*WORDS)
-        start = rng.randrange(len(words) - size)
-        middle = start + size // 3
-        question, answer = " ".join(words[start:middle]), " ".join(words[middle : start + size])
+        drawn = rng.choices(words, k=rng.randint(*WORDS))
+        question, answer = " ".join(drawn[: len(drawn) // 3]), " ".join(drawn[len(drawn) // 3 :])
         yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
