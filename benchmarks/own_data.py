@@ -55,7 +55,7 @@ def main(rows: int) -> None:
 
 
 def passages(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Yield chats of words from real text, drawn at random so that no two are near: a third is the question."""
+    """Yield chats of words drawn from real text, so that no two are near: a third is the question."""
     rng = random.Random(seed)
     words = [word for text in real_documents(4000) for word in text.split()]
     for _ in range(count):
