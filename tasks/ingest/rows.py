@@ -1,14 +1,21 @@
 """Convert a raw row to an example or a fault."""
 
 import json
+import multiprocessing
+import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from nightshift.core.errors import DataError
+from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import text_digest
 from nightshift.raw.checks import check
 from nightshift.raw.columns import find_column
@@ -28,6 +35,12 @@ from nightshift.raw.turns import Change, Conversation, Turn
 from tasks.ingest.personal import PiiSpan, calls_json, find_pii_spans, redact_conversation
 
 Example = dict[str, Any]
+# Row or fault, its origin, its arrival, and the options of its source.
+Task = tuple[RawRow | RowError, str, int, SourceOptions]
+Convert = Callable[[Iterator[Task]], Iterator[tuple[RawRow | RowError, "Outcome"]]]
+# Size of the shards, compressed or not, from which rows are converted by several processes, in batches.
+MANY_BYTES = 32 * 2**20
+ROWS_PER_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,20 @@ def read_outcomes(
             name.
     """
     selection = selection or Selection(raw)
+    rows = rows_in_use(raw, limits, selection)
+    with start_converters(raw, rules) as convert_all:
+        for row, outcome in convert_all(rows):
+            if isinstance(outcome.result, dict) and isinstance(row, dict):
+                selection.complete(outcome.result, row)
+            yield outcome
+
+
+def rows_in_use(raw: Path, limits: Limits, selection: Selection) -> Iterator[Task]:
+    """Yield every row in use that is not forgotten, with what its conversion needs.
+
+    Raises:
+        DataError: See `read_outcomes`.
+    """
     digests, forgotten, mapped = read_digests(raw), read_forgotten(raw), dict[str, Mapped]()
     for arrival, path in used_shards(raw):
         name, source = path.relative_to(raw).as_posix(), path.parent.name
@@ -100,12 +127,74 @@ def read_outcomes(
         for number, row in selection.rows(path, limits):
             columns.note(row)
             if (origin := f"{name}:{number}") not in forgotten.rows:
-                outcome = convert_row(row, origin, arrival, rules, columns.options)
-                if isinstance(outcome.result, dict) and isinstance(row, dict):
-                    selection.complete(outcome.result, row)
-                yield outcome
+                yield row, origin, arrival, columns.options
     for source, columns in mapped.items():
         columns.require(raw / source)
+
+
+@contextmanager
+def start_converters(raw: Path, rules: Rules) -> Iterator[Convert]:
+    """Yield a function that converts a stream of rows in order, on all CPU cores if there is much data.
+
+    Starting processes takes as long as converting some thousand rows, so small data sets are converted
+    here. So are rows whose personal data a spaCy model finds, because each process would load it.
+    """
+    size = sum(path.stat().st_size for _, path in used_shards(raw))
+    if size < MANY_BYTES or rules.privacy.find is not find_pii:
+        yield lambda rows: ((task[0], convert_row(*task, rules)) for task in rows)
+        return
+    count = os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, watch_parent) as pool:
+
+        def convert_all(rows: Iterator[Task]) -> Iterator[tuple[RawRow | RowError, Outcome]]:
+            pending: deque[tuple[list[Task], Future[list[Outcome]]]] = deque()
+            while batch := list(islice(rows, ROWS_PER_BATCH)):
+                pending.append((batch, pool.submit(convert_batch, batch, rules)))
+                if len(pending) > 2 * count:
+                    yield from finish(*pending.popleft())
+            while pending:
+                yield from finish(*pending.popleft())
+
+        try:
+            yield convert_all
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def watch_parent() -> None:
+    """End this process when its parent ends, even if that is killed."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def finish(
+    batch: Sequence[Task], future: Future[list[Outcome]]
+) -> Iterator[tuple[RawRow | RowError, Outcome]]:
+    """Yield each row of a batch with its outcome.
+
+    Raises:
+        StageError: A process was killed.
+    """
+    try:
+        outcomes = future.result()
+    except BrokenProcessPool:
+        raise StageError(
+            "ingest: a process that converts rows was killed; free memory if it was full, and run it again"
+        ) from None
+    for (row, *_), outcome in zip(batch, outcomes, strict=True):
+        yield row, outcome
+
+
+def convert_batch(batch: Sequence[Task], rules: Rules) -> list[Outcome]:
+    """Convert rows in a process of their own."""
+    return [convert_row(*task, rules) for task in batch]
 
 
 class Mapped:
@@ -137,7 +226,7 @@ class Mapped:
 
 
 def convert_row(
-    row: RawRow | RowError, origin: str, arrival: int, rules: Rules, options: SourceOptions
+    row: RawRow | RowError, origin: str, arrival: int, options: SourceOptions, rules: Rules
 ) -> Outcome:
     """Convert, repair and check one row; find its personal data before building the example."""
     source, privacy = origin.split("/", 1)[0], rules.privacy
