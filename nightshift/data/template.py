@@ -485,8 +485,9 @@ def _mark_loops(template: str) -> jinja2.Template:
     return environment.from_string(tree)
 
 
+@lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    """Return the template as transformers compiles and caches it, with the extensions of chat templates."""
+    """Return the template as transformers compiles it, with the extensions of chat templates."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     compiled: jinja2.Template = _compile_jinja_template(template)

@@ -99,7 +99,10 @@ def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> str:
         'user who are you'
     """
     return " ".join(
-        " ".join(filter(None, [m["role"], *(canonical(m.get(key) or "") for key in TEXTS)])) for m in messages
+        part
+        for message in messages
+        for part in (message["role"], *(canonical(message[key]) for key in TEXTS if message.get(key)))
+        if part
     )
 
 
