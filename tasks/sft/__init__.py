@@ -153,6 +153,8 @@ class SftParams(StageParams):
         lora_alpha: LoRA scale times rank.
         lora_dropout: Dropout on the adapter input, 0 to 1.
         lora_target_modules: `all-linear`, module names, or a regular expression of whole module names.
+        lora_target_parameters: Ends of the names of parameters that get an adapter, such as the weights of
+            experts, which are no modules.
         lora_modules_to_save: Names of modules that are trained and saved whole, next to the adapter.
         use_dora: Weight-decomposed LoRA (arXiv 2402.09353).
         use_rslora: Scale by the root of the rank (arXiv 2312.03732).
@@ -221,6 +223,7 @@ class SftParams(StageParams):
     lora_alpha: Count
     lora_dropout: Share
     lora_target_modules: str | list[str]
+    lora_target_parameters: list[str]
     lora_modules_to_save: list[str]
     use_dora: bool
     use_rslora: bool

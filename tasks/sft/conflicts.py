@@ -85,6 +85,7 @@ def _adapter(params: SftParams) -> Iterator[str]:
             "use_dora": params.use_dora,
             "use_rslora": params.use_rslora,
             "loraplus_lr_ratio": params.loraplus_lr_ratio is not None,
+            "lora_target_parameters": bool(params.lora_target_parameters),
             "lora_modules_to_save": bool(params.lora_modules_to_save),
         }
         for name in [name for name, is_set in options.items() if is_set]:
@@ -97,10 +98,23 @@ def _adapter(params: SftParams) -> Iterator[str]:
         yield from _float8(params)
     if not params.lora_target_modules:
         yield "lora_target_modules is empty; list modules, or set all-linear"
+    if params.lora_target_parameters:
+        yield from _parameters(params)
     if params.lora_modules_to_save:
         yield from _whole_modules(params)
     if params.loraplus_lr_ratio is not None and params.offload_optimizer != "none":
         yield "loraplus_lr_ratio needs the optimizer on the device; set offload_optimizer to none"
+
+
+def _parameters(params: SftParams) -> Iterator[str]:
+    """Yield conflicts with adapters of single parameters, which PEFT adds to the weights in each pass."""
+    fits = {
+        f"lora_dropout {params.lora_dropout}": not params.lora_dropout,
+        "use_dora": not params.use_dora,
+        f"strategy {params.strategy}": params.strategy not in ("zero3", "fsdp2"),
+    }
+    for what in [what for what, is_fit in fits.items() if not is_fit]:
+        yield f"lora_target_parameters is incompatible with {what}; set it to [], or change the other"
 
 
 def _whole_modules(params: SftParams) -> Iterator[str]:

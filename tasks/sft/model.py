@@ -90,6 +90,13 @@ def require_modules(model: Any, params: SftParams) -> None:
             f"params.yaml: sft.lora_target_modules: {pattern!r} matches no module of the base; whole "
             f"names are matched, such as {example}"
         )
+    parameters = [name for name, _ in model.named_parameters()]
+    for end in params.lora_target_parameters:
+        if not any(name == end or name.endswith(f".{end}") for name in parameters):
+            raise ConfigError(
+                f"params.yaml: sft.lora_target_parameters: {end}: no parameter of the base has a name that "
+                f"ends so; names are such as {parameters[-1]}"
+            )
     known = {name.rpartition(".")[2] for name in names}
     if unknown := [name for name in params.lora_modules_to_save if name not in known]:
         raise ConfigError(
@@ -115,6 +122,7 @@ def lora_config(params: SftParams, model: Any) -> LoraConfig:
         lora_alpha=params.lora_alpha,
         lora_dropout=params.lora_dropout,
         target_modules=params.lora_target_modules,
+        target_parameters=params.lora_target_parameters or None,
         modules_to_save=params.lora_modules_to_save or None,
         ensure_weight_tying=ties,
         use_dora=params.use_dora,

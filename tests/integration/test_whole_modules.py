@@ -1,5 +1,6 @@
 """Modules that are trained whole: through the self-test, saving, loading and merging; tied ones stay tied."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from nightshift.core.errors import ConfigError
 from nightshift.core.files import read_json
+from nightshift.core.paths import BASE
 from nightshift.registry.served_model import load
 from tasks.sft.worker import remove_extra_files
 
@@ -56,6 +58,54 @@ def test_an_unknown_module_is_refused(build: Callable[..., Any]) -> None:
         build(lora_modules_to_save=["head"])
     with pytest.raises(ConfigError, match=r"matches no module of the base; whole names are .* model.layers"):
         build(lora_target_modules="q_proj")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """Create a small mixture of experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder = tmp_path_factory.mktemp("experts")
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_weights_of_experts_get_an_adapter(build: Callable[..., Any], experts: Path) -> None:
+    shutil.rmtree(BASE)
+    shutil.copytree(experts, BASE)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    trainer = build(lora_target_parameters=names, lora_target_modules=["q_proj"], max_steps=2)
+    trainer.train()
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert sum("experts" in name for name in trained) == 8
+    assert all(p.any() for name, p in trained.items() if "lora_B" in name)
+    trainer.save_model("saved")
+    remove_extra_files(Path("saved"))
+    model, _ = load(experts, Path("saved"), "float32")
+    ids = torch.arange(100, 120)[None]
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(input_ids=ids).logits
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+        assert torch.allclose(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-3)
+    with pytest.raises(ConfigError, match="lora_target_parameters: gate_proj: no parameter of the base"):
+        build(lora_target_parameters=["gate_proj"])
 
 
 def test_a_pattern_selects_the_modules_and_is_saved_as_it_is(build: Callable[..., Any]) -> None:

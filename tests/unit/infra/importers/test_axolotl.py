@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from infra.importers.axolotl.memory import MEMORY_KEYS
 from typer.testing import CliRunner
 
 from infra.cli.app import app
 from infra.importers.axolotl import GROUPS, convert, keys, translate, values_of
-from infra.importers.axolotl.memory import MEMORY_KEYS
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError
 from tasks.check import section_schemas

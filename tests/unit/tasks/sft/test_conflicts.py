@@ -75,6 +75,13 @@ from tests.helpers.sft import sft_params
             {"lora_modules_to_save": ["o_proj"], "lora_target_modules": ["o_proj"]},
             "lora_modules_to_save and lora_target_modules both name o_proj",
         ),
+        (
+            {"lora_target_parameters": ["w"], "lora_dropout": 0.1},
+            "lora_target_parameters is incompatible with lora_dropout 0.1",
+        ),
+        ({"lora_target_parameters": ["w"], "use_dora": True}, "is incompatible with use_dora"),
+        ({"lora_target_parameters": ["w"], "strategy": "zero3"}, "incompatible with strategy zero3"),
+        ({"lora_target_parameters": ["w"], "adapter": None}, "lora_target_parameters needs an adapter"),
         ({"optim": "paged_lion_32bit", "strategy": "fsdp2"}, "cannot shard its state for fsdp2"),
         ({"use_reentrant": True}, "use_reentrant=true needs activation_checkpointing=true"),
     ],
