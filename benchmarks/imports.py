@@ -1,7 +1,7 @@
-"""Measure which example files of other tools `nightshift import` maps to a params.yaml that passes the check.
+"""Measure which example files of other tools become a params.yaml that passes the check.
 
-`python -m benchmarks.imports --axolotl ../axolotl --llamafactory ../LLaMA-Factory --trl ../trl`, with checkouts
-of the tools, prints the table of docs/importing.md. The Hub is not asked: every repository gets the same
+`python -m benchmarks.imports --axolotl ../axolotl --llamafactory ../LLaMA-Factory --trl ../trl`, with
+checkouts of the tools, prints the figures of docs/importing.md. The Hub is not asked: every repository gets the same
 invented commit. Only files of supervised fine-tuning on text are counted.
 """
 
@@ -25,10 +25,11 @@ from nightshift.core.errors import ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # Keys of Axolotl and of LLaMA-Factory that make a file something else than supervised fine-tuning on text.
-OTHERS = """
+_OTHERS = """
     rl reward_model process_reward_model pretraining_dataset streaming qat quantization unfrozen_parameters
     processor_type is_multimodal diffusion kd_trainer image_max_pixels video_max_pixels audio_sampling_rate
-""".split()  # noqa: SIM905 - as in the tools
+"""
+OTHERS = _OTHERS.split()
 # TRL's commands in its documentation.
 COMMAND = re.compile(r"(?:trl sft|trl/scripts/sft\.py)\s(?P<options>(?:[^\n`]*\\\n)*[^\n`]*)")
 

@@ -370,8 +370,10 @@ def _tokens(config: Config) -> Findings:
             yield not_needed(key, "padding is never labelled" if name == "pad_token" else "empty")
         elif name not in (*REPLACED, ADDITIONAL):
             yield essential(key, f"{value}: list it under `tokens`", "base.special_tokens")
+    # Axolotl adds a special token that the vocabulary lacks; here, one that it has is not added again.
+    added += [token for token in tokens.values() if token not in added]
     sources = [*(["tokens"] if "tokens" in config else [])]
-    sources += [f"special_tokens.{ADDITIONAL}"] if given.get(ADDITIONAL) else []
+    sources += [f"special_tokens.{name}" for name in (ADDITIONAL, *REPLACED) if given.get(name)]
     if sources:
         yield mapped(" and ".join(sources), "base.added_tokens", added)
     else:

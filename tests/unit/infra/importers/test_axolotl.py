@@ -379,6 +379,7 @@ def test_an_old_file_is_mapped() -> None:
             0.25,
         ),
         ("special_tokens: {eos_token: <|im_end|>}", "base.special_tokens", {"eos_token": "<|im_end|>"}),
+        ("special_tokens: {eos_token: <|im_end|>}", "base.added_tokens", ["<|im_end|>"]),
         ("tokens: [<|im_start|>, <|im_end|>]", "base.added_tokens", ["<|im_start|>", "<|im_end|>"]),
         (
             "{tokens: [a], special_tokens: {additional_special_tokens: [b]}}",
