@@ -1,8 +1,8 @@
 """Measure which example files of other tools become a params.yaml that passes the check.
 
 `python -m benchmarks.imports --axolotl ../axolotl --llamafactory ../LLaMA-Factory --trl ../trl`, with
-checkouts of the tools, prints the figures of docs/importing.md. The Hub is not asked: every repository gets the same
-invented commit. Only files of supervised fine-tuning on text are counted.
+checkouts of the tools, prints the figures of docs/importing.md. The Hub is not asked: every repository gets
+the same invented commit. Only files of supervised fine-tuning on text are counted.
 """
 
 import argparse

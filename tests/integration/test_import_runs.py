@@ -58,6 +58,8 @@ OVERRIDES = {
     "split.validation_share": 0.2,
     "split.test_share": 0.3,
     "gate.min_items": 20,
+    # Puts both ROWS into the training set.
+    "split.seed": 1,
 }
 
 
