@@ -124,7 +124,9 @@ def test_an_imported_example_becomes_a_version(
     shutil.copy(ROOT / "params.yaml", folder / "params.yaml")
     imported(kind, folder)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    checkout = Checkout(folder, {**clean_environment, "MLFLOW_TRACKING_URI": store})
+    # The code of the checkout, not the installed one.
+    more = {"MLFLOW_TRACKING_URI": store, "PYTHONPATH": str(folder)}
+    checkout = Checkout(folder, {**clean_environment, **more})
     checkout.type("nightshift", "import", "axolotl.yml", "--write")
     write_overrides(folder / "params.yaml")
     checkout.type("dvc", "repro", "gate")

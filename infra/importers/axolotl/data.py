@@ -61,6 +61,8 @@ USUAL: dict[str, tuple[Any, ...]] = {
     "field_model": ("gpt",),
     "shards_idx": (0,),
 }
+# Names of the reasoning of a message that ingest reads.
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 # Keys of a dataset that say only how it is processed.
 PROCESSING = ("preprocess_shards",)
 OTHER = (
@@ -217,6 +219,8 @@ def _columns(where: str, row: Mapping[str, Any]) -> Findings:
         name = f"{where}.{key}"
         if key in ("message_property_mappings", "message_field_role", "message_field_content"):
             yield _properties(name, key, value)
+        elif key in ("field_thinking", "template_thinking_key") and value in REASONING:
+            yield not_needed(name, "ingest reads it, and the template writes it")
         elif key == "roles" and not isinstance(value, dict):
             yield essential(name, f"{value}: must map a role to its names", "snapshot.sources")
         elif (key in ("field_messages", "field_tools", "roles") and kind not in CHATS) or (
