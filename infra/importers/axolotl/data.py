@@ -61,7 +61,12 @@ USUAL: dict[str, tuple[Any, ...]] = {
     "field_model": ("gpt",),
     "shards_idx": (0,),
 }
-# Names of the reasoning of a message that ingest reads.
+# Keys that Axolotl reads only for these types.
+UNREAD = dict.fromkeys(("field_messages", "field_tools", "roles", "chat_template"), CHATS) | {
+    "field": (TEXT,)
+}
+# Keys that name the reasoning of a message, and the names that ingest reads.
+THINKING = ("field_thinking", "template_thinking_key")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 # Keys of a dataset that say only how it is processed.
 PROCESSING = ("preprocess_shards",)
@@ -217,28 +222,26 @@ def _columns(where: str, row: Mapping[str, Any]) -> Findings:
     kind = _kind(row)
     for key, value in row.items():
         name = f"{where}.{key}"
-        if key in ("message_property_mappings", "message_field_role", "message_field_content"):
+        if key in UNREAD and kind not in UNREAD[key]:
+            yield not_needed(name, f"Axolotl does not read it for type {kind}")
+        elif key in ("message_property_mappings", "message_field_role", "message_field_content"):
             yield _properties(name, key, value)
-        elif key in ("field_thinking", "template_thinking_key") and value in REASONING:
-            yield not_needed(name, "ingest reads it, and the template writes it")
         elif key == "roles" and not isinstance(value, dict):
             yield essential(name, f"{value}: must map a role to its names", "snapshot.sources")
-        elif (key in ("field_messages", "field_tools", "roles") and kind not in CHATS) or (
-            key == "field" and kind != TEXT
-        ):
-            yield not_needed(name, f"Axolotl does not read it for type {kind}")
-        elif key == "chat_template" and kind not in CHATS:
-            yield not_needed(name, f"Axolotl does not use it for type {kind}")
-        elif key in USUAL and value in USUAL[key]:
-            yield not_needed(name, "as in ingest")
-        elif key in PROCESSING or value is False or value == []:
-            yield not_needed(name, "off, or without an effect on the rows")
-        elif key in USUAL or key in OTHER:
-            why = f"{value}: has no counterpart; write the file as plain messages"
-            yield essential(name, why, "snapshot.sources")
         elif key not in READ:
-            known = suggestion(key, [*READ, *USUAL, *OTHER])
-            yield essential(name, f"unknown; {known}", "snapshot.sources")
+            yield _other_key(name, key, value)
+
+
+def _other_key(name: str, key: str, value: Any) -> Finding:
+    """Return the finding for a key that no source expresses."""
+    if (key in USUAL and value in USUAL[key]) or (key in THINKING and value in REASONING):
+        return not_needed(name, "as in ingest")
+    if key in PROCESSING or value is False or value == []:
+        return not_needed(name, "off, or without an effect on the rows")
+    if key in USUAL or key in OTHER:
+        why = f"{value}: has no counterpart; write the file as plain messages"
+        return essential(name, why, "snapshot.sources")
+    return essential(name, f"unknown; {suggestion(key, [*READ, *USUAL, *OTHER])}", "snapshot.sources")
 
 
 def _properties(name: str, key: str, value: Any) -> Finding:
