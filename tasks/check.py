@@ -44,6 +44,8 @@ def check(values: dict[str, Any]) -> None:
         section: problems(schema, section, values.get(section, {})) for section, schema in schemas.items()
     }
     found += [problem for problems_of_section in faulty.values() for problem in problems_of_section]
+    if not faulty["split"] and not faulty["sft"]:
+        found += find_clashes(values)
     found += [
         f"dvc.yaml: stages.{stage}: no stage reads its outputs, so it has no effect; add them to the `deps` "
         "of the stage that needs them"
@@ -57,6 +59,22 @@ def check(values: dict[str, Any]) -> None:
         raise config_error(found)
     for line in find_unknown_names(values):
         log.warning("%s: %s", PARAMS, line)
+
+
+def find_clashes(values: Mapping[str, Any]) -> list[str]:
+    """Return conflicts between valid sections, at which training would stop after the preparation.
+
+    Example:
+        >>> [clash] = find_clashes({"split": {"validation_share": 0}, "sft": {"eval_steps": 10}})
+        >>> clash.partition(";")[0]
+        'sft.eval_steps: split.validation_share is 0, so there is nothing to evaluate on'
+    """
+    if values["sft"]["eval_steps"] is None or values["split"]["validation_share"] > 0:
+        return []
+    return [
+        "sft.eval_steps: split.validation_share is 0, so there is nothing to evaluate on; raise it, or set "
+        "eval_steps to null"
+    ]
 
 
 def check_overrides(overrides: Mapping[str, Any], path: Path = PARAMS) -> str:

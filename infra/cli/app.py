@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from infra.cli import plan as planned
-from infra.importers import axolotl
+from infra.importers import result, tools
 from infra.local import stack
 from infra.local.processes import HOST
 from infra.local.settings import Stack
@@ -308,21 +308,29 @@ def hide_downloads() -> None:
 @app.command("import")
 @report_errors
 def import_config(
-    config: Annotated[Path, typer.Argument(help="Axolotl config file, such as axolotl.yml.")],
+    config: Annotated[Path, typer.Argument(help="Config file of Axolotl, LLaMA-Factory or TRL's sft.")],
     *,
+    tool: Annotated[
+        Literal["axolotl", "llamafactory", "trl"] | None,
+        typer.Option("--from", help="Tool of the file (default: recognized by its keys)."),
+    ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Write params.yaml; otherwise only show the result.")
     ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Write although base, data or objective could not be mapped.")
+    ] = False,
 ) -> None:
-    """Convert an Axolotl config file to params.yaml."""
-    found, text = axolotl.convert(config)
-    console.print(axolotl.tables(found, axolotl.read_config(config), read_params()))
+    """Convert a config file of another tool to params.yaml."""
+    found, content = tools.convert(config, tool)
+    console.print(result.tables(found, content, read_params()))
     if write:
-        axolotl.write(text)
+        result.write(found, partial=partial)
         console.print("params.yaml was written; `git diff params.yaml` shows the changes")
-    else:
-        axolotl.require_valid(text)
-        console.print("nothing was written; use --write to write params.yaml")
+        return
+    result.require_valid(found.text)
+    missing = "" if not found.list_essential() else ", which needs --partial: see above"
+    console.print(f"nothing was written; use --write to write params.yaml{missing}")
 
 
 def print_scoreboard(running: Stack) -> None:

@@ -9,8 +9,9 @@
 | question and answer | `question`, `answer` and similar names (`nightshift.raw.pairs`); `context` |
 | plain text | `text` |
 
-The first format whose columns are present applies. What it does not read is counted, unless it changes
-what the row means: then the row is refused.
+The first format whose columns are present applies, except that a `text` which the options of the source name
+in `columns` wins over all others. What a format does not read is counted, unless it changes what the row
+means: then the row is refused.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,7 @@ TOOLS: tuple[tuple[str, Callable[[object], list[RawRow]]], ...] = (
     ("tools", parse_tools),
     ("functions", parse_functions),
 )
+TEXT = "text"
 DEFAULTS = SourceOptions()
 
 
@@ -53,6 +55,8 @@ def convert(row: RawRow, options: SourceOptions = DEFAULTS) -> Conversation:
         ['user', 'assistant']
     """
     rest, ignored = prepare(row, options), set[str]()
+    if TEXT in options.columns:
+        return read_document(rest, row, options)
     refuse_columns(rest)
     if find_list(rest) or has_question(rest) or any(key in rest for key in CHOSEN):
         apply_preference(rest, LISTS, options.preference)
@@ -64,10 +68,33 @@ def convert(row: RawRow, options: SourceOptions = DEFAULTS) -> Conversation:
     if tools and lists_tools_itself(turns):
         tools = []
         ignored.add("tools")
-    if options.group_by:
-        # The split reads it.
-        rest.pop(options.group_by.split(".")[0].lower(), None)
+    pop_group(rest, options)
     return Conversation(turns, tools, frozenset(ignored | ignored_columns(rest)))
+
+
+def read_document(rest: RawRow, row: RawRow, options: SourceOptions) -> Conversation:
+    """Read the text of a row whose source names its column; all other columns are ignored.
+
+    Raises:
+        RowError: The row has no such column.
+
+    Example:
+        >>> row = {"body": "Once upon a time", "instruction": "Write", "output": "Once"}
+        >>> found = convert(row, SourceOptions(columns={"text": "body"}))
+        >>> [(turn.role, turn.content) for turn in found.turns], sorted(found.ignored)
+        ([('text', 'Once upon a time')], ['instruction', 'output'])
+    """
+    if TEXT not in rest:
+        raise RowError("unknown_format", shown(row))
+    turn = Turn("text", read_text(rest.pop(TEXT)))
+    pop_group(rest, options)
+    return Conversation([turn], [], frozenset(ignored_columns(rest)))
+
+
+def pop_group(rest: RawRow, options: SourceOptions) -> None:
+    """Remove the column by which the split groups the rows: it is read there."""
+    if options.group_by:
+        rest.pop(options.group_by.split(".")[0].lower(), None)
 
 
 def read_rest(rest: RawRow, row: RawRow, options: SourceOptions, ignored: set[str]) -> list[Turn]:

@@ -5,15 +5,31 @@ the result only with its success marker: the `deepspeed` launcher can exit with 
 killed.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nightshift.core.config import Count, StageParams
 
 Steps = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+
+
+def require_interval(value: object) -> object:
+    """Return an interval: a number of optimizer steps from 1, or a share between 0 and 1 of all steps.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    is_number = type(value) is int and value >= 1
+    if is_number or (type(value) is float and 0 < value < 1):
+        return value
+    raise ValueError(f"must be a number of steps from 1, or a share between 0 and 1, got {value!r}")
+
+
+Interval = Annotated[int | float, BeforeValidator(require_interval)]
 Strategy = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 Attention = Literal[
@@ -136,20 +152,26 @@ class SftParams(StageParams):
         lora_r: LoRA rank.
         lora_alpha: LoRA scale times rank.
         lora_dropout: Dropout on the adapter input, 0 to 1.
-        lora_target_modules: `all-linear`, or module names.
+        lora_target_modules: `all-linear`, module names, or a regular expression of whole module names.
+        lora_target_parameters: Ends of the names of parameters that get an adapter, such as the weights of
+            experts, which are no modules.
+        lora_modules_to_save: Names of modules that are trained and saved whole, next to the adapter.
         use_dora: Weight-decomposed LoRA (arXiv 2402.09353).
         use_rslora: Scale by the root of the rank (arXiv 2312.03732).
         loraplus_lr_ratio: Learning rate of B over that of A (LoRA+, arXiv 2402.12354), or None.
-        eval_steps: Optimizer steps between evaluations on the validation set, or None.
+        eval_steps: Optimizer steps between evaluations on the validation set, as a number or as a share
+            of all steps, or None.
         per_device_eval_batch_size: Examples, or packed rows, per forward pass of an evaluation.
         eval_packing: Evaluate on packed rows; the loss is the same.
         early_stopping_patience: Evaluations without improvement before early stopping, or None.
         early_stopping_min_delta: Decrease of the loss, in nats per token, that counts as improvement.
         load_best_model_at_end: Keep the weights with the lowest evaluation loss, not the last ones.
-        save_steps: Optimizer steps between checkpoints.
+        save_steps: Optimizer steps between checkpoints, as a number or as a share of all steps.
         save_total_limit: Number of newest checkpoints to keep; the best one is always kept.
         logging_steps: Optimizer steps between logged metrics.
         max_loss_ratio: Ratio of the loss to the median of the last 20 that makes a spike, or None.
+        loss_watchdog_threshold: Loss above which a logged step counts as diverged, or None.
+        loss_watchdog_patience: Diverged steps in a row after which training stops.
         step_timeout_seconds: Maximum duration of one step, after which the training run counts as hung.
         seed: Seed of row order, dropout, noise and new weights.
     """
@@ -174,9 +196,12 @@ class SftParams(StageParams):
         "adamw_torch_fused",
         "adafactor",
         "adamw_8bit",
+        "paged_adamw_32bit",
         "paged_adamw_8bit",
         "lion_32bit",
         "lion_8bit",
+        "paged_lion_32bit",
+        "paged_lion_8bit",
         "schedule_free_adamw",
     ]
     adam_beta1: Share
@@ -197,20 +222,24 @@ class SftParams(StageParams):
     lora_r: Count
     lora_alpha: Count
     lora_dropout: Share
-    lora_target_modules: Literal["all-linear"] | list[str]
+    lora_target_modules: str | list[str]
+    lora_target_parameters: list[str]
+    lora_modules_to_save: list[str]
     use_dora: bool
     use_rslora: bool
     loraplus_lr_ratio: Positive | None
-    eval_steps: Count | None
+    eval_steps: Interval | None
     per_device_eval_batch_size: Count
     eval_packing: bool
     early_stopping_patience: Count | None
     early_stopping_min_delta: Annotated[float, Field(ge=0)]
     load_best_model_at_end: bool
-    save_steps: Count
+    save_steps: Interval
     save_total_limit: Count
     logging_steps: Count
     max_loss_ratio: Annotated[float, Field(gt=1)] | None
+    loss_watchdog_threshold: Positive | None
+    loss_watchdog_patience: Count
     step_timeout_seconds: Count
     seed: Steps
 
@@ -219,6 +248,16 @@ class SftParams(StageParams):
         """Return the number of processes, once `tasks.sft.backend.with_processes` has resolved it."""
         assert self.num_processes != "auto"
         return self.num_processes
+
+    @field_validator("lora_target_modules")
+    @classmethod
+    def _pattern_compiles(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as err:
+                raise ValueError(f"{value!r} is not a regular expression: {err}; correct it") from err
+        return value
 
     @model_validator(mode="after")
     def _values_fit_together(self) -> "SftParams":

@@ -1,6 +1,7 @@
 """Run the stage: compile the plan, launch the ranks, verify the success marker."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -122,7 +123,7 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
     micro = micro_batch_size(params.per_device_train_batch_size, attempt.halvings)
     return Job(
         requested=requested,
-        params=resolve_auto(params, backend),
+        params=resolve_intervals(resolve_auto(params, backend), plan.steps),
         backend=backend,
         plan=without_steps(plan, attempt.skipped),
         visible=os.environ.get(VISIBLE, "all"),
@@ -141,6 +142,21 @@ def resolve_auto(params: SftParams, backend: Backend) -> SftParams:
     """Return the parameters with `auto` replaced by the backend's choice."""
     names = ("activation_checkpointing", "num_processes", "use_liger_kernel")
     return params.model_copy(update={name: getattr(backend, name) for name in names})
+
+
+def resolve_intervals(params: SftParams, steps: int) -> SftParams:
+    """Return the parameters with shares of all steps replaced by steps, rounded up as in transformers.
+
+    The best model needs a checkpoint at each evaluation, so that interval is then a multiple of the other.
+    """
+    saving, evaluation = params.save_steps, params.eval_steps
+    if isinstance(saving, float):
+        saving = math.ceil(saving * steps)
+    if isinstance(evaluation, float):
+        evaluation = math.ceil(evaluation * steps)
+        if params.load_best_model_at_end and params.eval_steps:
+            evaluation = saving * round(params.eval_steps / params.save_steps)
+    return params.model_copy(update={"save_steps": saving, "eval_steps": evaluation})
 
 
 def training_key(params: SftParams, backend: Backend) -> str:

@@ -1,10 +1,12 @@
 """Values of the `sft` section that are valid alone but not together, each with the fix."""
 
+import math
 from collections.abc import Iterator
 
 from tasks.sft import REQUIRED, SCHEDULE_KWARGS, SftParams
 
-EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+PAGED = ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit")
 
 
 def find_conflicts(params: SftParams) -> Iterator[str]:
@@ -71,7 +73,7 @@ def _strategy(params: SftParams) -> Iterator[str]:
             "offload_optimizer runs DeepSpeed's Adam on the CPU; set optim to adamw_torch, "
             f"got {params.optim}"
         )
-    if kind == "fsdp2" and params.optim in EIGHT_BIT:
+    if kind == "fsdp2" and params.optim in (*EIGHT_BIT, *PAGED):
         yield f"optim {params.optim} cannot shard its state for fsdp2; use adamw_torch"
     if params.hostfile is not None and kind == "single":
         yield "hostfile lists machines, but strategy single is one process; set hostfile to null"
@@ -83,6 +85,8 @@ def _adapter(params: SftParams) -> Iterator[str]:
             "use_dora": params.use_dora,
             "use_rslora": params.use_rslora,
             "loraplus_lr_ratio": params.loraplus_lr_ratio is not None,
+            "lora_target_parameters": bool(params.lora_target_parameters),
+            "lora_modules_to_save": bool(params.lora_modules_to_save),
         }
         for name in [name for name, is_set in options.items() if is_set]:
             yield f"{name} needs an adapter; set adapter to lora, or unset {name}"
@@ -92,10 +96,40 @@ def _adapter(params: SftParams) -> Iterator[str]:
         yield "qlora's 4-bit weights cannot be offloaded; set offload_param to none"
     if params.fp8_base:
         yield from _float8(params)
-    if params.lora_target_modules == []:
+    if not params.lora_target_modules:
         yield "lora_target_modules is empty; list modules, or set all-linear"
+    if params.lora_target_parameters:
+        yield from _parameters(params)
+    if params.lora_modules_to_save:
+        yield from _whole_modules(params)
     if params.loraplus_lr_ratio is not None and params.offload_optimizer != "none":
         yield "loraplus_lr_ratio needs the optimizer on the device; set offload_optimizer to none"
+
+
+def _parameters(params: SftParams) -> Iterator[str]:
+    """Yield conflicts with adapters of single parameters, which PEFT adds to the weights in each pass."""
+    fits = {
+        f"lora_dropout {params.lora_dropout}": not params.lora_dropout,
+        "use_dora": not params.use_dora,
+        f"strategy {params.strategy}": params.strategy not in ("zero3", "fsdp2"),
+    }
+    for what in [what for what, is_fit in fits.items() if not is_fit]:
+        yield f"lora_target_parameters is incompatible with {what}; set it to [], or change the other"
+
+
+def _whole_modules(params: SftParams) -> Iterator[str]:
+    """Yield conflicts with modules that are trained whole."""
+    kind = params.strategy
+    if kind in ("zero3", "fsdp2"):
+        yield (
+            f"lora_modules_to_save needs whole modules on each device, and {kind} shards them; use zero2, or "
+            "set it to []"
+        )
+    if params.loraplus_lr_ratio is not None:
+        yield "loraplus_lr_ratio sets rates for the adapter only; set lora_modules_to_save to [], or unset it"
+    targets = params.lora_target_modules
+    if isinstance(targets, list) and (both := sorted(set(targets) & set(params.lora_modules_to_save))):
+        yield f"lora_modules_to_save and lora_target_modules both name {', '.join(both)}; remove it from one"
 
 
 def _float8(params: SftParams) -> Iterator[str]:
@@ -125,8 +159,17 @@ def _evaluation(params: SftParams) -> Iterator[str]:
             "optim schedule_free_adamw trains and saves other weights than it evaluates; set "
             "load_best_model_at_end to false"
         )
-    elif params.load_best_model_at_end and params.eval_steps % params.save_steps:
+    elif params.load_best_model_at_end and not saves_each_evaluation(params):
         yield (
             f"load_best_model_at_end needs a checkpoint at each evaluation: eval_steps={params.eval_steps} "
-            f"must be a multiple of save_steps={params.save_steps}"
+            f"must be a multiple of save_steps={params.save_steps}, both as numbers or both as shares"
         )
+
+
+def saves_each_evaluation(params: SftParams) -> bool:
+    """Return whether there is a checkpoint at each evaluation; shares are compared up to rounding."""
+    evaluation, saving = params.eval_steps, params.save_steps
+    if evaluation is None or isinstance(evaluation, float) != isinstance(saving, float):
+        return False
+    ratio = evaluation / saving
+    return ratio >= 1 - 1e-9 and math.isclose(ratio, round(ratio), rel_tol=1e-9)

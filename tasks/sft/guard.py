@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from nightshift.core.errors import StageError, TrainingError
 from tasks.sft.failures import HANG
-from tasks.sft.history import is_exhausted, is_spike
+from tasks.sft.history import is_diverged, is_exhausted, is_spike
 from tasks.sft.job import Job
 from tasks.sft.plan import format_rows
 
@@ -112,7 +112,8 @@ class Guard(TrainerCallback):
 
         Raises:
             TrainingError: The loss is not finite, or is a spike.
-            StageError: The learning rate differs from the plan.
+            StageError: The losses stay above the watchdog's threshold, or the learning rate differs from
+                the plan.
         """
         if "loss" not in logs:
             return
@@ -122,6 +123,12 @@ class Guard(TrainerCallback):
         if spike or not math.isfinite(loss):
             what = "loss spike to" if spike else "loss"
             raise TrainingError("loss", f"{what} {loss:.4g} at {format_rows(self.plan, steps)}", steps)
+        threshold, patience = self.params.loss_watchdog_threshold, self.params.loss_watchdog_patience
+        if is_diverged(state.log_history, threshold, patience):
+            raise StageError(
+                f"the last {patience} logged losses, up to {loss:.4g} at step {step}, are above "
+                f"sft.loss_watchdog_threshold={threshold}; lower sft.learning_rate, or raise the threshold"
+            )
         planned = self.plan.learning_rate[self.rate_index]
         if self.params.lr_scheduler_type == "reduce_lr_on_plateau":
             planned = min(planned, rate)

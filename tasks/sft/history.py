@@ -73,6 +73,18 @@ def plateau_scale(history: History, factor: float, patience: int, threshold: flo
     return scale
 
 
+def is_diverged(history: History, threshold: float | None, patience: int) -> bool:
+    """Return whether the last `patience` logged losses all exceed a threshold.
+
+    Example:
+        >>> history = [{"step": i, "loss": loss} for i, loss in enumerate([2.0, 6.0, 7.0])]
+        >>> is_diverged(history, 5.0, 2), is_diverged(history, 5.0, 3), is_diverged(history, None, 1)
+        (True, False, False)
+    """
+    losses = [entry["loss"] for entry in history if "loss" in entry][-patience:]
+    return threshold is not None and len(losses) == patience and min(losses) > threshold
+
+
 def is_spike(loss: float, history: History, ratio: float | None) -> bool:
     """Return whether a loss exceeds `ratio` times the median of the last losses.
 

@@ -21,7 +21,7 @@ from nightshift.core.files import read_json, write_json
 from nightshift.core.stage import run_main
 from nightshift.pipeline import supervise
 from tasks.sft import SftParams
-from tasks.sft.conflicts import EIGHT_BIT
+from tasks.sft.conflicts import EIGHT_BIT, PAGED
 
 if TYPE_CHECKING:
     from tasks.sft.probe import Probe
@@ -34,7 +34,7 @@ ATTENTION = {
     ),
     "cpu": ("sdpa_per_example", "sdpa", "eager"),
 }
-BITSANDBYTES = (*EIGHT_BIT, "lion_32bit")
+BITSANDBYTES = (*EIGHT_BIT, *PAGED, "lion_32bit")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 log = logging.getLogger(__name__)
 

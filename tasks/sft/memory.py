@@ -22,10 +22,13 @@ STATE_BYTES = {
     "adamw_torch": 8.0,
     "adamw_torch_fused": 8.0,
     "schedule_free_adamw": 8.0,
+    "paged_adamw_32bit": 8.0,
     "lion_32bit": 4.0,
+    "paged_lion_32bit": 4.0,
     "adamw_8bit": 2 * (1 + 4 / 256),
     "paged_adamw_8bit": 2 * (1 + 4 / 256),
     "lion_8bit": 1 + 4 / 256,
+    "paged_lion_8bit": 1 + 4 / 256,
 }
 # Bytes per NF4 weight with double quantization: 4 + 0.127 bits (Dettmers et al., arXiv 2305.14314).
 NF4_BYTES = 4.127 / 8
@@ -342,7 +345,7 @@ def _logits(
         chunk = shape.vocabulary * tokens * (8 + (size if size != 4 else 0))
         return float(chunk + 2 * size * batch.labelled * shape.hidden)
     first = 12.0 * shape.vocabulary * batch.labelled
-    if params.adapter:
+    if params.adapter and not params.lora_modules_to_save:
         return first
     stored, size = _weight_bytes(params, strategy, precision), 2 if precision in HALF else 4
     head = stored + (size if size != stored else 0)

@@ -1,5 +1,6 @@
 """Load the model to train: base weights in the precision of the job, plus the adapter."""
 
+import re
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tasks.sft.attention  # noqa: F401 - registers kernels
+from nightshift.core.config import suggestion
+from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
 from tasks.sft.strategy import keeps_half, uses_autocast
 
@@ -45,7 +48,8 @@ def adapt(model: Any, params: SftParams, strategy: str, precision: str) -> Any:
             use_gradient_checkpointing=params.activation_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
         )
-    model = get_peft_model(model, lora_config(params))
+    require_modules(model, params)
+    model = get_peft_model(model, lora_config(params, model))
     if uses_autocast(strategy, precision):
         # Autocast casts the adapter input to half precision; PEFT would needlessly upcast it first.
         for module in model.modules():
@@ -71,13 +75,56 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def lora_config(params: SftParams) -> LoraConfig:
-    """Convert the parameters to PEFT's."""
+def require_modules(model: Any, params: SftParams) -> None:
+    """Check that the model has the modules that the parameters name.
+
+    Raises:
+        ConfigError: A regular expression, or a name, matches no module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    pattern = params.lora_target_modules
+    is_pattern = isinstance(pattern, str) and pattern != "all-linear"
+    if is_pattern and not any(re.fullmatch(str(pattern), name) for name in names):
+        example = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        raise ConfigError(
+            f"params.yaml: sft.lora_target_modules: {pattern!r} matches no module of the base; whole "
+            f"names are matched, such as {example}"
+        )
+    parameters = [name for name, _ in model.named_parameters()]
+    for end in params.lora_target_parameters:
+        if not any(name == end or name.endswith(f".{end}") for name in parameters):
+            raise ConfigError(
+                f"params.yaml: sft.lora_target_parameters: {end}: no parameter of the base has a name that "
+                f"ends so; names are such as {parameters[-1]}"
+            )
+    known = {name.rpartition(".")[2] for name in names}
+    if unknown := [name for name in params.lora_modules_to_save if name not in known]:
+        raise ConfigError(
+            f"params.yaml: sft.lora_modules_to_save: {', '.join(unknown)}: no such module in the base; "
+            f"{suggestion(unknown[0], sorted(name for name in known if name and not name.isdigit()))}"
+        )
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether the head of a model uses the weights of its embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embeddings.weight
+
+
+def lora_config(params: SftParams, model: Any) -> LoraConfig:
+    """Convert the parameters to PEFT's.
+
+    Tied weights stay tied: otherwise, the merged model would have two matrices where its config has one.
+    """
+    ties = bool(params.lora_modules_to_save) and is_tied(model)
     return LoraConfig(
         r=params.lora_r,
         lora_alpha=params.lora_alpha,
         lora_dropout=params.lora_dropout,
         target_modules=params.lora_target_modules,
+        target_parameters=params.lora_target_parameters or None,
+        modules_to_save=params.lora_modules_to_save or None,
+        ensure_weight_tying=ties,
         use_dora=params.use_dora,
         use_rslora=params.use_rslora,
         task_type="CAUSAL_LM",

@@ -106,16 +106,20 @@ def take(row: PackedRow, start: int, stop: int) -> PackedRow:
 
 
 @torch.no_grad()
-def check_isolation(forward: Forward, batch: dict[str, Any], length: int, vocab_size: int) -> dict[str, Any]:
+def check_isolation(
+    forward: Forward, batch: dict[str, Any], length: int, vocab_size: int, tolerance: float = 0.0
+) -> dict[str, Any]:
     """Change every token of the first example: the logits of the second must stay bit-identical.
 
-    Both passes have equal shapes and kernels, so an exact comparison holds in every precision.
+    Both passes have equal shapes and kernels, so an exact comparison holds in every precision, except in a
+    mixture of experts: there, the tokens of the first example change the size of each expert's product.
 
     Args:
         forward: Function from a batch to loss and outputs, with logits at labelled positions.
         batch: Collated row of two examples.
         length: Length of the first example in tokens.
         vocab_size: Vocabulary size in tokens.
+        tolerance: Largest change, as a share of the standard deviation of the logits.
 
     Raises:
         StageError: The logits change.
@@ -127,7 +131,7 @@ def check_isolation(forward: Forward, batch: dict[str, Any], length: int, vocab_
     changed[0, :length] = (changed[0, :length] + 1) % vocab_size
     after = forward({**batch, "input_ids": changed})[1].logits[0, second]
     difference = (before - after).abs().max().item()
-    if difference != 0:
+    if not difference <= tolerance * before.float().std().item():
         raise StageError(
             f"self-test: packed examples attend to each other (logits change by {difference:.3g} when only "
             "another example changes); set another sft.attn_implementation"

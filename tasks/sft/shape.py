@@ -1,5 +1,6 @@
 """Model sizes from config.json, and the parameter counts that follow from them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Linears = dict[str, tuple[int, int]]
 
 
@@ -93,7 +95,7 @@ def count_parameters(shape: Shape) -> int:
 
 
 def targets(shape: Shape, params: SftParams) -> Linears:
-    """Return the linear layers of a block that get an adapter.
+    """Return the linear layers of a block that get an adapter; for a regular expression, of any block.
 
     Raises:
         ConfigError: A target module is unknown.
@@ -101,6 +103,8 @@ def targets(shape: Shape, params: SftParams) -> Linears:
     known = linears(shape)
     if params.lora_target_modules == "all-linear":
         return known
+    if isinstance(params.lora_target_modules, str):
+        return _matches(shape, params.lora_target_modules)
     names = [name.rpartition(".")[2] for name in params.lora_target_modules]
     if unknown := sorted(set(names) - known.keys()):
         raise ConfigError(
@@ -110,15 +114,58 @@ def targets(shape: Shape, params: SftParams) -> Linears:
     return {name: known[name] for name in names}
 
 
+def _matches(shape: Shape, pattern: str) -> Linears:
+    """Return the linear layers whose name in a Llama-like model matches a regular expression.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = {
+        name: size
+        for name, size in linears(shape).items()
+        for part in ("self_attn" if name in ATTENTION else "mlp",)
+        if any(re.fullmatch(pattern, f"model.layers.{i}.{part}.{name}") for i in range(shape.layers))
+    }
+    if not found:
+        raise ConfigError(
+            f"params.yaml: sft.lora_target_modules: {pattern!r} matches no linear layer; whole names are "
+            "matched, such as model.layers.0.self_attn.q_proj"
+        )
+    return found
+
+
+def count_whole(shape: Shape, params: SftParams) -> int:
+    """Count the weights of the modules that are trained whole; tied embeddings and head count once.
+
+    Raises:
+        ConfigError: A module is unknown.
+    """
+    table = shape.vocabulary * shape.hidden
+    sizes = {name: shape.layers * inputs * outputs for name, (inputs, outputs) in linears(shape).items()}
+    sizes |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), shape.layers * shape.hidden)
+    sizes |= {"norm": shape.hidden, "embed_tokens": table, "lm_head": table}
+    names = set(params.lora_modules_to_save)
+    if unknown := sorted(names - sizes.keys()):
+        raise ConfigError(
+            f"params.yaml: sft.lora_modules_to_save: {', '.join(unknown)}: unknown; use {', '.join(sizes)}"
+        )
+    if shape.is_tied and {"embed_tokens", "lm_head"} <= names:
+        names.remove("lm_head")
+    return sum(sizes[name] for name in names)
+
+
 def count_adapter(shape: Shape, params: SftParams) -> int:
-    """Count the adapter parameters: two low-rank matrices per target module, and DoRA's magnitudes.
+    """Count the trained parameters of an adapter.
+
+    These are two low-rank matrices per target module, DoRA's magnitudes, and modules that are trained whole.
 
     Raises:
         ConfigError: A target module is unknown.
     """
     sizes = targets(shape, params).values()
     dora = sum(outputs for _, outputs in sizes) if params.use_dora else 0
-    return shape.layers * (params.lora_r * sum(inputs + outputs for inputs, outputs in sizes) + dora)
+    blocks = shape.layers * (params.lora_r * sum(inputs + outputs for inputs, outputs in sizes) + dora)
+    return blocks + count_whole(shape, params)
 
 
 def _count_biases(config: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ The config is generated from typed parameters. Optimizer and scheduler stay in t
 DeepSpeed config can silently replace them.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,9 +92,17 @@ def choose_loss(params: SftParams, precision: str, head: str | None) -> str:
         precision: bf16, fp16, tf32 or fp32.
         head: Name of the module whose output the model returns as logits, or None if it changes them.
     """
-    trains = params.adapter is None or head in params.lora_target_modules
+    trains = params.adapter is None or bool(params.lora_modules_to_save) or is_target(params, head)
     is_plain = head is not None and not trains and precision != "fp16" and not params.torch_compile
     return "chunked" if is_plain else "logits"
+
+
+def is_target(params: SftParams, module: str | None) -> bool:
+    """Return whether a module outside the blocks, such as the head, gets an adapter."""
+    targets = params.lora_target_modules
+    if isinstance(targets, list):
+        return module in targets
+    return targets != "all-linear" and module is not None and re.fullmatch(targets, module) is not None
 
 
 def choose_lora(params: SftParams, strategy: str) -> str | None:

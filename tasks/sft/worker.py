@@ -328,7 +328,8 @@ def remove_extra_files(model: Path) -> None:
     if config.is_file():
         # PEFT writes this list in set order, which differs between processes.
         values = read_json(config)
-        values["target_modules"] = sorted(values["target_modules"])
+        if isinstance(values["target_modules"], list):
+            values["target_modules"] = sorted(values["target_modules"])
         write_json(config, values)
 
 

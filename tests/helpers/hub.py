@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -22,6 +24,7 @@ class Hub:
         token: Access token that opens refused repositories; None for none.
         requests: Paths of all requests so far.
         url: Base URL of the Hub.
+        branches: Revisions of every repository; all are at `COMMIT`.
     """
 
     files: Mapping[str, Mapping[str, bytes]]
@@ -29,6 +32,7 @@ class Hub:
     token: str | None = None
     requests: list[str] = field(default_factory=list)
     url: str = ""
+    branches: tuple[str, ...] = (COMMIT, "main", "refs/convert/parquet")
 
     def answer(self, path: str, authorization: str | None) -> tuple[int, str, bytes]:
         """Return status, error code and body for a path."""
@@ -41,6 +45,12 @@ class Hub:
             if path == f"/api/{repository}/tree/{COMMIT}":
                 tree = [{"type": "file", "path": p, "size": len(b), "oid": p} for p, b in files.items()]
                 return 200, "", json.dumps(tree).encode()
+            if (found := re.fullmatch(f"/api/{repository}/revision/(.+)", path)) and (
+                unquote(found[1]) in self.branches
+            ):
+                siblings = [{"rfilename": name} for name in files]
+                identity = repository.partition("/")[2]
+                return 200, "", json.dumps({"id": identity, "sha": COMMIT, "siblings": siblings}).encode()
             name = path.removeprefix(f"/{repository.removeprefix('models/')}/resolve/{COMMIT}/")
             if name in files:
                 return 200, "", files[name]

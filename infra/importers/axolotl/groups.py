@@ -1,25 +1,28 @@
 """Map the training keys that are interpreted together, one function for each group."""
 
 import re
+from collections.abc import Generator
 from typing import Any, get_args
 
-from infra.importers.axolotl.findings import (
-    AFTER_PACKING,
+from infra.importers.axolotl.keys import ADAPTER, DEFAULTS
+from infra.importers.findings import (
     Config,
+    Finding,
     Findings,
     contradiction,
     convert_value,
     default,
+    essential,
     mapped,
     not_needed,
     parse_bool,
     parse_float,
     parse_int,
+    parse_interval,
     parse_nonzero,
-    parse_steps,
+    share_of_steps,
     unmapped,
 )
-from infra.importers.axolotl.keys import ADAPTER, DEFAULTS, UNMAPPED
 from nightshift.core.config import suggestion
 from tasks.sft import Attention
 
@@ -27,18 +30,21 @@ BATCH_KEYS = ("gradient_accumulation_steps", "batch_size")
 NOISE_KEYS = ("neftune_noise_alpha", "noisy_embedding_alpha")
 HALF = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "float32": "fp32"}
 PRECISION_KEYS = (*HALF, "tf32")
-# Deprecated Axolotl flags -> attention kernel.
+# Deprecated Axolotl flags -> attention kernel; of several, Axolotl uses the first.
 ATTENTION_FLAGS = {
-    "flash_attention": "flash_attention_2",
     "xformers_attention": "xformers",
-    "sdp_attention": "sdpa",
     "flex_attention": "flex_attention",
+    "flash_attention": "flash_attention_2",
+    "sdp_attention": "sdpa",
     "eager_attention": "eager",
 }
 ATTENTION_KEYS = (*ATTENTION_FLAGS, "attn_implementation")
 KERNELS: tuple[str, ...] = get_args(Attention)
 CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs")
-ADAPTER_KEYS = ("adapter", "load_in_4bit", "lora_target_modules", "lora_target_linear", *ADAPTER)
+ADAPTER_KEYS = (
+    *("adapter", "load_in_4bit", "load_in_8bit", "lora_target_modules", "lora_target_linear"),
+    *("lora_modules_to_save", "lora_target_parameters", *ADAPTER),
+)
 EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
 LIGER = "axolotl.integrations.liger.LigerPlugin"
 # Flags of the Liger kernels that transformers applies.
@@ -47,15 +53,12 @@ LIGER_FLAGS = (
     *("liger_cross_entropy", "liger_fused_linear_cross_entropy"),
 )
 PLUGIN_KEYS = ("plugins", *LIGER_FLAGS)
+EVALUATION = ("eval_steps", "evals_per_epoch", "eval_strategy", "evaluation_strategy")
+SAVING = ("save_steps", "saves_per_epoch", "save_strategy")
 EVALUATION_KEYS = (
-    *("eval_steps", "evals_per_epoch", "eval_strategy", "evaluation_strategy", "save_steps"),
-    *(
-        "saves_per_epoch",
-        "save_strategy",
-        "metric_for_best_model",
-        "greater_is_better",
-        "torch_compile_backend",
-    ),
+    *EVALUATION,
+    *SAVING,
+    *("metric_for_best_model", "greater_is_better", "torch_compile_backend"),
 )
 
 
@@ -74,7 +77,8 @@ def map_batches(config: Config) -> Findings:
     except (ValueError, ZeroDivisionError):
         is_multiple = False
     if not is_multiple:
-        yield unmapped("batch_size", f"{rows} is not a multiple of micro_batch_size={micro}; set {target}")
+        why = f"{rows} is not a multiple of micro_batch_size={micro}; set {target}"
+        yield unmapped("batch_size", why, target)
     elif key not in config:
         yield mapped(
             "batch_size", target, parse_int(rows) // parse_int(micro), "batch_size / micro_batch_size"
@@ -115,6 +119,10 @@ def map_precision(config: Config) -> Findings:
         if key in config and key not in odd and key not in on[:1]:
             yield not_needed(key, "off" if key not in on else f"same as {on[0]}")
     chosen = on[0] if on else ""
+    is_half = (HALF[chosen] if chosen else "fp32" if "bf16" in config else "bf16") == "bf16"
+    yield default(
+        "bf16", "base.dtype", "bfloat16" if is_half else "float32", "the dtype in which the base is loaded"
+    )
     notes = {
         "bfloat16": "mixed precision: without ZeRO, trainable weights stay in float32",
         "float16": "mixed precision: without ZeRO, trainable weights stay in float32",
@@ -141,46 +149,47 @@ def map_attention(config: Config) -> Findings:
     target, name = "sft.attn_implementation", config.get("attn_implementation")
     on = [key for key in ATTENTION_FLAGS if config.get(key)]
     yield from (not_needed(key, "off") for key in ATTENTION_FLAGS if key in config and key not in on)
-    if len(on) > 1:
-        yield contradiction(on[0], on[1], "choose one kernel, with attn_implementation")
-    elif on and name not in (None, ATTENTION_FLAGS[on[0]]):
-        yield contradiction(on[0], "attn_implementation", f"{name} is another kernel; remove {on[0]}")
-    elif name in KERNELS:
+    if name in KERNELS:
         yield mapped("attn_implementation", target, name)
-        yield from (not_needed(key, "deprecated; same as attn_implementation") for key in on)
     elif name is not None:
         remedy = suggestion(str(name), list(KERNELS))
-        yield unmapped(
-            "attn_implementation", f"{name} is not supported, nor are kernels of the Hub; {remedy}"
-        )
+        why = f"{name} is not supported, nor are kernels of the Hub; {remedy}"
+        yield unmapped("attn_implementation", why, target)
     elif on:
         note = f"deprecated; now attn_implementation: {ATTENTION_FLAGS[on[0]]}"
         yield mapped(on[0], target, ATTENTION_FLAGS[on[0]], note)
-    else:
+    for key in on if name is not None else on[1:]:
+        yield not_needed(key, f"deprecated; {'attn_implementation' if name else on[0]} is used")
+    if name is None and not on:
         yield default("attn_implementation", target, "auto", "the first kernel that works")
 
 
 def map_checkpointing(config: Config) -> Findings:
-    """Map activation checkpointing."""
-    new, old = config.get("activation_checkpointing"), config.get("gradient_checkpointing")
-    key = "gradient_checkpointing" if old is not None else "activation_checkpointing"
-    value = old if old is not None else new
+    """Map activation checkpointing, which FSDP's options can also turn on."""
     target = "sft.activation_checkpointing"
-    if old is not None and new is not None and bool(old) != bool(new):
-        yield contradiction("gradient_checkpointing", "activation_checkpointing", f"{old} and {new}")
+    keys = [key for key in CHECKPOINTING_KEYS[:2] if key in config]
+    values = [config[key] for key in keys]
+    options = config.get("fsdp_config")
+    options = options if isinstance(options, dict) else {}
+    wrapped = any(options.get(f"{prefix}activation_checkpointing") for prefix in ("", "fsdp_"))
+    if len({bool(value) for value in values}) > 1:
+        yield contradiction(keys[0], keys[1], f"{values[0]} and {values[1]}; remove one")
         return
-    if old is not None and new is not None:
-        yield not_needed("activation_checkpointing", "same as gradient_checkpointing")
+    for key in keys[1:]:
+        yield not_needed(key, f"same as {keys[0]}")
+    key, value = (keys[0], values[0]) if keys else ("gradient_checkpointing", None)
     if value in ("offload", "offload_disk", "unsloth"):
         yield mapped(key, target, value=True, note="recomputed; see below")
-        yield unmapped(
-            key, f"{value}: activations are recomputed, not offloaded; reduce the batch size if needed"
-        )
+        why = f"{value}: activations are recomputed, not offloaded; reduce the batch size if needed"
+        yield unmapped(key, why, target)
+    elif wrapped and not value:
+        yield mapped("fsdp_config.activation_checkpointing", target, value=True)
+        yield from (not_needed(one, "FSDP's option turns it on") for one in keys[:1])
     elif value is None:
         yield default("gradient_checkpointing", target, value=False)
     else:
         yield convert_value(key, target, value, parse_bool)
-    yield from _reentrant(config, is_on=bool(value))
+    yield from _reentrant(config, is_on=bool(value or wrapped))
 
 
 def _reentrant(config: Config, *, is_on: bool) -> Findings:
@@ -204,27 +213,43 @@ def _reentrant(config: Config, *, is_on: bool) -> Findings:
 
 def map_adapter(config: Config) -> Findings:
     """Map LoRA, QLoRA or full fine-tuning, and the hyperparameters of the adapter."""
-    kind, four_bits = config.get("adapter"), config.get("load_in_4bit")
+    kind, four_bits, target = config.get("adapter"), config.get("load_in_4bit"), "sft.adapter"
     if kind not in (None, "lora", "qlora"):
-        yield unmapped("adapter", f"{kind} is not supported; set sft.adapter to lora, qlora or null")
+        yield essential("adapter", f"{kind} is not supported; set {target} to lora, qlora or null", target)
     elif kind == "qlora" and four_bits is False:
-        yield contradiction(
-            "adapter", "load_in_4bit", "qlora needs a 4-bit base; choose lora, or load_in_4bit: true"
-        )
+        why = "qlora needs a 4-bit base; choose lora, or load_in_4bit: true"
+        yield contradiction("adapter", "load_in_4bit", why)
     elif kind is None and four_bits:
-        yield contradiction(
-            "load_in_4bit", "adapter", "a 4-bit base can only be trained with an adapter; add one"
-        )
+        why = "a 4-bit base can only be trained with an adapter; add one"
+        yield contradiction("load_in_4bit", "adapter", why)
+    elif kind is None and config.get("load_in_8bit"):
+        why = "an 8-bit base can only be trained with an adapter; add one"
+        yield contradiction("load_in_8bit", "adapter", why)
     elif kind is None:
-        yield default("adapter", "sft.adapter", None, "not set: full fine-tuning")
+        yield default("adapter", target, None, "not set: full fine-tuning")
     elif four_bits:
-        yield mapped("adapter", "sft.adapter", "qlora", "load_in_4bit is on" if kind == "lora" else "")
+        yield mapped("adapter", target, "qlora", "load_in_4bit is on" if kind == "lora" else "")
     else:
-        yield mapped("adapter", "sft.adapter", kind)
+        yield mapped("adapter", target, kind)
     if four_bits is not None and not (kind is None and four_bits) and not (kind == "qlora" and not four_bits):
         yield not_needed("load_in_4bit", "set by sft.adapter: qlora has a 4-bit base")
+    yield from _eight_bits(config)
     yield from _adapter_numbers(config)
     yield from _modules(config)
+
+
+def _eight_bits(config: Config) -> Findings:
+    """Yield the finding for an 8-bit base: the same weights are trained on a base with more precision."""
+    key = "load_in_8bit"
+    if key not in config or (config[key] and config.get("adapter") is None):
+        return
+    if config[key] and config.get("adapter") == "qlora":
+        yield contradiction("adapter", key, "qlora needs a 4-bit base; choose lora, or load_in_8bit: false")
+    elif config[key]:
+        note = "the frozen base keeps base.dtype: more precise than 8 bits, and twice the memory"
+        yield mapped(key, "sft.adapter", config["adapter"], note)
+    else:
+        yield not_needed(key, "off")
 
 
 def _adapter_numbers(config: Config) -> Findings:
@@ -238,32 +263,45 @@ def _adapter_numbers(config: Config) -> Findings:
             yield convert_value(key, target, config[key], convert)
         elif key in DEFAULTS:
             yield default(key, target, DEFAULTS[key])
+        else:
+            yield unmapped(key, f"not set, and Axolotl has no default; set {target}", target)
 
 
 def _modules(config: Config) -> Findings:
     key, target = "lora_target_modules", "sft.lora_target_modules"
     names, is_linear = config.get(key), config.get("lora_target_linear")
+    lists = ("lora_modules_to_save", "lora_target_parameters")
     if config.get("adapter") is None:
-        yield from (
-            not_needed(k, "applies only with an adapter") for k in (key, "lora_target_linear") if k in config
-        )
+        ignored = [one for one in (key, "lora_target_linear", *lists) if one in config]
+        yield from (not_needed(one, "applies only with an adapter") for one in ignored)
+        yield from (default(one, f"sft.{one}", [], "applies only with an adapter") for one in lists)
         return
     if is_linear:
         yield mapped("lora_target_linear", target, "all-linear")
     elif is_linear is not None:
         yield not_needed("lora_target_linear", "off")
     if is_linear and names:
-        extra = [name for name in names if EMBEDDINGS.search(name)] if isinstance(names, list) else [names]
-        if extra:
-            yield unmapped(key, f"{', '.join(map(str, extra))}: not linear layers of a block; remove them")
-        else:
-            yield not_needed(key, "all-linear includes them")
-    elif names == "all-linear" or (isinstance(names, list) and names):
-        yield mapped(key, target, names)
-    elif names:
-        yield unmapped(key, f"{names!r} is a pattern; list the modules, or set all-linear, in {target}")
+        yield _more_modules(names)
+    elif isinstance(names, str) or (isinstance(names, list) and names):
+        note = "a regular expression of whole module names" if isinstance(names, str) else ""
+        yield mapped(key, target, names, note if names != "all-linear" else "")
     elif not is_linear:
-        yield unmapped(key, f"not set, so PEFT chooses by model type; list them in {target}")
+        yield unmapped(key, f"not set, so PEFT chooses by model type; list them in {target}", target)
+    for one in lists:
+        values = config.get(one)
+        if isinstance(values, list) and all(isinstance(name, str) for name in values):
+            yield mapped(one, f"sft.{one}", values)
+        elif values is None:
+            yield default(one, f"sft.{one}", [])
+
+
+def _more_modules(names: Any) -> Finding:
+    """Return the finding for modules that are listed next to all linear layers."""
+    key, target = "lora_target_modules", "sft.lora_target_modules"
+    extra = [name for name in names if EMBEDDINGS.search(name)] if isinstance(names, list) else [names]
+    if not extra:
+        return not_needed(key, "all-linear includes them")
+    return unmapped(key, f"{', '.join(map(str, extra))}: not linear layers of a block; remove them", target)
 
 
 def map_plugins(config: Config) -> Findings:
@@ -292,59 +330,90 @@ def map_plugins(config: Config) -> Findings:
 
 def map_evaluation(config: Config) -> Findings:
     """Map when the model is evaluated and saved."""
-    for key, other, target in (
-        ("eval_steps", "evals_per_epoch", "sft.eval_steps"),
-        ("save_steps", "saves_per_epoch", "sft.save_steps"),
-    ):
+    for key, other in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):
         if config.get(key) and config.get(other):
             yield contradiction(key, other, f"{config[key]} and {config[other]}; remove one")
-        elif key in config:
-            yield convert_value(
-                key, target, config[key], parse_nonzero_steps if key == "eval_steps" else parse_steps
-            )
-            if other in config:
-                yield not_needed(other, f"set by {key}")
-        elif config.get(other) == 0 and key == "eval_steps":
-            yield mapped(other, target, None, "no evaluation during training")
-        elif other in config:
-            yield unmapped(other, UNMAPPED[other])
-    for key in ("eval_strategy", "evaluation_strategy"):
-        yield from _strategy(config, key, "eval_steps")
-    yield from _strategy(config, "save_strategy", "save_steps")
+            return
+    evaluation = yield from _evaluation(config)
+    yield from _saving(config, evaluation)
     yield from _best(config)
 
 
-def parse_nonzero_steps(value: Any) -> int | None:
-    """Parse a number of steps; 0 (never) becomes None.
-
-    Raises:
-        ValueError: The value is a share of all steps, or not a number.
-    """
-    return parse_steps(value) or None
-
-
-def _strategy(config: Config, key: str, number_key: str) -> Findings:
-    value = config.get(key)
-    if value is None:
-        return
+def _evaluation(config: Config) -> Generator[Finding, None, int | float | None]:
+    """Yield the findings of the evaluation; return its interval."""
+    target = "sft.eval_steps"
+    keys = [key for key in EVALUATION if key in config]
+    strategy = next((config[key] for key in EVALUATION[2:] if config.get(key) is not None), None)
     # YAML parses a bare `no` as false.
-    is_off = value in (False, "no")
-    if is_off and config.get(number_key):
-        yield contradiction(key, number_key, f"{key} is no, but {number_key} is {config[number_key]}")
-    elif is_off and number_key == "eval_steps":
-        yield mapped(key, "sft.eval_steps", None, "no evaluation during training")
-    elif value == "steps":
-        yield not_needed(key, f"set by {number_key}")
-    elif is_off:
-        yield unmapped(
-            key, "checkpoints are always saved, to resume a killed training run; raise sft.save_steps"
-        )
-    elif value == "best":
-        yield unmapped(
-            key, "set sft.load_best_model_at_end; the best checkpoint is kept in addition to the last ones"
-        )
-    else:
-        yield unmapped(key, f"{value}: set sft.{number_key}; {AFTER_PACKING}")
+    is_off = strategy in (False, "no")
+    if is_off and config.get("eval_steps"):
+        key = next(key for key in EVALUATION[2:] if key in config)
+        yield contradiction(key, "eval_steps", f"{key} is no, but eval_steps is {config['eval_steps']}")
+        return None
+    if not config.get("val_set_size") and "test_datasets" not in config:
+        if "val_set_size" in config and (config.get("eval_steps") or not (strategy is None or is_off)):
+            given = "eval_steps" if config.get("eval_steps") else keys[-1]
+            yield contradiction("val_set_size", given, "no rows are held out to evaluate on; remove one")
+            return None
+        yield default("eval_steps", target, None, "val_set_size is 0: there is nothing to evaluate on")
+        yield from (not_needed(key, "val_set_size is 0: there is nothing to evaluate on") for key in keys)
+        return None
+    found = _interval(config, "eval_steps", "evals_per_epoch", target)
+    if found is None and strategy == "epoch":
+        found = _each_epoch(config, keys[-1], target)
+    if found is None:
+        found = default("eval_steps", target, None, "no evaluation during training")
+    yield found
+    yield from (_repeats(key, strategy, found) for key in keys if key not in found.key.split(" and "))
+    return found.value if found.kind == "mapped" else None
+
+
+def _interval(config: Config, key: str, other: str, target: str) -> Finding | None:
+    """Return the finding of an interval in steps or per epoch, or None if there is none."""
+    if config.get(key):
+        return convert_value(key, target, config[key], parse_interval)
+    if not config.get(other):
+        return None
+    try:
+        share = share_of_steps(config[other], config.get("num_epochs", 1))
+    except ValueError as err:
+        return unmapped(other, str(err), target)
+    return mapped(other, target, share, f"{config[other]} per epoch, as a share of all steps")
+
+
+def _each_epoch(config: Config, key: str, target: str) -> Finding:
+    if "max_steps" in config:
+        why = f"epoch: with max_steps, the number of epochs is not known; set {target}"
+        return unmapped(key, why, target)
+    share = share_of_steps(1, config.get("num_epochs", 1))
+    return mapped(key, target, share, "once per epoch, as a share of all steps")
+
+
+def _repeats(key: str, strategy: Any, found: Finding) -> Finding:
+    """Return the finding for a key that repeats another one."""
+    if key in EVALUATION[2:] and strategy not in (None, False, "no", "steps", "epoch"):
+        return unmapped(key, f"{strategy}: is unknown; set sft.eval_steps", "sft.eval_steps")
+    return not_needed(key, f"sft.eval_steps: {'never' if found.value is None else found.key}")
+
+
+def _saving(config: Config, evaluation: int | float | None) -> Findings:
+    """Yield the findings of the checkpoints, which do not change what is trained."""
+    target, keys = "sft.save_steps", [key for key in SAVING if key in config]
+    strategy = config.get("save_strategy")
+    if config.get("load_best_model_at_end") and evaluation is not None:
+        note = "a checkpoint at each evaluation, so that the best model is one of them"
+        yield default("save_steps", target, evaluation, note)
+        yield from (not_needed(key, note) for key in keys)
+        return
+    found = _interval(config, "save_steps", "saves_per_epoch", target)
+    if found and (found.value is not None or found.kind == "unmapped"):
+        yield found
+        keys.remove(found.key)
+    for key in keys:
+        if key == "save_strategy" and strategy not in (False, "no", "steps", "epoch", "best"):
+            yield unmapped(key, f"{strategy}: is unknown; set {target}", target)
+        else:
+            yield not_needed(key, "the result is always saved; checkpoints are only for resuming")
 
 
 def _best(config: Config) -> Findings:

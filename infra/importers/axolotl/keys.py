@@ -6,11 +6,10 @@ Names: the schemas of Axolotl 0.4 to 0.18 (src/axolotl/utils/schemas), including
 from collections.abc import Callable
 from typing import Any
 
-from infra.importers.axolotl.findings import AFTER_PACKING, parse_bool, parse_float, parse_int, parse_nonzero
+from infra.importers.findings import parse_bool, parse_float, parse_int, parse_nonzero
 
 Convert = Callable[[Any], Any]
 
-OVER_LENGTH = {"drop": "drop", "truncate": "truncate", "raise": "error"}
 OPTIMIZERS = {
     "adamw_torch": "adamw_torch",
     "adamw_hf": "adamw_torch",
@@ -18,7 +17,14 @@ OPTIMIZERS = {
     "adamw_apex_fused": "adamw_torch_fused",
     "adamw_bnb_8bit": "adamw_8bit",
     "adamw_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
+    "adamw_torch_4bit": "adamw_8bit",
+    "ao_adamw_8bit": "adamw_8bit",
+    "ao_adamw_4bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_lion_32bit": "paged_lion_32bit",
+    "paged_lion_8bit": "paged_lion_8bit",
     "adafactor": "adafactor",
     "lion_32bit": "lion_32bit",
     "lion_8bit": "lion_8bit",
@@ -39,23 +45,10 @@ def map_optimizer(value: Any) -> str:
     """
     value = str(value)
     if value not in OPTIMIZERS:
-        near = {"paged_lion_8bit": "lion_8bit", "paged_lion_32bit": "lion_32bit"}.get(value)
-        near = near or ("schedule_free_adamw" if value in SCHEDULE_FREE else None)
+        near = "schedule_free_adamw" if value in SCHEDULE_FREE else None
         near = near or ("adamw_8bit" if "8bit" in value or "4bit" in value else "adamw_torch_fused")
         raise ValueError(f"optimizer {value} is not supported; set sft.optim, such as {near}")
     return OPTIMIZERS[value]
-
-
-def map_over_length(value: Any) -> str:
-    """Map the handling of examples that are longer than a row.
-
-    Raises:
-        ValueError: The value is unknown.
-    """
-    value = str(value)
-    if value not in OVER_LENGTH:
-        raise ValueError(f"{value!r} is unknown; set pack.over_length to error, drop, truncate or split")
-    return OVER_LENGTH[value]
 
 
 def parse_compile(value: Any) -> bool:
@@ -70,7 +63,6 @@ def parse_compile(value: Any) -> bool:
 DIRECT: dict[str, tuple[str, Convert]] = {
     "sequence_len": ("pack.max_length", parse_int),
     "sample_packing": ("pack.packing", parse_bool),
-    "excess_length_strategy": ("pack.over_length", map_over_length),
     "eval_sample_packing": ("sft.eval_packing", parse_bool),
     "micro_batch_size": ("sft.per_device_train_batch_size", parse_int),
     "eval_batch_size": ("sft.per_device_eval_batch_size", parse_int),
@@ -89,6 +81,8 @@ DIRECT: dict[str, tuple[str, Convert]] = {
     "load_best_model_at_end": ("sft.load_best_model_at_end", parse_bool),
     "save_total_limit": ("sft.save_total_limit", parse_int),
     "logging_steps": ("sft.logging_steps", parse_int),
+    "loss_watchdog_threshold": ("sft.loss_watchdog_threshold", parse_nonzero),
+    "loss_watchdog_patience": ("sft.loss_watchdog_patience", parse_int),
     "seed": ("sft.seed", parse_int),
 }
 # Keys that apply only with an adapter.
@@ -104,7 +98,6 @@ ADAPTER: dict[str, tuple[str, Convert]] = {
 DEFAULTS: dict[str, Any] = {
     "sequence_len": 512,
     "sample_packing": False,
-    "excess_length_strategy": "drop",
     "micro_batch_size": 1,
     "num_epochs": 1,
     "max_steps": None,
@@ -118,16 +111,22 @@ DEFAULTS: dict[str, Any] = {
     "torch_compile": False,
     "early_stopping_patience": None,
     "load_best_model_at_end": False,
+    "loss_watchdog_threshold": None,
+    "loss_watchdog_patience": 3,
     "lora_dropout": 0.0,
     "peft_use_dora": False,
     "peft_use_rslora": False,
     "loraplus_lr_ratio": None,
 }
+# Keys without a default.
+REQUIRED = ("learning_rate",)
 NOTES = {
+    "adamw_torch_8bit": "bitsandbytes instead of torchao; both keep the state in 8 bits, in blocks of 256",
+    "ao_adamw_8bit": "bitsandbytes instead of torchao; both keep the state in 8 bits, in blocks of 256",
+    "adamw_torch_4bit": "another optimizer: the state has 8 bits instead of 4, so it needs twice the memory",
+    "ao_adamw_4bit": "another optimizer: the state has 8 bits instead of 4, so it needs twice the memory",
     "adamw_hf": "same update; transformers removed adamw_hf",
     "adamw_apex_fused": "PyTorch's fused kernel",
-    "truncate": "at most pack.max_lost_token_share of the tokens may be lost",
-    "drop": "at most pack.max_lost_token_share of the tokens may be lost",
     "auto": "on from PyTorch 2.6",
 }
 
@@ -141,7 +140,6 @@ _SPEED = "affects speed and memory only; sft.use_liger_kernel enables fused kern
 
 NOT_NEEDED: dict[str, str] = {
     "output_dir": "stages write to data/, checkpoints to .nightshift",
-    "resume_from_checkpoint": "a killed training run resumes from its last complete checkpoint",
     "auto_resume_from_checkpoints": "a killed training run resumes from its last complete checkpoint",
     "dataset_prepared_path": "DVC caches the tokenized data by content",
     "dataset_processes": "set by the stages",
@@ -187,6 +185,24 @@ NOT_NEEDED: dict[str, str] = {
     "dataloader_prefetch_factor": _LOADER,
     "dataloader_drop_last": _LOADER,
     "remove_unused_columns": _LOADER,
+    "resize_token_embeddings_to_32x": "pads the vocabulary for speed; the added tokens never occur",
+    "peft_autocast_adapter_dtype": "the adapter is kept in float32, or has a float32 copy under ZeRO",
+    "peft_ensure_weight_tying": "tied weights stay tied",
+    "tokenizer_save_jinja_files": "the template is saved with the tokenizer",
+    "min_sample_len": "a row without a trained token is dropped",
+    "eval_sequence_len": "rows of the validation set are never cut",
+    "eval_max_new_tokens": "no samples are generated during training; the stage evaluate scores the model",
+    "eval_table_size": "no samples are generated during training; the stage evaluate scores the model",
+    "generate_samples": "no samples are generated during training; the stage evaluate scores the model",
+    "torch_empty_cache_steps": "memory is managed by PyTorch",
+    "merge_method": "`nightshift export` merges",
+    "save_strategy_*": "set by sft.save_steps",
+    "use_trackio": _MLFLOW,
+    "trackio_*": _MLFLOW,
+    "use_swanlab": _MLFLOW,
+    "swanlab_*": _MLFLOW,
+    "is_multimodal": "read from the base's files",
+    "nccl_timeout": _LAUNCH,
     "save_safetensors": "weights are always saved as safetensors",
     "save_only_model": "checkpoints contain everything that is needed to resume",
     "save_first_step": "set by sft.save_steps",
@@ -231,14 +247,27 @@ _PARALLEL = (
 _BASE = "the base is trained unchanged; make the change in a local copy and set base.model to its folder"
 _RATES = "all trainable weights share one learning rate; remove it"
 _SHARE_OF_DATA = "the whole dataset is used; prepare files with the subset and list them in snapshot.sources"
-_PARTIAL = "sft.lora_target_modules accepts only module names; list them there, or remove it"
+_PARTIAL = "write a regular expression of the modules into sft.lora_target_modules, or remove it"
 _ADAPTER_KIND = "only lora and qlora with use_dora, use_rslora and loraplus_lr_ratio are supported; remove it"
 _PRETRAIN = "streaming is not supported: list files of text rows in snapshot.sources; every token is labelled"
 _OPTIMIZER = "only adam_beta1, adam_beta2, adam_epsilon and weight_decay are supported; remove the rest"
 
+# Keys of another base, other data or another objective: without a counterpart, nothing is written.
+_ESSENTIAL = """
+    rl trl reward_model process_reward_model num_labels kto_* orpo_alpha dpo_* simpo_gamma cpo_alpha
+    pretraining_dataset streaming pretraining_sample_concatenation diffusion kd_trainer processor_type
+    qat quantization unfrozen_parameters gptq lora_model_dir peft relora lisa_step_interval
+    lisa_n_layers added_tokens_overrides model_config overrides_of_model_config model_kwargs
+    overrides_of_model_kwargs model_quantization_config* rope_scaling cls_model_config
+    resume_from_checkpoint shrink_embeddings peft_layer_replication peft_trainable_token_indices
+    peft_layers_to_transform peft_layers_pattern skip_prepare_dataset llmcompressor use_mora hatchery
+    nemo_gym_enabled chat_template_kwargs use_pose spectrum_top_fraction
+"""
+ESSENTIAL = frozenset(_ESSENTIAL.split())
+
 UNMAPPED: dict[str, str] = {
-    "evals_per_epoch": f"set sft.eval_steps; {AFTER_PACKING}",
-    "saves_per_epoch": f"set sft.save_steps; {AFTER_PACKING}",
+    "resume_from_checkpoint": "another tool's checkpoint cannot be continued; to train its weights further, "
+    "set base.model to their folder",
     "rl": _RL,
     "trl": _RL,
     "vllm": _RL,
@@ -261,27 +290,20 @@ UNMAPPED: dict[str, str] = {
     "dp_replicate_size": _PARALLEL,
     "heads_k_stride": _PARALLEL,
     "ring_attn_func": _PARALLEL,
-    "load_in_8bit": "an 8-bit base is not supported; qlora uses 4 bits, lora keeps base.dtype",
     "gptq": "a GPTQ base is not supported; set base.model to the original model and sft.adapter: qlora",
     "bnb_config_kwargs": "qlora uses NF4 with double quantization; remove it",
     "peft": _ADAPTER_KIND,
     "lora_model_dir": "training starts from base.model; merge the adapter into the base and set base.model",
-    "lora_modules_to_save": "adapters are on linear layers only; remove it, or set sft.adapter: null",
-    "lora_target_parameters": _PARTIAL,
     "peft_layers_to_transform": _PARTIAL,
     "peft_layers_pattern": _PARTIAL,
     "peft_layer_replication": _ADAPTER_KIND,
     "peft_init_lora_weights": _ADAPTER_KIND,
     "peft_trainable_token_indices": _ADAPTER_KIND,
-    "peft_ensure_weight_tying": _ADAPTER_KIND,
-    "peft_autocast_adapter_dtype": _ADAPTER_KIND,
     "relora*": _ADAPTER_KIND,
     "lisa_*": _ADAPTER_KIND,
     "merge_lora": "register the adapter, then merge it with `nightshift export`",
     "unfrozen_parameters": "either all weights or an adapter is trained; set sft.adapter",
-    "tokens": _BASE,
     "added_tokens_overrides": _BASE,
-    "resize_token_embeddings_to_32x": _BASE,
     "mean_resizing_embeddings": _BASE,
     "shrink_embeddings": _BASE,
     "embeddings_skip_upcast": _BASE,
@@ -297,15 +319,9 @@ UNMAPPED: dict[str, str] = {
     "image_size": "only text models are supported; choose one",
     "image_resize_algorithm": "only text models are supported; choose one",
     "tokenizer_use_mistral_common": "the tokenizer of transformers is used; choose a base with one",
-    "tokenizer_save_jinja_files": "the template is saved with the tokenizer; remove it",
-    "trust_remote_code": "remote code is never run; choose a model that transformers supports",
-    "chat_template_jinja": "the base's chat template is used; put it into a local copy of the base, as "
-    "chat_template.jinja, and set base.model to that folder",
+    "trust_remote_code": "remote code is never run: if transformers supports the model, remove this key, "
+    "else choose another base",
     "chat_template_kwargs": "the template gets only messages and tools; put constants into the template",
-    "eot_tokens": "the base's template determines where a turn ends; change it there",
-    "default_system_message": "add it to the rows as a system message",
-    "min_sample_len": "short rows are not dropped; filter the files",
-    "eval_sequence_len": "pack.max_length also applies to evaluation rows; remove it",
     "max_packed_sequence_len": "it did not isolate packed examples; set pack.packing and pack.max_length",
     "curriculum_sampling": "rows are shuffled with sft.seed; a fixed order is not supported",
     "shuffle_before_merging_datasets": "rows are shuffled with sft.seed; a fixed order is not supported",
@@ -349,8 +365,6 @@ UNMAPPED: dict[str, str] = {
     "torch_compile_mode": "the default mode is used; remove it",
     "llama4_linearized_experts": _BASE,
     "ddp_timeout": "a step that takes too long ends the training run: set sft.step_timeout_seconds",
-    "loss_watchdog_threshold": "spikes are relative to the last losses: set sft.max_loss_ratio, such as 2.0",
-    "loss_watchdog_patience": "one step above sft.max_loss_ratio stops the training",
     "max_memory": "layers cannot be placed manually; set sft.strategy and the offload keys",
     "gpu_memory_limit": "layers cannot be placed manually; set sft.strategy and the offload keys",
     "profiler_steps": "profiling is not supported; run torch.profiler manually",
@@ -360,9 +374,6 @@ UNMAPPED: dict[str, str] = {
     "resources_per_worker": "Ray is used only for dedupe; use sft.hostfile to train on several machines",
     "use_otel_metrics": "metrics go to MLflow; remove it",
     "otel_metrics_*": "metrics go to MLflow; remove it",
-    "eval_table_size": "no samples are generated during training; the stage evaluate scores the model",
-    "eval_max_new_tokens": "no samples are generated during training; the stage evaluate scores the model",
-    "generate_samples": "no samples are generated during training; the stage evaluate scores the model",
     "do_causal_lm_eval": "list lm-eval benchmarks in snapshot.benchmarks",
     "eval_causal_lm_metrics": "list lm-eval benchmarks in snapshot.benchmarks",
     "do_bench_eval": "list lm-eval benchmarks in snapshot.benchmarks",
@@ -372,5 +383,20 @@ UNMAPPED: dict[str, str] = {
     "quantization": "quantization during or after training is not supported; quantize the registered model",
     "cut_cross_entropy_*": "set sft.use_liger_kernel",
     "dynamic_checkpoint": "set sft.save_steps",
+    "diffusion*": "only the loss of the next token is supported",
+    "kd_*": "distillation is not supported: only the labels of the rows are trained",
+    "moe_*": "experts are computed as transformers does; remove it",
+    "use_scattermoe": "experts are computed as transformers does; remove it",
+    "use_sonicmoe": "experts are computed as transformers does; remove it",
+    "router_aux_loss_coef": "the loss of the router is that of the base's config; set it there",
+    "qgalore_*": _OPTIMIZER,
+    "grokfast_*": _OPTIMIZER,
+    "spectrum_*": "all weights or an adapter are trained; set sft.adapter",
+    "lora_rank_pattern": "all adapters have the rank sft.lora_r",
+    "lora_alpha_pattern": "all adapters have sft.lora_alpha",
+    "loftq_config": _ADAPTER_KIND,
+    "scaling_softmax*": "attention is computed as in transformers; remove it",
+    "large_head_attention": "attention is computed as in transformers; set sft.attn_implementation",
+    "gemma4_hybrid_attn_impl": "attention is computed as in transformers; set sft.attn_implementation",
     "inference": "use `nightshift chat` with a registered version",
 }

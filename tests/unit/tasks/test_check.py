@@ -48,6 +48,16 @@ def test_inconsistent_values_are_reported(params: dict[str, Any]) -> None:
     ]
 
 
+def test_an_evaluation_without_held_out_rows_is_reported(params: dict[str, Any]) -> None:
+    params["split"]["validation_share"] = 0
+    check(params)
+    params["sft"]["eval_steps"] = 0.25
+    with pytest.raises(
+        ConfigError, match=r"sft\.eval_steps: split\.validation_share is 0, so there is nothing"
+    ):
+        check(params)
+
+
 def test_names_without_effect_are_warnings_with_the_remedy(
     params: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

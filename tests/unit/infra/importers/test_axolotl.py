@@ -12,8 +12,10 @@ import yaml
 from typer.testing import CliRunner
 
 from infra.cli.app import app
-from infra.importers.axolotl import GROUPS, convert, keys, translate, values_of
-from infra.importers.axolotl.memory import MEMORY_KEYS
+from infra.importers.axolotl import GROUPED, keys, schema_keys, translate
+from infra.importers.hub import Offline
+from infra.importers.result import values_of
+from infra.importers.tools import convert
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError
 from tasks.check import section_schemas
@@ -32,10 +34,10 @@ datasets:
     type: alpaca
     revision: 00112233445566778899aabbccddeeff00112233
     split: train
-  - path: data/chats.jsonl
-    type: chat_template
-    field_messages: conversations
-    message_property_mappings: {role: from, content: value}
+  - path: data/more.jsonl
+    ds_type: json
+    type: alpaca
+    split: train[:20%]
 dataset_prepared_path: last_run_prepared
 val_set_size: 0.1
 output_dir: ./outputs/lora-out
@@ -158,7 +160,7 @@ def checkout(in_tmp: Path) -> Path:
 
 def translated(text: str) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Return the values set, and the notes by key of unneeded keys and of unmapped keys."""
-    found = translate(yaml.safe_load(text), Path())
+    found = translate(yaml.safe_load(text), Path(), Offline())
     notes = {
         kind: {one.key: one.note for one in found if one.kind == kind} for kind in ("not_needed", "unmapped")
     }
@@ -170,14 +172,32 @@ def test_a_lora_file_is_mapped() -> None:
     assert values == {
         "base.model": "hub:NousResearch/Llama-3.2-1B@2f7c4f8bc10f4a3fd5d3d5c0f3d0f7b4b52c1a3e",
         "snapshot.sources": {
-            "gpt4_llm_cleaned": (
-                "hub:teknium/GPT4-LLM-Cleaned@00112233445566778899aabbccddeeff00112233/*train*"
-            ),
-            "chats": "data/chats.jsonl",
+            "gpt4_llm_cleaned": {
+                "path": "hub:teknium/GPT4-LLM-Cleaned@00112233445566778899aabbccddeeff00112233",
+                "mode": "replace",
+                "split": "train",
+                "input_separator": "\n\n### Input:\n",
+            },
+            "more": {
+                "path": "data/more.jsonl",
+                "mode": "replace",
+                "limit": 0.2,
+                "input_separator": "\n\n### Input:\n",
+            },
         },
+        "base.chat_template": "alpaca",
+        "base.dtype": "bfloat16",
+        "base.added_tokens": [],
+        "base.special_tokens": {},
+        "snapshot.benchmarks": {},
+        "evaluate.retrieval": None,
+        "gate.floors": {},
+        "gate.retention": {},
+        "gate.behaviour": [],
         "split.by_phrasing": [],
         "augment.sources": [],
         "split.validation_share": 0.1,
+        "split.test_share": 0.1,
         "pack.max_length": 2048,
         "pack.packing": True,
         "pack.over_length": "drop",
@@ -217,18 +237,21 @@ def test_a_lora_file_is_mapped() -> None:
         "sft.use_dora": False,
         "sft.use_rslora": False,
         "sft.loraplus_lr_ratio": None,
+        "sft.lora_modules_to_save": [],
+        "sft.lora_target_parameters": [],
+        "sft.loss_watchdog_threshold": 5.0,
+        "sft.loss_watchdog_patience": 3,
+        "sft.eval_steps": 0.25,
         "sft.eval_packing": True,
         "sft.early_stopping_patience": None,
         "sft.load_best_model_at_end": False,
         "sft.logging_steps": 1,
     }
-    assert list(unmapped) == [
-        *("evals_per_epoch", "saves_per_epoch", "hub_model_id", "loss_watchdog_threshold"),
-    ]
-    assert "run `dvc repro pack` and divide packed_rows" in unmapped["evals_per_epoch"]
+    assert list(unmapped) == ["hub_model_id"]
     for key in ("output_dir", "wandb_project", "tf32", "liger_rms_norm", "special_tokens.pad_token"):
         assert key in not_needed
-    assert "datasets[1].message_property_mappings" in not_needed
+    # One save per epoch in one epoch is the result itself.
+    assert not_needed["saves_per_epoch"].startswith("the result is always saved")
     assert not_needed["lora_model_dir, wandb_entity, resume_from_checkpoint"].startswith("empty")
 
 
@@ -238,7 +261,6 @@ def test_a_qlora_fsdp_file_is_mapped() -> None:
         "base.model": "./models/llama-3-70b",
         "pack.packing": False,
         "sft.strategy": "fsdp2",
-        "sft.offload_param": "cpu",
         "sft.offload_optimizer": "none",
         "sft.adapter": "qlora",
         "sft.lora_target_modules": "all-linear",
@@ -256,8 +278,10 @@ def test_a_qlora_fsdp_file_is_mapped() -> None:
     }
     assert {key: values.get(key) for key in expected} == expected
     assert "snapshot.sources" not in values
-    assert "no commit is given" in unmapped["datasets[0]"]
-    assert list(unmapped) == ["datasets[0]", "datasets"]
+    assert "git ls-remote https://huggingface.co/datasets/tatsu-lab/alpaca" in unmapped["datasets[0]"]
+    assert list(unmapped) == ["datasets[0]", "datasets", "fsdp_config.offload_params"]
+    # 4-bit weights cannot be offloaded.
+    assert values["sft.offload_param"] == "none"
     assert not_needed["group_by_length"].startswith("rows are packed to equal length")
     assert not_needed["fsdp_config.transformer_layer_cls_to_wrap"] == "set automatically"
 
@@ -265,7 +289,16 @@ def test_a_qlora_fsdp_file_is_mapped() -> None:
 def test_an_old_file_is_mapped() -> None:
     values, not_needed, unmapped = translated(OLD)
     expected = {
-        "snapshot.sources": {"vicuna": "data/vicuna.json"},
+        "snapshot.sources": {
+            "vicuna": {
+                "path": "data/vicuna.json",
+                "mode": "replace",
+                "columns": {"messages": "conversations"},
+            }
+        },
+        "base.chat_template": "vicuna",
+        "base.dtype": "float32",
+        "split.validation_share": 0.0,
         "sft.per_device_train_batch_size": 4,
         "sft.gradient_accumulation_steps": 8,
         "sft.num_train_epochs": 3,
@@ -286,7 +319,7 @@ def test_an_old_file_is_mapped() -> None:
         "sft.adapter": None,
     }
     assert {key: values.get(key, "missing") for key in expected} == expected
-    assert sorted(unmapped) == ["datasets[1].type", "max_packed_sequence_len", "rl"]
+    assert sorted(unmapped) == ["datasets[1]", "max_packed_sequence_len", "rl"]
     assert {"warmup_steps", "base_model_config", "model_type", "fp16"} <= not_needed.keys()
 
 
@@ -312,11 +345,83 @@ def test_an_old_file_is_mapped() -> None:
         ("{fsdp_version: 2, fsdp_config: {offload_params: false}}", "sft.strategy", "fsdp2"),
         ("fsdp_config: {activation_checkpointing: true}", "sft.activation_checkpointing", True),
         ("{adapter: lora, load_in_4bit: true}", "sft.adapter", "qlora"),
+        ("{adapter: lora, load_in_8bit: true}", "sft.adapter", "lora"),
+        ("optimizer: adamw_torch_8bit", "sft.optim", "adamw_8bit"),
+        ("optimizer: adamw_torch_4bit", "sft.optim", "adamw_8bit"),
+        ("optimizer: paged_adamw_32bit", "sft.optim", "paged_adamw_32bit"),
+        ("{adapter: lora, lora_target_modules: '.*q_proj'}", "sft.lora_target_modules", ".*q_proj"),
+        (
+            "{adapter: lora, lora_modules_to_save: [lm_head]}",
+            "sft.lora_modules_to_save",
+            ["lm_head"],
+        ),
+        (
+            "{adapter: lora, lora_target_parameters: [mlp.experts.down_proj]}",
+            "sft.lora_target_parameters",
+            ["mlp.experts.down_proj"],
+        ),
+        ("warmup_steps: 0.1", "sft.warmup_ratio", 0.1),
+        ("{cosine_min_lr_ratio: 1.0, warmup_steps: 5}", "sft.lr_scheduler_type", "constant"),
+        ("{cosine_min_lr_ratio: 1.0, warmup_steps: 5}", "sft.warmup_steps", 5),
+        ("loss_watchdog_threshold: 5.0", "sft.loss_watchdog_threshold", 5.0),
+        ("{}", "sft.loss_watchdog_threshold", None),
+        ("{}", "split.validation_share", 0.0),
+        ("{}", "sft.eval_steps", None),
+        ("{evals_per_epoch: 4, num_epochs: 3, val_set_size: 0.1}", "sft.eval_steps", pytest.approx(1 / 12)),
+        ("{saves_per_epoch: 2, num_epochs: 2}", "sft.save_steps", 0.25),
+        ("save_steps: 0.5", "sft.save_steps", 0.5),
+        ("{eval_steps: 0.05, val_set_size: 0.1}", "sft.eval_steps", 0.05),
+        ("{eval_strategy: epoch, num_epochs: 2, val_set_size: 0.1}", "sft.eval_steps", 0.5),
+        # The best model has to be saved: there is a checkpoint at each evaluation.
+        (
+            "{evals_per_epoch: 4, saves_per_epoch: 1, load_best_model_at_end: true, val_set_size: 0.1}",
+            "sft.save_steps",
+            0.25,
+        ),
+        ("special_tokens: {eos_token: <|im_end|>}", "base.special_tokens", {"eos_token": "<|im_end|>"}),
+        ("special_tokens: {eos_token: <|im_end|>}", "base.added_tokens", ["<|im_end|>"]),
+        ("tokens: [<|im_start|>, <|im_end|>]", "base.added_tokens", ["<|im_start|>", "<|im_end|>"]),
+        (
+            "{tokens: [a], special_tokens: {additional_special_tokens: [b]}}",
+            "base.added_tokens",
+            ["a", "b"],
+        ),
+        ("{bf16: false, fp16: false}", "base.dtype", "float32"),
+        ("{datasets: [{path: x.jsonl}], chat_template: chatml}", "base.chat_template", "chatml"),
+        ("{datasets: [{path: x.jsonl}], chat_template: qwen_25}", "base.chat_template", "qwen2_5"),
+        ("{datasets: [{path: x.jsonl}], chat_template: tokenizer_default}", "base.chat_template", None),
+        (
+            "{datasets: [{path: x.jsonl, type: alpaca}], chat_template: chatml}",
+            "base.chat_template",
+            "alpaca",
+        ),
+        ("datasets: [{path: x.jsonl, type: completion}]", "pack.over_length", "split"),
+        ("datasets: [{path: x.jsonl, type: alpaca}]", "pack.over_length", "drop"),
+        ("{flash_attention: true, sdp_attention: true}", "sft.attn_implementation", "flash_attention_2"),
+        ("{flash_attention: true, attn_implementation: sdpa}", "sft.attn_implementation", "sdpa"),
+        (
+            "{gradient_checkpointing: false, fsdp_config: {activation_checkpointing: true}}",
+            "sft.activation_checkpointing",
+            True,
+        ),
+        ("{deepspeed: {gradient_clipping: 0.5}}", "sft.max_grad_norm", 0.5),
+        ("{adapter: qlora, load_in_4bit: true, deepspeed: zero3.json}", "sft.strategy", "fsdp2"),
+        ("{fsdp: [full_shard], optimizer: adamw_8bit}", "sft.optim", "adamw_torch"),
+        (
+            "{torch_compile: true, plugins: [axolotl.integrations.liger.LigerPlugin]}",
+            "sft.torch_compile",
+            False,
+        ),
+        (
+            "{adapter: lora, lora_modules_to_save: [lm_head], deepspeed: zero3.json}",
+            "sft.strategy",
+            "zero2",
+        ),
         ("{adapter: lora, loraplus_lr_ratio: 16}", "sft.loraplus_lr_ratio", 16.0),
         ("{adapter: lora, peft_use_dora: true}", "sft.use_dora", True),
         ("torch_compile: auto", "sft.torch_compile", True),
         ("gradient_checkpointing: offload", "sft.activation_checkpointing", True),
-        ("evals_per_epoch: 0", "sft.eval_steps", None),
+        ("{evals_per_epoch: 0, val_set_size: 0.1}", "sft.eval_steps", None),
         ("neftune_noise_alpha: 0", "sft.neftune_noise_alpha", None),
         ("{lr_scheduler: one_cycle, warmup_ratio: 0.2}", "sft.lr_scheduler_kwargs", {"pct_start": 0.2}),
         ("{lr_scheduler: reduce_lr_on_plateau}", "sft.lr_scheduler_kwargs", {"patience": 10}),
@@ -350,22 +455,74 @@ def test_a_key_is_mapped(text: str, target: str, value: Any) -> None:
         ),
         ("num_epochs: 1.5", "num_epochs", "1.5 is not an integer"),
         ("micro_batch_size: many", "micro_batch_size", "'many' is not a number"),
-        ("eval_steps: 0.05", "eval_steps", "0.05 is a share of all steps; the number of steps is known"),
         ("val_set_size: 500", "val_set_size", "500 is a number of rows; set split.validation_share"),
-        ("base_model: gpt2", "base_model", "no commit is given; set base.model to hub:<owner>/gpt2@<commit>"),
+        (
+            "base_model: gpt2",
+            "base_model",
+            "model gpt2: the Hub was not asked. Set base.model to hub:<owner>/gpt2",
+        ),
         (
             "{base_model: a/b, revision_of_model: main}",
             "base_model and revision_of_model",
-            "'main' may change; set base.model to hub:a/b@<commit>",
+            "model a/b: the Hub was not asked. Set base.model to hub:a/b@<commit>",
         ),
         ("attn_implementation: flash", "attn_implementation", "flash is not supported"),
-        ("deepspeed: my_zero.json", "deepspeed", "my_zero.json: no such file, and Axolotl ships none"),
-        ("{adapter: lora, load_in_8bit: true}", "load_in_8bit", "an 8-bit base is not supported"),
+        ("deepspeed: my_zero.json", "deepspeed", "my_zero.json: no such file, and no tool ships it"),
         ("{adapter: lora, lora_r: 8}", "lora_target_modules", "not set, so PEFT chooses"),
         (
             "datasets: [{path: x.jsonl, type: {field_output: a}}]",
-            "datasets[0].type",
-            "custom format",
+            "datasets[0]",
+            "type custom format: not supported",
+        ),
+        (
+            "datasets: [{path: x.jsonl, type: 'alpaca:chat'}]",
+            "datasets[0]",
+            "type alpaca:chat: not supported",
+        ),
+        ("datasets: [{path: x.jsonl, split: 'train[5:]'}]", "datasets[0]", "split 'train[5:]' is not"),
+        ("datasets: [{path: x.jsonl, shards: 2, shards_idx: 1}]", "datasets[0]", "shards with a slice"),
+        (
+            "datasets: [{path: x.jsonl, field_thinking: t, template_thinking_key: thinking}]",
+            "datasets[0].field_thinking",
+            "t: has no counterpart; write the file as plain messages",
+        ),
+        (
+            "datasets: [{path: x.jsonl, message_property_mappings: {role: who}}]",
+            "datasets[0].message_property_mappings",
+            "role: who: rename these keys",
+        ),
+        (
+            "{datasets: [{path: x.jsonl}], chat_template: llama4}",
+            "chat_template",
+            "llama4: no template here has this text; save Axolotl's llama4.jinja in a file",
+        ),
+        (
+            "{datasets: [{path: x.jsonl}], chat_template_jinja: '{{ messages }}'}",
+            "chat_template_jinja",
+            "save the template in a file, and set base.chat_template to its path",
+        ),
+        (
+            "datasets: [{path: x.jsonl, type: alpaca}, {path: y.jsonl}]",
+            "datasets",
+            "alpaca and chat_template have different prompts",
+        ),
+        ("train_on_inputs: true", "train_on_inputs", "only assistant turns are labelled"),
+        ("resume_from_checkpoint: out/checkpoint-5", "resume_from_checkpoint", "another tool's checkpoint"),
+        ("{}", "learning_rate", "not set, and Axolotl requires it; set sft.learning_rate"),
+        ("adapter: lora", "lora_r", "not set, and Axolotl has no default"),
+        ("moe_bnb_fast: true", "moe_bnb_fast", "experts are computed as transformers does"),
+        ("dsv4_bf16_all: true", "dsv4_bf16_all", "has no counterpart; remove it"),
+        (
+            "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: true}}",
+            "deepspeed.zero_optimization.offload_optimizer",
+            "True is not a mapping",
+        ),
+        ("deepspeed: {zero_optimization: [2]}", "deepspeed", "zero_optimization: [2] is not a mapping"),
+        ("deepspeed: {optimizer: {type: Adam}}", "deepspeed.optimizer", "set sft.optim: DeepSpeed's own"),
+        (
+            "deepspeed: {zero_quantized_weights: true}",
+            "deepspeed.zero_quantized_weights",
+            "has no counterpart",
         ),
         ("datasets: [{path: x.jsonl, ds_typ: json}]", "datasets[0].ds_typ", "unknown; did you mean ds_type?"),
         ("datasets: [{path: 'ftp://x.org/a.jsonl'}]", "datasets[0]", "scheme 'ftp' is not supported"),
@@ -381,14 +538,6 @@ def test_unmapped_keys_are_reported_with_a_remedy(text: str, key: str, note: str
     ("text", "message"),
     [
         ("{bf16: true, fp16: true}", "bf16 and fp16: choose one precision"),
-        (
-            "{flash_attention: true, sdp_attention: true}",
-            "flash_attention and sdp_attention: choose one kernel",
-        ),
-        (
-            "{flash_attention: true, attn_implementation: sdpa}",
-            "flash_attention and attn_implementation: sdpa is another kernel",
-        ),
         ("{warmup_steps: 10, warmup_ratio: 0.1}", "warmup_steps and warmup_ratio: 10 and 0.1"),
         ("{deepspeed: zero2.json, fsdp: [full_shard]}", "deepspeed and fsdp: choose one"),
         (
@@ -397,9 +546,14 @@ def test_unmapped_keys_are_reported_with_a_remedy(text: str, key: str, note: str
         ),
         ("load_in_4bit: true", "load_in_4bit and adapter"),
         (
-            "{gradient_checkpointing: false, fsdp_config: {activation_checkpointing: true}}",
-            "would be false and",
+            "{gradient_checkpointing: false, activation_checkpointing: true}",
+            "gradient_checkpointing and activation_checkpointing: False and True",
         ),
+        (
+            "{val_set_size: 0, eval_steps: 25, save_steps: 25, load_best_model_at_end: true}",
+            "val_set_size and eval_steps: no rows are held out to evaluate on",
+        ),
+        ("{deepspeed: {fp16: {enabled: true}}, bf16: true}", "sft.precision would be bf16 and fp16"),
         ("{deepspeed: zero1_torch_compile.json, torch_compile: false}", "deepspeed and torch_compile"),
         ("{eval_steps: 10, evals_per_epoch: 2}", "eval_steps and evals_per_epoch: 10 and 2"),
         ("{val_set_size: 0.1, test_datasets: [{path: a.jsonl}]}", "val_set_size and test_datasets"),
@@ -417,7 +571,7 @@ def test_a_contradiction_names_both_keys(text: str, message: str, checkout: Path
     config = checkout / "axolotl.yml"
     config.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        convert(config)
+        convert(config, "axolotl", Offline())
     assert str(caught.value).startswith(f"{config}: 1 problem(s)")
     assert message in str(caught.value)
 
@@ -427,7 +581,7 @@ def test_a_deepspeed_config_next_to_the_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "zero2.json").write_text(
         '{"zero_optimization": {"stage": 3, "offload_optimizer": ' + offload + "}}"
     )
-    values = values_of(translate({"deepspeed": "zero2.json"}, tmp_path))
+    values = values_of(translate({"deepspeed": "zero2.json"}, tmp_path, Offline()))
     assert values["sft.strategy"] == "zero3"
     assert values["sft.offload_optimizer"] == "nvme"
     assert values["sft.offload_param"] == "none"
@@ -436,7 +590,9 @@ def test_a_deepspeed_config_next_to_the_file_is_read(tmp_path: Path) -> None:
 
 def run_import(text: str, *options: str) -> Any:
     Path("axolotl.yml").write_text(text)
-    return CliRunner().invoke(app, ["import", "axolotl.yml", *options], env={"COLUMNS": "200"})
+    return CliRunner().invoke(
+        app, ["import", "axolotl.yml", *options], env={"COLUMNS": "220", "HF_HUB_OFFLINE": "1"}
+    )
 
 
 def test_without_write_the_result_is_shown_and_nothing_changes(checkout: Path) -> None:
@@ -445,8 +601,14 @@ def test_without_write_the_result_is_shown_and_nothing_changes(checkout: Path) -
     assert done.exit_code == 0
     assert re.search(r"learning_rate: 2e-4\s+sft\.learning_rate = 0\.0002", done.stdout)
     assert re.search(r"output_dir: \./outputs/lora-out\s+stages write to data/", done.stdout)
-    assert re.search(r"evals_per_epoch: 4\s+set sft\.eval_steps; the number of steps is known", done.stdout)
+    assert re.search(r"evals_per_epoch: 4\s+sft\.eval_steps = 0\.25\s+4 per epoch", done.stdout)
     assert (checkout / "params.yaml").read_bytes() == before
+
+
+def test_an_unmapped_key_shows_what_holds_instead(checkout: Path) -> None:
+    done = run_import(LORA + "lr_groups: [{name: a, modules: [b], lr: 1e-5}]\nddp_timeout: 60\n")
+    assert re.search(r"ddp_timeout: 60.*sft\.step_timeout_seconds = 1800", done.stdout)
+    assert re.search(r"lr_groups.*nothing", done.stdout)
 
 
 def test_write_changes_the_values_and_keeps_every_comment(checkout: Path) -> None:
@@ -456,32 +618,59 @@ def test_write_changes_the_values_and_keeps_every_comment(checkout: Path) -> Non
     after = (checkout / "params.yaml").read_text().splitlines()
     comments = [line for line in before if line.lstrip().startswith("#")]
     assert [line for line in after if line.lstrip().startswith("#")] == comments
-    # Each comment stays above the key that it explains.
-    assert after[after.index("  # Modules that get an adapter: all-linear, or a list of names.") + 1] == (
-        "  lora_target_modules: [gate_proj, down_proj, up_proj, q_proj, v_proj, k_proj, o_proj]"
-    )
-    place = next(i for i, line in enumerate(after) if line.startswith("  # Evaluation sets."))
-    assert after[place - 1] == "    chats: data/chats.jsonl"
-    assert after[place + 2] == "  benchmarks:"
     params = read_params()
     assert params["sft"]["learning_rate"] == 0.0002
     assert params["sft"]["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
-    assert params["sft"]["eval_steps"] is None
-    assert list(params["snapshot"]["sources"]) == ["gpt4_llm_cleaned", "chats"]
+    assert params["sft"]["eval_steps"] == 0.25
+    assert list(params["snapshot"]["sources"]) == ["gpt4_llm_cleaned", "more"]
+    assert params["snapshot"]["benchmarks"] == params["gate"]["retention"] == {}
+    assert params["gate"]["behaviour"] == params["split"]["by_phrasing"] == []
+    assert params["evaluate"]["retrieval"] is None
+
+
+def test_nothing_is_written_if_data_cannot_be_mapped_unless_partial(checkout: Path) -> None:
+    before = (checkout / "params.yaml").read_bytes()
+    done = run_import(QLORA_FSDP, "--write")
+    assert done.exit_code == 2
+    assert "Could not be mapped" in done.stdout
+    assert "base, data or objective could not be mapped" in done.stderr
+    assert "datasets[0]: dataset tatsu-lab/alpaca" in done.stderr
+    assert (checkout / "params.yaml").read_bytes() == before
+    done = run_import(QLORA_FSDP, "--write", "--partial")
+    assert done.exit_code == 0, done.output
+    assert read_params()["sft"]["adapter"] == "qlora"
+
+
+@pytest.mark.parametrize("key", ["rl: dpo", "reward_model: true", "qat: {a: 1}", "unfrozen_parameters: [a]"])
+def test_another_objective_is_refused(checkout: Path, key: str) -> None:
+    done = run_import(f"{LORA}\n{key}\n", "--write")
+    assert done.exit_code == 2
+    assert key.partition(":")[0] in done.stderr
 
 
 def test_an_invalid_result_is_reported_completely_and_not_written(checkout: Path) -> None:
     before = (checkout / "params.yaml").read_bytes()
-    done = run_import(QLORA_FSDP + "max_grad_norm: -1\n", "--write")
+    done = run_import(LORA + "max_grad_norm: -1\nearly_stopping_patience: 0\n", "--write")
     assert done.exit_code == 2
-    assert "Could not be mapped" in done.stdout
     assert "sft.max_grad_norm: Input should be greater than or equal to 0, got -1.0" in done.stderr
-    assert (checkout / "params.yaml").read_bytes() == before
-    done = run_import(QLORA_FSDP + "load_best_model_at_end: true\n", "--write")
-    assert "qlora's 4-bit weights cannot be offloaded; set offload_param to none" in done.stderr
-    assert "load_best_model_at_end depends on the evaluation loss; set eval_steps" in done.stderr
+    assert "sft.early_stopping_patience: Input should be greater than or equal to 1" in done.stderr
     assert "nothing was written" in done.stderr
     assert (checkout / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\nbase_model: x\n", "the key seed occurs twice"),
+        ("[1, 2]", "must map sections to values"),
+        ("a: [", "not valid YAML"),
+        ("colour: red", "do not show of which tool it is; add --from axolotl or --from"),
+    ],
+)
+def test_a_malformed_file_is_an_error(checkout: Path, text: str, message: str) -> None:
+    done = run_import(text)
+    assert done.exit_code == 2
+    assert message in done.stderr
 
 
 def test_a_missing_file_is_an_error(checkout: Path) -> None:
@@ -492,9 +681,11 @@ def test_a_missing_file_is_an_error(checkout: Path) -> None:
 
 KNOWN = sorted(
     {
-        *(key for group in (*GROUPS, MEMORY_KEYS) for key in group),
+        *GROUPED,
         *keys.DIRECT,
         *(key.replace("*", "x") for key in (*keys.NOT_NEEDED, *keys.UNMAPPED)),
+        *schema_keys.CONFIG,
+        *schema_keys.PLUGINS,
         "no_such_key",
     }
 )
@@ -502,16 +693,16 @@ KNOWN = sorted(
 
 @pytest.mark.parametrize("value", [True, False, 0, 7, 0.5, "word", ["word"], [{"path": 1}], {"a": [1]}])
 def test_no_key_is_dropped_silently(value: Any) -> None:
-    assert len(KNOWN) > 300
+    assert len(KNOWN) > 500
     for key in KNOWN:
-        found = [one for one in translate({key: value}, Path()) if not one.is_default]
+        found = [one for one in translate({key: value}, Path(), Offline()) if not one.is_default]
         assert any(re.match(rf"(.* and )?{key}\b", one.key) for one in found), (key, value)
 
 
 def targets() -> set[str]:
     """Return every `section.key` that the code may set."""
     schemas = "|".join(section_schemas())
-    text = "".join(path.read_text() for path in (ROOT / "infra" / "importers" / "axolotl").glob("*.py"))
+    text = "".join(path.read_text() for path in (ROOT / "infra" / "importers").rglob("*.py"))
     return set(re.findall(rf'"((?:{schemas})\.[a-z0-9_]+)"', text))
 
 
@@ -536,7 +727,7 @@ def test_every_key_of_sft_has_a_counterpart_or_is_known_to_have_none(monkeypatch
 
 
 def test_the_import_does_not_load_torch() -> None:
-    program = "import sys, infra.importers.axolotl; print('torch' in sys.modules)"
+    program = "import sys, infra.importers.tools; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )

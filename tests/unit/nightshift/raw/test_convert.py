@@ -8,6 +8,7 @@ import pytest
 from nightshift.raw.checks import check, compile_special_tokens
 from nightshift.raw.convert import convert
 from nightshift.raw.faults import RowError
+from nightshift.raw.options import SourceOptions
 from nightshift.raw.tool_calls import pair_answers
 from nightshift.raw.turns import Call, Conversation, Turn
 
@@ -64,6 +65,17 @@ def test_system_prompt_input_and_history_are_kept() -> None:
         ("assistant", "d"),
     ]
     assert turns({"conversations": [{"from": "human", "value": "Hi"}], "system": "S"})[0] == ("system", "S")
+
+
+def test_a_text_that_the_options_name_wins_over_other_formats() -> None:
+    row = {"text": "All of it.", "instruction": "Do", "output": "Done", "messages": [], "label": 1}
+    for columns in ({"text": "text"}, {"text": "output"}):
+        found = convert(row, SourceOptions(columns=columns, group_by="label"))
+        assert [(turn.role, turn.content) for turn in found.turns] == [("text", row[columns["text"]])]
+    assert found.ignored == {"instruction"}
+    with pytest.raises(RowError) as caught:
+        convert({"body": "x"}, SourceOptions(columns={"text": "chapter"}))
+    assert caught.value.reason == "unknown_format"
 
 
 def test_plain_text_is_one_turn_and_keeps_its_indentation() -> None:

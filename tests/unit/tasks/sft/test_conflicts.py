@@ -56,12 +56,46 @@ from tests.helpers.sft import sft_params
             {"load_best_model_at_end": True, "eval_steps": 5, "save_steps": 2},
             "eval_steps=5 must be a multiple of save_steps=2",
         ),
+        (
+            {"load_best_model_at_end": True, "eval_steps": 0.25, "save_steps": 0.1},
+            "eval_steps=0.25 must be a multiple of save_steps=0.1",
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_steps": 0.2, "save_steps": 10},
+            "both as numbers or both as shares",
+        ),
+        ({"eval_steps": 1.5}, "must be a number of steps from 1, or a share between 0 and 1, got 1.5"),
+        ({"save_steps": 0}, "must be a number of steps from 1, or a share between 0 and 1, got 0"),
+        ({"lora_target_modules": "(q|v"}, "is not a regular expression"),
+        ({"lora_modules_to_save": ["norm"], "strategy": "zero3"}, "zero3 shards them; use zero2"),
+        ({"lora_modules_to_save": ["norm"], "strategy": "fsdp2"}, "fsdp2 shards them; use zero2"),
+        ({"lora_modules_to_save": ["norm"], "adapter": None}, "lora_modules_to_save needs an adapter"),
+        ({"lora_modules_to_save": ["norm"], "loraplus_lr_ratio": 2}, "sets rates for the adapter only"),
+        (
+            {"lora_modules_to_save": ["o_proj"], "lora_target_modules": ["o_proj"]},
+            "lora_modules_to_save and lora_target_modules both name o_proj",
+        ),
+        (
+            {"lora_target_parameters": ["w"], "lora_dropout": 0.1},
+            "lora_target_parameters is incompatible with lora_dropout 0.1",
+        ),
+        ({"lora_target_parameters": ["w"], "use_dora": True}, "is incompatible with use_dora"),
+        ({"lora_target_parameters": ["w"], "strategy": "zero3"}, "incompatible with strategy zero3"),
+        ({"lora_target_parameters": ["w"], "adapter": None}, "lora_target_parameters needs an adapter"),
+        ({"optim": "paged_lion_32bit", "strategy": "fsdp2"}, "cannot shard its state for fsdp2"),
         ({"use_reentrant": True}, "use_reentrant=true needs activation_checkpointing=true"),
     ],
 )
 def test_a_conflict_is_reported_with_its_fix(changes: dict[str, Any], problem: str) -> None:
     values = sft_params().model_dump() | changes
     assert problem in "\n".join(problems(SftParams, "sft", values))
+
+
+@pytest.mark.parametrize(("evaluation", "saving"), [(0.25, 1 / 12), (1 / 6, 1 / 6), (10, 5)])
+def test_a_checkpoint_at_each_evaluation_is_enough_for_the_best_model(
+    evaluation: float, saving: float
+) -> None:
+    sft_params(load_best_model_at_end=True, eval_steps=evaluation, save_steps=saving)
 
 
 def test_all_conflicts_are_reported_at_once() -> None:

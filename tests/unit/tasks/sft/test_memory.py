@@ -70,6 +70,23 @@ def test_an_adapter_has_two_low_rank_matrices_per_target() -> None:
     assert count_adapter(read_shape(LLAMA3_8B), sft_params(lora_r=16)) == 41_943_040
 
 
+def test_a_pattern_counts_the_layers_that_match_it() -> None:
+    shape = read_shape(SMOLLM2)
+    pattern = r"model\.layers\.\d+\.self_attn\.(q|v)_proj"
+    assert count_adapter(shape, sft_params(lora_r=8, lora_target_modules=pattern)) == 460_800
+    with pytest.raises(ConfigError, match="'q_proj' matches no linear layer; whole names are matched"):
+        count_adapter(shape, sft_params(lora_target_modules="q_proj"))
+
+
+def test_modules_trained_whole_are_counted_and_tied_ones_once() -> None:
+    tied, apart = read_shape(SMOLLM2), read_shape({**SMOLLM2, "tie_word_embeddings": False})
+    both = sft_params(lora_r=16, lora_modules_to_save=["embed_tokens", "lm_head"])
+    assert count_adapter(tied, both) == 4_884_480 + 49_152 * 576
+    assert count_adapter(apart, both) == 4_884_480 + 2 * 49_152 * 576
+    with pytest.raises(ConfigError, match="lora_modules_to_save: wte: unknown; use q_proj"):
+        count_adapter(tied, sft_params(lora_modules_to_save=["wte"]))
+
+
 def test_an_unknown_target_module_is_reported() -> None:
     with pytest.raises(
         ConfigError, match="lora_target_modules: query: not a linear layer of a block; use q_proj"

@@ -1,8 +1,11 @@
 """The plan: exact steps, rows, tokens and learning rates."""
 
+from typing import Any
+
 import pytest
 
 from nightshift.core.errors import ConfigError
+from tasks.sft.__main__ import resolve_intervals
 from tasks.sft.plan import FILLER, compile_plan
 from tests.helpers.sft import sft_params as params
 
@@ -30,6 +33,23 @@ def test_rows_trained_in_parallel_have_similar_cost() -> None:
     # In a shuffled order that ignores cost, the average group waits for twice its work.
     by_rank = [sum(cost[row] for row in plan.order[rank::4]) for rank in range(4)]
     assert max(by_rank) / min(by_rank) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "evaluation", "saving"),
+    [
+        ({"eval_steps": 1 / 12, "save_steps": 1 / 3}, 9, 34),
+        ({"eval_steps": None, "save_steps": 7}, None, 7),
+        # 0.25 of all steps are 25.25; the best model needs a multiple of save_steps.
+        ({"eval_steps": 0.25, "save_steps": 1 / 12, "load_best_model_at_end": True}, 27, 9),
+    ],
+)
+def test_intervals_as_shares_of_all_steps_are_rounded_up(
+    changes: dict[str, Any], evaluation: int | None, saving: int
+) -> None:
+    resolved = resolve_intervals(params(**changes), 101)
+    assert (resolved.eval_steps, resolved.save_steps) == (evaluation, saving)
+    assert type(resolved.save_steps) is int
 
 
 def test_max_steps_truncates_the_plan() -> None:

@@ -1,11 +1,11 @@
 """Map DeepSpeed configs and FSDP options to a distributed training strategy."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from infra.importers.axolotl.findings import (
+from infra.importers.deepspeed import TARGETS, map_deepspeed
+from infra.importers.findings import (
     Config,
     Finding,
     Findings,
@@ -17,20 +17,7 @@ from infra.importers.axolotl.findings import (
 )
 from nightshift.core.config import suggestion
 
-MEMORY_KEYS = ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type")
-TARGETS = ("sft.strategy", "sft.offload_optimizer", "sft.offload_param")
-# DeepSpeed configs that Axolotl ships -> strategy, device of the optimizer state, device of the weights.
-SHIPPED = {
-    "zero1.json": ("zero1", "none", "none"),
-    "zero1_torch_compile.json": ("zero1", "none", "none"),
-    "zero2.json": ("zero2", "none", "none"),
-    "zero2_torch_compile.json": ("zero2", "none", "none"),
-    "zero3.json": ("zero3", "none", "none"),
-    "zero3_bf16.json": ("zero3", "none", "none"),
-    "zero3_bf16_cpuoffload_all.json": ("zero3", "cpu", "cpu"),
-    "zero3_bf16_cpuoffload_params.json": ("zero3", "none", "cpu"),
-    "zero3_cpuoffload.json": ("zero3", "cpu", "cpu"),
-}
+SHARDING_KEYS = ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type")
 # Options of FSDP1 and FSDP2 that are constant here, or that FSDP2 does not offer.
 FSDP_CONSTANT = (
     *("limit_all_gathers", "sync_module_states", "use_orig_params", "cpu_ram_efficient_loading"),
@@ -47,7 +34,7 @@ FSDP_KEYS = (
 SHARDING = {"FULL_SHARD": "fsdp2", "NO_SHARD": "ddp", "SHARD_GRAD_OP": "zero2"}
 
 
-def map_memory(config: Config, folder: Path) -> Findings:
+def map_sharding(config: Config, folder: Path) -> Findings:
     """Map the distributed strategy and offloading.
 
     Args:
@@ -59,7 +46,7 @@ def map_memory(config: Config, folder: Path) -> Findings:
         other = "fsdp" if "fsdp" in config else "fsdp_config"
         yield contradiction("deepspeed", other, "choose one of the two")
     elif deepspeed is not None:
-        yield from _deepspeed(deepspeed, folder)
+        yield from map_deepspeed(deepspeed, folder)
     elif is_fsdp:
         yield from _fsdp(config)
     else:
@@ -72,65 +59,14 @@ def map_memory(config: Config, folder: Path) -> Findings:
             )
 
 
-def _deepspeed(value: Any, folder: Path) -> Findings:
-    name = Path(value).name if isinstance(value, str) else ""
-    try:
-        content = value if isinstance(value, dict) else _read(str(value), folder)
-    except (OSError, ValueError) as err:
-        yield unmapped("deepspeed", f"{value}: cannot be read ({err}); set {', '.join(TARGETS)}")
-        return
-    if content is not None:
-        yield from _zero(content)
-    elif name in SHIPPED:
-        yield from _three(*SHIPPED[name])
-        yield default("deepspeed", "sft.nvme_path", None, "no NVMe offloading")
-    else:
-        remedy = suggestion(name, list(SHIPPED))
-        yield unmapped(
-            "deepspeed", f"{value}: no such file, and Axolotl ships none; {remedy} Or set {TARGETS[0]}"
-        )
-        return
-    if "torch_compile" in name:
-        yield mapped("deepspeed", "sft.torch_compile", value=True, note="from the file name")
-
-
-def _read(name: str, folder: Path) -> dict[str, Any] | None:
-    """Return the content of a DeepSpeed config, or None if the file does not exist."""
-    for path in (folder / name, Path(name)):
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return content if isinstance(content, dict) else {}
-    return None
-
-
-def _zero(content: dict[str, Any]) -> Findings:
-    section = content.get("zero_optimization") or {}
-    devices = []
-    path = None
-    for key in ("offload_optimizer", "offload_param"):
-        part = section.get(key) or {}
-        devices.append(str(part.get("device", "none")))
-        path = path or part.get("nvme_path")
-    yield from _three(f"zero{section.get('stage', 0)}", *devices)
-    yield mapped("deepspeed", "sft.nvme_path", path)
-
-
-def _three(*values: str) -> Findings:
-    note = "buckets and precision are set automatically"
-    yield from (
-        mapped("deepspeed", target, value, note) for target, value in zip(TARGETS, values, strict=True)
-    )
-
-
 def _fsdp(config: Config) -> Findings:
     options = config.get("fsdp_config") or {}
     words = config.get("fsdp") or []
     words = words if isinstance(words, list) else str(words).split()
-    options = (
-        {re.sub("^fsdp_", "", key): value for key, value in options.items()}
-        if isinstance(options, dict)
-        else {}
-    )
+    if not isinstance(options, dict):
+        yield unmapped("fsdp_config", f"{options!r} is not a mapping; set sft.strategy", "sft.strategy")
+        options = {}
+    options = {re.sub("^fsdp_", "", str(key)): value for key, value in options.items()}
     sharding = str(options.get("sharding_strategy", "FULL_SHARD"))
     is_old = config.get("fsdp_version", options.get("version", 1)) != 2
     key = "fsdp" if "fsdp" in config else "fsdp_config"
@@ -139,7 +75,9 @@ def _fsdp(config: Config) -> Findings:
         yield mapped(key, "sft.strategy", SHARDING[sharding], note)
     else:
         yield unmapped(
-            "fsdp_config.sharding_strategy", f"{sharding}: set sft.strategy to fsdp2, zero2 or zero3"
+            "fsdp_config.sharding_strategy",
+            f"{sharding}: set sft.strategy to fsdp2, zero2 or zero3",
+            "sft.strategy",
         )
     is_offloaded = bool(options.get("offload_params")) or "offload" in words
     yield mapped("fsdp_config.offload_params", "sft.offload_param", "cpu" if is_offloaded else "none")
@@ -157,7 +95,6 @@ def _fsdp_option(name: str, value: Any) -> Finding:
     if name == "reshard_after_forward":
         return unmapped(key, "weights are always resharded after the forward pass; use zero2 to keep them")
     if name == "activation_checkpointing":
-        if value:
-            return mapped(key, "sft.activation_checkpointing", value=True)
-        return not_needed(key, "off")
+        # With FSDP, Axolotl ignores gradient_checkpointing: the wrapped blocks decide.
+        return not_needed(key, "read with gradient_checkpointing")
     return unmapped(key, f"unknown; {suggestion(name, list(FSDP_KEYS))}")

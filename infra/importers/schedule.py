@@ -7,7 +7,7 @@ has no warmup, and their `one_cycle` uses the warmup as the share of steps in wh
 from collections.abc import Iterator
 from typing import Any
 
-from infra.importers.axolotl.findings import (
+from infra.importers.findings import (
     Config,
     Findings,
     contradiction,
@@ -73,9 +73,18 @@ SAME = {
 def map_schedule(config: Config) -> Findings:
     """Map the learning rate schedule, its parameters and its warmup."""
     name = str(config.get("lr_scheduler", "cosine"))
+    if name == "cosine" and config.get("cosine_min_lr_ratio") == 1:
+        note = "a cosine that never decays"
+        yield mapped("cosine_min_lr_ratio", "sft.lr_scheduler_type", "constant", note)
+        yield default("lr_scheduler_kwargs", "sft.lr_scheduler_kwargs", {}, note)
+        ignored = [key for key in ("lr_scheduler", *SCHEDULE_KEYS[1:4]) if key in config]
+        yield from (not_needed(key, note) for key in ignored if key != "cosine_min_lr_ratio")
+        yield from _warmup(config, "constant_with_warmup")
+        return
     if name not in SCHEDULES:
         nearest = NEAREST.get(name, "one of " + ", ".join(SCHEDULE_KWARGS))
-        yield unmapped("lr_scheduler", f"{name} is not supported; set sft.lr_scheduler_type to {nearest}")
+        why = f"{name} is not supported; set sft.lr_scheduler_type to {nearest}"
+        yield unmapped("lr_scheduler", why, "sft.lr_scheduler_type")
         keys = ("lr_scheduler_kwargs", "cosine_min_lr_ratio", "lr_div_factor")
         yield from (
             unmapped(key, f"parameter of {name}; set sft.lr_scheduler_kwargs")
@@ -148,6 +157,10 @@ def _number(key: str, value: Any, config: Config, name: str) -> dict[str, Any] |
 
 def _warmup(config: Config, name: str) -> Findings:
     count, share = config.get("warmup_steps"), config.get("warmup_ratio")
+    if is_share(count) and not share and name not in (*WITHOUT_WARMUP, "one_cycle"):
+        yield mapped("warmup_steps", "sft.warmup_ratio", parse_float(count), "below 1: a share of all steps")
+        yield default("warmup_steps", "sft.warmup_steps", 0)
+        return
     keys = [key for key in ("warmup_steps", "warmup_ratio") if key in config]
     if count and share:
         yield contradiction("warmup_steps", "warmup_ratio", f"{count} and {share}; remove one")
@@ -167,6 +180,19 @@ def _warmup(config: Config, name: str) -> Findings:
         yield default(
             "warmup_ratio", "sft.warmup_ratio", 0.03, "Axolotl's default; Axolotl limits it to 100 steps"
         )
+
+
+def is_share(value: Any) -> bool:
+    """Return whether a number of steps is a share of all steps.
+
+    Example:
+        >>> is_share(0.1), is_share(5), is_share("few")
+        (True, False, False)
+    """
+    try:
+        return 0 < parse_float(value) < 1
+    except ValueError:
+        return False
 
 
 def _given_warmup(config: Config, keys: list[str]) -> Findings:

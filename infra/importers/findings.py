@@ -1,11 +1,11 @@
-"""Findings for the keys of an Axolotl file, and converters for their values."""
+"""Findings for the keys of a config file of another tool, and converters for their values."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Config = Mapping[str, Any]
-DEFAULT = "Axolotl's default"
+DEFAULT = "the tool's default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +15,12 @@ class Finding:
     Attributes:
         kind: mapped: the key sets `target`; not_needed: nothing is lost; unmapped: the user must decide;
             contradiction: two keys of the file conflict.
-        key: Axolotl key.
+        key: Key of the file.
         note: Reason, and what to do.
-        target: `section.key` of params.yaml.
-        value: Value of the target.
-        is_default: Whether the key is missing from the file, so that Axolotl's default applies.
+        target: `section.key` of params.yaml that the key sets, or whose current value holds instead.
+        value: Value of the target, if the key is mapped.
+        is_default: Whether the key is missing from the file, so that the tool's default applies.
+        is_essential: Whether another base, other data or another objective would be trained instead.
     """
 
     kind: Literal["mapped", "not_needed", "unmapped", "contradiction"]
@@ -28,6 +29,7 @@ class Finding:
     target: str = ""
     value: Any = None
     is_default: bool = False
+    is_essential: bool = False
 
 
 Findings = Iterator[Finding]
@@ -48,9 +50,14 @@ def not_needed(key: str, why: str) -> Finding:
     return Finding("not_needed", key, why)
 
 
-def unmapped(key: str, why: str) -> Finding:
+def unmapped(key: str, why: str, target: str = "") -> Finding:
     """Return the finding for a key without a counterpart; `why` includes what to do."""
-    return Finding("unmapped", key, why)
+    return Finding("unmapped", key, why, target)
+
+
+def essential(key: str, why: str, target: str = "") -> Finding:
+    """Return the finding for a base, data or objective that cannot be mapped, so nothing is written."""
+    return Finding("unmapped", key, why, target, is_essential=True)
 
 
 def contradiction(key: str, other: str, why: str) -> Finding:
@@ -65,7 +72,7 @@ def convert_value(
     try:
         return mapped(key, target, convert(value), note)
     except ValueError as err:
-        return unmapped(key, str(err))
+        return unmapped(key, str(err), target)
 
 
 def parse_float(value: Any) -> float:
@@ -122,19 +129,32 @@ def parse_nonzero(value: Any) -> float | None:
     return parse_float(value) or None
 
 
-def parse_steps(value: Any) -> int:
-    """Parse a number of optimizer steps.
+def parse_interval(value: Any) -> int | float | None:
+    """Parse a number of optimizer steps, or a share below 1 of all steps; 0 (never) becomes None.
 
     Raises:
-        ValueError: The value is a share of all steps, whose number is known only after packing.
+        ValueError: The value is neither.
+
+    Example:
+        >>> parse_interval(50), parse_interval("0.25"), parse_interval(0)
+        (50, 0.25, None)
     """
-    if 0 < parse_float(value) < 1:
-        raise ValueError(f"{value} is a share of all steps; {AFTER_PACKING}")
-    return parse_int(value)
+    number = parse_float(value)
+    return number if 0 < number < 1 else parse_int(value) or None
 
 
-AFTER_PACKING = (
-    "the number of steps is known only after packing: run `dvc repro pack` and divide packed_rows in "
-    "data/pack/summary.json by num_processes x per_device_train_batch_size x "
-    "gradient_accumulation_steps to get the steps of one epoch"
-)
+def share_of_steps(per_epoch: Any, epochs: Any) -> float | None:
+    """Return the interval of something done so many times per epoch, as a share of all steps.
+
+    Returns:
+        The share; None if it is done only at the end.
+
+    Raises:
+        ValueError: A value is not a number.
+
+    Example:
+        >>> share_of_steps(4, 2), share_of_steps(1, 1)
+        (0.125, None)
+    """
+    times = parse_float(per_epoch) * parse_float(epochs)
+    return 1 / times if times > 1 else None

@@ -1,0 +1,119 @@
+"""Modules that are trained whole: through the self-test, saving, loading and merging; tied ones stay tied."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nightshift.core.errors import ConfigError
+from nightshift.core.files import read_json
+from nightshift.core.paths import BASE
+from nightshift.registry.served_model import load
+from tasks.sft.worker import remove_extra_files
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens", "lm_head"], ["embed_tokens"]])
+def test_tied_embeddings_are_trained_saved_and_merged_as_one(
+    build: Callable[..., Any], tiny_base: Path, modules: list[str]
+) -> None:
+    assert read_json(tiny_base / "config.json")["tie_word_embeddings"]
+    trainer = build(lora_modules_to_save=modules)
+    before = trainer.model.get_input_embeddings().weight.detach().clone()
+    # Runs the self-test, which saves and loads the model.
+    trainer.train()
+    after = trainer.model.get_input_embeddings().weight
+    assert not torch.equal(after, before)
+    assert trainer.model.get_output_embeddings().weight is after
+    trainer.save_model("saved")
+    remove_extra_files(Path("saved"))
+    model, _ = load(tiny_base, Path("saved"), "float32")
+    ids = torch.arange(100, 120)[None]
+    with torch.no_grad():
+        trainer.model.eval()
+        expected = trainer.model(input_ids=ids).logits
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+        merged = model.merge_and_unload()
+        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-3)
+        merged.save_pretrained("merged")
+        whole, _ = load(tiny_base, Path("merged"), "float32")
+        assert torch.allclose(whole(input_ids=ids).logits, expected, atol=1e-3)
+
+
+def test_a_resumed_run_continues_with_the_same_whole_modules(build: Callable[..., Any]) -> None:
+    changes = {"lora_modules_to_save": ["embed_tokens", "lm_head"], "save_steps": 1, "save_total_limit": 9}
+    trainer = build(**changes)
+    trainer.train()
+    expected = trainer.model.get_input_embeddings().weight
+    again = build(**changes)
+    again.train(resume_from_checkpoint=str(Path(again.args.output_dir) / "checkpoint-2"))
+    assert torch.equal(again.model.get_input_embeddings().weight, expected)
+    assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
+
+
+def test_an_unknown_module_is_refused(build: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="lora_modules_to_save: head: no such module in the base; did you"):
+        build(lora_modules_to_save=["head"])
+    with pytest.raises(ConfigError, match=r"matches no module of the base; whole names are .* model.layers"):
+        build(lora_target_modules="q_proj")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """Create a small mixture of experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder = tmp_path_factory.mktemp("experts")
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_weights_of_experts_get_an_adapter(build: Callable[..., Any], experts: Path) -> None:
+    shutil.rmtree(BASE)
+    shutil.copytree(experts, BASE)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    trainer = build(lora_target_parameters=names, lora_target_modules=["q_proj"], max_steps=2)
+    trainer.train()
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert sum("experts" in name for name in trained) == 8
+    assert all(p.any() for name, p in trained.items() if "lora_B" in name)
+    trainer.save_model("saved")
+    remove_extra_files(Path("saved"))
+    model, _ = load(experts, Path("saved"), "float32")
+    ids = torch.arange(100, 120)[None]
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(input_ids=ids).logits
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+        assert torch.allclose(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-3)
+    with pytest.raises(ConfigError, match="lora_target_parameters: gate_proj: no parameter of the base"):
+        build(lora_target_parameters=["gate_proj"])
+
+
+def test_a_pattern_selects_the_modules_and_is_saved_as_it_is(build: Callable[..., Any]) -> None:
+    pattern = r"model\.layers\.0\.self_attn\.(q|v)_proj"
+    trainer = build(lora_target_modules=pattern)
+    trainer.train()
+    names = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(names) == 4
+    trainer.save_model("saved")
+    remove_extra_files(Path("saved"))
+    assert read_json(Path("saved/adapter_config.json"))["target_modules"] == pattern
