@@ -259,7 +259,9 @@ def find_overlaps(texts: Iterable[str], index: Index, params: DecontaminateParam
     found = []
     for text in texts:
         words = text.split()
-        grams = [gram for gram in ngrams(words, params.ngram_size) if gram in index.by_ngram]
+        # The index of the test examples has none.
+        runs = ngrams(words, params.ngram_size) if index.by_ngram else ()
+        grams = [gram for gram in runs if gram in index.by_ngram]
         known = frozenset(one for one in shingles(words, SHINGLE_SIZE) if one in index.by_shingle)
         if grams or known or text in index.by_text:
             found.append(Overlap(text, grams, known))

@@ -165,6 +165,9 @@ def ngrams(words: Sequence[str], size: int) -> Iterator[str]:
         >>> list(ngrams(["a", "b", "c"], 2)), list(ngrams(["a"], 2)), list(ngrams(["金", "是", "b"], 1))
         (['a b', 'b c'], [], ['金 是', '是 b', 'b'])
     """
+    if all(map(str.isascii, words)):
+        yield from map(" ".join, zip(*(words[i:] for i in range(size)), strict=False))
+        return
     weights = [weight(word) for word in words]
     stop, total = 0, 0.0
     for start in range(len(words)):
