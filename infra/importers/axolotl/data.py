@@ -185,9 +185,10 @@ def _dataset(row: Mapping[str, Any]) -> Dataset:
         options |= _chat_options(row, "conversations" if kind == "sharegpt" else "messages")
     split = str(row.get("split", "train"))
     if "shards" in row:
-        if "[" in split or parse_int(row.get("shards_idx", 0)):
+        count = parse_int(row["shards"])
+        if "[" in split or count < 1 or parse_int(row.get("shards_idx", 0)):
             raise ValueError("shards with a slice, or another shard than the first, is not supported")
-        options["limit"] = 1 / parse_int(row["shards"])
+        options |= {"limit": 1 / count} if count > 1 else {}
     files = row.get("data_files", [])
     return Dataset(
         path=str(row.get("path", "")),

@@ -481,6 +481,7 @@ def test_a_key_is_mapped(text: str, target: str, value: Any) -> None:
         ),
         ("datasets: [{path: x.jsonl, split: 'train[5:]'}]", "datasets[0]", "split 'train[5:]' is not"),
         ("datasets: [{path: x.jsonl, shards: 2, shards_idx: 1}]", "datasets[0]", "shards with a slice"),
+        ("datasets: [{path: x.jsonl, shards: 0}]", "datasets[0]", "shards with a slice"),
         (
             "datasets: [{path: x.jsonl, field_thinking: t, template_thinking_key: thinking}]",
             "datasets[0].field_thinking",
