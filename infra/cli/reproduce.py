@@ -22,8 +22,8 @@ from nightshift.registry.lineage import KEPT, open_lineage
 from nightshift.registry.versions import DIGEST, FORGOTTEN, find_version, open_registry
 
 FETCHED = ("data/raw", "data/benchmarks")
-# A run id and a throughput; and settings with what was requested, which `pin_processes` changes. Those in effect
-# are compared one by one.
+# A run id and a throughput; and settings with what was requested, which `pin_processes` changes. Those in
+# effect are compared one by one.
 VARYING = ("data/sft/mlflow_run.json", "data/sft/effective.json")
 
 
