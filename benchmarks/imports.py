@@ -9,7 +9,6 @@ import argparse
 import json
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from infra.importers.hub import Kind, Repository
 from infra.importers.result import Result, build, require_valid
 from infra.importers.tools import TOOLS
 from nightshift.core.errors import ConfigError
+from nightshift.core.stage import print_line, run_main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # Keys of Axolotl and of LLaMA-Factory that make a file something else than supervised fine-tuning on text.
@@ -130,7 +130,7 @@ def measure(tool: str, examples: Iterator[Example], *, verbose: bool) -> dict[st
         reasons.update({line.partition(";")[0][:100] for line in why})
         kinds.update(one.kind for one in (result.found if result else ()) if not one.is_default)
         if verbose and why:
-            sys.stdout.write(f"{example.name}: {outcome}: {'; '.join(why)[:300]}\n")
+            print_line(f"{example.name}: {outcome}: {'; '.join(why)[:300]}")
     total = sum(outcomes.values())
     return {
         "tool": TOOLS[tool].title,
@@ -142,20 +142,23 @@ def measure(tool: str, examples: Iterator[Example], *, verbose: bool) -> dict[st
     }
 
 
-def main() -> None:
-    """Print the result of each tool as a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    readers = {"axolotl": axolotl_examples, "llamafactory": llamafactory_examples, "trl": trl_examples}
-    for tool in readers:
+READERS = {"axolotl": axolotl_examples, "llamafactory": llamafactory_examples, "trl": trl_examples}
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the command-line arguments."""
+    for tool in READERS:
         parser.add_argument(f"--{tool}", type=Path, help=f"checkout of {TOOLS[tool].title}")
     parser.add_argument("--verbose", action="store_true", help="print why each file is refused")
-    options = vars(parser.parse_args())
-    verbose = options.pop("verbose")
-    for tool, root in options.items():
+
+
+def main(*, verbose: bool, **roots: Path | None) -> None:
+    """Print the result of each tool as JSON."""
+    for tool, root in roots.items():
         if root:
-            result = measure(tool, readers[tool](root.resolve()), verbose=verbose)
-            sys.stdout.write(json.dumps(result, indent=1) + "\n")
+            result = measure(tool, READERS[tool](root.resolve()), verbose=verbose)
+            print_line(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, declare)
