@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from infra.cli import plan as planned
-from infra.importers import result, tools
 from infra.local import stack
 from infra.local.processes import HOST
 from infra.local.settings import Stack
@@ -322,6 +321,8 @@ def import_config(
     ] = False,
 ) -> None:
     """Convert a config file of another tool to params.yaml."""
+    from infra.importers import result, tools
+
     found, content = tools.convert(config, tool)
     console.print(result.tables(found, content, read_params()))
     if write:

@@ -6,7 +6,6 @@ from pathlib import Path
 from nightshift.core.config import suggestion
 from nightshift.core.files import read_json
 from nightshift.core.paths import BASE, BASE_RECORD
-from nightshift.data.template import freeze_dates
 
 OWN = Path(__file__).parent / "chat_templates"
 
@@ -45,6 +44,9 @@ def find_template(reference: str) -> Path:
 
 def is_template_edited(reference: str | None) -> bool:
     """Return whether a template file is not the one that the saved base has, although its path is."""
+    # Imports Jinja, which the command line need not wait for.
+    from nightshift.data.template import freeze_dates
+
     if reference is None or reference in list_templates() or not BASE_RECORD.is_file():
         return False
     saved = BASE / "chat_template.jinja"

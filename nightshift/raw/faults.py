@@ -1,6 +1,6 @@
 """Reasons why a row cannot be used, and how to fix each of them."""
 
-from nightshift.data.encode import FAULTS
+from nightshift.data.faults import FAULTS
 
 ROLES = ("system", "user", "assistant", "tool")
 REMEDIES = {

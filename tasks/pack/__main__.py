@@ -18,7 +18,8 @@ from nightshift.core.files import iterate_rows, named_errors, write_batches
 from nightshift.core.paths import BASE, CLEAN_TRAIN, PACKED, RAW
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import Drops, require_drop_rate
-from nightshift.data.encode import FAULTS, Encoded, load_encoder
+from nightshift.data.encode import Encoded, load_encoder
+from nightshift.data.faults import FAULTS
 from nightshift.data.tokens import encode_stream, open_memo
 from nightshift.data.weights import COLUMNS, Row, Weights
 from nightshift.raw.options import read_weights
