@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from benchmarks.imports import AnyCommit
 from infra.cli.app import app
 from infra.importers.axolotl import GROUPED, keys, schema_keys, translate
 from infra.importers.hub import Offline
@@ -733,3 +734,61 @@ def test_the_import_does_not_load_torch() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+COMMON = {
+    "split.validation_share": 0.05,
+    "base.chat_template": "alpaca",
+    "pack.packing": True,
+    "sft.lr_scheduler_type": "cosine",
+    "sft.warmup_ratio": 0.1,
+    "sft.precision": "auto",
+    "sft.attn_implementation": "flash_attention_2",
+    "sft.activation_checkpointing": True,
+    # Four evaluations and one checkpoint in each of four epochs.
+    "sft.eval_steps": 1 / 16,
+    "sft.save_steps": 1 / 4,
+    "sft.per_device_train_batch_size": 2,
+    "sft.num_train_epochs": 4,
+    "sft.logging_steps": 1,
+}
+SHIPPED = {
+    "axolotl-phi2-ft.yml": {
+        "base.model": "hub:microsoft/phi-2@" + "0123456789abcdef0123456789abcdef01234567",
+        "pack.max_length": 2048,
+        "sft.gradient_accumulation_steps": 1,
+        "sft.use_reentrant": True,
+        "sft.learning_rate": 3e-6,
+        "sft.optim": "adamw_torch_fused",
+        "sft.adam_beta2": 0.95,
+        "sft.adam_epsilon": 1e-5,
+        "sft.weight_decay": 0.1,
+        "sft.max_grad_norm": 1.0,
+    },
+    "axolotl-lora-8b.yml": {
+        "base.model": "hub:NousResearch/Meta-Llama-3-8B@" + "0123456789abcdef0123456789abcdef01234567",
+        "pack.max_length": 4096,
+        "sft.gradient_accumulation_steps": 4,
+        "sft.adapter": "lora",
+        "sft.lora_r": 32,
+        "sft.lora_alpha": 16,
+        "sft.lora_dropout": 0.05,
+        "sft.lora_target_modules": "all-linear",
+        "sft.lora_modules_to_save": ["embed_tokens", "lm_head"],
+        "sft.eval_packing": False,
+        "sft.learning_rate": 2e-4,
+        "sft.optim": "adamw_8bit",
+        "sft.weight_decay": 0.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_key_of_two_examples_means_what_axolotl_documents(name: str) -> None:
+    config = yaml.safe_load((ROOT / "tests" / "examples" / name).read_text())
+    found = translate(config, ROOT / "tests" / "examples", AnyCommit())
+    given = {one.target: one.value for one in found if one.kind == "mapped" and not one.is_default}
+    (source,) = given.pop("snapshot.sources").values()
+    assert given == COMMON | SHIPPED[name]
+    assert (source["split"], source["input_separator"]) == ("train", "\n\n### Input:\n")
+    assert [one.key for one in found if one.kind == "unmapped"] == []
