@@ -6,7 +6,7 @@ import psutil
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """Return the command line of a process; empty once it has ended, also if nobody has waited for it."""
+    """Return the command line of a process; empty once it has ended, also of a zombie."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.cmdline()
     return []

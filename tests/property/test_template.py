@@ -134,8 +134,8 @@ def render_prefixes(messages: list[dict[str, Any]], tools: str | None, template:
         shown = {text: turns}
         found = [(text, [(len(before), len(after.rstrip())) for before, after in pairs])]
     else:
-        said = [turns[i] for i in answers]
-        follow = [follow_prompt(*one) for one in zip(said, pairs, bare, strict=True)]
+        asked = [turns[i] for i in answers]
+        follow = [follow_prompt(*one) for one in zip(asked, pairs, bare, strict=True)]
         if None in follow:
             return "template_changes_turns"
         shown = {one: turns[: i + 1] for i, one in zip(answers, follow, strict=True) if one}
