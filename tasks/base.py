@@ -232,8 +232,10 @@ def set_template(model: Any, tokenizer: Any, reference: str | None) -> None:
     tokenizer.chat_template = freeze_dates(source)
     own_stops = model.generation_config.eos_token_id
     stops = set(own_stops if isinstance(own_stops, list) else [] if own_stops is None else [own_stops])
-    stops |= {tokenizer.convert_tokens_to_ids(stop) for stop in find_stop_tokens(tokenizer, reference)}
-    model.generation_config.eos_token_id = sorted(stops)
+    learned = {tokenizer.convert_tokens_to_ids(stop) for stop in find_stop_tokens(tokenizer, reference)}
+    # The files of a base that has them already stay the same: a champion refers to them by their digests.
+    if not learned <= stops:
+        model.generation_config.eos_token_id = sorted(stops | learned)
 
 
 def find_stop_tokens(tokenizer: Any, reference: str | None) -> Iterator[str]:
