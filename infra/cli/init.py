@@ -23,6 +23,7 @@ from nightshift.core.files import iterate_batches, read_json, write_text
 from nightshift.core.paths import BASE, DATA, INGESTED
 from nightshift.core.stage import RESULT
 from nightshift.core.state import tools_environment
+from nightshift.data.chat_templates import ALPACA_SEPARATOR
 from nightshift.data.encode import load_encoder
 from nightshift.data.tokens import encode_known, open_memo
 from nightshift.pipeline.ledger import entry
@@ -44,8 +45,6 @@ MANY_EXAMPLES, EPOCHS = 10_000, 3
 # Parameters of a model -> learning rate with LoRA. Smaller models tolerate, and need, higher rates
 # (Schulman et al., LoRA Without Regret, 2025).
 LEARNING_RATES = ((1e9, 1.0e-3), (4e9, 4.0e-4), (2e10, 2.0e-4), (math.inf, 1.0e-4))
-# Alpaca's prompt has the input of an instruction under a heading of its own.
-ALPACA_INPUT = {"input_separator": "\n\n### Input:\n"}
 # Optimizer steps of an epoch that a larger batch should leave.
 STEPS = 100
 
@@ -80,9 +79,8 @@ def init(console: Console, data: Sequence[str], model: str | None, benchmarks: S
         choices = []
         if load_encoder(BASE).template is None:
             choices = [Choice("base.chat_template", "alpaca", "the base has none; plain texts need none")]
-            write_values(
-                {"base.chat_template": "alpaca", "snapshot.sources": name_sources(data, ALPACA_INPUT)}
-            )
+            sources = name_sources(data, {"input_separator": ALPACA_SEPARATOR})
+            write_values({"base.chat_template": "alpaca", "snapshot.sources": sources})
             for stage in ("snapshot", "base"):
                 run_stage(console, stage)
         run_stage(console, "ingest")

@@ -1,8 +1,11 @@
 """Findings for the keys of a config file of another tool, and converters for their values."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
+
+from nightshift.core.config import suggestion
 
 Config = Mapping[str, Any]
 DEFAULT = "the tool's default"
@@ -33,6 +36,28 @@ class Finding:
 
 
 Findings = Iterator[Finding]
+
+
+def split_empty(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Return the keys with a value, and the names of the others.
+
+    Example:
+        >>> split_empty({"seed": 0, "adapter": None, "tokens": []})
+        ({'seed': 0}, ['adapter', 'tokens'])
+    """
+    empty = [key for key, value in config.items() if value is None or value in ("", [], {})]
+    return {key: value for key, value in config.items() if key not in empty}, empty
+
+
+def match(key: str, table: Mapping[str, str]) -> str | None:
+    """Return the entry of a key, or of the pattern that it matches, or None."""
+    return table.get(key) or next((why for name, why in table.items() if fnmatchcase(key, name)), None)
+
+
+def unknown(key: str, tool: str, known: Collection[str]) -> Finding:
+    """Return the finding for a key that the tool does not have."""
+    near = suggestion(key, sorted(known))
+    return unmapped(key, f"unknown to {tool}; {near if near.startswith('did') else 'remove it'}")
 
 
 def mapped(key: str, target: str, value: Any, note: str = "") -> Finding:

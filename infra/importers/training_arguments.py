@@ -3,8 +3,8 @@
 The defaults are those of transformers 5; a tool passes its own.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from infra.importers.findings import (
     default,
     essential,
     mapped,
+    match,
     not_needed,
     parse_bool,
     parse_float,
@@ -26,22 +27,18 @@ from infra.importers.findings import (
     parse_interval,
     parse_nonzero,
     share_of_steps,
+    split_empty,
+    unknown,
     unmapped,
 )
+from infra.importers.fit import fit
+from infra.importers.hub import Lookup
+from infra.importers.result import finish, values_of
 from infra.importers.schedule import map_schedule
-from nightshift.core.config import suggestion
+from infra.importers.sources import map_base
 
 Convert = Callable[[Any], Any]
 DEFAULT = "the default of transformers"
-
-
-def parse_epochs(value: Any) -> int:
-    """Parse a number of epochs, which may be written as 3.0.
-
-    Raises:
-        ValueError: It is not a whole number.
-    """
-    return parse_int(value)
 
 
 def parse_limit(value: Any) -> int | None:
@@ -58,7 +55,7 @@ DIRECT: dict[str, tuple[str, Convert]] = {
     "per_device_train_batch_size": ("sft.per_device_train_batch_size", parse_int),
     "per_device_eval_batch_size": ("sft.per_device_eval_batch_size", parse_int),
     "gradient_accumulation_steps": ("sft.gradient_accumulation_steps", parse_int),
-    "num_train_epochs": ("sft.num_train_epochs", parse_epochs),
+    "num_train_epochs": ("sft.num_train_epochs", parse_int),
     "max_steps": ("sft.max_steps", parse_limit),
     "learning_rate": ("sft.learning_rate", parse_float),
     "optim": ("sft.optim", map_optimizer),
@@ -280,39 +277,66 @@ def _saving(config: Config, evaluation: Any) -> Findings:
             yield not_needed(key, "the result is always saved; checkpoints are only for resuming")
 
 
-def map_alone(  # noqa: PLR0913
-    key: str,
-    value: Any,
-    tool: str,
-    known: frozenset[str],
-    reasons: Mapping[str, str],
-    remedies: Mapping[str, str],
-    necessary: tuple[str, ...] = (),
-) -> Finding:
-    """Return the finding for a key that nothing maps.
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """The keys of a tool, and what becomes of those that no function maps.
 
-    Args:
-        key: Key of the file.
-        value: Its value.
-        tool: Name of the tool.
-        known: Names of all its keys.
-        reasons: Pattern of keys -> why they are not needed.
+    Attributes:
+        title: Name of the tool.
+        names: Names of all its keys.
+        grouped: Keys that its functions map.
+        not_needed: Pattern of keys -> why they are not needed.
         remedies: Pattern of keys -> why they cannot be mapped, and what to do.
         necessary: Patterns of keys of another base, other data or another objective.
     """
-    if why := match(key, {**NOT_NEEDED, **reasons}):
+
+    title: str
+    names: frozenset[str]
+    grouped: Set[str]
+    not_needed: Mapping[str, str]
+    remedies: Mapping[str, str]
+    necessary: tuple[str, ...]
+
+
+def translate(config: Config, tool: Tool, decide: Callable[[Config], Iterable[Finding]]) -> list[Finding]:
+    """Return the findings for every key of a config.
+
+    Args:
+        config: Config, key -> value.
+        tool: Tool of the config.
+        decide: Function from the keys with a value to the findings for those that are mapped.
+    """
+    given, empty = split_empty(config)
+    found = [*decide(given)]
+    decided = tool.grouped | DIRECT.keys()
+    found += [map_alone(key, value, tool) for key, value in given.items() if key not in decided]
+    found = fit(finish(given, found), values_of)
+    if empty:
+        found.append(not_needed(", ".join(empty), "empty: the default applies"))
+    return found
+
+
+def map_model(config: Config, revision: str, hub: Lookup) -> Finding:
+    """Return the finding for the base model.
+
+    Args:
+        config: Config, key -> value.
+        revision: Commit, branch or tag; empty for the newest commit.
+        hub: Where commits are looked up.
+    """
+    key = "model_name_or_path" + (" and model_revision" if "model_revision" in config else "")
+    return map_base(key, str(config.get("model_name_or_path", "")), revision, hub)
+
+
+def map_alone(key: str, value: Any, tool: Tool) -> Finding:
+    """Return the finding for a key that nothing maps."""
+    if why := match(key, {**NOT_NEEDED, **tool.not_needed}):
         return not_needed(key, why)
-    remedy = match(key, {**UNMAPPED, **remedies})
-    if remedy is None and key not in known:
-        near = suggestion(key, sorted(known))
-        return unmapped(key, f"unknown to {tool}; {near if near.startswith('did') else 'remove it'}")
+    remedy = match(key, {**UNMAPPED, **tool.remedies})
+    if remedy is None and key not in tool.names:
+        return unknown(key, tool.title, tool.names)
     if value is False or value == 0:
         return not_needed(key, "off, as in Nightshift")
     remedy = remedy or "has no counterpart; remove it"
-    is_essential = any(fnmatchcase(key, name) for name in (*ESSENTIAL, *necessary))
+    is_essential = any(fnmatchcase(key, name) for name in (*ESSENTIAL, *tool.necessary))
     return essential(key, remedy) if is_essential else unmapped(key, remedy)
-
-
-def match(key: str, table: Mapping[str, str]) -> str | None:
-    """Return the entry of a key, or of the pattern that it matches, or None."""
-    return table.get(key) or next((why for name, why in table.items() if fnmatchcase(key, name)), None)

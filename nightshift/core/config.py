@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nightshift.core.errors import ConfigError
 
@@ -100,6 +100,28 @@ def load_params(model: type[P], section: str, path: Path = PARAMS) -> P:
 def config_error(found: list[str], path: Path = PARAMS) -> ConfigError:
     """Build one error that lists all problems."""
     return ConfigError("\n  ".join([f"{path}: {len(found)} problem(s)", *found]))
+
+
+def count_or_share(unit: str, *, optional: bool = False) -> BeforeValidator:
+    """Return a validator of a number from 1, or a share between 0 and 1.
+
+    Args:
+        unit: What is counted.
+        optional: Whether None is valid, too.
+
+    Example:
+        >>> count_or_share("rows").func(0)
+        Traceback (most recent call last):
+        ValueError: must be a number of rows from 1, or a share between 0 and 1, got 0
+    """
+
+    def require(value: object) -> object:
+        is_number = type(value) is int and value >= 1
+        if is_number or (type(value) is float and 0 < value < 1) or (optional and value is None):
+            return value
+        raise ValueError(f"must be a number of {unit} from 1, or a share between 0 and 1, got {value!r}")
+
+    return BeforeValidator(require)
 
 
 def suggestion(word: str, known: list[str]) -> str:

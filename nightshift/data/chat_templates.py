@@ -8,6 +8,8 @@ from nightshift.core.files import read_json
 from nightshift.core.paths import BASE, BASE_RECORD
 
 OWN = Path(__file__).parent / "chat_templates"
+# Between an instruction and its input in Alpaca's prompt: `input_separator` of such a source.
+ALPACA_SEPARATOR = "\n\n### Input:\n"
 
 
 def list_templates() -> dict[str, Path]:
@@ -44,12 +46,13 @@ def find_template(reference: str) -> Path:
 
 def is_template_edited(reference: str | None) -> bool:
     """Return whether a template file is not the one that the saved base has, although its path is."""
+    saved = BASE / "chat_template.jinja"
+    if reference is None or reference in list_templates() or not (BASE_RECORD.is_file() and saved.is_file()):
+        return False
+    if read_json(BASE_RECORD).get("chat_template") != reference:
+        return False
     # Imports Jinja, which the command line need not wait for.
     from nightshift.data.template import freeze_dates
 
-    if reference is None or reference in list_templates() or not BASE_RECORD.is_file():
-        return False
-    saved = BASE / "chat_template.jinja"
-    is_same_path = read_json(BASE_RECORD).get("chat_template") == reference
-    source = find_template(reference).read_text(encoding="utf-8")
-    return is_same_path and saved.is_file() and saved.read_text(encoding="utf-8") != freeze_dates(source)
+    source = Path(reference).read_text(encoding="utf-8")
+    return saved.read_text(encoding="utf-8") != freeze_dates(source)

@@ -40,7 +40,7 @@ TODAY = date(2024, 7, 26)
 STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(?P<format>[^"']*)\1\s*\)""")
 # Separates reasoning that is part of the content, as in data made with DeepSeek.
 START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
-# Stands for a text in a conversation that shows what a template does.
+# A text of the conversations that show what a template does.
 PROBE = "qzxjkv"
 USER, ASSISTANT = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE[::-1]}
 CALLS = [{"type": "function", "function": {"name": PROBE, "arguments": {PROBE: PROBE}}}]

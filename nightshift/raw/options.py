@@ -4,28 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from nightshift.core.config import StageParams
+from nightshift.core.config import StageParams, count_or_share
 from nightshift.core.files import read_json, write_json
 
 # In data/raw: name of each source -> its options that differ from the default.
 OPTIONS = "options.json"
 
 
-def require_limit(value: object) -> object:
-    """Return a limit of rows: None, a number from 1, or a share between 0 and 1.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    is_number = type(value) is int and value >= 1
-    if value is None or is_number or (type(value) is float and 0 < value < 1):
-        return value
-    raise ValueError(f"must be a number of rows from 1, or a share between 0 and 1, got {value!r}")
-
-
-Limit = Annotated[int | float | None, BeforeValidator(require_limit)]
+Limit = Annotated[int | float | None, count_or_share("rows", optional=True)]
 Text = Annotated[str, Field(min_length=1)]
 
 

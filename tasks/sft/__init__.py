@@ -8,28 +8,14 @@ killed.
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from nightshift.core.config import Count, StageParams
+from nightshift.core.config import Count, StageParams, count_or_share
 
 Steps = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-
-
-def require_interval(value: object) -> object:
-    """Return an interval: a number of optimizer steps from 1, or a share between 0 and 1 of all steps.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    is_number = type(value) is int and value >= 1
-    if is_number or (type(value) is float and 0 < value < 1):
-        return value
-    raise ValueError(f"must be a number of steps from 1, or a share between 0 and 1, got {value!r}")
-
-
-Interval = Annotated[int | float, BeforeValidator(require_interval)]
+Interval = Annotated[int | float, count_or_share("steps")]
 Strategy = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 Attention = Literal[

@@ -303,7 +303,7 @@ def documented_operations() -> set[str]:
 def test_every_command_of_the_operations_page_works_as_printed(
     checkout: ServedCheckout, tiny_base: Path, tmp_path: Path
 ) -> None:
-    """What stands for something else in the page is replaced, and nothing else."""
+    """Only placeholders of the page, such as FOLDER or 7, are replaced."""
     adopted, shared, repository = tmp_path / "adopted", tmp_path / "shared", tmp_path / "origin.git"
     shutil.copytree(checkout.folder / "data/sft/model", adopted)
     config = adopted / "adapter_config.json"

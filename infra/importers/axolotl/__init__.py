@@ -20,14 +20,16 @@ from infra.importers.findings import (
     convert_value,
     default,
     essential,
+    match,
     not_needed,
+    split_empty,
+    unknown,
     unmapped,
 )
 from infra.importers.fit import fit
 from infra.importers.hub import Lookup
 from infra.importers.result import finish, values_of
 from infra.importers.schedule import SCHEDULE_KEYS, map_schedule
-from nightshift.core.config import suggestion
 
 # Keys that are interpreted together -> the function that maps them.
 GROUPS: dict[tuple[str, ...], Callable[[Config], Findings]] = {
@@ -68,8 +70,7 @@ def translate(config: Config, folder: Path, hub: Lookup) -> list[Finding]:
         >>> [(one.kind, one.note) for one in found if one.key == "sequence_length"]
         [('unmapped', 'unknown to Axolotl; did you mean sequence_len?')]
     """
-    empty = [key for key, value in config.items() if value is None or value in ("", [], {})]
-    given = {key: value for key, value in config.items() if key not in empty}
+    given, empty = split_empty(config)
     deciders: list[Callable[[Config], Findings]] = [
         partial(data.map_model, hub=hub),
         partial(data.map_data, hub=hub),
@@ -80,10 +81,10 @@ def translate(config: Config, folder: Path, hub: Lookup) -> list[Finding]:
     found = [finding for decide in deciders for finding in decide(given)]
     decided = GROUPED | keys.DIRECT.keys()
     found += [_alone(key, given[key]) for key in given if key not in decided]
-    unknown = [key for key in empty if key not in NAMED and _lookup(key) is None]
-    found += [_alone(key, None) for key in unknown]
+    not_known = [key for key in empty if key not in NAMED and not match(key, keys.NOT_NEEDED | keys.UNMAPPED)]
+    found += [_alone(key, None) for key in not_known]
     found = fit(finish(given, found), values_of)
-    if unset := [key for key in empty if key not in unknown]:
+    if unset := [key for key in empty if key not in not_known]:
         found.append(not_needed(", ".join(unset), "empty: Axolotl's default applies"))
     return found
 
@@ -100,24 +101,14 @@ def _direct(given: Config) -> Findings:
 
 def _alone(key: str, value: Any) -> Finding:
     """Return the finding for a key that no group and no converter reads."""
-    if (why := _match(key, keys.NOT_NEEDED)) is not None:
+    if (why := match(key, keys.NOT_NEEDED)) is not None:
         return not_needed(key, why)
     is_off = value is False or value == 0
-    why = _match(key, keys.UNMAPPED)
+    why = match(key, keys.UNMAPPED)
     is_essential = any(fnmatchcase(key, name) for name in keys.ESSENTIAL)
     if is_off and (why is not None or key in NAMED):
         return not_needed(key, "off, as in Nightshift")
     if why is None and key not in NAMED:
-        near = suggestion(key, sorted(NAMED))
-        return unmapped(key, f"unknown to Axolotl; {near if near.startswith('did') else 'remove it'}")
+        return unknown(key, "Axolotl", NAMED)
     why = why or "has no counterpart; remove it"
     return essential(key, why) if is_essential else unmapped(key, why)
-
-
-def _lookup(key: str) -> str | None:
-    return _match(key, keys.NOT_NEEDED | keys.UNMAPPED)
-
-
-def _match(key: str, table: dict[str, str]) -> str | None:
-    """Return the entry of a key or of the glob pattern that it matches, or None."""
-    return table.get(key) or next((why for name, why in table.items() if fnmatchcase(key, name)), None)

@@ -29,6 +29,7 @@ from infra.importers.sources import (
 )
 from nightshift.core.config import suggestion
 from nightshift.core.errors import DataError
+from nightshift.data.chat_templates import ALPACA_SEPARATOR
 from nightshift.raw.messages import CONTENT_KEYS, ROLE_KEYS, ROLES
 
 MODEL_KEYS = (
@@ -43,8 +44,6 @@ TEXT_KEYS = (
 TEMPLATE = "base.chat_template"
 # Dataset types whose rows become messages, the Alpaca prompt, or plain text.
 CHATS, ALPACA, TEXT = ("chat_template", "sharegpt"), "alpaca", "completion"
-# Between question and input in Alpaca's prompt.
-SEPARATOR = "\n\n### Input:\n"
 READ = (
     *("path", "type", "data_files", "split", "name", "revision", "field", "field_messages", "field_tools"),
     *("message_property_mappings", "message_field_role", "message_field_content", "roles", "shards"),
@@ -178,7 +177,7 @@ def _dataset(row: Mapping[str, Any]) -> Dataset:
         )
     options: dict[str, Any] = {}
     if kind == ALPACA:
-        options["input_separator"] = SEPARATOR
+        options["input_separator"] = ALPACA_SEPARATOR
     if kind == TEXT:
         options["columns"] = {"text": str(row.get("field", "text"))}
     if kind in CHATS:

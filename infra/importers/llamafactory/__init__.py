@@ -24,12 +24,10 @@ from infra.importers.findings import (
     parse_nonzero,
     unmapped,
 )
-from infra.importers.fit import fit
 from infra.importers.hub import Lookup
 from infra.importers.llamafactory.data import DATA_KEYS, map_data
 from infra.importers.llamafactory.templates import SAME_TEXT
-from infra.importers.result import finish, values_of
-from infra.importers.sources import keep_test_share, map_base
+from infra.importers.sources import keep_test_share
 
 NAMED = LLAMAFACTORY | TRAINING
 MODEL_KEYS = ("model_name_or_path", "model_revision", "adapter_name_or_path")
@@ -119,6 +117,9 @@ NECESSARY = (
 )
 
 
+TOOL = arguments.Tool("LLaMA-Factory", NAMED, GROUPED, NOT_NEEDED, REMEDIES, NECESSARY)
+
+
 def translate(config: Config, folder: Path, hub: Lookup) -> list[Finding]:
     """Return the findings for every key.
 
@@ -127,32 +128,17 @@ def translate(config: Config, folder: Path, hub: Lookup) -> list[Finding]:
         folder: Folder of the file.
         hub: Where commits are looked up.
     """
-    empty = [key for key, value in config.items() if value is None or value in ("", [], {})]
-    given = {key: value for key, value in config.items() if key not in empty}
-    found = [
-        map_base(
-            "model_name_or_path" + (" and model_revision" if "model_revision" in given else ""),
-            str(given.get("model_name_or_path", "")),
-            str(given.get("model_revision", "")),
-            hub,
-        ),
-        *map_data(given, folder, hub),
-        keep_test_share(),
-        *_method(given),
-        *_text(given),
-        *_speed(given),
-        *arguments.map_arguments(given, folder),
-    ]
-    decided = GROUPED | arguments.DIRECT.keys()
-    found += [
-        arguments.map_alone(key, value, "LLaMA-Factory", NAMED, NOT_NEEDED, REMEDIES, NECESSARY)
-        for key, value in given.items()
-        if key not in decided
-    ]
-    found = fit(finish(given, found), values_of)
-    if empty:
-        found.append(not_needed(", ".join(empty), "empty: the default applies"))
-    return found
+
+    def decide(given: Config) -> Findings:
+        yield arguments.map_model(given, str(given.get("model_revision", "")), hub)
+        yield from map_data(given, folder, hub)
+        yield keep_test_share()
+        yield from _method(given)
+        yield from _text(given)
+        yield from _speed(given)
+        yield from arguments.map_arguments(given, folder)
+
+    return arguments.translate(config, TOOL, decide)
 
 
 def _method(config: Config) -> Findings:

@@ -20,15 +20,12 @@ from infra.importers.findings import (
     parse_int,
     unmapped,
 )
-from infra.importers.fit import fit
 from infra.importers.hub import Lookup
-from infra.importers.result import finish, values_of
 from infra.importers.sources import (
     Dataset,
     explain_missing_commit,
     find_sources,
     keep_test_share,
-    map_base,
     replace_sources,
 )
 from nightshift.core.errors import DataError
@@ -78,6 +75,9 @@ REMEDIES = {
 NECESSARY = ("model_init_kwargs", "dataset_kwargs", "router_aux_loss_coef")
 
 
+TOOL = arguments.Tool("TRL", NAMED, GROUPED, NOT_NEEDED, REMEDIES, NECESSARY)
+
+
 def translate(config: Config, folder: Path, hub: Lookup) -> list[Finding]:
     """Return the findings for every key.
 
@@ -86,33 +86,19 @@ def translate(config: Config, folder: Path, hub: Lookup) -> list[Finding]:
         folder: Folder of the file.
         hub: Where commits are looked up.
     """
-    empty = [key for key, value in config.items() if value is None or value in ("", [], {})]
-    given = {key: value for key, value in config.items() if key not in empty}
-    found = [
-        map_base(
-            "model_name_or_path" + (" and model_revision" if "model_revision" in given else ""),
-            str(given.get("model_name_or_path", "")),
-            # TRL's default is the branch main.
-            "" if given.get("model_revision") == "main" else str(given.get("model_revision", "")),
-            hub,
-        ),
-        *_data(given, hub),
-        keep_test_share(),
-        *_text(given),
-        *_adapter(given),
-        *_speed(given),
-        *arguments.map_arguments(given, folder, DEFAULTS),
-    ]
-    decided = GROUPED | arguments.DIRECT.keys()
-    found += [
-        arguments.map_alone(key, value, "TRL", NAMED, NOT_NEEDED, REMEDIES, NECESSARY)
-        for key, value in given.items()
-        if key not in decided
-    ]
-    found = fit(finish(given, found), values_of)
-    if empty:
-        found.append(not_needed(", ".join(empty), "empty: the default applies"))
-    return found
+
+    def decide(given: Config) -> Findings:
+        # TRL's default is the branch main.
+        revision = str(given.get("model_revision", ""))
+        yield arguments.map_model(given, "" if revision == "main" else revision, hub)
+        yield from _data(given, hub)
+        yield keep_test_share()
+        yield from _text(given)
+        yield from _adapter(given)
+        yield from _speed(given)
+        yield from arguments.map_arguments(given, folder, DEFAULTS)
+
+    return arguments.translate(config, TOOL, decide)
 
 
 def _data(config: Config, hub: Lookup) -> Findings:
