@@ -6,6 +6,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from nightshift.core.errors import DataError
 from nightshift.core.files import atomic_write, jsonl, write_rows
 from nightshift.core.paths import BASE, INGESTED, PII, QUARANTINE, RAW, REPAIRS
 from nightshift.core.stage import run_main, write_summary
+from nightshift.core.workers import start_workers
 from nightshift.data.drops import Drops, require_drop_rate
 from nightshift.data.encode import Encoder, load_encoder
 from nightshift.data.schemas import EXAMPLES
@@ -23,13 +25,16 @@ from nightshift.raw.columns import is_harmless
 from nightshift.raw.faults import RowError
 from nightshift.raw.pii import find_pii
 from nightshift.raw.selection import Selection
+from nightshift.raw.shards import used_shards
 from nightshift.raw.streams import Limits
 from tasks.ingest import IngestParams
-from tasks.ingest.lengths import describe, measure, special_tokens
+from tasks.ingest.lengths import describe, special_tokens, start_conversion
 from tasks.ingest.presidio import load_presidio
-from tasks.ingest.rows import Example, Outcome, Privacy, Rules, read_outcomes
+from tasks.ingest.rows import Example, Measured, Outcome, Privacy, Rules, read_outcomes
 
 log = logging.getLogger(__name__)
+# Size of the shards, compressed or not, from which rows are converted on all CPU cores.
+MANY_BYTES = 32 * 2**20
 # Examples of each repair, and names of ignored columns of a source. Rows may be maps with a key for each.
 EXAMPLES_PER_REPAIR = 3
 MAX_COLUMNS = 100
@@ -95,19 +100,24 @@ def write_outputs(
     privacy = Privacy(params.pii, load_presidio(params.pii_model) if params.pii_model else find_pii)
     has_reasoning = encoder.template is not None and encoder.template.has_reasoning
     rules = Rules(special, privacy, params.fix_encoding, has_reasoning)
+    start = partial(start_conversion, rules, encoder, params.max_tokens)
+    # Each process would load the spaCy model.
+    is_large = (
+        privacy.find is find_pii and sum(path.stat().st_size for _, path in used_shards(RAW)) > MANY_BYTES
+    )
     with (
-        open_memo(encoder) as memo,
+        # Emptied here if another method filled it, before several processes open it.
+        open_memo(encoder),
+        start_workers("ingest", start, is_large=is_large) as convert_all,
         atomic_write(REPAIRS) as repairs,
         atomic_write(QUARANTINE) as quarantine,
         atomic_write(PII) as pii,
         quarantine.open("w", encoding="utf-8") as bad,
         pii.open("w", encoding="utf-8") as personal,
     ):
-        outcomes = read_outcomes(RAW, limits, rules, selection)
-        measured = measure(outcomes, encoder, memo, params.max_tokens)
         counted = (
             one
-            for one in measured
+            for one in read_outcomes(RAW, limits, convert_all, selection)
             if not selection.is_mended(one[0].origin.rpartition(":")[0], one[0].result)
         )
         write_rows(examples, separate(counted, bad, personal, tally), EXAMPLES)
@@ -115,9 +125,7 @@ def write_outputs(
         repairs.write_text(jsonl(shown), encoding="utf-8")
 
 
-def separate(
-    measured: Iterable[tuple[Outcome, int]], bad: TextIO, personal: TextIO, tally: Tally
-) -> Iterator[Example]:
+def separate(measured: Iterable[Measured], bad: TextIO, personal: TextIO, tally: Tally) -> Iterator[Example]:
     """Yield the examples; write faults to `bad` and positions of personal data to `personal`."""
     for outcome, tokens in measured:
         tally.drops.read[outcome.source] += 1

@@ -1,14 +1,16 @@
 """Token count of each example, with the base model's chat template and tokenizer."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from nightshift.core.memo import Memo
+from nightshift.core.workers import Work
 from nightshift.data.encode import Conversation, Encoded, Encoder, Fault
-from nightshift.data.tokens import encode_stream
+from nightshift.data.tokens import encode_stream, open_memo
 from nightshift.raw.faults import RowError
-from tasks.ingest.rows import Outcome
+from tasks.ingest.rows import Measured, Outcome, Rules, Task, convert_row
 
 
 def special_tokens(encoder: Encoder) -> list[str]:
@@ -17,9 +19,24 @@ def special_tokens(encoder: Encoder) -> list[str]:
     return sorted(token.content for token in tokens if token.special)
 
 
+@contextmanager
+def start_conversion(
+    rules: Rules, encoder: Encoder, max_tokens: int | None
+) -> Iterator[Work[Task, Measured]]:
+    """Open the cache of token ids, and yield a function that converts rows and counts their tokens.
+
+    Args:
+        rules: How the rows are checked and repaired.
+        encoder: Tokenizer and chat template of the base model.
+        max_tokens: Longest accepted example, in tokens; None for no limit.
+    """
+    with open_memo(encoder) as memo:
+        yield lambda tasks: measure((convert_row(*task, rules) for task in tasks), encoder, memo, max_tokens)
+
+
 def measure(
     outcomes: Iterable[Outcome], encoder: Encoder, memo: Memo, max_tokens: int | None
-) -> Iterator[tuple[Outcome, int]]:
+) -> Iterator[Measured]:
     """Encode the examples among the outcomes.
 
     Args:

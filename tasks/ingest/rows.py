@@ -1,22 +1,17 @@
 """Convert a raw row to an example or a fault."""
 
 import json
-import multiprocessing
-import os
 import re
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import tee
 from pathlib import Path
 from typing import Any, Literal
 
-from nightshift.core.errors import DataError, StageError
+from nightshift.core.errors import DataError
 from nightshift.core.files import text_digest
+from nightshift.core.workers import Work
 from nightshift.raw.checks import check
 from nightshift.raw.columns import find_column
 from nightshift.raw.convert import convert
@@ -37,10 +32,6 @@ from tasks.ingest.personal import PiiSpan, calls_json, find_pii_spans, redact_co
 Example = dict[str, Any]
 # Row or fault, its origin, its arrival, and the options of its source.
 Task = tuple[RawRow | RowError, str, int, SourceOptions]
-Convert = Callable[[Iterator[Task]], Iterator[tuple[RawRow | RowError, "Outcome"]]]
-# Size of the shards, compressed or not, from which rows are converted by several processes, in batches.
-MANY_BYTES = 32 * 2**20
-ROWS_PER_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,28 +80,33 @@ class Outcome:
     pii_spans: tuple[PiiSpan, ...] = ()
 
 
+# Outcome of a row, and its token count.
+Measured = tuple[Outcome, int]
+
+
 def read_outcomes(
-    raw: Path, limits: Limits, rules: Rules, selection: Selection | None = None
-) -> Iterator[Outcome]:
+    raw: Path, limits: Limits, convert_all: Work[Task, Measured], selection: Selection
+) -> Iterator[Measured]:
     """Read, convert and check every row of every shard in use, ordered by arrival and row number.
 
     Args:
         raw: Folder with `<source>/<arrival>.<suffix>` and the options of the sources.
         limits: Size limits of shards and rows.
-        rules: How the rows are checked and repaired.
-        selection: Counts the rows that are left out; by default they are not needed.
+        convert_all: Converts the rows and counts their tokens.
+        selection: Completes the examples, and counts the rows that are left out.
+
+    Yields:
+        Outcome and token count of each row.
 
     Raises:
         DataError: A shard cannot be read completely, or no row of a source has a column that its options
             name.
     """
-    selection = selection or Selection(raw)
-    rows = rows_in_use(raw, limits, selection)
-    with start_converters(raw, rules) as convert_all:
-        for row, outcome in convert_all(rows):
-            if isinstance(outcome.result, dict) and isinstance(row, dict):
-                selection.complete(outcome.result, row)
-            yield outcome
+    tasks, originals = tee(rows_in_use(raw, limits, selection))
+    for (row, *_), (outcome, tokens) in zip(originals, convert_all(tasks), strict=True):
+        if isinstance(outcome.result, dict) and isinstance(row, dict):
+            selection.complete(outcome.result, row)
+        yield outcome, tokens
 
 
 def rows_in_use(raw: Path, limits: Limits, selection: Selection) -> Iterator[Task]:
@@ -130,71 +126,6 @@ def rows_in_use(raw: Path, limits: Limits, selection: Selection) -> Iterator[Tas
                 yield row, origin, arrival, columns.options
     for source, columns in mapped.items():
         columns.require(raw / source)
-
-
-@contextmanager
-def start_converters(raw: Path, rules: Rules) -> Iterator[Convert]:
-    """Yield a function that converts a stream of rows in order, on all CPU cores if there is much data.
-
-    Starting processes takes as long as converting some thousand rows, so small data sets are converted
-    here. So are rows whose personal data a spaCy model finds, because each process would load it.
-    """
-    size = sum(path.stat().st_size for _, path in used_shards(raw))
-    if size < MANY_BYTES or rules.privacy.find is not find_pii:
-        yield lambda rows: ((task[0], convert_row(*task, rules)) for task in rows)
-        return
-    count = os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, watch_parent) as pool:
-
-        def convert_all(rows: Iterator[Task]) -> Iterator[tuple[RawRow | RowError, Outcome]]:
-            pending: deque[tuple[list[Task], Future[list[Outcome]]]] = deque()
-            while batch := list(islice(rows, ROWS_PER_BATCH)):
-                pending.append((batch, pool.submit(convert_batch, batch, rules)))
-                if len(pending) > 2 * count:
-                    yield from finish(*pending.popleft())
-            while pending:
-                yield from finish(*pending.popleft())
-
-        try:
-            yield convert_all
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def watch_parent() -> None:
-    """End this process when its parent ends, even if that is killed."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def finish(
-    batch: Sequence[Task], future: Future[list[Outcome]]
-) -> Iterator[tuple[RawRow | RowError, Outcome]]:
-    """Yield each row of a batch with its outcome.
-
-    Raises:
-        StageError: A process was killed.
-    """
-    try:
-        outcomes = future.result()
-    except BrokenProcessPool:
-        raise StageError(
-            "ingest: a process that converts rows was killed; free memory if it was full, and run it again"
-        ) from None
-    for (row, *_), outcome in zip(batch, outcomes, strict=True):
-        yield row, outcome
-
-
-def convert_batch(batch: Sequence[Task], rules: Rules) -> list[Outcome]:
-    """Convert rows in a process of their own."""
-    return [convert_row(*task, rules) for task in batch]
 
 
 class Mapped:

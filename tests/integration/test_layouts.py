@@ -17,10 +17,11 @@ from nightshift.raw.faults import RowError
 from nightshift.raw.formats import shard_suffix
 from nightshift.raw.options import SourceOptions, write_options
 from nightshift.raw.streams import Limits
-from tasks.ingest.rows import Outcome, Privacy, Rules, read_outcomes
+from tasks.ingest.rows import Outcome, Privacy, Rules
 from tests.helpers.byte_base import SPECIAL, make_byte_base
 from tests.helpers.checkouts import ROOT
 from tests.helpers.layouts import LAYOUTS, Layout
+from tests.helpers.outcomes import convert_shards
 
 PAGE = ROOT / "docs" / "data.md"
 TABLE = re.compile(r"(?<=<!-- layouts -->\n).*(?=<!-- /layouts -->)", re.DOTALL)
@@ -38,7 +39,7 @@ def read(layout: Layout, raw: Path, encoder: Encoder) -> str:
     path.write_bytes(layout.content)
     write_options(raw, {"mine": SourceOptions(**layout.options)})
     try:
-        found = [describe(outcome, encoder) for outcome in read_outcomes(raw, LIMITS, RULES)]
+        found = [describe(outcome, encoder) for outcome in convert_shards(raw, LIMITS, RULES)]
     except DataError as err:
         return f"stopped: {str(err).replace(f'{raw}/mine', 'mine')}"
     return "; ".join(found)

@@ -19,8 +19,9 @@ from nightshift.raw.faults import RowError
 from nightshift.raw.pii import find_pii, redact
 from nightshift.raw.streams import Limits
 from tasks.ingest.lengths import measure
-from tasks.ingest.rows import Privacy, Rules, read_outcomes
+from tasks.ingest.rows import Privacy, Rules
 from tests.helpers.byte_base import make_byte_base
+from tests.helpers.outcomes import convert_shards
 
 LIMITS = Limits(row_bytes=2000, shard_bytes=10**9, ratio=200)
 MARKUP = compile_special_tokens([])
@@ -53,7 +54,7 @@ def outcomes(folder: Path, lines: list[bytes], mode: Any = "report") -> list[Any
     path = folder / "a" / "000001.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"\n".join(lines))
-    return list(read_outcomes(folder, LIMITS, Rules(MARKUP, Privacy(mode))))
+    return convert_shards(folder, LIMITS, Rules(MARKUP, Privacy(mode)))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

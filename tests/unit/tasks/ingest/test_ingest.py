@@ -3,31 +3,28 @@
 import datetime
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from nightshift.core.errors import DataError, StageError
+from nightshift.core import workers
+from nightshift.core.errors import DataError
+from nightshift.core.state import state_dir
 from nightshift.data.drops import Drops
 from nightshift.data.encode import IGNORED, Fault, count_supervised, load_encoder
 from nightshift.data.tokens import encode_known, open_memo
 from nightshift.raw.options import SourceOptions, write_options
 from nightshift.raw.shards import find_shards
-from tasks.ingest import rows
+from tasks.ingest import __main__ as stage
 from tasks.ingest.__main__ import main, require_rows
 from tests.helpers.byte_base import make_byte_base
-from tests.helpers.checkouts import ROOT
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 PARAMS = {
@@ -134,47 +131,14 @@ def test_several_processes_give_the_same_result_as_one(run: Run, monkeypatch: py
     (Path("data/raw")).mkdir(parents=True)
     write_options(Path("data/raw"), {"b": SourceOptions(mode="replace", group_by="prompt")})
     alone = run(shards)
-    monkeypatch.setattr(rows, "MANY_BYTES", 1)
-    monkeypatch.setattr(rows, "ROWS_PER_BATCH", 4)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr(stage, "MANY_BYTES", 1)
+    monkeypatch.setattr(workers, "ITEMS_PER_BATCH", 4)
+    shutil.rmtree(state_dir() / "memo")
+    assert run({}) == alone
+    # The workers read the cache that they filled.
     assert run({}) == alone
     assert len(alone["examples"]) == 10
     assert alone["examples"][-1]["group"]
-
-
-def test_a_killed_converter_is_one_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MANY_BYTES", 1)
-    monkeypatch.setattr(rows, "convert_batch", exit_hard)
-    with pytest.raises(StageError, match="a process that converts rows was killed"):
-        run({"a/000001.jsonl": b"{}"})
-
-
-def test_converters_end_with_a_stage_that_is_killed(tmp_path: Path) -> None:
-    code = (
-        "import time\nfrom pathlib import Path\nfrom tasks.ingest import rows\n"
-        "if __name__ == '__main__':\n"
-        "    rows.MANY_BYTES = 0\n"
-        "    with rows.start_converters(Path('none'), rows.Rules(None, rows.Privacy('report'))) as convert:\n"
-        "        list(convert(iter([(rows.RowError('empty_file'), 'a/b:1', 1, rows.SourceOptions())])))\n"
-        "        print('ready', flush=True)\n        time.sleep(60)\n"
-    )
-    script = tmp_path / "stage.py"
-    script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    stage = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment, cwd=tmp_path)
-    assert stage.stdout
-    assert stage.stdout.readline() == b"ready\n"
-    processes = psutil.Process(stage.pid).children()
-    stage.kill()
-    stage.wait()
-    stage.stdout.close()
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert alive == []
-    assert processes
-
-
-def exit_hard(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_only_trained_turns_have_labels(run: Run, in_tmp: Path) -> None:

@@ -1,0 +1,93 @@
+"""Work on a stream of items in several processes, if there is much of it.
+
+To start a process takes about a second, so a small amount of work is done in the process that has it.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+from nightshift.core.errors import StageError
+
+ITEMS_PER_BATCH = 500
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# Yields one result for each item, in order.
+Work = Callable[[Iterable[Item]], Iterator[Result]]
+# Opens what the work needs, once in each process. Other processes get a copy, so it must be picklable.
+Start = Callable[[], AbstractContextManager[Work[Item, Result]]]
+
+# The work of this process, if it is a worker, and what it has open until the process ends.
+_works: list[Work[Any, Any]] = []
+_opened = ExitStack()
+
+
+@contextmanager
+def start_workers(stage: str, start: Start[Item, Result], *, is_large: bool) -> Iterator[Work[Item, Result]]:
+    """Yield the work: done on all CPU cores if it is large, in this process otherwise.
+
+    The processes end with this one, even if it is killed. Two batches per core and one are in memory.
+
+    Args:
+        stage: Name of the stage, for the error.
+        start: Starts the work in a process.
+        is_large: Whether the work takes longer than to start the processes.
+
+    Raises:
+        StageError: A process was killed.
+    """
+    if not is_large:
+        with start() as work:
+            yield work
+        return
+    count = os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _begin, (start,)) as pool:
+
+        def work_on_all_cores(items: Iterable[Item]) -> Iterator[Result]:
+            remaining = iter(items)
+            pending: deque[Future[list[Result]]] = deque()
+            while batch := list(islice(remaining, ITEMS_PER_BATCH)):
+                pending.append(pool.submit(_work_on, batch))
+                if len(pending) > 2 * count:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+
+        try:
+            yield work_on_all_cores
+        except BrokenProcessPool:
+            raise StageError(
+                f"{stage}: a worker process was killed; free memory if it was full, and run it again"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin(start: Start[Any, Any]) -> None:
+    """Prepare this process, which uses one CPU core and ends with its parent."""
+    # Ctrl-C reaches all processes; the parent ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _works.append(_opened.enter_context(start()))
+
+
+def _end_with_parent() -> None:
+    """Wait until the parent ends, even if it is killed; then end this process."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)
+
+
+def _work_on(batch: list[Any]) -> list[Any]:
+    """Work on a batch in a worker."""
+    return list(_works[0](batch))
