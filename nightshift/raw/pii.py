@@ -12,10 +12,12 @@ from nightshift.raw.checksums import card_length, iban_length
 
 PHONE_DIGITS = range(8, 16)
 EMAIL = re.compile(r"[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}")
-IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}")
-CARD = re.compile(r"(?<![\d.])[2-6](?:[ -]?\d){12,18}(?!\d)")
-IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
-IPV6 = re.compile(r"(?<![\w:])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])")
+# What precedes a number is checked after its first character: a pattern that begins with a set of characters
+# is found several times as fast.
+IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z]\d\d(?: ?[A-Z0-9]){11,30}")
+CARD = re.compile(r"[2-6](?<![\d.].)(?:[ -]?\d){12,18}(?!\d)")
+IPV4 = re.compile(r"\d(?<![\w.].)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?![\w]|\.\d)")
+IPV6 = re.compile(r"[23](?<![\w:].)[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])")
 # Country code after +; trunk 0 or area code in brackets, with separators; North America. Eight bare
 # digits are an order number as often as a phone number.
 PHONE = re.compile(

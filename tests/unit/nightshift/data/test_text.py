@@ -1,6 +1,12 @@
 """Canonical text: what makes two texts the same, and what keeps them apart."""
 
+import re
+import sys
+import unicodedata
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nightshift.data.text import canonical, ngrams, weight
 
@@ -65,6 +71,41 @@ def test_letters_of_unspaced_scripts_are_words() -> None:
 def test_ascii_text_gives_the_same_with_and_without_other_letters() -> None:
     text = "If x-1 > 3! then #5 (a*b)/c, **bold** {y} = f[0] & g | 50% of $3 @me ~z ^ C++ 2**3 !ok"
     assert canonical(text + " é") == canonical(text) + " é"
+
+
+def is_symbol(sign: re.Match[str]) -> bool:
+    """Return whether a sign of a text is a symbol, by what is before and after it."""
+    text, start, stop = sign.string, sign.start(), sign.end()
+    before, after = text[max(0, start - 2) : start], text[stop : stop + 2]
+    match sign[0]:
+        case "-":
+            return after.lstrip(" ")[:1].isdigit()
+        case "!":
+            return after[:1].isalnum() or after[:1] == "=" or before[-1:].isdigit()
+        case "#":
+            return after[:1].isalnum() or before[-1:].isalnum()
+        case "/" | "*":
+            left, right = before.rstrip(" ")[-1:], after.lstrip(" ")[:1]
+            return (left.isalnum() or left in (")", "]")) and (right.isalnum() or right in ("(", "["))
+        case _:
+            return before[-1:].isalnum() and after[:1].isalnum()
+
+
+@settings(max_examples=1000)
+@given(st.text(alphabet="aé5٣፭_ ()[]-!#/*=+.\n", max_size=12))
+def test_a_sign_is_a_symbol_or_punctuation_by_its_neighbours(text: str) -> None:
+    signs = re.compile(r"\*+|[#/!-]")
+    plain = signs.sub(lambda sign: f" {sign[0]} " if is_symbol(sign) else ".", text)
+    symbols = [word for word in canonical(text).split() if signs.fullmatch(word)]
+    assert symbols == signs.findall(plain)
+
+
+def test_a_minus_before_any_digit_is_a_symbol() -> None:
+    digits = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isdigit()]
+    # The normal form of some begins with a bracket: (1).
+    digits = [digit for digit in digits if unicodedata.normalize("NFKC", digit)[0] != "("]
+    assert len(digits) > 700
+    assert [digit for digit in digits if not canonical(f"-{digit}").startswith("- ")] == []
 
 
 def test_an_ngram_of_letters_has_as_much_text_as_one_of_words() -> None:
