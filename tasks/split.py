@@ -18,11 +18,10 @@ from pydantic import Field, model_validator
 
 from nightshift.core.config import StageParams, load_params
 from nightshift.core.errors import DataError
-from nightshift.core.files import iterate_batches, iterate_rows, text_digest, write_batches, write_rows
+from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
 from nightshift.core.paths import BRIDGES, DEDUPED, REMOVED, TEST, TRAIN, VALIDATION
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.schemas import GROUPED
-from nightshift.data.text import SHORT, canonical_messages
 
 BRIDGES_SCHEMA = pa.schema(
     [("id", pa.string()), ("near_ids", pa.list_(pa.string())), ("sides", pa.list_(pa.string()))]
@@ -61,16 +60,16 @@ def main() -> None:
     """Write one Parquet file per split, and the removed examples that bridge two splits."""
     params = load_params(SplitParams, "split")
     rows, keys = [], []
-    for row in iterate_rows(DEDUPED, ["id", "source", "group_id", "group", "messages"]):
+    for row in iterate_rows(DEDUPED, ["id", "source", "group_id", "group", "prompts"]):
         keys.append(row_keys(row))
-        rows.append({key: value for key, value in row.items() if key != "messages"})
+        rows.append(row)
     components = connect(keys)
     sides = assign(rows, components, params)
     splits = {row["id"]: side for row, side in zip(rows, sides, strict=True)}
     counts = Counter(sides)
     require_splits(counts, len(set(components)))
     for name, target in SPLITS.items():
-        write_batches(target, select(iterate_batches(DEDUPED), splits, name), GROUPED)
+        write_batches(target, select(iterate_batches(DEDUPED, GROUPED.names), splits, name), GROUPED)
     bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), splits))
     write_rows(BRIDGES, bridges, BRIDGES_SCHEMA)
     if bridges:
@@ -89,32 +88,10 @@ def row_keys(row: Mapping[str, Any]) -> list[str]:
     """Return the keys of a row: rows that have a key in common belong to one side.
 
     These are its content, the value of the `group_by` column, its prompt, which several answers may have,
-    and the prompt of each earlier answer, by which a conversation and its continuation are connected. An
-    earlier prompt of a few words, such as "Hello!", connects nothing: too many conversations begin with it.
+    and the prompt of each earlier answer, by which a conversation and its continuation are connected.
     """
-    prompts = prompt_digests(row["messages"])
-    long = [digest for digest, words in prompts[:-1] if words >= SHORT]
-    keys = [f"content {row['group_id']}", *(f"prompt {digest}" for digest in long)]
-    keys += [f"prompt {digest}" for digest, _ in prompts[-1:]]
+    keys = [f"content {row['group_id']}", *(f"prompt {prompt}" for prompt in row["prompts"])]
     return keys + ([f"column {row['group']}"] if row["group"] else [])
-
-
-def prompt_digests(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Return the digest of what precedes each assistant turn, and its words without the system turn.
-
-    Example:
-        >>> turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
-        >>> len(prompt_digests(turns)), prompt_digests(turns)[0][1], prompt_digests(turns[:1])
-        (1, 1, [])
-    """
-    found, digest, words = [], "", 0
-    for message in messages:
-        if message["role"] == "assistant":
-            found.append((digest, words))
-        text = canonical_messages([message])
-        digest = text_digest(digest, text)
-        words += 0 if message["role"] == "system" else text.count(" ")
-    return found
 
 
 def connect(keys: Iterable[Iterable[str]]) -> list[int]:

@@ -57,6 +57,16 @@ class GroupedExample(Example):
     group_id: str
 
 
+class ConnectedExample(GroupedExample):
+    """A survivor of deduplication, with what connects it with others in the split.
+
+    Attributes:
+        prompts: Digests of its prompts (see `tasks.dedupe.prompts`).
+    """
+
+    prompts: list[str]
+
+
 class AugmentedExample(GroupedExample):
     """An original example, or one of its paraphrases.
 
@@ -135,6 +145,8 @@ EXAMPLES = pa.schema(
     ]
 )
 GROUPED = EXAMPLES.append(pa.field("group_id", pa.string()))
+PROMPTS = pa.list_(pa.string())
+CONNECTED = GROUPED.append(pa.field("prompts", PROMPTS))
 AUGMENTED = (
     GROUPED.append(pa.field("parent_id", pa.string()))
     .append(pa.field("style", pa.string()))

@@ -15,10 +15,11 @@ from nightshift.core.memo import Memo
 from nightshift.core.paths import CONFLICTS, DEDUPED, INGESTED, REMOVED
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import Drops, require_drop_rate
-from nightshift.data.schemas import GROUPED
+from nightshift.data.schemas import CONNECTED, PROMPTS
 from nightshift.data.text import canonical_messages
 from tasks.dedupe import DedupeParams
 from tasks.dedupe.candidates import Removal, Text, keep_first, own_shingles
+from tasks.dedupe.prompts import list_prompts
 from tasks.dedupe.reasons import HARMLESS, classify_removals
 from tasks.dedupe.signatures import (
     Keys,
@@ -47,10 +48,12 @@ CONFLICTS_SCHEMA = pa.schema([("prompt_id", pa.string()), ("id", pa.string()), (
 def main() -> None:
     """Remove duplicates; assign every survivor the group id of its content."""
     params = load_params(DedupeParams, "dedupe")
-    ids, texts, origins, contents = [], [], [], []
+    ids, texts, prompts, origins, contents = [], [], [], [], []
     for row in iterate_rows(INGESTED, ["id", "messages", "tools", "origin"]):
+        turns = [canonical_messages([message]) for message in row["messages"]]
         ids.append(row["id"])
-        texts.append(read_text(row["messages"]))
+        texts.append(join_turns(turns))
+        prompts.append(list_prompts(row["messages"], turns))
         origins.append(row["origin"])
         contents.append(text_digest(json.dumps(row["messages"]), row["tools"] or ""))
     with open_memo(params) as memo:
@@ -67,7 +70,7 @@ def main() -> None:
         harmless=HARMLESS,
     )
     sources: Counter[str] = Counter()
-    write_batches(DEDUPED, survivors(texts, removals, sources), GROUPED)
+    write_batches(DEDUPED, survivors(texts, prompts, removals, sources), CONNECTED)
     conflicts = find_label_conflicts(texts, removals)
     write_rows(CONFLICTS, _conflict_rows(ids, texts, conflicts), CONFLICTS_SCHEMA)
     write_summary(
@@ -82,14 +85,14 @@ def main() -> None:
     )
 
 
-def read_text(messages: Sequence[Mapping[str, Any]]) -> Text:
-    """Return the canonical text of a conversation, with the last answer separate.
+def join_turns(turns: Sequence[str]) -> Text:
+    """Join the canonical texts of the turns of a conversation, with the last answer separate.
 
     Example:
-        >>> read_text([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}])
+        >>> join_turns(["user who", "assistant me"])
         Text(prompt='user who', answer='assistant me')
     """
-    return Text(canonical_messages(messages[:-1]), canonical_messages(messages[-1:]))
+    return Text(" ".join(turns[:-1]), " ".join(turns[-1:]))
 
 
 def find_duplicates(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> dict[int, Removal]:
@@ -148,17 +151,21 @@ def find_keys(texts: Sequence[Text], params: DedupeParams, memo: Memo) -> tuple[
 
 
 def survivors(
-    texts: Sequence[Text], removals: Mapping[int, Removal], sources: Counter[str]
+    texts: Sequence[Text],
+    prompts: Sequence[list[str]],
+    removals: Mapping[int, Removal],
+    sources: Counter[str],
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the surviving examples with their group id; count them by source."""
+    """Yield the surviving examples with their group id and prompts; count them by source."""
     start = 0
     for batch in iterate_batches(INGESTED):
-        numbers = range(start, start + batch.num_rows)
+        kept = [i for i in range(start, start + batch.num_rows) if i not in removals]
+        rows = batch.take(pa.array([i - start for i in kept], pa.int64()))
         start += batch.num_rows
-        kept = batch.filter(pa.array([i not in removals for i in numbers]))
-        groups = pa.array([text_digest(texts[i].whole) for i in numbers if i not in removals], pa.string())
-        sources.update(kept["source"].to_pylist())
-        yield kept.append_column("group_id", groups)
+        sources.update(rows["source"].to_pylist())
+        groups = [text_digest(texts[i].whole) for i in kept]
+        columns = [pa.array(groups, pa.string()), pa.array([prompts[i] for i in kept], PROMPTS)]
+        yield pa.RecordBatch.from_arrays([*rows.columns, *columns], schema=CONNECTED)
 
 
 def find_label_conflicts(texts: Sequence[Text], removals: Mapping[int, Removal]) -> list[list[int]]:

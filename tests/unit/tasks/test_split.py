@@ -7,8 +7,10 @@ import pytest
 
 from nightshift.core.errors import DataError
 from nightshift.core.files import read_json, read_rows, write_rows
-from nightshift.data.schemas import GROUPED
+from nightshift.data.schemas import CONNECTED
+from nightshift.data.text import canonical_messages
 from tasks.dedupe.__main__ import REMOVED_SCHEMA
+from tasks.dedupe.prompts import list_prompts
 from tasks.split import SplitParams, assign, connect, main, row_keys, split_of
 
 
@@ -30,11 +32,12 @@ def test_a_source_by_phrasing_goes_entirely_to_train(in_tmp: Path) -> None:
             "origin": "x:1",
             "arrival": 1,
             "group_id": f"{source}{i}",
+            "prompts": [],
         }
         for source in ("facts", "chats")
         for i in range(20)
     ]
-    write_rows(Path("data/dedupe/examples.parquet"), rows, GROUPED)
+    write_rows(Path("data/dedupe/examples.parquet"), rows, CONNECTED)
     write_rows(Path("data/dedupe/removed.parquet"), [], REMOVED_SCHEMA)
     main()
     train = read_rows(Path("data/split/train.parquet"))
@@ -56,10 +59,11 @@ def test_a_removed_example_near_two_splits_is_listed_and_changes_neither(in_tmp:
             "origin": "x:1",
             "arrival": 1,
             "group_id": f"group-{i}",
+            "prompts": [],
         }
         for i in (0, 8, 21)
     ]
-    write_rows(Path("data/dedupe/examples.parquet"), rows, GROUPED)
+    write_rows(Path("data/dedupe/examples.parquet"), rows, CONNECTED)
     removed = [
         {
             "id": "bridge",
@@ -94,7 +98,14 @@ PARAMS = SplitParams(validation_share=0.05, test_share=0.1, by_phrasing=["facts"
 def row(group_id: str, group: str | None = None, source: str = "chats", *turns: str) -> dict[str, Any]:
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
-    return {"id": group_id, "source": source, "group_id": group_id, "group": group, "messages": messages}
+    return with_prompts(
+        {"id": group_id, "source": source, "group_id": group_id, "group": group, "messages": messages}
+    )
+
+
+def with_prompts(one: dict[str, Any]) -> dict[str, Any]:
+    texts = [canonical_messages([message]) for message in one["messages"]]
+    return one | {"prompts": list_prompts(one["messages"], texts)}
 
 
 def chat(group_id: str, *turns: str) -> dict[str, Any]:
@@ -159,7 +170,7 @@ def test_conversations_that_begin_with_the_same_greeting_are_not_connected() -> 
 def test_a_system_prompt_alone_connects_nothing() -> None:
     system = [{"role": "system", "content": " ".join(["word"] * 50)}]
     rows = [chat(f"group-{i}", "Hello!", "Hi!", f"Topic {i}?", f"a{i}") for i in range(100)]
-    rows = [one | {"messages": system + one["messages"]} for one in rows]
+    rows = [with_prompts(one | {"messages": system + one["messages"]}) for one in rows]
     assert set(sides(*rows)) == {"train", "validation", "test"}
 
 
@@ -172,7 +183,7 @@ def test_one_group_for_all_rows_is_an_error_that_names_group_by(in_tmp: Path) ->
         "split: {validation_share: 0.05, test_share: 0.1, by_phrasing: [], seed: 0}"
     )
     rows = [{**row(f"g{i}", "same"), "messages": [], "origin": "x:1", "arrival": 1} for i in range(9)]
-    write_rows(Path("data/dedupe/examples.parquet"), rows, GROUPED)
+    write_rows(Path("data/dedupe/examples.parquet"), rows, CONNECTED)
     write_rows(Path("data/dedupe/removed.parquet"), [], REMOVED_SCHEMA)
     with pytest.raises(
         DataError, match=r"0 of 9 examples, which form 1 group\(s\); .* `group_by` with more values"

@@ -16,6 +16,7 @@ from tasks.evaluate.scores import ALL_SCORES, SCORES
         (schemas.Message, pa.schema(schemas.MESSAGES.value_type.fields)),
         (schemas.Example, schemas.EXAMPLES),
         (schemas.GroupedExample, schemas.GROUPED),
+        (schemas.ConnectedExample, schemas.CONNECTED),
         (schemas.AugmentedExample, schemas.AUGMENTED),
         (schemas.ItemScore, SCORES),
         (schemas.Score, ALL_SCORES),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from nightshift.data.text import canonical_messages
 from tasks.dedupe import DedupeParams, signatures
-from tasks.dedupe.__main__ import find_duplicates, find_label_conflicts, read_text
+from tasks.dedupe.__main__ import find_duplicates, find_label_conflicts, join_turns
 from tasks.dedupe.candidates import Removal, Text
 from tasks.dedupe.signatures import open_memo
 
@@ -112,6 +113,6 @@ def test_the_last_answer_is_separated_from_the_prompt() -> None:
         ("user", "When?"),
         ("assistant", "Now."),
     ]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    assert read_text(messages) == Text("system be brief user who assistant me user when", "assistant now")
-    assert read_text([{"role": "text", "content": "A text."}]) == Text("", "text a text")
+    texts = [canonical_messages([{"role": role, "content": content}]) for role, content in turns]
+    assert join_turns(texts) == Text("system be brief user who assistant me user when", "assistant now")
+    assert join_turns(["text a text"]) == Text("", "text a text")
