@@ -128,6 +128,14 @@ class Row(NamedTuple):
     source: str
 
 
+class Form(NamedTuple):
+    """A text of a training row in canonical form, with its words and shingles."""
+
+    text: str
+    words: Sequence[str]
+    shingles: Shingles
+
+
 @dataclass(frozen=True, slots=True)
 class Overlap:
     """Passages that a text of a training row has in common with the questions of an index.
@@ -152,7 +160,8 @@ def main() -> None:
     in_test = [one for one in questions if one[0] == HELDOUT]
     test = build_index(in_test, params, is_test=True)
     drops = Drops()
-    hits = find_hits(count_rows(iterate_rows(AUGMENTED_TRAIN), drops), benchmarks, test, params)
+    rows = iterate_rows(AUGMENTED_TRAIN, ["id", "messages", "source", "origin", "parent_id"])
+    hits = find_hits(count_rows(rows, drops), benchmarks, test, params)
     for row_source, hit in hits.values():
         drops.add(row_source, hit["reason"], describe_hit(hit))
     write_rows(HITS, (hit for _, hit in hits.values()), HITS_SCHEMA)
@@ -233,7 +242,7 @@ def find_hits(
         turns, prompt = questions_of(example), prompt_of(example)
         asked = [*turns, "\n".join(turns)] if len(turns) > 1 else turns
         # Usually, the only turn is the prompt.
-        forms = {text: canonical(text) for text in {*asked, prompt}}
+        forms = {text: read_form(text) for text in {*asked, prompt}}
         texts = ([forms[text] for text in asked], [forms[prompt]])
         found = [find_overlaps(some, index, params) for some, index in zip(texts, indexes, strict=True)]
         if any(found):
@@ -254,16 +263,22 @@ def find_hits(
     return hits
 
 
-def find_overlaps(texts: Iterable[str], index: Index, params: DecontaminateParams) -> list[Overlap]:
-    """Find what the canonical texts of a row have in common with any question."""
+def read_form(text: str) -> Form:
+    """Return the canonical form of a text."""
+    form = canonical(text)
+    words = form.split()
+    return Form(form, words, shingles(words, SHINGLE_SIZE))
+
+
+def find_overlaps(forms: Iterable[Form], index: Index, params: DecontaminateParams) -> list[Overlap]:
+    """Find what the texts of a row have in common with any question."""
     found = []
-    for text in texts:
-        words = text.split()
-        # The index of the test examples has none.
-        runs = ngrams(words, params.ngram_size) if index.by_ngram else ()
+    for text, words, own in forms:
+        known = frozenset(filter(index.by_shingle.__contains__, own))
+        # A common n-gram consists of common shingles. The index of the test examples has none.
+        runs = ngrams(words, params.ngram_size) if known and index.by_ngram else ()
         grams = [gram for gram in runs if gram in index.by_ngram]
-        known = frozenset(one for one in shingles(words, SHINGLE_SIZE) if one in index.by_shingle)
-        if grams or known or text in index.by_text:
+        if known or text in index.by_text:
             found.append(Overlap(text, grams, known))
     return found
 
@@ -292,13 +307,15 @@ def match(
         for number in sorted(candidates):
             question = index.questions[number]
             share = containment(question.shingles, overlap.shingles)
-            own = containment(question.shingles - shared, overlap.shingles)
+            if share < params.max_containment:
+                continue
+            if containment(question.shingles - shared, overlap.shingles) < params.max_containment:
+                continue
             if index.is_test and is_another_question(overlap.text.split(), question.text.split()):
                 continue
-            if min(share, own) >= params.max_containment:
-                whole = f" {question.text} " in f" {overlap.text} "
-                reason = "shared_ngram" if whole else "contained_question"
-                return _hit(row, question, reason, question.text, share)
+            whole = f" {question.text} " in f" {overlap.text} "
+            reason = "shared_ngram" if whole else "contained_question"
+            return _hit(row, question, reason, question.text, share)
     return None
 
 
@@ -326,4 +343,4 @@ def _hit(row: Row, question: Question, reason: str, match: str, containment: flo
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, has_many_objects=True)

@@ -200,4 +200,4 @@ def split_of(group_id: str, params: SplitParams) -> str:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, has_many_objects=True)

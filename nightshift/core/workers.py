@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from nightshift.core.errors import StageError
+from nightshift.core.stage import collect_rarely
 
 ITEMS_PER_BATCH = 500
 Item = TypeVar("Item")
@@ -77,6 +78,7 @@ def _begin(start: Start[Any, Any]) -> None:
     # Ctrl-C reaches all processes; the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    collect_rarely()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _works.append(_opened.enter_context(start()))
 

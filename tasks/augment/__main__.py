@@ -316,4 +316,4 @@ def _rejected(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, has_many_objects=True)

@@ -216,4 +216,4 @@ def _conflict_rows(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, has_many_objects=True)

@@ -206,4 +206,4 @@ def require_rows(drops: Drops, limit: float) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, has_many_objects=True)

@@ -232,4 +232,4 @@ def build_batches(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, has_many_objects=True)
