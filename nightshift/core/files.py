@@ -147,10 +147,18 @@ def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[A
         yield from batch.to_pylist()
 
 
-def iterate_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches of a Parquet file."""
+def iterate_batches(
+    path: Path, columns: Sequence[str] | None = None, rows: int = ROWS_PER_BATCH
+) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of a Parquet file, of at most `rows` rows each."""
     with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns)
+        yield from file.iter_batches(batch_size=rows, columns=columns)
+
+
+def data_size(path: Path) -> int:
+    """Return the size of the rows of a Parquet file before compression, in bytes."""
+    metadata = pq.read_metadata(path)
+    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
 
 
 def text_digest(*parts: str, size: int = 8) -> str:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from nightshift.core.errors import StageError
 from nightshift.core.stage import collect_rarely
 
-ITEMS_PER_BATCH = 500
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 # Yields one result for each item, in order.
@@ -32,7 +31,9 @@ _opened = ExitStack()
 
 
 @contextmanager
-def start_workers(stage: str, start: Start[Item, Result], *, is_large: bool) -> Iterator[Work[Item, Result]]:
+def start_workers(
+    stage: str, start: Start[Item, Result], *, is_large: bool, batch: int
+) -> Iterator[Work[Item, Result]]:
     """Yield the work: done on all CPU cores if it is large, in this process otherwise.
 
     The processes end with this one, even if it is killed. Two batches per core and one are in memory.
@@ -41,6 +42,7 @@ def start_workers(stage: str, start: Start[Item, Result], *, is_large: bool) -> 
         stage: Name of the stage, for the error.
         start: Starts the work in a process.
         is_large: Whether the work takes longer than to start the processes.
+        batch: Items that a process works on at once.
 
     Raises:
         StageError: A process was killed.
@@ -56,8 +58,8 @@ def start_workers(stage: str, start: Start[Item, Result], *, is_large: bool) -> 
         def work_on_all_cores(items: Iterable[Item]) -> Iterator[Result]:
             remaining = iter(items)
             pending: deque[Future[list[Result]]] = deque()
-            while batch := list(islice(remaining, ITEMS_PER_BATCH)):
-                pending.append(pool.submit(_work_on, batch))
+            while some := list(islice(remaining, batch)):
+                pending.append(pool.submit(_work_on, some))
                 if len(pending) > 2 * count:
                     yield from pending.popleft().result()
             while pending:
@@ -90,6 +92,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work_on(batch: list[Any]) -> list[Any]:
-    """Work on a batch in a worker."""
-    return list(_works[0](batch))
+def _work_on(items: list[Any]) -> list[Any]:
+    """Work on a batch of items in a worker."""
+    return list(_works[0](items))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +29,7 @@ CACHED_SETS = 2**16
 LARGEST_BUCKET = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """Canonical text of an example, in two parts.
 
     Attributes:

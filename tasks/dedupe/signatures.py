@@ -6,7 +6,7 @@ candidates if they share a key in the same band, so nothing else is needed.
 Sources: Broder (1997) for MinHash; Leskovec et al., Mining of Massive Datasets, ch. 3, for banding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import daft
 import numpy as np
@@ -14,7 +14,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nightshift.core.code_digest import source_digest, versions
-from nightshift.core.files import text_digest
 from nightshift.core.memo import Memo
 from nightshift.data.text import CHARACTER_SHINGLE, Shingles, is_short
 from tasks.dedupe import DedupeParams
@@ -22,6 +21,8 @@ from tasks.dedupe import DedupeParams
 HASH_FUNCTION = "xxhash3_64"
 # Texts per Daft task: a fraction of a second of work.
 TEXTS_PER_TASK = 10_000
+# Texts that are copied to Daft at once.
+TEXTS_PER_CALL = 40_000
 # Replaces the space inside a character shingle; no canonical text contains it.
 SPACE = "▁"
 # Odd constants of splitmix64 (Steele et al., 2014), for mixing the values of a band into one key.
@@ -45,11 +46,14 @@ def open_memo(params: DedupeParams) -> Memo:
     )
 
 
-def sign_cached(texts: Sequence[str], params: DedupeParams, memo: Memo, sign: Sign) -> Keys:
+def sign_cached(
+    texts: Iterable[str], digests: Sequence[str], params: DedupeParams, memo: Memo, sign: Sign
+) -> Keys:
     """Return the band keys of texts, computing only those that are not cached.
 
     Args:
         texts: Texts for `sign`, shape (n,).
+        digests: Keys of the texts in the cache, shape (n,).
         params: MinHash parameters.
         memo: Cache from `open_memo`.
         sign: `sign_texts` or `sign_passages`.
@@ -57,14 +61,18 @@ def sign_cached(texts: Sequence[str], params: DedupeParams, memo: Memo, sign: Si
     Returns:
         Band keys, shape (n, bands), uint64.
     """
-    digests = [text_digest(sign.__name__, text, size=16) for text in texts]
-    known = memo.read(list(dict.fromkeys(digests)))
-    new = {digest: i for i, digest in enumerate(digests) if digest not in known}
-    computed = sign([texts[i] for i in new.values()], params)
-    memo.write((digest, keys.tobytes()) for digest, keys in zip(new, computed, strict=True))
-    known |= {digest: keys.tobytes() for digest, keys in zip(new, computed, strict=True)}
-    values = np.frombuffer(b"".join(known[digest] for digest in digests), dtype=np.uint64)
-    return values.reshape(len(texts), params.bands)
+    keys = np.empty((len(digests), params.bands), dtype=np.uint64)
+    remaining = iter(texts)
+    for start in range(0, len(digests), TEXTS_PER_CALL):
+        some = digests[start : start + TEXTS_PER_CALL]
+        known = memo.read(list(dict.fromkeys(some)))
+        new = {digest: text for digest, text in zip(some, remaining, strict=False) if digest not in known}
+        computed = [row.tobytes() for row in sign(list(new.values()), params)]
+        memo.write(zip(new, computed, strict=True))
+        known |= zip(new, computed, strict=True)
+        values = np.frombuffer(b"".join(known[digest] for digest in some), dtype=np.uint64)
+        keys[start : start + TEXTS_PER_CALL] = values.reshape(len(some), params.bands)
+    return keys
 
 
 def sign_texts(texts: Sequence[str], params: DedupeParams) -> Keys:

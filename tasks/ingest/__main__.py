@@ -33,8 +33,10 @@ from tasks.ingest.presidio import load_presidio
 from tasks.ingest.rows import Example, Measured, Outcome, Privacy, Rules, read_outcomes
 
 log = logging.getLogger(__name__)
-# Size of the shards, compressed or not, from which rows are converted on all CPU cores.
+# Size of the shards, compressed or not, from which rows are converted on all CPU cores, and rows that a
+# process converts at once.
 MANY_BYTES = 32 * 2**20
+ROWS_PER_WORK = 500
 # Examples of each repair, and names of ignored columns of a source. Rows may be maps with a key for each.
 EXAMPLES_PER_REPAIR = 3
 MAX_COLUMNS = 100
@@ -108,7 +110,7 @@ def write_outputs(
     with (
         # Emptied here if another method filled it, before several processes open it.
         open_memo(encoder),
-        start_workers("ingest", start, is_large=is_large) as convert_all,
+        start_workers("ingest", start, is_large=is_large, batch=ROWS_PER_WORK) as convert_all,
         atomic_write(REPAIRS) as repairs,
         atomic_write(QUARANTINE) as quarantine,
         atomic_write(PII) as pii,

@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from functools import partial
 from nightshift.core.workers import start_workers
 if __name__ == "__main__":
-    with start_workers("x", partial(nullcontext, iter), is_large=True) as work:
+    with start_workers("x", partial(nullcontext, iter), is_large=True, batch=1) as work:
         list(work([1]))
         print("ready", flush=True)
         time.sleep(60)
@@ -53,27 +53,24 @@ def end(_: Iterable[int]) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def many() -> Iterator[Work[int, tuple[str, bool]]]:
-    with start_workers("x", partial(nullcontext, spell), is_large=True) as work:
+    with start_workers("x", partial(nullcontext, spell), is_large=True, batch=3) as work:
         yield work
 
 
 @settings(deadline=None)
-@given(numbers=st.lists(st.integers(), max_size=30), size=st.integers(1, 8))
+@given(numbers=st.lists(st.integers(), max_size=40))
 def test_several_processes_give_the_same_results_in_order(
-    many: Work[int, tuple[str, bool]], numbers: list[int], size: int
+    many: Work[int, tuple[str, bool]], numbers: list[int]
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "ITEMS_PER_BATCH", size)
-        assert list(many(numbers)) == [(str(number), True) for number in numbers]
+    assert list(many(numbers)) == [(str(number), True) for number in numbers]
 
 
 def test_little_work_starts_no_process() -> None:
-    with start_workers("x", partial(nullcontext, spell), is_large=False) as work:
+    with start_workers("x", partial(nullcontext, spell), is_large=False, batch=1) as work:
         assert list(work([1, 2])) == [("1", False), ("2", False)]
 
 
-def test_few_batches_are_read_ahead(monkeypatch: pytest.MonkeyPatch, many: Work[int, object]) -> None:
-    monkeypatch.setattr(workers, "ITEMS_PER_BATCH", 3)
+def test_few_batches_are_read_ahead(many: Work[int, object]) -> None:
     read: list[int] = []
     results = many(number for number in range(1000) if not read.append(number))  # type: ignore[func-returns-value]
     next(results)
@@ -83,7 +80,7 @@ def test_few_batches_are_read_ahead(monkeypatch: pytest.MonkeyPatch, many: Work[
 def test_an_error_of_the_work_is_raised_as_it_is() -> None:
     with (
         pytest.raises(DataError, match="jsonl:2: bad"),
-        start_workers("x", partial(nullcontext, fail), is_large=True) as work,
+        start_workers("x", partial(nullcontext, fail), is_large=True, batch=1) as work,
     ):
         list(work([1, 2]))
 
@@ -91,7 +88,7 @@ def test_an_error_of_the_work_is_raised_as_it_is() -> None:
 def test_a_killed_worker_is_one_error() -> None:
     with (
         pytest.raises(StageError, match="x: a worker process was killed"),
-        start_workers("x", partial(nullcontext, end), is_large=True) as work,
+        start_workers("x", partial(nullcontext, end), is_large=True, batch=1) as work,
     ):
         list(work([1]))
 

@@ -7,8 +7,9 @@ import pytest
 
 from nightshift.data.text import canonical_messages
 from tasks.dedupe import DedupeParams, signatures
-from tasks.dedupe.__main__ import find_duplicates, find_label_conflicts, join_turns
+from tasks.dedupe.__main__ import find_duplicates, find_label_conflicts
 from tasks.dedupe.candidates import Removal, Text
+from tasks.dedupe.rows import join_turns
 from tasks.dedupe.signatures import open_memo
 
 PARAMS = DedupeParams(

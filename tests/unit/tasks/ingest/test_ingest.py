@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from nightshift.core import workers
 from nightshift.core.errors import DataError
 from nightshift.core.state import state_dir
 from nightshift.data.drops import Drops
@@ -132,7 +131,7 @@ def test_several_processes_give_the_same_result_as_one(run: Run, monkeypatch: py
     write_options(Path("data/raw"), {"b": SourceOptions(mode="replace", group_by="prompt")})
     alone = run(shards)
     monkeypatch.setattr(stage, "MANY_BYTES", 1)
-    monkeypatch.setattr(workers, "ITEMS_PER_BATCH", 4)
+    monkeypatch.setattr(stage, "ROWS_PER_WORK", 4)
     shutil.rmtree(state_dir() / "memo")
     assert run({}) == alone
     # The workers read the cache that they filled.
