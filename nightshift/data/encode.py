@@ -277,7 +277,8 @@ def _label(tokens: Any, rendered: Rendered, encoder: Encoder) -> Encoded | Fault
     labels = np.full(len(ids), IGNORED, dtype=np.int32)
     for start, end in rendered.answers:
         edge = SPACE.match(rendered.text, end).end()  # type: ignore[union-attr]
-        inside = _find_inside(tokens, start, end, edge)
+        at_edges, inside = _find_inside(tokens, start, end, edge)
+        labels[at_edges] = ids[at_edges]
         labels[inside] = ids[inside]
     if not count_supervised(labels):
         return Fault("no_supervised_token")
@@ -290,8 +291,8 @@ def _label(tokens: Any, rendered: Rendered, encoder: Encoder) -> Encoded | Fault
     return Encoded(ids, labels, np.array(rounds, dtype=np.int32))
 
 
-def _find_inside(tokens: Any, start: int, end: int, edge: int) -> list[int]:
-    """Return the tokens between two characters, without reading the offsets of all tokens.
+def _find_inside(tokens: Any, start: int, end: int, edge: int) -> tuple[list[int], slice]:
+    """Return the tokens between two characters, at its edges and inside, without reading all offsets.
 
     Offsets are in order, except that of a prefix space, which may be after the bytes of its character. The
     offset of a special token may include the white space after it (Phi-3's <|end|>).
@@ -307,7 +308,7 @@ def _find_inside(tokens: Any, start: int, end: int, edge: int) -> list[int]:
     edges = {*range(first - UNORDERED, first + UNORDERED), *range(stop - UNORDERED, stop + UNORDERED)}
     checked = [tokens.token_to_chars(i) if 0 <= i < count else (-1, -1) for i in edges]
     inside = [i for i, (low, high) in zip(edges, checked, strict=True) if start <= low < end and high <= edge]
-    return [*inside, *range(first + UNORDERED, stop - UNORDERED)]
+    return inside, slice(first + UNORDERED, max(first, stop - UNORDERED))
 
 
 def _find_token(tokens: Any, position: int, side: int) -> int:

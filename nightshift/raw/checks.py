@@ -57,7 +57,8 @@ def check(conversation: Conversation, special: re.Pattern[str]) -> Conversation:
     _check_order([turn.role for turn in turns])
     if not any(turn.train for turn in turns if turn.role == "assistant"):
         raise RowError("no_supervised_token", "every assistant turn has the weight 0")
-    return replace(conversation, turns=pair_answers(turns))
+    paired = pair_answers(turns)
+    return conversation if paired is turns else replace(conversation, turns=paired)
 
 
 def _check_turn(turn: Turn, special: re.Pattern[str], number: int) -> None:

@@ -22,9 +22,11 @@ def repair(conversation: Conversation, *, fix_encoding: bool = False) -> Convers
         >>> found.turns[0].content, found.changes
         ('Café', {'mojibake': ('CafÃ©', 'Café')})
     """
+    texts = [turn.content for turn in conversation.turns]
+    if not any("\r\n" in text or (fix_encoding and not text.isascii()) for text in texts):
+        return conversation
     turns, changes = [], dict(conversation.changes)
-    for turn in conversation.turns:
-        text = turn.content
+    for turn, text in zip(conversation.turns, texts, strict=True):
         if "\r\n" in text:
             text = text.replace("\r\n", "\n")
             changes.setdefault("line_ends", cut(turn.content, text))
@@ -57,6 +59,8 @@ def arrange(conversation: Conversation) -> Conversation:
             joined[-1] = _join(joined[-1], turn)
         else:
             joined.append(turn)
+    if len(joined) == len(conversation.turns):
+        return conversation
     if len(joined) < len(turns):
         changes.setdefault("joined_turns", cut(_roles(turns), _roles(joined)))
     return replace(conversation, turns=joined, changes=changes)

@@ -95,7 +95,7 @@ def from_json(value: object) -> Any:
         raise RowError("malformed_tool_call", "not valid JSON") from err
 
 
-def pair_answers(turns: Sequence[Turn]) -> list[Turn]:
+def pair_answers(turns: list[Turn]) -> list[Turn]:
     """Return the turns with each tool turn named after its function, in the order of the calls.
 
     A tool turn answers the call with its id; without an id, the first open call of its name; without a
@@ -105,6 +105,8 @@ def pair_answers(turns: Sequence[Turn]) -> list[Turn]:
     Raises:
         RowError: A tool turn matches no call, or a call has no answer before the next other turn.
     """
+    if not any(turn.calls or turn.role == "tool" for turn in turns):
+        return turns
     paired: list[Turn] = []
     while len(paired) < len(turns):
         start = len(paired)
