@@ -146,9 +146,9 @@ def _from_bytes(value: bytes) -> Sequences:
     values = np.frombuffer(value, dtype=np.int32)
     sequences = []
     while len(values):
-        one, values = values[1 : 1 + values[0]], values[1 + values[0] :]
-        n_rounds, n_edges = one[:2].tolist()
-        rounds, edges, ids = np.split(one[2:], [n_rounds, n_rounds + n_edges])
+        count, n_rounds, n_edges = values[:3].tolist()
+        one, values = values[3 : 1 + count], values[1 + count :]
+        rounds, edges, ids = one[:n_rounds], one[n_rounds : n_rounds + n_edges], one[n_rounds + n_edges :]
         labels = np.full(len(ids), IGNORED, dtype=np.int32)
         for start, stop in edges.reshape(-1, 2).tolist():
             labels[start:stop] = ids[start:stop]

@@ -53,4 +53,4 @@ def copies(weight: float, key: str) -> int:
         (2, 1508, 1)
     """
     whole = int(weight)
-    return whole + (hash_share(key) < weight - whole)
+    return whole + (weight > whole and hash_share(key) < weight - whole)

@@ -126,9 +126,11 @@ def add(
         kept, too_much = fit(encoded, params.max_length, params.over_length)
         tally.supervised += sum(spans.append(number, span, encoded) for span in kept)
         tally.lengths.append(length)
-        lost += too_much
-        whole = cut(length, encoded.rounds.tolist(), params.max_length, "split")
-        tally.lost_if_split += length - sum(span.stop - span.start for span in whole)
+        if too_much:
+            lost += too_much
+        if length > params.max_length:
+            whole = cut(length, encoded.rounds.tolist(), params.max_length, "split")
+            tally.lost_if_split += length - sum(span.stop - span.start for span in whole)
     tally.lost += lost
     origin = row["origin"]
     source = origin.split("/", 1)[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,7 @@ from tasks.pack import OverLength
 Numbers = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Tokens `start` to `stop` (exclusive) of an example, contiguous in one row."""
 
     start: int
@@ -39,6 +38,8 @@ def fit(encoded: Encoded, max_length: int, over_length: OverLength) -> tuple[lis
     spans: list[Span] = []
     lost: Counter[str] = Counter()
     length = len(encoded.input_ids)
+    if length <= max_length and np.any(encoded.labels[1:] != IGNORED):
+        return [Span(0, length)], lost
     for span in cut(length, encoded.rounds.tolist(), max_length, over_length):
         if np.any(encoded.labels[span.start + 1 : span.stop] != IGNORED):
             spans.append(span)
