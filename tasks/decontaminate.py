@@ -43,6 +43,11 @@ HITS_SCHEMA = pa.schema(
     ]
 )
 SHINGLE_SIZE = 3
+# What is read of a training row.
+COLUMNS = [
+    *("id", "source", "origin", "parent_id"),
+    *("messages.list.element.role", "messages.list.element.content"),
+]
 # A passage in more training rows is a template or a document, no leaked question. Deduplication leaves one
 # row of each text, so three rows that share a passage with a test example are no copies of it.
 MANY_FOR_BENCHMARKS, MANY_FOR_TEST = 10, 2
@@ -160,8 +165,7 @@ def main() -> None:
     in_test = [one for one in questions if one[0] == HELDOUT]
     test = build_index(in_test, params, is_test=True)
     drops = Drops()
-    rows = iterate_rows(AUGMENTED_TRAIN, ["id", "messages", "source", "origin", "parent_id"])
-    hits = find_hits(count_rows(rows, drops), benchmarks, test, params)
+    hits = find_hits(count_rows(iterate_rows(AUGMENTED_TRAIN, COLUMNS), drops), benchmarks, test, params)
     for row_source, hit in hits.values():
         drops.add(row_source, hit["reason"], describe_hit(hit))
     write_rows(HITS, (hit for _, hit in hits.values()), HITS_SCHEMA)
