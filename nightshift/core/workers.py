@@ -54,6 +54,7 @@ def start_workers(
     count = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _begin, (start,)) as pool:
+        _start_processes(pool, count)
 
         def work_on_all_cores(items: Iterable[Item]) -> Iterator[Result]:
             remaining = iter(items)
@@ -75,9 +76,18 @@ def start_workers(
             pool.shutdown(cancel_futures=True)
 
 
+def _start_processes(pool: ProcessPoolExecutor, count: int) -> None:
+    """Start the processes before they get work. They ignore Ctrl-C, which reaches all: this one ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for _ in range(count):
+            pool.submit(int)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _begin(start: Start[Any, Any]) -> None:
     """Prepare this process, which uses one CPU core and ends with its parent."""
-    # Ctrl-C reaches all processes; the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     collect_rarely()
