@@ -45,7 +45,7 @@ def start_workers(
         batch: Items that a process works on at once.
 
     Raises:
-        StageError: A process was killed.
+        StageError: A process was killed, or did not start.
     """
     if not is_large:
         with start() as work:
@@ -70,7 +70,8 @@ def start_workers(
             yield work_on_all_cores
         except BrokenProcessPool:
             raise StageError(
-                f"{stage}: a worker process was killed; free memory if it was full, and run it again"
+                f"{stage}: a worker process was killed, or did not start (its error is above); free memory "
+                "if it was full, and run it again"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
