@@ -39,6 +39,8 @@ class Memo:
         self._database.execute("PRAGMA journal_mode=WAL")
         # Losing the last write costs one recomputation; the database stays consistent.
         self._database.execute("PRAGMA synchronous=NORMAL")
+        # 64 MiB. Keys come in no order, so each checkpoint writes most pages of the index to the disk.
+        self._database.execute("PRAGMA wal_autocheckpoint=16384")
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute("CREATE TABLE IF NOT EXISTS manifest (text TEXT NOT NULL)")
