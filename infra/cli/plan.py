@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nightshift.core.config import load_params, read_params
+from nightshift.core.cpu import cpu_has_bf16
 from nightshift.core.errors import ConfigError, DataError
 from nightshift.core.files import iterate_rows, read_json, write_text
 from nightshift.core.paths import BASE, PACKED, TRAINING_RUN
@@ -27,7 +28,7 @@ from nightshift.pipeline.scoreboard import scoreboard_file
 from tasks.check import check
 from tasks.sft import SftParams
 from tasks.sft.backend import find_fitting_strategy, fits, with_processes
-from tasks.sft.machine import VISIBLE, Machine, cpu_has_bf16
+from tasks.sft.machine import VISIBLE, Machine
 from tasks.sft.memory import Batch, Memory, estimate_all, largest_batch, totals
 from tasks.sft.plan import Plan, compile_plan
 from tasks.sft.strategy import GIB

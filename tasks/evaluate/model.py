@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from nightshift.core.cpu import cpu_has_bf16
 from nightshift.data.template import find_answer_prefix, read_template
 from tasks.evaluate.retrieval import add_documents
 
@@ -59,6 +60,10 @@ class Model(HFLM):
     ) -> str:
         """Render a conversation up to where a given answer starts; lm-eval compares answers there."""
         return self.render(chat_history) + self._prefix
+
+    def without_prefix(self, prompt: str) -> str:
+        """Return a prompt from `apply_chat_template` as it is when the model writes the answer."""
+        return prompt.removesuffix(self._prefix) if self._prefix else prompt
 
     def render(self, turns: list[dict[str, Any]]) -> str:
         """Render a conversation and the prompt for an answer, with the retrieved documents.
@@ -235,11 +240,15 @@ class Model(HFLM):
 
 
 def load_model(base: str, adapter: str | None) -> Any:
-    """Load the base with its adapter, if any, or the fully fine-tuned weights, for scoring."""
+    """Load the base with its adapter, if any, or the fully fine-tuned weights, for scoring.
+
+    A CPU without bf16 computes it several times as slowly as float32, which is more accurate.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_full_model = adapter and not (Path(adapter) / "adapter_config.json").is_file()
+    dtype = "auto" if device == "cuda" or cpu_has_bf16() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
-        adapter if is_full_model else base, dtype="auto", trust_remote_code=False
+        adapter if is_full_model else base, dtype=dtype, trust_remote_code=False
     )
     if adapter and not is_full_model:
         model = PeftModel.from_pretrained(model, adapter)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nightshift.core.cpu import cpu_has_bf16
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json, write_json
 from nightshift.core.stage import run_main
@@ -217,11 +218,6 @@ def require_float8(precision: str, device: str) -> None:
         raise ConfigError(
             f"params.yaml: sft.fp8_base=true does not work on this machine: {fault}; set it to false"
         )
-
-
-def cpu_has_bf16() -> bool:
-    """Return whether the CPU flags include bf16."""
-    return "bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 def choose_attention(requested: str, device: str, probe: "Probe") -> str:
