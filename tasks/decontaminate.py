@@ -24,12 +24,22 @@ from pydantic import Field
 
 from nightshift.core.config import StageParams, load_params
 from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
-from nightshift.core.paths import AUGMENTED_TRAIN, BENCHMARKS, CLEAN_TRAIN, HITS, TEST
+from nightshift.core.paths import AUGMENTED_TRAIN, BENCHMARKS, CLEAN_TRAIN, CLUSTERS, HITS, TEST
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.benchmarks import HELDOUT, evaluation_questions, prompt_of, questions_of
+from nightshift.data.benchmarks import Question as EvaluationQuestion
+from nightshift.data.clusters import CLUSTERS_SCHEMA, find_clusters
 from nightshift.data.drops import Drops, Rate, require_drop_rate
 from nightshift.data.schemas import AUGMENTED, AugmentedExample
-from nightshift.data.text import Shingles, canonical, is_another_question, ngrams, shingles, weight
+from nightshift.data.text import (
+    Shingles,
+    canonical,
+    containment,
+    is_another_question,
+    ngrams,
+    shingles,
+    weight,
+)
 
 HITS_SCHEMA = pa.schema(
     [
@@ -160,10 +170,11 @@ def main() -> None:
     """Write the clean training rows and a report of all hits."""
     params = load_params(DecontaminateParams, "decontaminate")
     questions = list(evaluation_questions(TEST, BENCHMARKS))
-    in_benchmarks = [one for one in questions if one[0] != HELDOUT]
+    in_benchmarks = [one for one in questions if one.benchmark != HELDOUT]
     benchmarks = build_index(in_benchmarks, params, is_test=False)
-    in_test = [one for one in questions if one[0] == HELDOUT]
+    in_test = [one for one in questions if one.benchmark == HELDOUT]
     test = build_index(in_test, params, is_test=True)
+    write_rows(CLUSTERS, find_clusters(questions, params), CLUSTERS_SCHEMA)
     drops = Drops()
     hits = find_hits(count_rows(iterate_rows(AUGMENTED_TRAIN, COLUMNS), drops), benchmarks, test, params)
     for row_source, hit in hits.values():
@@ -207,17 +218,17 @@ def describe_hit(hit: Hit) -> str:
 
 
 def build_index(
-    questions: Iterable[tuple[str, str, str]], params: DecontaminateParams, *, is_test: bool
+    questions: Iterable[EvaluationQuestion], params: DecontaminateParams, *, is_test: bool
 ) -> Index:
     """Index the questions, except questions without words.
 
     Args:
-        questions: (benchmark, item id, question).
+        questions: Questions.
         params: Overlap thresholds.
         is_test: Whether these are the prompts of test examples.
     """
     found: dict[str, Question] = {}
-    for benchmark, item, content in questions:
+    for benchmark, item, content, _ in questions:
         text = canonical(content)
         if text and text not in found:
             found[text] = Question(benchmark, item, text, shingles(text.split(), SHINGLE_SIZE))
@@ -321,16 +332,6 @@ def match(
             reason = "shared_ngram" if whole else "contained_question"
             return _hit(row, question, reason, question.text, share)
     return None
-
-
-def containment(question: Shingles, known: Shingles) -> float:
-    """Return the share of a question's shingles that a text contains, 0 to 1; 0 for no shingles.
-
-    Example:
-        >>> containment(frozenset("ab"), frozenset("bc")), containment(frozenset(), frozenset("bc"))
-        (0.5, 0)
-    """
-    return len(question & known) / len(question) if question else 0
 
 
 def _hit(row: Row, question: Question, reason: str, match: str, containment: float) -> Hit:

@@ -21,6 +21,7 @@ from nightshift.core.errors import DataError
 from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
 from nightshift.core.paths import BRIDGES, DEDUPED, REMOVED, TEST, TRAIN, VALIDATION
 from nightshift.core.stage import run_main, write_summary
+from nightshift.data.components import connect
 from nightshift.data.schemas import GROUPED
 
 BRIDGES_SCHEMA = pa.schema(
@@ -92,35 +93,6 @@ def row_keys(row: Mapping[str, Any]) -> list[str]:
     """
     keys = [f"content {row['group_id']}", *(f"prompt {prompt}" for prompt in row["prompts"])]
     return keys + ([f"column {row['group']}"] if row["group"] else [])
-
-
-def connect(keys: Iterable[Iterable[str]]) -> list[int]:
-    """Return the component of each row: rows are connected if they have a key in common, or by other rows.
-
-    Args:
-        keys: Keys of each row, in order of arrival.
-
-    Returns:
-        Number of the earliest row of each row's component, shape (n_rows,).
-
-    Example:
-        >>> connect([["a"], ["b"], ["c"], ["a", "d"], ["d", "c"]])
-        [0, 1, 0, 0, 0]
-    """
-    parents: list[int] = []
-    first: dict[str, int] = {}
-
-    def root(row: int) -> int:
-        while parents[row] != row:
-            parents[row] = row = parents[parents[row]]
-        return row
-
-    for row, of_row in enumerate(keys):
-        parents.append(row)
-        for key in of_row:
-            one, other = root(row), root(first.setdefault(key, row))
-            parents[max(one, other)] = min(one, other)
-    return [root(row) for row in range(len(parents))]
 
 
 def assign(rows: Sequence[Mapping[str, Any]], components: Sequence[int], params: SplitParams) -> list[str]:

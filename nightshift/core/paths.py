@@ -10,6 +10,7 @@ BENCHMARKS = DATA / "benchmarks"
 
 CHAMPION = DATA / "champion"
 CHAMPION_RECORD = DATA / "champion" / "champion.json"
+BEST = DATA / "champion" / "best.parquet"
 
 BASE = DATA / "base" / "model"
 BASE_RECORD = DATA / "base" / "base.json"
@@ -34,6 +35,7 @@ SIMILARITY = DATA / "augment" / "scores.parquet"
 
 CLEAN_TRAIN = DATA / "decontaminate" / "train.parquet"
 HITS = DATA / "decontaminate" / "hits.parquet"
+CLUSTERS = DATA / "decontaminate" / "clusters.parquet"
 
 PACKED = DATA / "pack" / "train.parquet"
 

@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import ConfigDict, Field, model_validator
 
 from nightshift.core.config import Count, StageParams, problems
 from nightshift.core.errors import DataError
-from nightshift.core.files import iterate_rows
+from nightshift.core.files import file_digest, iterate_rows
 from nightshift.data.used import read_used
 
 # Benchmark name of the held-out test set in the table of scores.
@@ -81,10 +81,13 @@ class Item(StageParams):
     Attributes:
         id: Name of the item, unique within a benchmark.
         slice: Part of the benchmark that is reported and guarded separately; None: the whole.
+        cluster: What the item is about, if several are about the same, also in other benchmarks: a fact, a
+            document. They count as one in the gate's tests. None: decontaminate finds related questions.
     """
 
     id: Text
     slice: Text | None = None
+    cluster: Text | None = None
 
 
 class ChoiceItem(Item):
@@ -187,6 +190,11 @@ def read_benchmarks(root: Path) -> list[Benchmark]:
     return found
 
 
+def task_digests(root: Path) -> dict[str, str]:
+    """Return the digest of the task.yaml of each benchmark in use: how its items are asked and scored."""
+    return {name: file_digest(root / name / "task.yaml") for name in sorted(read_used(root))}
+
+
 def read_benchmark(folder: Path, faults: list[str]) -> Benchmark:
     """Read one benchmark; append its problems to `faults`."""
     file = folder / "task.yaml"
@@ -253,18 +261,34 @@ def questions(item: Mapping[str, Any]) -> Iterator[str]:
         yield "\n".join(questions_of(item))
 
 
-def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (benchmark, item id, question) for all evaluation data, in every wording.
+class Question(NamedTuple):
+    """A question of a benchmark item in one of its wordings, or the prompt of a test example.
+
+    Attributes:
+        benchmark: Name of the benchmark; `test` for a test example.
+        item: Id of the item.
+        text: Question.
+        cluster: Cluster that the item names, or group of the example; None if there is none.
+    """
+
+    benchmark: str
+    item: str
+    text: str
+    cluster: str | None = None
+
+
+def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[Question]:
+    """Yield the questions of all evaluation data, in every wording.
 
     Raises:
         DataError: A benchmark violates the format.
     """
-    for row in iterate_rows(test, ["id", "messages"]):
-        yield HELDOUT, row["id"], prompt_of(row)
+    for row in iterate_rows(test, ["id", "messages", "group"]):
+        yield Question(HELDOUT, row["id"], prompt_of(row), row["group"])
     for benchmark in read_benchmarks(benchmarks):
         for item in benchmark.items:
-            for question in questions(item):
-                yield benchmark.name, item["id"], question
+            for text in questions(item):
+                yield Question(benchmark.name, item["id"], text, item.get("cluster"))
 
 
 def questions_of(row: Mapping[str, Any]) -> list[str]:

@@ -143,6 +143,16 @@ def jaccard(a: Shingles, b: Shingles) -> float:
     return shared / (len(a) + len(b) - shared)
 
 
+def containment(question: Shingles, known: Shingles) -> float:
+    """Return the share of a question's shingles that a text contains, 0 to 1; 0 for no shingles.
+
+    Example:
+        >>> containment(frozenset("ab"), frozenset("bc")), containment(frozenset(), frozenset("bc"))
+        (0.5, 0)
+    """
+    return len(question & known) / len(question) if question else 0
+
+
 def weight(word: str) -> float:
     """Return how many words a word of a canonical text counts for: 1, or less for an unspaced script.
 

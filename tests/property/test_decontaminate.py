@@ -5,6 +5,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nightshift.data.benchmarks import Question
 from nightshift.data.text import shingles
 from tasks.decontaminate import DecontaminateParams, build_index, find_hits
 
@@ -33,7 +34,7 @@ def is_hit(text: str, questions: list[str]) -> bool:
 @settings(max_examples=400, deadline=None)
 @given(TEXTS, st.lists(TEXTS, max_size=6))
 def test_the_index_finds_the_same_hits_as_an_exhaustive_search(text: str, questions: list[str]) -> None:
-    items = [("b", str(i), question) for i, question in enumerate(questions)]
+    items = [Question("b", str(i), question) for i, question in enumerate(questions)]
     index = build_index(items, PARAMS, is_test=False)
     row: dict[str, Any] = {
         "id": "r",

@@ -46,9 +46,10 @@ ROW = st.one_of(
     st.fixed_dictionaries({"messages": st.lists(TURN, max_size=2), "weight": JSON, "score": JSON}),
     JSON,
 )
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_BE, codecs.BOM_UTF16_LE)
 LINE = ROW.map(lambda row: json.dumps(row).encode()) | st.binary(min_size=1, max_size=50).filter(
-    # A byte order mark at the start of a file is no part of its rows.
-    lambda line: line.strip() and b"\n" not in line and not line.startswith(codecs.BOM_UTF8)
+    # A byte order mark at the start of a file is no part of its rows, and UTF-16 is refused as a whole.
+    lambda line: line.strip() and b"\n" not in line and not line.startswith(MARKS)
 )
 
 

@@ -18,7 +18,8 @@ def country_items(seed: int = 0) -> Iterator[dict[str, Any]]:
     """Yield two multiple-choice items for each of the most populous countries: capital and continent.
 
     Yields:
-        id, slice (capital or continent), question, choices (4 full answers), answer (correct index).
+        id, slice (capital or continent), cluster (the country), question, choices (4 full answers), answer
+        (correct index).
     """
     countries = _countries()
     capitals = sorted({capital for _, capital, _ in countries})
@@ -59,9 +60,11 @@ def _item(name: str, question: str, answer: str, value: tuple[str, list[str]], s
     rng = random.Random(f"{seed}/{name}")
     options = [true, *rng.sample([other for other in values if other != true], CHOICES - 1)]
     rng.shuffle(options)
+    fact, country = name.split("/")
     return {
         "id": name,
-        "slice": name.split("/")[0],
+        "slice": fact,
+        "cluster": country,
         "question": question,
         "choices": [answer.format(option) for option in options],
         "answer": options.index(true),

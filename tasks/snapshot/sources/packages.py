@@ -107,7 +107,8 @@ def element_items(seed: int = 0) -> Iterator[RawRow]:
     the item, so an item does not change when others are added.
 
     Yields:
-        id, slice (the column), question, choices (4 full answers), answer (index of the right one).
+        id, slice (the column), cluster (the element), question, choices (4 full answers), answer (index of
+        the right one).
     """
     facts = list(_facts())
     values = {a.column: sorted({v for b, _, v in facts if b is a}) for a in ATTRIBUTES}
@@ -119,6 +120,7 @@ def element_items(seed: int = 0) -> Iterator[RawRow]:
         yield {
             "id": f"{attribute.column}/{name}",
             "slice": attribute.column,
+            "cluster": name,
             "question": attribute.benchmark_question.format(name=name),
             "choices": [attribute.benchmark_answer.format(name=name, value=o) for o in options],
             "answer": options.index(value),
@@ -129,13 +131,14 @@ def symbol_items() -> Iterator[RawRow]:
     """Yield one item for every second element: the model must generate its symbol.
 
     Yields:
-        id, question, references.
+        id, cluster (the element), question, references.
     """
     for name, symbol in _symbols()[::2]:
         # `In` and `As` occur in many wrong answers.
         if symbol.lower() not in ENGLISH_WORDS:
             yield {
                 "id": f"written/{name}",
+                "cluster": name,
                 "question": f"Which letters abbreviate {name} in the periodic table?",
                 "references": [symbol],
             }
@@ -145,7 +148,7 @@ def reworded_items(seed: int = 0) -> Iterator[RawRow]:
     """Yield one item for each remaining element: its symbol in two wordings. Short choices score fast.
 
     Yields:
-        id, question, variants, choices.
+        id, cluster (the element), question, variants, choices.
     """
     symbols = [symbol for _, symbol in _symbols()]
     for name, symbol in _symbols()[1::2]:
@@ -154,6 +157,7 @@ def reworded_items(seed: int = 0) -> Iterator[RawRow]:
         rng.shuffle(options)
         yield {
             "id": f"reworded/{name}",
+            "cluster": name,
             "question": f"Which symbol stands for {name} in the periodic table?",
             "variants": [f"If you look for {name} in the periodic table, which symbol do you find?"],
             "choices": options,

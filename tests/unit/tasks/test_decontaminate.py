@@ -7,14 +7,18 @@ import pytest
 import yaml
 
 from nightshift.core.files import jsonl, write_rows, write_text
-from nightshift.data.benchmarks import CHOICE_TASK, prompt_of
+from nightshift.data.benchmarks import CHOICE_TASK, Question, evaluation_questions, prompt_of
 from nightshift.data.schemas import GROUPED
-from tasks.decontaminate import DecontaminateParams, Hit, build_index, evaluation_questions, find_hits
+from tasks.decontaminate import DecontaminateParams, Hit, build_index, find_hits
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 SHORT = "In which year was gallium found?"
 PARAMS = DecontaminateParams(ngram_size=13, min_question_words=5, max_containment=0.8, max_drop_rate=1.0)
-ITEMS = [("facts", "q1", "Who found Tin?"), ("facts", "q2", LONG), ("facts", "q3", SHORT)]
+ITEMS = [
+    Question("facts", "q1", "Who found Tin?"),
+    Question("facts", "q2", LONG),
+    Question("facts", "q3", SHORT),
+]
 BENCHMARKS = build_index(ITEMS, PARAMS, is_test=False)
 NOTHING = build_index([], PARAMS, is_test=True)
 
@@ -43,7 +47,7 @@ def hit(question: str, answer: str = "x", role: str = "user") -> tuple[str, str]
 
 def hits_of_test(rows: list[dict[str, Any]], *test: dict[str, Any]) -> list[str]:
     """Return the ids of the rows that overlap with test examples."""
-    questions = [("test", one["id"], prompt_of(one)) for one in test]
+    questions = [Question("test", one["id"], prompt_of(one)) for one in test]
     index = build_index(questions, PARAMS, is_test=True)
     return list(find_hits(rows, NOTHING, index, PARAMS))  # type: ignore[arg-type]
 
@@ -145,7 +149,7 @@ def test_an_absolute_value_is_asked_for_each_number() -> None:
     ],
 )
 def test_scripts_without_spaces_are_compared_by_characters(question: str, text: str, *, is_hit: bool) -> None:
-    index = build_index([("facts", "q", question)], PARAMS, is_test=False)
+    index = build_index([Question("facts", "q", question)], PARAMS, is_test=False)
     assert bool(find_hits([row(text)], index, NOTHING, PARAMS)) == is_hit  # type: ignore[list-item]
 
 
@@ -171,11 +175,11 @@ def test_every_wording_of_every_kind_of_benchmark_is_indexed(tmp_path: Path) -> 
     write_rows(tmp_path / "test.parquet", [], GROUPED)
     found = list(evaluation_questions(tmp_path / "test.parquet", tmp_path / "b"))
     assert found == [
-        ("changed", "1", "Q?"),
-        ("changed", "1", "C?"),
-        ("facts", "1", "F?"),
-        ("reworded", "1", "R?"),
-        ("reworded", "1", "V?"),
-        ("reworded", "1", "W?"),
-        ("written", "1", "Turn?"),
+        ("changed", "1", "Q?", None),
+        ("changed", "1", "C?", None),
+        ("facts", "1", "F?", None),
+        ("reworded", "1", "R?", None),
+        ("reworded", "1", "V?", None),
+        ("reworded", "1", "W?", None),
+        ("written", "1", "Turn?", None),
     ]
