@@ -17,13 +17,14 @@ class Gain(TypedDict):
         unit: `accuracy` (0 to 1) or `nats per token`: unit of mean, low, high and detectable.
         benchmarks: Benchmarks that it is measured on; `test` for the test set.
         items: Number of items, or of test examples, that both models have scores for.
-        mean: Gain; of a loss, its token-weighted reduction.
+        clusters: Number of unrelated items: related ones count as one.
+        mean: Gain, the mean over the benchmarks; of a loss, its token-weighted reduction.
         low: Lower end of the confidence interval.
         high: Upper end of the confidence interval.
         alpha: One minus the confidence of the interval.
-        p_value: P-value of the two-sided paired test.
-        look: Number of this look since the last promotion, from 1.
-        spent: Limit of the p-value at this look.
+        p_value: P-value of the one-sided paired test for a gain.
+        p_value_of_loss: The same for a loss.
+        level: Limit of both.
         detectable: Gain that the power is given for.
         power: Probability of detecting that gain with these items.
         items_needed: Number of items that would detect it with `gate.power`.
@@ -32,13 +33,14 @@ class Gain(TypedDict):
     unit: Literal["accuracy", "nats per token"]
     benchmarks: list[str]
     items: int
+    clusters: int
     mean: float
     low: float
     high: float
     alpha: float
     p_value: float
-    look: int
-    spent: float
+    p_value_of_loss: float
+    level: float
     detectable: float
     power: float
     items_needed: float
@@ -49,7 +51,7 @@ def is_loss_gain(gate: Mapping[str, Any]) -> bool:
     return bool(gate.get("gain")) and gate["gain"].get("unit") == LOSS
 
 
-def describe_loss_change(gate: Mapping[str, Any]) -> str:
+def describe_loss_change(gate: Mapping[str, Any], what: str = "test examples") -> str:
     """Describe the change of the loss on the test set, from a gate.json with such a gain.
 
     The interval is that of the difference, as a share of the reference's loss.
@@ -64,7 +66,7 @@ to -16.0%)'
     old, new = f"{before:.3f}", f"{loss:.3f}"
     verb = "fell" if loss < before else "rose"
     change = f"stayed at {new}" if new == old else f"{verb} from {old} to {new}"
-    text = f"the loss on {gain['items']:,} test examples {change} nats per token"
+    text = f"the loss on {gain['items']:,} {what} {change} nats per token"
     if not before:
         return text
     # The gain is a reduction: its upper end is the lower end of the change.

@@ -1,6 +1,6 @@
 """Tables that stages exchange: the Arrow schema of each file, and the type of its rows."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -92,6 +92,8 @@ class ItemScore(TypedDict):
             unless status is ok: such rows are left out before scores are used.
         tokens: Labelled tokens of a held-out example; None for an item.
         choices: Number of choices, for the chance level, or None.
+        written: 1 if the answer that the model writes to a multiple-choice question starts with the right
+            choice, else 0; None for the questions, all but a sample, that it does not write an answer to.
         status: ok, error (the model returned no number) or skipped (the model was not run).
         question: Question, or the last turn of the item.
         expected: Reference answer, or None.
@@ -104,6 +106,7 @@ class ItemScore(TypedDict):
     score: float
     tokens: int
     choices: int | None
+    written: NotRequired[float | None]
     status: str
     question: str
     expected: str | None
@@ -114,10 +117,14 @@ class Score(ItemScore):
     """A row of the table of all scores.
 
     Attributes:
-        model: base, candidate, champion or retrieval.
+        model: base, candidate, champion, best (the best champion so far, if it is another) or retrieval.
+        cluster: Name that related items share, in all benchmarks; None for an item on its own.
+        is_new: Whether a held-out example arrived after the champion's data; None for an item.
     """
 
     model: str
+    cluster: NotRequired[str | None]
+    is_new: NotRequired[bool | None]
 
 
 MESSAGES = pa.list_(
@@ -152,3 +159,20 @@ AUGMENTED = (
     .append(pa.field("style", pa.string()))
     .append(pa.field("ordinal", pa.int32()))
 )
+# See ItemScore and Score.
+SCORES = pa.schema(
+    [
+        ("benchmark", pa.string()),
+        ("item", pa.string()),
+        ("slice", pa.string()),
+        ("score", pa.float64()),
+        ("tokens", pa.int32()),
+        ("choices", pa.int32()),
+        ("written", pa.float64()),
+        ("status", pa.string()),
+        ("question", pa.string()),
+        ("expected", pa.string()),
+        ("answer", pa.string()),
+    ]
+)
+ALL_SCORES = pa.schema([("model", pa.string()), *SCORES, ("cluster", pa.string()), ("is_new", pa.bool_())])

@@ -1,8 +1,8 @@
 """Lineage of a version: written when it is registered, read by `nightshift trace`.
 
 `lineage.json` contains code, data down to the shard, base, environment, training run and verdict;
-`rows.parquet` lists every training example with its shard and line. `params.yaml` and `dvc.lock`, which
-identifies the data, are byte-identical copies.
+`rows.parquet` lists every training example with its shard and line. `params.yaml`, `dvc.lock`, which
+identifies the data, and `scores.parquet`, the scores of all models, are byte-identical copies.
 """
 
 import importlib.metadata
@@ -22,11 +22,23 @@ from mlflow.exceptions import MlflowException
 
 from nightshift.core.errors import GateError
 from nightshift.core.files import iterate_rows, read_json, read_rows, write_json, write_rows
-from nightshift.core.paths import BASE_RECORD, DATA, EFFECTIVE, GATE, PACKED, RAW, TRAINING_RUN
+from nightshift.core.paths import (
+    BASE_RECORD,
+    BENCHMARKS,
+    CHAMPION_RECORD,
+    DATA,
+    EFFECTIVE,
+    GATE,
+    PACKED,
+    RAW,
+    SCORES,
+    TRAINING_RUN,
+)
+from nightshift.data.benchmarks import task_digests
 from nightshift.raw.shards import read_digests, used_names
 from nightshift.tracking.runs import git_commit
 
-KEPT = (Path("params.yaml"), Path("dvc.lock"))
+KEPT = (Path("params.yaml"), Path("dvc.lock"), SCORES)
 ENGINES = ("accelerate", "datasets", "deepspeed", "lm-eval", "peft", "torch", "transformers", "trl")
 ROWS = pa.schema([("id", pa.string()), ("origin", pa.string())])
 
@@ -54,6 +66,8 @@ def write_lineage(folder: Path) -> None:
             "summaries": summaries,
             "base": read_json(BASE_RECORD),
             "gate": read_json(GATE),
+            "tasks": task_digests(BENCHMARKS),
+            "best": read_json(CHAMPION_RECORD)["best"],
             "training": read_json(TRAINING_RUN),
             "effective": read_json(EFFECTIVE),
             "environment": describe_environment(),

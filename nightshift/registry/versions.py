@@ -20,11 +20,13 @@ from mlflow.exceptions import MlflowException
 
 from nightshift.core.config import StageParams, load_params
 from nightshift.core.errors import GateError
-from nightshift.core.files import read_json, tree_digest, write_json
-from nightshift.core.paths import BASE
+from nightshift.core.files import read_json, tree_digest, write_json, write_rows
+from nightshift.core.paths import BASE, BEST
 from nightshift.core.stage import OFFLINE
 from nightshift.core.state import state_dir
+from nightshift.data.schemas import SCORES
 from nightshift.registry.bases import is_base, keep, kept_place
+from nightshift.registry.best import fetch_best
 from nightshift.registry.served_model import find_base
 from nightshift.tracking.runs import tracking_uri
 
@@ -54,21 +56,22 @@ class RegistryParams(StageParams):
 
 
 def write_champion(folder: Path) -> None:
-    """Write `champion.json` (version, digest, base, looks) and the champion's adapter, if any.
+    """Write `champion.json`, the champion's adapter, and the best scores so far, if there is a champion.
 
-    `base` is the champion's base: reference, precision, digests of its files, and where in the state
-    folder it is kept, or null if it cannot be found. `looks` lists the digests of the candidates that
-    the gate judged since the last promotion. The files change only when the registry does, so an
+    champion.json has version, digest, base, arrival and best. `base` is the champion's base: reference,
+    precision, digests of its files, and where in the state folder it is kept, or null if it cannot be found.
+    See `nightshift.registry.best` for the others. The files change only when the registry does, so an
     unchanged night recomputes nothing.
 
     Raises:
-        GateError: The adapter in the registry is not the promoted one.
+        GateError: The adapter in the registry is not the promoted one, or its lineage is missing.
     """
     client, name = open_registry()
     champion = find_alias(client, name, "champion")
     if champion is None:
-        record: dict[str, Any] = {"version": None, "digest": None, "base": None}
+        record: dict[str, Any] = {"version": None, "digest": None, "base": None, "arrival": None, "best": {}}
         shutil.rmtree(folder / "model", ignore_errors=True)
+        write_rows(folder / BEST.name, [], SCORES)
     else:
         reference = read_reference(champion)
         base = {key: reference[key] for key in ("model", "dtype", "files")}
@@ -77,9 +80,10 @@ def write_champion(folder: Path) -> None:
             "digest": champion.tags[DIGEST],
             # The base of the last run still exists: this runs before the stage base.
             "base": {**base, "kept": keep_base(name, reference)},
+            **fetch_best(champion, folder / BEST.name),
         }
         fetch_adapter(champion, folder / "model")
-    write_json(folder / "champion.json", {**record, "looks": find_looks(client, name, champion)})
+    write_json(folder / "champion.json", record)
 
 
 def open_registry() -> tuple[MlflowClient, str]:
@@ -288,9 +292,3 @@ def registered(client: MlflowClient, name: str) -> list[ModelVersion]:
     """Return the versions that Nightshift registered, oldest first, without their aliases."""
     found = client.search_model_versions(f"name = '{name}'")
     return sorted((v for v in found if DIGEST in v.tags), key=lambda version: int(version.version))
-
-
-def find_looks(client: MlflowClient, name: str, champion: ModelVersion | None) -> list[str]:
-    """List the distinct candidates registered after the champion, oldest first."""
-    after = int(champion.version) if champion else 0
-    return [v.tags[DIGEST] for v in registered(client, name) if int(v.version) > after]

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 from nightshift.core.code_digest import MODEL_ENGINES, code_digest
 from nightshift.core.config import load_params
+from nightshift.core.cpu import cpu_has_bf16
 from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import (
     file_digest,
@@ -29,8 +30,11 @@ from nightshift.core.paths import (
     BASE,
     BASE_RECORD,
     BENCHMARKS,
+    BEST,
     CHAMPION,
+    CHAMPION_RECORD,
     CLEAN_TRAIN,
+    CLUSTERS,
     METRICS,
     MODEL,
     MODELS,
@@ -39,15 +43,17 @@ from nightshift.core.paths import (
 )
 from nightshift.core.stage import OFFLINE, print_line, run_main, write_summary
 from nightshift.core.state import state_dir
-from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
+from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks, task_digests
+from nightshift.data.schemas import ALL_SCORES, ItemScore, Score
 from nightshift.pipeline import supervise
 from nightshift.registry.bases import base_digest, is_base
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate.answers import Answers, choose_answers
-from tasks.evaluate.scores import ALL_SCORES, DONE, PROGRESS, metrics
+from tasks.evaluate.scores import DONE, PROGRESS, metrics
 
 ENGINES = (*MODEL_ENGINES, "bm25s", "lm-eval", "nltk", "rouge-score")
 RETRIEVAL = "retrieval"
+CPU = "cpu"
 log = logging.getLogger(__name__)
 
 
@@ -80,11 +86,45 @@ def main() -> None:
     rows: list[Any] = [
         {"model": name, **row} for name in memo for file in memo[name].values() for row in read_rows(file)
     ]
-    write_rows(SCORES, rows, ALL_SCORES)
+    rows += [{"model": "best", **row} for row in best_scores(rows)]
+    write_rows(SCORES, relate(rows), ALL_SCORES)
     write_figures(METRICS, metrics(rows))
     write_json(MODELS, digest_models(models))
     asked: dict[str, Any] = {TEST_ANSWERS: answers.counts} if answers else {}
     write_summary("evaluate", rows_in=len(rows), rows_out=len(rows), models=sorted(models), **asked)
+
+
+def best_scores(rows: Sequence[Score]) -> Iterator[ItemScore]:
+    """Yield the scores of the best champion so far on items that are still asked in the same way."""
+    now = task_digests(BENCHMARKS)
+    known = {name for name, one in read_json(CHAMPION_RECORD)["best"].items() if one["task"] == now.get(name)}
+    asked = {
+        (row["benchmark"], row["item"]): (row["question"], row["expected"])
+        for row in rows
+        if row["model"] == "candidate"
+    }
+    for row in read_rows(BEST):
+        key = (row["benchmark"], row["item"])
+        if row["benchmark"] in known and asked.get(key) == (row["question"], row["expected"]):
+            yield row
+
+
+def relate(rows: Iterable[Score]) -> Iterator[Score]:
+    """Yield the scores with the cluster of their item, and whether a test example is newer than the champion.
+
+    A champion that was trained elsewhere may have seen any example: none is too old to compare with it.
+    """
+    clusters = {(row["benchmark"], row["item"]): row["cluster"] for row in read_rows(CLUSTERS)}
+    trained_on = read_json(CHAMPION_RECORD)["arrival"] or 0
+    new = {row["id"]: row["arrival"] > trained_on for row in iterate_rows(TEST, ["id", "arrival"])}
+    for row in rows:
+        # The answers are those of test examples.
+        benchmark = HELDOUT if row["benchmark"] == TEST_ANSWERS else row["benchmark"]
+        yield {
+            **row,
+            "cluster": clusters.get((benchmark, row["item"])),
+            "is_new": new[row["item"]] if row["benchmark"] == HELDOUT else None,
+        }
 
 
 def find_models(params: EvaluateParams, answers: Answers | None = None) -> dict[str, EvaluatedModel]:
@@ -102,7 +142,7 @@ def find_models(params: EvaluateParams, answers: Answers | None = None) -> dict[
         "base": EvaluatedModel(*base, None, 0, everything),
         "candidate": EvaluatedModel(*base, MODEL, 0, everything),
     }
-    champion = read_json(CHAMPION / "champion.json")
+    champion = read_json(CHAMPION_RECORD)
     if champion["version"] is not None:
         of_champion = base_digest(champion["base"]["files"])
         if folder := BASE if of_champion == base[1] else find_kept_base(champion):
@@ -138,7 +178,7 @@ def find_kept_base(champion: dict[str, Any]) -> Path | None:
 def digest_models(models: dict[str, EvaluatedModel]) -> dict[str, str | None]:
     """Return the adapter digest of each model for the gate; a champion on another base adds its base."""
     digests = {name: digest(model) for name, model in models.items() if name != RETRIEVAL}
-    champion = read_json(CHAMPION / "champion.json")
+    champion = read_json(CHAMPION_RECORD)
     if champion["version"] is not None:
         base = base_digest(champion["base"]["files"])
         is_same = base == models["candidate"].base_digest
@@ -234,15 +274,17 @@ def count_items(params: EvaluateParams, answers: Answers | None) -> dict[str, in
 
 
 def device() -> str:
-    """Return `cpu` or the name of the GPU, whose kernels round differently."""
+    """Return `cpu` or the name of the GPU, whose kernels round differently; a CPU may have no bf16."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return CPU if cpu_has_bf16() else f"{CPU}, float32"
 
 
 def count_workers(models: int) -> int:
     """Return how many models are scored at once: one per CPU core, or one on a GPU."""
-    return min(models, os.cpu_count() or 1) if device() == "cpu" else 1
+    return min(models, os.cpu_count() or 1) if device().startswith(CPU) else 1
 
 
 def build_job(

@@ -13,9 +13,11 @@ from nightshift.data.benchmarks import TEST_ANSWERS, Benchmark
 from nightshift.data.encode import Encoder
 from tasks.evaluate.answers import Answers, render_prompt
 from tasks.evaluate.model import Model
-from tasks.evaluate.texts import compare
+from tasks.evaluate.texts import compare, starts_with
 
 Item = dict[str, Any]
+# Multiple-choice questions per benchmark that are also answered in writing, and tokens of an answer.
+WRITTEN_ITEMS, WRITTEN_TOKENS = 16, 24
 
 
 class Outcome(TypedDict):
@@ -34,12 +36,19 @@ class ScoredItem(Outcome):
     expected: str | None
 
 
+class ScoredChoice(ScoredItem):
+    """A multiple-choice item, perhaps with the score of a written answer."""
+
+    written: float | None
+
+
 def score_benchmark(
     model: Model, benchmark: Benchmark, folder: Path, limit: int | None
 ) -> Iterator[dict[str, Any]]:
     """Run a benchmark and yield one row per item; with a limit, items are evenly spread over it."""
     indices = spread(len(benchmark.items), limit)
     items = [benchmark.items[i] for i in indices]
+    found: Iterator[ScoredItem]
     match benchmark.kind:
         case "choice":
             found = score_choice(model, benchmark, folder, indices)
@@ -61,7 +70,7 @@ def score_benchmark(
 
 def score_choice(
     model: Model, benchmark: Benchmark, folder: Path, indices: list[int]
-) -> Iterator[ScoredItem]:
+) -> Iterator[ScoredChoice]:
     """Score multiple choice by log-likelihood: the metric `acc` of an lm-eval task."""
     task = {
         **{key: value for key, value in benchmark.task.items() if not key.endswith("_split")},
@@ -81,7 +90,9 @@ def score_choice(
         numpy_random_seed=0,
         torch_random_seed=0,
     )
-    for index, sample in zip(indices, results["samples"][benchmark.name], strict=True):
+    samples = results["samples"][benchmark.name]
+    written = write_answers(model, [benchmark.items[i] for i in indices], samples)
+    for index, sample in zip(indices, samples, strict=True):
         item = benchmark.items[index]
         choices = item["choices"]
         # The choices come first; other metrics may have added requests.
@@ -89,7 +100,36 @@ def score_choice(
         found = find_fault(model, likelihoods) or scored_row(
             float(sample["acc"]), choices[likeliest(likelihoods)]
         )
-        yield {"choices": len(choices), "expected": choices[item["answer"]], **found}
+        yield {
+            "choices": len(choices),
+            "expected": choices[item["answer"]],
+            "written": written.get(item["id"]),
+            **found,
+        }
+
+
+def write_answers(model: Model, items: Sequence[Item], samples: Sequence[Any]) -> dict[str, float]:
+    """Let the model answer a sample of multiple-choice questions in its own words.
+
+    The gate compares the answers with the likeliest choices: a model that writes the right answers but finds
+    them unlikely is not asked in the way that it was trained.
+
+    Args:
+        model: Model.
+        items: Items of the benchmark.
+        samples: Their results from lm-eval.
+
+    Returns:
+        Item id -> 1.0 if the answer starts with the words of the right choice, else 0.0.
+    """
+    chosen = spread(len(items), WRITTEN_ITEMS)
+    prompts = [model.without_prefix(samples[i]["arguments"][0][0]) for i in chosen]
+    answers = model.generate_greedy(prompts, WRITTEN_TOKENS)
+    return {
+        items[i]["id"]: float(starts_with(answer, items[i]["choices"], items[i]["answer"]))
+        for i, answer in zip(chosen, answers, strict=True)
+        if answer is not None
+    }
 
 
 def render_questions(model: Model, items: Sequence[Item]) -> list[str]:

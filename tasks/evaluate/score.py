@@ -24,11 +24,12 @@ from nightshift.data.encode import (
     encode_batch,
     load_encoder,
 )
+from nightshift.data.schemas import SCORES
 from tasks.evaluate.answers import Answers
 from tasks.evaluate.kinds import score_answers, score_benchmark
 from tasks.evaluate.model import Model, load_model
 from tasks.evaluate.retrieval import build_documents, build_index
-from tasks.evaluate.scores import DONE, PROGRESS, SCORES
+from tasks.evaluate.scores import DONE, PROGRESS
 
 # Time between two progress lines.
 REPORT_SECONDS = 10.0

@@ -5,27 +5,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-
 from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.schemas import Score
 
-# See nightshift.data.schemas.ItemScore.
-SCORES = pa.schema(
-    [
-        ("benchmark", pa.string()),
-        ("item", pa.string()),
-        ("slice", pa.string()),
-        ("score", pa.float64()),
-        ("tokens", pa.int32()),
-        ("choices", pa.int32()),
-        ("status", pa.string()),
-        ("question", pa.string()),
-        ("expected", pa.string()),
-        ("answer", pa.string()),
-    ]
-)
-ALL_SCORES = pa.schema([("model", pa.string()), *SCORES])
 # Prefixes of the output lines that report a finished benchmark, and progress: `scoring facts 12/40`.
 DONE, PROGRESS = "scored ", "scoring "
 

@@ -24,6 +24,24 @@ def compare(metric: Metric, answer: str, references: Sequence[str]) -> float:
     return max(METRICS[metric](answer, reference) for reference in references)
 
 
+def starts_with(answer: str, choices: Sequence[str], right: int) -> bool:
+    """Return whether an answer starts with the words of the right choice, and with those of no longer one.
+
+    Example:
+        >>> starts_with("Au, of course", ["Ag", "Au"], 1), starts_with("Not Au", ["Ag", "Au"], 1)
+        (True, False)
+        >>> starts_with("New York", ["New", "New York"], 0), starts_with("A. Au", ["A", "B"], 0)
+        (False, True)
+    """
+    words = WORD.findall(answer.lower())
+    found = [
+        one
+        for one in (WORD.findall(choice.lower()) for choice in choices)
+        if one and words[: len(one)] == one
+    ]
+    return max(found, key=len, default=None) == WORD.findall(choices[right].lower())
+
+
 def exact_match(answer: str, reference: str) -> float:
     """Return 1.0 if the texts are equal up to case, articles and punctuation, else 0.0.
 

@@ -41,7 +41,8 @@ def main() -> None:
         is_same_base = (
             champion["version"] is None or champion["base"]["files"] == read_json(BASE_RECORD)["files"]
         )
-        decision = decide(rows, models, champion["looks"], overlaps, params, is_same_base=is_same_base)
+        best = {name: one["version"] for name, one in champion["best"].items()}
+        decision = decide(rows, models, overlaps, params, best, is_same_base=is_same_base)
     for check in find_ignored({row["benchmark"] for row in rows}, params):
         log.warning("%s: %s", check.name, check.message)
     write_figures(GATE, decision)
@@ -71,7 +72,7 @@ def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:
     """
     evaluated = {
         (name == HELDOUT, canonical(text)): f"{name}/{item}"
-        for name, item, text in evaluation_questions(test, benchmarks)
+        for name, item, text, _ in evaluation_questions(test, benchmarks)
     }
     return [
         f"{row['origin']} matches {evaluated[asked]}"

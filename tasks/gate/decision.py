@@ -1,28 +1,32 @@
 """The verdict of the gate: all checks, and the most severe verdict."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.gain import Gain
 from nightshift.data.schemas import Score
 from nightshift.data.statistics import is_broken
 from tasks.gate import GateParams
 from tasks.gate.checks import (
     Check,
     Verdict,
+    check_best,
     check_floors,
     check_heldout,
     check_items,
     check_margins,
     check_slices,
     check_unread,
+    check_written,
     compare_slices,
+    count_clusters,
     find_ignored,
 )
 from tasks.gate.gain import check_gain, check_loss_gain, measure_gain, measure_loss_gain
-from tasks.gate.pairs import Pairs, compare_losses, key, pair
+from tasks.gate.pairs import Pairs, compare_losses, find_best, key, pair
 
 # In order of increasing severity.
 VERDICTS: tuple[Verdict, ...] = ("promote", "hold", "reject", "error")
@@ -30,10 +34,10 @@ VERDICTS: tuple[Verdict, ...] = ("promote", "hold", "reject", "error")
 
 def decide(
     rows: Sequence[Score],
-    digests: dict[str, str | None],
-    looks: Sequence[str],
+    digests: Mapping[str, str | None],
     overlaps: Sequence[str],
     params: GateParams,
+    best: Mapping[str, int] | None = None,
     *,
     is_same_base: bool = True,
 ) -> dict[str, Any]:
@@ -42,9 +46,9 @@ def decide(
     Args:
         rows: Scores of all models.
         digests: Model -> digest of its adapter.
-        looks: Digests of the candidates judged since the last promotion, oldest first.
         overlaps: Training rows that contain an evaluation question.
         params: Thresholds.
+        best: Benchmark -> version whose scores the model `best` has.
         is_same_base: Whether candidate and reference share a base, so that they can read the same items.
 
     Returns:
@@ -59,18 +63,12 @@ def decide(
         }
     if faults := list(find_faults(rows, reference, overlaps, params, is_same_base=is_same_base)):
         return {**known, **conclude(faults)}
+    if faults := list(check_written(rows, ("candidate", reference))):
+        return {**known, **conclude(faults)}
     groups = group_by_benchmark(rows, reference, params)
     heldout = groups.pop(HELDOUT, [])
-    counted = [name for name in groups if name not in (*params.retention, *params.behaviour)]
     losses = compare_losses(heldout)
-    look = count_look(str(digests["candidate"]), looks)
-    if counted:
-        primary = [both for name in counted for both in groups[name]]
-        gain = measure_gain(primary, look, params)
-        checked = check_gain(gain, params)
-    else:
-        gain = measure_loss_gain(heldout, losses, look, params)
-        checked = check_loss_gain(gain, heldout, losses, params)
+    checked, gain, judged = judge_gain(groups, heldout, params)
     learned = [both for name in groups if name not in params.retention for both in groups[name]]
     slices = compare_slices(learned, params)
     checks = [
@@ -79,12 +77,45 @@ def decide(
         *check_floors(groups, params),
         *check_margins(groups, reference, params),
         *check_slices(slices, params),
-        *(check_heldout(heldout, losses, params.max_loss_increase) if counted else ()),
+        # Without a benchmark, the held-out loss is the gain.
+        *(() if judged is heldout else check_heldout(heldout, losses, params.max_loss_increase)),
+        *check_best(find_best_pairs(rows, groups, reference, params), best or {}, params),
         *check_unread(rows, reference),
         *find_ignored(groups, params),
     ]
     figures = {"gain": gain, "slices": [asdict(one) for one in slices]}
-    return {**known, **conclude(checks), **figures, "loss": losses[0], "reference_loss": losses[1]}
+    shown = compare_losses(judged) if judged else losses
+    return {**known, **conclude(checks), **figures, "loss": shown[0], "reference_loss": shown[1]}
+
+
+def judge_gain(
+    groups: Mapping[str, Pairs], heldout: Pairs, params: GateParams
+) -> tuple[Check, Gain | None, Pairs]:
+    """Measure and check the gain: of accuracy, or of the loss on the test set or its new examples.
+
+    Returns:
+        The check; the gain; and the test examples that it is measured on, if it is one of the loss.
+    """
+    counted = [name for name in groups if name not in (*params.retention, *params.behaviour)]
+    if counted and params.objective == "superiority":
+        gain = measure_gain([both for name in counted for both in groups[name]], params)
+        return check_gain(gain, params), gain, []
+    only_new = params.objective == "non_inferiority"
+    judged = [both for both in heldout if both[0].get("is_new")] if only_new else heldout
+    losses = compare_losses(judged)
+    gain = measure_loss_gain(judged, losses, params)
+    return check_loss_gain(gain, judged, losses, params, only_new=only_new), gain, judged
+
+
+def find_best_pairs(
+    rows: Sequence[Score], groups: Mapping[str, Pairs], reference: str, params: GateParams
+) -> dict[str, Pairs]:
+    """Pair the scores of each benchmark, and the losses, with those of the best champion so far.
+
+    Only where that is not the reference, and with enough items that are still the same.
+    """
+    found = {name: find_best(rows, name, reference) for name in (*groups, HELDOUT)}
+    return {name: pairs for name, pairs in found.items() if count_clusters(pairs) >= params.min_items}
 
 
 def group_by_benchmark(rows: Sequence[Score], reference: str, params: GateParams) -> dict[str, Pairs]:
@@ -151,13 +182,3 @@ def find_faults(
         yield Check(
             "scores", "error", f"{len(bad)} scores are not numbers, first: {first}; the model is broken"
         )
-
-
-def count_look(candidate: str, looks: Sequence[str]) -> int:
-    """Return the number of this look, from 1; a candidate that was judged before keeps its number.
-
-    Example:
-        >>> count_look("b", ["a", "b", "c"]), count_look("d", ["a", "b", "c"])
-        (2, 4)
-    """
-    return looks.index(candidate) + 1 if candidate in looks else len(looks) + 1

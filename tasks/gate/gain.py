@@ -1,25 +1,22 @@
 """The gain of the candidate over its reference: measured, and checked for significance.
 
-It is a gain of accuracy on the benchmarks that count, or without any a reduction of the loss on the test set.
+It is a gain of accuracy on the benchmarks that count, or a reduction of the loss on the test set.
 """
 
 import math
 from typing import Any, cast
 
-import numpy as np
-
 from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.gain import ACCURACY, LOSS, Gain, describe_loss_change
 from nightshift.data.statistics import (
-    Differences,
+    Clusters,
     Estimate,
-    interval,
-    items_needed,
+    cluster,
+    clusters_needed,
+    estimate_mean,
     p_value,
     power,
     seed_band,
-    spent_alpha,
-    token_mean,
 )
 from tasks.gate import GateParams
 from tasks.gate.checks import (
@@ -31,35 +28,33 @@ from tasks.gate.checks import (
     format_change,
     format_points,
 )
-from tasks.gate.pairs import Pairs, by_benchmark, differences
+from tasks.gate.pairs import Pairs, by_benchmark
 
 
-def measure_gain(pairs: Pairs, look: int, params: GateParams) -> Gain | None:
-    """Measure the gain of accuracy on all items of the benchmarks that count; None without any.
+def measure_gain(pairs: Pairs, params: GateParams) -> Gain | None:
+    """Measure the gain of accuracy, the mean over the benchmarks that count; None without any item.
 
     Args:
-        pairs: Scores of candidate and reference.
-        look: Number of this look, from 1.
+        pairs: Scores of candidate and reference on these benchmarks.
         params: Thresholds.
     """
     if not pairs:
         return None
-    found = differences(pairs)
-    ends = interval(found, params.alpha, params.n_resamples, params.seed)
-    names = [name for name, _ in by_benchmark(pairs)]
-    gain = _gain((float(found.mean()), *ends), found, found, params.detectable_gain, look, params)
-    return cast("Gain", {"unit": ACCURACY, "benchmarks": names, **gain})
+    groups = by_benchmark(pairs)
+    # Each benchmark has the same weight; the items of the largest one count as one each.
+    largest = max(len(group) for _, group in groups)
+    found = cluster(pairs, {name: largest / len(group) for name, group in groups})
+    estimate = estimate_mean(found, params, is_loss=False)
+    gain = _gain(estimate, found, params.detectable_gain, len(pairs), params)
+    return cast("Gain", {"unit": ACCURACY, "benchmarks": [name for name, _ in groups], **gain})
 
 
-def measure_loss_gain(
-    pairs: Pairs, losses: tuple[float, float], look: int, params: GateParams
-) -> Gain | None:
+def measure_loss_gain(pairs: Pairs, losses: tuple[float, float], params: GateParams) -> Gain | None:
     """Measure by how much the token-weighted loss on the test set is lower, in nats per token.
 
     Args:
         pairs: Losses of candidate and reference, summed over each test example.
         losses: The same in nats per token, over all of them.
-        look: Number of this look, from 1.
         params: Thresholds.
 
     Returns:
@@ -67,84 +62,89 @@ def measure_loss_gain(
     """
     if not pairs or not all(map(math.isfinite, losses)):
         return None
-    found = -differences(pairs)
-    tokens = np.asarray([candidate["tokens"] for candidate, _ in pairs])
-    estimate = token_mean(found, tokens, params)
-    detectable = params.detectable_loss_gain * losses[1]
-    # The test compares sums over examples. These are the sums if the gain were `detectable` on every token,
-    # in units of the mean number of tokens.
-    shifted = (found - (estimate[0] - detectable) * tokens) / tokens.mean()
-    gain = _gain(estimate, found, shifted, detectable, look, params)
+    found = cluster(pairs).swap()
+    estimate = estimate_mean(found, params, is_loss=True)
+    gain = _gain(estimate, found, params.detectable_loss_gain * losses[1], len(pairs), params)
     return cast("Gain", {"unit": LOSS, "benchmarks": [HELDOUT], **gain})
 
 
 def _gain(
-    estimate: Estimate,
-    found: Differences,
-    spread: Differences,
-    detectable: float,
-    look: int,
-    params: GateParams,
+    estimate: Estimate, found: Clusters, detectable: float, items: int, params: GateParams
 ) -> dict[str, Any]:
-    """Return the figures of both kinds of gain; `spread` has the spread that the power depends on."""
-    spent = spent_alpha(params.alpha, look)
-    mean, low, high = estimate
+    """Return the figures of both kinds of gain."""
+    needed = clusters_needed(found, detectable, params.level, params.power)
     values = {
-        "mean": mean,
-        "low": low,
-        "high": high,
+        **dict(zip(("mean", "low", "high"), estimate, strict=True)),
         "alpha": params.alpha,
-        "spent": spent,
+        "level": params.level,
         "detectable": detectable,
-        "power": power(spread, detectable, spent),
-        "items_needed": items_needed(spread, detectable, spent, params.power),
-        "p_value": p_value(found, params.n_resamples, params.seed, alpha=spent),
+        "power": power(found, detectable, params.level),
+        "items_needed": math.ceil(needed * items / len(found.sums)) if math.isfinite(needed) else needed,
+        "p_value": p_value(found.sums, params.n_resamples, params.seed, params.level),
+        "p_value_of_loss": p_value(-found.sums, params.n_resamples, params.seed, params.level),
     }
-    # Significant digits: the level of the hundredth look has five zeros after the point.
+    # Significant digits: a p-value may have many zeros after the point.
     rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-    return rounded | {"look": look, "items": len(found)}
+    return rounded | {"items": items, "clusters": len(found.sums)}
 
 
 def check_gain(gain: Gain | None, params: GateParams) -> Check:
     """Check the gain of accuracy; None if no item was answered by both models."""
-    count = gain["items"] if gain else 0
-    if gain is None or count < params.min_items:
+    if gain is None or gain["clusters"] < params.min_items:
         # Each benchmark has a check of its own that names the remedy.
-        return Check("gain", "hold", f"not judged on {count} items")
+        return Check("gain", "hold", f"not judged on {gain['items'] if gain else 0} items")
     change = format_change(gain["mean"], gain["low"], gain["high"], params)
-    message = f"{change} on {gain['items']:,} items"
+    message = f"{change} on {count_items(gain, 'items')}"
+    if len(gain["benchmarks"]) > 1:
+        message += f" of {len(gain['benchmarks'])} benchmarks, which count the same"
     target = f"a gain of {format_points(params.detectable_gain)}"
     band = seed_band(params.seed_noise, params.alpha)
     return _check(gain, message, target, "items", band, params)
 
 
 def check_loss_gain(
-    gain: Gain | None, pairs: Pairs, losses: tuple[float, float], params: GateParams
+    gain: Gain | None, pairs: Pairs, losses: tuple[float, float], params: GateParams, *, only_new: bool
 ) -> Check:
-    """Check the gain on the test set, from the arguments of `measure_loss_gain`."""
-    if len(pairs) < params.min_items:
-        return check_few("gain", len(pairs), "test examples", MORE_EXAMPLES, params)
+    """Check the gain on the test set, from the arguments of `measure_loss_gain`.
+
+    Args:
+        gain: The gain.
+        pairs: Losses of candidate and reference.
+        losses: The same in nats per token.
+        params: Thresholds.
+        only_new: Whether these are only the test examples that are newer than the champion.
+    """
+    what = "new test examples" if only_new else "test examples"
+    count = gain["clusters"] if gain else len(pairs)
+    if count < params.min_items:
+        return check_few("gain", count, what, MORE_EXAMPLES, params)
     if gain is None:
-        return check_loss(*losses, params.max_loss_increase)
-    message = describe_loss_change({"gain": gain, "loss": losses[0], "reference_loss": losses[1]})
+        return check_loss("held-out loss", *losses, params.max_loss_increase)
+    message = describe_loss_change({"gain": gain, "loss": losses[0], "reference_loss": losses[1]}, what)
     target = f"a loss lower by {params.detectable_loss_gain:.1%}"
     # How much the seed changes the loss is not known.
-    return _check(gain, message, target, "test examples", 0.0, params)
+    return _check(gain, message, target, what, 0.0, params)
+
+
+def count_items(gain: Gain, what: str) -> str:
+    """Say how many items a gain is measured on, and how many clusters they form if that is fewer."""
+    items, clusters = gain["items"], gain["clusters"]
+    return f"{items:,} {what}" + (f" about {clusters:,} subjects" if clusters < items else "")
 
 
 def _check(gain: Gain, message: str, target: str, items: str, band: float, params: GateParams) -> Check:
-    """Check whether a gain is significant at the level that this look may spend, and above the seed noise."""
-    figures = (gain["p_value"], gain["spent"], gain["mean"], band)
-    if gain["p_value"] > gain["spent"]:
-        message += f"; p {gain['p_value']:.3g} exceeds {gain['spent']:.3g}"
-        if gain["look"] > 1:
-            message += f", the limit for candidate {gain['look']} since the last promotion"
-        message += f"; {target} would be found with probability {gain['power']:.0%}"
+    """Check whether a gain is significant at the level of one candidate, and above the seed noise."""
+    figures = (gain["p_value"], gain["p_value_of_loss"], gain["mean"], band)
+    if gain["p_value_of_loss"] <= gain["level"]:
+        return check_figures("gain", "reject", f"worse: {message}", *figures)
+    if gain["p_value"] > gain["level"]:
+        message += (
+            f"; p {gain['p_value']:.3g} exceeds {gain['level']:.3g} (gate.alpha / gate.nights); {target} "
+            f"would be found with probability {gain['power']:.0%}"
+        )
         if gain["power"] < params.power:
             message += f", with {gain['items_needed']:,.0f} {items} with probability {params.power:.0%}"
         return check_figures("gain", "hold", f"not shown: {message}", *figures)
-    if gain["mean"] < 0:
-        return check_figures("gain", "reject", f"worse: {message}", *figures)
     if gain["mean"] <= band:
         return check_figures(
             "gain", "hold", f"within seed noise ({format_points(band)}): {message}", *figures

@@ -4,10 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
-
+from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.schemas import Score
-from nightshift.data.statistics import Differences
 
 Pairs = list[tuple[Score, Score]]
 
@@ -35,9 +33,23 @@ def by_benchmark(pairs: Pairs, *, and_slice: bool = False) -> list[tuple[str, Pa
     return sorted(groups.items())
 
 
-def differences(pairs: Pairs) -> Differences:
-    """Return candidate minus reference per item, shape (n,)."""
-    return np.asarray([candidate["score"] - other["score"] for candidate, other in pairs], dtype=np.float64)
+def find_best(rows: Sequence[Score], benchmark: str, reference: str) -> Pairs:
+    """Pair the candidate's scores with those of the best champion so far, if it is better than the reference.
+
+    Both are compared on the items that all three models have scores for.
+
+    Returns:
+        Pairs with the model `best`; empty if the reference is as good, or `best` has no scores.
+    """
+    scored = [row for row in rows if row["benchmark"] == benchmark and row["status"] == "ok"]
+    both = pair(scored, "best")
+    reference_of = {key(row): row for row in scored if row["model"] == reference}
+    common = [(best, reference_of[key(best)]) for _, best in both if key(best) in reference_of]
+    if not common:
+        return []
+    lead = sum(best["score"] - other["score"] for best, other in common)
+    # A loss is better if it is lower.
+    return both if (-lead if benchmark == HELDOUT else lead) > 0 else []
 
 
 def compare_losses(pairs: Pairs) -> tuple[float, float]:

@@ -69,12 +69,12 @@ def advise_hold(evidence: Evidence) -> str:
         names.add(HELDOUT)
     size = shown = ""
     # A number that is not finite is stored as null.
-    is_unproven = not evidence.has_few and gain["p_value"] > gain["spent"] and gain["items_needed"]
+    is_unproven = not evidence.has_few and gain["p_value"] > gain["level"] and gain["items_needed"]
     if is_unproven and gain["items_needed"] > gain["items"]:
-        names.update(evidence.primary or [HELDOUT])
+        names.update([HELDOUT] if evidence.is_by_loss else evidence.primary)
         size = f" (about {gain['items_needed']:,.0f} would show {evidence.target})"
     elif is_unproven:
-        items = "test examples" if evidence.is_by_loss else "items"
+        items = evidence.unit
         shown = f"These {items} would have shown {evidence.target}. "
     if not names:
         return f"{shown}Change the data or params.yaml, then type `make run`."

@@ -9,11 +9,11 @@ import numpy as np
 from nightshift.core.files import text_digest
 from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.schemas import Score
-from nightshift.data.statistics import estimate, estimate_difference, p_value
+from nightshift.data.statistics import cluster, estimate, estimate_difference, p_value
 from tasks.gate import GateParams
 
 # Order of the models in a group; others follow.
-MODELS = ("base", "champion", "candidate")
+MODELS = ("base", "best", "champion", "candidate")
 # Slices per benchmark, and gains and regressions, that the page lists; it also shows the totals.
 SLICES, ITEMS = 20, 10
 
@@ -80,7 +80,7 @@ class Benchmark:
         groups: Whole benchmark, then its slices.
         hidden: Number of slices left out.
         changes: Every slice, also those left out; empty for a single slice or the held-out examples.
-        p_value: Of the gate's test, two-sided, for no difference on the whole benchmark.
+        p_value: Of the gate's test for the measured change, a gain or a loss, on the whole benchmark.
     """
 
     name: str
@@ -162,8 +162,8 @@ def _benchmark(name: str, rows: Sequence[Score], reference: str, params: GatePar
     ]
     pairs = pair(rows, reference)
     changes = change_by_slice(pairs) if len(slices) > 1 and name != HELDOUT else []
-    found = np.array([ours["score"] - theirs["score"] for ours, theirs in pairs])
-    p = p_value(found, params.n_resamples, params.seed, alpha=params.alpha)
+    sums = cluster(pairs).sums
+    p = p_value(sums * np.sign(sums.sum()), params.n_resamples, params.seed, params.alpha)
     return Benchmark(name, groups, len(slices) - len(kept) if kept else 0, changes, p)
 
 

@@ -35,8 +35,15 @@ class Evidence:
 
     @property
     def is_by_loss(self) -> bool:
-        """Whether the gate judged by the loss on the test set, because no benchmark counts for the gain."""
-        return not self.primary
+        """Whether the gate judged by the loss on the test set, or on its new examples."""
+        return not self.primary or self.params.objective == "non_inferiority"
+
+    @property
+    def unit(self) -> str:
+        """What the gain is measured on, in words."""
+        if not self.is_by_loss:
+            return "items"
+        return "new test examples" if self.params.objective == "non_inferiority" else "test examples"
 
     @property
     def target(self) -> str:
@@ -49,7 +56,7 @@ class Evidence:
     def has_few(self) -> bool:
         """Whether there are too few items, or test examples, to judge the gain."""
         gain = self.gate["gain"]
-        few = not gain or gain["items"] < self.params.min_items
+        few = not gain or gain["clusters"] < self.params.min_items
         return few and self.verdicts["gain"] == "hold"
 
     @property

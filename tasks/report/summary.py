@@ -48,7 +48,7 @@ def summarize(evidence: Evidence, outcome: Outcome) -> list[str]:
 def describe_loss(evidence: Evidence) -> Iterator[str]:
     """Describe the change of the loss if the gate judged by it."""
     if evidence.is_by_loss and evidence.gate["gain"]:
-        text = describe_loss_change(evidence.gate)
+        text = describe_loss_change(evidence.gate, evidence.unit)
         yield f"Against the {evidence.gate['reference']}, {text}."
 
 
@@ -133,10 +133,9 @@ def describe_gain(evidence: Evidence) -> str:
 def describe_few(evidence: Evidence) -> str:
     """Say that there are too few items, or test examples, to judge the gain."""
     gain, least = evidence.gate["gain"], evidence.params.min_items
-    where = "in the test set" if evidence.is_by_loss else f"on {join(evidence.primary)}"
-    what = "examples" if evidence.is_by_loss else "items"
-    count = gain["items"] if gain else 0
-    return f"There are too few {what} {where} for a verdict: {count} of {least} (gate.min_items)."
+    what = evidence.unit if evidence.is_by_loss else f"items on {join(evidence.primary)}"
+    count = gain["clusters"] if gain else 0
+    return f"There are too few {what} for a verdict: {count} of {least} (gate.min_items)."
 
 
 def describe_range(evidence: Evidence) -> str:
@@ -151,19 +150,20 @@ def describe_range(evidence: Evidence) -> str:
 def describe_doubt(evidence: Evidence) -> str:
     """Say why a gain is not proven."""
     gain, params = evidence.gate["gain"], evidence.params
-    if gain["p_value"] <= gain["spent"]:
+    if gain["p_value"] <= gain["level"]:
         band = format_points(seed_band(params.seed_noise, params.alpha))
         return f"another training seed alone may change the accuracy by {band}"
     if evidence.is_by_loss:
         change = format_share(gain["mean"], evidence.gate["reference_loss"])
     else:
         change = format_points(gain["mean"], "+")
-    change += f" on {gain['items']:,} {'test examples' if evidence.is_by_loss else 'items'}"
+    change += f" on {gain['items']:,} {evidence.unit}"
     if gain["mean"] <= 0:
         return f"the change is {change}"
-    if gain["look"] > 1 and gain["p_value"] <= gain["alpha"]:
-        tries = f"candidate {gain['look']} since the last promotion"
-        return f"{change} are not enough for {tries}, as more tries make luck likelier"
+    if gain["p_value"] <= gain["alpha"]:
+        return (
+            f"{change} are not enough for one of {params.nights} candidates, as more tries make luck likelier"
+        )
     return f"{change} may be chance"
 
 
@@ -206,13 +206,13 @@ def describe_statistics(evidence: Evidence) -> str:
     if not gain or gain["p_value"] is None:
         return ""
     text = (
-        f"Gain: p = {gain['p_value']:.2g} in a two-sided paired test. The limit for candidate {gain['look']} "
-        f"since the last promotion is {gain['spent']:.3g}; the limits of all candidates add up to "
-        f"gate.alpha = {gain['alpha']:g}."
+        f"Gain: p = {gain['p_value']:.2g} in a one-sided paired test. The limit is {gain['level']:.2g} = "
+        f"gate.alpha / gate.nights: among {evidence.params.nights} candidates that are no better, one is "
+        f"promoted with a probability of at most {gain['alpha']:g}."
     )
     if gain["power"] is not None:
-        items = "test examples" if evidence.is_by_loss else "items"
         text += (
-            f" {gain['items']:,} {items} show {evidence.target} with a probability of {gain['power']:.0%}."
+            f" {gain['items']:,} {evidence.unit} show {evidence.target} with a probability of "
+            f"{gain['power']:.0%}."
         )
     return text

@@ -179,8 +179,6 @@ def test_after_the_flow_dvc_repro_has_nothing_to_compute(checkout: ServedCheckou
 
 
 def test_after_dvc_repro_the_flow_has_nothing_to_compute(checkout: ServedCheckout) -> None:
-    # The first candidate now counts as a look, so the gate reads a longer list of looks.
-    checkout.type("nightshift", "snapshot")
     params = checkout.folder / "params.yaml"
     params.write_text(params.read_text().replace("n_resamples: 10000", "n_resamples: 9999"))
     assert "Running stage 'gate'" in checkout.type("dvc", "repro")

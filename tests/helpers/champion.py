@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from nightshift.core.files import read_json, write_json, write_rows
+from nightshift.data.schemas import ALL_SCORES
 from nightshift.registry import card, versions
 from tasks import register
-from tasks.evaluate.scores import ALL_SCORES
 from tests.helpers.checkouts import ROOT
 from tests.integration.test_registry import candidate, make_checkout
 
@@ -33,6 +33,7 @@ def make_champion(folder: Path, base: Path) -> None:
             for i in range(10)
         ]
         write_rows(card.SCORES, rows, ALL_SCORES)
+        versions.write_champion(folder / "data" / "champion")
         register_champion(1)
 
 

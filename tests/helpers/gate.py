@@ -1,9 +1,17 @@
 """Gate parameters for tests: the shipped ones with fewer resamples."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nightshift.data.statistics import Clusters
 from tasks.gate import GateParams
 
 PARAMS = GateParams(
+    objective="superiority",
     alpha=0.05,
+    nights=365,
     detectable_gain=0.1,
     detectable_loss_gain=0.02,
     power=0.8,
@@ -17,3 +25,8 @@ PARAMS = GateParams(
     n_resamples=2000,
     seed=0,
 )
+
+
+def unrelated(differences: Sequence[float] | Any) -> Clusters:
+    """Return the differences of items that are each a cluster."""
+    return Clusters(np.asarray(differences, dtype=np.float64), np.ones(len(differences)))

@@ -7,11 +7,11 @@ import pyarrow as pa
 from mlflow import MlflowClient
 
 from nightshift.core.files import file_digest, jsonl, write_figures, write_json, write_rows, write_text
-from nightshift.data.schemas import AUGMENTED, GROUPED, MESSAGES
+from nightshift.data.schemas import ALL_SCORES, AUGMENTED, GROUPED, MESSAGES
 from nightshift.registry import versions
 from nightshift.registry.lineage import write_lineage
 from nightshift.tracking.runs import experiment_id
-from tasks.evaluate.scores import ALL_SCORES, metrics
+from tasks.evaluate.scores import metrics
 from tasks.pack import ROWS
 from tests.helpers.checkouts import ROOT
 
@@ -76,12 +76,13 @@ GATE: dict[str, Any] = {
         "low": 0.1,
         "high": 0.5,
         "alpha": 0.05,
-        "spent": 0.0304,
+        "level": 0.05 / 365,
         "power": 0.25,
         "items_needed": 150.0,
-        "p_value": 0.01,
-        "look": 1,
+        "p_value": 0.0001,
+        "p_value_of_loss": 1.0,
         "items": 10,
+        "clusters": 10,
     },
     "slices": [
         {"name": "facts/even", "items": 5, "mean": 0.2, "p_value": 0.9, "is_worse": False},
@@ -216,6 +217,8 @@ def write_mlflow(folder: Path, *, champion: bool) -> None:
         # The champion used another learning rate, five of the examples and one that is gone.
         (folder / "params.yaml").write_text(params.replace("1.0e-3", "2.0e-3"), encoding="utf-8")
         write_packed(data, ["e1", "e2", "e3", "e4", "e5", "gone"], ["facts/000001.jsonl"])
+        write_json(data / "champion" / "champion.json", {"version": None, "best": {}})
+        write_rows(data / "evaluate" / "scores.parquet", [], ALL_SCORES)
         write_lineage(folder / "versions" / "1" / "artifacts" / "lineage")
         (folder / "params.yaml").write_text(params, encoding="utf-8")
         write_version(client, name, folder, "b" * 64)
@@ -223,7 +226,10 @@ def write_mlflow(folder: Path, *, champion: bool) -> None:
     write_packed(data, trained, ["facts/000001.jsonl", "facts/000002.jsonl"])
     write_version(client, name, folder, "c" * 64)
     version = 1 if champion else None
-    write_json(data / "champion" / "champion.json", {"version": version, "digest": "b" * 64, "looks": []})
+    write_json(
+        data / "champion" / "champion.json",
+        {"version": version, "digest": "b" * 64, "arrival": None, "best": {}},
+    )
 
 
 def write_version(client: MlflowClient, name: str, folder: Path, digest: str) -> None:

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nightshift.core.errors import DataError, GateError
 from nightshift.core.files import file_digest, read_json, read_rows, tree_digest, write_json, write_rows
-from nightshift.data.schemas import AUGMENTED, GROUPED
+from nightshift.data.clusters import CLUSTERS_SCHEMA
+from nightshift.data.schemas import ALL_SCORES, AUGMENTED, GROUPED
 from nightshift.registry import bases, versions
 from nightshift.registry.served_model import find_base
 from tasks import promote, register
@@ -59,7 +60,9 @@ def night(seed: int) -> str:
 
 def promoted(seed: int) -> int:
     """Register a candidate and make it champion; return its version."""
+    versions.write_champion(evaluate.CHAMPION)
     candidate(seed)
+    write_rows(evaluate.SCORES, [], ALL_SCORES)
     write_json(register.GATE, {"verdict": "promote", "reason": "better"})
     register.main()
     version = int(read_json(register.VERSION)["version"])
@@ -94,6 +97,7 @@ def first_night(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pa
         write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
         more = {"parent_id": None, "style": None, "ordinal": None}
         write_rows(evaluate.CLEAN_TRAIN, [{**conversation(i), **more} for i in range(3, 9)], AUGMENTED)
+        write_rows(evaluate.CLUSTERS, [], CLUSTERS_SCHEMA)
         put_benchmarks(evaluate.BENCHMARKS)
         put_base(tiny_base, "package:first")
         promoted(1)

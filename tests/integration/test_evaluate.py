@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nightshift.core.errors import DataError
-from nightshift.core.files import jsonl, read_json, read_rows, write_json, write_rows, write_text
+from nightshift.core.files import (
+    file_digest,
+    jsonl,
+    read_json,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+)
 from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
+from nightshift.data.clusters import CLUSTERS_SCHEMA
 from nightshift.data.encode import load_encoder
-from nightshift.data.schemas import AUGMENTED, GROUPED
+from nightshift.data.schemas import AUGMENTED, GROUPED, SCORES
 from tasks.evaluate import EvaluateParams, ExactMatchParams
 from tasks.evaluate import __main__ as evaluate
 from tasks.evaluate.answers import Answers, choose_answers
@@ -81,7 +91,9 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     candidate = load_model(str(tiny_base), None)
     candidate.model.layers[1].mlp.down_proj.weight.data *= 2
     candidate.save_pretrained(evaluate.MODEL)
-    write_json(evaluate.CHAMPION / "champion.json", {"version": None})
+    write_json(evaluate.CHAMPION_RECORD, {"version": None, "arrival": None, "best": {}})
+    write_rows(evaluate.BEST, [], SCORES)
+    write_rows(evaluate.CLUSTERS, [], CLUSTERS_SCHEMA)
     write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
     more = {"parent_id": None, "style": None, "ordinal": None}
     write_rows(evaluate.CLEAN_TRAIN, [{**conversation(i), **more} for i in range(3, 9)], AUGMENTED)
@@ -126,11 +138,48 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_scores_nothing(
     assert steps[-1] == "26/26"
     assert "%|" not in printed
 
-    write_json(evaluate.CHAMPION / "champion.json", {"version": 1, "base": {"files": {}}})
+    write_json(evaluate.CHAMPION_RECORD, {"version": 1, "base": {"files": {}}, "arrival": None, "best": {}})
     evaluate.main()
     assert capfd.readouterr().out == ""
     digests = read_json(evaluate.MODELS)
     assert digests["champion"] == digests["candidate"]
+
+
+def test_scores_have_their_cluster_the_age_of_the_example_and_the_best_champion_so_far(folder: Path) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    params["evaluate"] |= {"retrieval": None}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    examples = [{**conversation(i), "arrival": i + 1} for i in range(3)]
+    write_rows(evaluate.TEST, examples, GROUPED)
+    clusters = [{"benchmark": "facts", "item": f"facts/{i}", "cluster": "gold"} for i in range(2)]
+    write_rows(evaluate.CLUSTERS, clusters, CLUSTERS_SCHEMA)
+    shutil.copytree(evaluate.MODEL, evaluate.CHAMPION / "model")
+    task = file_digest(evaluate.BENCHMARKS / "facts" / "task.yaml")
+    best = {"facts": {"version": 2, "task": task}, "written": {"version": 2, "task": "another"}}
+    best |= {"test": {"version": 1, "task": None}, "gone": {"version": 1, "task": "x"}}
+    champion = {"version": 3, "base": {"files": {}}, "arrival": 2, "best": best}
+    write_json(evaluate.CHAMPION_RECORD, champion)
+    evaluate.main()
+    rows = [row for row in read_rows(evaluate.SCORES) if row["model"] == "candidate"]
+    known = {(row["benchmark"], row["item"]): row for row in rows}
+    kept = {key: {**row, "score": 0.25} for key, row in known.items()}
+    kept["facts", "facts/1"]["question"] = "Asked in other words"
+    kept["gone", "1"] = {**kept["facts", "facts/0"], "benchmark": "gone"}
+    write_rows(evaluate.BEST, kept.values(), SCORES)
+    evaluate.main()
+    rows = read_rows(evaluate.SCORES)
+    facts = [row for row in rows if row["benchmark"] == "facts"]
+    # Also item 0 of the best champion; its item 1 had another question, and `written` another task.
+    assert {row["cluster"] for row in facts} == {"gold"}
+    found = [(row["benchmark"], row["item"], row["score"]) for row in rows if row["model"] == "best"]
+    assert sorted(found) == [
+        ("facts", "facts/0", 0.25),
+        *sorted(("test", example["id"], 0.25) for example in examples),
+    ]
+    is_new = {row["item"]: row["is_new"] for row in rows if row["benchmark"] == "test"}
+    assert is_new == {examples[0]["id"]: False, examples[1]["id"]: False, examples[2]["id"]: True}
+    assert {row["is_new"] for row in facts} == {None}
+    assert {row["cluster"] for row in rows if row["benchmark"] != "facts"} == {None}
 
 
 def evaluated(adapter: Path | None, *benchmarks: str) -> evaluate.EvaluatedModel:
@@ -299,10 +348,13 @@ def test_the_last_answer_of_a_test_example_is_generated_after_all_turns_before(
         "score": 0.0,
         "tokens": None,
         "choices": None,
+        "written": None,
         "status": "ok",
         "question": "Two?",
         "expected": "No.",
         "answer": spoken,
+        "cluster": None,
+        "is_new": None,
     }
     summary = read_json(Path("data/evaluate/summary.json"))
     assert summary["test_answers"] == {"test": 4, "asked": 2, "no_text_answer": 1, "too_long": 1}
@@ -399,3 +451,40 @@ def test_an_lm_eval_task_is_converted_to_items(tmp_path: Path, monkeypatch: pyte
         DataError, match=r"lm-eval:away: its data cannot be downloaded .*unset HF_HUB_OFFLINE"
     ):
         list(harness_items("away", manager))
+
+
+def test_a_cpu_without_bf16_scores_in_float32_and_these_scores_are_kept_apart(
+    folder: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_model(str(tiny_base), None).to(torch.bfloat16).save_pretrained(folder / "half")
+    params = EvaluateParams(limit=2, batch_size=4, exact_match=None, retrieval=None)
+    files = []
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        for module in ("__main__", "model"):
+            monkeypatch.setattr(f"tasks.evaluate.{module}.cpu_has_bf16", lambda has=has_bf16: has)
+        assert load_model(str(folder / "half"), None).dtype == dtype
+        files.append(evaluate.memo_files(evaluated(None, "facts"), params)["facts"])
+    assert files[0] != files[1]
+
+
+def test_a_sample_of_choices_is_answered_in_writing_as_in_use(
+    model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_benchmarks(tmp_path, 40)
+    (facts,) = (one for one in read_benchmarks(tmp_path) if one.name == "facts")
+    asker = model()
+    asker._prefix = "<think></think>"
+    prompts: list[str] = []
+
+    def write(asked: list[str], max_new_tokens: int) -> list[str | None]:
+        prompts.extend(asked)
+        assert max_new_tokens == 24
+        return ["It is gold. Of course.", "It is tin.", *[None] * (len(asked) - 2)]
+
+    monkeypatch.setattr(asker, "generate_greedy", write)
+    rows = list(score_benchmark(asker, facts, tmp_path / "facts", None))
+    # 16 of the 40 questions, spread evenly; the right choice is always gold.
+    assert len(prompts) == 16
+    assert not any("<think>" in prompt for prompt in prompts)
+    written = {row["item"]: row["written"] for row in rows if row["written"] is not None}
+    assert written == {"facts/0": 1.0, "facts/2": 0.0}

@@ -16,9 +16,8 @@ from nightshift.core.errors import DataError
 from nightshift.core.files import jsonl, read_json, write_json, write_rows, write_text
 from nightshift.data.benchmarks import CHOICE_TASK
 from nightshift.data.encode import load_encoder
-from nightshift.data.schemas import AUGMENTED, GROUPED
+from nightshift.data.schemas import ALL_SCORES, AUGMENTED, GROUPED
 from tasks.evaluate.score import heldout_losses
-from tasks.evaluate.scores import ALL_SCORES
 from tasks.gate import __main__ as gate
 from tests.helpers.checkouts import ROOT
 from tests.helpers.sft import conversation
@@ -56,7 +55,7 @@ def judge(in_tmp: Path) -> Judge:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["gate"] |= {"retention": {}, "behaviour": []}
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    write_json(gate.CHAMPION_RECORD, {"version": None, "digest": None, "looks": []})
+    write_json(gate.CHAMPION_RECORD, {"version": None, "digest": None, "arrival": None, "best": {}})
     write_json(gate.MODELS, {"base": None, "candidate": "c"})
     write_rows(gate.TEST, [conversation(i) for i in range(3)], GROUPED)
 

@@ -12,8 +12,8 @@ import yaml
 
 from nightshift.core.errors import StageError
 from nightshift.core.files import jsonl, read_json, write_json, write_rows, write_text
+from nightshift.data.schemas import ALL_SCORES
 from tasks import judge
-from tasks.evaluate.scores import ALL_SCORES
 from tests.helpers.checkouts import ROOT
 
 # Item -> answers of the candidate and the base.

@@ -79,7 +79,7 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     write_json(evaluate.MODEL / "adapter_config.json", {})
     write_json(evaluate.CHAMPION / "model" / "adapter_config.json", {})
     base = {**read_json(evaluate.BASE_RECORD), "dtype": "float32", "kept": None}
-    champion = {"version": 1, "digest": "a" * 64, "base": base, "looks": []}
+    champion = {"version": 1, "digest": "a" * 64, "base": base, "arrival": None, "best": {}}
     write_json(evaluate.CHAMPION / "champion.json", champion)
     write_rows(evaluate.TEST, [conversation(i) for i in range(3)], GROUPED)
     more = {"parent_id": None, "style": None, "ordinal": None}

@@ -16,8 +16,8 @@ import pytest
 import nightshift
 from nightshift.core.errors import ConfigError
 from nightshift.core.files import write_rows
+from nightshift.data.schemas import ALL_SCORES
 from nightshift.registry.versions import find_model
-from tasks.evaluate.scores import ALL_SCORES
 from tests.helpers.checkouts import ROOT
 from tests.helpers.report import heldout, score
 

@@ -18,19 +18,23 @@ from transformers import AutoModelForCausalLM
 
 from infra.cli.reproduce import rebuild
 from nightshift.core.errors import ConfigError, GateError
-from nightshift.core.files import file_digest, read_json, tree_digest, write_json, write_rows
+from nightshift.core.files import file_digest, read_json, read_rows, tree_digest, write_json, write_rows
+from nightshift.data.schemas import ALL_SCORES
 from nightshift.raw.options import SourceOptions, write_options
 from nightshift.raw.versions import Versions, write_versions
-from nightshift.registry import versions
+from nightshift.registry import lineage, versions
 from nightshift.registry.bases import is_base, kept_place
 from nightshift.registry.lineage import write_lineage
 from nightshift.registry.record import PREFIX, Record, open_record, tag
 from nightshift.tracking.runs import experiment_id, tracking_uri
 from tasks import forget, promote, register
+from tasks.evaluate.__main__ import best_scores
 from tasks.pack import ROWS
 from tests.helpers.checkouts import BIN, ROOT
 
 DATABASE = Path(".nightshift/mlflow.db")
+# Right answers of ten of each candidate.
+RIGHT = {1: 6, 2: 4, 3: 8}
 
 
 def adapter(seed: int) -> Path:
@@ -49,6 +53,8 @@ def make_checkout(folder: Path, base: Path) -> None:
         folder / "data/raw/digests.json", {"facts/000001.jsonl": "a" * 64, "facts/000002.jsonl": "b" * 64}
     )
     write_json(folder / "data/raw/used.json", ["facts"])
+    (folder / "data/benchmarks/facts").mkdir(parents=True)
+    (folder / "data/benchmarks/facts/task.yaml").write_text("kind: generation\n")
     write_summaries(folder / "data")
     shutil.copytree(base, folder / "data/base/model")
     files = {p.name: file_digest(p) for p in (folder / "data/base/model").iterdir()}
@@ -92,11 +98,21 @@ def candidate(seed: int) -> str:
     return tree_digest(target)
 
 
+def evaluated(seed: int) -> None:
+    """Write the scores of a candidate, and of the best champion so far."""
+    same = {"model": "candidate", "benchmark": "facts", "status": "ok", "question": "?", "expected": "!"}
+    right = RIGHT[seed]
+    rows: list[Any] = [{**same, "item": str(i), "score": float(i < right), "answer": "x"} for i in range(10)]
+    rows += [{"model": "best", **row} for row in best_scores(rows)]
+    write_rows(lineage.SCORES, rows, ALL_SCORES)
+
+
 def night(seed: int, verdict: str = "promote") -> dict[str, Any]:
-    """Train a candidate, register it and apply the gate's verdict."""
+    """Train a candidate, evaluate and register it, and apply the gate's verdict."""
     candidate(seed)
-    write_json(register.GATE, {"verdict": verdict, "reason": "better"})
     champion()
+    evaluated(seed)
+    write_json(register.GATE, {"verdict": verdict, "reason": "better"})
     register.main()
     promote.apply_verdict()
     outcome: dict[str, Any] = read_json(promote.OUTCOME)
@@ -131,20 +147,24 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
         patch.setenv("PYTHONPATH", str(ROOT))
         for name in ("NIGHTSHIFT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
             patch.delenv(name, raising=False)
-        assert champion() == {"version": None, "digest": None, "base": None, "looks": []}
+        assert champion() == {"version": None, "digest": None, "base": None, "arrival": None, "best": {}}
         first = candidate(1)
         assert night(1) == {"promoted": True, "waits": None}
         base = read_json(Path("data/base/base.json"))
         base["kept"] = kept_place("nightshift", base["files"])
-        assert champion() == {"version": 1, "digest": first, "base": base, "looks": []}
+        task = file_digest(Path("data/benchmarks/facts/task.yaml"))
+        known = {"base": base, "arrival": 2, "best": {"facts": {"version": 1, "task": task}}}
+        assert champion() == {"version": 1, "digest": first, **known}
         assert is_base(Path(".nightshift") / base["kept"], base["files"])
         assert tree_digest(Path("data/champion/model")) == first
-        # A held candidate is registered and counts as a look from then on.
+        # A held candidate is registered and changes nothing for the next night.
         assert night(2, "hold") == {"promoted": False, "waits": None}
         second = candidate(2)
-        assert champion() == {"version": 1, "digest": first, "base": base, "looks": [second]}
+        assert champion() == {"version": 1, "digest": first, **known}
         promote.move(2, "promote", "by hand")
-        assert champion() == {"version": 2, "digest": second, "base": base, "looks": []}
+        # Version 1 had more right answers than version 2, and stays what the next candidate is compared with.
+        assert champion() == {"version": 2, "digest": second, **known}
+        assert sum(row["score"] for row in read_rows(Path("data/champion/best.parquet"))) == RIGHT[1]
         assert night(3, "hold") == {"promoted": False, "waits": None}
         # The same adapter is registered once and keeps its version.
         register.main()
@@ -292,7 +312,10 @@ def test_a_model_from_elsewhere_is_adopted_and_the_next_night_is_judged_against_
         register.main(checkout / "production", " ")
     register.main(checkout / "production", "in use since May")
     promote.move(read_json(register.VERSION)["version"], "promote", "adopted: in use since May")
-    assert (champion()["version"], champion()["looks"]) == (4, [])
+    # How good it is elsewhere, and what it was trained on, is not known.
+    found = champion()
+    assert (found["version"], found["arrival"], found["best"]) == (4, None, {})
+    assert read_rows(Path("data/champion/best.parquet")) == []
     assert {path.name for path in Path("data/champion/model").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -17,10 +17,9 @@ from nightshift.core.config import load_params
 from nightshift.core.files import read_json, read_rows, write_figures, write_json, write_rows, write_text
 from nightshift.core.paths import METRICS, PAGE, SHORT
 from nightshift.data.benchmarks import CHOICE_TASK
-from nightshift.data.schemas import AUGMENTED
+from nightshift.data.schemas import ALL_SCORES, AUGMENTED
 from nightshift.registry import versions
 from nightshift.tracking.runs import experiment_id, tracking_uri
-from tasks.evaluate.scores import ALL_SCORES
 from tasks.gate import GateParams
 from tasks.gate.decision import decide
 from tasks.report import __main__ as report
@@ -260,7 +259,7 @@ def test_a_night_without_a_benchmark_is_judged_and_shown_by_its_loss(checkout: P
     ]
     write_scores(checkout / "data", rows)
     digests = {"base": None, "candidate": GATE["candidate"], "champion": "b" * 64}
-    write_figures(report.GATE, decide(rows, digests, [], (), load_params(GateParams, "gate")))
+    write_figures(report.GATE, decide(rows, digests, (), load_params(GateParams, "gate")))
     sentences = [
         "Against the champion, the loss on 120 test examples fell from 2.310 to 1.870 nats per token "
         "(-19.0%, 95% interval -19.0% to -19.0%).",
@@ -345,8 +344,8 @@ def test_the_page_shows_how_to_promote_a_waiting_version(checkout: Path) -> None
 @pytest.mark.usefixtures("checkout")
 def test_the_statistics_of_the_gain_are_below_the_table_of_checks() -> None:
     page = plain(write_page())
-    assert page.count("p = 0.01") == 1
-    assert "by more than 5 Gain: p = 0.01 in a two-sided paired test." in page
+    assert page.count("p = 0.0001") == 1
+    assert "by more than 5 Gain: p = 0.0001 in a one-sided paired test." in page
 
 
 def test_a_limit_on_the_items_is_named_with_the_gain_and_the_scores(checkout: Path) -> None:
@@ -373,7 +372,7 @@ def test_a_judgement_is_shown_next_to_the_scores(checkout: Path) -> None:
 def test_a_missing_champion_and_missing_losses_are_reported(checkout: Path) -> None:
     client = MlflowClient(tracking_uri())
     write_json(report.TRAINING_RUN, {"run_id": client.create_run(experiment_id(client)).info.run_id})
-    write_json(report.CHAMPION_RECORD, {"version": None, "digest": None, "looks": []})
+    write_json(report.CHAMPION_RECORD, {"version": None, "digest": None, "arrival": None, "best": {}})
     write_json(report.GATE, {**GATE, "reference": "base"})
     rows = [row for row in night_scores() if row["model"] in ("base", "candidate")]
     write_rows(report.SCORES, rows, ALL_SCORES)

@@ -67,6 +67,7 @@ def promote_adapter(folder: Path) -> None:
     get_peft_model(model, lora).save_pretrained(artifacts / "model")
     reference = {**read_json(folder / "data/base/base.json"), "path": str(base)}
     write_json(artifacts / "base_reference.json", reference)
+    write_json(artifacts / "lineage" / "lineage.json", {"shards": []})
     client = MlflowClient(f"sqlite:///{folder / '.nightshift/mlflow.db'}")
     client.create_registered_model("nightshift")
     write_version(client, "nightshift", folder, tree_digest(artifacts / "model"))

@@ -1,38 +1,53 @@
-"""A thousand simulated nights: how often chance is promoted, and how often a real gain."""
+"""Simulated years of nights: how often chance is promoted, a real gain, and a slow loss.
+
+`python -m benchmarks.gate` runs the same simulation with more series.
+"""
 
 import numpy as np
+import pytest
 
-from nightshift.data.statistics import p_value, power, spent_alpha
-
-ITEMS, ALPHA = 180, 0.05
-
-
-def promoted(chance: np.random.Generator, gain: float, look: int) -> bool:
-    """Return whether a candidate is promoted that differs on 30% of the items and has this mean gain."""
-    won, lost = 0.15 + gain / 2, 0.15 - gain / 2
-    differences = chance.choice([1.0, -1.0, 0.0], size=ITEMS, p=[won, lost, 0.7])
-    return bool(p_value(differences, 1000, 0) <= spent_alpha(ALPHA, look) and differences.mean() > 0)
-
-
-def test_the_rate_of_false_promotions_over_many_looks_is_below_alpha() -> None:
-    chance = np.random.default_rng(0)
-    stretches = [any(promoted(chance, 0.0, look) for look in range(1, 21)) for _ in range(400)]
-    # The tests are two-sided: the other half of alpha would be spent on losses.
-    assert sum(stretches) / 400 < ALPHA / 2
-    # Without correction, chance would be promoted in a fifth of the series.
-    uncorrected = [any(promoted(chance, 0.0, 1) for _ in range(20)) for _ in range(100)]
-    assert sum(uncorrected) / 100 > 0.15
+from benchmarks.gate import (
+    CLUSTER_SIZES,
+    ITEMS,
+    PARAMS,
+    RULES,
+    START,
+    draw,
+    promoted_by_night,
+    promoted_on_night,
+    rot,
+)
+from nightshift.data.statistics import power
+from tests.helpers.gate import unrelated
 
 
-def test_a_thousand_nights_without_a_gain_promote_nothing() -> None:
-    chance = np.random.default_rng(1)
-    assert not any(promoted(chance, 0.0, look) for look in range(1, 1001))
+@pytest.mark.parametrize("size", CLUSTER_SIZES)
+def test_a_year_without_a_gain_promotes_nothing_more_often_than_alpha(size: int) -> None:
+    by_night = promoted_by_night(RULES["gate"], 0.0, size, series=400)
+    # The standard deviation of a share of 0.05 is 0.011.
+    assert by_night[365] <= PARAMS.alpha + 0.02
+    assert by_night[1] <= by_night[365]
 
 
-def test_a_real_gain_is_promoted_at_the_rate_that_the_power_predicts() -> None:
-    chance = np.random.default_rng(2)
-    found = [promoted(chance, 0.1, 1) for _ in range(1000)]
-    differences = chance.choice([1.0, -1.0, 0.0], size=100_000, p=[0.2, 0.1, 0.7])[:ITEMS]
-    expected = power(differences, 0.1, spent_alpha(ALPHA, 1))
+def test_related_items_that_are_tested_one_by_one_promote_chance() -> None:
+    # What the gate did before it knew clusters: 0.05 was promised.
+    assert promoted_by_night(RULES["alpha spending"], 0.0, 4, series=100)[30] > 0.3
+
+
+def test_the_power_is_the_same_on_every_night_and_as_predicted() -> None:
+    found = promoted_on_night(RULES["gate"], 0.1, 1, 640, series=1000)
+    assert len(set(found.values())) == 1
+    spending = promoted_on_night(RULES["alpha spending"], 0.1, 1, ITEMS, series=300)
+    assert spending[30] < 0.2 * spending[1]
+    one = draw(0.1, 1, 640, 1)[0]
+    differences = np.repeat([1.0, -1.0, 0.0], [one.won, one.lost, one.items - one.won - one.lost])
     # McNemar's exact test is slightly stricter than the t-test that estimates the power.
-    assert expected - 0.12 < sum(found) / 1000 < expected + 0.05
+    assert found[1] == pytest.approx(power(unrelated(differences), 0.1, PARAMS.level), abs=0.12)
+
+
+def test_a_benchmark_that_loses_a_little_with_each_promotion_stops_at_the_margin() -> None:
+    lowest = {
+        rule: min(rot(rule, "slow rot", seed)[-1] for seed in range(3)) for rule in ("alpha spending", "gate")
+    }
+    assert lowest["gate"] >= START - PARAMS.margin - 0.02
+    assert lowest["alpha spending"] < START - 3 * PARAMS.margin

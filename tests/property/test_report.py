@@ -80,7 +80,7 @@ def test_the_summary_names_a_benchmark_or_slice_that_got_worse(learned: list[int
         for i in range(20)
     ]
     rows += [heldout(model, "t1", 10.0, 10) for model in ("candidate", "base")]
-    gate = decide(rows, {"candidate": "c", "base": None}, [], (), params)
+    gate = decide(rows, {"candidate": "c", "base": None}, (), params)
     evidence = Evidence(gate, compare(rows, "base", params), {}, params)
     text = summarize(evidence, Outcome(1, None, is_champion=False, waits=None))[1]
     worse = sum(count < 10 for count in (*learned, *kept))

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from nightshift.data import schemas
+from nightshift.data.schemas import ALL_SCORES, SCORES
 from tasks.decontaminate import HITS_SCHEMA, Hit
-from tasks.evaluate.scores import ALL_SCORES, SCORES
 
 
 @pytest.mark.parametrize(

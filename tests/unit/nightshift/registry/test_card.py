@@ -75,7 +75,7 @@ def test_equal_files_give_an_equal_card(folder: Path) -> None:
 
 
 def card_schema() -> Any:
-    from tasks.evaluate.scores import ALL_SCORES
+    from nightshift.data.schemas import ALL_SCORES
 
     return ALL_SCORES
 

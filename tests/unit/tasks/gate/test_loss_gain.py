@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from nightshift.core.files import read_json, write_json, write_rows
-from nightshift.data.schemas import AUGMENTED, GROUPED
-from tasks.evaluate.scores import ALL_SCORES
+from nightshift.data.schemas import ALL_SCORES, AUGMENTED, GROUPED
 from tasks.gate.__main__ import main
 from tasks.gate.decision import decide
 from tests.helpers.checkouts import ROOT
@@ -32,8 +31,8 @@ def losses(model: str, per_token: float, examples: int = 120, noise: float = 0.1
     ]
 
 
-def judge(rows: list[dict[str, Any]], looks: int = 0, **changes: Any) -> dict[str, Any]:
-    return decide(rows, DIGESTS, [str(i) for i in range(looks)], (), PARAMS.model_copy(update=changes))
+def judge(rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    return decide(rows, DIGESTS, (), PARAMS.model_copy(update=changes))
 
 
 def test_a_lower_loss_is_promoted_with_its_evidence() -> None:
@@ -46,7 +45,7 @@ def test_a_lower_loss_is_promoted_with_its_evidence() -> None:
     assert [check["name"] for check in decision["checks"]] == ["gain"]
     gain = decision["gain"]
     assert (gain["unit"], gain["benchmarks"]) == ("nats per token", ["test"])
-    assert (gain["items"], gain["look"], gain["alpha"]) == (120, 1, 0.05)
+    assert (gain["items"], gain["clusters"], gain["alpha"]) == (120, 120, 0.05)
     assert gain["mean"] == pytest.approx(decision["reference_loss"] - decision["loss"], abs=2e-6)
     assert gain["low"] < gain["mean"] < gain["high"]
     # 2% of the base's loss.
@@ -61,11 +60,11 @@ def test_a_higher_loss_is_rejected_however_small_the_increase() -> None:
 
 
 def test_an_inconclusive_loss_reports_how_many_examples_are_needed() -> None:
-    decision = judge(losses("candidate", 2.3, noise=0.5) + losses("base", 2.3, noise=0.5), looks=3)
+    decision = judge(losses("candidate", 2.3, noise=0.5) + losses("base", 2.3, noise=0.5))
     assert decision["verdict"] == "hold"
     reason = decision["reason"]
     assert reason.startswith("gain: not shown: the loss on 120 test examples ")
-    assert ", the limit for candidate 4 since the last promotion; a loss lower by 2.0% would be " in reason
+    assert " exceeds 0.000137 (gate.alpha / gate.nights); a loss lower by 2.0% would be found " in reason
     needed = decision["gain"]["items_needed"]
     assert reason.endswith(f"%, with {needed:,.0f} test examples with probability 80%")
     assert needed > 120
@@ -181,7 +180,7 @@ def checkout(in_tmp: Path) -> Path:
     data = in_tmp / "data"
     write_json(data / "benchmarks" / "used.json", [])
     write_json(data / "evaluate" / "models.json", DIGESTS)
-    write_json(data / "champion" / "champion.json", {"version": None, "looks": []})
+    write_json(data / "champion" / "champion.json", {"version": None, "best": {}})
     write_rows(data / "decontaminate" / "train.parquet", [], AUGMENTED)
     write_rows(data / "split" / "test.parquet", [], GROUPED)
     return in_tmp
