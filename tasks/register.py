@@ -2,12 +2,12 @@
 
 Runs after the graph, never inside it. The version is a pyfunc model from code that contains the
 adapter, a reference to its base with digests, its lineage and its model card. Writes
-`data/register/version.json`. `--adopt FOLDER --reason TEXT` registers a model that was trained elsewhere.
+`data/register/version.json`, with the flow run in which a fresh process loaded the version. `--adopt FOLDER
+--reason TEXT` registers a model that was trained elsewhere.
 """
 
 import argparse
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +52,7 @@ from nightshift.registry.versions import (
     open_registry,
     registered,
 )
-from nightshift.tracking.runs import dataset_input, experiment_id, git_commit
+from nightshift.tracking.runs import dataset_input, experiment_id, flow_run, git_commit
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
 
@@ -77,12 +77,13 @@ def main(adopt_from: Path | None = None, reason: str = "") -> None:
     if adopt_from:
         if not reason.strip():
             raise ConfigError("--reason is required; it is stored in the lineage and the promotion record")
-        write_json(VERSION, {"version": adopt(adopt_from, reason)})
+        write_json(VERSION, {"version": adopt(adopt_from, reason), "proven_in": None})
         return
     decision = read_json(GATE)
     if decision["verdict"] == "error":
         raise GateError(f"{GATE}: {decision['reason']}; nothing is registered")
-    write_json(VERSION, {"version": register(decision["verdict"])})
+    version, is_new = register(decision["verdict"])
+    write_json(VERSION, {"version": version, "proven_in": flow_run() if is_new else None})
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +92,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reason", default="", help="reason of an adoption, stored in its lineage")
 
 
-def register(verdict: str) -> int:
+def register(verdict: str) -> tuple[int, bool]:
     """Register the candidate once; the same adapter on the same base keeps its version.
 
     Before the alias `candidate` moves, a fresh process loads the version and must return the same
@@ -101,7 +102,7 @@ def register(verdict: str) -> int:
         verdict: Verdict of the gate, stored as a tag.
 
     Returns:
-        Version number of the candidate.
+        Version number of the candidate, and whether it is new.
 
     Raises:
         GateError: The reloaded model answers differently.
@@ -111,7 +112,7 @@ def register(verdict: str) -> int:
     for version in registered(client, name):
         if (version.tags[DIGEST], version.tags.get(BASE_DIGEST)) == (digest, base):
             log.info("the candidate is already registered as version %s", version.version)
-            return int(version.version)
+            return int(version.version), False
     write_lineage(LINEAGE)
     write_card(CARD, name, load_params(GateParams, "gate"))
     run = training_run(client, TRAINING_RUN)
@@ -123,11 +124,11 @@ def register(verdict: str) -> int:
         "nightshift.params_digest": file_digest(Path("params.yaml")),
         "nightshift.git_commit": git_commit(),
         "nightshift.data_digest": data_digest(),
-        "nightshift.flow_run": os.environ.get("PREFECT__FLOW_RUN_ID", "none"),
+        "nightshift.flow_run": flow_run() or "none",
     }
     verify(client, name, number, MODEL, tags)
     client.set_registered_model_alias(name, "candidate", str(number))
-    return number
+    return number, True
 
 
 def adopt(source: Path, reason: str) -> int:

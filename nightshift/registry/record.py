@@ -8,7 +8,6 @@ lines are detected, and every machine that sees the registry sees the record.
 import getpass
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from nightshift.core.errors import GateError
 from nightshift.registry.versions import DIGEST
+from nightshift.tracking.runs import flow_run
 
 Action = Literal["promote", "rollback", "acknowledge", "outside"]
 PREFIX, HEAD = "nightshift.promotion.", "nightshift.promotions"
@@ -101,7 +101,7 @@ class Record:
             before=int(before.version) if before else None,
             adapter=champion.tags.get(DIGEST) if champion else None,
             reason=reason,
-            by=os.environ.get("PREFECT__FLOW_RUN_ID") or getpass.getuser(),
+            by=flow_run() or getpass.getuser(),
             last=digest(line(self.entries[-1])) if self.entries else FIRST,
         )
         self.client.set_registered_model_tag(self.name, tag(len(self.entries) + 1), line(entry))

@@ -86,6 +86,8 @@ def _all_metrics(metrics: Mapping[str, Any], gate: Mapping[str, Any]) -> Iterato
             if benchmark == HELDOUT:
                 yield f"test/loss{suffix}", values["loss"]
                 yield f"test/perplexity{suffix}", values["perplexity"]
+                # Of the champion, it shows how the data moves away from a model that is not retrained.
+                yield f"test/new_loss{suffix}", values["new"]["loss"]
                 continue
             yield f"{benchmark}/accuracy{suffix}", values["accuracy"]
             if not suffix:

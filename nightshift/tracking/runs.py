@@ -101,6 +101,11 @@ def dataset_input(name: str, digest: str, path: str, context: str) -> "DatasetIn
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context), InputTag("dvc.path", path)])
 
 
+def flow_run() -> str | None:
+    """Return the id of the Prefect flow run that this process belongs to; None outside Prefect."""
+    return os.environ.get("PREFECT__FLOW_RUN_ID")
+
+
 def git_commit() -> str:
     """Return the commit of the checkout, or `none` outside git."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

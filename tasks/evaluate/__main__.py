@@ -87,7 +87,8 @@ def main() -> None:
         {"model": name, **row} for name in memo for file in memo[name].values() for row in read_rows(file)
     ]
     rows += [{"model": "best", **row} for row in best_scores(rows)]
-    write_rows(SCORES, relate(rows), ALL_SCORES)
+    rows = list(relate(rows))
+    write_rows(SCORES, rows, ALL_SCORES)
     write_figures(METRICS, metrics(rows))
     write_json(MODELS, digest_models(models))
     asked: dict[str, Any] = {TEST_ANSWERS: answers.counts} if answers else {}

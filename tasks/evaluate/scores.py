@@ -19,7 +19,8 @@ def metrics(rows: Sequence[Score]) -> dict[str, Any]:
 
     Returns:
         model -> {benchmark: {accuracy, items, errors, skipped, chance, slices}, "test": {loss,
-        perplexity, items, errors, skipped, tokens, sources}}.
+        perplexity, items, errors, skipped, tokens, sources, new}}; `new` are the examples that are newer
+        than the champion.
     """
     groups: dict[tuple[str, str], list[Score]] = defaultdict(list)
     for row in rows:
@@ -45,7 +46,8 @@ def _accuracy(rows: Sequence[Score]) -> dict[str, Any]:
 
 
 def _heldout(rows: Sequence[Score]) -> dict[str, Any]:
-    return _loss(rows) | {"sources": {name: _loss(group) for name, group in _by_slice(rows)}}
+    by_source = {name: _loss(group) for name, group in _by_slice(rows)}
+    return _loss(rows) | {"sources": by_source, "new": _loss([row for row in rows if row.get("is_new")])}
 
 
 def _loss(rows: Sequence[Score]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ def main() -> None:
         decision = decide(rows, models, overlaps, params, best, is_same_base=is_same_base)
     for check in find_ignored({row["benchmark"] for row in rows}, params):
         log.warning("%s: %s", check.name, check.message)
+    for note in decision["checks"]:
+        if note["message"].startswith("saturated: "):
+            log.warning("%s: %s", note["name"], note["message"])
     write_figures(GATE, decision)
     write_summary("gate", rows_in=len(rows), rows_out=len(rows), verdict=decision["verdict"])
 

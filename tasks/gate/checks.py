@@ -19,6 +19,8 @@ Verdict = Literal["promote", "hold", "reject", "error"]
 # Remedies for too few test examples, and too few of them whose answers are compared.
 MORE_EXAMPLES = "add data or raise split.test_share"
 MORE_ANSWERS = f"{MORE_EXAMPLES}, or raise the limits in evaluate.exact_match"
+# Accuracy of both models from which a benchmark is saturated.
+SATURATED = 0.95
 # Probability below which written answers and likeliest choices do not differ by chance.
 UNLIKELY = 0.001
 
@@ -82,6 +84,20 @@ def check_few(name: str, count: int, what: str, remedy: str, params: GateParams)
     """Hold because there are too few items; the number includes only what both models have scores for."""
     message = f"too few {what}: {count} of the {params.min_items} that gate.min_items requires; {remedy}"
     return Check(name, "hold", message)
+
+
+def check_saturation(groups: Mapping[str, Pairs]) -> Iterator[Check]:
+    """Note benchmarks on which both models are nearly perfect; they do not change the verdict."""
+    for name, group in groups.items():
+        if (
+            group
+            and min(np.mean([row["score"] for row in side]) for side in zip(*group, strict=True)) >= SATURATED
+        ):
+            message = (
+                f"saturated: both models answer more than {SATURATED:.0%} right, so it can hardly show a "
+                "gain; add harder items, or move it to gate.retention"
+            )
+            yield Check(f"{name}, saturation", "promote", message)
 
 
 def check_floors(groups: Mapping[str, Pairs], params: GateParams) -> Iterator[Check]:

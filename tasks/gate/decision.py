@@ -1,7 +1,7 @@
 """The verdict of the gate: all checks, and the most severe verdict."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from tasks.gate.checks import (
     check_heldout,
     check_items,
     check_margins,
+    check_saturation,
     check_slices,
     check_unread,
     check_written,
@@ -80,6 +81,7 @@ def decide(
         # Without a benchmark, the held-out loss is the gain.
         *(() if judged is heldout else check_heldout(heldout, losses, params.max_loss_increase)),
         *check_best(find_best_pairs(rows, groups, reference, params), best or {}, params),
+        *check_saturation({name: groups[name] for name in find_counted(groups, params)}),
         *check_unread(rows, reference),
         *find_ignored(groups, params),
     ]
@@ -96,7 +98,7 @@ def judge_gain(
     Returns:
         The check; the gain; and the test examples that it is measured on, if it is one of the loss.
     """
-    counted = [name for name in groups if name not in (*params.retention, *params.behaviour)]
+    counted = find_counted(groups, params)
     if counted and params.objective == "superiority":
         gain = measure_gain([both for name in counted for both in groups[name]], params)
         return check_gain(gain, params), gain, []
@@ -105,6 +107,11 @@ def judge_gain(
     losses = compare_losses(judged)
     gain = measure_loss_gain(judged, losses, params)
     return check_loss_gain(gain, judged, losses, params, only_new=only_new), gain, judged
+
+
+def find_counted(groups: Collection[str], params: GateParams) -> list[str]:
+    """Return the benchmarks that count for the gain."""
+    return [name for name in groups if name not in (*params.retention, *params.behaviour)]
 
 
 def find_best_pairs(

@@ -168,7 +168,7 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
         assert night(3, "hold") == {"promoted": False, "waits": None}
         # The same adapter is registered once and keeps its version.
         register.main()
-        assert read_json(register.VERSION) == {"version": 3}
+        assert read_json(register.VERSION)["version"] == 3
     return folder
 
 
@@ -288,6 +288,38 @@ def test_a_champion_that_changed_since_the_gate_stops_the_promotion() -> None:
     with pytest.raises(GateError, match="champion of nightshift is version 2, but the gate compared with 1"):
         promote.move(3, "promote", "gate", expected=1)
     assert (alias("champion"), len(record().entries)) == (2, 2)
+
+
+def test_a_version_that_was_just_loaded_in_this_flow_run_is_not_loaded_again(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkout.is_dir()
+    config = checkout / adapter(3) / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "night-7")
+    candidate(3)
+    evaluated(3)
+    write_json(register.GATE, {"verdict": "promote", "reason": "better"})
+    champion()
+    register.main()
+    version = read_json(register.VERSION)["version"]
+    loaded: list[str] = []
+
+    def load(base: Path, uri: str) -> list[list[str]]:
+        loaded.append(uri)
+        raise GateError("not again")
+
+    monkeypatch.setattr(promote, "answer_probes", load)
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "night-8")
+    with pytest.raises(GateError, match="not again"):
+        promote.apply_verdict()
+    assert (alias("champion"), len(loaded)) == (2, 1)
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "night-7")
+    promote.apply_verdict()
+    assert (alias("champion"), len(loaded)) == (version, 1)
+    # A version of an earlier night is loaded again, even in this one.
+    register.main()
+    assert read_json(register.VERSION) == {"version": version, "proven_in": None}
 
 
 def test_a_model_that_cannot_be_reloaded_moves_no_alias(checkout: Path) -> None:

@@ -48,6 +48,12 @@ def test_the_heldout_loss_is_weighted_by_tokens_not_by_examples() -> None:
     assert found["perplexity"] == 6.6859
 
 
+def test_the_loss_on_examples_that_are_newer_than_the_champion_is_separate() -> None:
+    rows = [row("m", "test", 2.0, tokens=4, is_new=False), row("m", "test", 9.0, tokens=3, is_new=True)]
+    assert metrics(rows)["m"]["test"]["new"] == {"loss": 3.0, "perplexity": 20.0855, "tokens": 3}
+    assert metrics(rows[:1])["m"]["test"]["new"] == {"loss": None, "perplexity": None, "tokens": 0}
+
+
 def test_each_source_has_a_loss_and_a_perplexity() -> None:
     rows = [
         row("m", "test", 0.0, tokens=5, slice="a"),

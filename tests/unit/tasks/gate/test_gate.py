@@ -792,3 +792,18 @@ def test_a_model_that_writes_answers_which_it_finds_unlikely_is_not_asked_as_it_
     )
     # A model that cannot write the answers may still know them.
     assert judged(0, 16)["verdict"] == "promote"
+
+
+def test_a_saturated_benchmark_is_noted_and_changes_nothing() -> None:
+    def notes(candidate: int, base: int, **changes: Any) -> list[str]:
+        rows = of_benchmark("facts", 100, candidate, base) + of_benchmark("hard", 100, 70, 40)
+        decision = judge(rows + LOSSES, **changes)
+        assert decision["verdict"] == "promote"
+        return [one["message"] for one in decision["checks"] if one["name"] == "facts, saturation"]
+
+    assert notes(98, 96) == [
+        "saturated: both models answer more than 95% right, so it can hardly show a gain; add harder items, "
+        "or move it to gate.retention"
+    ]
+    assert notes(98, 94) == []
+    assert notes(98, 96, retention={"facts": 0.1}) == []
