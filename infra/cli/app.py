@@ -180,6 +180,20 @@ def gate() -> None:
 
 @app.command()
 @report_errors
+def benchmarks(
+    name: Annotated[
+        str, typer.Argument(help="Benchmark whose items to list (default: a table of all).")
+    ] = "",
+    nights: Annotated[int, typer.Option(min=1, help="Number of candidates, the latest.")] = 30,
+) -> None:
+    """Show how the last candidates answered, and the items that are never right, always right or unstable."""
+    from infra.cli import benchmarks as listed
+
+    listed.show(console, name, nights)
+
+
+@app.command()
+@report_errors
 def promote(
     version: Annotated[int, typer.Argument(help="Version to make the champion.")],
     reason: Annotated[str, typer.Option(help="Reason, stored in the record.")],

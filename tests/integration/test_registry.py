@@ -1,5 +1,6 @@
 """Register, promote and roll back against a real MLflow: reload, expected champion, record, drill."""
 
+import io
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from infra.cli import benchmarks
 from infra.cli.reproduce import rebuild
 from nightshift.core.errors import ConfigError, GateError
 from nightshift.core.files import file_digest, read_json, read_rows, tree_digest, write_json, write_rows
@@ -288,6 +290,25 @@ def test_a_champion_that_changed_since_the_gate_stops_the_promotion() -> None:
     with pytest.raises(GateError, match="champion of nightshift is version 2, but the gate compared with 1"):
         promote.move(3, "promote", "gate", expected=1)
     assert (alias("champion"), len(record().entries)) == (2, 2)
+
+
+def test_the_answers_of_the_last_candidates_are_shown_by_item(checkout: Path) -> None:
+    assert checkout.is_dir()
+    console = Console(width=160, record=True, file=io.StringIO())
+    benchmarks.show(console, "", 30)
+    # Versions 1 to 3 have 6, 4 and 8 right answers of ten, the same items first.
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["facts", "10", "60.0%", "80.0%", "2", "4", "2"] in lines
+    assert lines[-1][:2] == ["3", "candidate(s);"]
+    benchmarks.show(console, "facts", 30)
+    text = console.export_text()
+    assert "never right (too hard, or its reference answer is wrong):" in text
+    assert "always right (tells no candidate from another): 4 items" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["8", "?", "!", "0", "0", "0"] in lines
+    assert ["4", "?", "!", "1", "0", "1"] in lines
+    with pytest.raises(ConfigError, match="gone: the last version has no scores on it; benchmarks: facts"):
+        benchmarks.show(console, "gone", 30)
 
 
 def test_a_version_that_was_just_loaded_in_this_flow_run_is_not_loaded_again(
