@@ -66,7 +66,9 @@ def find_clusters(questions: Iterable[Question], overlap: Overlap) -> Iterator[d
     texts = [canonical(one.text) for one in asked]
     keys: dict[Item, list[str]] = defaultdict(list)
     for one, text in zip(asked, texts, strict=True):
-        keys[one.benchmark, one.item] += [f"text {text}", *([f"name {one.cluster}"] if one.cluster else [])]
+        # A question without words, such as "?!", is not the same as another one.
+        found = {"text": text, "name": one.cluster}
+        keys[one.benchmark, one.item] += [f"{kind} {key}" for kind, key in found.items() if key]
     for number, pair in enumerate(same_questions(asked, texts, overlap)):
         for one in pair:
             keys[one.benchmark, one.item].append(f"pair {number}")

@@ -62,11 +62,6 @@ class Clusters:
         """Mean difference per item, or per token."""
         return float(self.sums.sum() / self.sizes.sum())
 
-    @property
-    def items(self) -> float:
-        """Number of items, or of tokens."""
-        return float(self.sizes.sum())
-
     def swap(self) -> "Clusters":
         """Return the differences with the models swapped."""
         return Clusters(-self.sums, self.sizes)

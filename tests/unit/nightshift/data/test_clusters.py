@@ -45,6 +45,10 @@ def test_the_same_question_in_two_items_is_one_cluster(one: str, other: str) -> 
     assert clusters(ask("1", one), ask("2", other), ask("3", "Where does the sun set?")) == [["1", "2"]]
 
 
+def test_questions_without_words_are_not_related() -> None:
+    assert clusters(ask("1", "?!"), ask("2", "..."), ask("3", "😀")) == []
+
+
 def test_a_template_relates_nothing() -> None:
     names = [f"element{letter}" for letter in "abcdefghijklmno"]
     few = [
