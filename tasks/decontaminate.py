@@ -228,7 +228,7 @@ def build_index(
         is_test: Whether these are the prompts of test examples.
     """
     found: dict[str, Question] = {}
-    for benchmark, item, content, _ in questions:
+    for benchmark, item, content, *_ in questions:
         text = canonical(content)
         if text and text not in found:
             found[text] = Question(benchmark, item, text, shingles(text.split(), SHINGLE_SIZE))

@@ -83,11 +83,13 @@ class Item(StageParams):
         slice: Part of the benchmark that is reported and guarded separately; None: the whole.
         cluster: What the item is about, if several are about the same, also in other benchmarks: a fact, a
             document. They count as one in the gate's tests. None: decontaminate finds related questions.
+        paraphrase_of: Id of the item in the same benchmark that this one asks in other words, or None.
     """
 
     id: Text
     slice: Text | None = None
     cluster: Text | None = None
+    paraphrase_of: Text | None = None
 
 
 class ChoiceItem(Item):
@@ -243,6 +245,12 @@ def read_items(file: Path, schema: type[Item], faults: list[str]) -> list[dict[s
             )
         seen.setdefault(item["id"], number)
         items.append(item)
+    for item in items:
+        if (original := item.get("paraphrase_of")) and original not in seen:
+            faults.append(
+                f"{file}:{seen[item['id']]}: paraphrase_of {original!r} is no item of this benchmark; "
+                "correct the id or remove it"
+            )
     if not seen and not any(fault.startswith(f"{file}:") for fault in faults):
         faults.append(f"{file}: no items; add at least one")
     return items
@@ -269,12 +277,14 @@ class Question(NamedTuple):
         item: Id of the item.
         text: Question.
         cluster: Cluster that the item names, or group of the example; None if there is none.
+        paraphrase_of: Id of the item that this one asks in other words, or None.
     """
 
     benchmark: str
     item: str
     text: str
     cluster: str | None = None
+    paraphrase_of: str | None = None
 
 
 def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[Question]:
@@ -288,7 +298,8 @@ def evaluation_questions(test: Path, benchmarks: Path) -> Iterator[Question]:
     for benchmark in read_benchmarks(benchmarks):
         for item in benchmark.items:
             for text in questions(item):
-                yield Question(benchmark.name, item["id"], text, item.get("cluster"))
+                related = (item.get("cluster"), item.get("paraphrase_of"))
+                yield Question(benchmark.name, item["id"], text, *related)
 
 
 def questions_of(row: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,9 @@
 """Clusters of evaluation items that ask for the same: the gate's tests count each cluster once.
 
 A model that has learned a fact answers all its questions, so two of them are not twice the evidence. Items
-are related if they name the same cluster, have the same question, share an n-gram, or if one question
-contains nearly all of the other: what the stage decontaminate takes for the same question. Passages that
-many items share are a template.
+are related if they name the same cluster, if one is the paraphrase of another, if they have the same
+question or share an n-gram, or if one question contains nearly all of the other: what the stage decontaminate
+takes for the same question. Passages that many items share are a template.
 """
 
 from collections import Counter, defaultdict
@@ -69,6 +69,7 @@ def find_clusters(questions: Iterable[Question], overlap: Overlap) -> Iterator[d
         # A question without words, such as "?!", is not the same as another one.
         found = {"text": text, "name": one.cluster}
         keys[one.benchmark, one.item] += [f"{kind} {key}" for kind, key in found.items() if key]
+        keys[one.benchmark, one.item].append(f"item {one.benchmark}/{one.paraphrase_of or one.item}")
     for number, pair in enumerate(same_questions(asked, texts, overlap)):
         for one in pair:
             keys[one.benchmark, one.item].append(f"pair {number}")

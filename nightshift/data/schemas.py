@@ -120,11 +120,13 @@ class Score(ItemScore):
         model: base, candidate, champion, best (the best champion so far, if it is another) or retrieval.
         cluster: Name that related items share, in all benchmarks; None for an item on its own.
         is_new: Whether a held-out example arrived after the champion's data; None for an item.
+        paraphrase_of: Id of the item that this one asks in other words, or None.
     """
 
     model: str
     cluster: NotRequired[str | None]
     is_new: NotRequired[bool | None]
+    paraphrase_of: NotRequired[str | None]
 
 
 MESSAGES = pa.list_(
@@ -175,4 +177,12 @@ SCORES = pa.schema(
         ("answer", pa.string()),
     ]
 )
-ALL_SCORES = pa.schema([("model", pa.string()), *SCORES, ("cluster", pa.string()), ("is_new", pa.bool_())])
+ALL_SCORES = pa.schema(
+    [
+        ("model", pa.string()),
+        *SCORES,
+        ("cluster", pa.string()),
+        ("is_new", pa.bool_()),
+        ("paraphrase_of", pa.string()),
+    ]
+)

@@ -111,13 +111,18 @@ def best_scores(rows: Sequence[Score]) -> Iterator[ItemScore]:
 
 
 def relate(rows: Iterable[Score]) -> Iterator[Score]:
-    """Yield the scores with the cluster of their item, and whether a test example is newer than the champion.
+    """Yield the scores with the cluster and the original of their item, and whether a test example is new.
 
     A champion that was trained elsewhere may have seen any example: none is too old to compare with it.
     """
     clusters = {(row["benchmark"], row["item"]): row["cluster"] for row in read_rows(CLUSTERS)}
     trained_on = read_json(CHAMPION_RECORD)["arrival"] or 0
     new = {row["id"]: row["arrival"] > trained_on for row in iterate_rows(TEST, ["id", "arrival"])}
+    paraphrases = {
+        (benchmark.name, item["id"]): item.get("paraphrase_of")
+        for benchmark in read_benchmarks(BENCHMARKS)
+        for item in benchmark.items
+    }
     for row in rows:
         # The answers are those of test examples.
         benchmark = HELDOUT if row["benchmark"] == TEST_ANSWERS else row["benchmark"]
@@ -125,6 +130,7 @@ def relate(rows: Iterable[Score]) -> Iterator[Score]:
             **row,
             "cluster": clusters.get((benchmark, row["item"])),
             "is_new": new[row["item"]] if row["benchmark"] == HELDOUT else None,
+            "paraphrase_of": paraphrases.get((row["benchmark"], row["item"])),
         }
 
 

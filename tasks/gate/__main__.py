@@ -75,7 +75,7 @@ def find_overlaps(train: Path, test: Path, benchmarks: Path) -> list[str]:
     """
     evaluated = {
         (name == HELDOUT, canonical(text)): f"{name}/{item}"
-        for name, item, text, _ in evaluation_questions(test, benchmarks)
+        for name, item, text, *_ in evaluation_questions(test, benchmarks)
     }
     return [
         f"{row['origin']} matches {evaluated[asked]}"

@@ -21,7 +21,9 @@ MORE_EXAMPLES = "add data or raise split.test_share"
 MORE_ANSWERS = f"{MORE_EXAMPLES}, or raise the limits in evaluate.exact_match"
 # Accuracy of both models from which a benchmark is saturated.
 SATURATED = 0.95
-# Probability below which written answers and likeliest choices do not differ by chance.
+# Items that a message names.
+SHOWN_ITEMS = 3
+# Probability below which a difference of two ways of asking is not by chance.
 UNLIKELY = 0.001
 
 
@@ -265,6 +267,33 @@ def check_written(rows: Sequence[Score], compared: Collection[str]) -> Iterator[
                 f"the {model} writes {sum(written):.0f} of {len(group)} right answers, but only "
                 f"{sum(chosen):.0f} of these are its likeliest choice (p {p:.2g}): the choices do not follow "
                 "what the model was trained on; check base.chat_template and the benchmark's task.yaml",
+            )
+
+
+def check_memorised(rows: Sequence[Score], reference: str, params: GateParams) -> Iterator[Check]:
+    """Find benchmarks whose questions the candidate answers in their own wording only.
+
+    If it gained more on them than on their paraphrases, it knows the questions, not what they ask for: they
+    were trained on in some form that decontaminate did not find.
+    """
+    scores = {(row["model"], *key(row)): row["score"] for row in rows if row["status"] == "ok"}
+    gaps: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        original = (row["benchmark"], row.get("paraphrase_of") or "")
+        asked = [(model, *one) for one in (original, key(row)) for model in ("candidate", reference)]
+        if row["model"] == "candidate" and all(one in scores for one in asked):
+            ours, theirs, ours_reworded, theirs_reworded = (scores[one] for one in asked)
+            gaps[row["benchmark"]][original[1]] = (ours - theirs) - (ours_reworded - theirs_reworded)
+    for name, found in sorted(gaps.items()):
+        p = p_value(np.array(list(found.values())), params.n_resamples, params.seed, UNLIKELY)
+        if p <= UNLIKELY:
+            items = [item for item, gap in found.items() if gap > 0]
+            yield Check(
+                f"{name}, paraphrases",
+                "error",
+                f"the candidate gained {format_points(float(np.mean([*found.values()])))} more on "
+                f"{len(found)} questions than on their paraphrases (p {p:.2g}): it was trained on the "
+                f"questions; look for them in the sources, first {', '.join(items[:SHOWN_ITEMS])}",
             )
 
 

@@ -18,6 +18,7 @@ from tasks.gate.checks import (
     check_heldout,
     check_items,
     check_margins,
+    check_memorised,
     check_saturation,
     check_slices,
     check_unread,
@@ -64,8 +65,9 @@ def decide(
         }
     if faults := list(find_faults(rows, reference, overlaps, params, is_same_base=is_same_base)):
         return {**known, **conclude(faults)}
-    if faults := list(check_written(rows, ("candidate", reference))):
-        return {**known, **conclude(faults)}
+    asked = [*check_written(rows, ("candidate", reference)), *check_memorised(rows, reference, params)]
+    if asked:
+        return {**known, **conclude(asked)}
     groups = group_by_benchmark(rows, reference, params)
     heldout = groups.pop(HELDOUT, [])
     losses = compare_losses(heldout)

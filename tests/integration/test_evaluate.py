@@ -355,6 +355,7 @@ def test_the_last_answer_of_a_test_example_is_generated_after_all_turns_before(
         "answer": spoken,
         "cluster": None,
         "is_new": None,
+        "paraphrase_of": None,
     }
     summary = read_json(Path("data/evaluate/summary.json"))
     assert summary["test_answers"] == {"test": 4, "asked": 2, "no_text_answer": 1, "too_long": 1}

@@ -175,11 +175,11 @@ def test_every_wording_of_every_kind_of_benchmark_is_indexed(tmp_path: Path) -> 
     write_rows(tmp_path / "test.parquet", [], GROUPED)
     found = list(evaluation_questions(tmp_path / "test.parquet", tmp_path / "b"))
     assert found == [
-        ("changed", "1", "Q?", None),
-        ("changed", "1", "C?", None),
-        ("facts", "1", "F?", None),
-        ("reworded", "1", "R?", None),
-        ("reworded", "1", "V?", None),
-        ("reworded", "1", "W?", None),
-        ("written", "1", "Turn?", None),
+        ("changed", "1", "Q?", None, None),
+        ("changed", "1", "C?", None, None),
+        ("facts", "1", "F?", None, None),
+        ("reworded", "1", "R?", None, None),
+        ("reworded", "1", "V?", None, None),
+        ("reworded", "1", "W?", None, None),
+        ("written", "1", "Turn?", None, None),
     ]

@@ -44,6 +44,16 @@ def test_all_kinds_are_read_in_order_of_name(tmp_path: Path) -> None:
     assert found[0].items == [CHOICE]
 
 
+def test_a_paraphrase_names_an_item_of_its_benchmark(tmp_path: Path) -> None:
+    put(tmp_path, "facts", CHOICE_TASK, {**CHOICE, "id": "b", "paraphrase_of": CHOICE["id"]}, CHOICE)
+    (known,) = read_benchmarks(tmp_path)
+    assert known.items[0]["paraphrase_of"] == CHOICE["id"]
+    put(tmp_path, "facts", CHOICE_TASK, CHOICE, {**CHOICE, "id": "b", "paraphrase_of": "c"})
+    assert faults(tmp_path) == [
+        "facts/items.jsonl:2: paraphrase_of 'c' is no item of this benchmark; correct the id or remove it"
+    ]
+
+
 def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path: Path) -> None:
     task, item = GOOD["generation"]
     put(tmp_path, "facts", CHOICE_TASK, CHOICE, {**CHOICE, "id": "b", "answer": 2}, CHOICE)

@@ -32,6 +32,16 @@ def test_items_that_name_a_cluster_are_one_also_in_two_benchmarks() -> None:
     assert found == [["1", "2"]]
 
 
+def test_an_item_and_its_paraphrases_are_one_cluster() -> None:
+    found = clusters(
+        ask("1", "Who found gold?"),
+        Question("facts", "2", "By whom was the metal of kings discovered?", None, "1"),
+        Question("facts", "3", "Name the discoverer of Au.", None, "1"),
+        Question("other", "4", "Name somebody.", None, None),
+    )
+    assert found == [["1", "2", "3"]]
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

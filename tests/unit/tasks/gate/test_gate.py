@@ -807,3 +807,29 @@ def test_a_saturated_benchmark_is_noted_and_changes_nothing() -> None:
     ]
     assert notes(98, 94) == []
     assert notes(98, 96, retention={"facts": 0.1}) == []
+
+
+def test_questions_that_are_known_in_their_own_wording_only_were_trained_on() -> None:
+    def judged(candidate: int, reworded: int, base: int = 10, base_reworded: int = 10) -> dict[str, Any]:
+        rows = of_benchmark("facts", 100, candidate, base)
+        for row in of_benchmark("facts", 100, reworded, base_reworded):
+            original = row["item"]
+            rows.append(
+                {**row, "item": f"{original}, reworded", "paraphrase_of": original, "cluster": original}
+            )
+        return judge(rows + LOSSES)
+
+    # Knowledge that was learned also shows in other words.
+    assert judged(60, 58)["verdict"] == "promote"
+    leaked = judged(60, 12)
+    assert (leaked["verdict"], leaked["reason"]) == (
+        "error",
+        "facts, paraphrases: the candidate gained 48.0 points more on 100 questions than on their "
+        "paraphrases (p 3.6e-15): it was trained on the questions; look for them in the sources, first 012, "
+        "013, 014",
+    )
+    # Few such questions may be chance.
+    assert judged(60, 51)["verdict"] == "promote"
+    assert judged(60, 50)["verdict"] == "error"
+    # Both models know the wordings: nothing was gained by them.
+    assert judged(60, 12, base=60, base_reworded=12)["verdict"] == "hold"
