@@ -38,7 +38,7 @@ from nightshift.data.benchmarks import task_digests
 from nightshift.raw.shards import read_digests, used_names
 from nightshift.tracking.runs import git_commit
 
-KEPT = (Path("params.yaml"), Path("dvc.lock"), SCORES)
+KEPT = (Path("params.yaml"), Path("dvc.lock"))
 ENGINES = ("accelerate", "datasets", "deepspeed", "lm-eval", "peft", "torch", "transformers", "trl")
 ROWS = pa.schema([("id", pa.string()), ("origin", pa.string())])
 
@@ -48,7 +48,7 @@ def write_lineage(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(set(trained_rows()))
     write_rows(folder / "rows.parquet", [{"id": one, "origin": origin} for one, origin in rows], ROWS)
-    for path in KEPT:
+    for path in (*KEPT, SCORES):
         shutil.copyfile(path, folder / path.name)
     by_shard = Counter(origin.rpartition(":")[0] for _, origin in rows)
     digests = read_digests(RAW)
