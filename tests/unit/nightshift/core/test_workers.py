@@ -19,12 +19,15 @@ from nightshift.core.errors import DataError, StageError
 from nightshift.core.workers import Work, start_workers
 from tests.helpers.checkouts import ROOT
 
+# A background shell ignores SIGINT, and the stage would inherit that.
 SCRIPT = """
+import signal
 import time
 from contextlib import nullcontext
 from functools import partial
 from nightshift.core.workers import start_workers
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with start_workers("x", partial(nullcontext, iter), is_large=True, batch=1) as work:
         list(work([1]))
         print("ready", flush=True)
@@ -122,8 +125,7 @@ def test_the_workers_end_with_a_stage_that_is_killed(tmp_path: Path) -> None:
 def test_ctrl_c_ends_the_stage_and_its_workers_with_one_traceback(tmp_path: Path) -> None:
     stage, processes = start_script(tmp_path)
     os.killpg(stage.pid, signal.SIGINT)
-    # On a busy machine, a worker may still be starting.
-    _, errors = stage.communicate(timeout=120)
+    _, errors = stage.communicate(timeout=30)
     assert errors.count(b"Traceback") == 1
     assert errors.rstrip().endswith(b"KeyboardInterrupt")
     _, alive = psutil.wait_procs(processes, timeout=30)
