@@ -9,8 +9,8 @@ from rich.table import Table
 from nightshift.core.errors import ConfigError, GateError
 from nightshift.core.files import read_rows
 from nightshift.data.schemas import Score
-from nightshift.registry.best import fetch
 from nightshift.registry.items import History, find_histories
+from nightshift.registry.lineage import open_lineage
 from nightshift.registry.versions import open_registry, registered
 
 KINDS = ("never right", "always right", "unstable")
@@ -48,9 +48,10 @@ def show(console: Console, name: str, nights: int) -> None:
 
 def read_tables(console: Console, nights: int) -> Iterator[Sequence[Score]]:
     """Yield the score tables of the last versions, oldest first; name the versions that have none."""
-    for version in registered(*open_registry())[-nights:]:
+    client, name = open_registry()
+    for version in registered(client, name)[-nights:]:
         try:
-            with fetch(version, "scores.parquet") as file:
+            with open_lineage(name, int(version.version), "scores.parquet") as file:
                 rows: list[Score] = read_rows(file)
                 yield rows
         except GateError:

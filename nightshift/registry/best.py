@@ -6,19 +6,15 @@ versions that were rolled back no longer count.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
-from nightshift.core.errors import GateError
 from nightshift.core.files import read_json, read_rows, write_rows
 from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.schemas import SCORES, Score
+from nightshift.registry.lineage import open_lineage
 
 Scores = list[Score]
 
@@ -33,12 +29,12 @@ def fetch_best(champion: ModelVersion, target: Path) -> dict[str, Any]:
     Raises:
         GateError: The champion has no lineage.
     """
-    with fetch(champion, "lineage.json") as file:
+    with open_lineage(champion.name, int(champion.version), "lineage.json") as file:
         known = read_json(file)
     found: dict[str, tuple[Scores, dict[str, Any]]] = {}
     # A version that was trained elsewhere, or by an earlier release, has no scores.
     if "tasks" in known:
-        with fetch(champion, "scores.parquet") as file:
+        with open_lineage(champion.name, int(champion.version), "scores.parquet") as file:
             found = merge(read_rows(file), int(champion.version), known)
     write_rows(target, (row for rows, _ in found.values() for row in rows), SCORES)
     numbers = [int(Path(one["shard"]).name.partition(".")[0]) for one in known.get("shards", ())]
@@ -76,21 +72,3 @@ def scored(rows: Sequence[Score], benchmark: str, model: str) -> Iterator[Score]
     for row in rows:
         if (row["model"], row["benchmark"], row["status"]) == (model, benchmark, "ok"):
             yield row
-
-
-@contextmanager
-def fetch(version: ModelVersion, name: str) -> Iterator[Path]:
-    """Download a file of a version's lineage temporarily.
-
-    Raises:
-        GateError: The version does not have it.
-    """
-    uri = f"models:/{version.name}/{version.version}/artifacts/lineage/{name}"
-    with TemporaryDirectory() as folder:
-        try:
-            yield Path(download_artifacts(uri, dst_path=folder))
-        except (MlflowException, OSError) as err:
-            raise GateError(
-                f"registry: version {version.version} of {version.name} has no lineage/{name} ({err}); "
-                "promote another version"
-            ) from err

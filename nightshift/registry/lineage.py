@@ -2,7 +2,8 @@
 
 `lineage.json` contains code, data down to the shard, base, environment, training run and verdict;
 `rows.parquet` lists every training example with its shard and line. `params.yaml`, `dvc.lock`, which
-identifies the data, and `scores.parquet`, the scores of all models, are byte-identical copies.
+identifies the data, are byte-identical copies. `scores.parquet` has the scores of all models, without the
+texts of test examples, which `nightshift forget` could not remove from it.
 """
 
 import importlib.metadata
@@ -34,7 +35,8 @@ from nightshift.core.paths import (
     SCORES,
     TRAINING_RUN,
 )
-from nightshift.data.benchmarks import task_digests
+from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, task_digests
+from nightshift.data.schemas import ALL_SCORES, Score
 from nightshift.raw.shards import read_digests, used_names
 from nightshift.tracking.runs import git_commit
 
@@ -48,7 +50,8 @@ def write_lineage(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(set(trained_rows()))
     write_rows(folder / "rows.parquet", [{"id": one, "origin": origin} for one, origin in rows], ROWS)
-    for path in (*KEPT, SCORES):
+    write_rows(folder / SCORES.name, map(without_text, iterate_rows(SCORES)), ALL_SCORES)
+    for path in KEPT:
         shutil.copyfile(path, folder / path.name)
     by_shard = Counter(origin.rpartition(":")[0] for _, origin in rows)
     digests = read_digests(RAW)
@@ -73,6 +76,12 @@ def write_lineage(folder: Path) -> None:
             "environment": describe_environment(),
         },
     )
+
+
+def without_text(row: Score) -> dict[str, Any]:
+    """Return a score without the texts, if it is that of a test example."""
+    is_test = row["benchmark"] in (HELDOUT, TEST_ANSWERS)
+    return {**row, **(dict.fromkeys(("question", "expected", "answer")) if is_test else {})}
 
 
 def describe_environment() -> dict[str, str]:
@@ -110,18 +119,19 @@ def trained_rows() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def open_lineage(name: str, version: int) -> Iterator[Path]:
-    """Download the lineage of a version to a temporary folder.
+def open_lineage(name: str, version: int, file: str = "") -> Iterator[Path]:
+    """Download the lineage of a version, or one of its files, to a temporary folder.
 
     Raises:
         GateError: The version has none.
     """
     with tempfile.TemporaryDirectory() as folder:
-        uri = f"models:/{name}/{version}/artifacts/lineage"
+        uri = f"models:/{name}/{version}/artifacts/lineage/{file}".removesuffix("/")
         try:
             found = Path(download_artifacts(uri, dst_path=folder))
         except (MlflowException, OSError) as err:
-            raise GateError(f"registry: version {version} of {name} has no lineage: {err}") from err
+            what = f"lineage/{file}".removesuffix("/")
+            raise GateError(f"registry: version {version} of {name} has no {what}: {err}") from err
         yield found
 
 

@@ -292,6 +292,21 @@ def test_a_champion_that_changed_since_the_gate_stops_the_promotion() -> None:
     assert (alias("champion"), len(record().entries)) == (2, 2)
 
 
+def test_the_scores_in_a_lineage_have_no_text_of_a_test_example(checkout: Path) -> None:
+    same = {"model": "candidate", "item": "a1", "status": "ok", "score": 2.5, "tokens": 4}
+    texts = {"question": "Who is Ann?", "expected": "Ann is 40.", "answer": "Ann is 41."}
+    rows = [{**same, **texts, "benchmark": name} for name in ("facts", "test", "test_answers")]
+    write_rows(lineage.SCORES, rows, ALL_SCORES)
+    write_lineage(checkout / "new")
+    kept, *found = read_rows(checkout / "new" / "scores.parquet")
+    assert {key: kept[key] for key in texts} == texts
+    assert [(row["benchmark"], row["item"], row["score"]) for row in found] == [
+        ("test", "a1", 2.5),
+        ("test_answers", "a1", 2.5),
+    ]
+    assert [{row[key] for key in texts} for row in found] == [{None}, {None}]
+
+
 def test_the_answers_of_the_last_candidates_are_shown_by_item(checkout: Path) -> None:
     assert checkout.is_dir()
     console = Console(width=160, record=True, file=io.StringIO())
