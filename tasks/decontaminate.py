@@ -27,17 +27,17 @@ from nightshift.core.files import iterate_batches, iterate_rows, write_batches, 
 from nightshift.core.paths import AUGMENTED_TRAIN, BENCHMARKS, CLEAN_TRAIN, CLUSTERS, HITS, TEST
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.benchmarks import HELDOUT, evaluation_questions, prompt_of, questions_of
-from nightshift.data.benchmarks import Question as EvaluationQuestion
-from nightshift.data.clusters import CLUSTERS_SCHEMA, find_clusters
+from nightshift.data.clusters import CLUSTERS_SCHEMA, Asked, find_clusters
 from nightshift.data.drops import Drops, Rate, require_drop_rate
 from nightshift.data.schemas import AUGMENTED, AugmentedExample
 from nightshift.data.text import (
+    Form,
     Shingles,
-    canonical,
     containment,
     is_another_question,
+    is_contained,
     ngrams,
-    shingles,
+    read_form,
     weight,
 )
 
@@ -52,7 +52,6 @@ HITS_SCHEMA = pa.schema(
         ("containment", pa.float64()),
     ]
 )
-SHINGLE_SIZE = 3
 # What is read of a training row.
 COLUMNS = [
     *("id", "source", "origin", "parent_id"),
@@ -143,14 +142,6 @@ class Row(NamedTuple):
     source: str
 
 
-class Form(NamedTuple):
-    """A text of a training row in canonical form, with its words and shingles."""
-
-    text: str
-    words: Sequence[str]
-    shingles: Shingles
-
-
 @dataclass(frozen=True, slots=True)
 class Overlap:
     """Passages that a text of a training row has in common with the questions of an index.
@@ -169,10 +160,10 @@ class Overlap:
 def main() -> None:
     """Write the clean training rows and a report of all hits."""
     params = load_params(DecontaminateParams, "decontaminate")
-    questions = list(evaluation_questions(TEST, BENCHMARKS))
-    in_benchmarks = [one for one in questions if one.benchmark != HELDOUT]
+    questions = [(one, read_form(one.text)) for one in evaluation_questions(TEST, BENCHMARKS)]
+    in_benchmarks = [asked for asked in questions if asked[0].benchmark != HELDOUT]
     benchmarks = build_index(in_benchmarks, params, is_test=False)
-    in_test = [one for one in questions if one.benchmark == HELDOUT]
+    in_test = [asked for asked in questions if asked[0].benchmark == HELDOUT]
     test = build_index(in_test, params, is_test=True)
     write_rows(CLUSTERS, find_clusters(questions, params), CLUSTERS_SCHEMA)
     drops = Drops()
@@ -217,21 +208,18 @@ def describe_hit(hit: Hit) -> str:
     )
 
 
-def build_index(
-    questions: Iterable[EvaluationQuestion], params: DecontaminateParams, *, is_test: bool
-) -> Index:
+def build_index(questions: Iterable[Asked], params: DecontaminateParams, *, is_test: bool) -> Index:
     """Index the questions, except questions without words.
 
     Args:
-        questions: Questions.
+        questions: Questions and their forms.
         params: Overlap thresholds.
         is_test: Whether these are the prompts of test examples.
     """
     found: dict[str, Question] = {}
-    for benchmark, item, content, *_ in questions:
-        text = canonical(content)
-        if text and text not in found:
-            found[text] = Question(benchmark, item, text, shingles(text.split(), SHINGLE_SIZE))
+    for one, form in questions:
+        if form.text and form.text not in found:
+            found[form.text] = Question(one.benchmark, one.item, form.text, form.shingles)
     by_ngram: dict[str, int] = {}
     by_shingle: dict[str, list[int]] = defaultdict(list)
     for number, question in enumerate(found.values()):
@@ -278,13 +266,6 @@ def find_hits(
     return hits
 
 
-def read_form(text: str) -> Form:
-    """Return the canonical form of a text."""
-    form = canonical(text)
-    words = form.split()
-    return Form(form, words, shingles(words, SHINGLE_SIZE))
-
-
 def find_overlaps(forms: Iterable[Form], index: Index, params: DecontaminateParams) -> list[Overlap]:
     """Find what the texts of a row have in common with any question."""
     found = []
@@ -321,15 +302,13 @@ def match(
         candidates = {number for shingle in overlap.shingles - shared for number in index.by_shingle[shingle]}
         for number in sorted(candidates):
             question = index.questions[number]
-            share = containment(question.shingles, overlap.shingles)
-            if share < params.max_containment:
-                continue
-            if containment(question.shingles - shared, overlap.shingles) < params.max_containment:
+            if not is_contained(question.shingles, overlap.shingles, shared, params.max_containment):
                 continue
             if index.is_test and is_another_question(overlap.text.split(), question.text.split()):
                 continue
             whole = f" {question.text} " in f" {overlap.text} "
             reason = "shared_ngram" if whole else "contained_question"
+            share = containment(question.shingles, overlap.shingles)
             return _hit(row, question, reason, question.text, share)
     return None
 

@@ -7,7 +7,7 @@ takes for the same question. Passages that many items share are a template.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -15,21 +15,13 @@ import pyarrow as pa
 
 from nightshift.data.benchmarks import HELDOUT, Question
 from nightshift.data.components import connect
-from nightshift.data.text import (
-    Shingles,
-    canonical,
-    containment,
-    is_another_question,
-    ngrams,
-    shingles,
-    weight,
-)
+from nightshift.data.text import Form, Shingles, is_another_question, is_contained, ngrams, weight
 
 CLUSTERS_SCHEMA = pa.schema([("benchmark", pa.string()), ("item", pa.string()), ("cluster", pa.string())])
-SHINGLE_SIZE = 3
 # A passage in more questions is a template or a document.
 MANY = 10
 Item = tuple[str, str]
+Asked = tuple[Question, Form]
 
 
 class Overlap(Protocol):
@@ -48,29 +40,29 @@ class Overlap(Protocol):
         """Share, 0 to 1, of a question's shingles in another one from which the two are the same."""
 
 
-def find_clusters(questions: Iterable[Question], overlap: Overlap) -> Iterator[dict[str, str]]:
+def find_clusters(questions: Sequence[Asked], overlap: Overlap) -> Iterator[dict[str, str]]:
     """Yield benchmark, item and cluster of each item that is related to another one.
 
     Args:
-        questions: Questions of all items, in every wording.
+        questions: Questions of all items, in every wording, and their forms.
         overlap: Thresholds.
 
     Example:
+        >>> from nightshift.data.text import read_form
         >>> class Usual:
         ...     ngram_size, min_question_words, max_containment = 13, 5, 0.8
         >>> asked = [("a", "1", "Who is king?"), ("b", "9", "Who IS king"), ("a", "2", "And the queen?")]
-        >>> [one["item"] for one in find_clusters([Question(*one, None) for one in asked], Usual())]
+        >>> forms = [(Question(*one), read_form(one[2])) for one in asked]
+        >>> [one["item"] for one in find_clusters(forms, Usual())]
         ['1', '9']
     """
-    asked = list(questions)
-    texts = [canonical(one.text) for one in asked]
     keys: dict[Item, list[str]] = defaultdict(list)
-    for one, text in zip(asked, texts, strict=True):
+    for one, form in questions:
         # A question without words, such as "?!", is not the same as another one.
-        found = {"text": text, "name": one.cluster}
+        found = {"text": form.text, "name": one.cluster}
         keys[one.benchmark, one.item] += [f"{kind} {key}" for kind, key in found.items() if key]
         keys[one.benchmark, one.item].append(f"item {one.benchmark}/{one.paraphrase_of or one.item}")
-    for number, pair in enumerate(same_questions(asked, texts, overlap)):
+    for number, pair in enumerate(same_questions(questions, overlap)):
         for one in pair:
             keys[one.benchmark, one.item].append(f"pair {number}")
     items, components = list(keys), connect(keys.values())
@@ -80,45 +72,38 @@ def find_clusters(questions: Iterable[Question], overlap: Overlap) -> Iterator[d
             yield {"benchmark": benchmark, "item": item, "cluster": "/".join(items[component])}
 
 
-def same_questions(
-    asked: Sequence[Question], texts: Sequence[str], overlap: Overlap
-) -> Iterator[tuple[Question, Question]]:
+def same_questions(questions: Sequence[Asked], overlap: Overlap) -> Iterator[tuple[Question, Question]]:
     """Yield pairs of questions that share an n-gram, or of which one contains nearly all of the other.
 
     Args:
-        asked: Questions.
-        texts: Their canonical texts.
+        questions: Questions and their forms.
         overlap: Thresholds.
     """
-    grams: dict[str, list[int]] = defaultdict(list)
+    by_gram: dict[str, list[int]] = defaultdict(list)
     by_shingle: dict[str, list[int]] = defaultdict(list)
     parts: dict[int, Shingles] = {}
-    for number, text in enumerate(texts):
-        words = text.split()
+    for number, (one, form) in enumerate(questions):
         # Test examples about one document share n-grams.
-        for gram in set(ngrams(words, overlap.ngram_size)) if asked[number].benchmark != HELDOUT else ():
-            grams[gram].append(number)
-        if sum(map(weight, words)) >= overlap.min_question_words:
-            parts[number] = shingles(words, SHINGLE_SIZE)
-            for one in parts[number]:
-                by_shingle[one].append(number)
-    for numbers in grams.values():
+        for gram in set(ngrams(form.words, overlap.ngram_size)) if one.benchmark != HELDOUT else ():
+            by_gram[gram].append(number)
+        if sum(map(weight, form.words)) >= overlap.min_question_words:
+            parts[number] = form.shingles
+            for shingle in form.shingles:
+                by_shingle[shingle].append(number)
+    for numbers in by_gram.values():
         if len(numbers) <= MANY:
-            yield from ((asked[a], asked[b]) for a, b in pairwise(numbers))
-    shared = {one for one, numbers in by_shingle.items() if len(numbers) > MANY}
+            yield from ((questions[a][0], questions[b][0]) for a, b in pairwise(numbers))
+    shared = {shingle for shingle, numbers in by_shingle.items() if len(numbers) > MANY}
     for number, whole in parts.items():
-        own = whole - shared
-        for other in sorted({one for part in own for one in by_shingle[part]} - {number}):
-            is_known = all(
-                containment(part, parts[other]) >= overlap.max_containment for part in (whole, own)
-            )
-            if is_known and not are_about_one_document(
-                asked[number], asked[other], texts[number], texts[other]
+        for other in sorted({one for part in whole - shared for one in by_shingle[part]} - {number}):
+            pair = (questions[number], questions[other])
+            if is_contained(whole, parts[other], shared, overlap.max_containment) and not (
+                are_about_one_document(*pair)
             ):
-                yield asked[number], asked[other]
+                yield pair[0][0], pair[1][0]
 
 
-def are_about_one_document(one: Question, other: Question, text: str, other_text: str) -> bool:
+def are_about_one_document(one: Asked, other: Asked) -> bool:
     """Return whether two test examples ask different questions about the same document."""
-    both_held_out = one.benchmark == other.benchmark == HELDOUT
-    return both_held_out and is_another_question(text.split(), other_text.split())
+    both_held_out = one[0].benchmark == other[0].benchmark == HELDOUT
+    return both_held_out and is_another_question(one[1].words, other[1].words)

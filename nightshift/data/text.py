@@ -2,8 +2,8 @@
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 # Letters of scripts without spaces between words: each is a word of its own.
 _LETTERS = (
@@ -63,6 +63,8 @@ TEXTS = ("content", "reasoning", "tool_calls")
 # 3-shingles from 1 to 0.25. Its character shingles are compared instead.
 SHORT = 8
 CHARACTER_SHINGLE = 5
+# Words of a shingle of a question.
+QUESTION_SHINGLE = 3
 # Least Jaccard similarity, 0 to 1, of two questions, or of two answers, that say the same.
 ALIKE = 0.5
 # Words of a passage that can be a question of its own.
@@ -108,6 +110,26 @@ def is_short(text: str) -> bool:
     return text.count(" ") < SHORT - 1
 
 
+class Form(NamedTuple):
+    """A question in canonical form, with its words and shingles."""
+
+    text: str
+    words: Sequence[str]
+    shingles: Shingles
+
+
+def read_form(text: str) -> Form:
+    """Return the form in which questions are compared.
+
+    Example:
+        >>> read_form("Who ARE you?")
+        Form(text='who are you', words=['who', 'are', 'you'], shingles=frozenset({'who are you'}))
+    """
+    form = canonical(text)
+    words = form.split()
+    return Form(form, words, shingles(words, QUESTION_SHINGLE))
+
+
 def comparable_shingles(text: str, size: int) -> Shingles:
     """Return the shingles for comparing a canonical text: of words, or of characters if it is short.
 
@@ -151,6 +173,19 @@ def containment(question: Shingles, known: Shingles) -> float:
         (0.5, 0)
     """
     return len(question & known) / len(question) if question else 0
+
+
+def is_contained(question: Shingles, known: Shingles, shared: Set[str], least: float) -> bool:
+    """Return whether a text contains nearly all of a question, and of what is not shared by many.
+
+    Args:
+        question: Shingles of the question.
+        known: Shingles of the text.
+        shared: Shingles that many texts have: templates and documents.
+        least: Lowest share that counts as nearly all, 0 to 1.
+    """
+    # Most texts fail the first test.
+    return containment(question, known) >= least and containment(question - shared, known) >= least
 
 
 def weight(word: str) -> float:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nightshift.data.benchmarks import Question
 from nightshift.data.text import shingles
 from tasks.decontaminate import DecontaminateParams, build_index, find_hits
+from tests.helpers.questions import with_forms
 
 PARAMS = DecontaminateParams(ngram_size=6, min_question_words=3, max_containment=0.7, max_drop_rate=1.0)
 TEXTS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=12).map(" ".join)
@@ -35,7 +36,7 @@ def is_hit(text: str, questions: list[str]) -> bool:
 @given(TEXTS, st.lists(TEXTS, max_size=6))
 def test_the_index_finds_the_same_hits_as_an_exhaustive_search(text: str, questions: list[str]) -> None:
     items = [Question("b", str(i), question) for i, question in enumerate(questions)]
-    index = build_index(items, PARAMS, is_test=False)
+    index = build_index(with_forms(items), PARAMS, is_test=False)
     row: dict[str, Any] = {
         "id": "r",
         "origin": "s/000001.jsonl:1",

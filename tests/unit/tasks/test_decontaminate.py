@@ -10,6 +10,7 @@ from nightshift.core.files import jsonl, write_rows, write_text
 from nightshift.data.benchmarks import CHOICE_TASK, Question, evaluation_questions, prompt_of
 from nightshift.data.schemas import GROUPED
 from tasks.decontaminate import DecontaminateParams, Hit, build_index, find_hits
+from tests.helpers.questions import with_forms
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 SHORT = "In which year was gallium found?"
@@ -19,7 +20,7 @@ ITEMS = [
     Question("facts", "q2", LONG),
     Question("facts", "q3", SHORT),
 ]
-BENCHMARKS = build_index(ITEMS, PARAMS, is_test=False)
+BENCHMARKS = build_index(with_forms(ITEMS), PARAMS, is_test=False)
 NOTHING = build_index([], PARAMS, is_test=True)
 
 
@@ -48,7 +49,7 @@ def hit(question: str, answer: str = "x", role: str = "user") -> tuple[str, str]
 def hits_of_test(rows: list[dict[str, Any]], *test: dict[str, Any]) -> list[str]:
     """Return the ids of the rows that overlap with test examples."""
     questions = [Question("test", one["id"], prompt_of(one)) for one in test]
-    index = build_index(questions, PARAMS, is_test=True)
+    index = build_index(with_forms(questions), PARAMS, is_test=True)
     return list(find_hits(rows, NOTHING, index, PARAMS))  # type: ignore[arg-type]
 
 
@@ -149,7 +150,7 @@ def test_an_absolute_value_is_asked_for_each_number() -> None:
     ],
 )
 def test_scripts_without_spaces_are_compared_by_characters(question: str, text: str, *, is_hit: bool) -> None:
-    index = build_index([Question("facts", "q", question)], PARAMS, is_test=False)
+    index = build_index(with_forms([Question("facts", "q", question)]), PARAMS, is_test=False)
     assert bool(find_hits([row(text)], index, NOTHING, PARAMS)) == is_hit  # type: ignore[list-item]
 
 

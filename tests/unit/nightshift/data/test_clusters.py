@@ -5,6 +5,7 @@ import pytest
 from nightshift.data.benchmarks import HELDOUT, Question
 from nightshift.data.clusters import find_clusters
 from tasks.decontaminate import DecontaminateParams
+from tests.helpers.questions import with_forms
 
 PARAMS = DecontaminateParams(ngram_size=13, min_question_words=5, max_containment=0.8, max_drop_rate=1.0)
 LONG = "In the year that the old bridge over the river was closed, who was the mayor of the town?"
@@ -13,7 +14,7 @@ LONG = "In the year that the old bridge over the river was closed, who was the m
 def clusters(*questions: Question) -> list[list[str]]:
     """Return the clusters, each as the sorted ids of its items; ids are unique here."""
     found: dict[str, list[str]] = {}
-    for row in find_clusters(questions, PARAMS):
+    for row in find_clusters(with_forms(questions), PARAMS):
         found.setdefault(row["cluster"], []).append(row["item"])
     return sorted(sorted(items) for items in found.values())
 
@@ -37,7 +38,7 @@ def test_an_item_and_its_paraphrases_are_one_cluster() -> None:
         ask("1", "Who found gold?"),
         Question("facts", "2", "By whom was the metal of kings discovered?", None, "1"),
         Question("facts", "3", "Name the discoverer of Au.", None, "1"),
-        Question("other", "4", "Name somebody.", None, None),
+        Question("other", "4", "Name somebody."),
     )
     assert found == [["1", "2", "3"]]
 
@@ -61,15 +62,11 @@ def test_questions_without_words_are_not_related() -> None:
 
 def test_a_template_relates_nothing() -> None:
     names = [f"element{letter}" for letter in "abcdefghijklmno"]
-    few = [
-        ask(name, f"Which symbol stands for {name} in the periodic table of the elements?")
-        for name in names[:3]
-    ]
-    many = [
+    asked = [
         ask(name, f"Which symbol stands for {name} in the periodic table of the elements?") for name in names
     ]
-    assert clusters(*few) == []
-    assert clusters(*many) == []
+    assert clusters(*asked[:3]) == []
+    assert clusters(*asked) == []
 
 
 def test_wordings_of_an_item_connect_it_with_every_item_that_shares_one() -> None:
