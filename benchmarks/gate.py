@@ -60,12 +60,12 @@ class Comparison:
 Rule = Callable[[Comparison, int], bool]
 
 
-def by_threshold(found: Comparison, look: int) -> bool:  # noqa: ARG001
+def by_threshold(found: Comparison, _: int) -> bool:
     """Promote what measures better."""
     return found.gain >= THRESHOLD
 
 
-def by_nightly_test(found: Comparison, look: int) -> bool:  # noqa: ARG001
+def by_nightly_test(found: Comparison, _: int) -> bool:
     """Test each candidate at alpha, item by item."""
     return tail(found.won * found.size, found.lost * found.size, 1) <= PARAMS.alpha
 
@@ -73,7 +73,12 @@ def by_nightly_test(found: Comparison, look: int) -> bool:  # noqa: ARG001
 def by_spending(found: Comparison, look: int) -> bool:
     """Spend alpha over all candidates since the last promotion, item by item, two-sided: the rule before."""
     p = 2 * tail(found.won * found.size, found.lost * found.size, 1)
-    return found.gain > 0 and p <= PARAMS.alpha * 6 / (math.pi * look) ** 2
+    return found.gain > 0 and p <= spent(look)
+
+
+def spent(look: int) -> float:
+    """Return the share of alpha for one candidate; over all candidates the shares sum to alpha."""
+    return PARAMS.alpha * 6 / (math.pi * look) ** 2
 
 
 def by_lord(found: Comparison, look: int) -> bool:
@@ -86,7 +91,7 @@ def by_lord(found: Comparison, look: int) -> bool:
     return tail(found.won, found.lost, found.size) <= PARAMS.alpha * share
 
 
-def by_gate(found: Comparison, look: int) -> bool:  # noqa: ARG001
+def by_gate(found: Comparison, _: int) -> bool:
     """Test clusters, each candidate at the same level: the gate."""
     return tail(found.won, found.lost, found.size) <= PARAMS.level
 
@@ -198,7 +203,7 @@ def is_promoted(rule: str, candidate: list[NDArray[np.bool_]], pair: Pair, look:
         return p <= PARAMS.alpha
     if rule == "alpha spending":
         kept = all(is_kept(one, PARAMS.alpha / 2) for one in against["champion"])
-        return kept and 2 * p <= PARAMS.alpha * 6 / (np.pi * look) ** 2
+        return kept and 2 * p <= spent(look)
     gain = np.concatenate([large, small * (LARGE / SMALL)])
     p = p_value(gain, PARAMS.n_resamples, PARAMS.seed, PARAMS.level)
     return (
@@ -298,14 +303,13 @@ def plot(records: Sequence[Record], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     titles = {
         "no gain": ("false promotions: at least one so far", "share of series"),
-        f"+10 points, {ITEMS} items": (
-            f"power: a gain of 10 points on {ITEMS} items is promoted on this night",
-            "share of candidates",
-        ),
-        f"+10 points, {MORE_ITEMS[0]} items": (
-            f"power: a gain of 10 points on {MORE_ITEMS[0]} items is promoted on this night",
-            "share of candidates",
-        ),
+        **{
+            f"+10 points, {items} items": (
+                f"power: a gain of 10 points on {items} items is promoted on this night",
+                "share of candidates",
+            )
+            for items in (ITEMS, MORE_ITEMS[0])
+        },
         "+10 points, lasting": ("a lasting gain of 10 points was promoted so far", "share of series"),
         **{name: (f"{name}: lowest accuracy so far, 5% quantile of years", "accuracy") for name in ROTS},
     }

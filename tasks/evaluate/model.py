@@ -63,7 +63,7 @@ class Model(HFLM):
 
     def without_prefix(self, prompt: str) -> str:
         """Return a prompt from `apply_chat_template` as it is when the model writes the answer."""
-        return prompt.removesuffix(self._prefix) if self._prefix else prompt
+        return prompt.removesuffix(self._prefix)
 
     def render(self, turns: list[dict[str, Any]]) -> str:
         """Render a conversation and the prompt for an answer, with the retrieved documents.

@@ -85,6 +85,11 @@ class GateParams(StageParams):
         """Significance level of the gain of one candidate."""
         return self.alpha / self.nights
 
+    @property
+    def judges_new(self) -> bool:
+        """Whether the gain is one of the loss on the test examples that are newer than the champion."""
+        return self.objective == "non_inferiority"
+
     @model_validator(mode="after")
     def _each_benchmark_has_one_use(self) -> "GateParams":
         if both := sorted(set(self.retention) & set(self.behaviour)):

@@ -101,14 +101,13 @@ def judge_gain(
         The check; the gain; and the test examples that it is measured on, if it is one of the loss.
     """
     counted = find_counted(groups, params)
-    if counted and params.objective == "superiority":
+    if counted and not params.judges_new:
         gain = measure_gain([both for name in counted for both in groups[name]], params)
         return check_gain(gain, params), gain, []
-    only_new = params.objective == "non_inferiority"
-    judged = [both for both in heldout if both[0].get("is_new")] if only_new else heldout
+    judged = [both for both in heldout if both[0].get("is_new")] if params.judges_new else heldout
     losses = compare_losses(judged)
     gain = measure_loss_gain(judged, losses, params)
-    return check_loss_gain(gain, judged, losses, params, only_new=only_new), gain, judged
+    return check_loss_gain(gain, judged, losses, params), gain, judged
 
 
 def find_counted(groups: Collection[str], params: GateParams) -> list[str]:

@@ -103,18 +103,10 @@ def check_gain(gain: Gain | None, params: GateParams) -> Check:
 
 
 def check_loss_gain(
-    gain: Gain | None, pairs: Pairs, losses: tuple[float, float], params: GateParams, *, only_new: bool
+    gain: Gain | None, pairs: Pairs, losses: tuple[float, float], params: GateParams
 ) -> Check:
-    """Check the gain on the test set, from the arguments of `measure_loss_gain`.
-
-    Args:
-        gain: The gain.
-        pairs: Losses of candidate and reference.
-        losses: The same in nats per token.
-        params: Thresholds.
-        only_new: Whether these are only the test examples that are newer than the champion.
-    """
-    what = "new test examples" if only_new else "test examples"
+    """Check the gain on the test set, from the arguments of `measure_loss_gain`."""
+    what = name_examples(params)
     count = gain["clusters"] if gain else len(pairs)
     if count < params.min_items:
         return check_few("gain", count, what, MORE_EXAMPLES, params)
@@ -124,6 +116,11 @@ def check_loss_gain(
     target = f"a loss lower by {params.detectable_loss_gain:.1%}"
     # How much the seed changes the loss is not known.
     return _check(gain, message, target, what, 0.0, params)
+
+
+def name_examples(params: GateParams) -> str:
+    """Return what a gain of the loss is measured on, in words."""
+    return "new test examples" if params.judges_new else "test examples"
 
 
 def count_items(gain: Gain, what: str) -> str:

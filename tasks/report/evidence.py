@@ -6,6 +6,7 @@ from typing import Any
 
 from tasks.gate import GateParams
 from tasks.gate.checks import format_points
+from tasks.gate.gain import name_examples
 from tasks.report.compare import Benchmark
 
 # Names that a sentence lists; it counts the others.
@@ -36,14 +37,12 @@ class Evidence:
     @property
     def is_by_loss(self) -> bool:
         """Whether the gate judged by the loss on the test set, or on its new examples."""
-        return not self.primary or self.params.objective == "non_inferiority"
+        return not self.primary or self.params.judges_new
 
     @property
     def unit(self) -> str:
         """What the gain is measured on, in words."""
-        if not self.is_by_loss:
-            return "items"
-        return "new test examples" if self.params.objective == "non_inferiority" else "test examples"
+        return name_examples(self.params) if self.is_by_loss else "items"
 
     @property
     def target(self) -> str:

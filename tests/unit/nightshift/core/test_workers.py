@@ -75,8 +75,13 @@ def test_little_work_starts_no_process() -> None:
 
 def test_few_batches_are_read_ahead(many: Work[int, object]) -> None:
     read: list[int] = []
-    results = many(number for number in range(1000) if not read.append(number))  # type: ignore[func-returns-value]
-    next(results)
+
+    def numbers() -> Iterator[int]:
+        for number in range(1000):
+            read.append(number)
+            yield number
+
+    next(many(numbers()))
     assert len(read) == 3 * (2 * (os.cpu_count() or 1) + 1)
 
 
