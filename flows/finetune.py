@@ -1,5 +1,6 @@
 """The nightly retraining: every stage of dvc.yaml, then what the gate allows."""
 
+import time
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -11,14 +12,15 @@ from flows.naming import add_tags, name_run
 from flows.overrides import override_params
 from flows.report import report
 from flows.stages import run_program, run_stage
-from flows.tracking import describe_run, tracked_run
+from flows.tracking import describe_run, link_training, tracked_run
 from nightshift.core.config import read_params
 from nightshift.core.errors import StageError
 from nightshift.pipeline.graph import changed_stages, find_reruns, stage_order
 from nightshift.pipeline.leases import lease
 from nightshift.pipeline.ledger import check_ledger
-from nightshift.pipeline.outcome import describe_outcome
+from nightshift.pipeline.outcome import SKIPPED, describe_outcome
 from nightshift.pipeline.scoreboard import collect
+from nightshift.registry.freshness import find_reason_to_skip
 
 
 @flow(name="finetune", flow_run_name=name_run, persist_result=False)
@@ -58,9 +60,12 @@ def finetune(
         may_run = find_reruns(changed_stages())
         with tracked_run(has_changed=bool(may_run)) as run_id:
             for stage in stage_order():
+                if stage == "sft" and stage in may_run and (reason := find_reason_to_skip(time.time())):
+                    return skip(run_id, reason)
                 if stage != "snapshot":
                     run_stage(stage, run_id, may_run=stage in may_run)
             check_ledger()
+            link_training(run_id)
             ship(run_id)
             board = collect()
             name, message = describe_outcome(board, has_changed=bool(may_run))
@@ -68,6 +73,14 @@ def finetune(
     add_tags([board["gate"]["verdict"], f"version {board['version']}"])
     get_run_logger().info("%s: %s", name, message)
     return Completed(name=name, message=message)
+
+
+def skip(run_id: str | None, reason: str) -> State[None]:
+    """End the run before the training."""
+    describe_run(run_id, SKIPPED, reason)
+    add_tags([SKIPPED.lower()])
+    get_run_logger().info("%s: %s", SKIPPED, reason)
+    return Completed(name=SKIPPED, message=reason)
 
 
 def ship(run_id: str | None) -> None:

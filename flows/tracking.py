@@ -38,8 +38,6 @@ FLOW_RUN = "nightshift.flow_run"
 def tracked_run(*, has_changed: bool) -> Iterator[str | None]:
     """Open an MLflow run for the flow run, and close it as finished or failed.
 
-    If DVC had the training in its cache, the tag `nightshift.training_run` refers to its run.
-
     Args:
         has_changed: Whether any stage has new input; otherwise there is nothing to track, and no run.
 
@@ -130,12 +128,19 @@ def watch_machine(run_id: str) -> None:
         get_run_logger().warning("MLflow: no system metrics are logged to run %s: %s", run_id, err)
 
 
+def link_training(run_id: str | None) -> None:
+    """Tag the run with the one that trained the candidate: another one, if DVC had it in its cache."""
+    if run_id is None or not (trained_by := read_json(TRAINING_RUN)["run_id"]):
+        return
+    try:
+        MlflowClient(tracking_uri()).set_tag(run_id, "nightshift.training_run", trained_by)
+    except MlflowException as err:
+        get_run_logger().warning("MLflow: run %s is not linked to its training: %s", run_id, err)
+
+
 def close(client: MlflowClient, run_id: str, status: str) -> None:
     """Close the run; an unreachable server does not fail the night."""
     try:
-        trained_by = read_json(TRAINING_RUN)["run_id"] if status == "FINISHED" else None
-        if trained_by:
-            client.set_tag(run_id, "nightshift.training_run", trained_by)
         client.set_terminated(run_id, status)
     except MlflowException as err:
         get_run_logger().warning("MLflow: run %s is not closed: %s; the next run closes it", run_id, err)

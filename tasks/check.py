@@ -19,7 +19,11 @@ from nightshift.pipeline.graph import find_unread, read_stages
 from nightshift.pipeline.params_yaml import edit
 
 # Sections used after the graph -> module of the schema.
-OUTSIDE_THE_GRAPH = {"judge": "tasks.judge", "registry": "nightshift.registry.versions"}
+OUTSIDE_THE_GRAPH = {
+    "nightly": "nightshift.registry.freshness",
+    "judge": "tasks.judge",
+    "registry": "nightshift.registry.versions",
+}
 log = logging.getLogger(__name__)
 
 

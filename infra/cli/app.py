@@ -24,7 +24,7 @@ from nightshift.core.files import read_json
 from nightshift.core.paths import GATE, PAGE, VERSION
 from nightshift.core.stage import OFFLINE, explain
 from nightshift.core.state import tools_environment
-from nightshift.pipeline.outcome import promote_command
+from nightshift.pipeline.outcome import SKIPPED, promote_command
 from nightshift.pipeline.scoreboard import format_rows, scoreboard_file
 from nightshift.raw.unused import unused_by_params
 from tasks.check import check_overrides
@@ -161,7 +161,8 @@ def run(
     check_overrides(values)
     running = stack.up()
     ending = watch.run_deployment("finetune/prod", values, running, console)
-    print_scoreboard(running)
+    if not ending.startswith(SKIPPED):
+        print_scoreboard(running)
     console.print(escape(ending), highlight=False, soft_wrap=True)
 
 

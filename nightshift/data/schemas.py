@@ -119,7 +119,7 @@ class Score(ItemScore):
     Attributes:
         model: base, candidate, champion, best (the best champion so far, if it is another) or retrieval.
         cluster: Name that related items share, in all benchmarks; None for an item on its own.
-        is_new: Whether a held-out example arrived after the champion's data; None for an item.
+        is_new: Whether a test example arrived after the champion's data; None for an item.
         paraphrase_of: Id of the item that this one asks in other words, or None.
     """
 

@@ -4,7 +4,7 @@ import graphlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -103,12 +103,30 @@ def changed_stages() -> dict[str, str]:
     Raises:
         ConfigError: `dvc status` failed.
     """
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    return {name: ", ".join(how for _, how in entries) for name, entries in read_status().items()}
+
+
+def changed_paths(stage: str) -> set[str]:
+    """Return the paths, and other inputs, of one stage that changed since it last ran.
+
+    Raises:
+        ConfigError: `dvc status` failed.
+    """
+    return {what for what, _ in read_status(stage).get(stage, ())}
+
+
+def read_status(*stages: str) -> dict[str, list[tuple[str, str]]]:
+    """Return stage -> (what changed, how) of the stages, or of all.
+
+    Raises:
+        ConfigError: `dvc status` failed.
+    """
+    command = [sys.executable, "-m", "dvc", "status", "--json", *stages]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise ConfigError(f"dvc status: {lines[-1]}; run `dvc status` for the full output")
-    return {name: ", ".join(_changes(entries)) for name, entries in json.loads(done.stdout).items()}
+    return {name: list(_changes(entries)) for name, entries in json.loads(done.stdout).items()}
 
 
 def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
@@ -123,13 +141,12 @@ def find_reruns(changed: Mapping[str, str]) -> dict[str, str]:
     return reasons
 
 
-def _changes(entries: Sequence[Any]) -> list[str]:
-    """Flatten DVC's report of one stage: `{"changed deps": {path: how}}` or plain text."""
-    texts: list[str] = []
+def _changes(entries: Sequence[Any]) -> Iterator[tuple[str, str]]:
+    """Yield what changed in one stage, and how, of DVC's `{"changed deps": {path: how}}` or plain text."""
     for entry in entries:
         if isinstance(entry, str):
-            texts.append(entry)
+            yield entry, entry
             continue
         for group in entry.values():
-            texts += [f"{path} {how}" if isinstance(how, str) else str(path) for path, how in group.items()]
-    return texts
+            for path, how in group.items():
+                yield path, f"{path} {how}" if isinstance(how, str) else path

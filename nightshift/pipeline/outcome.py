@@ -5,7 +5,8 @@ from typing import Any
 
 # Verdict of the gate -> name of the final state.
 STATES = {"promote": "Promoted", "hold": "Held", "reject": "Rejected"}
-OUTCOMES = ("WaitingForApproval", "NothingNew", *STATES.values())
+SKIPPED = "Skipped"
+OUTCOMES = ("WaitingForApproval", "NothingNew", SKIPPED, *STATES.values())
 
 
 def describe_outcome(board: Mapping[str, Any], *, has_changed: bool) -> tuple[str, str]:

@@ -13,6 +13,9 @@ from nightshift.data.gain import is_loss_gain
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+# Age in days of the champion that the candidate was compared with.
+CHAMPION_AGE = "eval/test/champion_age"
+MILLISECONDS_PER_DAY = 86_400_000
 # Characters that MLflow does not accept in the name of a metric, and its maximum length.
 REFUSED, LONGEST = re.compile(r"[^\w\-. :/]"), 250
 METRICS_PER_REQUEST = 1000
@@ -90,6 +93,7 @@ def _all_metrics(metrics: Mapping[str, Any], gate: Mapping[str, Any]) -> Iterato
                 yield f"test/new_loss{suffix}", values["new"]["loss"]
                 continue
             yield f"{benchmark}/accuracy{suffix}", values["accuracy"]
+            yield f"{benchmark}/new_accuracy{suffix}", values.get("new")
             if not suffix:
                 slices = values["slices"] if len(values["slices"]) > 1 else {}
                 for slice_, accuracy in slices.items():

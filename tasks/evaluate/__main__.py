@@ -130,7 +130,7 @@ def relate(rows: Iterable[Score]) -> Iterator[Score]:
         yield {
             **row,
             "cluster": clusters.get((benchmark, row["item"])),
-            "is_new": new[row["item"]] if row["benchmark"] == HELDOUT else None,
+            "is_new": new[row["item"]] if benchmark == HELDOUT else None,
             "paraphrase_of": paraphrases.get((row["benchmark"], row["item"])),
         }
 

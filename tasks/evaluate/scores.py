@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from nightshift.data.benchmarks import HELDOUT
+from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS
 from nightshift.data.schemas import Score
 
 # Prefixes of the output lines that report a finished benchmark, and progress: `scoring facts 12/40`.
@@ -20,7 +20,7 @@ def metrics(rows: Sequence[Score]) -> dict[str, Any]:
     Returns:
         model -> {benchmark: {accuracy, items, errors, skipped, chance, slices}, "test": {loss,
         perplexity, items, errors, skipped, tokens, sources, new}}; `new` are the examples that are newer
-        than the champion.
+        than the champion, also in `test_answers`, where it is their accuracy.
     """
     groups: dict[tuple[str, str], list[Score]] = defaultdict(list)
     for row in rows:
@@ -31,6 +31,8 @@ def metrics(rows: Sequence[Score]) -> dict[str, Any]:
         states = [row["status"] for row in group]
         counts = {"items": len(scored), "errors": states.count("error"), "skipped": states.count("skipped")}
         described = _heldout(scored) if benchmark == HELDOUT else _accuracy(scored)
+        if benchmark == TEST_ANSWERS:
+            described["new"] = _mean([row["score"] for row in scored if row.get("is_new")])
         table[model][benchmark] = described | counts
     return dict(table)
 

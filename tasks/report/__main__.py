@@ -48,9 +48,10 @@ from nightshift.data.statistics import is_broken
 from nightshift.pipeline.graph import stage_order
 from nightshift.pipeline.ledger import TRANSFERS
 from nightshift.raw.unused import unused_by_snapshot
+from nightshift.registry.freshness import read_nights
 from nightshift.registry.lineage import open_lineage, write_lineage
 from nightshift.registry.versions import DIGEST, logged_model, open_registry, registered
-from nightshift.tracking.evaluation import log_evaluation
+from nightshift.tracking.evaluation import CHAMPION_AGE, MILLISECONDS_PER_DAY, log_evaluation
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
 from tasks.judge import VERDICTS
@@ -61,6 +62,7 @@ from tasks.report.compare import Moves, compare, find_moves, pair
 from tasks.report.evidence import Evidence
 from tasks.report.examples import accepted_paraphrases, read_examples, rejected_paraphrases
 from tasks.report.filters import cell, code, cut, line
+from tasks.report.freshness import describe_freshness, draw_freshness
 from tasks.report.summary import describe_statistics, headline, summarize
 
 log = logging.getLogger(__name__)
@@ -70,19 +72,37 @@ def main() -> None:
     """Write the page and its short version; log the page and the scores to MLflow."""
     client, name = open_registry()
     trained_by = training_run(client, TRAINING_RUN)
+    run = os.environ.get("MLFLOW_RUN_ID") or trained_by
+    # The page shows the night among the others.
+    log_scores(client, name, run)
     facts = collect(client, name, trained_by)
     templates = open_templates()
     write_text(PAGE, templates.get_template("page.html.jinja").render(facts))
     write_text(SHORT, templates.get_template("page.md.jinja").render(facts))
-    run = os.environ.get("MLFLOW_RUN_ID") or trained_by
     client.log_artifact(run, str(PAGE))
-    version = find_candidate(client, name, facts["gate"]["candidate"])
-    number, model = (int(version.version), logged_model(version)) if version else (None, None)
+    log.info("%s: %.0f KB, logged to run %s", PAGE, PAGE.stat().st_size / 1000, run)
+
+
+def log_scores(client: MlflowClient, name: str, run: str) -> None:
+    """Log scores, gain and verdict to a run; an error is only logged."""
+    gate = read_json(GATE)
     try:
-        log_evaluation(client, run, read_json(METRICS), facts["gate"], number, model)
+        version = find_candidate(client, name, gate["candidate"])
+        number, model = (int(version.version), logged_model(version)) if version else (None, None)
+        log_evaluation(client, run, read_json(METRICS), gate, number, model)
+        if version and (age := find_age(client, version)) is not None:
+            client.log_metric(run, CHAMPION_AGE, age, step=number)
     except MlflowException as err:
         log.warning("MLflow: the scores are not logged to run %s: %s", run, err)
-    log.info("%s: %.0f KB, logged to run %s", PAGE, PAGE.stat().st_size / 1000, run)
+
+
+def find_age(client: MlflowClient, candidate: ModelVersion) -> float | None:
+    """Return the champion's age in days when the candidate was registered; None if its data is unknown."""
+    champion = read_json(CHAMPION_RECORD)
+    if champion["arrival"] is None:
+        return None
+    born = client.get_model_version(candidate.name, str(champion["version"])).creation_timestamp
+    return float(candidate.creation_timestamp - born) / MILLISECONDS_PER_DAY
 
 
 def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
@@ -103,6 +123,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
     any_benchmark = any(not one.is_loss for one in benchmarks)
     available = {one.name: len(one.items) for one in read_benchmarks(BENCHMARKS)}
     evidence = Evidence(gate, benchmarks, available, params)
+    nights = read_nights(client)
     summaries = {stage: read_json(DATA / stage / "summary.json") for stage in stage_order()}
     with tempfile.TemporaryDirectory() as folder:
         write_lineage(Path(folder))
@@ -122,6 +143,8 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "benchmarks": benchmarks,
         "alpha": params.alpha,
         "moves": {**({"Benchmarks": answered} if any_benchmark else {}), "Held-out examples": heldout},
+        "freshness": describe_freshness(nights) if nights else None,
+        "freshness_chart": draw_freshness(nights),
         "heldout_texts": read_heldout(TEST, heldout),
         "changes": changes,
         "summaries": summaries,

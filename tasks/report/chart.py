@@ -34,6 +34,7 @@ class Chart:
     Attributes:
         title: Title, with the unit.
         description: Text description, for screen readers.
+        step: What a step is, such as "optimizer step".
         lines: Curves.
         across: (position, label) of the step ticks.
         up: (position, label) of the value ticks.
@@ -41,17 +42,21 @@ class Chart:
 
     title: str
     description: str
+    step: str
     lines: list[Line]
     across: list[tuple[float, str]]
     up: list[tuple[float, str]]
 
 
-def draw(title: str, curves: Mapping[str, Curve], *, from_zero: bool = False) -> Chart | None:
+def draw(
+    title: str, curves: Mapping[str, Curve], *, step: str = "optimizer step", from_zero: bool = False
+) -> Chart | None:
     """Lay out curves of (step, value); return None if there are no points.
 
     Args:
         title: Title, with the unit.
         curves: Label -> points, in step order. Values that are not finite are left out.
+        step: What a step is.
         from_zero: Whether the value axis starts at 0.
     """
     finite = {name: [at for at in curve if math.isfinite(at[1])] for name, curve in curves.items()}
@@ -66,7 +71,8 @@ def draw(title: str, curves: Mapping[str, Curve], *, from_zero: bool = False) ->
     up = Axis(low, high, HEIGHT - BOTTOM, TOP)
     return Chart(
         title,
-        "; ".join(describe(name, finite[name]) for name in lines),
+        "; ".join(describe(name, finite[name], step) for name in lines),
+        step,
         [
             Line(name, [(across.place(x), up.place(y)) for x, y in points], n)
             for name, (points, n) in lines.items()
@@ -125,13 +131,13 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(value) if width >= 1 else float(f"{value:.12g}") for value in found]
 
 
-def describe(name: str, curve: Curve) -> str:
+def describe(name: str, curve: Curve, step: str) -> str:
     """Describe a curve in words.
 
     Example:
-        >>> describe("loss", [(1, 3.0), (2, 1.5), (3, 2.0)])
-        'loss: 3 at step 1, lowest 1.5 at step 2, 2 at step 3'
+        >>> describe("loss", [(1, 3.0), (2, 1.5), (3, 2.0)], "version")
+        'loss: 3 at version 1, lowest 1.5 at version 2, 2 at version 3'
     """
     lowest = min(curve, key=lambda at: at[1])
     points = ((curve[0], ""), (lowest, "lowest "), (curve[-1], ""))
-    return f"{name}: " + ", ".join(f"{word}{value:.4g} at step {step:.0f}" for (step, value), word in points)
+    return f"{name}: " + ", ".join(f"{word}{value:.4g} at {step} {x:.0f}" for (x, value), word in points)

@@ -122,6 +122,7 @@ def heldout(model: str, item: str, loss: float, tokens: int) -> dict[str, Any]:
     """Return the row of a held-out example: a loss summed over its tokens, and no answer."""
     texts = {"question": None, "expected": None, "answer": None}
     example = {"benchmark": "test", "item": item, "slice": "facts", "tokens": tokens, "choices": None}
+    example["is_new"] = item == "t2"
     return {**score(model, 0, loss), **texts, **example}
 
 
@@ -228,7 +229,7 @@ def write_mlflow(folder: Path, *, champion: bool) -> None:
     version = 1 if champion else None
     write_json(
         data / "champion" / "champion.json",
-        {"version": version, "digest": "b" * 64, "arrival": None, "best": {}},
+        {"version": version, "digest": "b" * 64, "arrival": version, "best": {}},
     )
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ from tests.helpers.report import (
     score,
     write_scores,
 )
+from tests.unit.nightshift.registry.test_freshness import age_by, log_nights
 
 DATABASE = Path(".nightshift/mlflow.db")
 SENTENCES = [
@@ -148,6 +150,7 @@ def test_the_page_renders_on_phone_and_desktop_in_light_and_dark_without_request
                 "Gate checks",
                 "Scores",
                 "Largest gains and regressions",
+                "Freshness",
                 "Changes since the champion",
                 "Data flow",
                 "Paraphrases",
@@ -162,10 +165,11 @@ def test_the_page_renders_on_phone_and_desktop_in_light_and_dark_without_request
                 assert box["width"] > 5
                 assert box["height"] > 5
             assert page.locator("polyline").count() == 3
-            description = page.locator("svg.chart").first.get_attribute("aria-label")
+            description = page.locator("[aria-label^='Loss, in nats']").get_attribute("aria-label")
             assert description == (
-                "Loss, in nats per token. training: 3 at step 1, lowest 2 at step 3, 2 at step 3; "
-                "validation: 2.2 at step 3, lowest 2.2 at step 3, 2.2 at step 3"
+                "Loss, in nats per token. training: 3 at optimizer step 1, lowest 2 at optimizer step 3, "
+                "2 at optimizer step 3; validation: 2.2 at optimizer step 3, lowest 2.2 at optimizer step 3, "
+                "2.2 at optimizer step 3"
             )
             # Shown as text, once as a source and once as a paraphrase.
             assert page.locator("body").inner_text().count(HOSTILE) == 3
@@ -194,6 +198,18 @@ def test_requests_and_errors_of_a_page_are_detected(in_tmp: Path) -> None:
         assert visit.page.title() == "taken"
         assert "http://127.0.0.1:9/x.png" in visit.requests
         assert len(visit.errors) == 1
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_page_shows_how_champions_age_night_by_night() -> None:
+    page = write_page()
+    assert "Version 2 has a loss of 2.500 on the test examples that are newer than the champion" in page
+    assert "How fast champions age is known after 5 nights (1 so far)." in page
+    nights = age_by(20, [1, 2, 4, 8])
+    log_nights(MlflowClient(tracking_uri()), [replace(one, version=10 + one.version) for one in nights])
+    page = write_page()
+    assert "Loss on the new test examples, in nats per token. champion: 2.034 at version 11, " in page
+    assert "Champions lose half of their advantage over the base in 20.0 days (5 nights)." in page
 
 
 @pytest.mark.usefixtures("checkout")

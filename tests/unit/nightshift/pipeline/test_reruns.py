@@ -24,3 +24,5 @@ def test_dvc_status_becomes_one_line_per_stage(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(graph.subprocess, "run", lambda *_, **__: Done)
     assert graph.changed_stages() == {"sft": "params.yaml, changed command"}
+    assert graph.changed_paths("sft") == {"params.yaml", "changed command"}
+    assert graph.changed_paths("gate") == set()

@@ -54,6 +54,14 @@ def test_the_loss_on_examples_that_are_newer_than_the_champion_is_separate() -> 
     assert metrics(rows[:1])["m"]["test"]["new"] == {"loss": None, "perplexity": None, "tokens": 0}
 
 
+def test_the_accuracy_of_the_answers_to_newer_examples_is_separate() -> None:
+    answers = [row("m", "test_answers", float(new), is_new=new) for new in (False, True, True)]
+    assert metrics(answers)["m"]["test_answers"]["new"] == 1.0
+    assert metrics(answers)["m"]["test_answers"]["accuracy"] == 0.666667
+    assert metrics(answers[:1])["m"]["test_answers"]["new"] is None
+    assert "new" not in metrics([row("m", "facts", 1.0)])["m"]["facts"]
+
+
 def test_each_source_has_a_loss_and_a_perplexity() -> None:
     rows = [
         row("m", "test", 0.0, tokens=5, slice="a"),

@@ -156,7 +156,9 @@ def test_a_curve_skips_non_finite_values_and_needs_at_least_one_point() -> None:
     assert [line.label for line in chart.lines] == ["training"]
     # The corners of the plot area; SVG's y axis starts at the top.
     assert chart.lines[0].points == [(48.0, 10.0), (350.0, 184.0)]
-    assert chart.description == "training: 2 at step 2, lowest 1 at step 3, 1 at step 3"
+    assert chart.description == (
+        "training: 2 at optimizer step 2, lowest 1 at optimizer step 3, 1 at optimizer step 3"
+    )
 
 
 def test_a_single_point_is_centred() -> None:
