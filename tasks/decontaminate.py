@@ -26,7 +26,7 @@ from nightshift.core.config import StageParams, load_params
 from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
 from nightshift.core.paths import AUGMENTED_TRAIN, BENCHMARKS, CLEAN_TRAIN, CLUSTERS, HITS, TEST
 from nightshift.core.stage import run_main, write_summary
-from nightshift.data.benchmarks import HELDOUT, evaluation_questions, prompt_of, questions_of
+from nightshift.data.benchmarks import HELDOUT, answers_of, evaluation_questions, prompt_of, questions_of
 from nightshift.data.clusters import CLUSTERS_SCHEMA, Asked, find_clusters
 from nightshift.data.drops import Drops, Rate, require_drop_rate
 from nightshift.data.schemas import AUGMENTED, AugmentedExample
@@ -224,7 +224,7 @@ def build_index(questions: Iterable[Asked], params: DecontaminateParams, *, is_t
     by_shingle: dict[str, list[int]] = defaultdict(list)
     for number, question in enumerate(found.values()):
         words = question.text.split()
-        if sum(map(weight, words)) < params.min_question_words:
+        if not is_long(words, params):
             continue
         for gram in ngrams(words, params.ngram_size) if not is_test else ():
             by_ngram.setdefault(gram, number)
@@ -232,6 +232,11 @@ def build_index(questions: Iterable[Asked], params: DecontaminateParams, *, is_t
             by_shingle[shingle].append(number)
     by_text = {text: number for number, text in enumerate(found)}
     return Index(list(found.values()), by_text, by_ngram, by_shingle, is_test)
+
+
+def is_long(words: Iterable[str], params: DecontaminateParams) -> bool:
+    """Return whether a text is long enough for a search inside others."""
+    return sum(map(weight, words)) >= params.min_question_words
 
 
 def find_hits(
@@ -246,7 +251,10 @@ def find_hits(
         asked = [*turns, "\n".join(turns)] if len(turns) > 1 else turns
         # Usually, the only turn is the prompt.
         forms = {text: read_form(text) for text in {*asked, prompt}}
-        texts = ([forms[text] for text in asked], [forms[prompt]])
+        # A quiz has questions in an answer; a short one is too common there.
+        answers = map(read_form, answers_of(example)) if benchmarks.questions else ()
+        told = [form for form in answers if is_long(form.words, params)]
+        texts = ([*(forms[text] for text in asked), *told], [forms[prompt]])
         found = [find_overlaps(some, index, params) for some, index in zip(texts, indexes, strict=True)]
         if any(found):
             overlaps.append((Row(example["id"], example["origin"], example["source"]), found))

@@ -307,6 +307,11 @@ def questions_of(row: Mapping[str, Any]) -> list[str]:
     return [turn["content"] for turn in row["messages"] if turn["role"] in ("user", "text")]
 
 
+def answers_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the answers of a row."""
+    return [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+
+
 def prompt_of(row: Mapping[str, Any]) -> str:
     """Return all turns of a row but the assistant's as one text.
 

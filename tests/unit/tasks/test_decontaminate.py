@@ -87,9 +87,16 @@ def test_a_plain_text_is_searched_like_a_question() -> None:
     assert hit(f"A book says: {LONG}.", role="text") == ("q2", "shared_ngram")
 
 
-def test_an_equal_answer_is_not_a_hit() -> None:
+def test_an_answer_that_is_a_short_question_is_not_a_hit() -> None:
     assert hit("What is this?", "Who found Tin?") is None
-    assert hit("What is this?", LONG) is None
+
+
+def test_a_question_in_an_answer_is_a_hit() -> None:
+    assert hit("Make a quiz.", f"1. {SHORT} In 1875.") == ("q3", "shared_ngram")
+    assert hit("Make a quiz.", f"1. {LONG}? Sixteen.") == ("q2", "shared_ngram")
+    assert hit("Ask me something.", SHORT) == ("q3", "same_question")
+    # A statement of the same fact is no question.
+    assert hit("What about gallium?", "Gallium was found in the year 1875.") is None
 
 
 def test_a_very_short_question_inside_a_longer_one_is_not_a_hit() -> None:
