@@ -2,9 +2,9 @@
 
 The real pipeline in a clone, with its servers: one `nightshift run` for each of 30 nights; on most of them,
 nothing is new. The news are invented towns, each with an animal on its shield, and the benchmark `towns` asks
-for them in other words. The rot is a share of the elements in training that shrinks with each arrival of news,
-whose gain hides it. The leaks are questions of a benchmark in the training data: as they are, within an answer,
-and so disturbed that no comparison of texts finds them.
+for them in other words. The rot is a share of the elements in training that shrinks with each arrival of
+news, whose gain hides it. The leaks are questions of a benchmark in the training data: as they are, within
+an answer, and so disturbed that no comparison of texts finds them.
 
     python -m benchmarks.month FOLDER
 

@@ -15,7 +15,7 @@ from flows.stages import run_program, run_stage
 from flows.tracking import describe_run, link_training, tracked_run
 from nightshift.core.config import read_params
 from nightshift.core.errors import StageError
-from nightshift.pipeline.graph import changed_stages, find_reruns, stage_order
+from nightshift.pipeline.graph import changed_stages, find_reruns, locked_outputs, stage_order
 from nightshift.pipeline.leases import lease
 from nightshift.pipeline.ledger import check_ledger
 from nightshift.pipeline.outcome import SKIPPED, describe_outcome
@@ -57,7 +57,7 @@ def finetune(
     changes = (overrides or {}) | {key: value for key, value in fields.items() if value is not None}
     with lease(str(flow_run.id)), override_params(changes):
         run_stage("snapshot", None, force=True)
-        may_run = find_reruns(changed_stages())
+        may_run, decision = find_reruns(changed_stages()), locked_outputs().get("gate")
         with tracked_run(has_changed=bool(may_run)) as run_id:
             for stage in stage_order():
                 if stage == "sft" and stage in may_run and (reason := find_reason_to_skip(time.time())):
@@ -68,7 +68,8 @@ def finetune(
             link_training(run_id)
             ship(run_id)
             board = collect()
-            name, message = describe_outcome(board, has_changed=bool(may_run))
+            is_judged = locked_outputs()["gate"] != decision
+            name, message = describe_outcome(board, has_changed=bool(may_run), is_judged=is_judged)
             describe_run(run_id, name, message)
     add_tags([board["gate"]["verdict"], f"version {board['version']}"])
     get_run_logger().info("%s: %s", name, message)

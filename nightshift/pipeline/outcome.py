@@ -9,21 +9,24 @@ SKIPPED = "Skipped"
 OUTCOMES = ("WaitingForApproval", "NothingNew", SKIPPED, *STATES.values())
 
 
-def describe_outcome(board: Mapping[str, Any], *, has_changed: bool) -> tuple[str, str]:
+def describe_outcome(board: Mapping[str, Any], *, has_changed: bool, is_judged: bool) -> tuple[str, str]:
     """Return the name of the final state of a run, one of `OUTCOMES`, and its message.
 
     Args:
         board: Scoreboard of the run.
         has_changed: Whether any stage had new input.
+        is_judged: Whether the gate came to a new decision.
 
     Example:
         >>> gate = {"verdict": "hold", "reason": "no gain"}
         >>> board = {"promoted": False, "waits": None, "version": 3, "champion": 2, "gate": gate}
-        >>> describe_outcome(board, has_changed=True)
+        >>> describe_outcome(board, has_changed=True, is_judged=True)
         ('Held', 'version 3 is not promoted: no gain; version 2 remains the champion')
-        >>> describe_outcome(board, has_changed=False)
+        >>> describe_outcome(board, has_changed=False, is_judged=False)
         ('NothingNew', 'no stage has new input; version 2 remains the champion')
-        >>> describe_outcome({**board, "promoted": True}, has_changed=False)
+        >>> describe_outcome(board, has_changed=True, is_judged=False)
+        ('NothingNew', 'what is new does not change the model; version 2 remains the champion')
+        >>> describe_outcome({**board, "promoted": True}, has_changed=False, is_judged=False)
         ('Promoted', 'version 3 is the champion: no gain')
     """
     gate, version, champion = board["gate"], board["version"], board["champion"]
@@ -36,8 +39,9 @@ def describe_outcome(board: Mapping[str, Any], *, has_changed: bool) -> tuple[st
         return "WaitingForApproval", f"version {version} awaits `{command}`: {board['waits']}; {unchanged}"
     if not has_changed:
         return "NothingNew", f"no stage has new input; {unchanged}"
-    if board["promoted"]:
-        return "Promoted", f"{unchanged}: {gate['reason']}"
+    # The night after a promotion compares the champion with itself.
+    if not is_judged or version == champion:
+        return "NothingNew", f"what is new does not change the model; {unchanged}"
     return STATES[gate["verdict"]], f"version {version} is not promoted: {gate['reason']}; {unchanged}"
 
 
