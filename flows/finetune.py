@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.naming import add_tags, name_run
+from flows.nights import describe_missed_night
 from flows.overrides import override_params
 from flows.report import report
 from flows.stages import run_program, run_stage
@@ -18,7 +19,7 @@ from nightshift.core.errors import StageError
 from nightshift.pipeline.graph import changed_stages, find_reruns, locked_outputs, stage_order
 from nightshift.pipeline.leases import lease
 from nightshift.pipeline.ledger import check_ledger
-from nightshift.pipeline.outcome import SKIPPED, describe_outcome
+from nightshift.pipeline.outcome import MISSED, SKIPPED, describe_outcome
 from nightshift.pipeline.scoreboard import collect
 from nightshift.registry.freshness import find_reason_to_skip
 
@@ -47,6 +48,8 @@ def finetune(
     Returns:
         Final state; its name is one of `nightshift.pipeline.outcome.OUTCOMES`.
     """
+    if reason := describe_missed_night():
+        return end(MISSED, reason)
     fields = {
         "sft.learning_rate": learning_rate,
         "sft.num_train_epochs": num_train_epochs,
@@ -61,7 +64,8 @@ def finetune(
         with tracked_run(has_changed=bool(may_run)) as run_id:
             for stage in stage_order():
                 if stage == "sft" and stage in may_run and (reason := find_reason_to_skip(time.time())):
-                    return skip(run_id, reason)
+                    describe_run(run_id, SKIPPED, reason)
+                    return end(SKIPPED, reason)
                 if stage != "snapshot":
                     run_stage(stage, run_id, may_run=stage in may_run)
             check_ledger()
@@ -76,12 +80,11 @@ def finetune(
     return Completed(name=name, message=message)
 
 
-def skip(run_id: str | None, reason: str) -> State[None]:
-    """End the run before the training."""
-    describe_run(run_id, SKIPPED, reason)
-    add_tags([SKIPPED.lower()])
-    get_run_logger().info("%s: %s", SKIPPED, reason)
-    return Completed(name=SKIPPED, message=reason)
+def end(name: str, reason: str) -> State[None]:
+    """End the run early, in a state that says why."""
+    add_tags([name.lower()])
+    get_run_logger().info("%s: %s", name, reason)
+    return Completed(name=name, message=reason)
 
 
 def ship(run_id: str | None) -> None:

@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ from nightshift.core.errors import ConfigError, PipelineError, first_line
 from nightshift.core.files import read_json
 from nightshift.core.paths import GATE, PAGE, VERSION
 from nightshift.core.stage import OFFLINE, explain
-from nightshift.core.state import tools_environment
+from nightshift.core.state import state_dir, tools_environment
 from nightshift.pipeline.outcome import SKIPPED, promote_command
 from nightshift.pipeline.scoreboard import format_rows, scoreboard_file
 from nightshift.raw.unused import unused_by_params
@@ -119,7 +119,7 @@ def down() -> None:
 @app.command()
 @report_errors
 def status() -> None:
-    """Show the address, health and logged errors of each service."""
+    """Show the services and their errors, what runs, the next nights, the champion, and free disk space."""
     table = Table("service", "pid", "address", "healthy", box=None)
     for row in stack.status():
         table.add_row(*(str(cell) for cell in row))
@@ -127,10 +127,27 @@ def status() -> None:
     for service, errors in stack.problems().items():
         log_file = stack.find_log(service)
         console.print(f"{service}: {len(errors)} error(s) in {log_file}, the last: {escape(errors[-1])}")
+    for line in describe_nights():
+        console.print(escape(line), highlight=False, soft_wrap=True)
     if version := stack.find_waiting():
         console.print(f"version {version} awaits `{promote_command(version)}`")
     for line in unused_by_params():
         console.print(f"not listed in params.yaml, unused: {line}")
+
+
+def describe_nights() -> Iterator[str]:
+    """Describe what runs, the next nights, the champion, and the free disk space, one line each."""
+    from infra.cli import watch
+
+    running = stack.read_stack(state_dir())
+    for run in stack.active_runs():
+        stages = [watch.describe(one) for one in watch.read_stages(running, run["id"]) if not one.has_ended]
+        yield f"runs: {run['name']}: {'; '.join(stages) or run['state_name'].lower()}"
+    if following := stack.next_runs():
+        yield f"next: {', '.join(following)}"
+    if champion := stack.find_champion():
+        yield f"champion: {champion}"
+    yield f"free disk space: {stack.free_space() / 2**30:.1f} GiB"
 
 
 @app.command()

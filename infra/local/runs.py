@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import yaml
 
 from infra.local import processes
 from nightshift.pipeline.leases import lease_file, lease_holder
@@ -57,6 +58,35 @@ def limit_queues(stack: "Stack") -> None:
     queues = f"/work_pools/{POOL}/queues"
     for queue in stack.prefect("POST", f"{queues}/filter", {}):
         stack.prefect("PATCH", f"{queues}/{queue['name']}", {"concurrency_limit": 1})
+
+
+def end_schedules(stack: "Stack", path: Path) -> None:
+    """Delete the schedules that a prefect.yaml no longer has; `prefect deploy` only adds and replaces."""
+    declared = yaml.safe_load(path.read_text(encoding="utf-8"))["deployments"]
+    scheduled = {(one["entrypoint"], one["name"]) for one in declared if one.get("schedules")}
+    body = {"work_pools": {"name": {"any_": [POOL]}}}
+    for deployment in stack.prefect("POST", "/deployments/filter", body):
+        if (deployment["entrypoint"], deployment["name"]) not in scheduled:
+            for schedule in deployment["schedules"]:
+                stack.prefect("DELETE", f"/deployments/{deployment['id']}/schedules/{schedule['id']}")
+                log.info("%s: its schedule is not in %s, and ends", deployment["name"], path)
+
+
+def next_runs(stack: "Stack", limit: int) -> list[tuple[datetime.datetime, str]]:
+    """Return the local start time and the name of the deployment of the next scheduled runs."""
+    body = {
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+        "work_pools": {"name": {"any_": [POOL]}},
+        "sort": "EXPECTED_START_TIME_ASC",
+        "limit": limit,
+    }
+    names = {
+        one["id"]: one["name"]
+        for one in stack.prefect("POST", "/deployments/filter", {"work_pools": body["work_pools"]})
+    }
+    found = stack.prefect("POST", "/flow_runs/filter", body)
+    starts = [datetime.datetime.fromisoformat(run["expected_start_time"]).astimezone() for run in found]
+    return [(start, names[run["deployment_id"]]) for start, run in zip(starts, found, strict=True)]
 
 
 def create_automation(stack: "Stack") -> None:

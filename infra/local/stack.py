@@ -5,13 +5,16 @@ files in the state folder. The three services are detached processes that outliv
 Prefect or MLflow takes seconds, so their command lines and HTTP APIs are used instead.
 """
 
+import json
 import logging
 import os
 import secrets
 import shutil
 import socket
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import psutil
@@ -31,6 +34,8 @@ from nightshift.pipeline.leases import find_process
 PORTS = {"prefect": ("NIGHTSHIFT_PREFECT_PORT", 4200), "mlflow": ("NIGHTSHIFT_MLFLOW_PORT", 5000)}
 PREFECT_TOML = Path("prefect.toml")
 MIN_FREE_MIB = 100
+# Tags of the registered model that hold the record of promotions; importing MLflow takes seconds.
+ENTRY = "nightshift.promotion."
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +68,7 @@ def up() -> Stack:
         services.start("worker", stack)
         services.wait_until_healthy("worker", stack)
         services.call(stack, "prefect", "--no-prompt", "deploy", "--all")
+        runs.end_schedules(stack, Path("prefect.yaml"))
         runs.limit_queues(stack)
         runs.create_automation(stack)
         services.wait_until_healthy("mlflow", stack)
@@ -118,16 +124,59 @@ def status() -> list[tuple[str, int | None, str, bool]]:
     return rows
 
 
+def next_runs() -> list[str]:
+    """Describe the next three scheduled runs; empty if the Prefect server is not running."""
+    stack = read_stack(state_dir())
+    if not services.is_healthy("prefect", stack):
+        return []
+    return [f"{start:%a %Y-%m-%d %H:%M} {name}" for start, name in runs.next_runs(stack, limit=3)]
+
+
+def active_runs() -> list[dict[str, Any]]:
+    """Return the runs in progress; empty if the Prefect server is not running."""
+    stack = read_stack(state_dir())
+    return runs.active_runs(stack) if services.is_healthy("prefect", stack) else []
+
+
+def free_space() -> int:
+    """Return the free bytes on the disk of the state folder."""
+    home = state_dir()
+    return shutil.disk_usage(home if home.is_dir() else home.parent).free
+
+
+def find_champion() -> str | None:
+    """Describe the champion and since when it is; None if there is none, or MLflow is not running."""
+    for entry in reversed(_read_record()):
+        if entry["action"] != "acknowledge" and entry["champion"] is not None:
+            since = datetime.fromisoformat(entry["moment"]).astimezone()
+            return f"version {entry['champion']} since {since:%a %Y-%m-%d %H:%M} ({entry['action']})"
+    return None
+
+
 def find_waiting() -> int | None:
     """Return the version that awaits approval; None if there is none, or MLflow is not running."""
+    found = _read_registry("alias", alias="challenger")
+    return int(found["model_version"]["version"]) if found else None
+
+
+def _read_record() -> list[dict[str, Any]]:
+    """Return the record of promotions, oldest first, unverified; see `nightshift.registry.record`."""
+    found = _read_registry("get")
+    tags = {tag["key"]: tag["value"] for tag in found["registered_model"].get("tags", ())} if found else {}
+    return [json.loads(tags[key]) for key in sorted(tags) if key.startswith(ENTRY)]
+
+
+def _read_registry(what: str, **query: str) -> dict[str, Any] | None:
+    """Ask MLflow about the registered model; None if it does not have it, or MLflow is not running."""
     stack = read_stack(state_dir())
     if not services.is_healthy("mlflow", stack):
         return None
-    query = urlencode({"name": read_params()["registry"]["model_name"], "alias": "challenger"})
-    # Without the alias or the model, the answer is HTTP error 404.
+    named = urlencode({"name": read_params()["registry"]["model_name"], **query})
+    # The answer is HTTP error 404 if there is none.
     with suppress(StageError):
-        url = f"{stack.mlflow_url}/api/2.0/mlflow/registered-models/alias?{query}"
-        return int(prefect_api.request("GET", url)["model_version"]["version"])
+        url = f"{stack.mlflow_url}/api/2.0/mlflow/registered-models/{what}?{named}"
+        found: dict[str, Any] = prefect_api.request("GET", url)
+        return found
     return None
 
 

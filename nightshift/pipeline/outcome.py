@@ -5,8 +5,9 @@ from typing import Any
 
 # Verdict of the gate -> name of the final state.
 STATES = {"promote": "Promoted", "hold": "Held", "reject": "Rejected"}
-SKIPPED = "Skipped"
-OUTCOMES = ("WaitingForApproval", "NothingNew", SKIPPED, *STATES.values())
+# The training is not worth the night; a newer night is due.
+SKIPPED, MISSED = "Skipped", "Missed"
+OUTCOMES = ("WaitingForApproval", "NothingNew", SKIPPED, MISSED, *STATES.values())
 
 
 def describe_outcome(board: Mapping[str, Any], *, has_changed: bool, is_judged: bool) -> tuple[str, str]:

@@ -104,7 +104,10 @@ def test_make_run_registers_a_version(checkout: ServedCheckout) -> None:
     assert re.search(r"Prefect +http://127\.0\.0\.1:\d+ *\n", output)
     assert list(checkout.task_states()) != []
     assert {checkout.task_states()[stage] for stage in ("snapshot", *STAGES)} == {"Completed"}
-    assert "error(s) in" not in checkout.type("nightshift", "status")
+    shown = checkout.type("nightshift", "status")
+    assert "error(s) in" not in shown
+    assert re.search(r"next: \w+ [\d-]+ \d\d:\d\d nightly, .+ nightly, .+ nightly\n", shown)
+    assert re.search(r"free disk space: [\d.]+ GiB\n", shown)
 
 
 def test_mlflow_has_parameters_scores_and_source_of_the_run(checkout: ServedCheckout) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,13 @@ PREFECT = Path(sys.executable).with_name("prefect")
 FLOW = """
 import subprocess, time
 from prefect import flow
+from prefect.states import Completed
+from flows.nights import describe_missed_night
 
 @flow
-def tiny(seconds: float = 0) -> None:
+def tiny(seconds: float = 0):
+    if missed := describe_missed_night():
+        return Completed(name="Missed", message=missed)
     if seconds:
         subprocess.Popen(["sleep", str(seconds)], start_new_session=True)
     time.sleep(seconds)
@@ -145,6 +150,18 @@ def submit(folder: Path, *arguments: str) -> str:
     return found[1]
 
 
+def nights(running: Stack, deployment: str) -> list[dict[str, Any]]:
+    """Return the runs that the schedule of a deployment created."""
+    body = {"deployments": {"id": {"any_": [deployment]}}}
+    return [run for run in running.prefect("POST", "/flow_runs/filter", body) if run["auto_scheduled"]]
+
+
+def completed(running: Stack, deployment: str) -> list[datetime]:
+    """Return the planned starts of those that ran, and did not end as missed."""
+    done = [run for run in nights(running, deployment) if run["state_name"] == "Completed"]
+    return [datetime.fromisoformat(run["expected_start_time"]) for run in done]
+
+
 def state_of(running: Stack, run: str) -> tuple[str, str]:
     state: dict[str, Any] = running.prefect("GET", f"/flow_runs/{run}")["state"]
     return state["type"], state["message"]
@@ -194,16 +211,45 @@ def test_a_schedule_creates_runs_and_the_worker_executes_them(folder: Path, runn
     (folder / "prefect.yaml").write_text(scheduled)
     stack.up()
     deployment = running.prefect("GET", "/deployments/name/tiny/beside")["id"]
-
-    def completed() -> bool:
-        runs = running.prefect("POST", "/flow_runs/filter", {"deployments": {"id": {"any_": [deployment]}}})
-        return any(run["auto_scheduled"] and run["state_type"] == "COMPLETED" for run in runs)
-
-    wait_until(completed, seconds=120)
-    (schedule,) = running.prefect("GET", f"/deployments/{deployment}/schedules")
-    path = f"/deployments/{deployment}/schedules/{schedule['id']}"
-    running.prefect("PATCH", path, {"active": False})
+    wait_until(lambda: bool(completed(running, deployment)), seconds=120)
+    assert all(one.endswith(" beside") for one in stack.next_runs())
+    # prefect.yaml is the whole truth: what it no longer has ends.
     (folder / "prefect.yaml").write_text(DEPLOYMENTS)
+    stack.up()
+    assert running.prefect("GET", f"/deployments/{deployment}/schedules") == []
+    assert stack.next_runs() == []
+
+
+def test_of_several_nights_that_are_due_only_the_newest_runs(folder: Path, running: Stack) -> None:
+    pool = f"/work_pools/{runs.POOL}"
+    running.prefect("PATCH", pool, {"is_paused": True})
+    scheduled = DEPLOYMENTS.replace("- name: beside", "- name: beside\n    schedules: [{interval: 20}]")
+    (folder / "prefect.yaml").write_text(scheduled)
+    start = datetime.now(UTC)
+    stack.up()
+    deployment = running.prefect("GET", "/deployments/name/tiny/beside")["id"]
+
+    def late() -> list[tuple[datetime, str]]:
+        planned = {
+            run["id"]: datetime.fromisoformat(run["expected_start_time"])
+            for run in nights(running, deployment)
+        }
+        return sorted((at, run) for run, at in planned.items() if start < at < datetime.now(UTC))
+
+    wait_until(lambda: len(late()) == 3, seconds=120)
+    *older, (_, newest) = late()
+    running.prefect("PATCH", pool, {"is_paused": False})
+    for planned, run in older:
+        wait_until(lambda run=run: state_of(running, run)[0] == "COMPLETED", 120)  # type: ignore[misc]
+        found = running.prefect("GET", f"/flow_runs/{run}")["state"]
+        assert found["name"] == "Missed"
+        assert f"the night of {planned.astimezone():%Y-%m-%d %H:%M} could not start" in found["message"]
+    wait_until(lambda: state_of(running, newest)[0] == "COMPLETED", 120)
+    # It ran, unless yet another night was due when it started; then that one does.
+    wait_until(lambda: any(planned > older[-1][0] for planned in completed(running, deployment)), 120)
+    assert not {planned for planned, _ in older} & set(completed(running, deployment))
+    (folder / "prefect.yaml").write_text(DEPLOYMENTS)
+    stack.up()
 
 
 def test_the_servers_listen_on_loopback_only(folder: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -22,6 +23,7 @@ from infra.local import prefect_api, processes, runs, services, stack
 from infra.local.settings import Stack, environment, prefect_toml, service_environment
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.pipeline import leases
+from nightshift.registry.record import Action, Entry, line, tag
 
 STACK = Stack(Path("/srv/night shift"), 4300, 5100)
 
@@ -304,6 +306,24 @@ def test_a_version_that_awaits_approval_is_found_by_its_alias(
     monkeypatch.setattr(stack.services, "is_healthy", lambda *_: False)
     assert stack.find_waiting() is None
     assert len(asked) == 2
+
+
+def test_the_champion_is_that_of_the_last_move(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "params.yaml").write_text("registry: {model_name: support chat}\n")
+    moves: list[tuple[Action, int]] = [("promote", 1), ("promote", 2), ("rollback", 1), ("acknowledge", 1)]
+    tags = {"nightshift.promotions": "digest"} | {
+        tag(number): line(
+            Entry(f"2026-01-0{number}T02:30:00+00:00", action, champion, None, None, "", "", "")
+        )
+        for number, (action, champion) in enumerate(moves, start=1)
+    }
+    found = {"registered_model": {"tags": [{"key": key, "value": value} for key, value in tags.items()]}}
+    monkeypatch.setattr(stack.services, "is_healthy", lambda *_: True)
+    monkeypatch.setattr(stack.prefect_api, "request", lambda *_: found)
+    local = datetime(2026, 1, 3, 2, 30, tzinfo=UTC).astimezone()
+    assert stack.find_champion() == f"version 1 since {local:%a %Y-%m-%d %H:%M} (rollback)"
+    found["registered_model"] = {"tags": []}
+    assert stack.find_champion() is None
 
 
 @pytest.mark.usefixtures("in_tmp")
