@@ -26,6 +26,7 @@ class SourceOptions(StageParams):
         input_separator: Text between a question and each of its contexts, such as Alpaca's `input`.
         preference: Rows with a chosen and a rejected answer, or an answer with a rating: `refuse` them, or
             train on the `chosen` answers only.
+        train_on: `all` answers of a conversation, or the `last` one only.
         split: Split of the data set to read, such as train, or `all`; None reads all files, of which none may
             name several splits.
         limit: Rows to use: the first n, or a share of them by the hash of their content; None uses all.
@@ -39,6 +40,7 @@ class SourceOptions(StageParams):
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
     input_separator: str = "\n\n"
     preference: Literal["refuse", "chosen"] = "refuse"
+    train_on: Literal["all", "last"] = "all"
     split: Text | None = None
     limit: Limit = None
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0

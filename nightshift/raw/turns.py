@@ -1,7 +1,7 @@
 """Conversations while they are read and checked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # A repair's text before and after, cut to the place that changed.
@@ -55,3 +55,19 @@ class Conversation:
     tools: list[dict[str, Any]] = field(default_factory=list)
     ignored: frozenset[str] = frozenset()
     changes: Mapping[str, Change] = field(default_factory=dict)
+
+
+def train_last(conversation: Conversation) -> Conversation:
+    """Train only the last answer of a conversation; the others are read.
+
+    Example:
+        >>> turns = [Turn(role, "Hi") for role in ("user", "assistant", "user", "assistant")]
+        >>> [turn.train for turn in train_last(Conversation(turns)).turns if turn.role == "assistant"]
+        [False, True]
+    """
+    answers = [number for number, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+    turns = [
+        replace(turn, train=False) if number in answers[:-1] else turn
+        for number, turn in enumerate(conversation.turns)
+    ]
+    return replace(conversation, turns=turns)

@@ -26,7 +26,7 @@ from nightshift.raw.selection import Selection
 from nightshift.raw.shards import read_digests, require_digest, used_shards
 from nightshift.raw.streams import Limits
 from nightshift.raw.strict_json import dumps
-from nightshift.raw.turns import Change, Conversation, Turn
+from nightshift.raw.turns import Change, Conversation, Turn, train_last
 from tasks.ingest.personal import PiiSpan, calls_json, find_pii_spans, redact_conversation
 
 Example = dict[str, Any]
@@ -168,6 +168,8 @@ def convert_row(
         if not rules.has_reasoning:
             conversation = without_reasoning(conversation)
         conversation = arrange(repair(conversation, fix_encoding=rules.fix_encoding))
+        if options.train_on == "last":
+            conversation = train_last(conversation)
         conversation = check(conversation, rules.special)
         spans = tuple(find_pii_spans(conversation, privacy.find))
         if spans and privacy.mode == "redact":

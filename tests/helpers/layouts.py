@@ -74,6 +74,11 @@ WEIGHTED = [turn("user", "1+1?"), turn("assistant", "3", weight=0), ASK, turn("a
 MESSAGES = [
     rows("OpenAI messages", {"messages": PAIR}),
     rows(
+        "OpenAI messages, the last answer",
+        {"messages": [turn("user", "1+1?"), turn("assistant", "2"), *PAIR]},
+        train_on="last",
+    ),
+    rows(
         "OpenAI: content as text parts",
         {"messages": [turn("user", [{"type": "text", "text": "2+2?"}]), ANSWER]},
     ),

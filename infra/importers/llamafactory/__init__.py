@@ -36,8 +36,8 @@ METHOD_KEYS = (
     *("use_rslora", "loraplus_lr_ratio", "additional_target", "quantization_bit", "quantization_method"),
 )
 TEXT_KEYS = (
-    *("template", "cutoff_len", "val_size", "packing", "neat_packing", "train_on_prompt", "mask_history"),
-    *("default_system", "add_tokens", "add_special_tokens", "new_special_tokens"),
+    *("template", "cutoff_len", "val_size", "packing", "neat_packing", "train_on_prompt", "default_system"),
+    *("add_tokens", "add_special_tokens", "new_special_tokens"),
 )
 SPEED_KEYS = (
     *("flash_attn", "enable_liger_kernel", "disable_gradient_checkpointing", "pure_bf16"),
@@ -240,10 +240,12 @@ def _text(config: Config) -> Findings:
         why = f"{share}: a number of rows; set split.validation_share to a share (0 to 1)"
         yield unmapped("val_size", why, "split.validation_share")
     yield from _packing(config)
-    for key in ("train_on_prompt", "mask_history"):
-        if key in config:
-            why = "every answer of a row is trained, and nothing else"
-            yield essential(key, f"{why}; remove it") if config[key] else not_needed(key, why)
+    if "train_on_prompt" in config:
+        why = "only answers are trained"
+        is_on = config["train_on_prompt"]
+        yield (
+            essential("train_on_prompt", f"{why}; remove it") if is_on else not_needed("train_on_prompt", why)
+        )
     if "default_system" in config:
         why = "add it to the rows as a system message"
         yield essential("default_system", why, "snapshot.sources")

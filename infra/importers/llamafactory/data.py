@@ -12,7 +12,7 @@ from nightshift.core.errors import DataError
 from nightshift.raw.messages import CALLERS, CONTENT_KEYS, ROLE_KEYS, ROLES
 
 INFO = "dataset_info.json"
-DATA_KEYS = ("dataset", "dataset_dir", "max_samples", "eval_dataset")
+DATA_KEYS = ("dataset", "dataset_dir", "max_samples", "mask_history", "eval_dataset")
 TARGET = "snapshot.sources"
 # Column of an Alpaca row in LLaMA-Factory -> name here.
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -42,7 +42,7 @@ def map_data(config: Config, folder: Path, hub: Lookup) -> Findings:
     notes = []
     for name in filter(None, names):
         try:
-            found, note = find_sources(_dataset(name, info, place, config.get("max_samples")), hub)
+            found, note = find_sources(_dataset(name, info, place, config), hub)
         except (ValueError, DataError) as err:
             yield essential(f"dataset.{name}", explain_missing_commit(name, err), TARGET)
             continue
@@ -53,6 +53,8 @@ def map_data(config: Config, folder: Path, hub: Lookup) -> Findings:
         yield not_needed("dataset_dir", f"{INFO} was read")
     if "max_samples" in config:
         yield not_needed("max_samples", "the limit of each source")
+    if "mask_history" in config:
+        yield not_needed("mask_history", "`train_on` of each source, which is `all` unless set")
     if "eval_dataset" in config:
         yield mapped(
             "eval_dataset",
@@ -86,8 +88,8 @@ def _read_info(name: str, folder: Path) -> tuple[dict[str, Any], Path]:
     )
 
 
-def _dataset(name: str, info: Mapping[str, Any], place: Path, samples: Any) -> Dataset:
-    """Return a dataset of dataset_info.json.
+def _dataset(name: str, info: Mapping[str, Any], place: Path, config: Config) -> Dataset:
+    """Return a dataset of dataset_info.json, with what the config says about all data sets.
 
     Raises:
         ValueError: It is not defined, is no dataset of answers, or has an unknown key.
@@ -100,8 +102,10 @@ def _dataset(name: str, info: Mapping[str, Any], place: Path, samples: Any) -> D
         raise ValueError("ranking: pairs of answers are not supervised fine-tuning; choose another dataset")
     if unknown := sorted(entry.keys() - READ):
         raise ValueError(f"{INFO}: {', '.join(unknown)}: not supported; list the file in {TARGET}")
-    limits = [parse_int(one) for one in (entry.get("num_samples"), samples) if one]
+    limits = [parse_int(one) for one in (entry.get("num_samples"), config.get("max_samples")) if one]
     options: dict[str, Any] = {"limit": min(limits)} if limits else {}
+    if config.get("mask_history"):
+        options["train_on"] = "last"
     columns = dict(_pairs(entry, "columns"))
     if entry.get("formatting", "alpaca") == "alpaca":
         options |= _alpaca(columns)

@@ -193,6 +193,20 @@ def test_a_lora_file_of_llamafactory_is_mapped(factory: Path) -> None:
                 }
             },
         ),
+        (
+            "{dataset: columns, mask_history: true}",
+            "snapshot.sources",
+            {
+                "a": {
+                    "path": "data/a.csv",
+                    "mode": "replace",
+                    "limit": 5,
+                    "train_on": "last",
+                    "input_separator": "\n",
+                    "columns": {"instruction": "frage", "output": "antwort"},
+                }
+            },
+        ),
     ],
 )
 def test_a_key_of_llamafactory_is_mapped(factory: Path, text: str, target: str, value: Any) -> None:
@@ -214,7 +228,7 @@ def test_a_key_of_llamafactory_is_mapped(factory: Path, text: str, target: str, 
         ("dataset: elsewhere", "dataset.elsewhere", "no hf_hub_url and no file_name"),
         ("dataset: remote", "dataset.remote", "dataset owner/data: the Hub was not asked. Add `revision"),
         ("dataset_dir: other", "dataset", "dataset_info.json is in none of other"),
-        ("train_on_prompt: true", "train_on_prompt", "every answer of a row is trained"),
+        ("train_on_prompt: true", "train_on_prompt", "only answers are trained"),
         ("adapter_name_or_path: x", "adapter_name_or_path", "training starts from base.model"),
         ("use_galore: true", "use_galore", "only the optimizers of sft.optim"),
         ("use_dft_loss: true", "use_dft_loss", "only the loss of the next token"),
