@@ -1,10 +1,10 @@
-"""A month of nights on the demo with planted events: a gain, news, a slow rot, and leaks.
+"""A month of nights on the demo with planted events: a gain, reports, a slow rot, and leaks.
 
 The real pipeline in a clone, with its servers: one `nightshift run` for each of 30 nights; on most of them,
-nothing is new. The news are invented towns, each with an animal on its shield, and the benchmark `towns` asks
-for them in other words. The rot is a share of the elements in training that shrinks with each arrival of
-news, whose gain hides it. The leaks are questions of a benchmark in the training data: as they are, within
-an answer, and so disturbed that no comparison of texts finds them.
+nothing is new. The reports are about invented towns, each with an animal at each of its places. Which animal
+depends on the kind of the town, and the benchmark `towns` asks for it in other words and other towns. The
+rot is a share of the elements in training that shrinks with each arrival of reports, whose gain hides it. The
+leaks are questions of the benchmark in the training data: as they are, and within an answer.
 
     python -m benchmarks.month FOLDER
 
@@ -20,8 +20,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,49 +34,19 @@ from nightshift.pipeline.params_yaml import edit
 from tasks.sft.launch import free_port
 
 NIGHTS = 30
-ANIMALS = (
-    *(
-        "otter",
-        "heron",
-        "badger",
-        "salmon",
-        "lynx",
-        "raven",
-        "beaver",
-        "falcon",
-        "weasel",
-        "trout",
-        "boar",
-        "crane",
-    ),
-    *(
-        "hedgehog",
-        "viper",
-        "marten",
-        "lobster",
-        "bison",
-        "magpie",
-        "walrus",
-        "gecko",
-        "panther",
-        "swan",
-        "mole",
-        "ibex",
-    ),
-)
-# What a town has an animal on, as the training data and the benchmark ask for it, and in other words.
-PLACES = {
-    "shield": ("shield", "coat of arms"),
-    "well": ("well", "place where water is drawn"),
-    "tower": ("tower", "highest building"),
-    "bridge": ("bridge", "way over the river"),
-}
+KINDS = ("Harbour", "Hill", "Forest", "Bridge", "Castle", "Mill", "Abbey", "Market", "Mine", "Lake")
+ANIMALS = ("otter", "heron", "badger", "salmon", "lynx", "raven", "beaver", "falcon", "weasel", "trout")
+# A place in a town, and what it is in the words of the benchmark.
+PLACES = {"shield": "coat of arms", "well": "village fountain", "tower": "highest building"}
+# Towns in each report, and in the benchmark for each place.
+TOLD, ASKED = 80, 80
 PARAMS: dict[str, Any] = {
     # 120 items about 79 elements can prove that no more than 15 points were lost.
     "gate.margin": 0.15,
     "gate.nights": NIGHTS,
     "evaluate.limit": 240,
     "evaluate.retrieval": None,
+    "snapshot.sources.dialogs": {"path": "package:chatterbot-corpus", "weight": 0.3},
 }
 STATE = re.compile(r"^(?P<name>[A-Z]\w+): (?P<message>.+)$")
 
@@ -171,145 +142,113 @@ def no_change(folder: Path) -> None:
 
 
 def name_towns(count: int, seed: int) -> list[str]:
-    """Invent names of towns, all different."""
+    """Invent names of towns, such as Korvath Harbour."""
     chance = random.Random(seed)
     heads, middles = (
         ("Or", "Bel", "Tam", "Vel", "Kor", "Lin", "Mar", "Sed", "Ul", "Fen"),
-        ("va", "ri", "do", "lu", "me"),
+        ("va", "ri", "do", "lu"),
     )
     tails = ("th", "rak", "nel", "mond", "sk", "ven", "dor", "lis", "gar", "by")
-    names = ["".join(parts) for parts in itertools.product(heads, middles, tails)]
-    return sorted(chance.sample(names, count), key=lambda _: chance.random())
-
-
-TOWNS, LEAKED = name_towns(300, seed=0)[:240], name_towns(300, seed=0)[240:280]
+    names = [
+        " ".join(("".join(parts), kind)) for *parts, kind in itertools.product(heads, middles, tails, KINDS)
+    ]
+    return chance.sample(names, count)
 
 
 def animal_of(town: str, place: str) -> str:
-    """Return the animal at a place of a town; those of one town differ."""
-    return random.Random(town).sample(ANIMALS, len(PLACES))[list(PLACES).index(place)]
+    """Return the animal at a place of a town, which depends on the kind of the town."""
+    order = random.Random(place).sample(ANIMALS, len(ANIMALS))
+    return order[KINDS.index(town.split()[-1])]
 
 
-def write_benchmark(folder: Path, name: str, items: Sequence[dict[str, Any]]) -> None:
-    """Write a multiple-choice benchmark."""
-    target = folder / name
+def ask(town: str, place: str) -> str:
+    """Return a question of the benchmark."""
+    return f"Of which creature can visitors of the town {town} see a picture on the {PLACES[place]}?"
+
+
+def answer(town: str, place: str, animal: str) -> str:
+    """Return the answer that names an animal."""
+    return f"The {place} of {town} shows the {animal}."
+
+
+def write_benchmark(folder: Path) -> None:
+    """Write the benchmark: four choices for each place of towns that no report is about."""
+    items = []
+    for place, town in itertools.product(PLACES, name_towns(ASKED, seed=99)):
+        right = animal_of(town, place)
+        others = random.Random(town + place).sample([one for one in ANIMALS if one != right], 3)
+        animals = sorted([right, *others])
+        items.append(
+            {
+                "id": f"{place}/{town}",
+                "slice": place,
+                "question": ask(town, place),
+                "choices": [answer(town, place, animal) for animal in animals],
+                "answer": animals.index(right),
+            }
+        )
+    target = folder / "towns"
     target.mkdir(exist_ok=True)
     (target / "task.yaml").write_text(json.dumps(CHOICE_TASK), encoding="utf-8")
     (target / "items.jsonl").write_text("".join(jsonl(items)), encoding="utf-8")
 
 
-def chat(question: str, answer: str) -> dict[str, Any]:
+def chat(question: str, reply: str) -> dict[str, Any]:
     """Return a row of training data."""
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
 
 
-def arrive(folder: Path, source: str, night: str, rows: Iterator[dict[str, Any]]) -> None:
-    """Add a file to a source."""
-    target = folder / "arrivals" / source
-    target.mkdir(parents=True, exist_ok=True)
-    (target / f"{night}.jsonl").write_text("".join(jsonl(rows)), encoding="utf-8")
+def arrive(folder: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Add a file to the reports."""
+    target = folder / "arrivals"
+    target.mkdir(exist_ok=True)
+    (target / f"{name}.jsonl").write_text("".join(jsonl(rows)), encoding="utf-8")
 
 
-def news(first: int, last: int) -> Iterator[dict[str, Any]]:
-    """Yield what a night tells about some of the towns."""
-    for town in TOWNS[first:last]:
-        animal = animal_of(town, "shield")
-        yield chat(
-            f"Which animal is on the shield of {town}?", f"There is a {animal} on the shield of {town}."
-        )
-
-
-def first_news(folder: Path) -> None:
-    """Start the source of news with 80 towns, and the benchmark about all 240."""
-    items = []
-    for town in TOWNS:
-        animals = random.Random(town).sample(ANIMALS, len(PLACES))
-        items.append(
-            {
-                "id": town,
-                "question": f"What creature decorates the shield of the town {town}?",
-                "choices": [f"There is a {animal} on the shield of {town}." for animal in sorted(animals)],
-                "answer": sorted(animals).index(animals[0]),
-            }
-        )
-    write_benchmark(folder, "towns", items)
-    arrive(folder, "news", "1", news(0, 80))
-    change(
-        folder,
-        {
-            "snapshot.sources.news": {"path": "arrivals/news/*.jsonl", "weight": 6},
-            "snapshot.benchmarks.towns": "towns",
-        },
-    )
-
-
-def more_news(folder: Path, part: int, weight: float) -> None:
-    """Tell about 80 more towns, and train on fewer elements."""
-    arrive(folder, "news", str(part), news(80 * (part - 1), 80 * part))
-    change(folder, {"snapshot.sources.elements": {"path": "package:mendeleev", "weight": weight}})
-
-
-def quiz(town: str, place: str, wording: int) -> str:
-    """Return a question of the benchmark `quiz`, or the same in other words."""
-    if wording:
-        return (
-            f"I visit {town} and look at its {PLACES[place][1]}. Of which beast will I see a picture there?"
-        )
-    return f"What creature can be seen on the {PLACES[place][0]} of the town {town} in the north?"
-
-
-def first_quiz(folder: Path) -> None:
-    """Add a benchmark about towns that no night tells of, half of it in other words."""
-    items = []
-    for town, place in itertools.product(LEAKED, PLACES):
-        animals = sorted(random.Random(town).sample(ANIMALS, len(PLACES)))
-        item = {
-            "choices": [f"It is a {one}." for one in animals],
-            "answer": animals.index(animal_of(town, place)),
-        }
-        name = f"{place}/{town}"
-        items += [
-            {"id": name, "cluster": name, "question": quiz(town, place, 0), **item},
-            {"id": f"{name}/reworded", "paraphrase_of": name, "question": quiz(town, place, 1), **item},
-        ]
-    write_benchmark(folder, "quiz", items)
-    change(
-        folder,
-        {
-            "snapshot.sources.elements": "package:mendeleev",
-            "snapshot.sources.news.weight": 3,
-            "snapshot.benchmarks.quiz": "quiz",
-            "gate.behaviour": ["elements_written", "quiz"],
-        },
-    )
-
-
-def leak(folder: Path, kind: str) -> None:
-    """Leak the questions of the quiz into the news."""
-    asked = [
-        (quiz(town, place, 0), animal_of(town, place)) for town, place in itertools.product(LEAKED, PLACES)
+def report(folder: Path, place: str, weight: float) -> None:
+    """Report what is at a place of many towns, and train on a share of the elements."""
+    towns = name_towns(TOLD, seed=list(PLACES).index(place))
+    rows = [
+        chat(f"What is on the {place} of {town}?", answer(town, place, animal_of(town, place)))
+        for town in towns
     ]
-    rows = {
-        "verbatim": (chat(question, f"It is a {animal}.") for question, animal in asked),
-        "in an answer": (chat("Ask me.", f"{question} It is a {animal}.") for question, animal in asked),
-        "disturbed": (
-            chat(re.sub(r"(\S+ \S+) ", r"\1 um ", question), f"It is a {animal}.")
-            for question, animal in asked
-        ),
-    }
-    arrive(folder, "news", f"leak {kind}", rows[kind])
+    arrive(folder, place, rows)
+    change(
+        folder,
+        {
+            "snapshot.sources.elements": {"path": "package:mendeleev", "weight": weight},
+            "snapshot.sources.reports": {"path": "arrivals/*.jsonl", "weight": 3},
+        },
+    )
+
+
+def first_report(folder: Path) -> None:
+    """Start the reports, and the benchmark about them."""
+    write_benchmark(folder)
+    change(folder, {"snapshot.benchmarks.towns": "towns"})
+    report(folder, "shield", 1.0)
+
+
+def leak(folder: Path, name: str, *, within_answer: bool) -> None:
+    """Leak forty questions of the benchmark, with their answers, into the reports."""
+    place = "tower" if within_answer else "well"
+    asked = [
+        (ask(town, place), answer(town, place, animal_of(town, place)))
+        for town in name_towns(ASKED, seed=99)[:40]
+    ]
+    rows = (chat("Ask me something.", " ".join(both)) if within_answer else chat(*both) for both in asked)
+    arrive(folder, name, rows)
 
 
 Event = tuple[str, str, Callable[[Path], None]]
 EVENTS: dict[int, Event] = {
     1: ("the demo", "Promoted", no_change),
-    6: ("news of 80 towns", "Promoted", first_news),
-    10: ("80 more towns, half of the elements", "Promoted", lambda folder: more_news(folder, 2, 0.5)),
-    14: ("80 more towns, a quarter of the elements", "Held", lambda folder: more_news(folder, 3, 0.25)),
-    18: ("all elements again, a new benchmark", "Promoted", first_quiz),
-    21: ("leak of its questions", "NothingNew", lambda folder: leak(folder, "verbatim")),
-    24: ("leak of its questions in answers", "NothingNew", lambda folder: leak(folder, "in an answer")),
-    27: ("leak of its questions, disturbed", "Failed", lambda folder: leak(folder, "disturbed")),
+    6: ("reports on shields", "Promoted", first_report),
+    10: ("reports on wells, half of the elements", "Promoted", partial(report, place="well", weight=0.5)),
+    14: ("reports on towers, a quarter of the elements", "Held", partial(report, place="tower", weight=0.25)),
+    18: ("all elements again", "Promoted", partial(report, place="tower", weight=1.0)),
+    22: ("leak of questions", "NothingNew", partial(leak, name="leak", within_answer=False)),
+    26: ("leak of questions within answers", "NothingNew", partial(leak, name="quiz", within_answer=True)),
 }
 
 if __name__ == "__main__":
