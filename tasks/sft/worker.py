@@ -130,7 +130,9 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
     # Before the model: ZeRO-3 shards the weights while they load if the DeepSpeed config is already set.
     args = training_arguments(job)
     filler = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
-    model = load_model(str(job.base), params, backend.strategy, backend.precision, backend.attention)
+    model = load_model(
+        str(job.base), params, backend.strategy, backend.precision, backend.attention, backend.unreached
+    )
     if backend.lora == "fused":
         fuse_adapter(model)
     if params.fp8_base:
@@ -186,7 +188,7 @@ def training_arguments(job: Job) -> SFTConfig:
         # The rows are already packed, and shuffled by the plan.
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
-        padding_free=True,
+        padding_free=backend.batches == "flattened",
         packing=False,
         eval_packing=False,
         max_length=None,
