@@ -16,10 +16,11 @@ from nightshift.data.encode import IGNORED
 from tasks.sft import selftest
 from tasks.sft.attention import boundaries, lengths_from_positions
 from tasks.sft.job import Job
+from tasks.sft.loss import pick, summed_loss
 from tasks.sft.reload import check_weights, load_logits, load_saved
 from tasks.sft.selftest import PackedRow
 from tasks.sft.strategy import GIB
-from tasks.sft.trainer import Trainer, pick, summed_loss
+from tasks.sft.trainer import Trainer
 
 # Memory for the activations and logits of the self-test, in a model that is loaded a second time.
 RELOAD_BYTES = 2 * GIB
@@ -237,13 +238,15 @@ def randomized(trainer: Trainer) -> Iterator[None]:
 
 def backward(trainer: Trainer, batch: dict[str, Any], job: Job) -> list[torch.Tensor | None]:
     """Compute the gradients of the trainable weights, and leave none in the model."""
-    parameters = list(trainable(trainer).values())
     if job.backend.strategy == "fsdp2":
-        # FSDP2's sharded weights are in no autograd graph; hooks write their gradients.
+        # FSDP2's sharded weights are in no autograd graph; hooks write their gradients. A pass without
+        # gradients leaves the embeddings unsharded until a backward pass.
         torch.autograd.backward(training_loss(trainer, batch))
+        parameters = list(trainable(trainer).values())
         found = [p.grad.full_tensor() if p.grad is not None else None for p in parameters]  # type: ignore[attr-defined]
         trainer.model_wrapped.zero_grad(set_to_none=True)
         return found
+    parameters = list(trainable(trainer).values())
     # Unwrapped model: DDP and ZeRO count every backward pass as part of a training step.
     with trainer.compute_loss_context_manager():
         loss, _ = summed_loss(trainer.model, dict(batch), trainer.params.label_smoothing_factor, trainer.head)

@@ -13,9 +13,10 @@ from transformers.integrations import deepspeed
 
 from nightshift.core.errors import StageError
 from tasks.sft.job import Job
+from tasks.sft.loss import pick, summed_loss
 from tasks.sft.model import HALF, weight_dtype
 from tasks.sft.strategy import ZERO
-from tasks.sft.trainer import Trainer, pick, summed_loss
+from tasks.sft.trainer import Trainer
 
 
 def load_saved(folder: Path, job: Job) -> Any:

@@ -18,7 +18,7 @@ from transformers import (
 
 from tasks.sft import fused
 from tasks.sft.fused import LoraLinear, LossHead, SummedLoss, count_lora, fuse_adapter
-from tasks.sft.trainer import summed_loss
+from tasks.sft.loss import summed_loss
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
