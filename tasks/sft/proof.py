@@ -1,6 +1,7 @@
 """Run the self-test on the trainer once, when the model is wrapped and about to train."""
 
 import ctypes
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,8 @@ from tasks.sft.trainer import Trainer
 
 # Memory for the activations and logits of the self-test, in a model that is loaded a second time.
 RELOAD_BYTES = 2 * GIB
+# Weights that are 0 in a new adapter.
+ADAPTER_ZERO = re.compile("lora_B|lora_embedding_A")
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -218,7 +221,7 @@ def check_gradients(
         return {"weights": len(names), "not_compared": "zero3 shards the weights"}
     # On a CPU, bitsandbytes multiplies 4-bit weights in bf16, whatever the requested precision.
     precision = "bf16" if trainer.params.adapter == "qlora" else job.backend.precision
-    # While B is 0, no gradient reaches A.
+    # While one factor of the adapter is 0, no gradient reaches the other.
     with randomized(trainer):
         together = backward(trainer, batch, job)
         with eager(trainer):
@@ -231,7 +234,7 @@ def randomized(trainer: Trainer) -> Iterator[None]:
     """Give the adapter an effect within the block, about a tenth of that of the weights, at any rank."""
     params = trainer.params
     scale = params.lora_alpha / (params.lora_r**0.5 if params.use_rslora else params.lora_r)
-    weights = [p for name, p in trainable(trainer).items() if "lora_B" in name]
+    weights = [p for name, p in trainable(trainer).items() if ADAPTER_ZERO.search(name)]
     with selftest.perturbed(weights, 0.2 / (scale * params.lora_r**0.5)):
         yield
 
