@@ -46,9 +46,13 @@ def generate_two(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,
         generation_config=GenerationConfig(
-            max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=0, use_cache=True
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
+            pad_token_id=0,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
         ),
-        output_logits=True,
-        return_dict_in_generate=True,
     )
     return [logits.float() for logits in made.logits]

@@ -56,7 +56,8 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
     }
     # A later attempt may use a smaller micro-batch; the rows per step stay the same. The strategy is
     # compared above.
-    free = {"per_device_train_batch_size", "gradient_accumulation_steps", "strategy", "num_processes"}
+    free = {"per_device_train_batch_size", "gradient_accumulation_steps", "strategy"}
+    # Shares of all steps are steps now.
     free |= {"eval_steps", "save_steps", *unused(job.params)}
     different = {
         key: row

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json, read_rows, write_json, write_rows
@@ -199,3 +199,19 @@ def test_effective_values_cover_the_section_and_count_what_trains(make: Callable
     assert found["trained"] == {"weights": 896, "tensors": 8, "modules": {"q_proj": 2, "v_proj": 2}}
     assert found["adam_beta1"] == {"requested": 0.9, "effective": None}
     assert found["batches"]["effective"] == "flattened"
+
+
+def test_a_model_that_mixes_a_padded_batch_is_scored_one_by_one(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tasks.evaluate.model import Model, load_model
+
+    base = make_architecture("llama", in_tmp / "base")
+    loaded, tokenizer = load_model(str(base), None), AutoTokenizer.from_pretrained(base)
+    assert Model(loaded, tokenizer, batch_size=4).batch_size == 4
+    assert "in a batch than alone" not in caplog.text
+    forward = loaded.forward
+    # Without the mask, a prompt attends to its padding.
+    monkeypatch.setattr(loaded, "forward", lambda *ids, attention_mask=None, **more: forward(*ids, **more))
+    assert Model(loaded, tokenizer, batch_size=4).batch_size == 1
+    assert "other results in a batch than alone; scoring one by one" in caplog.text
