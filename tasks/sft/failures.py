@@ -24,6 +24,10 @@ OUT_OF_MEMORY = re.compile(
     r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|ERROR_OUT_OF_MEMORY|std::bad_alloc",
     re.IGNORECASE,
 )
+# Errors of gloo and NCCL in the ranks that are left when one ends.
+LOST_PEER = re.compile(
+    r"Connection (closed|reset) by peer|remote process exited|gloo/transport", re.IGNORECASE
+)
 FAILURE, ATTEMPT, HANG = "failure.json", "attempt.json", "hang-{rank}.txt"
 # Traceback of an unknown error, next to the checkpoints.
 TRACEBACK = "traceback-{rank}.txt"
@@ -87,7 +91,10 @@ def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] 
 
 
 def write_unknown(folder: Path, rank: str, error: BaseException) -> str:
-    """Write the traceback of an error that no check foresaw, and its reason; return the message."""
+    """Write the traceback of an error that no check foresaw, and its reason; return the message.
+
+    The lost connection to a rank that ended is not a reason.
+    """
     path = folder / TRACEBACK.format(rank=rank)
     with contextlib.suppress(OSError):
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -96,7 +103,8 @@ def write_unknown(folder: Path, rank: str, error: BaseException) -> str:
         f"unknown error {type(error).__name__}: {first}; traceback in {path}; whether another run would fail "
         "in the same way is not known"
     )
-    write_failure(folder, "error", message)
+    if not LOST_PEER.search(str(error)):
+        write_failure(folder, "error", message)
     return message
 
 

@@ -100,7 +100,7 @@ class Probe:
             name: Attention implementation of transformers.
         """
         packed, given = torch.cat(self.examples, 1), packed_arguments(self.device)
-        # The self-test on the real model uses both forms too; see `tasks.sft.proof.forward_by_positions`.
+        # The self-test on the real model uses both forms too; see `tasks.sft.proof.without_boundaries`.
         forms = [given] if name == "flash_attention_4" else [given, {"position_ids": given["position_ids"]}]
         try:
             self.model.set_attn_implementation(name)

@@ -25,6 +25,8 @@ from tasks.sft.trainer import Trainer
 
 # Memory for the activations and logits of the self-test, in a model that is loaded a second time.
 RELOAD_BYTES = 2 * GIB
+# Tokens at the start, and at the end, of an example whose logits are compared.
+SCORED = 32
 # Weights that are 0 in a new adapter.
 ADAPTER_ZERO = re.compile("lora_B|lora_embedding_A")
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -104,7 +106,7 @@ def check_isolation(
     trainer: Trainer, job: Job, batch: dict[str, Any], examples: Sequence[PackedRow]
 ) -> dict[str, Any]:
     """Change the first example of a batch, and compare the logits of the second; see `selftest`."""
-    first, second = (score_all(plain(trainer, example)) for example in examples)
+    first, second = (score_ends(plain(trainer, example)) for example in examples)
     length, end = first["input_ids"].shape[1], second["input_ids"].shape[1]
     size = trainer.model.config.get_text_config().vocab_size
     # In a flattened row the second example follows the first one, in padded rows it has its own row.
@@ -121,9 +123,9 @@ def check_isolation(
         one, two = (label_logits(trainer, given) for given in by_positions)
         found["moved_by_positions"] = selftest.distance(two, one)
     with eager(trainer):
-        alone = label_logits(trainer, second)
-        beside = [label_logits(trainer, stack(second, shift, size)) for shift in (1, 2, 3)]
-        joined = label_logits(trainer, join(first, second))
+        alone = reference_logits(trainer, second)
+        beside = [reference_logits(trainer, stack(second, shift, size)) for shift in (1, 2, 3)]
+        joined = reference_logits(trainer, join(first, second))
     found["eager"] = selftest.distance(logits, alone)
     noise = max(selftest.distance(one, beside[0]) for one in beside)
     return selftest.check_isolation(found, noise, selftest.distance(joined, alone), job.backend.precision)
@@ -135,10 +137,10 @@ def plain(trainer: Trainer, example: PackedRow) -> dict[str, torch.Tensor]:
     return {key: torch.tensor(value, device=trainer.args.device)[None] for key, value in values.items()}
 
 
-def score_all(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return an example with a label on every token but the first: a leak shows most at its start."""
+def score_ends(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return an example with labels at its start, where a leak shows most, and at its end."""
     labels = inputs["input_ids"].clone()
-    labels[:, 0] = IGNORED
+    labels[:, 0] = labels[:, SCORED:-SCORED] = IGNORED
     return {**inputs, "labels": labels}
 
 
@@ -174,11 +176,16 @@ def collate(trainer: Trainer, rows: Sequence[PackedRow]) -> dict[str, Any]:
     return batch
 
 
-def label_logits(trainer: Trainer, inputs: dict[str, Any]) -> torch.Tensor:
-    """Compute the logits of the wrapped model at the labelled positions, shape (n, vocab)."""
+def label_logits(trainer: Trainer, inputs: dict[str, Any], model: Any = None) -> torch.Tensor:
+    """Compute the logits of a model, or the wrapped one, at the labelled positions, shape (n, vocab)."""
     with trainer.compute_loss_context_manager():
-        outputs = summed_loss(trainer.model_wrapped, dict(inputs))[1]
+        outputs = summed_loss(model or trainer.model_wrapped, dict(inputs))[1]
     return pick(outputs.logits, inputs["labels"]).float()
+
+
+def reference_logits(trainer: Trainer, inputs: dict[str, Any]) -> torch.Tensor:
+    """Compute logits like `label_logits` in `eager` attention, for which a compiled model is not compiled."""
+    return label_logits(trainer, inputs, trainer.model if trainer.params.torch_compile else None)
 
 
 def without_boundaries(trainer: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
@@ -278,11 +285,11 @@ def check_saving(trainer: Trainer, job: Job, example: PackedRow | None, folder: 
         result: dict[str, Any] = {"weights": check_weights(trainer, job, folder)}
         if inputs:
             with eager(trainer):
-                live = label_logits(trainer, inputs).cpu()
+                live = reference_logits(trainer, inputs).cpu()
                 base = torch.zeros_like(live)
                 if params.adapter:
                     with model.disable_adapter():
-                        base = label_logits(trainer, inputs).cpu()
+                        base = reference_logits(trainer, inputs).cpu()
     if trainer.is_world_process_zero():
         if inputs:
             if device := find_reload_device(trainer):

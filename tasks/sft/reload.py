@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from transformers.integrations import deepspeed
+from transformers.integrations import deepspeed as integration
 
 from nightshift.core.errors import StageError
 from tasks.sft.job import Job
@@ -101,13 +101,14 @@ def read_weights(folder: Path, job: Job) -> dict[str, torch.Tensor]:
 @contextmanager
 def no_sharding() -> Iterator[None]:
     """Load a model whole within the block, although DeepSpeed's ZeRO-3 is on."""
-    config = deepspeed._hf_deepspeed_config_weak_ref() if deepspeed._hf_deepspeed_config_weak_ref else None
-    deepspeed.unset_hf_deepspeed_config()
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference else None
+    integration.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
+            integration.set_hf_deepspeed_config(config)
 
 
 def gather(weight: torch.Tensor) -> torch.Tensor:
@@ -116,9 +117,9 @@ def gather(weight: torch.Tensor) -> torch.Tensor:
         whole: torch.Tensor = weight.full_tensor()
         return whole
     if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             return weight.detach().clone()
     return weight.detach()
 

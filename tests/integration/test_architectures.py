@@ -72,6 +72,7 @@ def test_an_architecture_trains_as_in_plain_transformers(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_the_table_of_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NIGHTSHIFT_HOME", str(tmp_path))

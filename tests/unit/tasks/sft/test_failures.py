@@ -123,3 +123,9 @@ def test_without_a_checkpoint_nothing_resumes(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-3").mkdir()
     assert str(plan_next_attempt(tmp_path, 1, 137)).endswith("Another run resumes from checkpoint-20")
+
+
+def test_the_lost_connection_to_a_killed_rank_is_no_reason(tmp_path: Path) -> None:
+    write_unknown(tmp_path, "0", RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    assert (tmp_path / "traceback-0.txt").is_file()
+    assert "the ranks exited with code 247" in str(plan_next_attempt(tmp_path, 1, 247))
