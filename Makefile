@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed compiles its ops on first use, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help run test test-long test-gpu rehearse-gpu check bench-data bench-sft bench-gpu gpu-kit down clean purge
+.PHONY: help run test test-long test-architectures test-gpu rehearse-gpu check bench-data bench-sft bench-gpu gpu-kit down clean purge
 
 help:  ## list all targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,9 @@ bench-sft: $(VENV)/ready  ## benchmark training on a CPU (most of an hour)
 
 bench-gpu: $(VENV)/ready  ## benchmark training on an NVIDIA GPU; needs the extra gpu
 	@$(BIN)/python -m benchmarks.gpu
+
+test-architectures: $(VENV)/ready  ## train small models of all architectures, write docs/architectures.md (four minutes)
+	@$(BIN)/python -m pytest -m long tests/integration/test_architectures.py
 
 test-gpu: $(VENV)/ready  ## test training on an NVIDIA GPU (nine minutes); needs the extra gpu
 	@$(BIN)/python -m tests.gpu --out benchmarks/results --work "$$(mktemp -d)"

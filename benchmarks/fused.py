@@ -26,8 +26,8 @@ from nightshift.core.stage import run_main
 from nightshift.data.encode import IGNORED
 from tasks.sft import SftParams
 from tasks.sft.fused import LossHead, fuse_adapter
+from tasks.sft.loss import summed_loss
 from tasks.sft.model import load_model
-from tasks.sft.trainer import summed_loss
 
 PACKAGES = ("peft", "torch", "transformers")
 LENGTHS = (400, 300, 200, 124)

@@ -32,8 +32,8 @@ from tasks.sft import SftParams
 from tasks.sft.attention import boundaries
 from tasks.sft.float8 import quantize_base
 from tasks.sft.fused import LossHead, fuse_adapter
+from tasks.sft.loss import summed_loss
 from tasks.sft.model import adapt
-from tasks.sft.trainer import summed_loss
 
 PACKAGES = ("accelerate", "peft", "torch", "transformers", "trl")
 # One H100, LoRA on Llama-3-8B, rows of 4096 tokens, micro-batch 2 (NeMo Automodel,

@@ -10,9 +10,10 @@ import importlib.util
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
+from typing import cast as typed
 
 from pydantic import field_validator
 
@@ -35,6 +36,7 @@ from nightshift.data.template import (
     render_answer,
 )
 from nightshift.hub import explain_hub_errors
+from nightshift.registry.rounding import cast, stored_dtypes
 
 SpecialToken = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
 HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
@@ -81,7 +83,7 @@ def main() -> None:
     model, tokenizer = load(params.model)
     add_tokens(model, tokenizer, params)
     set_template(model, tokenizer, params.chat_template)
-    save(model, tokenizer, params.dtype, BASE)
+    save(model, tokenizer, params.dtype, BASE, stored_dtypes(Path(model.name_or_path)))
     digests = {path.name: file_digest(path) for path in sorted(BASE.iterdir())}
     record = {"model": params.model, "dtype": params.dtype, "chat_template": params.chat_template}
     given = {key: value for key, value in record.items() if value is not None}
@@ -246,7 +248,7 @@ def find_stop_tokens(tokenizer: Any, reference: str | None) -> Iterator[str]:
             vocabulary.
     """
     where = f"base.chat_template: {reference or 'that of the tokenizer'}"
-    template = cast("Template", read_template(tokenizer))
+    template = typed("Template", read_template(tokenizer))
     try:
         part = render_answer(make_chat(template, None, [USER, ASSISTANT]), 1)
     except TEMPLATE_ERRORS as err:
@@ -268,13 +270,23 @@ def find_stop_tokens(tokenizer: Any, reference: str | None) -> Iterator[str]:
             yield stop
 
 
-def save(model: Any, tokenizer: Any, dtype: str, target: Path) -> None:
-    """Save a model as safetensors with its tokenizer, replacing the target folder."""
+def save(
+    model: Any, tokenizer: Any, dtype: str, target: Path, stored: Mapping[str, str] | None = None
+) -> None:
+    """Save a model as safetensors with its tokenizer, replacing the target folder.
+
+    Args:
+        model: Model in float32.
+        tokenizer: Its tokenizer.
+        dtype: Precision of the stored weights.
+        target: Folder to write.
+        stored: Dtype of each weight in the checkpoint; see `nightshift.registry.rounding`.
+    """
     import torch
 
     # Never overwrite in place: the kept base of a champion may be hard-linked to these files.
     shutil.rmtree(target, ignore_errors=True)
-    model.to(getattr(torch, dtype)).save_pretrained(target)
+    cast(model, getattr(torch, dtype), stored or {}).save_pretrained(target)
     # Otherwise tokenizer_config.json would record this loading option.
     tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(target)

@@ -1,5 +1,6 @@
 """lm-eval's HFLM with a single prefill per prompt and optional retrieval."""
 
+import logging
 import math
 import re
 from collections import defaultdict
@@ -17,12 +18,16 @@ from transformers.cache_utils import DynamicLayer
 
 from nightshift.core.cpu import cpu_has_bf16
 from nightshift.data.template import find_answer_prefix, read_template
+from tasks.evaluate.isolation import find_mixing
 from tasks.evaluate.retrieval import add_documents
 
 # Result for a sequence that exceeds the context length; the model does not run on it.
 TOO_LONG = (-math.inf, False)
+# Tokens of a sequence in a model without a maximum.
+UNLIMITED = 2**20
 Request = tuple[tuple[str, str], list[int], list[int]]
 Answer = tuple[float, bool]
+log = logging.getLogger(__name__)
 
 
 class Model(HFLM):
@@ -48,10 +53,22 @@ class Model(HFLM):
         """
         # A chat template writes the start token itself.
         starts = False if tokenizer.chat_template else None
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=starts)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            add_bos_token=starts,
+            max_length=context_length(model.config),
+        )
         self._find = find
         self._template = read_template(tokenizer)
         self._prefix = find_answer_prefix(self._template) if self._template else ""
+        if batch_size > 1 and (fault := find_mixing(self)):
+            log.warning(
+                "this model gives an example %s other results in a batch than alone; scoring one by one",
+                fault,
+            )
+            self.batch_size_per_gpu = 1
 
     def apply_chat_template(
         self,
@@ -239,6 +256,14 @@ class Model(HFLM):
         return ids, mask
 
 
+def context_length(config: Any) -> int:
+    """Return the maximum tokens of a sequence; of a model with more than text, those of its text model.
+
+    Models without positions, such as Mamba, have no maximum.
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+
+
 def load_model(base: str, adapter: str | None) -> Any:
     """Load the base with its adapter, if any, or the fully fine-tuned weights, for scoring.
 
@@ -252,4 +277,7 @@ def load_model(base: str, adapter: str | None) -> Any:
     )
     if adapter and not is_full_model:
         model = PeftModel.from_pretrained(model, adapter)
+    # The router loss of a mixture of experts is part of training only, and refuses the masks of a cache.
+    if getattr(text := model.config.get_text_config(), "output_router_logits", False):
+        text.output_router_logits = False
     return model.to(device).eval()

@@ -27,7 +27,7 @@ from nightshift.data.encode import (
 from nightshift.data.schemas import SCORES
 from tasks.evaluate.answers import Answers
 from tasks.evaluate.kinds import score_answers, score_benchmark
-from tasks.evaluate.model import Model, load_model
+from tasks.evaluate.model import Model, context_length, load_model
 from tasks.evaluate.retrieval import build_documents, build_index
 from tasks.evaluate.scores import DONE, PROGRESS
 
@@ -93,7 +93,7 @@ def heldout_losses(
     The candidate's template renders every example that passed ingest; that of a champion on another base
     may not.
     """
-    longest = model.config.max_position_embeddings
+    longest = context_length(model.config)
     encoded = encode_batch([(example["messages"], example["tools"]) for example in examples], encoder)
     for number, (example, one) in enumerate(zip(examples, encoded, strict=True)):
         report(number, len(examples))

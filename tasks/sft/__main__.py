@@ -45,6 +45,7 @@ from tasks.sft import SftParams
 from tasks.sft.backend import Backend, choose_backend, with_processes
 from tasks.sft.checkpoints import SAVING
 from tasks.sft.failures import clear_failure, micro_batch_size, plan_next_attempt, read_attempt
+from tasks.sft.inputs import require_rows_fit
 from tasks.sft.job import Job, read_job
 from tasks.sft.launch import launch, node_rank
 from tasks.sft.machine import VISIBLE, probe_in_subprocess
@@ -112,11 +113,12 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
     lengths = [row["seq_lengths"] for row in rows]
     config = read_json(BASE / "config.json")
     machine = probe_in_subprocess(params, config, longest=max(map(max, lengths)))
+    require_rows_fit(rows, config, params, machine)
     requested, params = params, with_processes(params, len(machine.devices))
     labelled = [count_supervised(row["labels"]) for row in rows]
     plan = compile_plan(params, lengths, labelled)
     tokens, size = [sum(row_lengths) for row_lengths in lengths], params.per_device_train_batch_size
-    batch = largest_batch(plan.order, tokens, labelled, size)
+    batch = largest_batch(plan.order, tokens, labelled, size, is_padded=machine.leak is not None)
     backend = choose_backend(params, machine, config, batch)
     folder = state_dir() / "checkpoints" / training_key(params, backend)
     attempt = read_attempt(folder)

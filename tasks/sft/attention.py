@@ -24,40 +24,60 @@ from transformers.masking_utils import sdpa_mask
 from nightshift.core.errors import ConfigError
 
 
-def attend_per_example(  # noqa: PLR0913 - transformers' signature
+def attend_per_example(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Apply causal attention within each example.
+    """Apply causal attention within each example, or the mask if it means anything else.
 
     Args:
         module: Attention layer.
         query: Query states, shape (1, n_heads, n_tokens, width).
         key: Key states, shape (1, n_kv_heads, n_tokens, width), with n_kv_heads <= n_heads.
         value: Value states, same shape as `key`.
-        attention_mask: Mask of the whole row, for rows without boundaries and for sliding windows.
+        attention_mask: Mask of the whole row, True where a token attends to another, or None.
         cu_seq_lens_q: Start of each example and end of the row, shape (n_examples + 1,), or None.
-        sliding_window: Window size in tokens, or None; the mask includes it.
         more: Other arguments of transformers' attention function.
 
     Returns:
         The output, shape (1, n_tokens, n_heads, width), and None instead of attention weights.
     """
-    lengths = [] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
-    if not lengths or (sliding_window is not None and max(lengths) > sliding_window):
+    if cu_seq_lens_q is None or not is_causal_within(attention_mask, cu_seq_lens_q):
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, sliding_window=sliding_window, **more
+            module, query, key, value, attention_mask, **more
         )
         return whole
+    lengths = cu_seq_lens_q.diff().tolist()
     examples = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, *states, attention_mask=None, **more)[0] for states in examples]
     return torch.cat(outputs, dim=1), None
+
+
+def is_causal_within(attention_mask: torch.Tensor | None, ends: torch.Tensor) -> bool:
+    """Return whether a mask is plainly causal within each example.
+
+    The corners tell: with a window or chunks shorter than an example, its last token does not attend to its
+    first; in a bidirectional block, its first token attends to its last.
+
+    Args:
+        attention_mask: Mask of the row, True where a token attends to another; None is causal.
+        ends: Start of each example and end of the row, shape (n_examples + 1,).
+
+    Example:
+        >>> causal, ends = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(), torch.tensor([0, 4])
+        >>> is_causal_within(causal, ends), is_causal_within(causal.triu(-2), ends)
+        (True, False)
+    """
+    if attention_mask is None:
+        return True
+    firsts, lasts = ends[:-1].long(), ends[1:].long() - 1
+    mask = attention_mask[0, 0]
+    return bool((mask[lasts, firsts] & (~mask[firsts, lasts] | (firsts == lasts))).all())
 
 
 def attend_varlen(  # noqa: PLR0913 - transformers' signature

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
@@ -35,6 +35,9 @@ class Backend:
         lora: Computation of the adapter layers: fused or peft; None without an adapter.
         activation_checkpointing: Whether activations are recomputed in the backward pass.
         use_liger_kernel: Whether Liger's kernels are used.
+        batches: flattened: the rows of a micro-batch become one, without padding. padded: for a model that
+            does not keep the examples of one row apart.
+        unreached: Names of modules that text does not reach; they are not trained.
     """
 
     device: str
@@ -48,6 +51,8 @@ class Backend:
     lora: str | None
     activation_checkpointing: bool
     use_liger_kernel: bool
+    batches: Literal["flattened", "padded"] = "flattened"
+    unreached: tuple[str, ...] = ()
 
 
 def with_processes(params: SftParams, gpus: int) -> SftParams:
@@ -147,6 +152,8 @@ def choose_backend(
         lora=choose_lora(params, strategy),
         activation_checkpointing=checkpointing,
         use_liger_kernel=bool(update["use_liger_kernel"]),
+        batches="padded" if machine.leak else "flattened",
+        unreached=machine.unreached,
     )
 
 

@@ -73,7 +73,7 @@ def _strategy(params: SftParams) -> Iterator[str]:
             "offload_optimizer runs DeepSpeed's Adam on the CPU; set optim to adamw_torch, "
             f"got {params.optim}"
         )
-    if kind == "fsdp2" and params.optim in (*EIGHT_BIT, *PAGED):
+    if kind == "fsdp2" and params.optim in (*EIGHT_BIT, *PAGED, "adafactor"):
         yield f"optim {params.optim} cannot shard its state for fsdp2; use adamw_torch"
     if params.hostfile is not None and kind == "single":
         yield "hostfile lists machines, but strategy single is one process; set hostfile to null"

@@ -8,12 +8,14 @@ tokens of each step, stay those of the plan.
 import contextlib
 import os
 import re
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nightshift.core.errors import StageError, TrainingError
 from nightshift.core.files import read_json, write_json
+from tasks.sft import checkpoints
 
 # Out-of-memory messages of torch's allocators, CUDA, ROCm, cuBLAS and related libraries, NCCL, Triton
 # and bitsandbytes. Triton's "out of resource" is not included: it is the limit of one kernel.
@@ -22,7 +24,13 @@ OUT_OF_MEMORY = re.compile(
     r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|ERROR_OUT_OF_MEMORY|std::bad_alloc",
     re.IGNORECASE,
 )
+# Errors of gloo and NCCL in the ranks that are left when one ends.
+LOST_PEER = re.compile(
+    r"Connection (closed|reset) by peer|remote process exited|gloo/transport", re.IGNORECASE
+)
 FAILURE, ATTEMPT, HANG = "failure.json", "attempt.json", "hang-{rank}.txt"
+# Traceback of an unknown error, next to the checkpoints.
+TRACEBACK = "traceback-{rank}.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +90,30 @@ def write_failure(folder: Path, kind: str, message: str, steps: tuple[int, ...] 
     own_file.unlink(missing_ok=True)
 
 
+def write_unknown(folder: Path, rank: str, error: BaseException) -> str:
+    """Write the traceback of an error that no check foresaw, and its reason; return the message.
+
+    The lost connection to a rank that ended is not a reason.
+    """
+    path = folder / TRACEBACK.format(rank=rank)
+    with contextlib.suppress(OSError):
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    first = str(error).strip().partition("\n")[0]
+    message = (
+        f"unknown error {type(error).__name__}: {first}; traceback in {path}; whether another run would fail "
+        "in the same way is not known"
+    )
+    if not LOST_PEER.search(str(error)):
+        write_failure(folder, "error", message)
+    return message
+
+
 def clear_failure(folder: Path) -> None:
     """Delete the failure of a previous attempt."""
     (folder / FAILURE).unlink(missing_ok=True)
-    for path in folder.glob(HANG.format(rank="*")):
-        path.unlink()
+    for name in (HANG, TRACEBACK):
+        for path in folder.glob(name.format(rank="*")):
+            path.unlink()
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
@@ -110,9 +137,11 @@ def plan_next_attempt(folder: Path, rows: int, code: int) -> StageError:
     """
     failure = read_failure(folder)
     if failure is None:
+        newest = max((checkpoints.step(path) for path in folder.glob("checkpoint-*")), default=None)
+        start = "starts over" if newest is None else f"resumes from checkpoint-{newest}"
         return StageError(
-            f"sft: the ranks exited with code {code} before training finished; see the output above. "
-            f"Run again to resume from the last checkpoint in {folder}"
+            f"sft: the ranks exited with code {code} before training finished, and gave no reason; see the "
+            f"output above. Another run {start}"
         )
     attempt, kind, message = read_attempt(folder), failure["kind"], failure["message"]
     rows_now = micro_batch_size(rows, attempt.halvings)

@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch.nn.functional import linear
 
+from nightshift.data.encode import IGNORED
 from tasks.sft.strategy import LOGITS
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class LossHead:
         """Return the summed loss over the labels instead of logits within the block, shape (1, 1, 1).
 
         Args:
-            labels: Labels of the positions passed to the head, shape (n,).
+            labels: Labels of the positions passed to the head, shape (n_rows, n).
             smoothing: Probability mass spread over the vocabulary, 0 to 1.
         """
         self.labels, self.smoothing = labels, smoothing
@@ -96,10 +97,14 @@ class LossHead:
         if self.labels is None:
             return self.project(hidden)
         kind = compute_type(hidden, self.head.weight)
-        states = hidden.reshape(-1, hidden.shape[-1]).to(kind)
+        states, labels = hidden.reshape(-1, hidden.shape[-1]).to(kind), self.labels.flatten()
+        if len(self.labels) > 1:
+            # In a flattened row each of these positions has a label, in padded rows any of them has.
+            is_labelled = labels != IGNORED
+            states, labels = states[is_labelled], labels[is_labelled]
         with torch.autocast(hidden.device.type, enabled=False):
             weight = self.head.weight.to(kind)
-            loss: torch.Tensor = SummedLoss.apply(states, weight, self.labels, self.smoothing)  # type: ignore[no-untyped-call]
+            loss: torch.Tensor = SummedLoss.apply(states, weight, labels, self.smoothing)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -120,34 +125,33 @@ class LoraLinear(torch.autograd.Function):
 
         Args:
             ctx: Autograd context for `backward`.
-            x: Input, shape (..., inputs).
+            x: Input, shape (n, inputs). The caller reshapes: a model may change the result in place, which
+                torch forbids for a view made here.
             weight: Frozen weight, shape (outputs, inputs), or its float8 version.
             bias: Bias, shape (outputs,), or None.
             a: LoRA A, shape (rank, inputs).
             b: LoRA B, shape (outputs, rank).
             scale: Scale of the adapter output.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        low = flat @ a.t()
-        out = project(flat, weight, bias)
+        low = x @ a.t()
+        out = project(x, weight, bias)
         out.addmm_(low, b.t(), alpha=scale)
-        ctx.save_for_backward(flat, low, a, b)
+        ctx.save_for_backward(x, low, a, b)
         # Frozen, and kept alive by its layer.
-        ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
-        return out.view(*x.shape[:-1], -1)
+        ctx.weight, ctx.scale = weight, scale
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x, A and B; that of the frozen weight is never computed."""
-        flat, low, a, b = ctx.saved_tensors
-        grad_output = grad_output.reshape(-1, grad_output.shape[-1])
+        x, low, a, b = ctx.saved_tensors
         inner = (grad_output @ b).mul_(ctx.scale)
         grad_input = None
         if ctx.needs_input_grad[0]:
             weight = ctx.weight
             grad_input = grad_output @ weight if torch.is_tensor(weight) else weight.pull_back(grad_output)
-            grad_input = grad_input.addmm_(inner, a).view(ctx.shape)
-        return grad_input, None, None, inner.t() @ flat, (grad_output.t() @ low).mul_(ctx.scale), None
+            grad_input = grad_input.addmm_(inner, a)
+        return grad_input, None, None, inner.t() @ x, (grad_output.t() @ low).mul_(ctx.scale), None
 
 
 def project(
@@ -205,9 +209,10 @@ def forward_plain(layer: Any, x: torch.Tensor, *more: Any, **rest: Any) -> torch
     bias = None if base.bias is None else base.bias.to(kind)
     weight = getattr(base, "float8", None) or base.weight.to(kind)
     with torch.autocast(x.device.type, enabled=False):
-        given = (x.to(kind), weight, bias, a.to(kind), b.to(kind), layer.scaling[name])
+        flat = x.to(kind).reshape(-1, x.shape[-1])
+        given = (flat, weight, bias, a.to(kind), b.to(kind), layer.scaling[name])
         out: torch.Tensor = LoraLinear.apply(*given)  # type: ignore[no-untyped-call]
-    return out
+    return out.view(*x.shape[:-1], -1)
 
 
 def compute_type(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

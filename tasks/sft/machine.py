@@ -52,6 +52,8 @@ class Machine:
         attention: Attention implementation, requested or chosen.
         head: Name of the module whose output the model returns as logits, or None if it changes them.
         has_liger: Whether Liger is installed and supports the model.
+        leak: Why the model does not keep the examples of one row apart, or None if it does.
+        unreached: Names of modules that text does not reach, such as the encoder of images.
     """
 
     device: str
@@ -61,6 +63,8 @@ class Machine:
     attention: str
     head: str | None
     has_liger: bool
+    leak: str | None = None
+    unreached: tuple[str, ...] = ()
 
 
 def probe_in_subprocess(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
@@ -84,7 +88,7 @@ def probe_in_subprocess(params: SftParams, config: Mapping[str, Any], longest: i
         raise ConfigError(result["error"])
     if "device" not in result:
         raise StageError(f"sft: probing this machine failed with code {code}; see the output above")
-    return Machine(**{**result, "devices": tuple(result["devices"])})
+    return Machine(**{**result, "devices": tuple(result["devices"]), "unreached": tuple(result["unreached"])})
 
 
 def main(file: Path) -> None:
@@ -112,6 +116,7 @@ def probe_machine(params: SftParams, config: Mapping[str, Any], longest: int) ->
     import torch
 
     from tasks.sft.probe import Probe
+    from tasks.sft.targets import find_adapter_faults
 
     devices = visible_devices()
     device = "cuda" if devices else "cpu"
@@ -123,9 +128,20 @@ def probe_machine(params: SftParams, config: Mapping[str, Any], longest: int) ->
     if params.fp8_base:
         require_float8(precision, device)
     probe = Probe(params, device, precision, config, longest)
-    attention = choose_attention(params.attn_implementation, device, probe)
-    has_liger = device == "cuda" and supports_liger(str(config.get("model_type")))
-    return Machine(device, devices, memory, precision, attention, probe.find_head(), has_liger)
+    if faults := find_adapter_faults(config, params):
+        raise ConfigError("\n  ".join(["params.yaml: the adapter does not fit the base:", *faults]))
+    attention, leak = choose_attention(params.attn_implementation, device, probe)
+    return Machine(
+        device=device,
+        devices=devices,
+        memory=memory,
+        precision=precision,
+        attention=attention,
+        head=probe.find_head(),
+        has_liger=device == "cuda" and supports_liger(str(config.get("model_type"))),
+        leak=leak,
+        unreached=probe.find_unreached(),
+    )
 
 
 def visible_devices() -> tuple[str, ...]:
@@ -220,11 +236,14 @@ def require_float8(precision: str, device: str) -> None:
         )
 
 
-def choose_attention(requested: str, device: str, probe: "Probe") -> str:
-    """Choose the first attention kernel that runs, or check the requested one.
+def choose_attention(requested: str, device: str, probe: "Probe") -> tuple[str, str | None]:
+    """Choose the first attention kernel that keeps the examples of a row apart, or check the requested one.
+
+    Returns:
+        The kernel, and why it does not keep examples apart. If none does, the first that runs.
 
     Raises:
-        ConfigError: It does not run here, or does not isolate packed examples.
+        ConfigError: It does not run here.
     """
     if requested != "auto":
         if fault := probe.try_kernel(requested):
@@ -232,12 +251,19 @@ def choose_attention(requested: str, device: str, probe: "Probe") -> str:
                 f"params.yaml: sft.attn_implementation={requested} does not work on this machine: {fault}; "
                 "set auto"
             )
-        return requested
+        return requested, probe.find_leak(requested)
+    runs: list[tuple[str, str]] = []
     for name in ATTENTION[device]:
-        if not (fault := probe.try_kernel(name)):
-            return name
-        log.info("attention %s: %s; trying the next", name, fault)
-    raise ConfigError("params.yaml: sft.attn_implementation=auto: no kernel runs on this machine")
+        fault = probe.try_kernel(name)
+        leak = None if fault else probe.find_leak(name)
+        if not fault and not leak:
+            return name, None
+        log.info("attention %s: %s; trying the next", name, fault or leak)
+        if leak:
+            runs.append((name, leak))
+    if not runs:
+        raise ConfigError("params.yaml: sft.attn_implementation=auto: no kernel runs on this machine")
+    return runs[0]
 
 
 if __name__ == "__main__":

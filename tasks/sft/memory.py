@@ -374,7 +374,12 @@ def totals(sizes: Mapping[str, Memory]) -> dict[str, int]:
 
 
 def largest_batch(
-    order: Sequence[int], tokens: Sequence[int], labelled: Sequence[int], micro_batch_size: int
+    order: Sequence[int],
+    tokens: Sequence[int],
+    labelled: Sequence[int],
+    micro_batch_size: int,
+    *,
+    is_padded: bool = False,
 ) -> Batch:
     """Return the maximum tokens, and the maximum labelled tokens, of any forward pass of the plan.
 
@@ -383,16 +388,23 @@ def largest_batch(
         tokens: Tokens of each row, shape (n_rows,).
         labelled: Labelled tokens of each row, shape (n_rows,).
         micro_batch_size: Rows per forward pass.
+        is_padded: Whether the rows of a forward pass are padded to the longest one.
 
     Example:
-        >>> largest_batch([0, 1, 2, -1], tokens=[5, 6, 9], labelled=[4, 4, 1], micro_batch_size=2)
-        Batch(tokens=11, labelled=8)
+        >>> rows = {"tokens": [5, 6, 9], "labelled": [4, 4, 1], "micro_batch_size": 2}
+        >>> largest_batch([0, 1, 2, -1], **rows), largest_batch([0, 1, 2, -1], **rows, is_padded=True)
+        (Batch(tokens=11, labelled=8), Batch(tokens=12, labelled=8))
     """
     batches = [
         [row for row in order[i : i + micro_batch_size] if row >= 0]
         for i in range(0, len(order), micro_batch_size)
     ]
     return Batch(
-        max(sum(tokens[row] for row in rows) for rows in batches),
+        max(
+            len(rows) * max((tokens[row] for row in rows), default=0)
+            if is_padded
+            else sum(tokens[row] for row in rows)
+            for rows in batches
+        ),
         max(sum(labelled[row] for row in rows) for rows in batches),
     )

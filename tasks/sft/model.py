@@ -1,6 +1,7 @@
 """Load the model to train: base weights in the precision of the job, plus the adapter."""
 
-import re
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,15 +9,25 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tasks.sft.attention  # noqa: F401 - registers kernels
-from nightshift.core.config import suggestion
-from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
 from tasks.sft.strategy import keeps_half, uses_autocast
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Modules whose weights a kernel reads directly, past an adapter. PEFT refuses one on the first two, in these
+# model types; one on the third would silently never train.
+MAMBA_KINDS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+MAMBA_MODULES = ("out_proj", "conv1d")
+STEP_MODULE = "dt_proj"
 
 
-def load_model(base: str, params: SftParams, strategy: str, precision: str, attention: str) -> Any:
+def load_model(
+    base: str,
+    params: SftParams,
+    strategy: str,
+    precision: str,
+    attention: str,
+    unreached: Sequence[str] = (),
+) -> Any:
     """Load the base model and add the adapter.
 
     Args:
@@ -25,6 +36,7 @@ def load_model(base: str, params: SftParams, strategy: str, precision: str, atte
         strategy: Distributed strategy; ZeRO keeps its own full-precision weights.
         precision: bf16, fp16, tf32 or fp32.
         attention: Attention implementation.
+        unreached: Names of modules that stay frozen, since text does not reach them.
     """
     dtype = weight_dtype(params, strategy, precision)
     model = AutoModelForCausalLM.from_pretrained(
@@ -37,10 +49,12 @@ def load_model(base: str, params: SftParams, strategy: str, precision: str, atte
     )
     # Training never reads the KV cache, and a cache would let packed examples attend to each other.
     model.config.use_cache = False
-    return model if params.adapter is None else adapt(model, params, strategy, precision)
+    for name in unreached:
+        model.get_submodule(name).requires_grad_(requires_grad=False)
+    return model if params.adapter is None else adapt(model, params, strategy, precision, unreached)
 
 
-def adapt(model: Any, params: SftParams, strategy: str, precision: str) -> Any:
+def adapt(model: Any, params: SftParams, strategy: str, precision: str, unreached: Sequence[str] = ()) -> Any:
     """Add the adapter to a base model; see `load_model`."""
     if params.adapter == "qlora":
         model = prepare_model_for_kbit_training(
@@ -48,8 +62,8 @@ def adapt(model: Any, params: SftParams, strategy: str, precision: str) -> Any:
             use_gradient_checkpointing=params.activation_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
         )
-    require_modules(model, params)
-    model = get_peft_model(model, lora_config(params, model))
+        keep_unpacked(model)
+    model = add_adapter(model, params, unreached)
     if uses_autocast(strategy, precision):
         # Autocast casts the adapter input to half precision; PEFT would needlessly upcast it first.
         for module in model.modules():
@@ -75,34 +89,46 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def require_modules(model: Any, params: SftParams) -> None:
-    """Check that the model has the modules that the parameters name.
+def keep_unpacked(model: Any) -> None:
+    """Keep 4-bit layers in training mode: in evaluation mode on a CPU, bitsandbytes packs their weights.
 
-    Raises:
-        ConfigError: A regular expression, or a name, matches no module.
+    No gradient passes a packed layer, and it stays packed.
     """
-    names = [name for name, _ in model.named_modules()]
-    pattern = params.lora_target_modules
-    is_pattern = isinstance(pattern, str) and pattern != "all-linear"
-    if is_pattern and not any(re.fullmatch(str(pattern), name) for name in names):
-        example = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-        raise ConfigError(
-            f"params.yaml: sft.lora_target_modules: {pattern!r} matches no module of the base; whole "
-            f"names are matched, such as {example}"
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train(mode=True)
+            module.train = partial(stay_in_training, module)
+
+
+def stay_in_training(module: Any, mode: bool = True) -> Any:  # noqa: ARG001, FBT001, FBT002 - torch's signature
+    """Replace a module's `train`: return the module as it is."""
+    return module
+
+
+def add_adapter(model: Any, params: SftParams, unreached: Sequence[str] = ()) -> Any:
+    """Return the model with the adapter of the section.
+
+    Args:
+        model: Base model, on the meta device if only its structure is needed.
+        params: `sft` section of params.yaml.
+        unreached: Names of modules that get none.
+    """
+    return get_peft_model(model, lora_config(params, model, unreached))
+
+
+def find_excluded(model: Any, unreached: Sequence[str]) -> Iterator[str]:
+    """Yield the names of linear layers that an adapter would break or never train."""
+    is_mamba = model.config.model_type in MAMBA_KINDS
+    for name, module in model.named_modules():
+        # Some routers are linear layers that return a tuple, which no adapter expects.
+        is_router = isinstance(module, torch.nn.Linear) and "Router" in type(module).__name__
+        is_unreached = isinstance(module, torch.nn.Linear) and name.startswith(
+            tuple(f"{part}." for part in unreached)
         )
-    parameters = [name for name, _ in model.named_parameters()]
-    for end in params.lora_target_parameters:
-        if not any(name == end or name.endswith(f".{end}") for name in parameters):
-            raise ConfigError(
-                f"params.yaml: sft.lora_target_parameters: {end}: no parameter of the base has a name that "
-                f"ends so; names are such as {parameters[-1]}"
-            )
-    known = {name.rpartition(".")[2] for name in names}
-    if unknown := [name for name in params.lora_modules_to_save if name not in known]:
-        raise ConfigError(
-            f"params.yaml: sft.lora_modules_to_save: {', '.join(unknown)}: no such module in the base; "
-            f"{suggestion(unknown[0], sorted(name for name in known if name and not name.isdigit()))}"
-        )
+        last = name.rpartition(".")[2]
+        is_read = last == STEP_MODULE or (is_mamba and last in MAMBA_MODULES)
+        if is_router or is_unreached or is_read:
+            yield name
 
 
 def is_tied(model: Any) -> bool:
@@ -111,7 +137,7 @@ def is_tied(model: Any) -> bool:
     return head is not None and head.weight is embeddings.weight
 
 
-def lora_config(params: SftParams, model: Any) -> LoraConfig:
+def lora_config(params: SftParams, model: Any, unreached: Sequence[str] = ()) -> LoraConfig:
     """Convert the parameters to PEFT's.
 
     Tied weights stay tied: otherwise, the merged model would have two matrices where its config has one.
@@ -122,6 +148,7 @@ def lora_config(params: SftParams, model: Any) -> LoraConfig:
         lora_alpha=params.lora_alpha,
         lora_dropout=params.lora_dropout,
         target_modules=params.lora_target_modules,
+        exclude_modules=sorted(find_excluded(model, unreached)) or None,
         target_parameters=params.lora_target_parameters or None,
         modules_to_save=params.lora_modules_to_save or None,
         ensure_weight_tying=ties,

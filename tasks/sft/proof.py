@@ -1,26 +1,34 @@
 """Run the self-test on the trainer once, when the model is wrapped and about to train."""
 
 import ctypes
+import re
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from nightshift.core.errors import StageError
 from nightshift.core.files import write_figures
+from nightshift.data.encode import IGNORED
 from tasks.sft import selftest
 from tasks.sft.attention import boundaries, lengths_from_positions
 from tasks.sft.job import Job
-from tasks.sft.model import HALF, weight_dtype
+from tasks.sft.loss import pick, summed_loss
+from tasks.sft.reload import check_weights, load_logits, load_saved
 from tasks.sft.selftest import PackedRow
-from tasks.sft.strategy import GIB, ZERO
-from tasks.sft.trainer import Trainer, summed_loss
+from tasks.sft.strategy import GIB
+from tasks.sft.trainer import Trainer
 
 # Memory for the activations and logits of the self-test, in a model that is loaded a second time.
 RELOAD_BYTES = 2 * GIB
+# Tokens at the start, and at the end, of an example whose logits are compared.
+SCORED = 32
+# Weights that are 0 in a new adapter.
+ADAPTER_ZERO = re.compile("lora_B|lora_embedding_A")
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -50,12 +58,38 @@ class Proof(TrainerCallback):
 
 
 def run_checks(trainer: Trainer, job: Job) -> dict[str, Any]:
-    """Run all checks on two examples that share a packed row.
+    """Run all checks on two examples in one batch.
 
     Raises:
         StageError: A check fails; training must not start.
     """
-    # Both are enabled in the model only when training starts.
+    require_options(trainer)
+    folder = job.folder / "rehearsal"
+    text = trainer.model.config.get_text_config()
+    longest = min(selftest.EXAMPLE_TOKENS, (getattr(text, "max_position_embeddings", None) or 10**9) // 2)
+    pair = selftest.find_pair(trainer.train_dataset, longest)
+    if pair is None:
+        return {
+            "saving": check_saving(trainer, job, None, folder),
+            "isolation": "only one example has labels",
+        }
+    batch, examples = collate(trainer, pair), selftest.split(pair)
+    trainer.model_wrapped.eval()
+    with torch.no_grad():
+        isolation = check_isolation(trainer, job, batch, examples)
+        loss = check_loss(trainer, job, batch) if trainer.head else None
+    gradients = check_gradients(trainer, job, batch, examples)
+    saving = check_saving(trainer, job, examples[1], folder)
+    trainer.model_wrapped.train()
+    return {"isolation": isolation, "loss": loss, "gradients": gradients, "saving": saving}
+
+
+def require_options(trainer: Trainer) -> None:
+    """Check options that become active in the model only when training starts.
+
+    Raises:
+        StageError: One is not as requested.
+    """
     runs = {
         "activation_checkpointing": trainer.model.is_activation_checkpointing,
         "fp8_base": any(hasattr(module, "float8") for module in trainer.model.modules()),
@@ -66,57 +100,115 @@ def run_checks(trainer: Trainer, job: Job) -> dict[str, Any]:
                 f"self-test: {key}={requested} was requested, but {key}={actual} is active; this is a "
                 "bug, report it"
             )
-    folder = job.folder / "rehearsal"
-    row = selftest.find_row(trainer.train_dataset)
-    if row is None:
-        return {
-            "saving": check_saving(trainer, job, None, folder),
-            "isolation": "no row contains two examples",
-        }
-    batch = collate(trainer, row)
-    trainer.model_wrapped.eval()
-    length, vocab_size = row["seq_lengths"][0], trainer.model.config.vocab_size
-    has_experts = any("experts" in key for key in trainer.model.config.to_dict())
-    tolerance = selftest.TOLERANCE[job.backend.precision] if has_experts else 0.0
-    sizes = (length, vocab_size, tolerance)
-    isolation = selftest.check_isolation(lambda inputs: forward(trainer, inputs), batch, *sizes)
-    selftest.check_isolation(lambda inputs: forward_by_positions(trainer, inputs), batch, *sizes)
-    loss = None
-    if trainer.head:
-        with torch.no_grad():
-            values = forward(trainer, batch)[0].item(), training_loss(trainer, batch).item()
-        loss = selftest.check_loss(*values, job.backend.precision)
-    batches = [batch, *(collate(trainer, selftest.take(row, i, i + 1)) for i in (0, 1))]
-    if job.backend.strategy == "zero3":
-        gradients: dict[str, Any] = {
-            "weights": len(trainable(trainer)),
-            "not_compared": "zero3 shards the weights",
-        }
-    else:
-        # On a CPU, bitsandbytes multiplies 4-bit weights in bf16, whatever the requested precision.
-        precision = "bf16" if trainer.params.adapter == "qlora" else job.backend.precision
-        gradients = selftest.check_gradients(
-            lambda inputs: backward(trainer, inputs, job), batches, precision
-        )
-    saving = check_saving(trainer, job, batch, folder)
-    trainer.model_wrapped.train()
-    return {"isolation": isolation, "loss": loss, "gradients": gradients, "saving": saving}
 
 
-def collate(trainer: Trainer, row: PackedRow) -> dict[str, Any]:
-    """Collate one row into a batch, as in training."""
-    batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator([row]))
+def check_isolation(
+    trainer: Trainer, job: Job, batch: dict[str, Any], examples: Sequence[PackedRow]
+) -> dict[str, Any]:
+    """Change the first example of a batch, and compare the logits of the second; see `selftest`."""
+    first, second = (score_ends(plain(trainer, example)) for example in examples)
+    length, end = first["input_ids"].shape[1], second["input_ids"].shape[1]
+    size = trainer.model.config.get_text_config().vocab_size
+    # In a flattened row the second example follows the first one, in padded rows it has its own row.
+    row, start = (0, length) if job.backend.batches == "flattened" else (1, 0)
+    batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+    batch["labels"][row, start : start + end] = second["labels"][0]
+    changed = batch["input_ids"].clone()
+    changed[0, :length] = (changed[0, :length] + 1) % size
+    other = {**batch, "input_ids": changed}
+    logits = label_logits(trainer, batch)
+    found = {"moved": selftest.distance(label_logits(trainer, other), logits)}
+    if job.backend.batches == "flattened":
+        by_positions = [without_boundaries(trainer, one) for one in (batch, other)]
+        one, two = (label_logits(trainer, given) for given in by_positions)
+        found["moved_by_positions"] = selftest.distance(two, one)
+    with eager(trainer):
+        alone = reference_logits(trainer, second)
+        beside = [reference_logits(trainer, stack(second, shift, size)) for shift in (1, 2, 3)]
+        joined = reference_logits(trainer, join(first, second))
+    found["eager"] = selftest.distance(logits, alone)
+    noise = max(selftest.distance(one, beside[0]) for one in beside)
+    return selftest.check_isolation(found, noise, selftest.distance(joined, alone), job.backend.precision)
+
+
+def plain(trainer: Trainer, example: PackedRow) -> dict[str, torch.Tensor]:
+    """Return one example as transformers gets it without a collator: tokens and labels, shape (1, n)."""
+    values = {"input_ids": example["input_ids"], "labels": example["labels"]}
+    return {key: torch.tensor(value, device=trainer.args.device)[None] for key, value in values.items()}
+
+
+def score_ends(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return an example with labels at its start, where a leak shows most, and at its end."""
+    labels = inputs["input_ids"].clone()
+    labels[:, 0] = labels[:, SCORED:-SCORED] = IGNORED
+    return {**inputs, "labels": labels}
+
+
+def join(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return two examples as one, in which the second attends to the first, without labels of the first."""
+    labels = torch.cat([torch.full_like(first["labels"], IGNORED), second["labels"]], 1)
+    return {"input_ids": torch.cat([first["input_ids"], second["input_ids"]], 1), "labels": labels}
+
+
+def stack(example: dict[str, torch.Tensor], shift: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Return a batch of two separate rows of equal length: other tokens without labels, and the example."""
+    other = (example["input_ids"] + shift) % vocab_size
+    labels = torch.cat([torch.full_like(example["labels"], IGNORED), example["labels"]])
+    return {"input_ids": torch.cat([other, example["input_ids"]]), "labels": labels}
+
+
+@contextmanager
+def eager(trainer: Trainer) -> Iterator[None]:
+    """Use transformers' eager attention within the block."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if trainer.params.adapter else model
+    chosen = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
+
+
+def collate(trainer: Trainer, rows: Sequence[PackedRow]) -> dict[str, Any]:
+    """Collate rows into a batch, as in training."""
+    batch: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator(list(rows)))
     return batch
 
 
-def forward(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Compute loss and outputs of the wrapped model; the loss is a plain sum, so losses add up."""
+def label_logits(trainer: Trainer, inputs: dict[str, Any], model: Any = None) -> torch.Tensor:
+    """Compute the logits of a model, or the wrapped one, at the labelled positions, shape (n, vocab)."""
+    with trainer.compute_loss_context_manager():
+        outputs = summed_loss(model or trainer.model_wrapped, dict(inputs))[1]
+    return pick(outputs.logits, inputs["labels"]).float()
+
+
+def reference_logits(trainer: Trainer, inputs: dict[str, Any]) -> torch.Tensor:
+    """Compute logits like `label_logits` in `eager` attention, for which a compiled model is not compiled."""
+    return label_logits(trainer, inputs, trainer.model if trainer.params.torch_compile else None)
+
+
+def without_boundaries(trainer: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch with positions alone.
+
+    Some kernels use only the boundaries, so a wrong mask or position would show only with another one.
+    """
+    kept = {key: value for key, value in batch.items() if key not in BOUNDARIES}
+    if trainer.model.config._attn_implementation == "flash_attention_4":
+        # It needs them; transformers would derive them with the longest length as a tensor, which fails.
+        lengths = lengths_from_positions(batch["position_ids"])
+        kept |= boundaries(lengths, batch["position_ids"].device)
+    return kept
+
+
+def check_loss(trainer: Trainer, job: Job, batch: dict[str, Any]) -> dict[str, Any]:
+    """Compare the loss in chunks with the loss of all logits, both as a plain sum."""
     one = torch.ones(1, device=trainer.args.device)
     with trainer.compute_loss_context_manager():
-        loss, outputs = trainer.compute_loss(
+        given, _ = trainer.compute_loss(
             trainer.model_wrapped, dict(batch), return_outputs=True, num_items_in_batch=one
         )
-    return loss, outputs
+    return selftest.check_loss(given.item(), training_loss(trainer, batch).item(), job.backend.precision)
 
 
 def training_loss(trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
@@ -127,29 +219,44 @@ def training_loss(trainer: Trainer, batch: dict[str, Any]) -> torch.Tensor:
     return loss
 
 
-def forward_by_positions(trainer: Trainer, batch: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Compute the loss without passing the example boundaries to the kernel.
+def check_gradients(
+    trainer: Trainer, job: Job, batch: dict[str, Any], examples: Sequence[PackedRow]
+) -> dict[str, Any]:
+    """Compare the gradients of the batch with those of its examples alone, in eager attention."""
+    names = list(trainable(trainer))
+    if job.backend.strategy == "zero3":
+        return {"weights": len(names), "not_compared": "zero3 shards the weights"}
+    # On a CPU, bitsandbytes multiplies 4-bit weights in bf16, whatever the requested precision.
+    precision = "bf16" if trainer.params.adapter == "qlora" else job.backend.precision
+    # While one factor of the adapter is 0, no gradient reaches the other.
+    with randomized(trainer):
+        together = backward(trainer, batch, job)
+        with eager(trainer):
+            alone = [backward(trainer, plain(trainer, example), job) for example in examples]
+    return selftest.check_gradients(together, alone, precision, names)
 
-    Some kernels use only the boundaries, so a wrong mask or position would show only with another one.
-    """
-    kept = {key: value for key, value in batch.items() if key not in BOUNDARIES}
-    if trainer.model.config._attn_implementation == "flash_attention_4":
-        # It needs them; transformers would derive them with the longest length as a tensor, which fails.
-        lengths = lengths_from_positions(batch["position_ids"])
-        kept |= boundaries(lengths, batch["position_ids"].device)
-    with trainer.compute_loss_context_manager():
-        return summed_loss(trainer.model_wrapped, kept)
+
+@contextmanager
+def randomized(trainer: Trainer) -> Iterator[None]:
+    """Give the adapter an effect within the block, about a tenth of that of the weights, at any rank."""
+    params = trainer.params
+    scale = params.lora_alpha / (params.lora_r**0.5 if params.use_rslora else params.lora_r)
+    weights = [p for name, p in trainable(trainer).items() if ADAPTER_ZERO.search(name)]
+    with selftest.perturbed(weights, 0.2 / (scale * params.lora_r**0.5)):
+        yield
 
 
 def backward(trainer: Trainer, batch: dict[str, Any], job: Job) -> list[torch.Tensor | None]:
     """Compute the gradients of the trainable weights, and leave none in the model."""
-    parameters = list(trainable(trainer).values())
     if job.backend.strategy == "fsdp2":
-        # FSDP2's sharded weights are in no autograd graph; hooks write their gradients.
+        # FSDP2's sharded weights are in no autograd graph; hooks write their gradients. A pass without
+        # gradients leaves the embeddings unsharded until a backward pass.
         torch.autograd.backward(training_loss(trainer, batch))
+        parameters = list(trainable(trainer).values())
         found = [p.grad.full_tensor() if p.grad is not None else None for p in parameters]  # type: ignore[attr-defined]
         trainer.model_wrapped.zero_grad(set_to_none=True)
         return found
+    parameters = list(trainable(trainer).values())
     # Unwrapped model: DDP and ZeRO count every backward pass as part of a training step.
     with trainer.compute_loss_context_manager():
         loss, _ = summed_loss(trainer.model, dict(batch), trainer.params.label_smoothing_factor, trainer.head)
@@ -163,39 +270,30 @@ def trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def named_weights(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
-    """Return name -> trainable weight like `trainable`, with both names of a tied weight."""
-    parameters = trainer.model.named_parameters(remove_duplicate=False)
-    return {name: p for name, p in parameters if p.requires_grad}
+def check_saving(trainer: Trainer, job: Job, example: PackedRow | None, folder: Path) -> dict[str, Any]:
+    """Save as at the end of training, load the result, and compare the weights, then the logits.
 
-
-def check_saving(trainer: Trainer, job: Job, batch: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """Save as at the end of training, and load the result.
-
-    Logits are not compared if ZeRO-3 shards the weights or the live base is quantized. The check that
-    every weight was saved in full always runs.
+    Logits are not compared if ZeRO-3 shards the weights or the live base is quantized.
     """
     params, model = trainer.params, trainer.model
-    if job.backend.strategy == "zero3" or params.adapter == "qlora" or params.fp8_base:
-        batch = None
-    weights = trainable(trainer)
-    perturbed = [p for name, p in weights.items() if "lora_B" in name and batch]
-    with selftest.perturbed(perturbed), torch.no_grad():
+    is_sharded = job.backend.strategy == "zero3"
+    inputs = None
+    if example and not (is_sharded or params.adapter == "qlora" or params.fp8_base):
+        inputs = plain(trainer, example)
+    with nullcontext() if is_sharded else randomized(trainer), torch.no_grad():
         trainer.save_model(str(folder))
-        live = forward(trainer, batch)[1].logits[0].float().cpu() if batch else None
-        base = torch.zeros(())
-        if batch and params.adapter:
-            with model.disable_adapter():
-                base = forward(trainer, batch)[1].logits[0].float().cpu()
-    result: dict[str, Any] = {}
+        result: dict[str, Any] = {"weights": check_weights(trainer, job, folder)}
+        if inputs:
+            with eager(trainer):
+                live = reference_logits(trainer, inputs).cpu()
+                base = torch.zeros_like(live)
+                if params.adapter:
+                    with model.disable_adapter():
+                        base = reference_logits(trainer, inputs).cpu()
     if trainer.is_world_process_zero():
-        names = (
-            get_peft_model_state_dict(model, state_dict=named_weights(trainer)) if params.adapter else weights
-        )
-        result["weights"] = selftest.require_saved(folder, list(names))
-        if batch and live is not None:
+        if inputs:
             if device := find_reload_device(trainer):
-                loaded = load_logits(folder, job, batch, device)
+                loaded = load_logits(load_saved(folder, job), job, inputs, device)
                 result |= selftest.check_reloaded(live, base, loaded, job.backend.precision)
             else:
                 result["not_compared"] = "the GPU cannot hold the model twice, and Liger's kernels need it"
@@ -216,30 +314,3 @@ def find_reload_device(trainer: Trainer) -> torch.device | None:
     if torch.cuda.mem_get_info(device)[0] >= size + RELOAD_BYTES:
         return device
     return None if trainer.params.use_liger_kernel else torch.device("cpu")
-
-
-@torch.no_grad()
-def load_logits(folder: Path, job: Job, batch: dict[str, Any], device: torch.device) -> torch.Tensor:
-    """Load a saved model and compute its logits, in the precision of the live model.
-
-    DeepSpeed computes in half precision throughout; the other strategies keep the adapter in full
-    precision and use autocast.
-    """
-    params, backend = job.params, job.backend
-    half = HALF.get(backend.precision)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        job.base if params.adapter else folder,
-        dtype=weight_dtype(params, backend.strategy, backend.precision),
-        attn_implementation="sdpa",
-        trust_remote_code=False,
-    )
-    if params.adapter:
-        loaded = PeftModel.from_pretrained(loaded, folder)
-    if half and backend.strategy in ZERO:
-        loaded = loaded.to(half)
-    loaded = loaded.to(device).eval()
-    inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    is_mixed = bool(half) and backend.strategy not in ZERO
-    with torch.autocast(device.type, half or torch.bfloat16, enabled=is_mixed):
-        logits: torch.Tensor = summed_loss(loaded, inputs)[1].logits
-    return logits[0].float().cpu()

@@ -83,7 +83,9 @@ def _one_cycle(step: int, steps: int, _warmup: int, kwargs: Kwargs) -> float:
     end = low / (kwargs.final_div_factor or 1e4)
     peak = (kwargs.pct_start or 0.3) * steps - 1
     if step <= peak:
-        return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * step / peak))
+        # The first step may be the peak itself.
+        share = step / peak if peak else 1.0
+        return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * share))
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (step - peak) / (steps - 1 - peak)))
 
 

@@ -13,7 +13,6 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialS
 from accelerate.state import AcceleratorState
 from accelerate.utils import TorchDynamoPlugin
 from safetensors import SafetensorError
-from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from trl import SFTTrainer
 
@@ -24,7 +23,11 @@ from tasks.sft.failures import is_out_of_memory
 from tasks.sft.fused import LossHead
 from tasks.sft.guard import is_any
 from tasks.sft.history import best_step, plateau_scale
+from tasks.sft.loss import summed_loss, token_lengths
 from tasks.sft.plan import Plan, format_rows
+
+# Config entries of a mixture of experts that TRL changes.
+ROUTER = ("output_router_logits", "router_aux_loss_coef")
 
 
 class Trainer(SFTTrainer):
@@ -48,7 +51,12 @@ class Trainer(SFTTrainer):
             more: Keyword arguments of SFTTrainer.
         """
         self.params, self.plan, self.filler = params, plan, filler
+        # Whether a mixture of experts has a router loss is up to its config, not to TRL's default.
+        text = more["model"].config.get_text_config()
+        router = {key: getattr(text, key) for key in ROUTER if hasattr(text, key)}
         super().__init__(**more)
+        for key, value in router.items():
+            setattr(text, key, value)
         # `compute_loss` divides by the tokens of the whole step.
         self.loss_is_scaled_for_ga = True
         self.lengths = torch.ones(1)
@@ -84,18 +92,28 @@ class Trainer(SFTTrainer):
 
         Requested outputs contain logits, and the loss then comes from them.
         """
-        if self.params.neftune_noise_alpha is not None:
+        if self.params.neftune_noise_alpha is not None and model.training:
             self.lengths = token_lengths(inputs)
         head = None if return_outputs else self.head
         total, outputs = summed_loss(model, inputs, self.params.label_smoothing_factor, head)
+        if model.training and getattr(outputs, "aux_loss", None) is not None:
+            total = total + self.router_loss(outputs.aux_loss, inputs["labels"])
         # Gradients are averaged over ranks, but num_items_in_batch counts the tokens of all ranks.
         loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         if model.training:
             self.total_loss += loss.detach()
         return (loss, outputs) if return_outputs else loss
 
+    def router_loss(self, aux_loss: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the router loss of a mixture of experts, with its weight in the sum over labelled tokens.
+
+        transformers adds it to the mean loss of a batch; here each batch counts by its labelled tokens.
+        """
+        coefficient: float = self.model.config.get_text_config().router_aux_loss_coef
+        return coefficient * aux_loss.to(labels.device) * (labels[:, 1:] != IGNORED).sum()
+
     def add_noise(self, module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """Add NEFTune noise to embeddings, shape (1, n_tokens, width), scaled by example length.
+        """Add NEFTune noise to embeddings, shape (n_rows, n_tokens, width), scaled by example length.
 
         transformers scales by the length of the whole row, which is too little noise for a packed row.
         Source: Jain et al., arXiv 2310.05914.
@@ -105,7 +123,7 @@ class Trainer(SFTTrainer):
         alpha = self.params.neftune_noise_alpha or 0.0
         magnitude = alpha / torch.sqrt(self.lengths.to(output.device) * output.size(-1))
         noise = torch.empty_like(output).uniform_(-1, 1)
-        return output + noise * magnitude[None, :, None].to(output.dtype)
+        return output + noise * magnitude[..., None].to(output.dtype)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -119,7 +137,7 @@ class Trainer(SFTTrainer):
             inputs = self._prepare_inputs(self.data_collator(batch))
             with self.compute_loss_context_manager():
                 total, _outputs = summed_loss(model, inputs, head=self.head)
-            sums += torch.stack([total.double(), (inputs["labels"] != IGNORED).sum().double()])
+            sums += torch.stack([total.double(), (inputs["labels"][:, 1:] != IGNORED).sum().double()])
         nats, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = {"eval_loss": nats / tokens, "eval_tokens": tokens}
         model.train()
@@ -259,35 +277,6 @@ def writing(what: str) -> Iterator[None]:
         ) from err
 
 
-def summed_loss(
-    model: Any, inputs: dict[str, Any], label_smoothing: float = 0.0, head: LossHead | None = None
-) -> tuple[torch.Tensor, Any]:
-    """Sum the negative log-likelihoods of a batch of one flattened row, in nats.
-
-    Only labelled positions are scored: with three quarters of the tokens unlabelled, the other logits
-    would take a third of the step.
-
-    Args:
-        model: Causal language model, wrapped or not.
-        inputs: One collated row.
-        label_smoothing: Probability mass spread over the vocabulary, 0 to 1.
-        head: Loss head that computes the loss in chunks; None computes all logits.
-
-    Returns:
-        The sum, a scalar, and the model outputs; with a head, their logits contain the loss.
-    """
-    labels = inputs["labels"][0, 1:]
-    keep = (labels != IGNORED).nonzero().squeeze(-1)
-    given = {key: value for key, value in inputs.items() if key != "labels"}
-    if head:
-        with head.with_labels(labels[keep], label_smoothing):
-            outputs = model(**given, use_cache=False, logits_to_keep=keep)
-        return outputs.logits.sum(), outputs
-    outputs = model(**given, use_cache=False, logits_to_keep=keep)
-    logits = outputs.logits[0].float()
-    return cross_entropy(logits, labels[keep], reduction="sum", label_smoothing=label_smoothing), outputs
-
-
 def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
     """Return the norm of all gradients that an optimizer is about to use."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -306,16 +295,3 @@ def has_finite_state(optimizer: Any) -> bool:
     # FSDP2 weights are DTensors with a local shard.
     shards = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     return all(checkpoints.is_finite(shard.detach()) for shard in shards)
-
-
-def token_lengths(inputs: dict[str, Any]) -> torch.Tensor:
-    """Return the length of the example that each token belongs to, shape (n_tokens,).
-
-    Example:
-        >>> row = {"input_ids": torch.ones(1, 5), "cu_seq_lens_q": torch.tensor([0, 2, 5])}
-        >>> token_lengths(row).tolist()
-        [2, 2, 3, 3, 3]
-    """
-    lengths: torch.Tensor = inputs["cu_seq_lens_q"].diff().long()
-    # With a given output size, no GPU synchronization is needed.
-    return lengths.repeat_interleave(lengths, output_size=inputs["input_ids"].shape[1])

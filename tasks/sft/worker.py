@@ -24,12 +24,12 @@ from nightshift.data.encode import IGNORED
 from nightshift.pipeline import supervise
 from tasks.sft import SftParams, checkpoints
 from tasks.sft.callbacks import Progress
-from tasks.sft.failures import is_out_of_memory, write_failure
-from tasks.sft.fused import count_lora, fuse_adapter
+from tasks.sft.effective import effective
+from tasks.sft.failures import is_out_of_memory, write_failure, write_unknown
+from tasks.sft.fused import fuse_adapter
 from tasks.sft.guard import Guard
 from tasks.sft.history import best_step, is_exhausted
 from tasks.sft.job import Job, read_job
-from tasks.sft.machine import VISIBLE
 from tasks.sft.model import load_model
 from tasks.sft.plan import FILLER
 from tasks.sft.proof import Proof
@@ -64,6 +64,7 @@ def main(job_file: Path) -> None:
         raise
     except Exception as err:
         if not is_out_of_memory(err):
+            write_unknown(folder, os.environ.get("RANK", "0"), err)
             raise
         text = str(err).partition("\n")[0]
         write_failure(folder, "out_of_memory", f"out of memory: {text}")
@@ -130,7 +131,9 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
     # Before the model: ZeRO-3 shards the weights while they load if the DeepSpeed config is already set.
     args = training_arguments(job)
     filler = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
-    model = load_model(str(job.base), params, backend.strategy, backend.precision, backend.attention)
+    model = load_model(
+        str(job.base), params, backend.strategy, backend.precision, backend.attention, backend.unreached
+    )
     if backend.lora == "fused":
         fuse_adapter(model)
     if params.fp8_base:
@@ -186,7 +189,7 @@ def training_arguments(job: Job) -> SFTConfig:
         # The rows are already packed, and shuffled by the plan.
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
-        padding_free=True,
+        padding_free=backend.batches == "flattened",
         packing=False,
         eval_packing=False,
         max_length=None,
@@ -208,65 +211,6 @@ def planned_rows(path: Path, order: list[int] | None, filler: dict[str, Any]) ->
     rows = read_rows(path)
     planned = rows if order is None else [filler if i == FILLER else rows[i] for i in order]
     return Dataset.from_list([{column: row[column] for column in filler} for row in planned])
-
-
-def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
-    """Return requested values next to effective ones.
-
-    Raises:
-        StageError: They differ, and the requested value is not `auto`.
-    """
-    args = trainer.args
-    backend, strategy = job.backend, running_strategy(trainer)
-    devices = os.environ[VISIBLE].split(",") if backend.device == "cuda" else []
-    if strategy != backend.strategy:
-        raise StageError(
-            f"strategy {backend.strategy} was chosen, but {strategy} is active; this is a bug, report it"
-        )
-    runs = {
-        "strategy": strategy,
-        "precision": backend.precision,
-        "attn_implementation": trainer.model.config._attn_implementation,
-        "num_processes": args.world_size,
-        "optim": args.optim.value,
-        # The self-test compares both with the model, since they are enabled when training starts.
-        "activation_checkpointing": args.activation_checkpointing,
-        "fp8_base": trainer.params.fp8_base,
-        "use_liger_kernel": args.use_liger_kernel,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-    }
-    table = {
-        key: {"requested": getattr(job.requested, key), "effective": value} for key, value in runs.items()
-    }
-    # A later attempt may use a smaller micro-batch; the rows per step stay the same. The strategy is
-    # compared above.
-    free = {"per_device_train_batch_size", "gradient_accumulation_steps", "strategy"}
-    different = {
-        key: row
-        for key, row in table.items()
-        if row["requested"] not in ("auto", row["effective"]) and key not in free
-    }
-    if different:
-        raise StageError(f"requested and effective values differ: {different}; this is a bug, report it")
-    return {
-        **table,
-        "device": {"requested": "auto", "effective": backend.device},
-        "devices": {"requested": job.visible, "effective": devices},
-        "loss": {"requested": "auto", "effective": "chunked" if trainer.head else "logits"},
-        "lora": {"requested": "auto", "effective": count_lora(trainer.model)},
-        "strategy_reason": backend.reason,
-    }
-
-
-def running_strategy(trainer: Trainer) -> str:
-    """Return the distributed strategy that the accelerator runs."""
-    accelerator = trainer.accelerator
-    if plugin := accelerator.state.deepspeed_plugin:
-        return f"zero{plugin.zero_stage}"
-    if accelerator.is_fsdp2:
-        return "fsdp2"
-    return "ddp" if accelerator.num_processes > 1 else "single"
 
 
 def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None:

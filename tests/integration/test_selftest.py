@@ -24,6 +24,8 @@ def selftest_file(trainer: Trainer) -> Path:
         {"adapter": None, "learning_rate": 1e-4},
         {"use_dora": True},
         {"precision": "bf16"},
+        # An effect below the rounding of bf16 was taken for a lost adapter.
+        {"precision": "bf16", "lora_r": 1, "lora_alpha": 1, "use_dora": True},
         {"activation_checkpointing": True},
     ],
 )
@@ -36,7 +38,8 @@ def test_a_correct_model_passes_and_trains(
     trainer.train()
     assert trainer.state.global_step == 3
     proof = read_json(selftest_file(trainer))
-    assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
+    assert proof["isolation"]["moved"] == 0.0
+    assert proof["isolation"]["proven"]
     assert proof["gradients"]["relative_difference"] < (0.1 if "precision" in changes else 1e-5)
     assert proof["saving"]["proven"]
 
@@ -49,7 +52,8 @@ def test_a_quantized_base_passes_and_trains(build: Callable[..., Trainer]) -> No
     first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert last < first
     proof = read_json(selftest_file(trainer))
-    assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
+    assert proof["isolation"]["moved"] == 0.0
+    assert proof["isolation"]["proven"]
     # A and B for each of seven matrices in two layers.
     assert proof["saving"] == {"weights": 28}
 
@@ -64,7 +68,8 @@ def test_a_float8_base_passes_and_trains(
     first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert last < first
     proof = read_json(selftest_file(trainer))
-    assert proof["isolation"] == {"max_logit_difference": 0.0, "proven": True}
+    assert proof["isolation"]["moved"] == 0.0
+    assert proof["isolation"]["proven"]
     assert 0 < proof["gradients"]["relative_difference"] < 0.1
     assert proof["saving"] == {"weights": 28}
 

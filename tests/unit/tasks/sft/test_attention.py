@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -34,8 +36,11 @@ SHAPE = {
         lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
         # The longest example exceeds the sliding window, so the mask is needed.
         lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)),
+        lambda: Llama4ForCausalLM(
+            Llama4TextConfig(**SHAPE, head_dim=8, num_local_experts=2, attention_chunk_size=4)
+        ),
     ],
-    ids=["causal", "sliding window"],
+    ids=["causal", "sliding window", "chunks"],
 )
 def test_logits_and_gradients_equal_those_with_a_mask(
     make: Callable[[], PreTrainedModel],

@@ -83,6 +83,7 @@ from tests.helpers.sft import sft_params
         ({"lora_target_parameters": ["w"], "strategy": "zero3"}, "incompatible with strategy zero3"),
         ({"lora_target_parameters": ["w"], "adapter": None}, "lora_target_parameters needs an adapter"),
         ({"optim": "paged_lion_32bit", "strategy": "fsdp2"}, "cannot shard its state for fsdp2"),
+        ({"optim": "adafactor", "strategy": "fsdp2"}, "adafactor cannot shard its state for fsdp2"),
         ({"use_reentrant": True}, "use_reentrant=true needs activation_checkpointing=true"),
     ],
 )

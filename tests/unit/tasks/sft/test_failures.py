@@ -13,6 +13,7 @@ from tasks.sft.failures import (
     plan_next_attempt,
     read_attempt,
     write_failure,
+    write_unknown,
 )
 
 
@@ -101,3 +102,30 @@ def test_every_kind_of_failure_has_a_distinct_exit_code(kind: str) -> None:
     codes = [TrainingError(k, "").exit_code for k in TrainingError.EXIT_CODES]
     assert len(set(codes)) == 4
     assert TrainingError(kind, "").exit_code not in (0, 1, 2)  # type: ignore[arg-type]
+
+
+def test_an_unknown_error_keeps_its_traceback_and_promises_nothing(tmp_path: Path) -> None:
+    try:
+        raise KeyError("no such layer")
+    except KeyError as err:
+        write_unknown(tmp_path, "1", err)
+    message = str(plan_next_attempt(tmp_path, 1, 1))
+    assert message.startswith("sft: unknown error KeyError: 'no such layer'; traceback in ")
+    assert "run again" not in message.lower()
+    text = (tmp_path / "traceback-1.txt").read_text()
+    assert 'raise KeyError("no such layer")' in text
+    clear_failure(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_checkpoint_nothing_resumes(tmp_path: Path) -> None:
+    assert str(plan_next_attempt(tmp_path, 1, 137)).endswith("Another run starts over")
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-3").mkdir()
+    assert str(plan_next_attempt(tmp_path, 1, 137)).endswith("Another run resumes from checkpoint-20")
+
+
+def test_the_lost_connection_to_a_killed_rank_is_no_reason(tmp_path: Path) -> None:
+    write_unknown(tmp_path, "0", RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    assert (tmp_path / "traceback-0.txt").is_file()
+    assert "the ranks exited with code 247" in str(plan_next_attempt(tmp_path, 1, 247))

@@ -18,7 +18,7 @@ from transformers import (
 
 from tasks.sft import fused
 from tasks.sft.fused import LoraLinear, LossHead, SummedLoss, count_lora, fuse_adapter
-from tasks.sft.trainer import summed_loss
+from tasks.sft.loss import summed_loss
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -148,10 +148,9 @@ def test_an_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6)])
-def test_the_fused_adapter_has_correct_gradients(shape: tuple[int, ...], has_bias: bool) -> None:  # noqa: FBT001
+def test_the_fused_adapter_has_correct_gradients(has_bias: bool) -> None:  # noqa: FBT001
     double = {"dtype": torch.float64}
-    x, weight = torch.randn(shape, requires_grad=True, **double), torch.randn(8, 6, **double)
+    x, weight = torch.randn(5, 6, requires_grad=True, **double), torch.randn(8, 6, **double)
     bias = torch.randn(8, **double) if has_bias else None
     a, b = torch.randn(3, 6, requires_grad=True, **double), torch.randn(8, 3, requires_grad=True, **double)
     assert torch.autograd.gradcheck(lambda x, a, b: LoraLinear.apply(x, weight, bias, a, b, 2.0), (x, a, b))

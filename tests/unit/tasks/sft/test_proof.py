@@ -1,13 +1,12 @@
 """The self-test on the trainer: boundaries from positions, and the device of the second model."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tasks.sft.proof import find_reload_device, forward_by_positions
+from tasks.sft.proof import find_reload_device, without_boundaries
 from tasks.sft.strategy import GIB
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -51,26 +50,17 @@ def test_without_a_gpu_it_is_loaded_on_the_cpu() -> None:
 )
 def test_a_check_uses_positions_instead_of_boundaries(kernel: str, expected: dict[str, Any]) -> None:
     """FlashAttention 4 needs boundaries, and refuses a tensor as length, which transformers would give it."""
-    seen: dict[str, Any] = {}
-
-    def model(**given: Any) -> Any:
-        seen.update({key: value for key, value in given.items() if key.startswith(("cu_seq", "max_length"))})
-        return SimpleNamespace(logits=torch.zeros(1, len(given["logits_to_keep"]), 8))
-
-    fake: Any = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(_attn_implementation=kernel)),
-        model_wrapped=model,
-        compute_loss_context_manager=nullcontext,
-    )
+    config = SimpleNamespace(_attn_implementation=kernel)
+    fake: Any = SimpleNamespace(model=SimpleNamespace(config=config))
     # The boundaries claim one example, the positions two.
     one = torch.tensor([0, 5], dtype=torch.int32)
     batch = {
         "input_ids": torch.ones(1, 5, dtype=torch.int64),
-        "labels": torch.tensor([[-100, 1, 1, -100, 1]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
         **{"cu_seq_lens_q": one, "cu_seq_lens_k": one, "max_length_q": 5, "max_length_k": 5},
     }
-    forward_by_positions(fake, batch)
-    found = {key: value.tolist() if key.startswith("cu_seq") else value for key, value in seen.items()}
+    given = without_boundaries(fake, batch)
+    assert given.keys() == {"input_ids", "position_ids", *expected}
+    found = {key: given[key].tolist() if key.startswith("cu_seq") else given[key] for key in expected}
     assert found == expected
     assert all(type(value) is int for key, value in found.items() if key.startswith("max_length"))

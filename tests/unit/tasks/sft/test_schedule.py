@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler as torch_schedules
 from transformers import get_scheduler
 
 from nightshift.core.errors import ConfigError
-from tasks.sft import SCHEDULE_KWARGS
+from tasks.sft import SCHEDULE_KWARGS, SchedulerKwargs
 from tasks.sft.schedule import learning_rates, warmup_steps
 from tests.helpers.sft import sft_params
 
@@ -119,3 +119,15 @@ def test_a_decay_that_leaves_no_step_is_rejected() -> None:
     )
     with pytest.raises(ConfigError, match="1 warmup and 39 decay steps, but training has only 40 steps"):
         learning_rates(STEPS, given)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.1, 10), (0.05, 20), (0.2, 5), (0.25, 4), (0.5, 2)])
+def test_one_cycle_with_a_single_step_of_increase_starts_at_the_peak(share: float, steps: int) -> None:
+    kwargs = SchedulerKwargs(pct_start=share)
+    params = sft_params(
+        lr_scheduler_type="one_cycle", lr_scheduler_kwargs=kwargs, warmup_steps=0, learning_rate=0.5
+    )
+    rates = learning_rates(steps, params)
+    assert rates[0] == 0.5
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.5 / 25 / 1e4)
