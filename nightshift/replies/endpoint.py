@@ -144,14 +144,7 @@ class Endpoint:
             await self._wait_for_turn(request)
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
             try:
-                answer = await client.chat.completions.create(
-                    model=self._model,
-                    messages=request.prompt,  # type: ignore[arg-type]
-                    temperature=self._sampling["temperature"],
-                    top_p=self._sampling["top_p"],
-                    max_tokens=self._sampling["max_new_tokens"],
-                )
-                result = _read(answer)
+                result = await self._send(client, request)
                 if isinstance(result, Reply) or result.reason == "truncated":
                     return result
                 reason = result.reason
@@ -171,7 +164,18 @@ class Endpoint:
                 await asyncio.sleep(wait)
         return Failure(reason)
 
-    async def _wait_for_turn(self, request: Request) -> None:
+    async def _send(self, client: AsyncOpenAI, request: Any) -> Result:
+        """Send a request once."""
+        answer = await client.chat.completions.create(
+            model=self._model,
+            messages=request.prompt,
+            temperature=self._sampling["temperature"],
+            top_p=self._sampling["top_p"],
+            max_tokens=self._sampling["max_new_tokens"],
+        )
+        return _read(answer)
+
+    async def _wait_for_turn(self, request: Any) -> None:
         """Wait until the server accepts requests again and the rate limits allow one."""
         loop = asyncio.get_running_loop()
         while (wait := self._resume_at - loop.time()) > 0:
@@ -199,10 +203,10 @@ class Endpoint:
             return "server_error"
         raise ConfigError(
             f"{self._section}.endpoint: {self._params.base_url} returned {err.status_code} for model "
-            f"{self._model!r}; check {self._section}.model, {self._section}.endpoint.base_url and the key"
+            f"{self._model!r}; check the model's name, {self._section}.endpoint.base_url and the key"
         ) from err
 
-    def _expected_tokens(self, request: Request) -> int:
+    def _expected_tokens(self, request: Any) -> int:
         """Estimate the tokens of a call: the prompt and the longest answer."""
         characters = sum(len(message["content"]) for message in request.prompt)
         return int(characters // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS + self._sampling["max_new_tokens"])
@@ -211,7 +215,7 @@ class Endpoint:
         """Build the error for a server that no longer answers."""
         return StageError(
             f"{self._section}: {self._params.base_url}: {what} ({reason}); check that the server is "
-            "running. Replies so far are cached; the next run continues from them"
+            "running. What is done is cached; the next run continues from there"
         )
 
 

@@ -10,11 +10,12 @@ An additional model, `retrieval`, is the base with the nearest training document
 whether fine-tuning was needed; the gate ignores it.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from nightshift.core.config import Count, StageParams
+from nightshift.replies import EndpointParams
 
 
 class RetrievalParams(StageParams):
@@ -41,16 +42,35 @@ class ExactMatchParams(StageParams):
     limit: Count | None
 
 
-class EvaluateParams(StageParams):
-    """Items and batch size of the evaluation.
+class VllmParams(StageParams):
+    """Size of the vLLM server that the stage starts.
 
     Attributes:
+        tensor_parallel_size: GPUs over which each layer is spread.
+        max_model_len: Tokens of a sequence, at most; None for the model's context length.
+    """
+
+    tensor_parallel_size: Count
+    max_model_len: Count | None
+
+
+class EvaluateParams(StageParams):
+    """Engine, items and batch size of the evaluation.
+
+    Attributes:
+        engine: What runs the models: transformers in this environment, a vLLM server that the stage starts,
+            or a server that runs already.
+        vllm: Size of the vLLM server.
+        endpoint: Server that runs already, and its limits.
         limit: Items per benchmark, evenly spread over it; None for all.
         batch_size: Sequences per forward pass.
         exact_match: Answers that are compared with those of the test set; None disables it.
         retrieval: Baseline with documents in the prompt; None disables it.
     """
 
+    engine: Literal["transformers", "vllm", "endpoint"]
+    vllm: VllmParams
+    endpoint: EndpointParams
     limit: Count | None
     batch_size: Count
     exact_match: ExactMatchParams | None

@@ -1,20 +1,14 @@
 """Run the stage: compute the missing scores, then write all scores to one table."""
 
+import json
 import logging
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nightshift.core.code_digest import MODEL_ENGINES, code_digest
-from nightshift.core.config import load_params
-from nightshift.core.cpu import cpu_has_bf16
-from nightshift.core.errors import DataError, StageError
+from nightshift.core.config import config_error, load_params
+from nightshift.core.errors import DataError
 from nightshift.core.files import (
     file_digest,
     iterate_rows,
@@ -41,39 +35,21 @@ from nightshift.core.paths import (
     SCORES,
     TEST,
 )
-from nightshift.core.stage import OFFLINE, print_line, run_main, write_summary
+from nightshift.core.stage import run_main, write_summary
 from nightshift.core.state import state_dir
 from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks, task_digests
 from nightshift.data.schemas import ALL_SCORES, ItemScore, Score
-from nightshift.pipeline import supervise
 from nightshift.registry.bases import base_digest, is_base
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate.answers import Answers, choose_answers
-from tasks.evaluate.scores import DONE, PROGRESS, metrics
+from tasks.evaluate.jobs import EvaluatedModel, device, digest, find_problems, score_missing
+from tasks.evaluate.scores import metrics
+from tasks.evaluate.servers import read_server, server_key
+from tasks.evaluate.vllm import find_vllm, vllm_python
 
 ENGINES = (*MODEL_ENGINES, "bm25s", "lm-eval", "nltk", "rouge-score")
 RETRIEVAL = "retrieval"
-CPU = "cpu"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluatedModel:
-    """A model and its benchmarks.
-
-    Attributes:
-        base: Folder of the base model.
-        base_digest: Digest of the base model.
-        adapter: Folder of the adapter or full weights; None for the base model itself.
-        documents: Documents placed before each question; 0 for none.
-        benchmarks: Names of the benchmarks.
-    """
-
-    base: Path
-    base_digest: str
-    adapter: Path | None
-    documents: int
-    benchmarks: list[str]
 
 
 def main() -> None:
@@ -82,7 +58,10 @@ def main() -> None:
     answers = choose_answers(TEST, BASE, params.exact_match) if params.exact_match else None
     models = find_models(params, answers)
     memo = {name: memo_files(model, params, answers) for name, model in models.items()}
-    score_missing(models, memo, params, answers)
+    missing = find_missing(memo)
+    if missing and (found := find_problems({name: models[name] for name in missing}, params)):
+        raise config_error(found)
+    score_missing(models, missing, params, answers)
     rows: list[Any] = [
         {"model": name, **row} for name in memo for file in memo[name].values() for row in read_rows(file)
     ]
@@ -198,10 +177,10 @@ def digest_models(models: dict[str, EvaluatedModel]) -> dict[str, str | None]:
 def memo_files(
     model: EvaluatedModel, params: EvaluateParams, answers: Answers | None = None
 ) -> dict[str, Path]:
-    """Return the cache file of each benchmark, keyed by code, device, model, items and limit."""
+    """Return the cache file of each benchmark, keyed by code, engine, model, items and limit."""
     parts = [
         code_digest("evaluate", ENGINES),
-        device(),
+        *engine_key(params),
         model.base_digest,
         digest(model) or "",
         f"{model.documents} {file_digest(CLEAN_TRAIN)}" if model.documents else "",
@@ -218,22 +197,17 @@ def memo_files(
     return files
 
 
-def digest(model: EvaluatedModel) -> str | None:
-    """Return the digest of a model's adapter or weights, or None for the base."""
-    return tree_digest(model.adapter) if model.adapter else None
+def engine_key(params: EvaluateParams) -> list[str]:
+    """Return what scores depend on, beside code, models and items: the engine, its version and its device."""
+    if params.engine == "transformers":
+        return [device()]
+    if params.engine == "vllm":
+        return [device(), str(find_vllm(vllm_python())), str(params.vllm.max_model_len)]
+    return [json.dumps(server_key(params.endpoint, read_server(params.endpoint)))]
 
 
-def score_missing(
-    models: dict[str, EvaluatedModel],
-    memo: dict[str, dict[str, Path]],
-    params: EvaluateParams,
-    answers: Answers | None,
-) -> None:
-    """Compute the missing scores, one process per model.
-
-    Raises:
-        StageError: A process exited before it had scored all benchmarks.
-    """
+def find_missing(memo: dict[str, dict[str, Path]]) -> dict[str, dict[str, str]]:
+    """Return model -> benchmark -> cache file, of the scores that are not cached."""
     missing: dict[str, dict[str, str]] = {}
     for name, files in memo.items():
         # A candidate that is identical to the champion is scored once.
@@ -241,106 +215,7 @@ def score_missing(
         targets = {key: str(file) for key, file in files.items() if not file.is_file()}
         if targets := {key: target for key, target in targets.items() if target not in known}:
             missing[name] = targets
-    if not missing:
-        return
-    items = count_items(params, answers)
-    total = sum(items[benchmark] for targets in missing.values() for benchmark in targets)
-    done: dict[tuple[str, str], int] = {}
-    workers = count_workers(len(missing))
-    threads = (os.cpu_count() or 1) // workers
-
-    def show(name: str, line: str) -> None:
-        if line.startswith(DONE):
-            benchmark = line.removeprefix(DONE)
-            done[name, benchmark] = items[benchmark]
-        elif line.startswith(PROGRESS):
-            benchmark, share = line.removeprefix(PROGRESS).split(" ")
-            part, whole = map(int, share.split("/"))
-            done[name, benchmark] = items[benchmark] * part // whole
-        else:
-            print_line(f"[{name}] {line}")
-            return
-        print_line(f"step {sum(done.values())}/{total} {name}: {benchmark}")
-
-    def score(name: str) -> None:
-        job = build_job(models[name], missing[name], params, answers)
-        run_job(name, job, threads, partial(show, name))
-
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        for _ in pool.map(score, missing):
-            pass
-
-
-def count_items(params: EvaluateParams, answers: Answers | None) -> dict[str, int]:
-    """Return the number of items of each benchmark that a model is scored on."""
-    counts = {one.name: len(one.items) for one in read_benchmarks(BENCHMARKS)}
-    limited = {
-        name: count if params.limit is None else min(count, params.limit) for name, count in counts.items()
-    }
-    held_out = {HELDOUT: sum(1 for _ in iterate_rows(TEST, ["id"]))}
-    return {**limited, **held_out, TEST_ANSWERS: len(answers.ids) if answers else 0}
-
-
-def device() -> str:
-    """Return `cpu` or the name of the GPU, whose kernels round differently; a CPU may have no bf16."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return CPU if cpu_has_bf16() else f"{CPU}, float32"
-
-
-def count_workers(models: int) -> int:
-    """Return how many models are scored at once: one per CPU core, or one on a GPU."""
-    return min(models, os.cpu_count() or 1) if device().startswith(CPU) else 1
-
-
-def build_job(
-    model: EvaluatedModel, targets: dict[str, str], params: EvaluateParams, answers: Answers | None = None
-) -> dict[str, Any]:
-    """Build the job of one process, which writes the files in `targets`."""
-    return {
-        "base": str(model.base),
-        "adapter": str(model.adapter) if model.adapter else None,
-        "train": str(CLEAN_TRAIN),
-        "documents": model.documents,
-        "benchmarks": str(BENCHMARKS),
-        "test": str(TEST),
-        "targets": targets,
-        "answers": asdict(answers) if answers else None,
-        "limit": params.limit,
-        "batch_size": params.batch_size,
-    }
-
-
-def run_job(name: str, job: dict[str, Any], threads: int, on_line: Callable[[str], None]) -> None:
-    """Score one model in a separate process.
-
-    Raises:
-        StageError: The process exited before it had scored all benchmarks.
-    """
-    with tempfile.TemporaryDirectory(prefix="nightshift-") as work:
-        file = Path(work) / "job.json"
-        write_json(file, job)
-        code = supervise.run(
-            [sys.executable, "-m", "tasks.evaluate.score", str(file)],
-            on_line=on_line,
-            env={
-                "OMP_NUM_THREADS": str(threads),
-                # Busy-waiting threads are ten times slower on shared CPU cores.
-                "OMP_WAIT_POLICY": "PASSIVE",
-                **OFFLINE,
-                "HF_DATASETS_CACHE": f"{work}/datasets",
-                "TOKENIZERS_PARALLELISM": "false",
-                # Progress is reported in lines; bars would fill the log.
-                "TQDM_DISABLE": "1",
-            },
-        )
-    if code or not all(Path(target).is_file() for target in job["targets"].values()):
-        raise StageError(
-            f"evaluate: scoring {name} exited with code {code}, see the error above; "
-            "finished benchmarks are cached, rerun to resume"
-        )
+    return missing
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from nightshift.core.files import iterate_rows
 from nightshift.data.benchmarks import TEST_ANSWERS, Benchmark
 from nightshift.data.encode import Encoder
 from tasks.evaluate.answers import Answers, render_prompt
-from tasks.evaluate.model import Model
+from tasks.evaluate.asker import Asker
 from tasks.evaluate.texts import compare, starts_with
 
 Item = dict[str, Any]
@@ -43,7 +43,7 @@ class ScoredChoice(ScoredItem):
 
 
 def score_benchmark(
-    model: Model, benchmark: Benchmark, folder: Path, limit: int | None
+    model: Asker, benchmark: Benchmark, folder: Path, limit: int | None
 ) -> Iterator[dict[str, Any]]:
     """Run a benchmark and yield one row per item; with a limit, items are evenly spread over it."""
     indices = spread(len(benchmark.items), limit)
@@ -69,7 +69,7 @@ def score_benchmark(
 
 
 def score_choice(
-    model: Model, benchmark: Benchmark, folder: Path, indices: list[int]
+    model: Asker, benchmark: Benchmark, folder: Path, indices: list[int]
 ) -> Iterator[ScoredChoice]:
     """Score multiple choice by log-likelihood: the metric `acc` of an lm-eval task."""
     task = {
@@ -108,14 +108,14 @@ def score_choice(
         }
 
 
-def write_answers(model: Model, items: Sequence[Item], samples: Sequence[Any]) -> dict[str, float]:
+def write_answers(model: Asker, items: Sequence[Item], samples: Sequence[Any]) -> dict[str, float]:
     """Let the model answer a sample of multiple-choice questions in its own words.
 
     The gate compares the answers with the likeliest choices: a model that writes the right answers but finds
     them unlikely is not asked in the way that it was trained.
 
     Args:
-        model: Model.
+        model: Asker.
         items: Items of the benchmark.
         samples: Their results from lm-eval.
 
@@ -132,7 +132,7 @@ def write_answers(model: Model, items: Sequence[Item], samples: Sequence[Any]) -
     }
 
 
-def render_questions(model: Model, items: Sequence[Item]) -> list[str]:
+def render_questions(model: Asker, items: Sequence[Item]) -> list[str]:
     """Render the questions or conversations of generation items."""
     return [
         model.render(item.get("messages") or [{"role": "user", "content": item["question"]}])
@@ -141,7 +141,7 @@ def render_questions(model: Model, items: Sequence[Item]) -> list[str]:
 
 
 def score_generation(
-    model: Model, task: Any, items: Sequence[Item], prompts: Sequence[str]
+    model: Asker, task: Any, items: Sequence[Item], prompts: Sequence[str]
 ) -> Iterator[ScoredItem]:
     """Score greedy generation after the prompts against the references."""
     for item, answer in zip(items, model.generate_greedy(prompts, task["max_new_tokens"]), strict=True):
@@ -153,7 +153,7 @@ def score_generation(
         yield {"choices": None, "expected": " | ".join(item["references"]), **found}
 
 
-def score_answers(model: Model, encoder: Encoder, test: Path, answers: Answers) -> Iterator[dict[str, Any]]:
+def score_answers(model: Asker, encoder: Encoder, test: Path, answers: Answers) -> Iterator[dict[str, Any]]:
     """Generate the last answers of test examples, given all turns before, and compare them exactly.
 
     An example that the chat template does not render is skipped; see `heldout_losses`.
@@ -178,7 +178,7 @@ def score_answers(model: Model, encoder: Encoder, test: Path, answers: Answers) 
         }
 
 
-def score_invariance(model: Model, items: Sequence[Item]) -> Iterator[ScoredItem]:
+def score_invariance(model: Asker, items: Sequence[Item]) -> Iterator[ScoredItem]:
     """Score invariance (CheckList, Ribeiro et al. 2020): 1 if all wordings share a likeliest choice."""
     wordings = [[item["question"], *item["variants"]] for item in items]
     answers = iter(
@@ -196,7 +196,7 @@ def score_invariance(model: Model, items: Sequence[Item]) -> Iterator[ScoredItem
         yield {"choices": None, "expected": first, **scored_row(float(changed == first), changed)}
 
 
-def score_direction(model: Model, items: Sequence[Item]) -> Iterator[ScoredItem]:
+def score_direction(model: Asker, items: Sequence[Item]) -> Iterator[ScoredItem]:
     """Score directional expectation (CheckList): 1 if the answer's probability moves as expected."""
     answers = iter(
         model.choice_likelihoods(
@@ -248,7 +248,7 @@ def scored_row(score: float, answer: str) -> Outcome:
     return {"score": score, "status": "ok", "answer": answer, "tokens": None}
 
 
-def find_fault(model: Model, likelihoods: Sequence[float]) -> Outcome | None:
+def find_fault(model: Asker, likelihoods: Sequence[float]) -> Outcome | None:
     """Return the fields of an item without a score, or None if all likelihoods are finite."""
     if any(math.isnan(one) for one in likelihoods):
         return error_row("a log-likelihood is not a number")
@@ -267,7 +267,7 @@ def unrendered_row(item: Item) -> ScoredItem:
     return {"choices": None, "expected": item["references"][0], **unasked}
 
 
-def skipped_row(model: Model) -> Outcome:
+def skipped_row(model: Asker) -> Outcome:
     """Return the fields of an item that is too long for the model."""
     reason = f"longer than the model's context of {model.max_length} tokens"
     return {"score": None, "status": "skipped", "answer": reason, "tokens": None}

@@ -1,48 +1,35 @@
 """lm-eval's HFLM with a single prefill per prompt and optional retrieval."""
 
 import logging
-import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from nightshift.core.cpu import cpu_has_bf16
-from nightshift.data.template import find_answer_prefix, read_template
+from nightshift.data.encode import IGNORED, Encoded
+from tasks.evaluate.asker import Answer, Asker, Find, Request, context_length
 from tasks.evaluate.isolation import find_mixing
-from tasks.evaluate.retrieval import add_documents
 
-# Result for a sequence that exceeds the context length; the model does not run on it.
-TOO_LONG = (-math.inf, False)
-# Tokens of a sequence in a model without a maximum.
-UNLIMITED = 2**20
-Request = tuple[tuple[str, str], list[int], list[int]]
-Answer = tuple[float, bool]
 log = logging.getLogger(__name__)
 
 
-class Model(HFLM):
+class Model(Asker, HFLM):
     """A causal language model for lm-eval.
 
     lm-eval processes a prompt again for each choice. Here the choices share their prompt's KV cache:
     2 to 4 times fewer tokens. Likelihoods are summed in float32 and differ from lm-eval's by rounding.
     """
 
-    # Called with the number of requests done, and of all requests of the benchmark.
-    on_progress: Callable[[int, int], None] | None = None
-
-    def __init__(
-        self, model: Any, tokenizer: Any, batch_size: int, find: Callable[[str], Sequence[str]] | None = None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, find: Find | None = None) -> None:
         """Wrap a loaded model.
 
         Args:
@@ -60,9 +47,7 @@ class Model(HFLM):
             add_bos_token=starts,
             max_length=context_length(model.config),
         )
-        self._find = find
-        self._template = read_template(tokenizer)
-        self._prefix = find_answer_prefix(self._template) if self._template else ""
+        self.prepare(tokenizer, find)
         if batch_size > 1 and (fault := find_mixing(self)):
             log.warning(
                 "this model gives an example %s other results in a batch than alone; scoring one by one",
@@ -70,120 +55,37 @@ class Model(HFLM):
             )
             self.batch_size_per_gpu = 1
 
-    def apply_chat_template(
-        self,
-        chat_history: list[dict[str, str]],
-        add_generation_prompt: bool = True,  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
-    ) -> str:
-        """Render a conversation up to where a given answer starts; lm-eval compares answers there."""
-        return self.render(chat_history) + self._prefix
-
-    def without_prefix(self, prompt: str) -> str:
-        """Return a prompt from `apply_chat_template` as it is when the model writes the answer."""
-        return prompt.removesuffix(self._prefix)
-
-    def render(self, turns: list[dict[str, Any]]) -> str:
-        """Render a conversation and the prompt for an answer, with the retrieved documents.
-
-        Without a chat template, each turn is a paragraph.
-        """
-        turns = self.add_notes(turns)
-        if self._template is None:
-            return "".join(f"{turn['content']}\n\n" for turn in turns)
-        return self._template.render(turns, None, prompt=True)
-
-    def chat_template(self, chat_template: bool | str = False) -> str:  # noqa: ARG002, FBT001, FBT002
-        """Return the chat template for lm-eval's records; empty if there is none."""
-        return self._template.source if self._template else ""
-
-    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:  # noqa: FBT001, FBT002
-        """Decode tokens; of a generated answer, what follows the reasoning."""
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
-        if not (skip_special_tokens and self._prefix and self._template):
-            return text
-        # The prefix ends with the token that starts the content: </think>, or <|message|> of gpt-oss.
-        start = self._prefix.rstrip()[self._prefix.rstrip().rfind("<") :]
-        answer = str(self.tokenizer.decode(tokens)).rpartition(start)[2]
-        return re.sub("|".join(map(re.escape, self._template.added_tokens)), "", answer)
-
-    def add_notes(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Add the retrieved documents, if any, to the last turn of a conversation if that is a question."""
-        *before, last = turns
-        if not self._find or last["role"] != "user":
-            return turns
-        return [*before, {**last, "content": add_documents(last["content"], self._find(last["content"]))}]
-
-    def choice_likelihoods(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
-        """Return the log-likelihood (nats) of each choice after its question; -inf if too long.
-
-        Args:
-            questions: (question, choices) pairs.
-        """
-        requests = [
-            Instance("loglikelihood", {}, (self.render_prompt(question), choice), idx=0)
-            for question, choices in questions
-            for choice in choices
-        ]
-        answers = iter(self.loglikelihood(requests))
-        return [[next(answers)[0] for _ in choices] for _, choices in questions]
-
-    def generate_greedy(self, prompts: Sequence[str], max_new_tokens: int) -> list[str | None]:
-        """Generate greedy continuations; None if prompt and answer exceed the context length."""
-        fits = [len(self.tok_encode(prompt)) + max_new_tokens <= self.max_length for prompt in prompts]
-        options = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False}
-        requests = [
-            Instance("generate_until", {}, (prompt, options), idx=0)
-            for prompt, does_fit in zip(prompts, fits, strict=True)
-            if does_fit
-        ]
-        self._done, self._total = 0, len(requests)
-        texts = iter(self.generate_until(requests, disable_tqdm=True))
-        return [next(texts).strip() if does_fit else None for does_fit in fits]
-
-    def render_prompt(self, question: str) -> str:
-        """Render a single question with the chat template."""
-        return self.apply_chat_template([{"role": "user", "content": question}])
-
-    def loglikelihood(
-        self,
-        requests: list[Instance],
-        disable_tqdm: bool = True,  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
-    ) -> list[Answer]:
-        """Return the likelihoods of lm-eval requests, without a progress bar in the log."""
-        return list(super().loglikelihood(requests, disable_tqdm=True))
-
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run lm-eval's forward pass, and count its requests."""
         logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
-        self._advance(len(inps))
+        self.advance(len(inps))
         return logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run lm-eval's generation, and count its requests."""
         tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
-        self._advance(len(context))
+        self.advance(len(context))
         return tokens
 
-    def _advance(self, count: int) -> None:
-        self._done += count
-        if self.on_progress:
-            self.on_progress(self._done, self._total)
+    def score_continuations(self, requests: Sequence[Request]) -> Sequence[Answer]:
+        """Return the log-likelihood (nats) of each continuation, and whether it is the likeliest one."""
+        if all(len(prompt) > 1 for _, prompt, _ in requests) and self._has_full_cache():
+            return self._by_prompt(requests)
+        return list(HFLM._loglikelihood_tokens(self, list(requests), disable_tqdm=True))
 
-    def _loglikelihood_tokens(
-        self,
-        requests: list[Request],
-        disable_tqdm: bool = False,  # noqa: FBT001, FBT002 - lm-eval's signature
-        override_bs: int | None = None,
-    ) -> list[Answer]:
-        """Return the likelihoods of lm-eval requests (texts, prompt tokens, continuation tokens)."""
-        fits = [len(prompt) + len(rest) <= self.max_length for _, prompt, rest in requests]
-        fitting = [request for request, does_fit in zip(requests, fits, strict=True) if does_fit]
-        self._done, self._total = 0, len(fitting)
-        if all(len(prompt) > 1 for _, prompt, _ in fitting) and self._has_full_cache():
-            answers = iter(self._by_prompt(fitting))
-        else:
-            answers = iter(super()._loglikelihood_tokens(fitting, disable_tqdm, override_bs))
-        return [next(answers) if does_fit else TOO_LONG for does_fit in fits]
+    @torch.inference_mode()
+    def sequence_losses(self, sequences: Sequence[Encoded]) -> Iterator[float]:
+        """Yield the summed negative log-likelihood (nats) of the labels of each sequence.
+
+        They run one at a time: a batch would hold the logits of all its tokens over the whole vocabulary.
+        """
+        self.begin(len(sequences))
+        for one in sequences:
+            ids = torch.tensor(one.input_ids[None], dtype=torch.long, device=self.device)
+            labels = torch.tensor(one.labels[1:], dtype=torch.long, device=self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            yield float(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+            self.advance(1)
 
     def _has_full_cache(self) -> bool:
         """Return whether the cache keeps all tokens; a sliding window or a state cannot skip padding."""
@@ -202,7 +104,7 @@ class Model(HFLM):
             numbers = [number for _, members in batch for number in members]
             rests = [requests[number][2] for number in numbers]
             answers |= zip(numbers, self._score_batch(batch, rests), strict=True)
-            self._advance(len(numbers))
+            self.advance(len(numbers))
         return [answers[number] for number in range(len(requests))]
 
     def _batches(
@@ -256,28 +158,24 @@ class Model(HFLM):
         return ids, mask
 
 
-def context_length(config: Any) -> int:
-    """Return the maximum tokens of a sequence; of a model with more than text, those of its text model.
-
-    Models without positions, such as Mamba, have no maximum.
-    """
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
-
-
 def load_model(base: str, adapter: str | None) -> Any:
     """Load the base with its adapter, if any, or the fully fine-tuned weights, for scoring.
 
+    If the stage gave this process several GPUs, no single one holds the model, and its layers are spread.
     A CPU without bf16 computes it several times as slowly as float32, which is more accurate.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_full_model = adapter and not (Path(adapter) / "adapter_config.json").is_file()
     dtype = "auto" if device == "cuda" or cpu_has_bf16() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
-        adapter if is_full_model else base, dtype=dtype, trust_remote_code=False
+        adapter if is_full_model else base,
+        dtype=dtype,
+        device_map="auto" if torch.cuda.device_count() > 1 else None,
+        trust_remote_code=False,
     )
     if adapter and not is_full_model:
         model = PeftModel.from_pretrained(model, adapter)
     # The router loss of a mixture of experts is part of training only, and refuses the masks of a cache.
     if getattr(text := model.config.get_text_config(), "output_router_logits", False):
         text.output_router_logits = False
-    return model.to(device).eval()
+    return model.eval() if hasattr(model, "hf_device_map") else model.to(device).eval()

@@ -1,65 +1,85 @@
-"""Score one model: the program that the stage runs for each model with missing scores."""
+"""Score models: the program that the stage runs for the models with missing scores."""
 
 import argparse
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from nightshift.core.files import iterate_rows, read_json, read_rows, write_rows
 from nightshift.core.stage import print_line, run_main
 from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
-from nightshift.data.encode import (
-    IGNORED,
-    Encoded,
-    Encoder,
-    Fault,
-    count_supervised,
-    encode_batch,
-    load_encoder,
-)
+from nightshift.data.encode import Encoder, Fault, count_supervised, encode_batch, load_encoder
 from nightshift.data.schemas import SCORES
 from tasks.evaluate.answers import Answers
+from tasks.evaluate.asker import Asker, Find
 from tasks.evaluate.kinds import score_answers, score_benchmark
-from tasks.evaluate.model import Model, context_length, load_model
+from tasks.evaluate.model import Model, load_model
 from tasks.evaluate.retrieval import build_documents, build_index
 from tasks.evaluate.scores import DONE, PROGRESS
 
 # Time between two progress lines.
 REPORT_SECONDS = 10.0
+Load = Callable[[dict[str, Any], Find | None], Asker]
 
 
 def main(job_file: Path) -> None:
-    """Score the model of a job; the scores of each benchmark are saved as soon as it is done."""
+    """Score the models of a job; the scores of each benchmark are saved as soon as it is done."""
     job = read_json(job_file)
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     find = None
-    if job["documents"]:
+    if documents := max(one["documents"] for one in job["models"].values()):
         rows = iterate_rows(Path(job["train"]), ["id", "messages", "parent_id"])
-        find = build_index(build_documents(rows), job["documents"])
-    loaded = load_model(job["base"], job["adapter"])
-    model = Model(loaded, AutoTokenizer.from_pretrained(job["base"]), job["batch_size"], find)
+        find = build_index(build_documents(rows), documents)
+    tokenizer = AutoTokenizer.from_pretrained(job["base"])
+    with open_engine(job, tokenizer) as load:
+        for name, one in job["models"].items():
+            score_model(name, load(one, find if one["documents"] else None), one["targets"], job)
+
+
+@contextmanager
+def open_engine(job: dict[str, Any], tokenizer: Any) -> Iterator[Load]:
+    """Yield the function that loads a model of the job: the engine in this process, or a server."""
+    if job["engine"] == "transformers":
+        yield lambda one, find: Model(
+            load_model(job["base"], one["adapter"]), tokenizer, job["batch_size"], find
+        )
+        return
+    from tasks.evaluate.served import open_server
+
+    with open_server(job, tokenizer) as load:
+        yield load
+
+
+def score_model(name: str, model: Asker, targets: dict[str, str], job: dict[str, Any]) -> None:
+    """Score a model on its benchmarks.
+
+    Args:
+        name: Name of the model.
+        model: The model.
+        targets: Benchmark -> file of its scores.
+        job: The job of this process.
+    """
     root = Path(job["benchmarks"])
     benchmarks = {benchmark.name: benchmark for benchmark in read_benchmarks(root)}
-    for name, target in job["targets"].items():
-        report = reporter(name)
-        model.on_progress = report
-        if name == HELDOUT:
-            encoder = load_encoder(Path(job["base"]))
-            found = heldout_losses(loaded, encoder, read_rows(Path(job["test"])), report)
-        elif name == TEST_ANSWERS:
+    for benchmark, target in targets.items():
+        model.on_progress = reporter(f"{name} {benchmark}")
+        if benchmark == HELDOUT:
+            found = heldout_losses(model, load_encoder(Path(job["base"])), read_rows(Path(job["test"])))
+        elif benchmark == TEST_ANSWERS:
             encoder = load_encoder(Path(job["base"]))
             found = score_answers(model, encoder, Path(job["test"]), Answers(**job["answers"]))
         else:
-            found = score_benchmark(model, benchmarks[name], root / name, job["limit"])
+            found = score_benchmark(model, benchmarks[benchmark], root / benchmark, job["limit"])
         write_rows(Path(target), found, SCORES)
-        print_line(f"{DONE}{name}")
+        print_line(f"{DONE}{name} {benchmark}")
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -67,36 +87,39 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job_file", type=Path, help="job file written by tasks.evaluate")
 
 
-def reporter(benchmark: str) -> Callable[[int, int], None]:
-    """Return a function that prints how much of a benchmark is done, at most every `REPORT_SECONDS`."""
+def reporter(label: str) -> Callable[[int, int], None]:
+    """Return a function that prints how much of a model's benchmark is done, every `REPORT_SECONDS`."""
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
-            print_line(f"{PROGRESS}{benchmark} {done}/{total}")
+            print_line(f"{PROGRESS}{label} {done}/{total}")
 
     return report
 
 
-@torch.inference_mode()
 def heldout_losses(
-    model: Any, encoder: Encoder, examples: Sequence[dict[str, Any]], report: Callable[[int, int], None]
+    model: Asker, encoder: Encoder, examples: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Yield the summed negative log-likelihood (nats) of each held-out example's answers.
 
-    Sum and token count are separate, so that a mean over any subset is token-weighted. Examples run one
-    at a time: a batch would hold the logits of all its tokens over the whole vocabulary.
+    Sum and token count are separate, so that a mean over any subset is token-weighted.
 
     An example that exceeds the context length, or that the chat template does not render, is skipped.
     The candidate's template renders every example that passed ingest; that of a champion on another base
     may not.
     """
-    longest = context_length(model.config)
+    longest = model.max_length
     encoded = encode_batch([(example["messages"], example["tools"]) for example in examples], encoder)
-    for number, (example, one) in enumerate(zip(examples, encoded, strict=True)):
-        report(number, len(examples))
+    fitting = [
+        one
+        for one in encoded
+        if not isinstance(one, Fault) and max(len(part.input_ids) for part in one) <= longest
+    ]
+    losses = model.sequence_losses([part for one in fitting for part in one])
+    for example, one in zip(examples, encoded, strict=True):
         row = {
             "benchmark": HELDOUT,
             "item": example["id"],
@@ -118,19 +141,11 @@ def heldout_losses(
             reason = f"{length} tokens exceed the model's context of {longest}"
             yield row | {"status": "skipped", "answer": reason}
             continue
-        loss = sum(sequence_loss(model, part) for part in one)
+        loss = sum(islice(losses, len(one)))
         if math.isfinite(loss):
             yield row | {"score": loss}
         else:
             yield row | {"status": "error", "answer": f"the loss is {loss}"}
-
-
-def sequence_loss(model: Any, encoded: Encoded) -> float:
-    """Return the summed negative log-likelihood (nats) of the labels of one sequence."""
-    ids = torch.tensor(encoded.input_ids[None], dtype=torch.long, device=model.device)
-    labels = torch.tensor(encoded.labels[1:], dtype=torch.long, device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    return float(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from tests.helpers.checkouts import FOLDERS as PACKAGES
 from tests.helpers.imports import imports
 
 STAGES = read_stages(ROOT / "dvc.yaml")
-# Libraries that stages import but that do not affect results: formats, processes, output.
-NO_EFFECT_ON_RESULTS = {"mlflow", "psutil", "pyarrow", "pydantic", "pyyaml", "rich", "tqdm"}
+# Libraries that stages import but that do not affect results: formats, processes, output, clients of servers.
+NO_EFFECT_ON_RESULTS = {
+    *("aiolimiter", "httpx", "mlflow", "openai", "psutil", "pyarrow", "pydantic", "pyyaml", "rich", "tqdm"),
+}
 NEEDS_NO_TORCH = ("ingest", "dedupe", "split", "augment", "decontaminate", "gate")
 
 

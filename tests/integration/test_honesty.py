@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nightshift.core.errors import DataError
 from nightshift.core.files import jsonl, read_json, write_json, write_rows, write_text
 from nightshift.data.benchmarks import CHOICE_TASK
 from nightshift.data.encode import load_encoder
 from nightshift.data.schemas import ALL_SCORES, AUGMENTED, GROUPED
+from tasks.evaluate.model import Model
 from tasks.evaluate.score import heldout_losses
 from tasks.gate import __main__ as gate
 from tests.helpers.checkouts import ROOT
@@ -121,7 +122,8 @@ def test_a_model_that_returns_nan_is_an_error(judge: Judge, tiny_base: Path) -> 
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     examples = [conversation(i) for i in range(3)]
-    losses = list(heldout_losses(model, load_encoder(tiny_base), examples, lambda _done, _total: None))
+    asker = Model(model, AutoTokenizer.from_pretrained(tiny_base), 1)
+    losses = list(heldout_losses(asker, load_encoder(tiny_base), examples))
     rows = answers("base", chance(0.45, 2))
     for row, one in zip([row for row in rows if row["benchmark"] == "test"], losses, strict=True):
         row["item"] = one["item"]

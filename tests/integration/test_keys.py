@@ -23,14 +23,13 @@ from nightshift.replies import Failure
 from tasks.augment import AugmentParams
 from tasks.augment.propose import by_model
 from tasks.dedupe import DedupeParams, signatures
-from tasks.evaluate import EvaluateParams
 from tasks.evaluate import __main__ as evaluate
 from tasks.sft import __main__ as sft
 from tests.helpers.checkouts import ROOT
 from tests.helpers.sft import BACKEND, conversation, make_folder, sft_params
-from tests.integration.test_evaluate import put_benchmarks
+from tests.integration.test_evaluate import put_benchmarks, scoring
 
-SCORING = EvaluateParams(limit=2, batch_size=4, exact_match=None, retrieval=None)
+SCORING = scoring()
 # Code that displays, tracks or estimates a training run and does not affect its result.
 NOT_IN_TRAINING_KEY = {
     "tasks/sft/callbacks.py",

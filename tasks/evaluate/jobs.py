@@ -1,0 +1,296 @@
+"""The processes that score models: what each does, with which engine, and where."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from nightshift.core.cpu import cpu_has_bf16
+from nightshift.core.errors import StageError
+from nightshift.core.files import iterate_rows, tree_digest, write_json
+from nightshift.core.paths import BENCHMARKS, CLEAN_TRAIN, TEST
+from nightshift.core.stage import OFFLINE, print_line
+from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
+from nightshift.pipeline import supervise
+from tasks.evaluate import EvaluateParams
+from tasks.evaluate.answers import Answers
+from tasks.evaluate.gpus import find_places
+from tasks.evaluate.scores import DONE, PROGRESS
+from tasks.evaluate.servers import name_weights, read_server
+from tasks.evaluate.vllm import (
+    VLLM_PYTHON,
+    find_unsupported,
+    find_vllm,
+    serve_arguments,
+    serve_remedy,
+    vllm_command,
+    vllm_python,
+)
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedModel:
+    """A model and its benchmarks.
+
+    Attributes:
+        base: Folder of the base model.
+        base_digest: Digest of the base model.
+        adapter: Folder of the adapter or full weights; None for the base model itself.
+        documents: Documents placed before each question; 0 for none.
+        benchmarks: Names of the benchmarks.
+    """
+
+    base: Path
+    base_digest: str
+    adapter: Path | None
+    documents: int
+    benchmarks: list[str]
+
+    @property
+    def lora(self) -> Path | None:
+        """Folder of the adapter, if the model has one on its base."""
+        is_lora = self.adapter and (self.adapter / "adapter_config.json").is_file()
+        return self.adapter if is_lora else None
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the base with which the adapter is used, or of the full weights."""
+        return self.adapter if self.adapter and not self.lora else self.base
+
+    @property
+    def weights_name(self) -> str:
+        """Name of these weights on a server."""
+        return name_weights(self.base_digest if self.weights == self.base else str(digest(self)))
+
+    @property
+    def served_name(self) -> str:
+        """Name of the model on a server."""
+        return f"{self.weights_name}-{str(digest(self))[:12]}" if self.lora else self.weights_name
+
+
+def digest(model: EvaluatedModel) -> str | None:
+    """Return the digest of a model's adapter or weights, or None for the base."""
+    return tree_digest(model.adapter) if model.adapter else None
+
+
+def device() -> str:
+    """Return `cpu` or the name of the GPU, whose kernels round differently; a CPU may have no bf16."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return CPU if cpu_has_bf16() else f"{CPU}, float32"
+
+
+def group_by_weights(models: dict[str, EvaluatedModel]) -> dict[Path, list[str]]:
+    """Return folder of weights -> names of the models that one server can serve."""
+    groups: dict[Path, list[str]] = {}
+    for name, model in models.items():
+        groups.setdefault(model.weights, []).append(name)
+    return groups
+
+
+def find_problems(models: dict[str, EvaluatedModel], params: EvaluateParams) -> list[str]:
+    """Return why the engine cannot score models in the same way as the other engines.
+
+    Raises:
+        ConfigError: The server rejects the key.
+        StageError: The server does not answer.
+    """
+    if params.engine == "transformers":
+        return []
+    found = [
+        f"evaluate.engine: {params.engine} cannot score {name}: it has {feature}; set it to transformers"
+        for name, model in models.items()
+        for feature in find_unsupported(model.weights, model.lora)
+    ]
+    if params.engine == "vllm":
+        if find_vllm(python := vllm_python()) is None:
+            found.append(
+                f"evaluate.engine: vllm, but {python} has no vLLM; create an environment for it "
+                f"(`python -m venv DIR`, `DIR/bin/pip install vllm`) and set {VLLM_PYTHON}=DIR/bin/python"
+            )
+        return found
+    served = read_server(params.endpoint).models
+    for weights, names in group_by_weights(models).items():
+        if (first := models[names[0]]).weights_name not in served:
+            adapters = [lora.absolute() for name in names if (lora := models[name].lora)]
+            folder = weights.absolute()
+            arguments = serve_arguments(folder, first.weights_name, adapters, first.base.absolute())
+            found.append(
+                f"evaluate.endpoint: {params.endpoint.base_url} does not serve {first.weights_name}, which "
+                f"is {folder}; start it with `{serve_remedy(folder, arguments)}`, or set evaluate.engine to "
+                "vllm"
+            )
+    return found
+
+
+def score_missing(
+    models: dict[str, EvaluatedModel],
+    missing: dict[str, dict[str, str]],
+    params: EvaluateParams,
+    answers: Answers | None,
+) -> None:
+    """Compute the missing scores, in one process per model, or per server.
+
+    Raises:
+        StageError: A process exited before it had scored all benchmarks.
+    """
+    if not missing:
+        return
+    show = progress_printer(missing, count_items(params, answers))
+    groups = group_by_weights({name: models[name] for name in missing})
+    jobs = [[name] for name in missing] if params.engine == "transformers" else list(groups.values())
+    places = find_job_places([models[name] for name in missing], len(jobs), params)
+    threads = (os.cpu_count() or 1) // len(places)
+    free: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in places:
+        free.put(place)
+
+    def score(names: Sequence[str]) -> None:
+        job = build_job({name: models[name] for name in names}, missing, params, answers)
+        place = free.get()
+        try:
+            run_job(job, {"OMP_NUM_THREADS": str(threads), **place}, partial(show, names))
+        finally:
+            free.put(place)
+
+    with ThreadPoolExecutor(max_workers=len(places)) as pool:
+        for _ in pool.map(score, jobs):
+            pass
+
+
+def progress_printer(
+    missing: dict[str, dict[str, str]], items: dict[str, int]
+) -> Callable[[Sequence[str], str], None]:
+    """Return a function that prints the lines of a process, with its progress among all items.
+
+    Args:
+        missing: Model -> benchmarks to score.
+        items: Benchmark -> number of its items.
+    """
+    total = sum(items[benchmark] for targets in missing.values() for benchmark in targets)
+    done: dict[tuple[str, str], int] = {}
+
+    def show(names: Sequence[str], line: str) -> None:
+        if line.startswith(DONE):
+            name, benchmark = line.removeprefix(DONE).split(" ")
+            done[name, benchmark] = items[benchmark]
+        elif line.startswith(PROGRESS):
+            name, benchmark, share = line.removeprefix(PROGRESS).split(" ")
+            part, whole = map(int, share.split("/"))
+            done[name, benchmark] = items[benchmark] * part // whole
+        else:
+            print_line(f"[{', '.join(names)}] {line}")
+            return
+        print_line(f"step {sum(done.values())}/{total} {name}: {benchmark}")
+
+    return show
+
+
+def count_items(params: EvaluateParams, answers: Answers | None) -> dict[str, int]:
+    """Return the number of items of each benchmark that a model is scored on."""
+    counts = {one.name: len(one.items) for one in read_benchmarks(BENCHMARKS)}
+    limited = {
+        name: count if params.limit is None else min(count, params.limit) for name, count in counts.items()
+    }
+    held_out = {HELDOUT: sum(1 for _ in iterate_rows(TEST, ["id"]))}
+    return {**limited, **held_out, TEST_ANSWERS: len(answers.ids) if answers else 0}
+
+
+def find_job_places(
+    models: Sequence[EvaluatedModel], jobs: int, params: EvaluateParams
+) -> list[dict[str, str]]:
+    """Return the environment of each process that scores at the same time.
+
+    A process has a CPU core or one GPU, or as many GPUs as the largest model needs. A server has all of them.
+    """
+    if params.engine != "transformers":
+        return [{}]
+    if device().startswith(CPU):
+        return [{}] * min(jobs, os.cpu_count() or 1)
+    import torch
+
+    if torch.cuda.device_count() == 1:
+        return [{}]
+    return find_places([{model.weights, model.lora or model.weights} for model in models])[:jobs]
+
+
+def build_job(
+    models: dict[str, EvaluatedModel],
+    targets: dict[str, dict[str, str]],
+    params: EvaluateParams,
+    answers: Answers | None = None,
+) -> dict[str, Any]:
+    """Build the job of one process, which writes the files in `targets`; all models are on the same base."""
+    first = next(iter(models.values()))
+    command = None
+    if params.engine == "vllm":
+        adapters = sorted({model.lora for model in models.values() if model.lora})
+        arguments = serve_arguments(first.weights, first.weights_name, adapters, first.base)
+        # A CPU without bf16 scores in float32, as with transformers.
+        arguments += ["--dtype", "float32"] if device() == f"{CPU}, float32" else []
+        command = vllm_command(first.weights, arguments, adapters, params.vllm)
+    return {
+        "engine": params.engine,
+        "base": str(first.base),
+        "models": {
+            name: {
+                "adapter": str(model.adapter) if model.adapter else None,
+                "documents": model.documents,
+                "targets": targets[name],
+                "weights": str(model.weights),
+                "weights_name": model.weights_name,
+                "served": model.served_name,
+                "lora": str(model.lora.absolute()) if model.lora else None,
+            }
+            for name, model in models.items()
+        },
+        "vllm": command,
+        "endpoint": params.endpoint.model_dump(),
+        "train": str(CLEAN_TRAIN),
+        "benchmarks": str(BENCHMARKS),
+        "test": str(TEST),
+        "answers": asdict(answers) if answers else None,
+        "limit": params.limit,
+        "batch_size": params.batch_size,
+    }
+
+
+def run_job(job: dict[str, Any], place: dict[str, str], on_line: Callable[[str], None]) -> None:
+    """Score the models of a job in a separate process, with the environment variables of its place.
+
+    Raises:
+        StageError: The process exited before it had scored all benchmarks.
+    """
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as work:
+        file = Path(work) / "job.json"
+        write_json(file, job)
+        code = supervise.run(
+            [sys.executable, "-m", "tasks.evaluate.score", str(file)],
+            on_line=on_line,
+            env={
+                **place,
+                # Busy-waiting threads are ten times slower on shared CPU cores.
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **OFFLINE,
+                "HF_DATASETS_CACHE": f"{work}/datasets",
+                "TOKENIZERS_PARALLELISM": "false",
+                # Progress is reported in lines; bars would fill the log.
+                "TQDM_DISABLE": "1",
+            },
+        )
+    targets = [target for one in job["models"].values() for target in one["targets"].values()]
+    if code or not all(Path(target).is_file() for target in targets):
+        raise StageError(
+            f"evaluate: scoring {', '.join(job['models'])} exited with code {code}, see the error above; "
+            "finished benchmarks are cached, rerun to resume"
+        )
