@@ -114,17 +114,17 @@ def require_same_scores(base: Path, model: Path) -> None:
                 logits = plain(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
             expected = -cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
             assert likelihood == pytest.approx(expected, rel=1e-4)
-    require_same_heldout_loss(base, loaded, plain)
+    require_same_heldout_loss(base, scorer, plain)
     prompts = [scorer.render_prompt(question) for question, _ in QUESTIONS]
     answers = scorer.generate_greedy(prompts, max_new_tokens=4)
     assert answers == [generate(plain, scorer, prompt, 4) for prompt in prompts]
 
 
-def require_same_heldout_loss(base: Path, loaded: Any, plain: Any) -> None:
+def require_same_heldout_loss(base: Path, scorer: Model, plain: Any) -> None:
     """Require that the loss on the test set is that of the model's own forward."""
     examples = [conversation(i) for i in range(2)]
     encoder = load_encoder(base)
-    found = list(heldout_losses(loaded, encoder, examples, lambda *_: None))
+    found = list(heldout_losses(scorer, encoder, examples))
     for row, example in zip(found, examples, strict=True):
         (one,) = encode_batch([(example["messages"], None)], encoder)
         assert not isinstance(one, Fault)
