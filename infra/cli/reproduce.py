@@ -108,10 +108,11 @@ def pin_processes(params: Path, trained: dict[str, Any]) -> None:
 def differences(trained: dict[str, Any], folder: Path) -> list[str]:
     """List the effective settings that differ from those of the machine that trained the version."""
     found = read_json(folder / "data" / "sft" / "effective.json")
+    settings = {key: row for key, row in trained.items() if isinstance(row, dict) and "effective" in row}
     return [
         f"{key} {found[key]['effective']} instead of {row['effective']}"
-        for key, row in trained.items()
-        if isinstance(row, dict) and key != "devices" and found[key]["effective"] != row["effective"]
+        for key, row in settings.items()
+        if key != "devices" and found[key]["effective"] != row["effective"]
     ]
 
 

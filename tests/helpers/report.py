@@ -154,7 +154,12 @@ def make_night(folder: Path, *, champion: bool = True) -> None:
         )
     write_json(data / "base" / "base.json", {"model": "tiny", "dtype": "float32", "files": {"a": "1" * 64}})
     write_json(data / "sft" / "plan.json", {"learning_rate": [0.0, 0.001, 0.0005]})
-    write_json(data / "sft" / "effective.json", {"precision": {"requested": "auto", "effective": "bf16"}})
+    effective = {
+        "precision": {"requested": "auto", "effective": "bf16"},
+        "trained": {"weights": 4884480, "tensors": 420, "modules": {"q_proj": 30}},
+        "strategy_reason": "strategy: zero2",
+    }
+    write_json(data / "sft" / "effective.json", effective)
     write_json(data / "evaluate" / "models.json", {})
     repair = {"repair": "mojibake", "origin": "facts/000001.jsonl:3", "before": "CafÃ©", "after": HOSTILE}
     write_text(data / "ingest" / "repairs.jsonl", jsonl([repair]))

@@ -221,5 +221,5 @@ def test_ranks_scorers_and_served_models_are_always_offline(
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert rank_environment("cpu", [])["HF_HUB_OFFLINE"] == "1"
-    for path in ("tasks/evaluate/__main__.py", "nightshift/registry/versions.py", "infra/cli/export.py"):
+    for path in ("tasks/evaluate/jobs.py", "nightshift/registry/versions.py", "infra/cli/export.py"):
         assert "**OFFLINE" in (ROOT / path).read_text(encoding="utf-8"), path

@@ -201,6 +201,14 @@ def test_requests_and_errors_of_a_page_are_detected(in_tmp: Path) -> None:
 
 
 @pytest.mark.usefixtures("checkout")
+def test_the_page_shows_what_was_trained_and_the_settings() -> None:
+    page = write_page()
+    assert "<dt>trained weights</dt><dd>4,884,480</dd>" in page
+    assert '<th scope="row">precision</th><td>auto</td><td>bf16</td>' in page
+    assert '<th scope="row">trained</th>' not in page
+
+
+@pytest.mark.usefixtures("checkout")
 def test_the_page_shows_how_champions_age_night_by_night() -> None:
     page = write_page()
     assert "Version 2 has a loss of 2.500 on the test examples that are newer than the champion" in page

@@ -13,6 +13,7 @@ def ran(processes: int, kernel: str, device: str = "0") -> dict[str, Any]:
         "num_processes": {"requested": "auto", "effective": processes},
         "attn_implementation": {"requested": "auto", "effective": kernel},
         "devices": {"requested": "all", "effective": [device]},
+        "trained": {"weights": 4, "tensors": 2, "modules": {"q_proj": 1}},
         "strategy_reason": "set in params.yaml",
     }
 
