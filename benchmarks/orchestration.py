@@ -10,9 +10,10 @@ from benchmarks.record import Record, record
 from benchmarks.stages import ROOT, environment
 from benchmarks.throughput import Training, make_job, speed
 from nightshift.core.files import read_json, tree_digest
+from nightshift.core.ports import free_port
 from nightshift.tracking import spool
 from tasks.sft.job import Job, read_job
-from tasks.sft.launch import build_command, free_port, rank_environment
+from tasks.sft.launch import build_command, rank_environment
 
 TRAINING_SECONDS = 600.0
 FLOW = """

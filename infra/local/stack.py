@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +19,6 @@ from urllib.parse import urlencode
 import psutil
 
 from infra.local import prefect_api, processes, runs, services
-from infra.local.processes import HOST
 from infra.local.runs import POOL
 from infra.local.service_logs import unexplained
 from infra.local.services import SERVICES
@@ -28,6 +26,7 @@ from infra.local.settings import FOREIGN, MARK, Stack, environment, prefect_toml
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import named_errors
+from nightshift.core.ports import free_port
 from nightshift.core.state import state_dir
 from nightshift.pipeline.leases import find_process
 
@@ -222,9 +221,7 @@ def _choose_port(service: str, record: processes.Record | None) -> int:
         raise ConfigError(
             f"{variable}: port {wanted} is in use: {holder}; end that process or choose another port"
         )
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     log.info("%s: port %d is in use: %s; using %d", service, wanted, holder, port)
     return port
 

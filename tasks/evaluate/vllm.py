@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import shlex
-import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import httpx
 
 from nightshift.core.errors import StageError
 from nightshift.core.files import read_json
+from nightshift.core.ports import free_port
 from tasks.evaluate import VllmParams
 from tasks.evaluate.servers import ALLOW_ADAPTERS
 
@@ -160,9 +160,7 @@ def start_vllm(command: Sequence[str]) -> Iterator[dict[str, Any]]:
     Raises:
         StageError: The server ended, or took too long to start.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
     # The server and the client read it.
     os.environ["VLLM_API_KEY"] = secrets.token_urlsafe(32)

@@ -4,13 +4,13 @@ import base64
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from nightshift.core.errors import ConfigError, TrainingError
+from nightshift.core.ports import free_port
 from nightshift.core.stage import OFFLINE
 from nightshift.core.state import tools_environment
 from nightshift.pipeline import supervise
@@ -153,10 +153,3 @@ def rank_environment(device: str, devices: Sequence[str]) -> dict[str, str]:
         # One thread per rank makes the arithmetic, and so the adapter, reproducible.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return env
-
-
-def free_port() -> int:
-    """Return a free port on the loopback interface."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 
 from infra.local import prefect_api
 from nightshift.core.files import read_json, tree_digest
+from nightshift.core.ports import free_port
 from tests.helpers.checkouts import BIN, ROOT, Checkout, make_checkout
 
 pytestmark = pytest.mark.timeout(900)
@@ -75,20 +76,12 @@ def checkout(
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     (folder / "mine").mkdir()
     (folder / "mine" / "chats.jsonl").write_bytes(json.dumps(chat).encode() + b"\n" + BAD_LINES)
-    ports = {"NIGHTSHIFT_PREFECT_PORT": free_port(), "NIGHTSHIFT_MLFLOW_PORT": free_port()}
+    ports = {f"NIGHTSHIFT_{name}_PORT": str(free_port()) for name in ("PREFECT", "MLFLOW")}
     made = ServedCheckout(folder, clean_environment | ports)
     try:
         yield made
     finally:
         made.type("nightshift", "down")
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def test_make_run_registers_a_version(checkout: ServedCheckout) -> None:
@@ -266,7 +259,7 @@ def test_a_second_machine_reproduces_promotes_and_uses_the_model(
     assert "Running stage" not in second.type("dvc", "repro")
     second.type("nightshift", "promote", "1", "--reason", "approved elsewhere")
     assert "approved elsewhere" in checkout.type("nightshift", "history")
-    port = free_port()
+    port = str(free_port())
     server = subprocess.Popen(
         [str(BIN / "nightshift"), "serve", "--port", port],
         cwd=second.folder,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tasks.sft.launch import free_port
+from nightshift.core.ports import free_port
 from tests.helpers.sft import history, make_folder, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))

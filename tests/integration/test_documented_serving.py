@@ -17,11 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from nightshift.core.ports import free_port
 from nightshift.registry.served_model import generate, load
 from tasks import register
 from tests.helpers.champion import enter
 from tests.helpers.checkouts import BIN, ROOT
-from tests.integration.test_endpoint import free_port
 
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)

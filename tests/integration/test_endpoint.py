@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -19,6 +18,7 @@ import pytest
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json, write_json
 from nightshift.core.memo import Memo
+from nightshift.core.ports import free_port
 from nightshift.replies import EndpointParams, Failure, Reply, Request, ask
 from nightshift.replies.endpoint import Endpoint
 from tests.helpers.checkouts import BIN
@@ -143,12 +143,6 @@ def proxy(server: Server) -> Iterator[str]:
     web.shutdown()
     web.server_close()
     thread.join()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def params(base_url: str, **changes: Any) -> EndpointParams:

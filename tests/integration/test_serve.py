@@ -24,12 +24,12 @@ from infra.serving.follow import RETRY_SECONDS, Follower
 from infra.serving.model import load_address
 from nightshift.core.errors import ConfigError
 from nightshift.core.files import tree_digest
+from nightshift.core.ports import free_port
 from nightshift.registry import versions
 from nightshift.registry.served_model import generate, load
 from tasks import register
 from tests.helpers.champion import enter
 from tests.helpers.checkouts import BIN
-from tests.integration.test_endpoint import free_port
 from tests.integration.test_registry import adapter
 
 ASKED: list[Any] = [{"role": "user", "content": "What is the chemical symbol of Gold?"}]

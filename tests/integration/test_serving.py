@@ -22,13 +22,14 @@ from peft.tuners.lora import LoraModel
 from infra.cli.export import export
 from nightshift.core.errors import GateError
 from nightshift.core.files import read_json, tree_digest, write_text
+from nightshift.core.ports import free_port
 from nightshift.registry import versions
 from nightshift.registry.served_model import generate, load
 from tasks import register
 from tasks.base import locate
 from tests.helpers.champion import register_champion
 from tests.helpers.checkouts import BIN
-from tests.integration.test_endpoint import Server, free_port
+from tests.integration.test_endpoint import Server
 from tests.integration.test_registry import adapter
 
 URI = "models:/nightshift@champion"

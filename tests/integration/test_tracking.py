@@ -16,8 +16,8 @@ import pytest
 from mlflow import MlflowClient
 
 from nightshift.core.files import read_json
+from nightshift.core.ports import free_port
 from nightshift.tracking import spool
-from tasks.sft.launch import free_port
 from tests.helpers.sft import make_folder, only_run, run_sft, start_sft
 
 PACKED = ((0, 1), (2, 3), (4, 5), (6, 7))

@@ -1,0 +1,10 @@
+"""Ports of local servers."""
+
+import socket
+
+
+def free_port() -> int:
+    """Return a free port on the loopback interface."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
