@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from pydantic import Field
 
@@ -19,12 +20,14 @@ from nightshift.core.files import iterate_rows, read_json
 from nightshift.core.paths import CHAMPION_RECORD, CLEAN_TRAIN, PACKED, VALIDATION
 from nightshift.pipeline.graph import changed_paths
 from nightshift.registry.versions import find_alias, open_registry
-from nightshift.tracking.evaluation import CHAMPION_AGE, MILLISECONDS_PER_DAY
 from nightshift.tracking.runs import experiment_id
 
+# Metric: age in days of the champion that the candidate was compared with.
+CHAMPION_AGE = "eval/test/champion_age"
+MILLISECONDS_PER_DAY = 86_400_000
 # Nights that the half-life is measured on, at most and at least, and those that show the level of the loss.
 NIGHTS, MIN_NIGHTS, LAST = 365, 5, 10
-# Half-lives, in days, that are tried. The longest stands for "no loss of advantage was measured".
+# Half-lives, in days, that are tried. The longest means that no advantage was lost.
 HALF_LIVES = np.geomspace(0.1, 3650, 1000)
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,11 @@ class Night:
     base: float
     champion: float
     candidate: float
+
+
+def age_in_days(champion: ModelVersion, moment: float) -> float:
+    """Return the age of a version at a time, in milliseconds since 1970."""
+    return (moment - float(champion.creation_timestamp)) / MILLISECONDS_PER_DAY
 
 
 def read_nights(client: MlflowClient) -> list[Night]:
@@ -138,7 +146,7 @@ def find_reason_to_skip(now: float) -> str | None:
     half_life = find_half_life(nights)
     if champion is None or arrival is None or half_life is None:
         return None
-    age = (now * 1000 - champion.creation_timestamp) / MILLISECONDS_PER_DAY
+    age = age_in_days(champion, now * 1000)
     gain = expect_gain(nights, half_life, age)
     if gain >= least:
         return None

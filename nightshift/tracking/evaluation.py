@@ -13,9 +13,6 @@ from nightshift.data.gain import is_loss_gain
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# Age in days of the champion that the candidate was compared with.
-CHAMPION_AGE = "eval/test/champion_age"
-MILLISECONDS_PER_DAY = 86_400_000
 # Characters that MLflow does not accept in the name of a metric, and its maximum length.
 REFUSED, LONGEST = re.compile(r"[^\w\-. :/]"), 250
 METRICS_PER_REQUEST = 1000

@@ -48,10 +48,10 @@ from nightshift.data.statistics import is_broken
 from nightshift.pipeline.graph import stage_order
 from nightshift.pipeline.ledger import TRANSFERS
 from nightshift.raw.unused import unused_by_snapshot
-from nightshift.registry.freshness import read_nights
+from nightshift.registry.freshness import CHAMPION_AGE, age_in_days, read_nights
 from nightshift.registry.lineage import open_lineage, write_lineage
 from nightshift.registry.versions import DIGEST, logged_model, open_registry, registered
-from nightshift.tracking.evaluation import CHAMPION_AGE, MILLISECONDS_PER_DAY, log_evaluation
+from nightshift.tracking.evaluation import log_evaluation
 from nightshift.tracking.spool import training_run
 from tasks.gate import GateParams
 from tasks.judge import VERDICTS
@@ -101,8 +101,8 @@ def find_age(client: MlflowClient, candidate: ModelVersion) -> float | None:
     champion = read_json(CHAMPION_RECORD)
     if champion["arrival"] is None:
         return None
-    born = client.get_model_version(candidate.name, str(champion["version"])).creation_timestamp
-    return float(candidate.creation_timestamp - born) / MILLISECONDS_PER_DAY
+    version = client.get_model_version(candidate.name, str(champion["version"]))
+    return age_in_days(version, candidate.creation_timestamp)
 
 
 def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:

@@ -70,3 +70,17 @@ def make_checkout(folder: Path, base: Path) -> Path:
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "checkout"]):
         subprocess.run([*git, *command], cwd=folder, check=True)
     return folder
+
+
+def run_flow(folder: Path, script: str, environment: dict[str, str]) -> list[str]:
+    """Run a script with a Prefect flow in a new git and DVC checkout, and return the lines that it printed.
+
+    Args:
+        folder: Folder with a dvc.yaml.
+        script: Python code that starts its own Prefect server.
+        environment: Environment of a new user's shell.
+    """
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+    flow = {**environment, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / "prefect")}
+    return Checkout(folder, flow).type(sys.executable, "-c", script).splitlines()

@@ -26,6 +26,7 @@ from tasks.gate.decision import decide
 from tasks.report import __main__ as report
 from tests.helpers.browser import Visit, find_browser, open_browser
 from tests.helpers.checkouts import ROOT
+from tests.helpers.nights import age_by, log_nights
 from tests.helpers.report import (
     GATE,
     HOSTILE,
@@ -36,7 +37,6 @@ from tests.helpers.report import (
     score,
     write_scores,
 )
-from tests.unit.nightshift.registry.test_freshness import age_by, log_nights
 
 DATABASE = Path(".nightshift/mlflow.db")
 SENTENCES = [

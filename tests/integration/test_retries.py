@@ -1,13 +1,11 @@
 """The flow retries a training run while another attempt may get further, and retries nothing else."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
-from tests.helpers.checkouts import ROOT
+from tests.helpers.checkouts import run_flow
 
 # Each attempt ends as the stage's file specifies.
 STAGE = """
@@ -64,21 +62,10 @@ def test_training_errors_are_retried_but_configuration_errors_are_not(
     (tmp_path / "stage.py").write_text(STAGE)
     stages = {name: {"cmd": f"python stage.py {name}", "outs": [f"{name}.done"]} for name in ends}
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
-        subprocess.run(command, cwd=tmp_path, env=clean_environment, check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", FLOW],
-        cwd=tmp_path,
-        env={**clean_environment, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    output = run_flow(tmp_path, FLOW, clean_environment)
     attempts = {name: len((tmp_path / f"{name}.attempts").read_text()) for name in ends}
     assert attempts == {"recovers": 5, "misconfigured": 1, "killed": 1}
-    recovered, misconfigured, killed = ast.literal_eval(done.stdout.splitlines()[-1])
+    recovered, misconfigured, killed = ast.literal_eval(output[-1])
     # In the second run, DVC has the result cached.
     assert recovered[0] == "Cached"
     assert misconfigured[0] == killed[0] == "Failed"

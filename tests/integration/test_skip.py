@@ -2,40 +2,36 @@
 
 import ast
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from nightshift.pipeline.graph import stage_order
-from tests.helpers.checkouts import ROOT
+from tests.helpers.checkouts import ROOT, run_flow
 
 # Seeds the registry and five nights, then runs the flow on new data: without a limit, and with one.
 FLOW = """
-import sys
 from pathlib import Path
 from mlflow import MlflowClient
 from prefect.testing.utilities import prefect_test_harness
-sys.path.insert(0, {root!r})
 from flows.finetune import finetune
 from nightshift.core.files import write_json, write_rows
 from nightshift.data.schemas import AUGMENTED
 from nightshift.registry import versions
-from tests.unit.nightshift.registry.test_freshness import age_by, log_nights
+from tests.helpers.nights import age_by, log_nights
 
 client, name = versions.open_registry()
 client.create_registered_model(name)
-client.create_model_version(name, str(Path.cwd()), tags={{versions.DIGEST: "a" * 64}})
+client.create_model_version(name, str(Path.cwd()), tags={versions.DIGEST: "a" * 64})
 client.set_registered_model_alias(name, "champion", "1")
-write_json(Path("data/champion/champion.json"), {{"arrival": 0}})
+write_json(Path("data/champion/champion.json"), {"arrival": 0})
 write_rows(Path("data/decontaminate/train.parquet"), [], AUGMENTED)
 log_nights(client, age_by(20, [1, 2, 4, 8, 16]))
 with prefect_test_harness():
     states = []
     for night, least in enumerate((0, 0.9)):
         Path("shard").write_text(str(night))
-        states.append(finetune({{"nightly.min_expected_gain": least}}, return_state=True))
+        states.append(finetune({"nightly.min_expected_gain": least}, return_state=True))
     named = "tags.mlflow.runName LIKE '%finetune%'"
     runs = client.search_runs(["1"], named, order_by=["attributes.start_time"])
     print([(state.type.value, state.name, state.message) for state in states])
@@ -54,19 +50,8 @@ def test_a_night_that_would_gain_too_little_is_skipped(
         previous = out
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
-        subprocess.run(command, cwd=tmp_path, env=clean_environment, check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", FLOW.format(root=str(ROOT))],
-        cwd=tmp_path,
-        env={**clean_environment, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    states, runs = map(ast.literal_eval, done.stdout.splitlines()[-2:])
+    output = run_flow(tmp_path, FLOW, clean_environment)
+    states, runs = map(ast.literal_eval, output[-2:])
     # Without a limit, the night trains. It fails at the ledger, which misses the summaries of the stages.
     assert states[0][0] == "FAILED"
     assert states[1][:2] == ("COMPLETED", "Skipped")

@@ -1,6 +1,5 @@
 """How fast champions age, and when a training is not worth the night."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,10 @@ from nightshift.core.files import write_json, write_rows
 from nightshift.data.schemas import AUGMENTED
 from nightshift.registry import freshness, versions
 from nightshift.registry.freshness import Night, expect_gain, find_half_life, read_nights
-from nightshift.tracking.evaluation import CHAMPION_AGE
 from nightshift.tracking.runs import experiment_id, tracking_uri
+from tests.helpers.nights import age_by, log_nights
 
 DAY = 86_400
-
-
-def age_by(half_life: float, ages: list[float], noise: float = 0.0) -> list[Night]:
-    """Return nights whose champions lose their advantage of 1 nat per token with a half-life."""
-    chance = random.Random(0)
-    return [
-        Night(number, age, 3.0, 3.0 - 2 ** (-age / half_life) + chance.gauss(0, noise), 2.0)
-        for number, age in enumerate(ages, start=1)
-    ]
 
 
 @given(st.floats(0.5, 1000), st.lists(st.floats(0.1, 1.0), min_size=5, max_size=30))
@@ -83,20 +73,6 @@ def configure(least: float) -> None:
         "registry: {experiment: nights, model_name: model, approval: auto}\n",
         encoding="utf-8",
     )
-
-
-def log_nights(client: MlflowClient, nights: list[Night]) -> None:
-    for hour, night in enumerate(nights, start=1):
-        run = client.create_run(
-            experiment_id(client), start_time=hour, tags={"nightshift.version": str(night.version)}
-        )
-        for key, value in (
-            (CHAMPION_AGE, night.age),
-            ("eval/test/new_loss_base", night.base),
-            ("eval/test/new_loss_champion", night.champion),
-            ("eval/test/new_loss", night.candidate),
-        ):
-            client.log_metric(run.info.run_id, key, value)
 
 
 def today(client: MlflowClient, age: float) -> float:
