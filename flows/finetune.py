@@ -49,7 +49,7 @@ def finetune(
         Final state; its name is one of `nightshift.pipeline.outcome.OUTCOMES`.
     """
     if reason := describe_missed_night():
-        return end(MISSED, reason)
+        return end(MISSED, reason, MISSED.lower())
     fields = {
         "sft.learning_rate": learning_rate,
         "sft.num_train_epochs": num_train_epochs,
@@ -65,7 +65,7 @@ def finetune(
             for stage in stage_order():
                 if stage == "sft" and stage in may_run and (reason := find_reason_to_skip(time.time())):
                     describe_run(run_id, SKIPPED, reason)
-                    return end(SKIPPED, reason)
+                    return end(SKIPPED, reason, SKIPPED.lower())
                 if stage != "snapshot":
                     run_stage(stage, run_id, may_run=stage in may_run)
             check_ledger()
@@ -75,16 +75,14 @@ def finetune(
             is_judged = locked_outputs()["gate"] != decision
             name, message = describe_outcome(board, has_changed=bool(may_run), is_judged=is_judged)
             describe_run(run_id, name, message)
-    add_tags([board["gate"]["verdict"], f"version {board['version']}"])
+    return end(name, message, board["gate"]["verdict"], f"version {board['version']}")
+
+
+def end(name: str, message: str, *tags: str) -> State[None]:
+    """Tag the run, and return the final state that says how it ended."""
+    add_tags(tags)
     get_run_logger().info("%s: %s", name, message)
     return Completed(name=name, message=message)
-
-
-def end(name: str, reason: str) -> State[None]:
-    """End the run early, in a state that says why."""
-    add_tags([name.lower()])
-    get_run_logger().info("%s: %s", name, reason)
-    return Completed(name=name, message=reason)
 
 
 def ship(run_id: str | None) -> None:

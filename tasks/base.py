@@ -12,8 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
-from typing import cast as typed
+from typing import Any, Literal, cast
 
 from pydantic import field_validator
 
@@ -36,7 +35,7 @@ from nightshift.data.template import (
     render_answer,
 )
 from nightshift.hub import explain_hub_errors
-from nightshift.registry.rounding import cast, stored_dtypes
+from nightshift.registry.rounding import cast_weights, stored_dtypes
 
 SpecialToken = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
 HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
@@ -248,7 +247,7 @@ def find_stop_tokens(tokenizer: Any, reference: str | None) -> Iterator[str]:
             vocabulary.
     """
     where = f"base.chat_template: {reference or 'that of the tokenizer'}"
-    template = typed("Template", read_template(tokenizer))
+    template = cast("Template", read_template(tokenizer))
     try:
         part = render_answer(make_chat(template, None, [USER, ASSISTANT]), 1)
     except TEMPLATE_ERRORS as err:
@@ -286,7 +285,7 @@ def save(
 
     # Never overwrite in place: the kept base of a champion may be hard-linked to these files.
     shutil.rmtree(target, ignore_errors=True)
-    cast(model, getattr(torch, dtype), stored or {}).save_pretrained(target)
+    cast_weights(model, getattr(torch, dtype), stored or {}).save_pretrained(target)
     # Otherwise tokenizer_config.json would record this loading option.
     tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(target)

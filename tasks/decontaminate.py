@@ -34,11 +34,11 @@ from nightshift.data.text import (
     Form,
     Shingles,
     containment,
+    count_words,
     is_another_question,
     is_contained,
     ngrams,
     read_form,
-    weight,
 )
 
 HITS_SCHEMA = pa.schema(
@@ -224,7 +224,7 @@ def build_index(questions: Iterable[Asked], params: DecontaminateParams, *, is_t
     by_shingle: dict[str, list[int]] = defaultdict(list)
     for number, question in enumerate(found.values()):
         words = question.text.split()
-        if not is_long(words, params):
+        if count_words(words) < params.min_question_words:
             continue
         for gram in ngrams(words, params.ngram_size) if not is_test else ():
             by_ngram.setdefault(gram, number)
@@ -232,11 +232,6 @@ def build_index(questions: Iterable[Asked], params: DecontaminateParams, *, is_t
             by_shingle[shingle].append(number)
     by_text = {text: number for number, text in enumerate(found)}
     return Index(list(found.values()), by_text, by_ngram, by_shingle, is_test)
-
-
-def is_long(words: Iterable[str], params: DecontaminateParams) -> bool:
-    """Return whether a text is long enough for a search inside others."""
-    return sum(map(weight, words)) >= params.min_question_words
 
 
 def find_hits(
@@ -253,7 +248,7 @@ def find_hits(
         forms = {text: read_form(text) for text in {*asked, prompt}}
         # A quiz has questions in an answer; a short one is too common there.
         answers = map(read_form, answers_of(example)) if benchmarks.questions else ()
-        told = [form for form in answers if is_long(form.words, params)]
+        told = [form for form in answers if count_words(form.words) >= params.min_question_words]
         texts = ([*(forms[text] for text in asked), *told], [forms[prompt]])
         found = [find_overlaps(some, index, params) for some, index in zip(texts, indexes, strict=True)]
         if any(found):

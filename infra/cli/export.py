@@ -27,7 +27,7 @@ from nightshift.core.errors import GateError, StageError
 from nightshift.core.files import read_json, write_json
 from nightshift.core.stage import OFFLINE
 from nightshift.core.state import tools_environment
-from nightshift.registry.rounding import cast, stored_dtypes
+from nightshift.registry.rounding import cast_weights, stored_dtypes
 from nightshift.registry.served_model import PROBES, encode_prompt, generate, load
 from nightshift.registry.versions import DIGEST, open_model
 from tasks.sft.checkpoints import find_non_finite
@@ -80,7 +80,7 @@ def export(
         require_same_answers(model, tokenizer, answers)
         # Training disables the KV cache.
         model.config.use_cache = True
-        cast(model, stored, stored_dtypes(base)).save_pretrained(folder)
+        cast_weights(model, stored, stored_dtypes(base)).save_pretrained(folder)
         # Otherwise this loading option would be saved with the tokenizer.
         tokenizer.init_kwargs.pop("local_files_only", None)
         tokenizer.save_pretrained(folder)

@@ -22,6 +22,8 @@ from nightshift.data.used import read_used
 HELDOUT = "test"
 # Benchmark of generated answers to test examples (`evaluate.exact_match`).
 TEST_ANSWERS = "test_answers"
+# Benchmarks whose items are test examples.
+OF_TEST_EXAMPLES = (HELDOUT, TEST_ANSWERS)
 # lm-eval multiple-choice task for items that match `ChoiceItem`.
 CHOICE_TASK = {
     "output_type": "multiple_choice",
@@ -214,7 +216,7 @@ def read_benchmark(folder: Path, faults: list[str]) -> Benchmark:
         return Benchmark(folder.name, "choice", {}, [])
     task_schema, item_schema = KINDS[kind]
     faults += problems(task_schema, str(file), task)
-    if folder.name in (HELDOUT, TEST_ANSWERS):
+    if folder.name in OF_TEST_EXAMPLES:
         faults.append(f"{folder}: this name is reserved for the held-out examples; use another one")
     return Benchmark(folder.name, kind, task, read_items(folder / "items.jsonl", item_schema, faults))
 

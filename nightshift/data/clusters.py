@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from nightshift.data.benchmarks import HELDOUT, Question
 from nightshift.data.components import connect
-from nightshift.data.text import Form, Shingles, is_another_question, is_contained, ngrams, weight
+from nightshift.data.text import Form, Shingles, count_words, is_another_question, is_contained, ngrams
 
 CLUSTERS_SCHEMA = pa.schema([("benchmark", pa.string()), ("item", pa.string()), ("cluster", pa.string())])
 # A passage in more questions is a template or a document.
@@ -86,7 +86,7 @@ def same_questions(questions: Sequence[Asked], overlap: Overlap) -> Iterator[tup
         # Test examples about one document share n-grams.
         for gram in set(ngrams(form.words, overlap.ngram_size)) if one.benchmark != HELDOUT else ():
             by_gram[gram].append(number)
-        if sum(map(weight, form.words)) >= overlap.min_question_words:
+        if count_words(form.words) >= overlap.min_question_words:
             parts[number] = form.shingles
             for shingle in form.shingles:
                 by_shingle[shingle].append(number)

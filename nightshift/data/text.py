@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 # Letters of scripts without spaces between words: each is a word of its own.
@@ -186,6 +186,11 @@ def is_contained(question: Shingles, known: Shingles, shared: Set[str], least: f
     """
     # Most texts fail the first test.
     return containment(question, known) >= least and containment(question - shared, known) >= least
+
+
+def count_words(words: Iterable[str]) -> float:
+    """Return the number of words of a canonical text; see `weight`."""
+    return sum(map(weight, words))
 
 
 def weight(word: str) -> float:

@@ -1,7 +1,7 @@
 """Lineage of a version: written when it is registered, read by `nightshift trace`.
 
 `lineage.json` contains code, data down to the shard, base, environment, training run and verdict;
-`rows.parquet` lists every training example with its shard and line. `params.yaml`, `dvc.lock`, which
+`rows.parquet` lists every training example with its shard and line. `params.yaml` and `dvc.lock`, which
 identifies the data, are byte-identical copies. `scores.parquet` has the scores of all models, without the
 texts of test examples, which `nightshift forget` could not remove from it.
 """
@@ -35,7 +35,7 @@ from nightshift.core.paths import (
     SCORES,
     TRAINING_RUN,
 )
-from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, task_digests
+from nightshift.data.benchmarks import OF_TEST_EXAMPLES, task_digests
 from nightshift.data.schemas import ALL_SCORES, Score
 from nightshift.raw.shards import read_digests, used_names
 from nightshift.tracking.runs import git_commit
@@ -80,7 +80,7 @@ def write_lineage(folder: Path) -> None:
 
 def without_text(row: Score) -> dict[str, Any]:
     """Return a score without the texts, if it is that of a test example."""
-    is_test = row["benchmark"] in (HELDOUT, TEST_ANSWERS)
+    is_test = row["benchmark"] in OF_TEST_EXAMPLES
     return {**row, **(dict.fromkeys(("question", "expected", "answer")) if is_test else {})}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 RECURRENT = ("A_log", "D")
 
 
-def cast(model: Any, dtype: Any, stored: Mapping[str, str]) -> Any:
+def cast_weights(model: Any, dtype: Any, stored: Mapping[str, str]) -> Any:
     """Cast a model loaded in float32, in place; return it.
 
     In float32 stay the weights that the checkpoint has in float32 and that must not be rounded: those of

@@ -37,7 +37,7 @@ from nightshift.core.paths import (
 )
 from nightshift.core.stage import run_main, write_summary
 from nightshift.core.state import state_dir
-from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks, task_digests
+from nightshift.data.benchmarks import HELDOUT, OF_TEST_EXAMPLES, TEST_ANSWERS, read_benchmarks, task_digests
 from nightshift.data.schemas import ALL_SCORES, ItemScore, Score
 from nightshift.registry.bases import base_digest, is_base
 from tasks.evaluate import EvaluateParams
@@ -83,7 +83,7 @@ def best_scores(rows: Sequence[Score]) -> Iterator[ItemScore]:
     known = {name for name, one in read_json(CHAMPION_RECORD)["best"].items() if one["task"] == now.get(name)}
 
     def identify(row: ItemScore) -> tuple[str | None, ...]:
-        is_test = row["benchmark"] in (HELDOUT, TEST_ANSWERS)
+        is_test = row["benchmark"] in OF_TEST_EXAMPLES
         return row["benchmark"], row["item"], *(() if is_test else (row["question"], row["expected"]))
 
     asked = {identify(row) for row in rows if row["model"] == "candidate"}
@@ -104,8 +104,7 @@ def relate(rows: Iterable[Score]) -> Iterator[Score]:
         for item in benchmark.items
     }
     for row in rows:
-        # The answers are those of test examples.
-        benchmark = HELDOUT if row["benchmark"] == TEST_ANSWERS else row["benchmark"]
+        benchmark = HELDOUT if row["benchmark"] in OF_TEST_EXAMPLES else row["benchmark"]
         yield {
             **row,
             "cluster": clusters.get((benchmark, row["item"])),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS
+from nightshift.data.benchmarks import HELDOUT, OF_TEST_EXAMPLES
 from nightshift.pipeline.outcome import promote_command
 from tasks.report.evidence import Evidence, join
 
@@ -83,7 +83,7 @@ def advise_hold(evidence: Evidence) -> str:
 
 def describe_remedies(evidence: Evidence, names: Sequence[str], size: str) -> str:
     """Say how to get more items of some benchmarks, and more test examples."""
-    own = {HELDOUT, TEST_ANSWERS}.intersection(names)
+    own = set(OF_TEST_EXAMPLES).intersection(names)
     others = [name for name in names if name not in own]
     if not others:
         return f"For more test examples{size}, add data or raise split.test_share"
