@@ -7,7 +7,6 @@ transformers renders the template, and `tokenizers` tokenizes the text.
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nightshift.core.errors import DataError
 from nightshift.core.files import file_digest, read_json, text_digest
@@ -32,17 +30,15 @@ from nightshift.data.template import (
     render_answers,
     visible,
 )
+from nightshift.data.tokenizer import Ids, Tokens, find_tokens
 
 IGNORED = -100
-# A character has at most this many tokens, with a prefix space.
-UNORDERED = 6
 SPACE = re.compile(r"\s*")
 # Forms of a turn that calls tools: whether empty content is null, and whether arguments are JSON text.
 FORMS = ((False, False), (True, False), (True, True), (False, True))
 Message = Mapping[str, Any]
 # Messages, and tools as JSON.
 Conversation = tuple[Sequence[Message], str | None]
-Ids = NDArray[np.int32]
 
 
 class Fault(NamedTuple):
@@ -158,11 +154,10 @@ def encode_batch(conversations: Sequence[Conversation], encoder: Encoder) -> lis
     return label_all(rendered, tokenize(rendered, encoder), encoder)
 
 
-def tokenize(rendered: Sequence[Sequence[Rendered] | Fault], encoder: Encoder) -> list[Any]:
+def tokenize(rendered: Sequence[Sequence[Rendered] | Fault], encoder: Encoder) -> list[Tokens]:
     """Tokenize the texts of the rendered conversations."""
     texts = [one.text for ones in rendered if not isinstance(ones, Fault) for one in ones]
-    tokens: list[Any] = encoder.tokenizer.encode_batch(texts, add_special_tokens=False)
-    return tokens
+    return find_tokens(encoder.tokenizer, texts)
 
 
 def label_all(
@@ -264,22 +259,23 @@ def _find_rounds(
     return [0, *(SPACE.match(text, end).end() for end in ends)]  # type: ignore[union-attr]
 
 
-def _label_parts(parts: Sequence[Rendered], tokens: Iterator[Any], encoder: Encoder) -> list[Encoded] | Fault:
+def _label_parts(
+    parts: Sequence[Rendered], tokens: Iterator[Tokens], encoder: Encoder
+) -> list[Encoded] | Fault:
     """Label all texts of a conversation; the first reason for failure is that of the conversation."""
     labelled = [_label(next(tokens), part, encoder) for part in parts]
     faults = [one for one in labelled if isinstance(one, Fault)]
     return faults[0] if faults else [one for one in labelled if isinstance(one, Encoded)]
 
 
-def _label(tokens: Any, rendered: Rendered, encoder: Encoder) -> Encoded | Fault:
+def _label(tokens: Tokens, rendered: Rendered, encoder: Encoder) -> Encoded | Fault:
     """Label the tokens inside the answers; a plain text gets the start and stop tokens."""
-    ids = np.array(tokens.ids, dtype=np.int32)
+    ids = tokens.ids
     labels = np.full(len(ids), IGNORED, dtype=np.int32)
     for start, end in rendered.answers:
         edge = SPACE.match(rendered.text, end).end()  # type: ignore[union-attr]
-        at_edges, inside = _find_inside(tokens, start, end, edge)
-        labels[at_edges] = ids[at_edges]
-        labels[inside] = ids[inside]
+        for inside in tokens.inside(start, end, edge):
+            labels[inside] = ids[inside]
     if not count_supervised(labels):
         return Fault("no_supervised_token")
     if not rendered.rounds:
@@ -287,33 +283,8 @@ def _label(tokens: Any, rendered: Rendered, encoder: Encoder) -> Encoded | Fault
         ids = np.array([*first, *ids, encoder.stop_id], dtype=np.int32)
         labels = np.array([*([IGNORED] * len(first)), *labels, encoder.stop_id], dtype=np.int32)
         return Encoded(ids, labels)
-    rounds = [_find_token(tokens, start, 0) for start in rendered.rounds]
+    rounds = [tokens.find(start) for start in rendered.rounds]
     return Encoded(ids, labels, np.array(rounds, dtype=np.int32))
-
-
-def _find_inside(tokens: Any, start: int, end: int, edge: int) -> tuple[list[int], slice]:
-    """Return the tokens between two characters, at its edges and inside, without reading all offsets.
-
-    Offsets are in order, except that of a prefix space, which may be after the bytes of its character. The
-    offset of a special token may include the white space after it (Phi-3's <|end|>).
-
-    Args:
-        tokens: `tokenizers.Encoding`.
-        start: First character.
-        end: Last character + 1.
-        edge: End of the white space after it.
-    """
-    count = len(tokens)
-    first, stop = _find_token(tokens, start, 0), _find_token(tokens, edge + 1, 1)
-    edges = {*range(first - UNORDERED, first + UNORDERED), *range(stop - UNORDERED, stop + UNORDERED)}
-    checked = [tokens.token_to_chars(i) if 0 <= i < count else (-1, -1) for i in edges]
-    inside = [i for i, (low, high) in zip(edges, checked, strict=True) if start <= low < end and high <= edge]
-    return inside, slice(first + UNORDERED, max(first, stop - UNORDERED))
-
-
-def _find_token(tokens: Any, position: int, side: int) -> int:
-    """Return the first token that starts (side 0) or ends (side 1) at a character or after it."""
-    return bisect_left(range(len(tokens)), position, key=lambda i: tokens.token_to_chars(i)[side])
 
 
 def _content(value: object) -> str:

@@ -32,10 +32,9 @@ Sequences = list[Encoded]
 
 def open_memo(encoder: Encoder) -> Memo:
     """Open the cache of token ids for this code, tokenizer and template."""
-    engines = versions("jinja2", "numpy", "tokenizers", "transformers")
-    code = source_digest(
-        *(f"nightshift/data/{name}.py" for name in ("chat_templates", "encode", "template", "tokens"))
-    )
+    engines = versions("fastokens", "jinja2", "numpy", "tokenizers", "transformers")
+    modules = ("chat_templates", "encode", "template", "tokenizer", "tokens")
+    code = source_digest(*(f"nightshift/data/{name}.py" for name in modules))
     return Memo("tokens", {"code": code, "engines": engines, "tokenizer": encoder.digest})
 
 

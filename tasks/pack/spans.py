@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nightshift.data.encode import IGNORED, Encoded, Ids
+from nightshift.data.encode import IGNORED, Encoded
+from nightshift.data.tokenizer import Ids
 from tasks.pack import OverLength
 
 Numbers = NDArray[np.int64]

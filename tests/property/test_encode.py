@@ -1,14 +1,16 @@
 """Properties of labels: they are those of the tokens inside the answers, with any kind of tokenizer."""
 
+import unicodedata
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from nightshift.data.encode import Encoded, Encoder, Fault, Rendered, label_all, tokenize
+from nightshift.data.tokenizer import load_fast
 from nightshift.data.tokens import _from_bytes, _to_bytes
 
 SAMPLE = [
@@ -33,6 +35,19 @@ def train(model: Any, trainer: Any, before: Any, normalizer: Any = None, after: 
 
 
 BYTES = pre_tokenizers.ByteLevel.alphabet()
+# The words of GPT-4, which Llama 3 and Qwen split likewise; Llama 3 takes three digits at once, Qwen one.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_like_llama(pattern: str) -> Any:
+    """Return the pre-tokenizer of Llama 3 and Qwen: words by a pattern, then bytes."""
+    words = pre_tokenizers.Split(Regex(pattern), "isolated", invert=False)
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 TOKENIZERS = {
     "byte_level": train(
         models.BPE(),
@@ -44,6 +59,26 @@ TOKENIZERS = {
         trainers.BpeTrainer(vocab_size=300, initial_alphabet=BYTES, show_progress=False),
         pre_tokenizers.ByteLevel(add_prefix_space=True),
         after=processors.ByteLevel(trim_offsets=True),
+    ),
+    "like_llama_3": train(
+        models.BPE(ignore_merges=True),
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=BYTES, show_progress=False),
+        split_like_llama(WORDS),
+        after=processors.Sequence([processors.ByteLevel(trim_offsets=True)]),
+    ),
+    "like_qwen": train(
+        models.BPE(),
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=BYTES, show_progress=False),
+        split_like_llama(WORDS.replace("{1,3}", "")),
+        normalizers.NFC(),
+        processors.ByteLevel(trim_offsets=False),
+    ),
+    "digits": train(
+        models.BPE(),
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=BYTES, show_progress=False),
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
     ),
     "metaspace": train(
         models.BPE(byte_fallback=True, unk_token="<unk>"),
@@ -69,11 +104,24 @@ TOKENIZERS = {
         normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.NFD()]),
     ),
 }
+# Those that fastokens tokenizes. The others change the text, or have no vocabulary of bytes.
+FAST = ("byte_level", "like_llama_3", "like_qwen", "digits")
 PIECES = (
-    *("Hello", " world", "\n\n", "  ", "x=1", "<s>", "<e>"),
+    *("Hello", " world", "\n\n", "  ", "x=1", "<s>", "<e>", "'LL", "\r\n\t", "1234567", "\u3000"),
     *("naïve", "🙂", "👩\u200d👩\u200d👧", "数", "½", "ﬁ", "İ", "\u0301"),
 )
 TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), min_size=1, max_size=12).map("".join)
+
+
+def describe(sequences: list[Encoded] | Fault) -> Any:
+    """Return the values of the sequences, which numpy would compare one by one."""
+    if isinstance(sequences, Fault):
+        return sequences
+    return [(one.input_ids.tolist(), one.labels.tolist(), one.rounds.tolist()) for one in sequences]
+
+
+def test_fastokens_tokenizes_byte_level_bpe() -> None:
+    assert [name for name, tokenizer in TOKENIZERS.items() if load_fast(tokenizer)] == [*FAST]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -86,8 +134,16 @@ def test_labels_are_on_the_tokens_inside_the_answers(name: str, text: str, edges
     answers = list(zip(edges[::2], edges[1::2], strict=False))
     encoder = Encoder(TOKENIZERS[name], None, 0, None, "")
     rendered: list[list[Rendered] | Fault] = [[Rendered(text, answers, [0, *edges])]]
-    (tokens,) = tokenize(rendered, encoder)
-    (sequences,) = label_all(rendered, [tokens], encoder)
+    tokens = encoder.tokenizer.encode(text, add_special_tokens=False)
+    (sequences,) = label_all(rendered, tokenize(rendered, encoder), encoder)
+    if fast := load_fast(encoder.tokenizer):
+        (placed,) = fast.find_tokens([text])
+        if placed is None:
+            assert unicodedata.normalize("NFC", text) != text
+        else:
+            assert placed.equals(tokens, text)
+            (again,) = label_all(rendered, [placed], encoder)
+            assert describe(again) == describe(sequences)
     # A token may contain the white space after an answer.
     spaces = [len(text) - len(text[stop:].lstrip()) for _, stop in answers]
     spans = [(*answer, edge) for answer, edge in zip(answers, spaces, strict=True)]
