@@ -5,8 +5,9 @@ if one of its user turns (or its plain text) equals a benchmark question after n
 n-gram with it, or contains nearly all of its shingles; or if its prompt (all turns but the assistant's)
 contains nearly all of the prompt of a test example. Test examples come from the same data: their templates
 and documents are in the training set by nature, and so are turns such as "Thanks!". Passages that many
-rows share are therefore not counted, and a conversation is compared as a whole. Answers are not compared:
-a fact must be in the training set to be learned.
+rows share are therefore not counted, and a conversation is compared as a whole. Answers are searched for the
+questions of benchmarks, as in a quiz, but are not compared with their answers: a fact must be in the training
+set to be learned.
 
 Sources: n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), which misses questions shorter than
 the n-gram; these are matched by whole text or by containment. NeMo Curator ignores n-grams with more than
@@ -31,12 +32,14 @@ from nightshift.data.clusters import CLUSTERS_SCHEMA, Asked, find_clusters
 from nightshift.data.drops import Drops, Rate, require_drop_rate
 from nightshift.data.schemas import AUGMENTED, AugmentedExample
 from nightshift.data.text import (
-    Form,
+    QUESTION_SHINGLE,
     Shingles,
+    canonical,
     containment,
     count_words,
     is_another_question,
     is_contained,
+    iterate_shingles,
     ngrams,
     read_form,
 )
@@ -52,6 +55,8 @@ HITS_SCHEMA = pa.schema(
         ("containment", pa.float64()),
     ]
 )
+# A text in canonical form, its words and its shingles, as in `nightshift.data.text.Form`.
+Text = tuple[str, Sequence[str], Iterable[str]]
 # What is read of a training row.
 COLUMNS = [
     *("id", "source", "origin", "parent_id"),
@@ -246,9 +251,7 @@ def find_hits(
         asked = [*turns, "\n".join(turns)] if len(turns) > 1 else turns
         # Usually, the only turn is the prompt.
         forms = {text: read_form(text) for text in {*asked, prompt}}
-        # A quiz has questions in an answer; a short one is too common there.
-        answers = map(read_form, answers_of(example)) if benchmarks.questions else ()
-        told = [form for form in answers if count_words(form.words) >= params.min_question_words]
+        told = read_answers(example, params) if benchmarks.questions else ()
         texts = ([*(forms[text] for text in asked), *told], [forms[prompt]])
         found = [find_overlaps(some, index, params) for some, index in zip(texts, indexes, strict=True)]
         if any(found):
@@ -269,10 +272,19 @@ def find_hits(
     return hits
 
 
-def find_overlaps(forms: Iterable[Form], index: Index, params: DecontaminateParams) -> list[Overlap]:
+def read_answers(row: AugmentedExample, params: DecontaminateParams) -> Iterator[Text]:
+    """Yield the answers that may be a quiz, with questions in them; a short one is too common."""
+    for answer in answers_of(row):
+        text = canonical(answer)
+        words = text.split()
+        if count_words(words) >= params.min_question_words:
+            yield text, words, iterate_shingles(words, QUESTION_SHINGLE)
+
+
+def find_overlaps(texts: Iterable[Text], index: Index, params: DecontaminateParams) -> list[Overlap]:
     """Find what the texts of a row have in common with any question."""
     found = []
-    for text, words, own in forms:
+    for text, words, own in texts:
         known = frozenset(filter(index.by_shingle.__contains__, own))
         # A common n-gram consists of common shingles. The index of the test examples has none.
         runs = ngrams(words, params.ngram_size) if known and index.by_ngram else ()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("nightshift/", "tasks/")
 # Libraries that a model runs on; the last two lines are optional dependencies.
 MODEL_ENGINES = (
-    *("accelerate", "datasets", "jinja2", "numpy", "peft", "safetensors", "tokenizers"),
+    *("accelerate", "datasets", "fastokens", "jinja2", "numpy", "peft", "safetensors", "tokenizers"),
     *("torch", "transformers"),
     *("bitsandbytes", "flash-attn", "flash-attn-3", "flash-attn-4", "kernels", "liger-kernel"),
     *("triton", "xformers"),

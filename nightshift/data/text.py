@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 # Letters of scripts without spaces between words: each is a word of its own.
@@ -149,9 +149,14 @@ def shingles(units: Sequence[str], size: int) -> Shingles:
         >>> shingles(["a"], 3)
         frozenset({'a'})
     """
+    return frozenset(iterate_shingles(units, size))
+
+
+def iterate_shingles(units: Sequence[str], size: int) -> Iterator[str]:
+    """Yield the shingles in order, a repeated one again; see `shingles`."""
     if len(units) < size:
-        return frozenset([" ".join(units)])
-    return frozenset(map(" ".join, zip(*(units[i:] for i in range(size)), strict=False)))
+        return iter([" ".join(units)])
+    return map(" ".join, zip(*(units[i:] for i in range(size)), strict=False))
 
 
 def jaccard(a: Shingles, b: Shingles) -> float:
@@ -188,9 +193,9 @@ def is_contained(question: Shingles, known: Shingles, shared: Set[str], least: f
     return containment(question, known) >= least and containment(question - shared, known) >= least
 
 
-def count_words(words: Iterable[str]) -> float:
+def count_words(words: Sequence[str]) -> float:
     """Return the number of words of a canonical text; see `weight`."""
-    return sum(map(weight, words))
+    return len(words) if all(map(str.isascii, words)) else sum(map(weight, words))
 
 
 def weight(word: str) -> float:

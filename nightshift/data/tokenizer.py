@@ -175,8 +175,9 @@ class FastTokenizer:
     def _place(self, text: str, ids: Ids) -> _Bytes | None:
         if b"".join(map(self.pieces.__getitem__, ids.tolist())) != text.encode():
             return None
-        ends = np.cumsum(self.lengths[ids])
-        starts = ends - self.lengths[ids]
+        sizes = self.lengths[ids]
+        ends = sizes.cumsum()
+        starts = ends - sizes
         # Like `process_offsets` of tokenizers' ByteLevel.
         leading = self.leading[ids]
         if self.keeps_first_space:
