@@ -28,7 +28,6 @@ from nightshift.registry.versions import (
     ANSWERS,
     DIGEST,
     RegistryParams,
-    answer_probes,
     drop_bases,
     find_alias,
     find_version,
@@ -36,6 +35,7 @@ from nightshift.registry.versions import (
     open_model,
     open_registry,
     read_reference,
+    start_probes,
 )
 from nightshift.tracking.runs import flow_run
 
@@ -247,7 +247,8 @@ def verify_version(version: ModelVersion, *, is_proven: bool) -> None:
     with open_model(version) as (base, _):
         if is_proven:
             return
-        answers = text_digest(*answer_probes(base, uri)[0])
+        with start_probes(base) as ask:
+            answers = text_digest(*ask(uri)[0])
     if answers != version.tags.get(ANSWERS):
         raise GateError(
             f"registry: {uri} loads, but its answers (digest {answers}) differ from those at registration "

@@ -47,10 +47,10 @@ from nightshift.registry.lineage import write_lineage
 from nightshift.registry.versions import (
     ANSWERS,
     DIGEST,
-    answer_probes,
     logged_model,
     open_registry,
     registered,
+    start_probes,
 )
 from nightshift.tracking.runs import dataset_input, experiment_id, flow_run, git_commit
 from nightshift.tracking.spool import training_run
@@ -117,7 +117,6 @@ def register(verdict: str) -> tuple[int, bool]:
     write_card(CARD, name, load_params(GateParams, "gate"))
     run = training_run(client, TRAINING_RUN)
     log_data(client, run)
-    number = log_model(client, name, run, MODEL)
     tags = {
         "nightshift.verdict": verdict,
         "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
@@ -126,7 +125,7 @@ def register(verdict: str) -> tuple[int, bool]:
         "nightshift.data_digest": data_digest(),
         "nightshift.flow_run": flow_run() or "none",
     }
-    verify(client, name, number, MODEL, tags)
+    number = log_verified(client, name, run, MODEL, tags)
     client.set_registered_model_alias(name, "candidate", str(number))
     return number, True
 
@@ -162,30 +161,40 @@ def adopt(source: Path, reason: str) -> int:
             CARD,
             f"# {name}\n\nTrained elsewhere on `{read_json(BASE_RECORD)['model']}`, and adopted: {reason}\n",
         )
-        number = log_model(client, name, run, model)
-        client.set_terminated(run)
-        verify(client, name, number, model, {"nightshift.verdict": "adopted"})
+        status = "FAILED"
+        try:
+            number = log_verified(client, name, run, model, {"nightshift.verdict": "adopted"})
+            status = "FINISHED"
+        finally:
+            client.set_terminated(run, status)
     return number
 
 
-def verify(client: MlflowClient, name: str, number: int, model: Path, tags: Mapping[str, str]) -> None:
-    """Set the tags of a version once a fresh process has loaded it and answers like the files.
+def log_verified(client: MlflowClient, name: str, run: str, model: Path, tags: Mapping[str, str]) -> int:
+    """Log and register a model; set its tags once a fresh process has loaded it and answers like the files.
 
     Args:
         client: MLflow client.
         name: Name of the registered model.
-        number: Number of the version.
-        model: Folder that was registered.
+        run: MLflow run.
+        model: Folder of the adapter, or of full weights.
         tags: Further tags of the version.
 
+    Returns:
+        Version number.
+
     Raises:
-        GateError: The reloaded model answers differently.
+        GateError: The reloaded model answers differently, or does not load.
     """
     identity = {DIGEST: tree_digest(model), BASE_DIGEST: file_digest(BASE_RECORD)}
-    identity[ANSWERS] = require_same_answers(f"models:/{name}/{number}", model)
-    for key, value in (identity | dict(tags)).items():
+    with start_probes(BASE, str(BASE), str(model)) as ask:
+        number = log_model(client, name, run, model)
+        uri = f"models:/{name}/{number}"
+        answers = require_same_answers(uri, *ask(uri))
+    for key, value in (identity | {ANSWERS: text_digest(*answers)} | dict(tags)).items():
         client.set_model_version_tag(name, str(number), key, value)
     describe_version(client, name, number)
+    return number
 
 
 def describe_version(client: MlflowClient, name: str, number: int) -> None:
@@ -210,27 +219,24 @@ def data_digest() -> str:
     return tree_digest(*(path for path in records if path.is_file()))
 
 
-def require_same_answers(model_uri: str, model: Path) -> str:
-    """Load the registered model in a fresh process and compare its answers with those of its files.
+def require_same_answers(model_uri: str, registered: list[str], trained: list[str]) -> list[str]:
+    """Return the answers of a registered model.
 
     Args:
-        model_uri: URI of the registered model.
-        model: Folder that was registered.
-
-    Returns:
-        Digest of the answers.
+        model_uri: URI of the model.
+        registered: Its answers in a fresh process.
+        trained: Answers of the files that were registered.
 
     Raises:
-        GateError: The answers differ, or the model does not load.
+        GateError: They differ.
     """
-    registered, trained = answer_probes(BASE, model_uri, str(BASE), str(model))
     if registered != trained:
         raise GateError(
             f"registry: {model_uri} returns {registered}, but the trained files return {trained}; "
             "the registered model is broken, so no alias was moved"
         )
     log.info("reloaded in a fresh process: the three answers are identical: %s", registered)
-    return text_digest(*registered)
+    return registered
 
 
 def log_model(client: MlflowClient, name: str, run: str, model: Path) -> int:

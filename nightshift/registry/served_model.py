@@ -224,27 +224,32 @@ def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) 
             is_closed.set()
 
 
-def main(model_uri: str, folders: list[Path] | None) -> None:
-    """Print the probe answers of a model, and of a base with an adapter, as JSON on the last line."""
+def main(folders: list[Path]) -> None:
+    """Print the probe answers of the model whose MLflow URI comes on the standard input, as a line of JSON.
+
+    Those of a base with an adapter follow; they are made first, so that there is never more than one model in
+    memory.
+    """
     import mlflow
 
     conversations = [[{"role": "user", "content": question}] for question in PROBES]
-    served = mlflow.pyfunc.load_model(model_uri)
-    requests = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
-    found = [[served.predict(request)["choices"][0]["message"]["content"] for request in requests]]
+    found = []
     if folders:
         base, adapter = folders
         model, tokenizer = load(base, adapter)
         answers = (generate(model, tokenizer, turns, PROBE_TOKENS, forced=True) for turns in conversations)
         found.append([tokenizer.decode(new) for _, new in answers])
-    sys.stdout.write(json.dumps(found) + "\n")
+        del model
+    served = mlflow.pyfunc.load_model(sys.stdin.read().strip())
+    requests = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
+    first = [served.predict(request)["choices"][0]["message"]["content"] for request in requests]
+    sys.stdout.write(json.dumps([first, *found]) + "\n")
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model_uri", help="MLflow URI of the model to query")
     parser.add_argument(
-        "--folders", type=Path, nargs=2, metavar=("BASE", "ADAPTER"), help="folders of another model to query"
+        "folders", type=Path, nargs="*", metavar="BASE ADAPTER", help="folders of another model to query"
     )
 
 

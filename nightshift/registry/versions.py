@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -246,31 +246,27 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
         )
 
 
-def answer_probes(base: Path, model_uri: str, *folders: str) -> list[list[str]]:
-    """Return the models' probe answers from a separate process; decoding is greedy, so they never vary.
+@contextmanager
+def start_probes(base: Path, *folders: str) -> Iterator[Callable[[str], list[list[str]]]]:
+    """Start a process that answers the probes, in which nothing of this process is loaded.
+
+    It loads its libraries and the model of the folders while this process works on.
 
     Args:
-        base: Folder of the base of the model.
-        model_uri: URI of a registered model.
+        base: Folder of the base of the registered model.
         folders: Folders of another base and adapter to query.
 
-    Returns:
-        Answers of each model, including special tokens.
-
-    Raises:
-        GateError: A model does not load.
+    Yields:
+        A function that gets the URI of a registered model, and returns the answers of that model, and of the
+        folders, with special tokens. Decoding is greedy, so they never vary. It raises GateError if a model
+        does not load.
     """
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "nightshift.registry.served_model",
-            model_uri,
-            *(["--folders", *folders] if folders else []),
-        ],
-        capture_output=True,
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nightshift.registry.served_model", *folders],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         # CPU: another GPU kernel could give another answer than at registration. One thread: sums,
         # and so tokens, do not depend on the number of cores, and busy cores cause no delay.
         env={
@@ -282,10 +278,19 @@ def answer_probes(base: Path, model_uri: str, *folders: str) -> list[list[str]]:
             "NIGHTSHIFT_BASE": str(base.absolute()),
         },
     )
-    if done.returncode:
-        raise GateError(f"registry: {model_uri} does not load: {done.stderr.strip()[-2000:]}")
-    answers: list[list[str]] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answers
+
+    def ask(model_uri: str) -> list[list[str]]:
+        output, errors = process.communicate(model_uri)
+        if process.returncode:
+            raise GateError(f"registry: {model_uri} does not load: {errors.strip()[-2000:]}")
+        answers: list[list[str]] = json.loads(output.strip().splitlines()[-1])
+        return answers
+
+    with process:
+        try:
+            yield ask
+        finally:
+            process.kill()
 
 
 def registered(client: MlflowClient, name: str) -> list[ModelVersion]:

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -341,11 +342,11 @@ def test_a_version_that_was_just_loaded_in_this_flow_run_is_not_loaded_again(
     version = read_json(register.VERSION)["version"]
     loaded: list[str] = []
 
-    def load(base: Path, uri: str) -> list[list[str]]:
+    def load(uri: str) -> list[list[str]]:
         loaded.append(uri)
         raise GateError("not again")
 
-    monkeypatch.setattr(promote, "answer_probes", load)
+    monkeypatch.setattr(promote, "start_probes", lambda _: nullcontext(load))
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "night-8")
     with pytest.raises(GateError, match="not again"):
         promote.apply_verdict()
