@@ -79,7 +79,7 @@ class BaseParams(StageParams):
 def main() -> None:
     """Load the model and save it in one canonical format."""
     params = load_params(BaseParams, "base")
-    model, tokenizer = load(params.model)
+    model, tokenizer = load(params.model, params.dtype)
     add_tokens(model, tokenizer, params)
     set_template(model, tokenizer, params.chat_template)
     save(model, tokenizer, params.dtype, BASE, stored_dtypes(Path(model.name_or_path)))
@@ -124,8 +124,16 @@ def locate(model: str) -> tuple[Path, str | None]:
     return folder, None
 
 
-def load(reference: str) -> tuple[Any, Any]:
-    """Load the causal language model of a reference in float32, and its tokenizer.
+def load(reference: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """Load the causal language model of a reference, without rounding any weight, and its tokenizer.
+
+    Args:
+        reference: Model reference.
+        dtype: Precision in which it will be stored.
+
+    Returns:
+        Model in that precision if all its weights have it, else in float32: GGUF weights are dequantized to
+        float32 and rounded only once, when saved. And the tokenizer.
 
     Raises:
         DataError: The files are missing or cannot be loaded.
@@ -138,9 +146,12 @@ def load(reference: str) -> tuple[Any, Any]:
     # `locate` has already downloaded a Hub model.
     options: dict[str, Any] = {"gguf_file": gguf, "trust_remote_code": False, "local_files_only": True}
     try:
-        # GGUF weights are dequantised to float32 and rounded only once, when saved.
+        is_half = dtype == "bfloat16" and {*stored_dtypes(folder).values()} == {"BF16"}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=None if gguf else True, **options
+            folder,
+            dtype=torch.bfloat16 if is_half else torch.float32,
+            use_safetensors=None if gguf else True,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
@@ -205,7 +216,7 @@ def add_tokens(model: Any, tokenizer: Any, params: BaseParams) -> None:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
+                layer.weight[rows:] = layer.weight[:rows].mean(dim=0, dtype=torch.float32)
     if new:
         log.info("base: added %s to the vocabulary; train their embeddings", ", ".join(new))
 
@@ -275,7 +286,7 @@ def save(
     """Save a model as safetensors with its tokenizer, replacing the target folder.
 
     Args:
-        model: Model in float32.
+        model: Model in float32, or in `dtype`.
         tokenizer: Its tokenizer.
         dtype: Precision of the stored weights.
         target: Folder to write.

@@ -9,7 +9,7 @@ RECURRENT = ("A_log", "D")
 
 
 def cast_weights(model: Any, dtype: Any, stored: Mapping[str, str]) -> Any:
-    """Cast a model loaded in float32, in place; return it.
+    """Cast a model, loaded without rounding, in place; return it.
 
     In float32 stay the weights that the checkpoint has in float32 and that must not be rounded: those of
     `RECURRENT`, those that transformers computes in float32, such as the bias of a router, and, in a

@@ -11,6 +11,7 @@ import yaml
 
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, DataError
+from nightshift.core.files import tree_digest
 from nightshift.core.paths import BASE
 from tasks import base
 from tasks.base import BaseParams, add_tokens, load, locate, set_template
@@ -69,6 +70,20 @@ def test_a_model_in_several_files_is_loaded(tiny_base: Path, tmp_path: Path) -> 
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     again, _ = load(str(tmp_path))
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_a_model_in_bfloat16_takes_no_more_memory_than_its_files(tiny_base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(str(tiny_base))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    digests = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        model, tokenizer = load(str(tmp_path / "half"), str(dtype).removeprefix("torch."))
+        assert {weight.dtype for weight in model.parameters()} == {dtype}
+        add_tokens(model, tokenizer, params(added_tokens=["<a>"]))
+        base.save(model, tokenizer, "bfloat16", tmp_path / "base")
+        digests.add(tree_digest(tmp_path / "base"))
+    assert len(digests) == 1
 
 
 def test_an_added_token_starts_as_the_mean_of_all_others() -> None:
