@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from nightshift.core.paths import PACKED
 from nightshift.tracking.spool import Spool
 from tasks.sft.job import Job
 
@@ -31,8 +32,7 @@ class Progress(TrainerCallback):
             assert self.job.spool
             self.spool = Spool(self.job.spool, self.job.tracking_uri)
             self.spool.log("params", values=run_params(self.job))
-            source = str(self.job.rows)
-            self.spool.log("dataset", name="train", digest=self.job.data_digest, source=source)
+            self.spool.log("dataset", name="train", digest=self.job.data_digest, source=str(PACKED))
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
         """Report a training step or an evaluation."""

@@ -4,7 +4,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,7 @@ class Trainer(SFTTrainer):
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in self.eval_batches:
+        for batch in self.eval_batches():
             inputs = self._prepare_inputs(self.data_collator(batch))
             with self.compute_loss_context_manager():
                 total, _outputs = summed_loss(model, inputs, head=self.head)
@@ -249,14 +248,13 @@ class Trainer(SFTTrainer):
                 checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
         self.accelerator.wait_for_everyone()
 
-    @cached_property
-    def eval_batches(self) -> list[list[dict[str, Any]]]:
-        """Return this rank's batches, as many as on other ranks: gathering shards is collective."""
-        rows: list[dict[str, Any]] = list(self.eval_dataset)
-        size, ranks = self.args.per_device_eval_batch_size, self.accelerator.num_processes
-        rows = [*rows, *[self.filler] * (-len(rows) % (size * ranks))]
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return batches[self.accelerator.process_index :: ranks]
+    def eval_batches(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield this rank's batches, as many as on other ranks: gathering shards is collective."""
+        rows: Any = self.eval_dataset
+        size = self.args.per_device_eval_batch_size
+        step = size * self.accelerator.num_processes
+        for start in range(self.accelerator.process_index * size, math.ceil(len(rows) / step) * step, step):
+            yield [rows[i] if i < len(rows) else self.filler for i in range(start, start + size)]
 
 
 @contextmanager

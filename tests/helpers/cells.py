@@ -22,6 +22,7 @@ from tasks.sft import __main__ as stage
 from tasks.sft.job import Job
 from tasks.sft.machine import probe_machine
 from tasks.sft.proof import Proof
+from tasks.sft.rows import read_sizes
 from tasks.sft.worker import build_trainer, finish
 from tests.helpers.sft import WHOLE_SET, conversation, packed_row, shipped_params
 
@@ -57,7 +58,9 @@ def run_cell(base: Path, folder: Path, adapter: str | None, layout: str) -> None
     params = SftParams(**{**shipped_params(), **WHOLE_SET, **small})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "probe_in_subprocess", probe_machine)
-        job = stage.build_job(params, read_rows(PACKED))
+        sizes = read_sizes(PACKED)
+        job = stage.build_job(params, sizes)
+        stage.prepare_rows(job, sizes)
     train(job)
     require_same_scores(base, job.folder / "output" / "model")
     require_same_after_merge(base, job.folder / "output" / "model")

@@ -16,6 +16,7 @@ from tasks.pack import ROWS
 from tasks.sft import SftParams, proof, selftest
 from tasks.sft import __main__ as stage
 from tasks.sft.machine import probe_machine
+from tasks.sft.rows import read_sizes
 from tasks.sft.selftest import bound
 from tasks.sft.worker import build_trainer
 from tests.helpers.architectures import make_architecture
@@ -40,7 +41,9 @@ def make(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[A
         write_inputs(in_tmp, base, rows)
         options = {"attn_implementation": "auto", "per_device_train_batch_size": 1, **changes}
         params = SftParams(**{**shipped_params(), **WHOLE_SET, **options})
-        job = stage.build_job(params, read_rows(PACKED))
+        sizes = read_sizes(PACKED)
+        job = stage.build_job(params, sizes)
+        stage.prepare_rows(job, sizes)
         set_seed(0)
         return job, build_trainer(job, [])
 
