@@ -235,7 +235,7 @@ def publish(job: Job, spool_file: Path) -> None:
     # No stage depends on this file, so it may contain a run id and a speed. Without an id the run does
     # not exist yet, and can be found later by its key.
     run = {"run_id": spool.find_run_id(spool_file), "tracking_key": spool_file.stem}
-    write_json(TRAINING_RUN, {**run, "tokens_per_second": marker["tokens_per_second"]})
+    write_json(TRAINING_RUN, run | {key: marker[key] for key in ("tokens_per_second", "cpu_shares")})
     for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
         shutil.rmtree(checkpoint, ignore_errors=True)
     for path in filter(None, (job.rows, job.eval_rows)):

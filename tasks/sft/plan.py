@@ -137,17 +137,17 @@ def deal_rows(order: Sequence[int], costs: Sequence[int], processes: int, size: 
     if size == 1:
         return list(order)
     rng = random.Random(f"{seed}/deal")
-    dealt = []
+    dealt: list[int] = []
     for start in range(0, len(order), processes * size):
         group = order[start : start + processes * size]
         rows = sorted(group, key=lambda row: 0 if row == FILLER else costs[row])
         hands: list[list[int]] = [[] for _ in range(processes)]
         sums = [0] * processes
         for i in range(len(rows) - processes, -1, -processes):
-            dearest_first = sorted(range(processes), key=lambda hand: -sums[hand])
-            for hand, row in zip(dearest_first, rows[i : i + processes], strict=True):
-                hands[hand].append(row)
-                sums[hand] += 0 if row == FILLER else costs[row]
+            dearest_first = sorted(range(processes), key=lambda process: -sums[process])
+            for process, row in zip(dearest_first, rows[i : i + processes], strict=True):
+                hands[process].append(row)
+                sums[process] += 0 if row == FILLER else costs[row]
         rng.shuffle(hands)
         for hand in hands:
             # A micro-batch that is halved must not split into expensive and cheap rows.

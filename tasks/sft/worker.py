@@ -212,6 +212,8 @@ def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None
         TrainingError: Training was preempted by SIGTERM.
     """
     params, step = trainer.params, trainer.state.global_step
+    cpu_shares = gather_object([progress.cpu_share()])
+    progress.log_cpu_shares(cpu_shares, step)
     history = trainer.state.log_history
     stopped = is_exhausted(history, params.early_stopping_patience, params.early_stopping_min_delta)
     if step != job.plan.steps and not stopped:
@@ -242,6 +244,7 @@ def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None
                 "best_step": best,
                 "digest": tree_digest(output / "model"),
                 "tokens_per_second": round(progress.speed, 1),
+                "cpu_shares": cpu_shares,
             },
         )
 

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tasks.evaluate.score import heldout_losses
 from tasks.pack import ROWS
 from tasks.sft import SftParams
 from tasks.sft import __main__ as stage
+from tasks.sft.callbacks import Progress
 from tasks.sft.job import Job
 from tasks.sft.machine import probe_machine
 from tasks.sft.proof import Proof
@@ -80,8 +80,7 @@ def train(job: Job) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert losses[1] < losses[0]
-    progress: Any = SimpleNamespace(speed=1.0)
-    finish(trainer, job, progress, None)  # type: ignore[arg-type]
+    finish(trainer, job, Progress(job), None)  # type: ignore[arg-type]
 
 
 def plain_loss(model: Any) -> float:
