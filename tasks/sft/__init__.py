@@ -99,6 +99,18 @@ class SchedulerKwargs(StageParams):
     threshold: Share | None = None
 
 
+def require_pattern(text: str) -> None:
+    """Check that a text is a regular expression.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        re.compile(text)
+    except re.error as err:
+        raise ValueError(f"{text!r} is not a regular expression: {err}; correct it") from err
+
+
 class SftParams(StageParams):
     """Hyperparameters, with the names and meaning of transformers, TRL and PEFT.
 
@@ -134,11 +146,14 @@ class SftParams(StageParams):
         use_liger_kernel: Liger's fused kernels; `auto`: on a GPU, if installed and supported.
         torch_compile: Compile the model.
         adapter: lora, qlora (4-bit base weights), or None for full fine-tuning.
+        unfrozen_parameters: Regular expressions of the parameters that full fine-tuning trains, matched from
+            the start of their names; empty for all.
         fp8_base: Multiply by the frozen base weights in float8.
         lora_r: LoRA rank.
         lora_alpha: LoRA scale times rank.
         lora_dropout: Dropout on the adapter input, 0 to 1.
         lora_target_modules: `all-linear`, module names, or a regular expression of whole module names.
+        lora_layers_to_transform: Numbers, from 0, of the layers that get an adapter, or None for all.
         lora_target_parameters: Ends of the names of parameters that get an adapter, such as the weights of
             experts, which are no modules.
         lora_modules_to_save: Names of modules that are trained and saved whole, next to the adapter.
@@ -204,11 +219,13 @@ class SftParams(StageParams):
     use_liger_kernel: bool | Literal["auto"]
     torch_compile: bool
     adapter: Literal["lora", "qlora"] | None
+    unfrozen_parameters: list[str]
     fp8_base: bool
     lora_r: Count
     lora_alpha: Count
     lora_dropout: Share
     lora_target_modules: str | list[str]
+    lora_layers_to_transform: Annotated[list[Steps], Field(min_length=1)] | None
     lora_target_parameters: list[str]
     lora_modules_to_save: list[str]
     use_dora: bool
@@ -239,10 +256,14 @@ class SftParams(StageParams):
     @classmethod
     def _pattern_compiles(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as err:
-                raise ValueError(f"{value!r} is not a regular expression: {err}; correct it") from err
+            require_pattern(value)
+        return value
+
+    @field_validator("unfrozen_parameters")
+    @classmethod
+    def _patterns_compile(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            require_pattern(pattern)
         return value
 
     @model_validator(mode="after")

@@ -17,11 +17,8 @@ def find_conflicts(params: SftParams) -> Iterator[str]:
     yield from _evaluation(params)
     if params.use_reentrant and params.activation_checkpointing is not True:
         yield "use_reentrant=true needs activation_checkpointing=true; set it, or use_reentrant to false"
-    if params.use_reentrant and params.adapter:
-        yield (
-            "use_reentrant=true with an adapter gives no gradients when the embeddings are frozen; "
-            "set it to false"
-        )
+    if params.use_reentrant and (params.adapter or params.unfrozen_parameters):
+        yield "use_reentrant=true gives no gradients when the embeddings are frozen; set it to false"
     if params.torch_compile and params.use_liger_kernel is True:
         yield "torch_compile and use_liger_kernel both replace the same operators; set one of them to false"
 
@@ -80,16 +77,7 @@ def _strategy(params: SftParams) -> Iterator[str]:
 
 
 def _adapter(params: SftParams) -> Iterator[str]:
-    if params.adapter is None:
-        options = {
-            "use_dora": params.use_dora,
-            "use_rslora": params.use_rslora,
-            "loraplus_lr_ratio": params.loraplus_lr_ratio is not None,
-            "lora_target_parameters": bool(params.lora_target_parameters),
-            "lora_modules_to_save": bool(params.lora_modules_to_save),
-        }
-        for name in [name for name, is_set in options.items() if is_set]:
-            yield f"{name} needs an adapter; set adapter to lora, or unset {name}"
+    yield from _kind(params)
     if params.adapter == "qlora" and params.strategy == "zero3":
         yield "qlora's 4-bit weights cannot be sharded by zero3; use zero2, fsdp2 or ddp"
     if params.adapter == "qlora" and params.offload_param != "none":
@@ -106,11 +94,32 @@ def _adapter(params: SftParams) -> Iterator[str]:
         yield "loraplus_lr_ratio needs the optimizer on the device; set offload_optimizer to none"
 
 
+def _kind(params: SftParams) -> Iterator[str]:
+    """Yield options of an adapter without one, and of full fine-tuning with one."""
+    if params.adapter is None:
+        options = {
+            "use_dora": params.use_dora,
+            "use_rslora": params.use_rslora,
+            "loraplus_lr_ratio": params.loraplus_lr_ratio is not None,
+            "lora_target_parameters": bool(params.lora_target_parameters),
+            "lora_modules_to_save": bool(params.lora_modules_to_save),
+            "lora_layers_to_transform": params.lora_layers_to_transform is not None,
+        }
+        for name in [name for name, is_set in options.items() if is_set]:
+            yield f"{name} needs an adapter; set adapter to lora, or unset {name}"
+    elif params.unfrozen_parameters:
+        yield (
+            f"unfrozen_parameters is for full fine-tuning, and adapter is {params.adapter}; set it to [], or "
+            "adapter to null (modules beside an adapter: lora_modules_to_save)"
+        )
+
+
 def _parameters(params: SftParams) -> Iterator[str]:
     """Yield conflicts with adapters of single parameters, which PEFT adds to the weights in each pass."""
     fits = {
         f"lora_dropout {params.lora_dropout}": not params.lora_dropout,
         "use_dora": not params.use_dora,
+        "lora_layers_to_transform": params.lora_layers_to_transform is None,
         f"strategy {params.strategy}": params.strategy not in ("zero3", "fsdp2"),
     }
     for what in [what for what, is_fit in fits.items() if not is_fit]:

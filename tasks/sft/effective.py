@@ -85,6 +85,8 @@ def unused(params: SftParams) -> dict[str, None]:
         names += ["adam_beta1", "adam_beta2", "adam_epsilon"]
     if params.adapter is None:
         names += [name for name in SftParams.model_fields if name.startswith("lora_")]
+    else:
+        names += ["unfrozen_parameters"]
     return dict.fromkeys(names)
 
 

@@ -12,7 +12,15 @@ from importlib.metadata import version
 from typing import Any
 
 from tasks.sft import SftParams
-from tasks.sft.shape import Shape, count_adapter, count_linear, count_parameters, linears, read_shape, targets
+from tasks.sft.shape import (
+    Shape,
+    count_linear,
+    count_parameters,
+    count_trained,
+    linears,
+    read_shape,
+    targets,
+)
 from tasks.sft.strategy import BUCKET, GIB, HALF, LOGITS, ZERO, choose_loss, keeps_half, uses_autocast
 
 STRATEGIES = ("single", "ddp", *ZERO, "fsdp2")
@@ -121,7 +129,7 @@ def estimate(
         ConfigError: The model is not Llama-like, or a target module is unknown.
     """
     shape = read_shape(config)
-    trained = count_adapter(shape, params) if params.adapter else count_parameters(shape)
+    trained = count_trained(shape, params)
     ranks = params.ranks
     weights = _weights(shape, params, strategy, precision, trained)
     state = _state(shape, params, strategy, precision, trained)

@@ -189,7 +189,7 @@ def test_tokens_without_an_embedding_are_refused(in_tmp: Path, make: Callable[..
     params = SftParams(**{**shipped_params(), **WHOLE_SET})
     message = r"token 264, but the base has embeddings for 264 tokens; .* base\.added_tokens"
     with pytest.raises(ConfigError, match=message):
-        stage.build_job(params, rows)
+        stage.build_job(params, read_sizes(PACKED))
 
 
 def test_effective_values_cover_the_section_and_count_what_trains(make: Callable[..., Any]) -> None:

@@ -108,6 +108,42 @@ def test_the_weights_of_experts_get_an_adapter(build: Callable[..., Any], expert
         build(lora_target_parameters=["gate_proj"])
 
 
+def test_an_adapter_on_some_layers_trains_those_and_is_loaded_so(
+    build: Callable[..., Any], tiny_base: Path
+) -> None:
+    trainer = build(lora_layers_to_transform=[1], max_steps=2)
+    trainer.train()
+    names = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(names) == 14
+    assert all(".layers.1." in name for name in names)
+    trainer.save_model("saved")
+    remove_extra_files(Path("saved"))
+    model, _ = load(tiny_base, Path("saved"), "float32")
+    ids = torch.arange(100, 120)[None]
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits, atol=1e-4)
+    with pytest.raises(
+        ConfigError, match="lora_layers_to_transform: 2: no such layer; the base has layers 0 to 1"
+    ):
+        build(lora_layers_to_transform=[1, 2])
+
+
+def test_full_fine_tuning_of_some_parameters_leaves_the_others_as_they_are(
+    build: Callable[..., Any], tiny_base: Path
+) -> None:
+    patterns = [r"model\.layers\.1\.mlp", "model.norm"]
+    trainer = build(adapter=None, unfrozen_parameters=patterns, max_steps=2)
+    trainer.train()
+    trainer.save_model("saved")
+    before, after = (load(tiny_base, path, "float32")[0].state_dict() for path in (tiny_base, Path("saved")))
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    mlp = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert changed == {*mlp, "model.norm.weight"}
+    with pytest.raises(ConfigError, match=r"unfrozen_parameters: 'lm_head' matches no parameter of the base"):
+        build(adapter=None, unfrozen_parameters=["lm_head"])
+
+
 def test_a_pattern_selects_the_modules_and_is_saved_as_it_is(build: Callable[..., Any]) -> None:
     pattern = r"model\.layers\.0\.self_attn\.(q|v)_proj"
     trainer = build(lora_target_modules=pattern)

@@ -240,6 +240,8 @@ def test_a_lora_file_is_mapped() -> None:
         "sft.loraplus_lr_ratio": None,
         "sft.lora_modules_to_save": [],
         "sft.lora_target_parameters": [],
+        "sft.lora_layers_to_transform": None,
+        "sft.unfrozen_parameters": [],
         "sft.loss_watchdog_threshold": 5.0,
         "sft.loss_watchdog_patience": 3,
         "sft.eval_steps": 0.25,
@@ -360,6 +362,17 @@ def test_an_old_file_is_mapped() -> None:
             "{adapter: lora, lora_target_parameters: [mlp.experts.down_proj]}",
             "sft.lora_target_parameters",
             ["mlp.experts.down_proj"],
+        ),
+        (
+            "{adapter: lora, peft_layers_to_transform: [6, 7]}",
+            "sft.lora_layers_to_transform",
+            [6, 7],
+        ),
+        ("{adapter: lora, peft_layers_to_transform: 7}", "sft.lora_layers_to_transform", [7]),
+        (
+            "unfrozen_parameters: ['^lm_head.weight$', 'model.layers.3[01].']",
+            "sft.unfrozen_parameters",
+            [r"^lm_head\.weight$", r"model\.layers\.3[01]\."],
         ),
         ("warmup_steps: 0.1", "sft.warmup_ratio", 0.1),
         ("{cosine_min_lr_ratio: 1.0, warmup_steps: 5}", "sft.lr_scheduler_type", "constant"),
@@ -643,7 +656,9 @@ def test_nothing_is_written_if_data_cannot_be_mapped_unless_partial(checkout: Pa
     assert read_params()["sft"]["adapter"] == "qlora"
 
 
-@pytest.mark.parametrize("key", ["rl: dpo", "reward_model: true", "qat: {a: 1}", "unfrozen_parameters: [a]"])
+@pytest.mark.parametrize(
+    "key", ["rl: dpo", "reward_model: true", "qat: {a: 1}", "unfrozen_parameters: ['a[0:5]']"]
+)
 def test_another_objective_is_refused(checkout: Path, key: str) -> None:
     done = run_import(f"{LORA}\n{key}\n", "--write")
     assert done.exit_code == 2

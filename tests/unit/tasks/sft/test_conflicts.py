@@ -84,6 +84,20 @@ from tests.helpers.sft import sft_params
         ({"lora_target_parameters": ["w"], "adapter": None}, "lora_target_parameters needs an adapter"),
         ({"optim": "paged_lion_32bit", "strategy": "fsdp2"}, "cannot shard its state for fsdp2"),
         ({"optim": "adafactor", "strategy": "fsdp2"}, "adafactor cannot shard its state for fsdp2"),
+        ({"lora_layers_to_transform": [0], "adapter": None}, "lora_layers_to_transform needs an adapter"),
+        ({"lora_layers_to_transform": []}, "sft.lora_layers_to_transform"),
+        ({"lora_layers_to_transform": [0], "lora_target_parameters": ["w"]}, "lora_layers_to_transform; set"),
+        ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters is for full fine-tuning, and adapter"),
+        ({"unfrozen_parameters": ["(a"], "adapter": None}, "is not a regular expression"),
+        (
+            {
+                "unfrozen_parameters": ["a"],
+                "adapter": None,
+                "use_reentrant": True,
+                "activation_checkpointing": True,
+            },
+            "gives no gradients when the embeddings are frozen",
+        ),
         ({"use_reentrant": True}, "use_reentrant=true needs activation_checkpointing=true"),
     ],
 )
