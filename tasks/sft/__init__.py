@@ -30,6 +30,26 @@ Attention = Literal[
     "sdpa",
     "eager",
 ]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adafactor",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "schedule_free_adamw",
+]
+# Optimizers that users know from elsewhere -> why they are not supported, and what to set.
+REFUSED = {
+    "adamw_torch_4bit": "torchao is not among the pinned packages; set adamw_8bit, with twice the memory",
+    "adamw_torch_8bit": "torchao is not among the pinned packages; set adamw_8bit, the same in bitsandbytes",
+    "muon": "transformers has none, and torch's takes whole matrices only: neither norms nor the shards of "
+    "ZeRO; set adamw_torch",
+}
 Schedule = Literal[
     "constant",
     "linear",
@@ -79,7 +99,8 @@ class SchedulerKwargs(StageParams):
         div_factor: one_cycle: peak over initial learning rate (25).
         final_div_factor: one_cycle: initial over final learning rate (10000).
         timescale: inverse_sqrt: steps from warmup to 1/sqrt(2) of the peak (the warmup steps, or 10000).
-        num_decay_steps: warmup_stable_decay: optimizer steps of the final decay.
+        num_decay_steps: warmup_stable_decay: optimizer steps of the final decay, from 2: the first one still
+            has the full learning rate, as in transformers.
         factor: reduce_lr_on_plateau: factor of a reduction (0.1).
         patience: reduce_lr_on_plateau: evaluations without improvement tolerated before a reduction (1).
         threshold: reduce_lr_on_plateau: relative decrease that counts as improvement (0.0001).
@@ -93,7 +114,7 @@ class SchedulerKwargs(StageParams):
     div_factor: Annotated[float, Field(gt=1)] | None = None
     final_div_factor: Annotated[float, Field(gt=1)] | None = None
     timescale: Count | None = None
-    num_decay_steps: Count | None = None
+    num_decay_steps: Annotated[int, Field(strict=True, ge=2)] | None = None
     factor: Annotated[float, Field(gt=0, lt=1)] | None = None
     patience: Steps | None = None
     threshold: Share | None = None
@@ -192,19 +213,7 @@ class SftParams(StageParams):
     lr_scheduler_kwargs: SchedulerKwargs
     warmup_steps: Steps
     warmup_ratio: Share
-    optim: Literal[
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adafactor",
-        "adamw_8bit",
-        "paged_adamw_32bit",
-        "paged_adamw_8bit",
-        "lion_32bit",
-        "lion_8bit",
-        "paged_lion_32bit",
-        "paged_lion_8bit",
-        "schedule_free_adamw",
-    ]
+    optim: Optimizer
     adam_beta1: Share
     adam_beta2: Share
     adam_epsilon: Positive
@@ -251,6 +260,13 @@ class SftParams(StageParams):
         """Return the number of processes, once `tasks.sft.backend.with_processes` has resolved it."""
         assert self.num_processes != "auto"
         return self.num_processes
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _optimizer_is_supported(cls, value: object) -> object:
+        if why := REFUSED.get(str(value)):
+            raise ValueError(f"{value} is not supported: {why}")
+        return value
 
     @field_validator("lora_target_modules")
     @classmethod

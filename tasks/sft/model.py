@@ -182,7 +182,8 @@ def lora_config(params: SftParams, model: Any, unreached: Sequence[str] = ()) ->
         target_modules=params.lora_target_modules,
         exclude_modules=sorted(find_excluded(model, unreached, params.lora_layers_to_transform)) or None,
         target_parameters=params.lora_target_parameters or None,
-        modules_to_save=params.lora_modules_to_save or None,
+        # A copy: for tied weights, PEFT changes the list.
+        modules_to_save=[*params.lora_modules_to_save] or None,
         ensure_weight_tying=ties,
         use_dora=params.use_dora,
         use_rslora=params.use_rslora,

@@ -98,6 +98,15 @@ from tests.helpers.sft import sft_params
             },
             "gives no gradients when the embeddings are frozen",
         ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}},
+            "num_decay_steps: Input should be greater than or equal to 2, got 1",
+        ),
+        (
+            {"optim": "adamw_torch_4bit"},
+            "optim: adamw_torch_4bit is not supported: torchao is not among the pinned",
+        ),
+        ({"optim": "muon"}, "muon is not supported: transformers has none"),
         ({"use_reentrant": True}, "use_reentrant=true needs activation_checkpointing=true"),
     ],
 )
