@@ -53,9 +53,15 @@ class Trainer(SFTTrainer):
         # Whether a mixture of experts has a router loss is up to its config, not to TRL's default.
         text = more["model"].config.get_text_config()
         router = {key: getattr(text, key) for key in ROUTER if hasattr(text, key)}
+        trained = [(weight, weight.data) for weight in more["model"].parameters() if weight.requires_grad]
         super().__init__(**more)
         for key, value in router.items():
             setattr(text, key, value)
+        if params.adapter == "qlora" and not (self.args.fsdp and self.args.bf16):
+            # TRL rounds what trains beside 4-bit weights to bfloat16, in which small updates are lost. FSDP2
+            # shards weights of one dtype only.
+            for weight, data in trained:
+                weight.data = data
         # `compute_loss` divides by the tokens of the whole step.
         self.loss_is_scaled_for_ga = True
         self.lengths = torch.ones(1)

@@ -25,7 +25,8 @@ from tasks.sft import SftParams
 from tests.helpers.sft import make_folder, shipped_params
 
 Changes = dict[str, Any]
-ROWS = ((0, 1), (2, 3), (4, 5), (6, 7))
+# The first row has room for two validation examples.
+ROWS = ((0, 1, 2, 3), (4, 5), (6, 7), (0, 2))
 SECONDS = 150
 # Three steps, whatever the batch size.
 START: Changes = {
