@@ -20,8 +20,10 @@ from typing import Any
 import yaml
 
 from nightshift.core.config import problems
+from nightshift.core.errors import ConfigError
 from nightshift.core.files import finite, read_json, tree_digest
 from tasks.sft import SftParams
+from tasks.sft.schedule import learning_rates
 from tests.helpers.sft import make_folder, shipped_params
 
 Changes = dict[str, Any]
@@ -154,8 +156,15 @@ def combine(picked: dict[str, Changes]) -> Changes:
 
 
 def is_valid(changes: Changes) -> bool:
-    """Return whether the section is valid with some changes."""
-    return not problems(SftParams, "sft", shipped_params() | changes)
+    """Return whether the section is valid with some changes, and its schedule fits into the steps."""
+    values = shipped_params() | changes
+    if problems(SftParams, "sft", values):
+        return False
+    try:
+        learning_rates(changes["max_steps"], SftParams(**values))
+    except ConfigError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -243,7 +252,6 @@ def probe(params: SftParams, config: Any, longest: int) -> Any:
     """Probe the machine in a fork; the kernels that it tries leave traces in torch."""
     import pickle
 
-    from nightshift.core.errors import ConfigError
     from tasks.sft.machine import probe_machine
 
     def run() -> None:
