@@ -42,13 +42,12 @@ Optimizer = Literal[
     "paged_lion_32bit",
     "paged_lion_8bit",
     "schedule_free_adamw",
+    "muon",
 ]
 # Optimizers that users know from elsewhere -> why they are not supported, and what to set.
 REFUSED = {
     "adamw_torch_4bit": "torchao is not among the pinned packages; set adamw_8bit, with twice the memory",
     "adamw_torch_8bit": "torchao is not among the pinned packages; set adamw_8bit, the same in bitsandbytes",
-    "muon": "transformers has none, and torch's takes whole matrices only: neither norms nor the shards of "
-    "ZeRO; set adamw_torch",
 }
 Schedule = Literal[
     "constant",

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from tasks.sft import REQUIRED, SCHEDULE_KWARGS, SftParams
 
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+# Optimizers of whole weights, which no strategy may shard.
+WHOLE = ("schedule_free_adamw", "muon")
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit")
 
 
@@ -45,8 +47,8 @@ def _schedule(params: SftParams) -> Iterator[str]:
         yield f"warmup_steps={params.warmup_steps} must be below max_steps={params.max_steps}; lower it"
     if params.optim == "schedule_free_adamw" and kind != "constant":
         yield f"schedule_free_adamw needs lr_scheduler_type constant, got {kind}"
-    if params.optim == "schedule_free_adamw" and params.strategy not in ("single", "ddp"):
-        yield f"optim schedule_free_adamw needs strategy single or ddp, got {params.strategy}"
+    if params.optim in WHOLE and params.strategy not in ("single", "ddp"):
+        yield f"optim {params.optim} needs strategy single or ddp, got {params.strategy}"
     if kind == "reduce_lr_on_plateau" and params.eval_steps is None:
         yield "reduce_lr_on_plateau depends on the evaluation loss; set eval_steps"
 
@@ -90,6 +92,8 @@ def _adapter(params: SftParams) -> Iterator[str]:
         yield from _parameters(params)
     if params.lora_modules_to_save:
         yield from _whole_modules(params)
+    if params.loraplus_lr_ratio is not None and params.optim == "muon":
+        yield "optim muon has one learning rate for A and B; set loraplus_lr_ratio to null"
     if params.loraplus_lr_ratio is not None and params.offload_optimizer != "none":
         yield "loraplus_lr_ratio needs the optimizer on the device; set offload_optimizer to none"
 

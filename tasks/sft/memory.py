@@ -30,6 +30,8 @@ STATE_BYTES = {
     "adamw_torch": 8.0,
     "adamw_torch_fused": 8.0,
     "schedule_free_adamw": 8.0,
+    # The moment of matrices; that of a full model's embeddings and head has two, which are added.
+    "muon": 4.0,
     "paged_adamw_32bit": 8.0,
     "lion_32bit": 4.0,
     "paged_lion_32bit": 4.0,
@@ -239,6 +241,8 @@ def _state(shape: Shape, params: SftParams, strategy: str, precision: str, train
         total = 4.0 * (edges + (0 if params.adapter else shape.vocabulary + shape.hidden))
     else:
         total = STATE_BYTES[params.optim] * trained
+        if params.optim == "muon" and params.adapter is None:
+            total += 4.0 * max(0, trained - count_linear(shape))
     # ZeRO-1 to ZeRO-3 copy the weights in any precision, ZeRO-0 only in half precision.
     if strategy in ("zero1", "zero2", "zero3") or (strategy == "zero0" and precision in HALF):
         total += 4 * trained

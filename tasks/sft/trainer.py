@@ -23,6 +23,7 @@ from tasks.sft.fused import LossHead
 from tasks.sft.guard import is_any
 from tasks.sft.history import best_step, plateau_scale
 from tasks.sft.loss import summed_loss, token_lengths
+from tasks.sft.muon import build_muon
 from tasks.sft.plan import Plan, format_rows
 
 # Config entries of a mixture of experts that TRL changes.
@@ -174,10 +175,20 @@ class Trainer(SFTTrainer):
         raise TrainingError("loss", f"{what} at {format_rows(self.plan, range(step, step + 1))}", [step])
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Build the optimizer; with LoRA+ the B matrices learn faster than A."""
+        """Build the optimizer: transformers', Muon, or LoRA+, whose B matrices learn faster than A."""
         if self.optimizer is not None:
             return self.optimizer
-        if self.params.loraplus_lr_ratio is None:
+        params = self.params
+        if params.optim == "muon":
+            self.optimizer = build_muon(
+                self.model,
+                set(self.get_decay_parameter_names(self.model)),
+                params.learning_rate,
+                params.weight_decay,
+                betas=(params.adam_beta1, params.adam_beta2),
+                eps=params.adam_epsilon,
+            )
+        elif params.loraplus_lr_ratio is None:
             super().create_optimizer(model)
         else:
             from peft.optimizers import create_loraplus_optimizer
@@ -186,8 +197,8 @@ class Trainer(SFTTrainer):
             self.optimizer = create_loraplus_optimizer(
                 self.model,
                 kind,
-                loraplus_lr_ratio=self.params.loraplus_lr_ratio,
-                loraplus_weight_decay=self.params.weight_decay,
+                loraplus_lr_ratio=params.loraplus_lr_ratio,
+                loraplus_weight_decay=params.weight_decay,
                 **options,
             )
         plugin = self.accelerator.state.deepspeed_plugin

@@ -166,7 +166,8 @@ def training_arguments(job: Job) -> SFTConfig:
         learning_rate=params.learning_rate,
         # The learning rates come from the plan.
         lr_scheduler_type="constant",
-        optim=params.optim,
+        # The trainer builds Muon, which transformers does not know.
+        optim="adamw_torch" if params.optim == "muon" else params.optim,
         adam_beta1=params.adam_beta1,
         adam_beta2=params.adam_beta2,
         adam_epsilon=params.adam_epsilon,

@@ -146,6 +146,21 @@ def test_full_fine_tuning_of_some_parameters_leaves_the_others_as_they_are(
         build(adapter=None, unfrozen_parameters=["lm_head"])
 
 
+@pytest.mark.parametrize("changes", [{"adapter": None}, {"lora_modules_to_save": ["norm"]}])
+def test_muon_trains_and_resumes_exactly(build: Callable[..., Any], changes: dict[str, Any]) -> None:
+    changes |= {"optim": "muon", "save_steps": 1, "save_total_limit": 9}
+    trainer = build(**changes)
+    trainer.train()
+    kinds = [type(part).__name__ for part in trainer.optimizer.optimizer.parts]
+    assert kinds == ["Muon", "AdamW"]
+    first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert last < first
+    again = build(**changes)
+    again.train(resume_from_checkpoint=str(Path(again.args.output_dir) / "checkpoint-2"))
+    for one, two in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_a_pattern_selects_the_modules_and_is_saved_as_it_is(build: Callable[..., Any]) -> None:
     pattern = r"model\.layers\.0\.self_attn\.(q|v)_proj"
     trainer = build(lora_target_modules=pattern)

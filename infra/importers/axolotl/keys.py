@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "lion_32bit": "lion_32bit",
     "lion_8bit": "lion_8bit",
     "schedule_free_adamw": "schedule_free_adamw",
+    "muon": "muon",
 }
 SCHEDULE_FREE = ("schedule_free_radam", "schedule_free_sgd")
 
@@ -127,6 +128,7 @@ NOTES = {
     "ao_adamw_4bit": "another optimizer: the state has 8 bits instead of 4, so it needs twice the memory",
     "adamw_hf": "same update; transformers removed adamw_hf",
     "adamw_apex_fused": "PyTorch's fused kernel",
+    "muon": "torch's Muon; its updates are scaled to the size of AdamW's, so check sft.learning_rate",
     "auto": "on from PyTorch 2.6",
 }
 

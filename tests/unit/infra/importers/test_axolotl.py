@@ -352,6 +352,8 @@ def test_an_old_file_is_mapped() -> None:
         ("optimizer: adamw_torch_8bit", "sft.optim", "adamw_8bit"),
         ("optimizer: adamw_torch_4bit", "sft.optim", "adamw_8bit"),
         ("optimizer: paged_adamw_32bit", "sft.optim", "paged_adamw_32bit"),
+        ("optimizer: muon", "sft.optim", "muon"),
+        ("{optimizer: muon, deepspeed: zero2.json}", "sft.strategy", "ddp"),
         ("{adapter: lora, lora_target_modules: '.*q_proj'}", "sft.lora_target_modules", ".*q_proj"),
         (
             "{adapter: lora, lora_modules_to_save: [lm_head]}",
@@ -463,9 +465,9 @@ def test_a_key_is_mapped(text: str, target: str, value: Any) -> None:
         ("micro_batchsize:", "micro_batchsize", "unknown to Axolotl; did you mean micro_batch_size?"),
         ("lr_scheduler: rex", "lr_scheduler", "rex is not supported; set sft.lr_scheduler_type to cosine"),
         (
-            "optimizer: muon",
+            "optimizer: sgd",
             "optimizer",
-            "optimizer muon is not supported; set sft.optim, such as adamw_torch_fused",
+            "optimizer sgd is not supported; set sft.optim, such as adamw_torch_fused",
         ),
         ("num_epochs: 1.5", "num_epochs", "1.5 is not an integer"),
         ("micro_batch_size: many", "micro_batch_size", "'many' is not a number"),

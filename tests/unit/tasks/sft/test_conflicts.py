@@ -106,7 +106,8 @@ from tests.helpers.sft import sft_params
             {"optim": "adamw_torch_4bit"},
             "optim: adamw_torch_4bit is not supported: torchao is not among the pinned",
         ),
-        ({"optim": "muon"}, "muon is not supported: transformers has none"),
+        ({"optim": "muon", "strategy": "zero2"}, "optim muon needs strategy single or ddp, got zero2"),
+        ({"optim": "muon", "strategy": "ddp", "loraplus_lr_ratio": 2}, "one learning rate for A and B"),
         ({"use_reentrant": True}, "use_reentrant=true needs activation_checkpointing=true"),
     ],
 )
