@@ -1,6 +1,6 @@
 """Packed rows for the ranks: what is known of each row, and an Arrow file that all ranks map into memory.
 
-As Python lists, tokens and labels take 258 bytes a token in every process. Mapped, they take 8 bytes a token
+As Python lists, tokens and labels take 200 bytes a token in every process. Mapped, they take 8 bytes a token
 on disk, and the ranks of a machine share the pages that the kernel has read: none of them holds a row that
 it does not train on. Parquet is compressed, so it cannot be mapped; it is read one row group at a time.
 """
