@@ -17,14 +17,16 @@ class Muon(torch.optim.Optimizer):
     """Muon and AdamW on parameter groups of their own, with one state."""
 
     def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], **adamw: Any) -> None:
-        """Build both optimizers; each needs at least one group.
+        """Build both optimizers, or the one that has weights.
 
         Args:
             matrices: Parameter groups of two-dimensional weights, with lr and weight_decay.
-            others: Parameter groups of all other weights, with lr and weight_decay; empty for an adapter.
+            others: Parameter groups of all other weights, with lr and weight_decay.
             adamw: betas and eps of AdamW.
         """
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.parts.append(torch.optim.AdamW(others, **adamw))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
