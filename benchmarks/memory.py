@@ -23,13 +23,13 @@ from tokenizers import Tokenizer
 
 from benchmarks.record import Record, record, require_bounds, write_records
 from benchmarks.stages import ROOT, environment, metric_history, run_stage
-from infra.cli.plan import read_lengths
 from nightshift.core.files import read_json, write_rows
 from nightshift.core.stage import run_main
 from tasks.pack import ROWS
 from tasks.sft import SftParams
 from tasks.sft.job import read_job
 from tasks.sft.memory import Batch, estimate, largest_batch
+from tasks.sft.rows import read_sizes
 from tasks.sft.strategy import GIB
 from tasks.snapshot.sources.packages import elements
 
@@ -115,9 +115,8 @@ def of_job(folder: Path) -> Record:
     (file,) = (folder / ".nightshift" / "checkpoints").glob("*/job.json")
     job = read_job(file)
     backend = job.backend
-    lengths, labelled = read_lengths(folder / "data" / "pack" / "train.parquet")
-    tokens = [sum(one) for one in lengths]
-    batch = largest_batch(job.plan.order, tokens, labelled, job.micro_batch_size)
+    sizes = read_sizes(folder / "data" / "pack" / "train.parquet")
+    batch = largest_batch(job.plan.order, sizes.tokens, sizes.labelled, job.micro_batch_size)
     config = read_json(folder / "data" / "base" / "model" / "config.json")
     expected = estimate(config, job.params, backend.strategy, backend.precision, batch, backend.device)
     peak = max(metric.value for metric in metric_history(folder, "peak_memory_gib"))

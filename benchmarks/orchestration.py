@@ -8,12 +8,13 @@ from pathlib import Path
 
 from benchmarks.record import Record, record
 from benchmarks.stages import ROOT, environment
-from benchmarks.throughput import Training, make_job, speed
+from benchmarks.throughput import Training, cpu_shares, make_job, speed
 from nightshift.core.files import read_json, tree_digest
 from nightshift.core.ports import free_port
 from nightshift.tracking import spool
 from tasks.sft.job import Job, read_job
 from tasks.sft.launch import build_command, rank_environment
+from tasks.sft.rows import iterate_row_groups, write_mapped
 
 TRAINING_SECONDS = 600.0
 FLOW = """
@@ -50,7 +51,7 @@ def measure(folder: Path) -> tuple[Path, Training, Record]:
     subprocess.run([*nightshift, "up"], cwd=job, env=shell, check=True)
     try:
         through_flow = timed([sys.executable, "-c", FLOW], job, shell)
-        flow_speed = speed(job)
+        flow_speed, shares = speed(job), cpu_shares(job)
         bare, bare_job = bare_training(job)
         alone = timed(bare, job, shell | rank_environment("cpu", []))
     finally:
@@ -69,9 +70,10 @@ def measure(folder: Path) -> tuple[Path, Training, Record]:
         at_most=0.03,
         seconds={"through the flow": through_flow, "launcher alone": alone},
         tokens_per_second={"through the flow": flow_speed, "launcher alone": bare_speed},
+        cpu_shares={"through the flow": shares, "launcher alone": marker["cpu_shares"]},
         seconds_around_the_steps=around,
     )
-    return job, Training(flow_speed, through_flow, 0.0), claim
+    return job, Training(flow_speed, through_flow, 0.0, (), shares), claim
 
 
 def bare_training(job: Path) -> tuple[list[str], Job]:
@@ -79,7 +81,9 @@ def bare_training(job: Path) -> tuple[list[str], Job]:
     (file,) = (job / ".nightshift" / "checkpoints").glob("*/job.json")
     bare = job / "bare"
     (bare / "output").mkdir(parents=True)
-    spec = read_job(file).model_copy(update={"folder": bare, "spool": spool.begin(bare, "bare", None)})
+    files = {"folder": bare, "rows": bare / "rows.arrow", "spool": spool.begin(bare, "bare", None)}
+    spec = read_job(file).model_copy(update=files)
+    write_mapped(spec.rows, iterate_row_groups(job / "data" / "pack" / "train.parquet"))
     spec.write(bare / "job.json")
     return [*build_command(spec, "127.0.0.1", free_port()), str(bare / "job.json")], spec
 

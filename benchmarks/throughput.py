@@ -78,12 +78,14 @@ class Training:
         seconds: Wall-clock seconds of the whole program.
         padding_share: Share of the computed tokens that were padding, 0 to 1.
         losses: Loss of each step, in nats per token.
+        cpu_shares: CPU seconds over seconds of each rank; far below 1 if other programs slowed it down.
     """
 
     tokens_per_second: float
     seconds: float
     padding_share: float
     losses: Sequence[float] = ()
+    cpu_shares: Sequence[float] = ()
 
 
 def compare(folder: Path, job: Path, ours: Training) -> list[Record]:
@@ -134,12 +136,19 @@ def compare(folder: Path, job: Path, ours: Training) -> list[Record]:
 def train_here(job: Path) -> Training:
     """Train with only the stage sft, without flow and DVC."""
     cost = run_stage("sft", job)
-    return Training(speed(job), cost.seconds, 0.0, [metric.value for metric in metric_history(job, "loss")])
+    losses = [metric.value for metric in metric_history(job, "loss")]
+    return Training(speed(job), cost.seconds, 0.0, losses, cpu_shares(job))
 
 
 def speed(folder: Path) -> float:
     """Return the real tokens per second of a training run, from its first step to its last."""
     return float(read_json(folder / "data" / "sft" / "mlflow_run.json")["tokens_per_second"])
+
+
+def cpu_shares(folder: Path) -> list[float]:
+    """Return the CPU seconds over seconds of each rank of a training run."""
+    shares: list[float] = read_json(folder / "data" / "sft" / "mlflow_run.json")["cpu_shares"]
+    return shares
 
 
 def run_trl(folder: Path, job: Path, tokens: int) -> Training:

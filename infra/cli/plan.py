@@ -10,7 +10,6 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -18,10 +17,9 @@ from rich.table import Table
 from nightshift.core.config import load_params, read_params
 from nightshift.core.cpu import cpu_has_bf16
 from nightshift.core.errors import ConfigError, DataError
-from nightshift.core.files import iterate_rows, read_json, write_text
+from nightshift.core.files import read_json, write_text
 from nightshift.core.paths import BASE, PACKED, TRAINING_RUN
 from nightshift.core.state import state_dir
-from nightshift.data.encode import count_supervised
 from nightshift.pipeline.graph import changed_stages, find_reruns
 from nightshift.pipeline.leases import lease_holder, leased_runs
 from nightshift.pipeline.scoreboard import scoreboard_file
@@ -31,6 +29,7 @@ from tasks.sft.backend import find_fitting_strategy, fits, with_processes
 from tasks.sft.machine import VISIBLE, Machine
 from tasks.sft.memory import Batch, Memory, estimate_all, largest_batch, totals
 from tasks.sft.plan import Plan, compile_plan
+from tasks.sft.rows import read_sizes
 from tasks.sft.strategy import GIB
 
 CONFIG = BASE / "config.json"
@@ -103,24 +102,14 @@ def show(console: Console) -> None:
             f"data/{' and data/'.join(stale)}: built from other parameters, code or data; run "
             f"`dvc repro {' '.join(stale)}` first"
         )
-    lengths, labelled = read_lengths(PACKED)
+    sizes = read_sizes(PACKED)
     found = find_devices()
     params = with_processes(params, found.gpus)
-    plan = compile_plan(params, lengths, labelled)
-    size = params.per_device_train_batch_size
-    batch = largest_batch(plan.order, [sum(one) for one in lengths], labelled, size)
+    plan = compile_plan(params, sizes.lengths, sizes.labelled)
+    batch = largest_batch(plan.order, sizes.tokens, sizes.labelled, params.per_device_train_batch_size)
     print_training(console, params, plan)
     print_reruns(console, reruns)
     print_choice(console, params, found, batch)
-
-
-def read_lengths(path: Path) -> tuple[list[list[int]], list[int]]:
-    """Return the example lengths and the number of labelled tokens of each row."""
-    rows = [
-        (row["seq_lengths"], count_supervised(row["labels"]))
-        for row in iterate_rows(path, ["seq_lengths", "labels"])
-    ]
-    return [lengths for lengths, _ in rows], [labelled for _, labelled in rows]
 
 
 def find_devices() -> Devices:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from infra.importers.findings import Finding, default, unmapped
-from tasks.sft.conflicts import EIGHT_BIT, PAGED
+from tasks.sft.conflicts import EIGHT_BIT, PAGED, WHOLE
 
 
 class Rule(NamedTuple):
@@ -63,6 +63,14 @@ RULES = (
         ),
         "adamw_torch",
         "its state cannot be sharded by fsdp2, nor offloaded: then DeepSpeed's AdamW runs on the CPU",
+    ),
+    Rule(
+        "sft.strategy",
+        lambda values: (
+            values.get("sft.optim") in WHOLE and values.get("sft.strategy") not in ("single", "ddp", None)
+        ),
+        "ddp",
+        "the optimizer needs whole weights on each device",
     ),
     Rule(
         "sft.torch_compile",

@@ -24,6 +24,7 @@ def collect() -> dict[str, Any]:
         "gate": gate,
         "metrics": read_json(METRICS),
         "tokens_per_second": trained["tokens_per_second"],
+        "cpu_shares": trained["cpu_shares"],
         "training_run": trained["run_id"],
         "version": read_json(VERSION)["version"],
         **read_json(OUTCOME),
@@ -66,7 +67,7 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
     before, after = (format_loss(model.get("test", {}).get("loss")) for model in (base, candidate))
     table += [
         ("loss on the test set", f"base {before} -> new model {after}"),
-        ("training speed", f"{board['tokens_per_second']:.0f} tokens/s"),
+        ("training speed", describe_speed(board)),
         ("gate", f"{gate['verdict']}: {gate['reason']}"),
         ("registered version", f"{board['version']}"),
         ("champion", f"version {champion}" if champion else "none yet"),
@@ -78,6 +79,19 @@ def format_rows(board: dict[str, Any]) -> list[tuple[str, str]]:
         count = sum(found["dropped"].values())
         table.append((f"dropped by {stage}", f"{count:,} of {found['rows_in']:,} rows: {reasons}"))
     return table
+
+
+def describe_speed(board: dict[str, Any]) -> str:
+    """Format the speed of training, and how much of a CPU the slowest rank had.
+
+    Example:
+        >>> describe_speed({"tokens_per_second": 349.6, "cpu_shares": [0.97, 0.52]})
+        '350 tokens/s, on a CPU at least 52% of the time'
+    """
+    speed = f"{board['tokens_per_second']:.0f} tokens/s"
+    # The file of an earlier version has no shares.
+    shares = board.get("cpu_shares")
+    return f"{speed}, on a CPU at least {min(shares):.0%} of the time" if shares else speed
 
 
 def describe_gain(gate: dict[str, Any]) -> str:

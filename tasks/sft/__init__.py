@@ -30,6 +30,25 @@ Attention = Literal[
     "sdpa",
     "eager",
 ]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adafactor",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "schedule_free_adamw",
+    "muon",
+]
+# Optimizers that users know from elsewhere -> why they are not supported, and what to set.
+REFUSED = {
+    "adamw_torch_4bit": "torchao is not among the pinned packages; set adamw_8bit, with twice the memory",
+    "adamw_torch_8bit": "torchao is not among the pinned packages; set adamw_8bit, the same in bitsandbytes",
+}
 Schedule = Literal[
     "constant",
     "linear",
@@ -79,7 +98,8 @@ class SchedulerKwargs(StageParams):
         div_factor: one_cycle: peak over initial learning rate (25).
         final_div_factor: one_cycle: initial over final learning rate (10000).
         timescale: inverse_sqrt: steps from warmup to 1/sqrt(2) of the peak (the warmup steps, or 10000).
-        num_decay_steps: warmup_stable_decay: optimizer steps of the final decay.
+        num_decay_steps: warmup_stable_decay: optimizer steps of the final decay, from 2: the first one still
+            has the full learning rate, as in transformers.
         factor: reduce_lr_on_plateau: factor of a reduction (0.1).
         patience: reduce_lr_on_plateau: evaluations without improvement tolerated before a reduction (1).
         threshold: reduce_lr_on_plateau: relative decrease that counts as improvement (0.0001).
@@ -93,10 +113,22 @@ class SchedulerKwargs(StageParams):
     div_factor: Annotated[float, Field(gt=1)] | None = None
     final_div_factor: Annotated[float, Field(gt=1)] | None = None
     timescale: Count | None = None
-    num_decay_steps: Count | None = None
+    num_decay_steps: Annotated[int, Field(strict=True, ge=2)] | None = None
     factor: Annotated[float, Field(gt=0, lt=1)] | None = None
     patience: Steps | None = None
     threshold: Share | None = None
+
+
+def require_pattern(text: str) -> None:
+    """Check that a text is a regular expression.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        re.compile(text)
+    except re.error as err:
+        raise ValueError(f"{text!r} is not a regular expression: {err}; correct it") from err
 
 
 class SftParams(StageParams):
@@ -134,11 +166,14 @@ class SftParams(StageParams):
         use_liger_kernel: Liger's fused kernels; `auto`: on a GPU, if installed and supported.
         torch_compile: Compile the model.
         adapter: lora, qlora (4-bit base weights), or None for full fine-tuning.
+        unfrozen_parameters: Regular expressions of the parameters that full fine-tuning trains, matched from
+            the start of their names; empty for all.
         fp8_base: Multiply by the frozen base weights in float8.
         lora_r: LoRA rank.
         lora_alpha: LoRA scale times rank.
         lora_dropout: Dropout on the adapter input, 0 to 1.
         lora_target_modules: `all-linear`, module names, or a regular expression of whole module names.
+        lora_layers_to_transform: Numbers, from 0, of the layers that get an adapter, or None for all.
         lora_target_parameters: Ends of the names of parameters that get an adapter, such as the weights of
             experts, which are no modules.
         lora_modules_to_save: Names of modules that are trained and saved whole, next to the adapter.
@@ -177,19 +212,7 @@ class SftParams(StageParams):
     lr_scheduler_kwargs: SchedulerKwargs
     warmup_steps: Steps
     warmup_ratio: Share
-    optim: Literal[
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adafactor",
-        "adamw_8bit",
-        "paged_adamw_32bit",
-        "paged_adamw_8bit",
-        "lion_32bit",
-        "lion_8bit",
-        "paged_lion_32bit",
-        "paged_lion_8bit",
-        "schedule_free_adamw",
-    ]
+    optim: Optimizer
     adam_beta1: Share
     adam_beta2: Share
     adam_epsilon: Positive
@@ -204,11 +227,13 @@ class SftParams(StageParams):
     use_liger_kernel: bool | Literal["auto"]
     torch_compile: bool
     adapter: Literal["lora", "qlora"] | None
+    unfrozen_parameters: list[str]
     fp8_base: bool
     lora_r: Count
     lora_alpha: Count
     lora_dropout: Share
     lora_target_modules: str | list[str]
+    lora_layers_to_transform: Annotated[list[Steps], Field(min_length=1)] | None
     lora_target_parameters: list[str]
     lora_modules_to_save: list[str]
     use_dora: bool
@@ -235,14 +260,25 @@ class SftParams(StageParams):
         assert self.num_processes != "auto"
         return self.num_processes
 
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _optimizer_is_supported(cls, value: object) -> object:
+        if why := REFUSED.get(str(value)):
+            raise ValueError(f"{value} is not supported: {why}")
+        return value
+
     @field_validator("lora_target_modules")
     @classmethod
     def _pattern_compiles(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as err:
-                raise ValueError(f"{value!r} is not a regular expression: {err}; correct it") from err
+            require_pattern(value)
+        return value
+
+    @field_validator("unfrozen_parameters")
+    @classmethod
+    def _patterns_compile(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            require_pattern(pattern)
         return value
 
     @model_validator(mode="after")

@@ -4,12 +4,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import yaml
 
 from nightshift.core.code_digest import MODEL_ENGINES, code_digest
@@ -17,12 +15,11 @@ from nightshift.core.config import load_params
 from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import (
     file_digest,
+    iterate_rows,
     read_json,
-    read_rows,
     text_digest,
     tree_digest,
     write_json,
-    write_rows,
 )
 from nightshift.core.paths import (
     BASE,
@@ -37,8 +34,8 @@ from nightshift.core.paths import (
 )
 from nightshift.core.stage import run_main, write_summary
 from nightshift.core.state import state_dir
-from nightshift.data.encode import Fault, count_supervised, load_encoder
-from nightshift.data.tokens import encode_known, open_memo
+from nightshift.data.encode import load_encoder
+from nightshift.data.tokens import encode_stream, open_memo
 from nightshift.tracking import spool
 from nightshift.tracking.runs import tracking_uri
 from tasks.sft import SftParams
@@ -51,6 +48,7 @@ from tasks.sft.launch import launch, node_rank
 from tasks.sft.machine import VISIBLE, probe_in_subprocess
 from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
+from tasks.sft.rows import SCHEMA, Sizes, as_batches, iterate_row_groups, read_sizes, write_mapped
 
 ENGINES = (*MODEL_ENGINES, "deepspeed", "schedulefree", "trl")
 # Code that only displays, tracks or estimates. It does not affect the result, so an unfinished training
@@ -67,15 +65,13 @@ NO_EFFECT_ON_RESULT = (
     # Progress bar in a terminal.
     "tasks/sft/terminal.py",
 )
-TOKENS = pa.list_(pa.int32())
-EVAL_ROWS = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("seq_lengths", TOKENS)])
 
 
 def main() -> None:
     """Train, or resume the training run with the same key, and publish the result."""
     params = load_params(SftParams, "sft")
-    rows = read_rows(PACKED)
-    job = build_job(params, rows)
+    sizes = read_sizes(PACKED)
+    job = build_job(params, sizes)
     folder = job.folder
     if node := node_rank(params):
         # Multi-node run without ssh: this node only trains; the first one tracks, saves and publishes.
@@ -89,9 +85,7 @@ def main() -> None:
     spool.limit_requests()
     spool.replay(state_dir() / "tracking", job.tracking_uri)
     if not is_trained:
-        if job.eval_rows:
-            longest = max(sum(row["seq_lengths"]) for row in rows)
-            write_eval_rows(job.eval_rows, longest if params.eval_packing else 0)
+        prepare_rows(job, sizes)
         clear_failure(folder)
         code = launch(job, folder / "job.json")
         if not is_finished(folder):
@@ -100,25 +94,23 @@ def main() -> None:
     plan = job.plan
     write_summary(
         "sft",
-        rows_in=len(rows),
-        rows_out=len(rows),
+        rows_in=len(sizes.lengths),
+        rows_out=len(sizes.lengths),
         steps=plan.steps,
         tokens=sum(plan.tokens),
         tokens_supervised=sum(plan.supervised_tokens),
     )
 
 
-def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
+def build_job(params: SftParams, sizes: Sizes) -> Job:
     """Build the job of the ranks, with the changes from earlier attempts."""
-    lengths = [row["seq_lengths"] for row in rows]
     config = read_json(BASE / "config.json")
-    machine = probe_in_subprocess(params, config, longest=max(map(max, lengths)))
-    require_rows_fit(rows, config, params, machine)
+    machine = probe_in_subprocess(params, config, longest=max(map(max, sizes.lengths)))
+    require_rows_fit(sizes, config, params, machine)
     requested, params = params, with_processes(params, len(machine.devices))
-    labelled = [count_supervised(row["labels"]) for row in rows]
-    plan = compile_plan(params, lengths, labelled)
-    tokens, size = [sum(row_lengths) for row_lengths in lengths], params.per_device_train_batch_size
-    batch = largest_batch(plan.order, tokens, labelled, size, is_padded=machine.leak is not None)
+    plan = compile_plan(params, sizes.lengths, sizes.labelled)
+    size, is_padded = params.per_device_train_batch_size, machine.leak is not None
+    batch = largest_batch(plan.order, sizes.tokens, sizes.labelled, size, is_padded=is_padded)
     backend = choose_backend(params, machine, config, batch)
     folder = state_dir() / "checkpoints" / training_key(params, backend)
     attempt = read_attempt(folder)
@@ -133,8 +125,8 @@ def build_job(params: SftParams, rows: Sequence[dict[str, Any]]) -> Job:
         accumulation_steps=params.gradient_accumulation_steps * (params.per_device_train_batch_size // micro),
         folder=folder,
         base=BASE,
-        rows=PACKED,
-        eval_rows=folder / "eval.parquet" if params.eval_steps else None,
+        rows=folder / "rows.arrow",
+        eval_rows=folder / "eval.arrow" if params.eval_steps else None,
         data_digest=dvc_digest(PACKED),
         tracking_uri=tracking_uri(),
     )
@@ -185,29 +177,42 @@ def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a valu
     return spool.begin(state_dir() / "tracking", folder.name, os.environ.get("MLFLOW_RUN_ID") or None, before)
 
 
-def write_eval_rows(path: Path, max_length: int) -> None:
+def prepare_rows(job: Job, sizes: Sizes) -> None:
+    """Write what the ranks map into memory: the packed rows, and the validation set.
+
+    Raises:
+        DataError: There is no validation example, or one cannot be encoded.
+    """
+    write_mapped(job.rows, iterate_row_groups(PACKED))
+    if job.eval_rows:
+        max_length = max(sizes.tokens) if job.params.eval_packing else 0
+        write_mapped(job.eval_rows, as_batches(eval_rows(max_length)))
+
+
+def eval_rows(max_length: int) -> Iterator[dict[str, list[int]]]:
     """Encode the validation set: one example per row, or packed rows of up to `max_length` tokens.
 
     Raises:
         DataError: There is no example, or an example cannot be encoded.
     """
-    examples = read_rows(VALIDATION)
-    if not examples:
-        raise DataError(f"{VALIDATION}: no examples to evaluate on; raise split.validation_share")
     encoder = load_encoder(BASE)
+    examples = iterate_rows(VALIDATION, ["messages", "tools", "origin"])
+    items = ((row["origin"], (row["messages"], row["tools"])) for row in examples)
+    row: dict[str, list[int]] = {name: [] for name in SCHEMA.names}
     with open_memo(encoder) as memo:
-        encoded = encode_known([(row["messages"], row["tools"]) for row in examples], encoder, memo)
-    rows: list[dict[str, list[int]]] = []
-    for result, example in zip(encoded, examples, strict=True):
-        if isinstance(result, Fault):
-            raise DataError(f"{VALIDATION}: {example['origin']}: {result}")
-        for one in result:
-            if not rows or sum(rows[-1]["seq_lengths"]) + len(one.input_ids) > max_length:
-                rows.append({"input_ids": [], "labels": [], "seq_lengths": []})
-            rows[-1]["input_ids"] += one.input_ids.tolist()
-            rows[-1]["labels"] += one.labels.tolist()
-            rows[-1]["seq_lengths"].append(len(one.input_ids))
-    write_rows(path, rows, EVAL_ROWS)
+        for origin, encoded in encode_stream(items, encoder, memo):
+            if not isinstance(encoded, list):
+                raise DataError(f"{VALIDATION}: {origin}: {encoded}")
+            for one in encoded:
+                if row["seq_lengths"] and len(row["input_ids"]) + len(one.input_ids) > max_length:
+                    yield row
+                    row = {name: [] for name in SCHEMA.names}
+                row["input_ids"] += one.input_ids.tolist()
+                row["labels"] += one.labels.tolist()
+                row["seq_lengths"].append(len(one.input_ids))
+    if not row["seq_lengths"]:
+        raise DataError(f"{VALIDATION}: no examples to evaluate on; raise split.validation_share")
+    yield row
 
 
 def is_finished(folder: Path) -> bool:
@@ -217,7 +222,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def publish(job: Job, spool_file: Path) -> None:
-    """Copy the result to data/sft, and delete the checkpoints."""
+    """Copy the result to data/sft, and delete the checkpoints and the rows of the ranks."""
     folder, output = job.folder, job.folder / "output"
     shutil.rmtree(MODEL, ignore_errors=True)
     shutil.copytree(output / "model", MODEL)
@@ -230,9 +235,11 @@ def publish(job: Job, spool_file: Path) -> None:
     # No stage depends on this file, so it may contain a run id and a speed. Without an id the run does
     # not exist yet, and can be found later by its key.
     run = {"run_id": spool.find_run_id(spool_file), "tracking_key": spool_file.stem}
-    write_json(TRAINING_RUN, {**run, "tokens_per_second": marker["tokens_per_second"]})
+    write_json(TRAINING_RUN, run | {key: marker[key] for key in ("tokens_per_second", "cpu_shares")})
     for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
         shutil.rmtree(checkpoint, ignore_errors=True)
+    for path in filter(None, (job.rows, job.eval_rows)):
+        path.unlink(missing_ok=True)
 
 
 def dvc_digest(path: Path) -> str:

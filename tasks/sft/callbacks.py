@@ -4,11 +4,13 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from nightshift.core.paths import PACKED
 from nightshift.tracking.spool import Spool
 from tasks.sft.job import Job
 
@@ -22,17 +24,18 @@ class Progress(TrainerCallback):
         self.job, self.plan = job, job.plan
         self.spool: Spool | None = None
         self.started = (time.monotonic(), 0)
+        self.cpu_started = time.process_time()
         self.speed = 0.0
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Start the clock; log the parameters and the dataset to the run."""
         self.started = (time.monotonic(), state.global_step)
+        self.cpu_started = time.process_time()
         if state.is_world_process_zero:
             assert self.job.spool
             self.spool = Spool(self.job.spool, self.job.tracking_uri)
             self.spool.log("params", values=run_params(self.job))
-            source = str(self.job.rows)
-            self.spool.log("dataset", name="train", digest=self.job.data_digest, source=source)
+            self.spool.log("dataset", name="train", digest=self.job.data_digest, source=str(PACKED))
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
         """Report a training step or an evaluation."""
@@ -70,6 +73,20 @@ class Progress(TrainerCallback):
             "supervised_tokens": float(self.plan.supervised_tokens[step - 1]),
             "peak_memory_gib": memory,
         }
+
+    def cpu_share(self) -> float:
+        """Return the CPU seconds of this rank over the seconds since training began.
+
+        On a CPU that other programs use too, it falls far below 1, and the speed with it.
+        """
+        seconds = time.monotonic() - self.started[0]
+        return round((time.process_time() - self.cpu_started) / seconds, 2)
+
+    def log_cpu_shares(self, shares: Sequence[float], step: int) -> None:
+        """Log the CPU seconds over seconds of all ranks to the run."""
+        if self.spool:
+            values = {f"cpu_share/{rank}": share for rank, share in enumerate(shares)}
+            self.spool.log("metrics", values=values, step=step)
 
     def close(self) -> None:
         """Send pending entries to MLflow one last time; the spool keeps the rest for later."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from tasks.sft import REQUIRED, SCHEDULE_KWARGS, SftParams
 
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+# Optimizers of whole weights, which no strategy may shard.
+WHOLE = ("schedule_free_adamw", "muon")
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit")
 
 
@@ -17,11 +19,8 @@ def find_conflicts(params: SftParams) -> Iterator[str]:
     yield from _evaluation(params)
     if params.use_reentrant and params.activation_checkpointing is not True:
         yield "use_reentrant=true needs activation_checkpointing=true; set it, or use_reentrant to false"
-    if params.use_reentrant and params.adapter:
-        yield (
-            "use_reentrant=true with an adapter gives no gradients when the embeddings are frozen; "
-            "set it to false"
-        )
+    if params.use_reentrant and (params.adapter or params.unfrozen_parameters):
+        yield "use_reentrant=true gives no gradients when the embeddings are frozen; set it to false"
     if params.torch_compile and params.use_liger_kernel is True:
         yield "torch_compile and use_liger_kernel both replace the same operators; set one of them to false"
 
@@ -48,8 +47,8 @@ def _schedule(params: SftParams) -> Iterator[str]:
         yield f"warmup_steps={params.warmup_steps} must be below max_steps={params.max_steps}; lower it"
     if params.optim == "schedule_free_adamw" and kind != "constant":
         yield f"schedule_free_adamw needs lr_scheduler_type constant, got {kind}"
-    if params.optim == "schedule_free_adamw" and params.strategy not in ("single", "ddp"):
-        yield f"optim schedule_free_adamw needs strategy single or ddp, got {params.strategy}"
+    if params.optim in WHOLE and params.strategy not in ("single", "ddp"):
+        yield f"optim {params.optim} needs strategy single or ddp, got {params.strategy}"
     if kind == "reduce_lr_on_plateau" and params.eval_steps is None:
         yield "reduce_lr_on_plateau depends on the evaluation loss; set eval_steps"
 
@@ -80,16 +79,7 @@ def _strategy(params: SftParams) -> Iterator[str]:
 
 
 def _adapter(params: SftParams) -> Iterator[str]:
-    if params.adapter is None:
-        options = {
-            "use_dora": params.use_dora,
-            "use_rslora": params.use_rslora,
-            "loraplus_lr_ratio": params.loraplus_lr_ratio is not None,
-            "lora_target_parameters": bool(params.lora_target_parameters),
-            "lora_modules_to_save": bool(params.lora_modules_to_save),
-        }
-        for name in [name for name, is_set in options.items() if is_set]:
-            yield f"{name} needs an adapter; set adapter to lora, or unset {name}"
+    yield from _kind(params)
     if params.adapter == "qlora" and params.strategy == "zero3":
         yield "qlora's 4-bit weights cannot be sharded by zero3; use zero2, fsdp2 or ddp"
     if params.adapter == "qlora" and params.offload_param != "none":
@@ -102,8 +92,30 @@ def _adapter(params: SftParams) -> Iterator[str]:
         yield from _parameters(params)
     if params.lora_modules_to_save:
         yield from _whole_modules(params)
+    if params.loraplus_lr_ratio is not None and params.optim == "muon":
+        yield "optim muon has one learning rate for A and B; set loraplus_lr_ratio to null"
     if params.loraplus_lr_ratio is not None and params.offload_optimizer != "none":
         yield "loraplus_lr_ratio needs the optimizer on the device; set offload_optimizer to none"
+
+
+def _kind(params: SftParams) -> Iterator[str]:
+    """Yield options of an adapter without one, and of full fine-tuning with one."""
+    if params.adapter is None:
+        options = {
+            "use_dora": params.use_dora,
+            "use_rslora": params.use_rslora,
+            "loraplus_lr_ratio": params.loraplus_lr_ratio is not None,
+            "lora_target_parameters": bool(params.lora_target_parameters),
+            "lora_modules_to_save": bool(params.lora_modules_to_save),
+            "lora_layers_to_transform": params.lora_layers_to_transform is not None,
+        }
+        for name in [name for name, is_set in options.items() if is_set]:
+            yield f"{name} needs an adapter; set adapter to lora, or unset {name}"
+    elif params.unfrozen_parameters:
+        yield (
+            f"unfrozen_parameters is for full fine-tuning, and adapter is {params.adapter}; set it to [], or "
+            "adapter to null (modules beside an adapter: lora_modules_to_save)"
+        )
 
 
 def _parameters(params: SftParams) -> Iterator[str]:
@@ -111,6 +123,7 @@ def _parameters(params: SftParams) -> Iterator[str]:
     fits = {
         f"lora_dropout {params.lora_dropout}": not params.lora_dropout,
         "use_dora": not params.use_dora,
+        "lora_layers_to_transform": params.lora_layers_to_transform is None,
         f"strategy {params.strategy}": params.strategy not in ("zero3", "fsdp2"),
     }
     for what in [what for what, is_fit in fits.items() if not is_fit]:

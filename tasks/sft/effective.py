@@ -39,7 +39,8 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
         "precision": backend.precision,
         "attn_implementation": trainer.model.config._attn_implementation,
         "num_processes": args.world_size,
-        "optim": args.optim.value,
+        # The trainer builds Muon, which transformers does not know.
+        "optim": "muon" if trainer.params.optim == "muon" else args.optim.value,
         # The self-test compares both with the model, since they are enabled when training starts.
         "activation_checkpointing": args.activation_checkpointing,
         "fp8_base": trainer.params.fp8_base,
@@ -81,10 +82,13 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
 def unused(params: SftParams) -> dict[str, None]:
     """Return the parameters that have no effect, as None, because of what others choose."""
     names: list[str] = []
-    if params.optim == "adafactor":
+    matrices_only = params.adapter and not params.use_dora and not params.lora_modules_to_save
+    if params.optim == "adafactor" or (params.optim == "muon" and matrices_only):
         names += ["adam_beta1", "adam_beta2", "adam_epsilon"]
     if params.adapter is None:
         names += [name for name in SftParams.model_fields if name.startswith("lora_")]
+    else:
+        names += ["unfrozen_parameters"]
     return dict.fromkeys(names)
 
 

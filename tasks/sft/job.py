@@ -23,8 +23,8 @@ class Job(BaseModel):
         accumulation_steps: Forward passes per optimizer step.
         folder: Folder for checkpoints and results.
         base: Folder of the base model.
-        rows: File of the packed rows.
-        eval_rows: File of the encoded validation set, or None without evaluations.
+        rows: Arrow file of the packed rows.
+        eval_rows: Arrow file of the encoded validation set, or None without evaluations.
         data_digest: DVC digest of the packed rows.
         tracking_uri: MLflow tracking URI.
         spool: Spool file of the MLflow run, or None on a machine that does not track.

@@ -129,7 +129,7 @@ def probe_machine(params: SftParams, config: Mapping[str, Any], longest: int) ->
         require_float8(precision, device)
     probe = Probe(params, device, precision, config, longest)
     if faults := find_adapter_faults(config, params):
-        raise ConfigError("\n  ".join(["params.yaml: the adapter does not fit the base:", *faults]))
+        raise ConfigError("\n  ".join(["params.yaml: these parameters do not fit the base:", *faults]))
     attention, leak = choose_attention(params.attn_implementation, device, probe)
     return Machine(
         device=device,

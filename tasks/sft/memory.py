@@ -12,7 +12,15 @@ from importlib.metadata import version
 from typing import Any
 
 from tasks.sft import SftParams
-from tasks.sft.shape import Shape, count_adapter, count_linear, count_parameters, linears, read_shape, targets
+from tasks.sft.shape import (
+    Shape,
+    count_linear,
+    count_parameters,
+    count_trained,
+    linears,
+    read_shape,
+    targets,
+)
 from tasks.sft.strategy import BUCKET, GIB, HALF, LOGITS, ZERO, choose_loss, keeps_half, uses_autocast
 
 STRATEGIES = ("single", "ddp", *ZERO, "fsdp2")
@@ -22,6 +30,8 @@ STATE_BYTES = {
     "adamw_torch": 8.0,
     "adamw_torch_fused": 8.0,
     "schedule_free_adamw": 8.0,
+    # The moment of matrices; that of a full model's embeddings and head has two, which are added.
+    "muon": 4.0,
     "paged_adamw_32bit": 8.0,
     "lion_32bit": 4.0,
     "paged_lion_32bit": 4.0,
@@ -121,7 +131,7 @@ def estimate(
         ConfigError: The model is not Llama-like, or a target module is unknown.
     """
     shape = read_shape(config)
-    trained = count_adapter(shape, params) if params.adapter else count_parameters(shape)
+    trained = count_trained(shape, params)
     ranks = params.ranks
     weights = _weights(shape, params, strategy, precision, trained)
     state = _state(shape, params, strategy, precision, trained)
@@ -231,6 +241,8 @@ def _state(shape: Shape, params: SftParams, strategy: str, precision: str, train
         total = 4.0 * (edges + (0 if params.adapter else shape.vocabulary + shape.hidden))
     else:
         total = STATE_BYTES[params.optim] * trained
+        if params.optim == "muon" and params.adapter is None:
+            total += 4.0 * max(0, trained - count_linear(shape))
     # ZeRO-1 to ZeRO-3 copy the weights in any precision, ZeRO-0 only in half precision.
     if strategy in ("zero1", "zero2", "zero3") or (strategy == "zero0" and precision in HALF):
         total += 4 * trained

@@ -1,5 +1,6 @@
 """Load the model to train: base weights in the precision of the job, plus the adapter."""
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -51,7 +52,15 @@ def load_model(
     model.config.use_cache = False
     for name in unreached:
         model.get_submodule(name).requires_grad_(requires_grad=False)
+    freeze_others(model, params.unfrozen_parameters)
     return model if params.adapter is None else adapt(model, params, strategy, precision, unreached)
+
+
+def freeze_others(model: Any, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names no pattern matches; without patterns, none."""
+    for name, weight in model.named_parameters():
+        if patterns and not any(re.match(pattern, name) for pattern in patterns):
+            weight.requires_grad_(requires_grad=False)
 
 
 def adapt(model: Any, params: SftParams, strategy: str, precision: str, unreached: Sequence[str] = ()) -> Any:
@@ -116,8 +125,25 @@ def add_adapter(model: Any, params: SftParams, unreached: Sequence[str] = ()) ->
     return get_peft_model(model, lora_config(params, model, unreached))
 
 
-def find_excluded(model: Any, unreached: Sequence[str]) -> Iterator[str]:
-    """Yield the names of linear layers that an adapter would break or never train."""
+def layer_number(name: str) -> int | None:
+    """Return the number of the layer that a module is in, or None outside the layers.
+
+    Example:
+        >>> layer_number("model.layers.3.mlp.experts.7.up_proj"), layer_number("model.embed_tokens")
+        (3, None)
+    """
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def find_excluded(model: Any, unreached: Sequence[str], layers: Sequence[int] | None = None) -> Iterator[str]:
+    """Yield the names of modules that get no adapter, since it would break them, or never train.
+
+    Args:
+        model: Base model.
+        unreached: Names of modules that text does not reach.
+        layers: Numbers of the layers that get an adapter, or None for all.
+    """
     is_mamba = model.config.model_type in MAMBA_KINDS
     for name, module in model.named_modules():
         # Some routers are linear layers that return a tuple, which no adapter expects.
@@ -127,8 +153,14 @@ def find_excluded(model: Any, unreached: Sequence[str]) -> Iterator[str]:
         )
         last = name.rpartition(".")[2]
         is_read = last == STEP_MODULE or (is_mamba and last in MAMBA_MODULES)
-        if is_router or is_unreached or is_read:
+        is_elsewhere = layers is not None and layer_number(name) not in layers
+        if is_router or is_unreached or is_read or (is_elsewhere and has_matrix(module)):
             yield name
+
+
+def has_matrix(module: torch.nn.Module) -> bool:
+    """Return whether a module has a matrix of its own, to which an adapter could be added."""
+    return any(weight.ndim > 1 for weight in module.parameters(recurse=False))
 
 
 def is_tied(model: Any) -> bool:
@@ -148,9 +180,10 @@ def lora_config(params: SftParams, model: Any, unreached: Sequence[str] = ()) ->
         lora_alpha=params.lora_alpha,
         lora_dropout=params.lora_dropout,
         target_modules=params.lora_target_modules,
-        exclude_modules=sorted(find_excluded(model, unreached)) or None,
+        exclude_modules=sorted(find_excluded(model, unreached, params.lora_layers_to_transform)) or None,
         target_parameters=params.lora_target_parameters or None,
-        modules_to_save=params.lora_modules_to_save or None,
+        # A copy: for tied weights, PEFT changes the list.
+        modules_to_save=[*params.lora_modules_to_save] or None,
         ensure_weight_tying=ties,
         use_dora=params.use_dora,
         use_rslora=params.use_rslora,

@@ -16,7 +16,7 @@ from tasks.sft.schedule import learning_rates
 # A row without examples and labels. It fills up the last step, so that all ranks do equal work and no
 # real row is repeated.
 FILLER = -1
-# Rows per process that are sorted by cost: enough to find rows of similar cost, too few to order the
+# Forward passes whose rows are sorted by cost: enough to find rows of similar cost, too few to order the
 # whole training run by length.
 WINDOW = 16
 
@@ -59,11 +59,13 @@ def compile_plan(params: SftParams, seq_lengths: Sequence[Sequence[int]], superv
     tokens = [sum(lengths) for lengths in seq_lengths]
     # Full rows cost the same except for attention, which is quadratic in the length of each example.
     costs = [sum(length**2 for length in lengths) for lengths in seq_lengths]
-    order = row_order(costs, params.num_train_epochs, params.ranks, params.seed)
+    size = params.per_device_train_batch_size
+    order = row_order(costs, params.num_train_epochs, params.ranks * size, params.seed)
     steps = math.ceil(len(order) / step_rows)
     steps = min(steps, params.max_steps or steps)
     order = order[: steps * step_rows]
     order += [FILLER] * (steps * step_rows - len(order))
+    order = deal_rows(order, costs, params.ranks, size, params.seed)
     groups = [order[i : i + step_rows] for i in range(0, len(order), step_rows)]
     return Plan(
         steps=steps,
@@ -76,40 +78,82 @@ def compile_plan(params: SftParams, seq_lengths: Sequence[Sequence[int]], superv
     )
 
 
-def row_order(costs: Sequence[int], epochs: int, processes: int, seed: int) -> list[int]:
+def row_order(costs: Sequence[int], epochs: int, parallel: int, seed: int) -> list[int]:
     """Shuffle the rows anew for each epoch, so that rows trained in parallel cost about the same.
 
     The slowest process sets the time of a step. Rows are therefore sorted by cost within windows of the
-    shuffled order, and shuffled again in groups of one row per process.
+    shuffled order, and shuffled again in groups of the rows that all processes train at once.
 
     Args:
         costs: Relative cost of each row, shape (n_rows,).
         epochs: Passes over the rows.
-        processes: Number of rows trained in parallel.
+        parallel: Number of rows trained in parallel: those of one forward pass of all processes.
         seed: Seed of the shuffle; the order is a function of the arguments.
 
     Example:
-        >>> sorted(row_order([5, 5, 5], epochs=2, processes=1, seed=0))
+        >>> sorted(row_order([5, 5, 5], epochs=2, parallel=1, seed=0))
         [0, 0, 1, 1, 2, 2]
-        >>> order = row_order([1, 9, 1, 9], epochs=1, processes=2, seed=0)
+        >>> order = row_order([1, 9, 1, 9], epochs=1, parallel=2, seed=0)
         >>> [sorted(order[:2]), sorted(order[2:])] in ([[0, 2], [1, 3]], [[1, 3], [0, 2]])
         True
     """
-    order = []
+    order: list[int] = []
     for epoch in range(epochs):
         rng = random.Random(f"{seed}/{epoch}")
         rows = list(range(len(costs)))
         rng.shuffle(rows)
-        for start in range(0, len(rows), WINDOW * processes):
-            window = sorted(rows[start : start + WINDOW * processes], key=costs.__getitem__)
-            groups = [window[i : i + processes] for i in range(0, len(window), processes)]
-            # An incomplete group stays last, where fillers complete it.
-            full = [group for group in groups if len(group) == processes]
+        # The first rows complete the last group of the epoch before.
+        begun = -len(order) % parallel
+        order += rows[:begun]
+        for start in range(begun, len(rows), WINDOW * parallel):
+            window = sorted(rows[start : start + WINDOW * parallel], key=costs.__getitem__)
+            groups = [window[i : i + parallel] for i in range(0, len(window), parallel)]
+            # An incomplete group stays last, where the next epoch or fillers complete it.
+            full = [group for group in groups if len(group) == parallel]
             rng.shuffle(full)
             for group in full:
                 rng.shuffle(group)
             order += [row for group in [*full, *groups[len(full) :]] for row in group]
     return order
+
+
+def deal_rows(order: Sequence[int], costs: Sequence[int], processes: int, size: int, seed: int) -> list[int]:
+    """Deal the rows of each forward pass to the processes, so that each has about the same cost.
+
+    In rounds, from the most expensive rows down, each process gets one row, and the one with the highest sum
+    the cheapest. The sums then differ by no more than the rows of one round do.
+
+    Args:
+        order: Row numbers or `FILLER`; process i trains rows i * size to (i + 1) * size of each pass.
+        costs: Relative cost of each row.
+        processes: Number of processes.
+        size: Rows of one process in a forward pass. A single row is as good in any process.
+        seed: Seed of the shuffle of processes, and of the rows of each.
+
+    Example:
+        >>> deal_rows([0, 1, 2, 3], [1, 9, 2, 8], processes=2, size=2, seed=0)
+        [3, 2, 1, 0]
+    """
+    if size == 1:
+        return list(order)
+    rng = random.Random(f"{seed}/deal")
+    dealt: list[int] = []
+    for start in range(0, len(order), processes * size):
+        group = order[start : start + processes * size]
+        rows = sorted(group, key=lambda row: 0 if row == FILLER else costs[row])
+        hands: list[list[int]] = [[] for _ in range(processes)]
+        sums = [0] * processes
+        for i in range(len(rows) - processes, -1, -processes):
+            dearest_first = sorted(range(processes), key=lambda process: -sums[process])
+            for process, row in zip(dearest_first, rows[i : i + processes], strict=True):
+                hands[process].append(row)
+                sums[process] += 0 if row == FILLER else costs[row]
+        rng.shuffle(hands)
+        for hand in hands:
+            # A micro-batch that is halved must not split into expensive and cheap rows.
+            rng.shuffle(hand)
+            dealt += hand
+    return dealt
 
 
 def without_steps(plan: Plan, steps: Sequence[int]) -> Plan:

@@ -8,6 +8,7 @@ from typing import Any
 from nightshift.core.errors import ConfigError
 from tasks.sft import SftParams
 
+NORMS = ("input_layernorm", "post_attention_layernorm")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Linears = dict[str, tuple[int, int]]
 
@@ -94,6 +95,43 @@ def count_parameters(shape: Shape) -> int:
     return embeddings + count_linear(shape) + shape.layers * (shape.biases + 2 * shape.hidden) + shape.hidden
 
 
+def parameters(shape: Shape) -> dict[str, int]:
+    """Return name -> size of the parameters of a Llama-like model, without biases."""
+    table = shape.vocabulary * shape.hidden
+    sizes = {"model.embed_tokens.weight": table, "model.norm.weight": shape.hidden}
+    if not shape.is_tied:
+        sizes["lm_head.weight"] = table
+    for i in range(shape.layers):
+        for name, (inputs, outputs) in linears(shape).items():
+            sizes[f"model.layers.{i}.{part_of(name)}.{name}.weight"] = inputs * outputs
+        for name in NORMS:
+            sizes[f"model.layers.{i}.{name}.weight"] = shape.hidden
+    return sizes
+
+
+def part_of(name: str) -> str:
+    """Return the part of a block that a linear layer is in."""
+    return "self_attn" if name in ATTENTION else "mlp"
+
+
+def count_trained(shape: Shape, params: SftParams) -> int:
+    """Count the weights that train: an adapter, all parameters, or those that the patterns match.
+
+    Raises:
+        ConfigError: A target module is unknown.
+    """
+    if params.adapter:
+        return count_adapter(shape, params)
+    if not params.unfrozen_parameters:
+        return count_parameters(shape)
+    found = parameters(shape)
+    return sum(
+        size
+        for name, size in found.items()
+        if any(re.match(pattern, name) for pattern in params.unfrozen_parameters)
+    )
+
+
 def targets(shape: Shape, params: SftParams) -> Linears:
     """Return the linear layers of a block that get an adapter; for a regular expression, of any block.
 
@@ -123,8 +161,7 @@ def _matches(shape: Shape, pattern: str) -> Linears:
     found = {
         name: size
         for name, size in linears(shape).items()
-        for part in ("self_attn" if name in ATTENTION else "mlp",)
-        if any(re.fullmatch(pattern, f"model.layers.{i}.{part}.{name}") for i in range(shape.layers))
+        if any(re.fullmatch(pattern, f"model.layers.{i}.{part_of(name)}.{name}") for i in range(shape.layers))
     }
     if not found:
         raise ConfigError(
@@ -142,7 +179,7 @@ def count_whole(shape: Shape, params: SftParams) -> int:
     """
     table = shape.vocabulary * shape.hidden
     sizes = {name: shape.layers * inputs * outputs for name, (inputs, outputs) in linears(shape).items()}
-    sizes |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), shape.layers * shape.hidden)
+    sizes |= dict.fromkeys(NORMS, shape.layers * shape.hidden)
     sizes |= {"norm": shape.hidden, "embed_tokens": table, "lm_head": table}
     names = set(params.lora_modules_to_save)
     if unknown := sorted(names - sizes.keys()):
@@ -164,7 +201,8 @@ def count_adapter(shape: Shape, params: SftParams) -> int:
     """
     sizes = targets(shape, params).values()
     dora = sum(outputs for _, outputs in sizes) if params.use_dora else 0
-    blocks = shape.layers * (params.lora_r * sum(inputs + outputs for inputs, outputs in sizes) + dora)
+    layers = shape.layers if params.lora_layers_to_transform is None else len(params.lora_layers_to_transform)
+    blocks = layers * (params.lora_r * sum(inputs + outputs for inputs, outputs in sizes) + dora)
     return blocks + count_whole(shape, params)
 
 

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from nightshift.core.config import suggestion
 from tasks.sft import SftParams
-from tasks.sft.model import add_adapter, is_tied
+from tasks.sft.model import add_adapter, is_tied, layer_number
 from tasks.sft.probe import build_config
 
 
 def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[str]:
-    """Return why the adapter of the section does not fit the base; empty if it does.
+    """Return why the adapter of the section, or its patterns, do not fit the base; empty if they do.
 
     The model is built on torch's meta device: all modules, and no memory.
 
@@ -22,10 +22,12 @@ def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[st
         config: The base model's config.json.
         params: `sft` section of params.yaml.
     """
-    if params.adapter is None:
+    if params.adapter is None and not params.unfrozen_parameters:
         return []
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(build_config(config), trust_remote_code=False)
+    if params.adapter is None:
+        return list(find_unmatched_patterns(model, params))
     faults = [*find_unmatched(model, params), *find_untrainable(model, params)]
     if faults:
         return faults
@@ -37,22 +39,44 @@ def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[st
     return []
 
 
+def find_unmatched_patterns(model: Any, params: SftParams) -> Iterator[str]:
+    """Yield every pattern of full fine-tuning that no parameter of the base matches."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in params.unfrozen_parameters:
+        if not any(re.match(pattern, name) for name in names):
+            yield (
+                f"sft.unfrozen_parameters: {pattern!r} matches no parameter of the base; names are matched "
+                f"from their start, such as {names[-1]}"
+            )
+
+
 def find_unmatched(model: Any, params: SftParams) -> Iterator[str]:
     """Yield every name of the section that no module, or no parameter, of the base has."""
-    names = [name for name, _ in model.named_modules() if name]
-    words = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+    everything = [name for name, _ in model.named_modules() if name]
+    layers = params.lora_layers_to_transform
+    found = (layer_number(f"{name}.") for name in everything)
+    numbers = {number for number in found if number is not None}
+    if unknown := sorted(set(layers or ()) - numbers):
+        yield (
+            f"sft.lora_layers_to_transform: {', '.join(map(str, unknown))}: no such layer; the base has "
+            f"layers 0 to {max(numbers, default=0)}"
+        )
+        return
+    names = [name for name in everything if layers is None or layer_number(name) in layers]
+    where = "the base" if layers is None else f"layers {', '.join(map(str, layers))} of the base"
+    words = sorted({part for name in everything for part in name.split(".") if not part.isdigit()})
     targets = params.lora_target_modules
     if isinstance(targets, list):
         for target in targets:
             if not any(is_named(name, target) for name in names):
                 yield (
-                    f"sft.lora_target_modules: {target}: no such module in the base; "
+                    f"sft.lora_target_modules: {target}: no such module in {where}; "
                     f"{suggestion(target, words)}"
                 )
     elif targets != "all-linear" and not any(re.fullmatch(targets, name) for name in names):
         example = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
         yield (
-            f"sft.lora_target_modules: {targets!r} matches no module of the base; whole names are matched, "
+            f"sft.lora_target_modules: {targets!r} matches no module of {where}; whole names are matched, "
             f"such as {example}"
         )
     parameters = [name for name, _ in model.named_parameters()]
@@ -63,7 +87,7 @@ def find_unmatched(model: Any, params: SftParams) -> Iterator[str]:
                 f"are such as {parameters[-1]}"
             )
     for target in params.lora_modules_to_save:
-        if not any(is_named(name, target) for name in names):
+        if not any(is_named(name, target) for name in everything):
             yield (
                 f"sft.lora_modules_to_save: {target}: no such module in the base; {suggestion(target, words)}"
             )

@@ -4,7 +4,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tasks.sft.fused import LossHead
 from tasks.sft.guard import is_any
 from tasks.sft.history import best_step, plateau_scale
 from tasks.sft.loss import summed_loss, token_lengths
+from tasks.sft.muon import build_muon
 from tasks.sft.plan import Plan, format_rows
 
 # Config entries of a mixture of experts that TRL changes.
@@ -54,9 +54,15 @@ class Trainer(SFTTrainer):
         # Whether a mixture of experts has a router loss is up to its config, not to TRL's default.
         text = more["model"].config.get_text_config()
         router = {key: getattr(text, key) for key in ROUTER if hasattr(text, key)}
+        trained = [(weight, weight.data) for weight in more["model"].parameters() if weight.requires_grad]
         super().__init__(**more)
         for key, value in router.items():
             setattr(text, key, value)
+        if params.adapter == "qlora" and not (self.args.fsdp and self.args.bf16):
+            # TRL rounds what trains beside 4-bit weights to bfloat16, in which small updates are lost. FSDP2
+            # shards weights of one dtype only.
+            for weight, data in trained:
+                weight.data = data
         # `compute_loss` divides by the tokens of the whole step.
         self.loss_is_scaled_for_ga = True
         self.lengths = torch.ones(1)
@@ -133,7 +139,7 @@ class Trainer(SFTTrainer):
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in self.eval_batches:
+        for batch in self.eval_batches():
             inputs = self._prepare_inputs(self.data_collator(batch))
             with self.compute_loss_context_manager():
                 total, _outputs = summed_loss(model, inputs, head=self.head)
@@ -169,10 +175,20 @@ class Trainer(SFTTrainer):
         raise TrainingError("loss", f"{what} at {format_rows(self.plan, range(step, step + 1))}", [step])
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Build the optimizer; with LoRA+ the B matrices learn faster than A."""
+        """Build the optimizer: transformers', Muon, or LoRA+, whose B matrices learn faster than A."""
         if self.optimizer is not None:
             return self.optimizer
-        if self.params.loraplus_lr_ratio is None:
+        params = self.params
+        if params.optim == "muon":
+            self.optimizer = build_muon(
+                self.model,
+                set(self.get_decay_parameter_names(self.model)),
+                params.learning_rate,
+                params.weight_decay,
+                betas=(params.adam_beta1, params.adam_beta2),
+                eps=params.adam_epsilon,
+            )
+        elif params.loraplus_lr_ratio is None:
             super().create_optimizer(model)
         else:
             from peft.optimizers import create_loraplus_optimizer
@@ -181,8 +197,8 @@ class Trainer(SFTTrainer):
             self.optimizer = create_loraplus_optimizer(
                 self.model,
                 kind,
-                loraplus_lr_ratio=self.params.loraplus_lr_ratio,
-                loraplus_weight_decay=self.params.weight_decay,
+                loraplus_lr_ratio=params.loraplus_lr_ratio,
+                loraplus_weight_decay=params.weight_decay,
                 **options,
             )
         plugin = self.accelerator.state.deepspeed_plugin
@@ -249,14 +265,13 @@ class Trainer(SFTTrainer):
                 checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
         self.accelerator.wait_for_everyone()
 
-    @cached_property
-    def eval_batches(self) -> list[list[dict[str, Any]]]:
-        """Return this rank's batches, as many as on other ranks: gathering shards is collective."""
-        rows: list[dict[str, Any]] = list(self.eval_dataset)
-        size, ranks = self.args.per_device_eval_batch_size, self.accelerator.num_processes
-        rows = [*rows, *[self.filler] * (-len(rows) % (size * ranks))]
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return batches[self.accelerator.process_index :: ranks]
+    def eval_batches(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield this rank's batches, as many as on other ranks: gathering shards is collective."""
+        rows: Any = self.eval_dataset
+        size = self.args.per_device_eval_batch_size
+        step = size * self.accelerator.num_processes
+        for start in range(self.accelerator.process_index * size, math.ceil(len(rows) / step) * step, step):
+            yield [rows[i] if i < len(rows) else self.filler for i in range(start, start + size)]
 
 
 @contextmanager

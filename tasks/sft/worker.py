@@ -10,15 +10,13 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import gather_object
-from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig
 
 from nightshift.core.errors import PipelineError, StageError, TrainingError
-from nightshift.core.files import read_json, read_rows, text_digest, tree_digest, write_json
+from nightshift.core.files import read_json, text_digest, tree_digest, write_json
 from nightshift.core.stage import run_main
 from nightshift.data.encode import IGNORED
 from nightshift.pipeline import supervise
@@ -31,8 +29,8 @@ from tasks.sft.guard import Guard
 from tasks.sft.history import best_step, is_exhausted
 from tasks.sft.job import Job, read_job
 from tasks.sft.model import load_model
-from tasks.sft.plan import FILLER
 from tasks.sft.proof import Proof
+from tasks.sft.rows import map_rows, planned_rows
 from tasks.sft.strategy import deepspeed_config, fsdp_config
 from tasks.sft.trainer import Trainer, writing
 
@@ -148,7 +146,7 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
         model=model,
         args=args,
         train_dataset=planned_rows(job.rows, job.plan.order, filler),
-        eval_dataset=planned_rows(job.eval_rows, None, filler) if job.eval_rows else None,
+        eval_dataset=map_rows(job.eval_rows) if job.eval_rows else None,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -168,7 +166,8 @@ def training_arguments(job: Job) -> SFTConfig:
         learning_rate=params.learning_rate,
         # The learning rates come from the plan.
         lr_scheduler_type="constant",
-        optim=params.optim,
+        # The trainer builds Muon, which transformers does not know.
+        optim="adamw_torch" if params.optim == "muon" else params.optim,
         adam_beta1=params.adam_beta1,
         adam_beta2=params.adam_beta2,
         adam_epsilon=params.adam_epsilon,
@@ -206,13 +205,6 @@ def training_arguments(job: Job) -> SFTConfig:
     )
 
 
-def planned_rows(path: Path, order: list[int] | None, filler: dict[str, Any]) -> Dataset:
-    """Read rows in the order of the plan, or in file order; a filler is two tokens without a label."""
-    rows = read_rows(path)
-    planned = rows if order is None else [filler if i == FILLER else rows[i] for i in order]
-    return Dataset.from_list([{column: row[column] for column in filler} for row in planned])
-
-
 def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None:
     """Save the weights and, last, the success marker.
 
@@ -221,6 +213,8 @@ def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None
         TrainingError: Training was preempted by SIGTERM.
     """
     params, step = trainer.params, trainer.state.global_step
+    cpu_shares = gather_object([progress.cpu_share()])
+    progress.log_cpu_shares(cpu_shares, step)
     history = trainer.state.log_history
     stopped = is_exhausted(history, params.early_stopping_patience, params.early_stopping_min_delta)
     if step != job.plan.steps and not stopped:
@@ -251,6 +245,7 @@ def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None
                 "best_step": best,
                 "digest": tree_digest(output / "model"),
                 "tokens_per_second": round(progress.speed, 1),
+                "cpu_shares": cpu_shares,
             },
         )
 

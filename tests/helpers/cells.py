@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +18,11 @@ from tasks.evaluate.score import heldout_losses
 from tasks.pack import ROWS
 from tasks.sft import SftParams
 from tasks.sft import __main__ as stage
+from tasks.sft.callbacks import Progress
 from tasks.sft.job import Job
 from tasks.sft.machine import probe_machine
 from tasks.sft.proof import Proof
+from tasks.sft.rows import read_sizes
 from tasks.sft.worker import build_trainer, finish
 from tests.helpers.sft import WHOLE_SET, conversation, packed_row, shipped_params
 
@@ -57,7 +58,9 @@ def run_cell(base: Path, folder: Path, adapter: str | None, layout: str) -> None
     params = SftParams(**{**shipped_params(), **WHOLE_SET, **small})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "probe_in_subprocess", probe_machine)
-        job = stage.build_job(params, read_rows(PACKED))
+        sizes = read_sizes(PACKED)
+        job = stage.build_job(params, sizes)
+        stage.prepare_rows(job, sizes)
     train(job)
     require_same_scores(base, job.folder / "output" / "model")
     require_same_after_merge(base, job.folder / "output" / "model")
@@ -77,8 +80,7 @@ def train(job: Job) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert losses[1] < losses[0]
-    progress: Any = SimpleNamespace(speed=1.0)
-    finish(trainer, job, progress, None)  # type: ignore[arg-type]
+    finish(trainer, job, Progress(job), None)  # type: ignore[arg-type]
 
 
 def plain_loss(model: Any) -> float:

@@ -215,7 +215,8 @@ def write_mlflow(folder: Path, *, champion: bool) -> None:
         client.log_metric(run, "learning_rate", rate, step=step)
     client.log_metric(run, "eval_loss", 2.2, step=3)
     data = folder / "data"
-    write_json(data / "sft" / "mlflow_run.json", {"run_id": run, "tokens_per_second": 350.0})
+    speed = {"tokens_per_second": 350.0, "cpu_shares": [0.97, 0.52]}
+    write_json(data / "sft" / "mlflow_run.json", {"run_id": run, **speed})
     write_json(data / "gate" / "gate.json", GATE)
     client.create_registered_model(name)
     params = (folder / "params.yaml").read_text(encoding="utf-8")

@@ -40,11 +40,11 @@ def build(in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Return a function that builds the trainer with its self-tests in a separate folder."""
     from transformers import set_seed
 
-    from nightshift.core.files import read_rows
     from tasks.sft import SftParams
-    from tasks.sft.__main__ import build_job
+    from tasks.sft.__main__ import build_job, prepare_rows
     from tasks.sft.machine import probe_machine
     from tasks.sft.proof import Proof
+    from tasks.sft.rows import read_sizes
     from tasks.sft.worker import build_trainer
 
     make_folder(in_tmp, tiny_base, ROWS)
@@ -52,7 +52,9 @@ def build(in_tmp: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     def build_one(**changes: Any) -> Any:
         params = SftParams(**{**shipped_params(), **WHOLE_SET, **changes})
-        job = build_job(params, read_rows(PACKED))
+        sizes = read_sizes(PACKED)
+        job = build_job(params, sizes)
+        prepare_rows(job, sizes)
         proof = Proof(job)
         set_seed(params.seed)
         trainer = build_trainer(job, [proof])

@@ -16,6 +16,7 @@ from tasks.pack import ROWS
 from tasks.sft import SftParams, proof, selftest
 from tasks.sft import __main__ as stage
 from tasks.sft.machine import probe_machine
+from tasks.sft.rows import read_sizes
 from tasks.sft.selftest import bound
 from tasks.sft.worker import build_trainer
 from tests.helpers.architectures import make_architecture
@@ -40,7 +41,9 @@ def make(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[A
         write_inputs(in_tmp, base, rows)
         options = {"attn_implementation": "auto", "per_device_train_batch_size": 1, **changes}
         params = SftParams(**{**shipped_params(), **WHOLE_SET, **options})
-        job = stage.build_job(params, read_rows(PACKED))
+        sizes = read_sizes(PACKED)
+        job = stage.build_job(params, sizes)
+        stage.prepare_rows(job, sizes)
         set_seed(0)
         return job, build_trainer(job, [])
 
@@ -186,7 +189,7 @@ def test_tokens_without_an_embedding_are_refused(in_tmp: Path, make: Callable[..
     params = SftParams(**{**shipped_params(), **WHOLE_SET})
     message = r"token 264, but the base has embeddings for 264 tokens; .* base\.added_tokens"
     with pytest.raises(ConfigError, match=message):
-        stage.build_job(params, rows)
+        stage.build_job(params, read_sizes(PACKED))
 
 
 def test_effective_values_cover_the_section_and_count_what_trains(make: Callable[..., Any]) -> None:

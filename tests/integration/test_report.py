@@ -204,6 +204,7 @@ def test_requests_and_errors_of_a_page_are_detected(in_tmp: Path) -> None:
 def test_the_page_shows_what_was_trained_and_the_settings() -> None:
     page = write_page()
     assert "<dt>trained weights</dt><dd>4,884,480</dd>" in page
+    assert "<dt>CPU seconds per second, by rank</dt><dd>0.97, 0.52</dd>" in page
     assert '<th scope="row">precision</th><td>auto</td><td>bf16</td>' in page
     assert '<th scope="row">trained</th>' not in page
 

@@ -48,6 +48,8 @@ def test_a_quantized_base_passes_and_trains(build: Callable[..., Trainer]) -> No
     trainer = build(adapter="qlora")
     kinds = {type(module).__name__ for module in trainer.model.modules()}
     assert "Linear4bit" in kinds
+    # TRL rounds them to bfloat16.
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     trainer.train()
     first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert last < first
@@ -56,6 +58,14 @@ def test_a_quantized_base_passes_and_trains(build: Callable[..., Trainer]) -> No
     assert proof["isolation"]["proven"]
     # A and B for each of seven matrices in two layers.
     assert proof["saving"] == {"weights": 28}
+
+
+def test_whole_modules_train_beside_a_quantized_base_in_full_precision(build: Callable[..., Trainer]) -> None:
+    """TRL's rounding left a head in bfloat16 behind hidden states in float32: an unknown error."""
+    trainer = build(adapter="qlora", lora_modules_to_save=["embed_tokens", "lm_head"])
+    trainer.train()
+    first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert last < first
 
 
 def test_a_float8_base_passes_and_trains(

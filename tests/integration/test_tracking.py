@@ -84,7 +84,7 @@ def test_a_server_that_starts_later_gets_everything_once(
     assert done.stdout.count("tracking: MLflow did not receive") == 3
     (path,) = (folder / "state" / "tracking").glob("*.jsonl")
     kinds = [entry["kind"] for entry in spool.read_spool(path)[1:]]
-    assert kinds == ["params", "dataset", *["metrics"] * 6, "end"]
+    assert kinds == ["params", "dataset", *["metrics"] * 7, "end"]
     record = read_json(folder / "data/sft/mlflow_run.json")
     assert (record["run_id"], record["tracking_key"]) == (None, path.stem)
 
@@ -94,14 +94,17 @@ def test_a_server_that_starts_later_gets_everything_once(
         assert "step 1/3" not in again.stdout
         client, run = only_run(f"http://127.0.0.1:{port}")
         assert run.info.status == "FINISHED"
-        assert set(run.data.metrics) == METRICS
+        assert set(run.data.metrics) == METRICS | {"cpu_share/0"}
         for key in METRICS:
             steps = [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
             assert steps == [1, 2, 3], key
         assert run.data.params["sft.lora_r"] == "16"
         (dataset,) = run.inputs.dataset_inputs
         assert dataset.dataset.name == "train"
-    assert read_json(folder / "data/sft/mlflow_run.json")["run_id"] == run.info.run_id
+    record = read_json(folder / "data/sft/mlflow_run.json")
+    assert record["run_id"] == run.info.run_id
+    assert record["cpu_shares"] == [run.data.metrics["cpu_share/0"]]
+    assert 0 < record["cpu_shares"][0] < 2
     assert not path.exists()
 
 

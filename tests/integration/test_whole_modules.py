@@ -20,7 +20,9 @@ def test_tied_embeddings_are_trained_saved_and_merged_as_one(
     build: Callable[..., Any], tiny_base: Path, modules: list[str]
 ) -> None:
     assert read_json(tiny_base / "config.json")["tie_word_embeddings"]
-    trainer = build(lora_modules_to_save=modules)
+    trainer = build(lora_modules_to_save=[*modules])
+    # PEFT adds the name of the tied weight to its own list.
+    assert trainer.params.lora_modules_to_save == modules
     before = trainer.model.get_input_embeddings().weight.detach().clone()
     # Runs the self-test, which saves and loads the model.
     trainer.train()
@@ -106,6 +108,57 @@ def test_the_weights_of_experts_get_an_adapter(build: Callable[..., Any], expert
         assert torch.allclose(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-3)
     with pytest.raises(ConfigError, match="lora_target_parameters: gate_proj: no parameter of the base"):
         build(lora_target_parameters=["gate_proj"])
+
+
+def test_an_adapter_on_some_layers_trains_those_and_is_loaded_so(
+    build: Callable[..., Any], tiny_base: Path
+) -> None:
+    trainer = build(lora_layers_to_transform=[1], max_steps=2)
+    trainer.train()
+    names = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(names) == 14
+    assert all(".layers.1." in name for name in names)
+    trainer.save_model("saved")
+    remove_extra_files(Path("saved"))
+    model, _ = load(tiny_base, Path("saved"), "float32")
+    ids = torch.arange(100, 120)[None]
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits, atol=1e-4)
+    with pytest.raises(
+        ConfigError, match="lora_layers_to_transform: 2: no such layer; the base has layers 0 to 1"
+    ):
+        build(lora_layers_to_transform=[1, 2])
+
+
+def test_full_fine_tuning_of_some_parameters_leaves_the_others_as_they_are(
+    build: Callable[..., Any], tiny_base: Path
+) -> None:
+    patterns = [r"model\.layers\.1\.mlp", "model.norm"]
+    trainer = build(adapter=None, unfrozen_parameters=patterns, max_steps=2)
+    trainer.train()
+    trainer.save_model("saved")
+    before, after = (load(tiny_base, path, "float32")[0].state_dict() for path in (tiny_base, Path("saved")))
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    mlp = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert changed == {*mlp, "model.norm.weight"}
+    with pytest.raises(ConfigError, match=r"unfrozen_parameters: 'lm_head' matches no parameter of the base"):
+        build(adapter=None, unfrozen_parameters=["lm_head"])
+
+
+@pytest.mark.parametrize("changes", [{"adapter": None}, {"lora_modules_to_save": ["norm"]}])
+def test_muon_trains_and_resumes_exactly(build: Callable[..., Any], changes: dict[str, Any]) -> None:
+    changes |= {"optim": "muon", "save_steps": 1, "save_total_limit": 9}
+    trainer = build(**changes)
+    trainer.train()
+    kinds = [type(part).__name__ for part in trainer.optimizer.optimizer.parts]
+    assert kinds == ["Muon", "AdamW"]
+    first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert last < first
+    again = build(**changes)
+    again.train(resume_from_checkpoint=str(Path(again.args.output_dir) / "checkpoint-2"))
+    for one, two in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_pattern_selects_the_modules_and_is_saved_as_it_is(build: Callable[..., Any]) -> None:

@@ -43,7 +43,8 @@ KERNELS: tuple[str, ...] = get_args(Attention)
 CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs")
 ADAPTER_KEYS = (
     *("adapter", "load_in_4bit", "load_in_8bit", "lora_target_modules", "lora_target_linear"),
-    *("lora_modules_to_save", "lora_target_parameters", *ADAPTER),
+    *("lora_modules_to_save", "lora_target_parameters", "peft_layers_to_transform", *ADAPTER),
+    "unfrozen_parameters",
 )
 EMBEDDINGS = re.compile(r"embed|lm_head|wte|wpe")
 LIGER = "axolotl.integrations.liger.LigerPlugin"
@@ -236,6 +237,34 @@ def map_adapter(config: Config) -> Findings:
     yield from _eight_bits(config)
     yield from _adapter_numbers(config)
     yield from _modules(config)
+    yield _layers(config)
+    yield _unfrozen(config)
+
+
+def _layers(config: Config) -> Finding:
+    """Return the finding for the layers that get an adapter."""
+    key, target = "peft_layers_to_transform", "sft.lora_layers_to_transform"
+    layers = config.get(key)
+    if layers is None or config.get("adapter") is None:
+        note = "applies only with an adapter"
+        return default(key, target, None) if layers is None else not_needed(key, note)
+    layers = layers if isinstance(layers, list) else [layers]
+    return convert_value(key, target, layers, lambda found: [parse_int(one) for one in found])
+
+
+def _unfrozen(config: Config) -> Finding:
+    """Return the finding for the patterns of the parameters that train; Axolotl escapes their dots."""
+    key, target = "unfrozen_parameters", "sft.unfrozen_parameters"
+    patterns = config.get(key)
+    if not patterns:
+        return default(key, target, [])
+    if config.get("adapter") is not None:
+        why = "beside an adapter, list modules in sft.lora_modules_to_save; set adapter, or remove it"
+        return essential(key, why, target)
+    patterns = patterns if isinstance(patterns, list) else [patterns]
+    if parts := [one for one in patterns if re.search(r"\[\d*:\d*\]$", str(one))]:
+        return essential(key, f"{parts[0]}: rows of a parameter cannot train alone; remove the range", target)
+    return mapped(key, target, [re.sub(r"\.(?!\+)", r"\.", str(one)) for one in patterns])
 
 
 def _eight_bits(config: Config) -> Findings:

@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "lion_32bit": "lion_32bit",
     "lion_8bit": "lion_8bit",
     "schedule_free_adamw": "schedule_free_adamw",
+    "muon": "muon",
 }
 SCHEDULE_FREE = ("schedule_free_radam", "schedule_free_sgd")
 
@@ -127,6 +128,7 @@ NOTES = {
     "ao_adamw_4bit": "another optimizer: the state has 8 bits instead of 4, so it needs twice the memory",
     "adamw_hf": "same update; transformers removed adamw_hf",
     "adamw_apex_fused": "PyTorch's fused kernel",
+    "muon": "torch's Muon; its updates are scaled to the size of AdamW's, so check sft.learning_rate",
     "auto": "on from PyTorch 2.6",
 }
 
@@ -256,11 +258,11 @@ _OPTIMIZER = "only adam_beta1, adam_beta2, adam_epsilon and weight_decay are sup
 _ESSENTIAL = """
     rl trl reward_model process_reward_model num_labels kto_* orpo_alpha dpo_* simpo_gamma cpo_alpha
     pretraining_dataset streaming pretraining_sample_concatenation diffusion kd_trainer processor_type
-    qat quantization unfrozen_parameters gptq lora_model_dir peft relora lisa_step_interval
+    qat quantization gptq lora_model_dir peft relora lisa_step_interval
     lisa_n_layers added_tokens_overrides model_config overrides_of_model_config model_kwargs
     overrides_of_model_kwargs model_quantization_config* rope_scaling cls_model_config
     resume_from_checkpoint shrink_embeddings peft_layer_replication peft_trainable_token_indices
-    peft_layers_to_transform peft_layers_pattern skip_prepare_dataset llmcompressor use_mora hatchery
+    peft_layers_pattern skip_prepare_dataset llmcompressor use_mora hatchery
     nemo_gym_enabled chat_template_kwargs use_pose spectrum_top_fraction
 """
 ESSENTIAL = frozenset(_ESSENTIAL.split())
@@ -294,7 +296,6 @@ UNMAPPED: dict[str, str] = {
     "bnb_config_kwargs": "qlora uses NF4 with double quantization; remove it",
     "peft": _ADAPTER_KIND,
     "lora_model_dir": "training starts from base.model; merge the adapter into the base and set base.model",
-    "peft_layers_to_transform": _PARTIAL,
     "peft_layers_pattern": _PARTIAL,
     "peft_layer_replication": _ADAPTER_KIND,
     "peft_init_lora_weights": _ADAPTER_KIND,
@@ -302,7 +303,6 @@ UNMAPPED: dict[str, str] = {
     "relora*": _ADAPTER_KIND,
     "lisa_*": _ADAPTER_KIND,
     "merge_lora": "register the adapter, then merge it with `nightshift export`",
-    "unfrozen_parameters": "either all weights or an adapter is trained; set sft.adapter",
     "added_tokens_overrides": _BASE,
     "mean_resizing_embeddings": _BASE,
     "shrink_embeddings": _BASE,

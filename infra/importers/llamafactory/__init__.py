@@ -183,6 +183,8 @@ def _quantization(config: Config, bits: Any, method: str, source: str) -> Findin
 def _adapter(config: Config, *, is_adapter: bool) -> Findings:
     """Map the hyperparameters of the adapter."""
     keys = METHOD_KEYS[2:10]
+    yield default("lora_target", "sft.lora_layers_to_transform", None)
+    yield default("finetuning_type", "sft.unfrozen_parameters", [])
     if not is_adapter:
         yield from (not_needed(key, "applies only with an adapter") for key in keys if key in config)
         yield from (

@@ -95,6 +95,8 @@ def translate(config: Config, folder: Path, hub: Lookup) -> list[Finding]:
         yield keep_test_share()
         yield from _text(given)
         yield from _adapter(given)
+        yield default("lora_target_modules", "sft.lora_layers_to_transform", None)
+        yield default("use_peft", "sft.unfrozen_parameters", [])
         yield from _speed(given)
         yield from arguments.map_arguments(given, folder, DEFAULTS)
 

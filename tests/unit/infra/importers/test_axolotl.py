@@ -240,6 +240,8 @@ def test_a_lora_file_is_mapped() -> None:
         "sft.loraplus_lr_ratio": None,
         "sft.lora_modules_to_save": [],
         "sft.lora_target_parameters": [],
+        "sft.lora_layers_to_transform": None,
+        "sft.unfrozen_parameters": [],
         "sft.loss_watchdog_threshold": 5.0,
         "sft.loss_watchdog_patience": 3,
         "sft.eval_steps": 0.25,
@@ -350,6 +352,8 @@ def test_an_old_file_is_mapped() -> None:
         ("optimizer: adamw_torch_8bit", "sft.optim", "adamw_8bit"),
         ("optimizer: adamw_torch_4bit", "sft.optim", "adamw_8bit"),
         ("optimizer: paged_adamw_32bit", "sft.optim", "paged_adamw_32bit"),
+        ("optimizer: muon", "sft.optim", "muon"),
+        ("{optimizer: muon, deepspeed: zero2.json}", "sft.strategy", "ddp"),
         ("{adapter: lora, lora_target_modules: '.*q_proj'}", "sft.lora_target_modules", ".*q_proj"),
         (
             "{adapter: lora, lora_modules_to_save: [lm_head]}",
@@ -360,6 +364,17 @@ def test_an_old_file_is_mapped() -> None:
             "{adapter: lora, lora_target_parameters: [mlp.experts.down_proj]}",
             "sft.lora_target_parameters",
             ["mlp.experts.down_proj"],
+        ),
+        (
+            "{adapter: lora, peft_layers_to_transform: [6, 7]}",
+            "sft.lora_layers_to_transform",
+            [6, 7],
+        ),
+        ("{adapter: lora, peft_layers_to_transform: 7}", "sft.lora_layers_to_transform", [7]),
+        (
+            "unfrozen_parameters: ['^lm_head.weight$', 'model.layers.3[01].']",
+            "sft.unfrozen_parameters",
+            [r"^lm_head\.weight$", r"model\.layers\.3[01]\."],
         ),
         ("warmup_steps: 0.1", "sft.warmup_ratio", 0.1),
         ("{cosine_min_lr_ratio: 1.0, warmup_steps: 5}", "sft.lr_scheduler_type", "constant"),
@@ -450,9 +465,9 @@ def test_a_key_is_mapped(text: str, target: str, value: Any) -> None:
         ("micro_batchsize:", "micro_batchsize", "unknown to Axolotl; did you mean micro_batch_size?"),
         ("lr_scheduler: rex", "lr_scheduler", "rex is not supported; set sft.lr_scheduler_type to cosine"),
         (
-            "optimizer: muon",
+            "optimizer: sgd",
             "optimizer",
-            "optimizer muon is not supported; set sft.optim, such as adamw_torch_fused",
+            "optimizer sgd is not supported; set sft.optim, such as adamw_torch_fused",
         ),
         ("num_epochs: 1.5", "num_epochs", "1.5 is not an integer"),
         ("micro_batch_size: many", "micro_batch_size", "'many' is not a number"),
@@ -643,7 +658,9 @@ def test_nothing_is_written_if_data_cannot_be_mapped_unless_partial(checkout: Pa
     assert read_params()["sft"]["adapter"] == "qlora"
 
 
-@pytest.mark.parametrize("key", ["rl: dpo", "reward_model: true", "qat: {a: 1}", "unfrozen_parameters: [a]"])
+@pytest.mark.parametrize(
+    "key", ["rl: dpo", "reward_model: true", "qat: {a: 1}", "unfrozen_parameters: ['a[0:5]']"]
+)
 def test_another_objective_is_refused(checkout: Path, key: str) -> None:
     done = run_import(f"{LORA}\n{key}\n", "--write")
     assert done.exit_code == 2

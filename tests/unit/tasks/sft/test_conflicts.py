@@ -84,6 +84,30 @@ from tests.helpers.sft import sft_params
         ({"lora_target_parameters": ["w"], "adapter": None}, "lora_target_parameters needs an adapter"),
         ({"optim": "paged_lion_32bit", "strategy": "fsdp2"}, "cannot shard its state for fsdp2"),
         ({"optim": "adafactor", "strategy": "fsdp2"}, "adafactor cannot shard its state for fsdp2"),
+        ({"lora_layers_to_transform": [0], "adapter": None}, "lora_layers_to_transform needs an adapter"),
+        ({"lora_layers_to_transform": []}, "sft.lora_layers_to_transform"),
+        ({"lora_layers_to_transform": [0], "lora_target_parameters": ["w"]}, "lora_layers_to_transform; set"),
+        ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters is for full fine-tuning, and adapter"),
+        ({"unfrozen_parameters": ["(a"], "adapter": None}, "is not a regular expression"),
+        (
+            {
+                "unfrozen_parameters": ["a"],
+                "adapter": None,
+                "use_reentrant": True,
+                "activation_checkpointing": True,
+            },
+            "gives no gradients when the embeddings are frozen",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}},
+            "num_decay_steps: Input should be greater than or equal to 2, got 1",
+        ),
+        (
+            {"optim": "adamw_torch_4bit"},
+            "optim: adamw_torch_4bit is not supported: torchao is not among the pinned",
+        ),
+        ({"optim": "muon", "strategy": "zero2"}, "optim muon needs strategy single or ddp, got zero2"),
+        ({"optim": "muon", "strategy": "ddp", "loraplus_lr_ratio": 2}, "one learning rate for A and B"),
         ({"use_reentrant": True}, "use_reentrant=true needs activation_checkpointing=true"),
     ],
 )
