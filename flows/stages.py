@@ -5,6 +5,7 @@ and one cache; Prefect's own cache is off.
 """
 
 import contextvars
+import fcntl
 import re
 import sys
 import threading
@@ -24,7 +25,7 @@ from prefect.states import Completed
 from nightshift.core.errors import StageError, TrainingError
 from nightshift.core.files import read_json
 from nightshift.core.stage import RESULT
-from nightshift.core.state import tools_environment
+from nightshift.core.state import state_dir, tools_environment
 from nightshift.pipeline import supervise
 
 if TYPE_CHECKING:
@@ -71,8 +72,19 @@ def run_stage(stage: str, run_id: str | None, *, may_run: bool = True, force: bo
     if not may_run:
         return Completed(name="Skipped")
     options = ["--single-item", *(["--force"] if force else [])]
-    did_run = run_command([str(BIN / "dvc"), "repro", *options, stage], stage, run_id)
+    with stage_lock(stage):
+        did_run = run_command([str(BIN / "dvc"), "repro", *options, stage], stage, run_id)
     return Completed() if did_run else Completed(name="Cached")
+
+
+@contextmanager
+def stage_lock(stage: str) -> Iterator[None]:
+    """Let one run at a time compute a stage; the next one may find the result in DVC's cache."""
+    file = state_dir() / "locks" / stage
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @task(task_run_name="{module}", cache_policy=NO_CACHE, persist_result=False)

@@ -12,6 +12,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nightshift.core.paths import INGESTED, PAGE, RAW, REMOVED
 from nightshift.core.state import state_dir
 from nightshift.pipeline.dvc_cache import md5, purge, record
 from nightshift.pipeline.graph import outputs, read_stages, reads, stage_order
+from nightshift.pipeline.workspaces import BRANCHES, commit_results, newest_branch, take_over
 from nightshift.raw.erase import content_digest, conversations, forget_rows
 from nightshift.raw.forgotten import read_forgotten
 from nightshift.raw.repairs import arrange, repair
@@ -56,6 +58,8 @@ class Affected:
 def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Affected:
     """Find rows, their duplicates, and the model versions trained on any of them.
 
+    The data of the checkout becomes that of the newest run of a deployment before.
+
     Args:
         wanted: Ids of examples, or origins (`source/shard:number`).
         client: MLflow client.
@@ -64,6 +68,7 @@ def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Affected:
     Raises:
         DataError: An id or origin does not exist.
     """
+    take_over()
     trained = {int(one.version): read_trained_rows(name, one) for one in registered(client, name)}
     examples = list(iterate_pairs(INGESTED)) if INGESTED.is_file() else []
     known = {*examples, *chain.from_iterable(trained.values())}
@@ -159,6 +164,10 @@ def erase(found: Affected, client: MlflowClient, name: str) -> None:
         forget_rows(RAW / shard, numbers, RAW, forgotten)
     record(RAW)
     remove_derivatives()
+    if newest_branch(Path.cwd()):
+        commit_results(
+            f"{BRANCHES}/{date.today():%Y-%m-%d}-forget-{len(forgotten.rows)}", "Rows were forgotten"
+        )
     for version, examples in found.versions.items():
         client.set_model_version_tag(name, str(version), FORGOTTEN, str(examples))
 

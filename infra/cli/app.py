@@ -141,7 +141,9 @@ def describe_nights() -> Iterator[str]:
 
     running = stack.read_stack(state_dir())
     for run in stack.active_runs():
-        stages = [watch.describe(one) for one in watch.read_stages(running, run["id"]) if not one.has_ended]
+        stages = [
+            watch.describe(one) for one in watch.read_stages(running, run["id"], None) if not one.has_ended
+        ]
         yield f"runs: {run['name']}: {'; '.join(stages) or run['state_name'].lower()}"
     if following := stack.next_runs():
         yield f"next: {', '.join(following)}"
@@ -171,13 +173,18 @@ def plan() -> None:
 def run(
     overrides: str = typer.Option("", help='Parameters as JSON, such as {"sft.num_train_epochs": 2}.'),
 ) -> None:
-    """Retrain once, or join the active run, and show the scoreboard."""
+    """Retrain once in this folder, or join the active run, and show the scoreboard.
+
+    With overrides, the run has its own clone, as every night has.
+    """
     from infra.cli import watch
 
     values = watch.parse_overrides(overrides)
     check_overrides(values)
     running = stack.up()
-    ending = watch.run_deployment("finetune/prod", values, running, console)
+    # Overrides need a params.yaml of their own.
+    deployment = "finetune/prod" if values else "finetune/here"
+    ending = watch.run_deployment(deployment, values, running, console)
     if not ending.startswith(SKIPPED):
         print_scoreboard(running)
     console.print(escape(ending), highlight=False, soft_wrap=True)
@@ -371,7 +378,7 @@ def print_scoreboard(running: Stack) -> None:
     table = Table(title="Nightshift", box=None, show_header=False)
     for label, value in format_rows(read_json(scoreboard_file())):
         table.add_row(label, value)
-    table.add_row("report", str(PAGE))
+    table.add_row("report", os.path.relpath(state_dir() / PAGE.name))
     table.add_row("Prefect", running.prefect_ui)
     table.add_row("Prefect's password", f"in {os.path.relpath(running.auth_file)}")
     table.add_row("MLflow", running.mlflow_url)

@@ -33,14 +33,17 @@ log = logging.getLogger(__name__)
 
 
 class NightlyParams(StageParams):
-    """When a night trains.
+    """When a night trains, and where its results go.
 
     Attributes:
         min_expected_gain: Expected reduction of the loss on new examples, as a share of the champion's, below
             which a night does not train; 0 always trains on new data.
+        push: Git remote to which a run of a deployment pushes its branch after `dvc push`, or None.
     """
 
     min_expected_gain: float = Field(ge=0, lt=1)
+    # No option of git.
+    push: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w./-]*$")
 
 
 @dataclass(frozen=True, slots=True)
