@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -188,6 +189,18 @@ def run(
     if not ending.startswith(SKIPPED):
         print_scoreboard(running)
     console.print(escape(ending), highlight=False, soft_wrap=True)
+
+
+@app.command()
+@report_errors
+def backfill(
+    first: Annotated[datetime, typer.Option("--from", formats=["%Y-%m-%d"], help="First day.")],
+    last: Annotated[datetime, typer.Option("--to", formats=["%Y-%m-%d"], help="Last day.")],
+) -> None:
+    """Run the nights of past days in order, each with the files that had arrived by then."""
+    from infra.cli import backfill as past
+
+    past.backfill(first.date(), last.date(), stack.up(), console)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -69,6 +69,7 @@ def up() -> Stack:
         services.call(stack, "prefect", "--no-prompt", "deploy", "--all")
         runs.end_schedules(stack, Path("prefect.yaml"))
         runs.limit_queues(stack)
+        runs.schedule_missed_nights(stack, datetime.now(UTC))
         runs.create_automation(stack)
         services.wait_until_healthy("mlflow", stack)
         if stack.prefect("GET", f"/work_pools/{POOL}")["is_paused"]:
