@@ -155,6 +155,20 @@ def describe_nights() -> Iterator[str]:
 
 @app.command()
 @report_errors
+def doctor() -> None:
+    """Name everything that keeps nights from running, each with its remedy; exit code 1 if any."""
+    from infra.cli.doctor import examine
+
+    faults = examine()
+    for fault in faults:
+        console.print(f"- {escape(fault)}", highlight=False, soft_wrap=True)
+    if faults:
+        raise typer.Exit(1)
+    console.print("nothing is wrong")
+
+
+@app.command()
+@report_errors
 def snapshot() -> None:
     """Fetch new data, benchmarks and the champion now; `dvc repro` alone reuses the last snapshot."""
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", "snapshot"]
