@@ -25,6 +25,8 @@ def published_results() -> Iterator[Callable[[str], None]]:
         edits = workspaces.edited_files()
         added = f", with the uncommitted edits of {', '.join(edits)}" if edits else ""
         log.info("%s: a clone of %s at commit %s%s", Path.cwd(), workspaces.checkout(), git_commit(), added)
+        for note in workspaces.read_notes():
+            log.warning(note)
 
     def publish(what: str) -> None:
         if branch := workspaces.publish(f"{Path.cwd().name}: {what}"):

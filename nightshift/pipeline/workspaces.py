@@ -23,7 +23,7 @@ from nightshift.core.files import read_json, write_json, write_text
 from nightshift.core.paths import DATA, GATE, METRICS, RAW
 from nightshift.core.stage import run_main
 from nightshift.core.state import state_dir
-from nightshift.pipeline.dvc_cache import record
+from nightshift.pipeline.dvc_cache import mend, record
 from nightshift.pipeline.graph import LOCK, locked_outputs, read_stages
 from nightshift.pipeline.leases import lease_holder, leased_runs
 from nightshift.raw.formats import shard_suffix
@@ -32,6 +32,8 @@ from nightshift.raw.shards import find_shards
 # A failed run's workspace is kept this long.
 KEPT_DAYS = 7
 BRANCHES = "refs/heads/runs"
+# In a workspace: what its run should log first.
+NOTES = Path(".git", "nightshift-notes")
 # Subject of the commit of the edits that were not committed when a run started.
 EDITS = "Uncommitted edits of the checkout at the start of a run"
 AUTHOR = ("-c", "user.name=nightshift", "-c", "user.email=nightshift@localhost", "-c", "commit.gpgsign=false")
@@ -79,8 +81,14 @@ def create(folder: Path) -> None:
     link_data(folder)
     if lock := newest_lock(Path.cwd()):
         write_text(folder / LOCK, lock)
+        write_text(folder / NOTES, "\n".join(mend(folder)))
         restore_outputs(folder)
         add_shards(folder / RAW, raw_listing(folder), raw_listing(Path()))
+
+
+def read_notes() -> list[str]:
+    """Return what the making of this workspace found in DVC's cache."""
+    return NOTES.read_text(encoding="utf-8").splitlines() if NOTES.is_file() else []
 
 
 def commit_edits() -> str:
