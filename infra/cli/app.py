@@ -137,8 +137,9 @@ def status() -> None:
 
 
 def describe_nights() -> Iterator[str]:
-    """Describe what runs, the next nights, the champion, and the free disk space, one line each."""
+    """Describe what runs, the next nights, the champion, disk space and last backup, one line each."""
     from infra.cli import watch
+    from infra.local.backup import describe_last
 
     running = stack.read_stack(state_dir())
     for run in stack.active_runs():
@@ -151,6 +152,7 @@ def describe_nights() -> Iterator[str]:
     if champion := stack.find_champion():
         yield f"champion: {champion}"
     yield f"free disk space: {stack.free_space() / 2**30:.1f} GiB"
+    yield f"last backup: {describe_last()}"
 
 
 @app.command()
@@ -165,6 +167,29 @@ def doctor() -> None:
     if faults:
         raise typer.Exit(1)
     console.print("nothing is wrong")
+
+
+@app.command()
+@report_errors
+def backup(
+    to: Annotated[str, typer.Option(help="Folder, s3://bucket/folder or gs://bucket/folder.")],
+) -> None:
+    """Copy the registry with its models, and the branches of the runs; only new files are uploaded."""
+    from infra.local import backup as copies
+
+    console.print(f"backup {copies.backup(to)} is in {to}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@report_errors
+def restore(
+    source: Annotated[str, typer.Option("--from", help="Where `nightshift backup` put it.")],
+) -> None:
+    """Restore the newest backup into an empty state folder, such as that of a new clone."""
+    from infra.local import backup as copies
+
+    name = copies.restore(source)
+    console.print(f"backup {name} is restored; `nightshift up` starts the servers", highlight=False)
 
 
 @app.command()

@@ -365,6 +365,9 @@ def test_every_command_of_the_operations_page_works_as_printed(
     run("dvc repro")
     run("python -m tasks.sft")
     run("python -m tasks.report")
+    assert "nothing is wrong" in run("nightshift doctor")
+    past = run("nightshift backfill --from 2026-01-05 --to 2026-01-06")
+    assert re.findall(r"\n(2026-01-0\d): \w+: ", past) == ["2026-01-05", "2026-01-06"]
     verdicts = {"promote": 0, "hold": 3, "reject": 4}
     run("nightshift gate", code=verdicts[read_json(checkout.folder / "data/gate/gate.json")["verdict"]])
 
@@ -390,7 +393,9 @@ def test_every_command_of_the_operations_page_works_as_printed(
     run("git add dvc.lock params.yaml")
     run("git commit")
     run("dvc push --run-cache")
+    run("dvc push --all-branches")
     run("git push")
+    run("nightshift backup --to FOLDER", FOLDER=tmp_path / "backup")
     checkout.type("git", "clone", "-q", str(repository), str(tmp_path / "clone"))
     second = Checkout(tmp_path / "clone", checkout.environment)
     run("dvc cache dir --local FOLDER", on=second, FOLDER=tmp_path / "cache")
@@ -399,6 +404,8 @@ def test_every_command_of_the_operations_page_works_as_printed(
     run("dvc pull --run-cache", on=second)
     assert "everything is up to date" in run("dvc pull -v", on=second).lower()
     assert "Running stage" not in run("dvc repro", on=second)
+    run("nightshift restore --from FOLDER", on=second, FOLDER=tmp_path / "backup")
+    assert "rollback" in run("nightshift history", on=second)
     run("git checkout dvc.lock", on=second)
     run("dvc checkout --force data/champion", on=second)
 
