@@ -10,6 +10,7 @@ from flows.stages import BIN, run_command
 from nightshift.core.config import load_params
 from nightshift.core.errors import StageError
 from nightshift.pipeline import workspaces
+from nightshift.pipeline.prune import KEPT_DAYS
 from nightshift.registry.freshness import NightlyParams
 from nightshift.tracking.runs import git_commit
 
@@ -38,7 +39,7 @@ def published_results() -> Iterator[Callable[[str], None]]:
         # What arrived, and what was computed, must not be lost with the night.
         publish("failed")
         if workspaces.is_workspace():
-            log.info("%s is kept for %d days", Path.cwd(), workspaces.KEPT_DAYS)
+            log.info("%s is kept for %d days", Path.cwd(), KEPT_DAYS)
         raise
     publish("ended")
 

@@ -98,7 +98,7 @@ def check_project() -> Iterator[str]:
         for deployment in yaml.safe_load(declared.read_text(encoding="utf-8"))["deployments"]
         for schedule in deployment.get("schedules", ())
     ]
-    if not any(schedule.get("active", True) for _, schedule in schedules):
+    if not any(schedule.get("active", True) for name, schedule in schedules if name != runs.JANITOR[1]):
         yield f"{declared}: no deployment has an active schedule, so no night starts; add one to `nightly`"
     for name, schedule in schedules:
         zone = schedule.get("timezone", "UTC")

@@ -81,7 +81,8 @@ def schedule_missed_nights(stack: "Stack", now: datetime.datetime) -> None:
     """
     body: dict[str, Any] = {"work_pools": {"name": {"any_": [POOL]}}}
     for deployment in stack.prefect("POST", "/deployments/filter", body):
-        if not any(schedule["active"] for schedule in deployment["schedules"]):
+        is_scheduled = any(schedule["active"] for schedule in deployment["schedules"])
+        if not is_scheduled or deployment["name"] == JANITOR[1]:
             continue
         nights: dict[str, Any] = {
             "deployments": {"id": {"any_": [deployment["id"]]}},
@@ -105,20 +106,26 @@ def schedule_missed_nights(stack: "Stack", now: datetime.datetime) -> None:
 
 
 def next_runs(stack: "Stack", limit: int) -> list[tuple[datetime.datetime, str]]:
-    """Return the local start time and the name of the deployment of the next scheduled runs."""
+    """Return the local start time and the deployment of the next scheduled runs, without the janitor's."""
     body = {
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
         "work_pools": {"name": {"any_": [POOL]}},
         "sort": "EXPECTED_START_TIME_ASC",
-        "limit": limit,
     }
     names = {
         one["id"]: one["name"]
         for one in stack.prefect("POST", "/deployments/filter", {"work_pools": body["work_pools"]})
     }
     found = stack.prefect("POST", "/flow_runs/filter", body)
-    starts = [datetime.datetime.fromisoformat(run["expected_start_time"]).astimezone() for run in found]
-    return [(start, names[run["deployment_id"]]) for start, run in zip(starts, found, strict=True)]
+    nights = [
+        (
+            datetime.datetime.fromisoformat(run["expected_start_time"]).astimezone(),
+            names[run["deployment_id"]],
+        )
+        for run in found
+        if names[run["deployment_id"]] != JANITOR[1]
+    ]
+    return nights[:limit]
 
 
 def create_automation(stack: "Stack") -> None:

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 
@@ -25,12 +24,10 @@ from nightshift.core.stage import run_main
 from nightshift.core.state import state_dir
 from nightshift.pipeline.dvc_cache import mend, record
 from nightshift.pipeline.graph import LOCK, locked_outputs, read_stages
-from nightshift.pipeline.leases import lease_holder, leased_runs
+from nightshift.pipeline.prune import prune
 from nightshift.raw.formats import shard_suffix
 from nightshift.raw.shards import find_shards
 
-# A failed run's workspace is kept this long.
-KEPT_DAYS = 7
 BRANCHES = "refs/heads/runs"
 # In a workspace: what its run should log first.
 NOTES = Path(".git", "nightshift-notes")
@@ -42,7 +39,7 @@ log = logging.getLogger(__name__)
 
 def main(flow_run: str) -> None:
     """Make a workspace of the checkout in the current folder, and print its path."""
-    remove_old()
+    prune()
     folder = workspaces() / f"{date.today():%Y-%m-%d}-{flow_run[:8]}"
     # A run that Prefect starts again begins anew.
     shutil.rmtree(folder, ignore_errors=True)
@@ -310,15 +307,6 @@ def remove() -> None:
         folder, here = Path.cwd(), checkout()
         os.chdir(here)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_old() -> None:
-    """Remove the workspaces of failed runs after `KEPT_DAYS`, but none in which a run is active."""
-    active = {run[:8] for run in leased_runs() if lease_holder(run) != "dead"}
-    for folder in workspaces().glob("*"):
-        age = (time.time() - folder.stat().st_mtime) / 86_400
-        if age > KEPT_DAYS and folder.name[-8:] not in active:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def git(*arguments: str, folder: Path | None = None, index: Path | None = None) -> str:

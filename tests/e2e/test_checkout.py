@@ -48,6 +48,7 @@ class ServedCheckout(Checkout):
         """Return the flow run that was started last."""
         begun = {"start_time": {"is_null_": False}}
         body = {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun}
+        body["flows"] = {"name": {"any_": ["finetune"]}}
         run: dict[str, Any] = self.api("/flow_runs/filter", body)[0]
         return run
 

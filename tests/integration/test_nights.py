@@ -5,6 +5,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -15,13 +16,15 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import FlowRun
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.states import Completed
+from prefect.states import Completed, Pending
 from prefect.testing.utilities import prefect_test_harness
 
+from flows.janitor import STUCK, find_stuck, janitor
 from flows.nights import find_newer_night
 from infra.cli.backfill import nights
 from infra.local import runs
 from nightshift.core.errors import ConfigError
+from nightshift.pipeline.leases import lease
 from nightshift.pipeline.outcome import MISSED
 from tests.helpers.checkouts import ROOT
 
@@ -153,3 +156,26 @@ def test_without_a_night_before_or_without_a_schedule_nothing_is_missed(
 def test_nights_that_do_not_exist_are_an_error() -> None:
     with pytest.raises(ConfigError, match="give --from before --to"):
         nights(date(2026, 2, 2), date(2026, 2, 1), SCHEDULED)
+
+
+@flow
+def finetune() -> None:
+    """Stand in for the retraining, by name."""
+
+
+def test_the_janitor_ends_a_run_that_never_begins_to_work(
+    client: SyncPrefectClient, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, working = (client.create_flow_run(finetune, state=Pending()) for _ in range(2))
+    client.create_flow_run(nightly, state=Pending())
+    with lease(str(working.id)):
+        assert find_stuck(client, datetime.now(UTC)) == []
+        late = datetime.now(UTC) + STUCK + timedelta(minutes=1)
+        assert [run.id for run in find_stuck(client, late)] == [stuck.id]
+        monkeypatch.setattr("flows.janitor.STUCK", -timedelta(minutes=1))
+        janitor()
+    state = client.read_flow_run(stuck.id).state
+    assert state
+    assert (state.name, state.message) == ("Crashed", "it did not begin to work within -1 day, 23:59:00")
+    assert client.read_flow_run(working.id).state_name == "Pending"
+    assert in_tmp.exists()

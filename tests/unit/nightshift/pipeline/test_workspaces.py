@@ -13,7 +13,6 @@ from nightshift.core.errors import StageError
 from nightshift.core.files import write_json
 from nightshift.core.paths import GATE, METRICS
 from nightshift.pipeline import workspaces
-from nightshift.pipeline.leases import lease
 from nightshift.pipeline.workspaces import git
 from tests.helpers.checkouts import BIN
 
@@ -186,19 +185,6 @@ def test_outside_a_workspace_nothing_is_published_or_removed(checkout: Path) -> 
 def test_a_folder_without_a_commit_is_an_error(in_tmp: Path) -> None:
     with pytest.raises(StageError, match="works in a clone, which needs a git repository with a commit; run"):
         workspaces.commit_edits()
-
-
-def test_workspaces_of_failed_runs_are_removed_after_a_week_unless_a_run_is_active(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, active, young = (make(monkeypatch, f"0000000{number}-x") for number in range(3))
-    monkeypatch.chdir(checkout)
-    week = time.time() - 8 * 86_400
-    for folder in (old, active):
-        os.utime(folder, (week, week))
-    with lease("00000001-x"):
-        workspaces.remove_old()
-    assert [folder.exists() for folder in (old, active, young)] == [False, True, True]
 
 
 def test_twenty_runs_and_edits_every_moment_lose_nothing(
