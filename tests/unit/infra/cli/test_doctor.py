@@ -82,15 +82,23 @@ class System:
         raise StageError(f"{path}: HTTP Error 404")
 
 
-@pytest.fixture
-def system(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> System:
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create a git and DVC repository with one commit."""
+    folder = tmp_path_factory.mktemp("repository")
     for name in ("params.yaml", "prefect.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, in_tmp)
+        shutil.copy(ROOT / name, folder)
+    git("init", "-q", folder=folder)
+    subprocess.run([BIN / "dvc", "init", "-q"], cwd=folder, check=True)
+    git("add", "-A", folder=folder)
+    git("-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "first", folder=folder)
+    return folder
+
+
+@pytest.fixture
+def system(repository: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> System:
     monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    git("init", "-q")
-    subprocess.run(["dvc", "init", "-q"], check=True)
-    git("add", "-A")
-    git("-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "first")
+    shutil.copytree(repository, in_tmp, dirs_exist_ok=True)
     (HOME / "prefect").mkdir(parents=True)
     (HOME / "logs").mkdir()
     (HOME / "prefect-auth").touch(mode=0o600)
@@ -309,8 +317,6 @@ def test_a_healthy_system_has_no_fault(system: System) -> None:
 def test_a_fault_is_named_with_its_remedy(fault: str, system: System) -> None:
     inject, expected = FAULTS[fault]
     inject(system)
-    done = CliRunner().invoke(app, ["doctor"])
-    assert done.exit_code == 1
     found = doctor.examine()
     assert any(re.search(expected, one, re.DOTALL) for one in found), found
     assert not any("a check failed" in one for one in found), found
@@ -323,6 +329,7 @@ def test_a_check_that_fails_is_a_fault_and_does_not_end_the_others(system: Syste
 
     system.patch.setattr(doctor, "check_git", fail)
     system.pool["is_paused"] = True
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
     first, second = doctor.examine()
     assert "a check failed: RuntimeError: unexpected" in first
     assert "the work pool is paused" in second
