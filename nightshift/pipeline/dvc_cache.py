@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import yaml
 
 from nightshift.core.errors import StageError
 from nightshift.core.files import read_json
+from nightshift.core.state import state_dir
 from nightshift.pipeline.graph import LOCK, locked_outputs
 
 log = logging.getLogger(__name__)
@@ -155,7 +157,7 @@ def listing(path: Path) -> set[str]:
 def mend(folder: Path, stages: Collection[str] | None = None) -> list[str]:
     """Check what DVC's cache has of the outputs in a dvc.lock, which DVC trusts; fetch damaged objects again.
 
-    Without a remote that has it, a damaged object is only removed: its stage runs again.
+    What neither a remote nor the current folder has is only removed: its stage runs again.
 
     Args:
         folder: Folder with the dvc.lock.
@@ -188,7 +190,7 @@ def mend(folder: Path, stages: Collection[str] | None = None) -> list[str]:
 
 
 def fetch_again(repo: Any, names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Remove the damaged ones of these objects from DVC's cache, and fetch them from the remote.
+    """Remove the damaged ones of these objects from DVC's cache; fetch them from the remote or the folder.
 
     Args:
         repo: DVC's repository.
@@ -203,14 +205,26 @@ def fetch_again(repo: Any, names: Mapping[str, str]) -> dict[str, tuple[str, str
     files = {oid: Path(repo.cache.local.oid_to_path(oid)) for oid in names}
     damaged = find_damaged(files)
     for oid in damaged:
-        files[oid].unlink()
+        # It may be the only copy of data that no source offers any more.
+        place = state_dir() / "damaged" / oid
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(files[oid], place)
     if damaged:
         # Not every object may be there, and the remote may be damaged, too, or away.
         with suppress(DvcException, OSError):
             repo.cloud.pull({HashInfo("md5", oid) for oid in damaged})
     for oid in find_damaged({oid: files[oid] for oid in damaged}):
         files[oid].unlink()
-    fetched = {True: "which was fetched again", False: "which was removed; no remote has it"}
+    for oid in damaged:
+        copy = Path(names[oid])
+        if not files[oid].is_file() and copy.is_file() and md5(copy) == oid:
+            files[oid].parent.mkdir(exist_ok=True)
+            shutil.copyfile(copy, files[oid])
+            files[oid].chmod(0o444)
+    fetched = {
+        True: "which was fetched again",
+        False: f"and no remote has it; it is in {state_dir() / 'damaged'}",
+    }
     return {oid: (names[oid], fetched[files[oid].is_file()]) for oid in damaged}
 
 

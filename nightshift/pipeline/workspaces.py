@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import date
 from pathlib import Path
 
@@ -164,8 +165,10 @@ def newest_branch(repository: Path) -> str:
     """Return the newest branch of a run; empty if there is none, or no git repository."""
     if not (repository / ".git").exists():
         return ""
-    newest = ("for-each-ref", "--sort=-committerdate", "--count=1", "--format=%(refname)", BRANCHES)
-    return git(*newest, folder=repository)
+    found = git("for-each-ref", "--sort=-committerdate", "--format=%(refname)", BRANCHES, folder=repository)
+    # The user may have a branch of that name, too.
+    listing = ("ls-tree", "--name-only")
+    return next((one for one in found.splitlines() if git(*listing, one, LOCK.name, folder=repository)), "")
 
 
 def newest_lock(repository: Path) -> str | None:
@@ -240,18 +243,25 @@ def publish(message: str) -> str | None:
     here, branch = checkout(), f"{BRANCHES}/{Path.cwd().name}"
     if LOCK.read_text(encoding="utf-8") == newest_lock(here):
         return None
-    commit_results(branch, message)
+    commit_results(branch, message, newest_date(here))
     fetch = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
     git(*fetch, str(Path.cwd()), f"+{branch}:{branch}", folder=here)
     return branch.removeprefix("refs/heads/")
 
 
-def commit_results(branch: str, message: str) -> None:
+def newest_date(repository: Path) -> int:
+    """Return the date of the newest branch of a run, in seconds since 1970; 0 if there is none."""
+    branch = newest_branch(repository)
+    return int(git("log", "-1", "--format=%ct", branch, folder=repository)) if branch else 0
+
+
+def commit_results(branch: str, message: str, after: int) -> None:
     """Commit dvc.lock, params.yaml and metrics.json on top of HEAD to a branch, which starts anew.
 
     Args:
         branch: Full name of the branch.
         message: Message of the commit.
+        after: Date of the branch before, in seconds since 1970; wherever the clock is, this one is newer.
     """
     found = {file.stem: read_json(file) for file in (METRICS, GATE) if file.is_file()}
     with tempfile.TemporaryDirectory() as temporary:
@@ -262,7 +272,8 @@ def commit_results(branch: str, message: str) -> None:
         added = git("hash-object", "-w", str(metrics))
         git("update-index", "--add", "--cacheinfo", f"100644,{added},{metrics.name}", index=index)
         tree = git("write-tree", index=index)
-    commit = git(*AUTHOR, "commit-tree", tree, "-p", "HEAD", "-m", message)
+    moment = max(int(time.time()), after + 1)
+    commit = git(*AUTHOR, "commit-tree", tree, "-p", "HEAD", "-m", message, moment=moment)
     git("update-ref", branch, commit)
 
 
@@ -309,18 +320,25 @@ def remove() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def git(*arguments: str, folder: Path | None = None, index: Path | None = None) -> str:
+def git(
+    *arguments: str, folder: Path | None = None, index: Path | None = None, moment: int | None = None
+) -> str:
     """Run git and return its output without the last line break.
 
     Args:
         arguments: Arguments.
         folder: Repository; None for the one in the current folder.
         index: Index file instead of the repository's own.
+        moment: Date of a commit instead of now, in seconds since 1970.
 
     Raises:
         StageError: It failed.
     """
-    environment = {**os.environ, **({"GIT_INDEX_FILE": str(index)} if index else {})}
+    environment = dict(os.environ)
+    if index:
+        environment["GIT_INDEX_FILE"] = str(index)
+    if moment:
+        environment["GIT_COMMITTER_DATE"] = f"{moment} +0000"
     done = subprocess.run(
         ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -92,10 +92,24 @@ def test_a_thousand_objects_flipped_in_cache_and_remote_are_not_used(checkout: P
     for store in (Path(".dvc/cache"), Path("remote")):
         for path in objects(store):
             flip(path)
+    for path in (checkout / "data/raw").iterdir():
+        path.chmod(0o644)
+        path.write_text("changed")
     found = dvc_cache.mend(checkout)
     assert len(found) == COUNT
-    assert all(line.endswith("which was removed; no remote has it") for line in found)
+    assert all("and no remote has it; it is in " in line for line in found)
     assert objects(Path(".dvc/cache")) == []
+    assert len(list((checkout / ".nightshift/damaged").iterdir())) == COUNT
+
+
+def test_what_no_remote_has_is_taken_from_the_folder_if_it_is_whole_there(checkout: Path) -> None:
+    shutil.rmtree("remote")
+    flipped = objects(Path(".dvc/cache"))[0]
+    whole = flipped.read_bytes()
+    flip(flipped)
+    (line,) = dvc_cache.mend(checkout)
+    assert line.endswith("which was fetched again")
+    assert flipped.read_bytes() == whole
 
 
 def test_a_damaged_listing_of_a_folder_is_fetched_again_and_its_files_are_checked(checkout: Path) -> None:
@@ -121,6 +135,7 @@ def test_a_workspace_never_has_what_was_damaged(checkout: Path, monkeypatch: pyt
 
 def test_without_a_remote_the_stage_runs_again(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree("remote")
+    shutil.rmtree("data/raw")
     flip(objects(Path(".dvc/cache"))[0])
     folder = checkout / ".nightshift/workspaces/2026-01-31-00000001"
     workspaces.create(folder)
@@ -162,4 +177,4 @@ def test_a_restored_result_that_is_damaged_is_computed_again(
     lines = run_flow(in_tmp, FLOW, clean_environment)
     # A program that reports no result counts as one that DVC did not run.
     assert "Cached Cached Cached one" in lines
-    assert any("which was removed; no remote has it; restoring copy again" in line for line in lines)
+    assert any("and no remote has it; it is in " in line and "restoring copy again" in line for line in lines)

@@ -209,3 +209,20 @@ def test_twenty_runs_and_edits_every_moment_lose_nothing(
         seeds.add(git("show", "HEAD:params.yaml", folder=folder))
         assert shards(folder) == {"000001.jsonl": "one"}
     assert len(seeds) > 1
+
+
+def test_the_next_run_continues_from_the_newest_branch_wherever_the_clock_is(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    for number, (text, clock) in enumerate((("two", now), ("three", now - 86_400)), start=1):
+        make(monkeypatch, f"0000000{number}-x")
+        arrive(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda clock=clock: clock)
+            workspaces.publish("night")
+        workspaces.remove()
+    # A branch of the user's with such a name has no dvc.lock.
+    git("branch", "runs/mine")
+    assert len(shards(make(monkeypatch, "00000003-x"))) == 3
+    assert checkout.is_dir()
