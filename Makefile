@@ -62,6 +62,8 @@ purge: down  ## delete everything but the code: data, models, the registry, the 
 	@[ -z "$$NIGHTSHIFT_HOME" ] || echo "NIGHTSHIFT_HOME=$$NIGHTSHIFT_HOME stays, with the registry in it; delete it yourself"
 	@[ "$(YES)" = 1 ] || { read -rp "Delete all of this, with the registry and every model? [y/N] " answer; [ "$$answer" = y ]; }
 	rm -rf $(VENV) .kit .nightshift data .dvc/cache .dvc/remote .dvc/tmp dvc.lock prefect.toml
+	@# The branches of the runs name data that is gone.
+	@git for-each-ref --format='delete %(refname)' refs/heads/runs 2>/dev/null | git update-ref --stdin 2>/dev/null || true
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash infra/install.sh

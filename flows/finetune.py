@@ -14,17 +14,21 @@ from flows.overrides import override_params
 from flows.report import report
 from flows.stages import run_program, run_stage
 from flows.tracking import describe_run, link_training, tracked_run
+from flows.workspace import published_results, push_results, remove_workspace
 from nightshift.core.config import read_params
 from nightshift.core.errors import StageError
+from nightshift.core.files import read_json
+from nightshift.core.paths import GATE
 from nightshift.pipeline.graph import changed_stages, find_reruns, locked_outputs, stage_order
 from nightshift.pipeline.leases import lease
 from nightshift.pipeline.ledger import check_ledger
 from nightshift.pipeline.outcome import MISSED, SKIPPED, describe_outcome
 from nightshift.pipeline.scoreboard import collect
 from nightshift.registry.freshness import find_reason_to_skip
+from nightshift.tracking.runs import pinned_commit
 
 
-@flow(name="finetune", flow_run_name=name_run, persist_result=False)
+@flow(name="finetune", flow_run_name=name_run, persist_result=False, on_completion=[remove_workspace])
 def finetune(
     overrides: dict[str, Any] | None = None,
     learning_rate: float | None = None,
@@ -38,7 +42,7 @@ def finetune(
     Args:
         overrides: Any parameters for this run only, `section.key` -> value, validated like params.yaml:
             `--param overrides='{"sft.lora_r": 32}'`. The fields below are the usual ones; empty fields keep
-            the value of params.yaml.
+            the value of params.yaml. Only a run of a deployment that has a workspace takes them.
         learning_rate: `sft.learning_rate`, the peak of the schedule.
         num_train_epochs: `sft.num_train_epochs`, passes over the training data.
         max_steps: `sft.max_steps`, optimizer steps instead of epochs.
@@ -58,8 +62,9 @@ def finetune(
         "evaluate.limit": evaluate_limit,
     }
     changes = (overrides or {}) | {key: value for key, value in fields.items() if value is not None}
-    with lease(str(flow_run.id)), override_params(changes):
+    with lease(str(flow_run.id)), pinned_commit(), override_params(changes), published_results() as publish:
         run_stage("snapshot", None, force=True)
+        publish("snapshot")
         may_run, decision = find_reruns(changed_stages()), locked_outputs().get("gate")
         with tracked_run(has_changed=bool(may_run)) as run_id:
             for stage in stage_order():
@@ -70,7 +75,9 @@ def finetune(
                     run_stage(stage, run_id, may_run=stage in may_run)
             check_ledger()
             link_training(run_id)
+            publish(read_json(GATE)["verdict"])
             ship(run_id)
+            push_results()
             board = collect()
             is_judged = locked_outputs()["gate"] != decision
             name, message = describe_outcome(board, has_changed=bool(may_run), is_judged=is_judged)

@@ -10,7 +10,9 @@ from prefect.runtime import deployment, flow_run
 
 def name_run() -> str:
     """Return the name of the current run: date, flow or deployment, such as `2026-01-31 nightly`."""
-    name = deployment.name if deployment.name and deployment.name != "prod" else flow_run.flow_name
+    if night := (flow_run.parameters.get("overrides") or {}).get("snapshot.until"):
+        return f"{night[:10]} backfill"
+    name = flow_run.flow_name if deployment.name in (None, "prod", "here") else deployment.name
     return f"{datetime.now().astimezone():%Y-%m-%d} {name}"
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
+from prefect.client.schemas import FlowRun
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
@@ -22,21 +23,19 @@ def describe_missed_night() -> str | None:
 
     An error is only logged: better train twice than not at all.
     """
+    context = FlowRunContext.get()
     try:
-        return find_newer_night()
+        return find_newer_night(context.flow_run if context else None, datetime.now(UTC))
     except Exception as err:  # noqa: BLE001 - a server that does not answer must not end the night
         get_run_logger().warning("whether a newer night is due is unknown: %s", err)
         return None
 
 
-def find_newer_night() -> str | None:
-    """See `describe_missed_night`."""
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
+def find_newer_night(run: FlowRun | None, now: datetime) -> str | None:
+    """Return why a run ends at once at a moment; see `describe_missed_night`."""
     if run is None or not run.auto_scheduled or run.deployment_id is None or run.expected_start_time is None:
         return None
     planned = run.expected_start_time
-    now = datetime.now(UTC)
     due = FlowRunFilterExpectedStartTime.model_validate({"after_": planned, "before_": now})
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(

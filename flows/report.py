@@ -1,11 +1,14 @@
 """Report of a run as Prefect artifacts of its flow run: a link to the page, and the summary."""
 
+import shutil
+
 from mlflow import MlflowClient
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.stages import run_program
 from nightshift.core.paths import PAGE, SHORT, TRAINING_RUN
+from nightshift.core.state import state_dir
 from nightshift.tracking.runs import experiment_id, tracking_uri
 from nightshift.tracking.spool import training_run
 
@@ -18,6 +21,9 @@ def report(run_id: str | None) -> None:
     """
     run_program("report", run_id)
     try:
+        for file in (PAGE, SHORT):
+            # The newest report is always there, whichever workspace wrote it.
+            shutil.copyfile(file, state_dir() / file.name)
         create_link_artifact(page_url(run_id), "full report", key="report-page", description="finetune")
         create_markdown_artifact(SHORT.read_text(encoding="utf-8"), key="report", description="finetune")
     except Exception as err:  # noqa: BLE001 - reporting must not fail the night

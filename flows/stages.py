@@ -5,7 +5,9 @@ and one cache; Prefect's own cache is off.
 """
 
 import contextvars
+import fcntl
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -24,8 +26,10 @@ from prefect.states import Completed
 from nightshift.core.errors import StageError, TrainingError
 from nightshift.core.files import read_json
 from nightshift.core.stage import RESULT
-from nightshift.core.state import tools_environment
+from nightshift.core.state import state_dir, tools_environment
 from nightshift.pipeline import supervise
+from nightshift.pipeline.dvc_cache import mend
+from nightshift.pipeline.graph import outputs, read_stages
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -71,8 +75,33 @@ def run_stage(stage: str, run_id: str | None, *, may_run: bool = True, force: bo
     if not may_run:
         return Completed(name="Skipped")
     options = ["--single-item", *(["--force"] if force else [])]
-    did_run = run_command([str(BIN / "dvc"), "repro", *options, stage], stage, run_id)
+    with stage_lock(stage):
+        command = [str(BIN / "dvc"), "repro", *options, stage]
+        did_run = run_command(command, stage, run_id)
+        if not did_run and (damaged := mend(Path(), [stage])):
+            get_run_logger().warning("%s; restoring %s again", "; ".join(damaged), stage)
+            remove_outputs(stage)
+            did_run = run_command(command, stage, run_id)
     return Completed() if did_run else Completed(name="Cached")
+
+
+def remove_outputs(stage: str) -> None:
+    """Remove the outputs of a stage from the folder, not from DVC's cache."""
+    for path in map(Path, outputs(read_stages()[stage])):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def stage_lock(stage: str) -> Iterator[None]:
+    """Let one run at a time compute a stage; the next one may find the result in DVC's cache."""
+    file = state_dir() / "locks" / stage
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @task(task_run_name="{module}", cache_policy=NO_CACHE, persist_result=False)

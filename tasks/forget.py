@@ -12,6 +12,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from nightshift.core.errors import DataError
+from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import iterate_rows, read_rows
-from nightshift.core.paths import INGESTED, PAGE, RAW, REMOVED
+from nightshift.core.paths import INGESTED, PAGE, RAW, REMOVED, SHORT
 from nightshift.core.state import state_dir
 from nightshift.pipeline.dvc_cache import md5, purge, record
 from nightshift.pipeline.graph import outputs, read_stages, reads, stage_order
+from nightshift.pipeline.leases import lease_holder, leased_runs
+from nightshift.pipeline.workspaces import BRANCHES, commit_results, newest_branch, newest_date, take_over
 from nightshift.raw.erase import content_digest, conversations, forget_rows
 from nightshift.raw.forgotten import read_forgotten
 from nightshift.raw.repairs import arrange, repair
@@ -38,6 +41,8 @@ from nightshift.tracking.runs import experiment_id
 
 # Leading characters of a turn that a report always shows, without the spaces before them.
 SHOWN = 150
+# What may contain or show rows in the state folder.
+STATE = ("memo", "checkpoints", "reproduce", "workspaces", "damaged", PAGE.name, SHORT.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class Affected:
 def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Affected:
     """Find rows, their duplicates, and the model versions trained on any of them.
 
+    The data of the checkout becomes that of the newest run of a deployment before.
+
     Args:
         wanted: Ids of examples, or origins (`source/shard:number`).
         client: MLflow client.
@@ -63,7 +70,11 @@ def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Affected:
 
     Raises:
         DataError: An id or origin does not exist.
+        StageError: A run is active, which could bring the rows back.
     """
+    if active := [run for run in leased_runs() if lease_holder(run) != "dead"]:
+        raise StageError(f"run {active[0]} is active; wait for it, or end it with `nightshift down`")
+    take_over()
     trained = {int(one.version): read_trained_rows(name, one) for one in registered(client, name)}
     examples = list(iterate_pairs(INGESTED)) if INGESTED.is_file() else []
     known = {*examples, *chain.from_iterable(trained.values())}
@@ -159,6 +170,9 @@ def erase(found: Affected, client: MlflowClient, name: str) -> None:
         forget_rows(RAW / shard, numbers, RAW, forgotten)
     record(RAW)
     remove_derivatives()
+    if newest_branch(here := Path.cwd()):
+        branch = f"{BRANCHES}/{date.today():%Y-%m-%d}-forget-{len(forgotten.rows)}"
+        commit_results(branch, "Rows were forgotten", newest_date(here))
     for version, examples in found.versions.items():
         client.set_model_version_tag(name, str(version), FORGOTTEN, str(examples))
 
@@ -189,7 +203,7 @@ def remove_derivatives() -> None:
         if any(reads(stages[stage], other) for other in derived):
             derived.append(stages[stage])
     targets = [PAGE.parent, *(Path(path) for stage in derived[1:] for path in outputs(stage))]
-    for path in (*targets, *(state_dir() / name for name in ("memo", "checkpoints", "reproduce"))):
+    for path in (*targets, *(state_dir() / name for name in STATE)):
         if path.is_dir():
             shutil.rmtree(path)
         else:

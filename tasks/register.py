@@ -36,6 +36,7 @@ from nightshift.core.stage import run_main
 from nightshift.core.state import state_dir
 from nightshift.data.used import USED
 from nightshift.pipeline.graph import locked_outputs
+from nightshift.pipeline.workspaces import checkout
 from nightshift.raw.options import OPTIONS
 from nightshift.raw.shards import DIGESTS
 from nightshift.raw.versions import VERSIONS
@@ -252,9 +253,10 @@ def log_model(client: MlflowClient, name: str, run: str, model: Path) -> int:
         Version number.
     """
     base = read_json(BASE_RECORD)
-    # Current path of the base, and its kept copy while this version or its successor is the champion.
+    # Path of the base, in the checkout of a workspace, and its kept copy while this version or its successor
+    # is the champion.
     kept = state_dir() / kept_place(name, base["files"])
-    write_json(BASE_REFERENCE, base | {"path": str(BASE.absolute()), "kept": str(kept)})
+    write_json(BASE_REFERENCE, base | {"path": str(checkout() / BASE), "kept": str(kept)})
     state = client.get_run(run).info.status
     with mlflow.start_run(run_id=run):
         info = mlflow.pyfunc.log_model(

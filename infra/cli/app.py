@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -136,18 +137,59 @@ def status() -> None:
 
 
 def describe_nights() -> Iterator[str]:
-    """Describe what runs, the next nights, the champion, and the free disk space, one line each."""
+    """Describe what runs, the next nights, the champion, disk space and last backup, one line each."""
     from infra.cli import watch
+    from infra.local.backup import describe_last
 
     running = stack.read_stack(state_dir())
     for run in stack.active_runs():
-        stages = [watch.describe(one) for one in watch.read_stages(running, run["id"]) if not one.has_ended]
+        stages = [
+            watch.describe(one) for one in watch.read_stages(running, run["id"], None) if not one.has_ended
+        ]
         yield f"runs: {run['name']}: {'; '.join(stages) or run['state_name'].lower()}"
     if following := stack.next_runs():
         yield f"next: {', '.join(following)}"
     if champion := stack.find_champion():
         yield f"champion: {champion}"
     yield f"free disk space: {stack.free_space() / 2**30:.1f} GiB"
+    yield f"last backup: {describe_last()}"
+
+
+@app.command()
+@report_errors
+def doctor() -> None:
+    """Name everything that keeps nights from running, each with its remedy; exit code 1 if any."""
+    from infra.cli.doctor import examine
+
+    faults = examine()
+    for fault in faults:
+        console.print(f"- {escape(fault)}", highlight=False, soft_wrap=True)
+    if faults:
+        raise typer.Exit(1)
+    console.print("nothing is wrong")
+
+
+@app.command()
+@report_errors
+def backup(
+    to: Annotated[str, typer.Option(help="Folder, s3://bucket/folder or gs://bucket/folder.")],
+) -> None:
+    """Copy the registry with its models, and the branches of the runs; only new files are uploaded."""
+    from infra.local import backup as copies
+
+    console.print(f"backup {copies.backup(to)} is in {to}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@report_errors
+def restore(
+    source: Annotated[str, typer.Option("--from", help="Where `nightshift backup` put it.")],
+) -> None:
+    """Restore the newest backup into an empty state folder, such as that of a new clone."""
+    from infra.local import backup as copies
+
+    name = copies.restore(source)
+    console.print(f"backup {name} is restored; `nightshift up` starts the servers", highlight=False)
 
 
 @app.command()
@@ -171,16 +213,33 @@ def plan() -> None:
 def run(
     overrides: str = typer.Option("", help='Parameters as JSON, such as {"sft.num_train_epochs": 2}.'),
 ) -> None:
-    """Retrain once, or join the active run, and show the scoreboard."""
+    """Retrain once in this folder, or join the active run, and show the scoreboard.
+
+    With overrides, the run has its own clone, as every night has.
+    """
     from infra.cli import watch
 
     values = watch.parse_overrides(overrides)
     check_overrides(values)
     running = stack.up()
-    ending = watch.run_deployment("finetune/prod", values, running, console)
+    # Overrides need a params.yaml of their own.
+    deployment = "finetune/prod" if values else "finetune/here"
+    ending = watch.run_deployment(deployment, values, running, console)
     if not ending.startswith(SKIPPED):
         print_scoreboard(running)
     console.print(escape(ending), highlight=False, soft_wrap=True)
+
+
+@app.command()
+@report_errors
+def backfill(
+    first: Annotated[datetime, typer.Option("--from", formats=["%Y-%m-%d"], help="First day.")],
+    last: Annotated[datetime, typer.Option("--to", formats=["%Y-%m-%d"], help="Last day.")],
+) -> None:
+    """Run the nights of past days in order, each with the files that had arrived by then."""
+    from infra.cli import backfill as past
+
+    past.backfill(first.date(), last.date(), stack.up(), console)
 
 
 @app.command()
@@ -371,7 +430,7 @@ def print_scoreboard(running: Stack) -> None:
     table = Table(title="Nightshift", box=None, show_header=False)
     for label, value in format_rows(read_json(scoreboard_file())):
         table.add_row(label, value)
-    table.add_row("report", str(PAGE))
+    table.add_row("report", os.path.relpath(state_dir() / PAGE.name))
     table.add_row("Prefect", running.prefect_ui)
     table.add_row("Prefect's password", f"in {os.path.relpath(running.auth_file)}")
     table.add_row("MLflow", running.mlflow_url)

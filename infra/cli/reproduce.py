@@ -1,7 +1,6 @@
 """Rebuild a version of the model from its lineage, and compare the outputs."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from nightshift.core.state import state_dir, tools_environment
 from nightshift.pipeline import supervise
 from nightshift.pipeline.graph import locked_outputs, stage_order
 from nightshift.pipeline.params_yaml import edit
+from nightshift.pipeline.workspaces import clone, share_dvc
 from nightshift.registry.lineage import KEPT, open_lineage
 from nightshift.registry.versions import DIGEST, FORGOTTEN, find_version, open_registry
 
@@ -34,9 +34,9 @@ def rebuild(console: Console, version: int) -> bool:
     of the snapshot come from DVC's cache or its remote, because a new snapshot would fetch today's data.
 
     Raises:
-        GateError: The version does not exist, some of its rows were forgotten, its commit is not in this
-            repository, or it was registered before the snapshot was a stage.
-        StageError: A stage failed, or the data is gone.
+        GateError: The version does not exist, some of its rows were forgotten, or it was registered before
+            the snapshot was a stage.
+        StageError: Its commit is not in this repository, a stage failed, or the data is gone.
     """
     client, name = open_registry()
     found = find_version(client, name, version)
@@ -50,7 +50,7 @@ def rebuild(console: Console, version: int) -> bool:
     with open_lineage(name, version) as lineage:
         lineage_data = read_json(lineage / "lineage.json")
         require_known_origin(version, lineage_data, before := locked_outputs(lineage / "dvc.lock"))
-        make_workspace(folder, lineage_data["code"])
+        clone(folder, lineage_data["code"])
         for path in KEPT:
             shutil.copyfile(lineage / path.name, folder / path)
     # The lineage of a 0.1.0 version has no effective settings.
@@ -116,23 +116,6 @@ def differences(trained: dict[str, Any], folder: Path) -> list[str]:
     ]
 
 
-def make_workspace(folder: Path, commit: str) -> None:
-    """Clone this repository at a commit.
-
-    Raises:
-        GateError: The commit does not exist.
-    """
-    for command in (
-        ["clone", "--quiet", "--no-checkout", ".", str(folder)],
-        ["-C", str(folder), "checkout", "-q", commit],
-    ):
-        done = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise GateError(
-                f"git {command[0]}: {done.stderr.strip()}; the version was trained on commit {commit}"
-            )
-
-
 def fetch_data(folder: Path) -> None:
     """Fetch the data in the workspace's dvc.lock from DVC's cache or its remote.
 
@@ -143,17 +126,6 @@ def fetch_data(folder: Path) -> None:
     if dvc(folder, "checkout", "--quiet", *FETCHED):
         wanted = ", ".join(FETCHED)
         require(dvc(folder, "pull", *FETCHED), f"{wanted}: neither in DVC's cache nor in its remote")
-
-
-def share_dvc(folder: Path) -> None:
-    """Give the workspace this checkout's DVC cache and settings: remotes, also of .dvc/config.local."""
-    from dvc.config import Config, merge  # type: ignore[import-untyped]
-    from dvc.repo import Repo  # type: ignore[import-untyped]
-
-    with Repo() as repo, Config(str(folder / ".dvc")).edit("local") as local:
-        # Relative paths are resolved here; in the clone they would be other folders.
-        merge(local, repo.config.read())
-        local["cache"]["dir"] = repo.cache.local.path
 
 
 def stages_to_rebuild(folder: Path) -> list[str]:

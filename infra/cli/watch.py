@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from infra.local.processes import read_records
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json
 from nightshift.core.paths import DATA, GATE, OUTCOME, PAGE, VERSION
+from nightshift.core.state import state_dir
 
 if TYPE_CHECKING:
     from infra.local.settings import Stack
@@ -77,7 +79,7 @@ def run_deployment(deployment: str, overrides: dict[str, Any], stack: "Stack", c
     start = f"{'joined' if is_joined else 'started'} a run of {deployment}: {page}"
     console.print(start, highlight=False, soft_wrap=True)
     try:
-        run = follow(stack, run["id"], console)
+        run = follow(stack, run["id"], console, is_here=deployment.endswith("/here"))
     except KeyboardInterrupt as err:
         raise StageError(
             f"{deployment}: no longer watched, but the run continues: `make run` joins it, "
@@ -116,8 +118,14 @@ def start_run(stack: "Stack", deployment: str, overrides: dict[str, Any]) -> dic
     return run
 
 
-def follow(stack: "Stack", run_id: str, console: Console) -> dict[str, Any]:
+def follow(stack: "Stack", run_id: str, console: Console, *, is_here: bool) -> dict[str, Any]:
     """Show the stages of a run until it has ended; return the run.
+
+    Args:
+        stack: Local stack.
+        run_id: Id of the flow run.
+        console: Terminal, file or pipe to print to.
+        is_here: Whether the run works in this folder instead of a workspace.
 
     Raises:
         StageError: The servers were stopped.
@@ -128,7 +136,7 @@ def follow(stack: "Stack", run_id: str, console: Console) -> dict[str, Any]:
             try:
                 # In this order: the stages of a run that has ended are final.
                 run: dict[str, Any] = stack.prefect("GET", f"/flow_runs/{run_id}")
-                stages = read_stages(stack, run_id)
+                stages = read_stages(stack, run_id, Path() if is_here else find_workspace(run_id))
             except UnreachableError as err:
                 if not read_records(stack.state_dir):
                     raise StageError("the servers were stopped; `make run` starts them again") from err
@@ -198,8 +206,19 @@ def running_table(stages: list[Stage]) -> Table:
     return table
 
 
-def read_stages(stack: "Stack", run_id: str) -> list[Stage]:
-    """Return the stages of a run in the order in which they started, with their figures."""
+def find_workspace(run_id: str) -> Path | None:
+    """Return the workspace of a run; None before it is made, or after it is removed."""
+    return next((state_dir() / "workspaces").glob(f"*-{run_id[:8]}"), None)
+
+
+def read_stages(stack: "Stack", run_id: str, folder: Path | None) -> list[Stage]:
+    """Return the stages of a run in the order in which they started, with their figures.
+
+    Args:
+        stack: Local stack.
+        run_id: Id of the flow run.
+        folder: Folder in which the run works; None if it is gone, and the figures with it.
+    """
     this_run = {"flow_runs": {"id": {"any_": [run_id]}}}
     runs = stack.prefect("POST", "/task_runs/filter", {**this_run, "sort": "EXPECTED_START_TIME_ASC"})
     body = {**this_run, "artifacts": {"type": {"any_": ["progress"]}}, "sort": "UPDATED_DESC"}
@@ -216,11 +235,11 @@ def read_stages(stack: "Stack", run_id: str) -> list[Stage]:
             seconds=run["total_run_time"] if run["state_type"] in ENDED else run["estimated_run_time"],
             has_ended=run["state_type"] in ENDED,
         )
-        if stage.has_ended:
+        if stage.has_ended and folder:
             # The run may be one whose files are not here, or no longer.
             with suppress(OSError, KeyError):
-                stage.figures = result_of(stage.name) if run["state_type"] == "COMPLETED" else ""
-        elif found := progress.get(stage.name):
+                stage.figures = result_of(stage.name, folder) if run["state_type"] == "COMPLETED" else ""
+        elif not stage.has_ended and (found := progress.get(stage.name)):
             stage.percent, stage.figures = float(found["data"]), str(found["description"])
         stages.append(stage)
     return stages
@@ -250,18 +269,18 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def result_of(stage: str) -> str:
+def result_of(stage: str, folder: Path) -> str:
     """Return the key figures of a completed stage, from the files that it wrote; empty without any."""
     match stage:
         case "gate":
-            return str(read_json(GATE)["verdict"])
+            return str(read_json(folder / GATE)["verdict"])
         case "register":
-            return f"version {read_json(VERSION)['version']}"
+            return f"version {read_json(folder / VERSION)['version']}"
         case "promote":
-            return "promoted" if read_json(OUTCOME)["promoted"] else "not promoted"
+            return "promoted" if read_json(folder / OUTCOME)["promoted"] else "not promoted"
         case "report":
             return str(PAGE)
-    file = DATA / stage / "summary.json"
+    file = folder / DATA / stage / "summary.json"
     summary = read_json(file) if file.is_file() else {}
     match stage:
         case "snapshot":

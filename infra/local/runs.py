@@ -14,7 +14,7 @@ import yaml
 
 from infra.local import processes
 from nightshift.pipeline.leases import lease_file, lease_holder
-from nightshift.pipeline.outcome import OUTCOMES
+from nightshift.pipeline.outcome import MISSED, OUTCOMES
 
 if TYPE_CHECKING:
     from infra.local.settings import Stack
@@ -24,6 +24,8 @@ CANCEL_SECONDS = 45
 ACTIVE = ("PENDING", "RUNNING", "CANCELLING")
 AUTOMATION = "look-after-silent-runs"
 FORMER_AUTOMATION = "crash-zombie-flows"  # marked runs as crashed based on heartbeats alone
+# How far back, and how many, nights are recorded as missed.
+MISSED_SINCE, MISSED_RUNS = datetime.timedelta(days=100), 200
 JANITOR = ("janitor", "local")  # flow and deployment
 log = logging.getLogger(__name__)
 
@@ -72,21 +74,58 @@ def end_schedules(stack: "Stack", path: Path) -> None:
                 log.info("%s: its schedule is not in %s, and ends", deployment["name"], path)
 
 
+def schedule_missed_nights(stack: "Stack", now: datetime.datetime) -> None:
+    """Schedule the nights between the last one and now; all but the newest end as Missed, with the reason.
+
+    While the servers are down, Prefect plans nothing, and a deployment replaces what it planned before.
+    """
+    body: dict[str, Any] = {"work_pools": {"name": {"any_": [POOL]}}}
+    for deployment in stack.prefect("POST", "/deployments/filter", body):
+        is_scheduled = any(schedule["active"] for schedule in deployment["schedules"])
+        if not is_scheduled or deployment["name"] == JANITOR[1]:
+            continue
+        nights: dict[str, Any] = {
+            "deployments": {"id": {"any_": [deployment["id"]]}},
+            "flow_runs": {
+                "expected_start_time": {"before_": now.isoformat()},
+                "tags": {"all_": ["auto-scheduled"]},
+            },
+            "sort": "EXPECTED_START_TIME_DESC",
+        }
+        if not (known := stack.prefect("POST", "/flow_runs/filter", {**nights, "limit": 1})):
+            continue
+        last = datetime.datetime.fromisoformat(known[0]["expected_start_time"])
+        start = max(last + datetime.timedelta(seconds=1), now - MISSED_SINCE)
+        span = {"start_time": start.isoformat(), "end_time": now.isoformat()}
+        most = {"min_time": (now - start).total_seconds(), "min_runs": 1, "max_runs": MISSED_RUNS}
+        stack.prefect("POST", f"/deployments/{deployment['id']}/schedule", {**span, **most})
+        nights["flow_runs"]["state"] = {"type": {"any_": ["SCHEDULED"]}}
+        for run in stack.prefect("POST", "/flow_runs/filter", nights)[1:]:
+            reason = "the servers were down; a newer night trains on all that has arrived"
+            set_state(stack, run, "Completed", reason, shown=MISSED)
+
+
 def next_runs(stack: "Stack", limit: int) -> list[tuple[datetime.datetime, str]]:
-    """Return the local start time and the name of the deployment of the next scheduled runs."""
+    """Return the local start time and the deployment of the next scheduled runs, without the janitor's."""
     body = {
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
         "work_pools": {"name": {"any_": [POOL]}},
         "sort": "EXPECTED_START_TIME_ASC",
-        "limit": limit,
     }
     names = {
         one["id"]: one["name"]
         for one in stack.prefect("POST", "/deployments/filter", {"work_pools": body["work_pools"]})
     }
     found = stack.prefect("POST", "/flow_runs/filter", body)
-    starts = [datetime.datetime.fromisoformat(run["expected_start_time"]).astimezone() for run in found]
-    return [(start, names[run["deployment_id"]]) for start, run in zip(starts, found, strict=True)]
+    nights = [
+        (
+            datetime.datetime.fromisoformat(run["expected_start_time"]).astimezone(),
+            names[run["deployment_id"]],
+        )
+        for run in found
+        if names[run["deployment_id"]] != JANITOR[1]
+    ]
+    return nights[:limit]
 
 
 def create_automation(stack: "Stack") -> None:
@@ -182,9 +221,17 @@ def recover_runs(stack: "Stack") -> None:
             lease_file(run["id"]).unlink(missing_ok=True)
 
 
-def set_state(stack: "Stack", run: dict[str, Any], name: str, message: str) -> None:
-    """Force the state of a run past Prefect's orchestration rules; Cancelling stays subject to them."""
-    state: dict[str, Any] = {"type": name.upper(), "name": name, "message": message}
+def set_state(stack: "Stack", run: dict[str, Any], name: str, message: str, shown: str = "") -> None:
+    """Force the state of a run past Prefect's orchestration rules; Cancelling stays subject to them.
+
+    Args:
+        stack: Local stack.
+        run: Flow run.
+        name: Kind of the state.
+        message: Message of the state.
+        shown: Name of the state, if not that of its kind.
+    """
+    state: dict[str, Any] = {"type": name.upper(), "name": shown or name, "message": message}
     if name == "Scheduled":
         now = datetime.datetime.now(datetime.UTC).isoformat()
         state["state_details"] = {"scheduled_time": now}

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 import psutil
 
 from infra.local import prefect_api, processes, runs, services
+from infra.local.notify import create_notifications
 from infra.local.runs import POOL
 from infra.local.service_logs import unexplained
 from infra.local.services import SERVICES
@@ -66,10 +67,7 @@ def up() -> Stack:
             runs.recover_runs(stack)
         services.start("worker", stack)
         services.wait_until_healthy("worker", stack)
-        services.call(stack, "prefect", "--no-prompt", "deploy", "--all")
-        runs.end_schedules(stack, Path("prefect.yaml"))
-        runs.limit_queues(stack)
-        runs.create_automation(stack)
+        _deploy(stack)
         services.wait_until_healthy("mlflow", stack)
         if stack.prefect("GET", f"/work_pools/{POOL}")["is_paused"]:
             log.warning("the work pool is paused, so no run starts; run `prefect work-pool resume %s`", POOL)
@@ -177,6 +175,25 @@ def _read_registry(what: str, **query: str) -> dict[str, Any] | None:
         found: dict[str, Any] = prefect_api.request("GET", url)
         return found
     return None
+
+
+def _deploy(stack: Stack) -> None:
+    """Apply prefect.yaml, and what depends on its deployments."""
+    services.call(stack, "prefect", "--no-prompt", "deploy", "--all")
+    runs.end_schedules(stack, Path("prefect.yaml"))
+    runs.limit_queues(stack)
+    runs.schedule_missed_nights(stack, datetime.now(UTC))
+    runs.create_automation(stack)
+    create_notifications(stack, read_blocks())
+
+
+def read_blocks() -> list[str]:
+    """Return the notification blocks of params.yaml; none without the file, or with a wrong one."""
+    try:
+        blocks: list[str] = read_params().get("nightly", {}).get("notify", [])
+    except ConfigError:
+        return []
+    return blocks
 
 
 def _require_space(home: Path) -> None:

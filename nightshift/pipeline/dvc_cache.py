@@ -2,11 +2,14 @@
 
 import hashlib
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ import yaml
 
 from nightshift.core.errors import StageError
 from nightshift.core.files import read_json
+from nightshift.core.state import state_dir
 from nightshift.pipeline.graph import LOCK, locked_outputs
 
 log = logging.getLogger(__name__)
@@ -148,6 +152,89 @@ def listing(path: Path) -> set[str]:
     if path.suffix != ".dir" or not path.is_file():
         return set()
     return {entry["md5"] for entry in read_json(path)}
+
+
+def mend(folder: Path, stages: Collection[str] | None = None) -> list[str]:
+    """Check what DVC's cache has of the outputs in a dvc.lock, which DVC trusts; fetch damaged objects again.
+
+    What neither a remote nor the current folder has is only removed: its stage runs again.
+
+    Args:
+        folder: Folder with the dvc.lock.
+        stages: Stages to check; None for all.
+
+    Returns:
+        One line about each damaged object.
+    """
+    from dvc.repo import Repo
+
+    locked = locked_outputs(folder / LOCK)
+    outs = {
+        oid: path
+        for stage in locked
+        if stages is None or stage in stages
+        for path, oid in locked[stage].items()
+    }
+    with Repo(str(folder)) as repo:
+        damaged = fetch_again(repo, outs)
+        inside = {
+            entry["md5"]: f"{path}/{entry['relpath']}"
+            for oid, path in outs.items()
+            if oid.endswith(".dir") and (file := Path(repo.cache.local.oid_to_path(oid))).is_file()
+            for entry in read_json(file)
+        }
+        damaged |= fetch_again(repo, inside)
+    return [
+        f"{path}: DVC's cache had a damaged {oid}, {what}" for oid, (path, what) in sorted(damaged.items())
+    ]
+
+
+def fetch_again(repo: Any, names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Remove the damaged ones of these objects from DVC's cache; fetch them from the remote or the folder.
+
+    Args:
+        repo: DVC's repository.
+        names: Object -> path of the output.
+
+    Returns:
+        Damaged object -> (path, what became of it).
+    """
+    from dvc.exceptions import DvcException  # type: ignore[import-untyped]
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    files = {oid: Path(repo.cache.local.oid_to_path(oid)) for oid in names}
+    damaged = find_damaged(files)
+    for oid in damaged:
+        # It may be the only copy of data that no source offers any more.
+        place = state_dir() / "damaged" / oid
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(files[oid], place)
+    if damaged:
+        # Not every object may be there, and the remote may be damaged, too, or away.
+        with suppress(DvcException, OSError):
+            repo.cloud.pull({HashInfo("md5", oid) for oid in damaged})
+    for oid in find_damaged({oid: files[oid] for oid in damaged}):
+        files[oid].unlink()
+    for oid in damaged:
+        copy = Path(names[oid])
+        if not files[oid].is_file() and copy.is_file() and md5(copy) == oid:
+            files[oid].parent.mkdir(exist_ok=True)
+            shutil.copyfile(copy, files[oid])
+            files[oid].chmod(0o444)
+    fetched = {
+        True: "which was fetched again",
+        False: f"and no remote has it; it is in {state_dir() / 'damaged'}",
+    }
+    return {oid: (names[oid], fetched[files[oid].is_file()]) for oid in damaged}
+
+
+def find_damaged(files: Mapping[str, Path]) -> list[str]:
+    """Return the objects whose bytes do not have the MD5 that is their name; missing ones are left out."""
+    existing = {oid: path for oid, path in files.items() if path.is_file()}
+    # Hashing releases the interpreter's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(existing, pool.map(md5, existing.values()), strict=True))
+    return [oid for oid, known in found.items() if known != oid.removesuffix(".dir")]
 
 
 def digest(path: Path) -> str:

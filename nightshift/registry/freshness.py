@@ -8,6 +8,7 @@ gains over the base on them, and the champion how much of that is left at its ag
 import logging
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Annotated
 
 import numpy as np
 from mlflow import MlflowClient
@@ -33,14 +34,19 @@ log = logging.getLogger(__name__)
 
 
 class NightlyParams(StageParams):
-    """When a night trains.
+    """When a night trains, where its results go, and who is told.
 
     Attributes:
         min_expected_gain: Expected reduction of the loss on new examples, as a share of the champion's, below
             which a night does not train; 0 always trains on new data.
+        notify: Prefect blocks that send a message when a night has ended, `type/name`.
+        push: Git remote to which a run of a deployment pushes its branch after `dvc push`, or None.
     """
 
     min_expected_gain: float = Field(ge=0, lt=1)
+    notify: list[Annotated[str, Field(pattern=r"^[a-z0-9-]+/[A-Za-z0-9_-]+$")]] = Field(default=[])
+    # No option of git.
+    push: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w./-]*$")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 # Tag of a run that was planned before MLflow could create it.
 KEY = "nightshift.tracking_key"
+# Environment variable with the commit that a run works on.
+COMMIT = "NIGHTSHIFT_COMMIT"
 log = logging.getLogger(__name__)
 
 
@@ -107,9 +111,25 @@ def flow_run() -> str | None:
 
 
 def git_commit() -> str:
-    """Return the commit of the checkout, or `none` outside git."""
+    """Return the commit of the run, or of the checkout, or `none` outside git."""
+    if pinned := os.environ.get(COMMIT):
+        return pinned
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "none"
+
+
+@contextmanager
+def pinned_commit() -> Iterator[str]:
+    """Let all programs in the block record the commit of now; HEAD of a checkout may move meanwhile.
+
+    Yields:
+        The commit.
+    """
+    os.environ[COMMIT] = commit = git_commit()
+    try:
+        yield commit
+    finally:
+        del os.environ[COMMIT]
 
 
 def has_local_changes() -> bool:

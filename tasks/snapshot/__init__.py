@@ -15,7 +15,7 @@ with those of an earlier run.
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import AwareDatetime, BeforeValidator, field_validator
 
 from nightshift.core.config import StageParams
 from nightshift.data.benchmarks import HELDOUT
@@ -49,10 +49,12 @@ class SnapshotParams(StageParams):
         sources: Source name -> location, or location with options; see `tasks.snapshot.sources.locations`.
         benchmarks: Benchmark name -> `package:<name>`, `lm-eval:<task>`, or a folder with task.yaml and
             items.jsonl.
+        until: Moment after which a file must not have changed to be fetched, or None.
     """
 
     sources: dict[Name, Source]
     benchmarks: dict[Name, str]
+    until: AwareDatetime | None = None
 
     @field_validator("sources")
     @classmethod

@@ -5,7 +5,8 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +53,8 @@ def main() -> None:
     benchmarks = read_benchmarks(BENCHMARKS)
     with Memo("sources", {"digest": "sha256"}) as memo:
         for name, source in params.sources.items():
-            for shard in write_shards(name, source.offers(), RAW, source.mode, memo):
+            offers = arrived(source.offers(), params.until)
+            for shard in write_shards(name, offers, RAW, source.mode, memo):
                 erase_known(shard, RAW)
     write_used(RAW, params.sources)
     write_options(RAW, params.sources)
@@ -71,6 +73,13 @@ def main() -> None:
         },
         questions={benchmark.name: len(benchmark.items) for benchmark in benchmarks},
     )
+
+
+def arrived(offers: Iterable[Offer], until: datetime | None) -> Iterator[Offer]:
+    """Yield the offers that have not changed after a moment, if any; sources that do not say offer all."""
+    for offer in offers:
+        if until is None or offer.changed is None or offer.changed <= until.timestamp():
+            yield offer
 
 
 def write_shards(

@@ -48,6 +48,7 @@ class ServedCheckout(Checkout):
         """Return the flow run that was started last."""
         begun = {"start_time": {"is_null_": False}}
         body = {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun}
+        body["flows"] = {"name": {"any_": ["finetune"]}}
         run: dict[str, Any] = self.api("/flow_runs/filter", body)[0]
         return run
 
@@ -217,6 +218,33 @@ def test_kill_9_of_the_flow_leaves_no_process_and_the_next_run_completes(checkou
     assert (checkout.folder / "params.yaml").read_bytes() == before
 
 
+def test_a_run_of_a_deployment_works_in_a_clone_and_publishes_a_branch(checkout: ServedCheckout) -> None:
+    files = ("params.yaml", "dvc.lock", "data/gate/gate.json", ".git/index")
+
+    def state() -> list[bytes]:
+        return [(checkout.folder / name).read_bytes() for name in files]
+
+    before = state()
+    command = ["prefect", "deployment", "run", "finetune/prod", "--watch"]
+    checkout.type(*command, "--param", 'overrides={"gate.seed": 5}')
+    assert state() == before
+    run = checkout.last_run()
+    name = f"{run['name'][:10]}-{run['id'][:8]}"
+    assert not (checkout.folder / ".nightshift/workspaces" / name).exists()
+    branch = checkout.type("git", "for-each-ref", "--format=%(refname:short)", "refs/heads/runs").split()[-1]
+    assert branch == f"runs/{name}"
+    # The edit of an earlier test was never committed, and was part of the run.
+    assert "n_resamples: 9999" in checkout.type("git", "show", f"{branch}^:params.yaml")
+    assert "seed: 5" in checkout.type("git", "show", f"{branch}:params.yaml")
+    commit = checkout.type("git", "rev-parse", f"{branch}^").strip()
+    client = MlflowClient(f"sqlite:///{checkout.folder / '.nightshift' / 'mlflow.db'}")
+    (tracked,) = client.search_runs(["1"], f"tags.`nightshift.flow_run` = '{run['id']}'")
+    assert tracked.data.tags["nightshift.git_commit"] == commit
+    assert checkout.task_states()["sft"] == "Skipped"
+    page = (checkout.folder / ".nightshift/report.html").read_text()
+    assert page != (checkout.folder / "data/report/report.html").read_text()
+
+
 def test_mlflow_stores_the_version_and_its_origin(checkout: ServedCheckout) -> None:
     from mlflow import MlflowClient
 
@@ -332,9 +360,15 @@ def test_every_command_of_the_operations_page_works_as_printed(
     run("nightshift snapshot")
     run("NIGHTSHIFT_BASE=FOLDER nightshift snapshot", FOLDER=tiny_base)
     run("dvc repro base")
+    listed = checkout.type("git", "for-each-ref", "--format=%(refname:lstrip=3)", "refs/heads/runs")
+    run("git checkout runs/NAME dvc.lock", NAME=listed.split()[-1])
+    run("dvc checkout --force")
     run("dvc repro")
     run("python -m tasks.sft")
     run("python -m tasks.report")
+    assert "nothing is wrong" in run("nightshift doctor")
+    past = run("nightshift backfill --from 2026-01-05 --to 2026-01-06")
+    assert re.findall(r"\n(2026-01-0\d): \w+: ", past) == ["2026-01-05", "2026-01-06"]
     verdicts = {"promote": 0, "hold": 3, "reject": 4}
     run("nightshift gate", code=verdicts[read_json(checkout.folder / "data/gate/gate.json")["verdict"]])
 
@@ -360,7 +394,9 @@ def test_every_command_of_the_operations_page_works_as_printed(
     run("git add dvc.lock params.yaml")
     run("git commit")
     run("dvc push --run-cache")
+    run("dvc push --all-branches")
     run("git push")
+    run("nightshift backup --to FOLDER", FOLDER=tmp_path / "backup")
     checkout.type("git", "clone", "-q", str(repository), str(tmp_path / "clone"))
     second = Checkout(tmp_path / "clone", checkout.environment)
     run("dvc cache dir --local FOLDER", on=second, FOLDER=tmp_path / "cache")
@@ -369,6 +405,8 @@ def test_every_command_of_the_operations_page_works_as_printed(
     run("dvc pull --run-cache", on=second)
     assert "everything is up to date" in run("dvc pull -v", on=second).lower()
     assert "Running stage" not in run("dvc repro", on=second)
+    run("nightshift restore --from FOLDER", on=second, FOLDER=tmp_path / "backup")
+    assert "rollback" in run("nightshift history", on=second)
     run("git checkout dvc.lock", on=second)
     run("dvc checkout --force data/champion", on=second)
 

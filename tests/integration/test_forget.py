@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from mlflow import MlflowClient
 
 from nightshift.core.files import read_rows
+from nightshift.pipeline.leases import lease
 from tests.helpers.checkouts import Checkout, make_checkout
 
 pytestmark = pytest.mark.timeout(300)
@@ -88,6 +90,10 @@ def test_a_forgotten_row_is_erased_everywhere_and_does_not_return(
     monkeypatch.setenv("NIGHTSHIFT_HOME", str(checkout.folder / ".nightshift"))
     client = MlflowClient(f"sqlite:///{checkout.folder / '.nightshift' / 'mlflow.db'}")
     pages = [log_page(checkout.folder, client, ROWS[number]) for number in (0, 1)]
+    # What a failed night left, and the newest report.
+    for name in ("workspaces/2026-01-31-00000001/data", "damaged"):
+        shutil.copytree(checkout.folder / "data/raw", checkout.folder / ".nightshift" / name)
+    (checkout.folder / ".nightshift/report.html").write_text(SECRET)
     found = list(places(checkout.folder, SECRET))
     assert "data/raw/mine/000001.jsonl" in found
     assert "data/ingest/examples.parquet" in found
@@ -134,3 +140,12 @@ def test_an_unknown_row_is_an_error_and_answering_no_changes_nothing(checkout: C
     before = (checkout.folder / "dvc.lock").read_bytes()
     checkout.type("nightshift", "forget", "mine/000001.jsonl:1", code=1)
     assert (checkout.folder / "dvc.lock").read_bytes() == before
+
+
+def test_nothing_is_forgotten_while_a_run_is_active(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_HOME", str(checkout.folder / ".nightshift"))
+    with lease("00000001-x"):
+        output = checkout.type("nightshift", "forget", "mine/000001.jsonl:1", "--yes", code=2)
+    assert "run 00000001-x is active; wait for it" in output

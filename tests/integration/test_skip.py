@@ -17,6 +17,7 @@ from prefect.testing.utilities import prefect_test_harness
 from flows.finetune import finetune
 from nightshift.core.files import write_json, write_rows
 from nightshift.data.schemas import AUGMENTED
+from nightshift.pipeline.params_yaml import edit
 from nightshift.registry import versions
 from tests.helpers.nights import age_by, log_nights
 
@@ -31,7 +32,9 @@ with prefect_test_harness():
     states = []
     for night, least in enumerate((0, 0.9)):
         Path("shard").write_text(str(night))
-        states.append(finetune({"nightly.min_expected_gain": least}, return_state=True))
+        params = Path("params.yaml")
+        params.write_text(edit(params.read_text(), {"nightly.min_expected_gain": least}))
+        states.append(finetune(return_state=True))
     named = "tags.mlflow.runName LIKE '%finetune%'"
     runs = client.search_runs(["1"], named, order_by=["attributes.start_time"])
     print([(state.type.value, state.name, state.message) for state in states])

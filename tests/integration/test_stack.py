@@ -11,9 +11,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from infra.local import runs, stack
+from infra.cli import doctor
+from infra.local import notify, runs, stack
 from infra.local.settings import Stack
 from nightshift.core.errors import StageError
 from nightshift.core.files import write_json
@@ -252,6 +255,56 @@ def test_of_several_nights_that_are_due_only_the_newest_runs(folder: Path, runni
     stack.up()
 
 
+def test_a_block_tells_how_a_night_ended(
+    folder: Path, running: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: list[str] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kind = running.prefect("GET", "/block_types/slug/custom-webhook")["id"]
+    schemas = {"block_schemas": {"block_type_id": {"any_": [kind]}}}
+    body = {
+        "name": "ops",
+        "block_type_id": kind,
+        "block_schema_id": running.prefect("POST", "/block_schemas/filter", schemas)[0]["id"],
+        "data": {
+            "name": "ops",
+            "url": f"http://127.0.0.1:{server.server_port}",
+            "json_data": {"text": "{{subject}} {{body}}"},
+        },
+    }
+    running.prefect("POST", "/block_documents/", body)
+    monkeypatch.setattr(notify, "FLOW", "tiny")
+    (folder / "params.yaml").write_text("nightly: {notify: [custom-webhook/ops, custom-webhook/none]}")
+    try:
+        stack.up()
+        assert prefect(folder, "deployment", "run", "tiny/prod", "--watch").returncode == 0
+        wait_until(lambda: bool(received), 30)
+        assert len(received) == 1
+        assert re.search(r"Nightshift: \S+: Completed ", received[0])
+        assert f"{running.prefect_ui}/runs/flow-run/" in received[0]
+        # An address that does not answer changes nothing for the night.
+        server.shutdown()
+        server.server_close()
+        assert prefect(folder, "deployment", "run", "tiny/prod", "--watch").returncode == 0
+    finally:
+        (folder / "params.yaml").unlink()
+        stack.up()
+    assert not [
+        one for one in running.prefect("POST", "/automations/filter", {}) if "tell-how" in one["name"]
+    ]
+
+
 def test_the_servers_listen_on_loopback_only(folder: Path) -> None:
     listening = [
         connection.laddr[0]
@@ -383,6 +436,12 @@ def test_a_run_completes_if_its_server_dies_during_startup(folder: Path, running
 
 def test_the_logs_contain_no_unexplained_errors(running: Stack) -> None:
     assert stack.problems() == {}
+
+
+def test_the_doctor_finds_nothing_wrong_with_the_running_stack(running: Stack) -> None:
+    checks = (doctor.check_services, doctor.check_queues, doctor.check_runs, doctor.check_messages)
+    assert [fault for one in checks for fault in one(running)] == []
+    assert [*doctor.check_state(), *doctor.check_clock(), *doctor.check_databases()] == []
 
 
 def test_a_run_waits_only_for_runs_of_its_queue(folder: Path, running: Stack) -> None:

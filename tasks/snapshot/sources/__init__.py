@@ -16,6 +16,7 @@ class Offer:
         chunks: Content in chunks of bytes; can be read once.
         name: Name of the file at its source, without the fixed part of the location; the next version of the
             file has the same name.
+        changed: When the file last changed, in seconds since 1970; None if the source does not say.
         version: What identifies the content without reading it, such as an ETag; None if nothing does.
     """
 
@@ -23,3 +24,4 @@ class Offer:
     chunks: Iterable[bytes]
     name: str = ""
     version: str | None = None
+    changed: float | None = None

@@ -48,7 +48,8 @@ def local_offers(location: str, split: str | None = None) -> Iterator[Offer]:
     names = {readable_name(one.relative_to(root)): one for one in files}
     suffixes = require_readable(names, location, is_empty_folder=any(map(Path.is_dir, found)))
     for name in choose_split(list(suffixes), split, location):
-        yield Offer(suffixes[name], read_file(names[name]), name, file_version(names[name]))
+        file = names[name]
+        yield Offer(suffixes[name], read_file(file), name, file_version(file), file.stat().st_mtime)
 
 
 def resolve(location: str) -> tuple[Path, bool]:

@@ -1,7 +1,8 @@
 """Objects in object stores, through fsspec."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -39,9 +40,15 @@ def remote_offers(location: str, split: str | None = None) -> Iterator[Offer]:
     suffixes = require_readable(names, location)
     for name in choose_split(list(suffixes), split, location):
         url = f"{scheme}://{names[name]}"
-        yield Offer(
-            suffixes[name], read_object(store, names[name], url), name, version(url, objects[names[name]])
-        )
+        known = objects[names[name]]
+        chunks = read_object(store, names[name], url)
+        yield Offer(suffixes[name], chunks, name, version(url, known), changed(known))
+
+
+def changed(known: Mapping[str, Any]) -> float | None:
+    """Return when an object last changed, in seconds since 1970, as S3 (LastModified) or GCS (mtime) says."""
+    moment = known.get("LastModified") or known.get("mtime")
+    return moment.timestamp() if isinstance(moment, datetime) else None
 
 
 def find_objects(store: Any, pattern: str, location: str) -> tuple[dict[str, Any], PurePosixPath]:

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,19 @@ def checkout(in_tmp: Path) -> Path:
     return in_tmp
 
 
-def test_an_override_applies_only_during_the_run(checkout: Path) -> None:
+@pytest.fixture
+def workspace(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter a workspace of the checkout."""
+    monkeypatch.setenv("NIGHTSHIFT_HOME", str(checkout / ".nightshift"))
+    folder = checkout / ".nightshift" / "workspaces" / "2026-01-31-00000001"
+    folder.mkdir(parents=True)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_an_override_applies_to_the_workspace_only(workspace: Path, checkout: Path) -> None:
     before = (checkout / "params.yaml").read_bytes()
     with override_params({"sft.num_train_epochs": 3, "gate.seed": 9}):
         assert read_params()["sft"]["num_train_epochs"] == 3
@@ -30,10 +40,10 @@ def test_an_override_applies_only_during_the_run(checkout: Path) -> None:
     assert (checkout / "params.yaml").read_bytes() == before
 
 
-def test_an_override_keeps_comments_and_other_values(checkout: Path) -> None:
-    before = (checkout / "params.yaml").read_text().splitlines()
+def test_an_override_keeps_comments_and_other_values(workspace: Path) -> None:
+    before = (workspace / "params.yaml").read_text().splitlines()
     with override_params({"sft.num_train_epochs": 3}):
-        after = (checkout / "params.yaml").read_text().splitlines()
+        after = (workspace / "params.yaml").read_text().splitlines()
     changed = [(b, a) for b, a in zip(before, after, strict=True) if b != a]
     assert changed == [("  num_train_epochs: 1", "  num_train_epochs: 3")]
 
@@ -65,89 +75,24 @@ def test_replacing_a_collection_keeps_the_comment_of_the_next_key() -> None:
     assert emptied == "a:\n  old: []\n  # About next.\n  next: {k: 1}\n  # About last.\n  last: 0\n"
 
 
-def test_the_next_run_reverts_the_overrides_of_a_killed_run(checkout: Path) -> None:
-    params = checkout / "params.yaml"
-    before = params.read_text()
-    kill_within_overrides()
-    assert "seed: 9" in params.read_text()
-    with override_params({}):
-        assert params.read_text() == before
-
-
-def kill_within_overrides() -> None:
-    program = (
-        "import os; from flows.overrides import override_params; "
-        "held = override_params({'gate.seed': 9}); held.__enter__(); os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-
-
-def halve_learning_rate(text: str) -> str:
-    changed = text.replace("  learning_rate: 1.0e-3", "  learning_rate: 5.0e-4")
-    assert changed != text
-    return changed
-
-
-def test_an_edit_during_a_run_is_kept_and_reported(checkout: Path, caplog: pytest.LogCaptureFixture) -> None:
-    params = checkout / "params.yaml"
-    before = params.read_text()
-    with override_params({"sft.num_train_epochs": 3, "gate.seed": 9}):
-        params.write_text(halve_learning_rate(params.read_text()))
-    assert params.read_text() == halve_learning_rate(before)
-    assert "params.yaml was edited during a run with overrides" in caplog.text
-
-
-def test_an_edit_of_the_overridden_line_itself_is_kept(checkout: Path) -> None:
-    params = checkout / "params.yaml"
-    with override_params({"sft.num_train_epochs": 3, "gate.seed": 9}):
-        params.write_text(params.read_text().replace("num_train_epochs: 3", "num_train_epochs: 5  # mine: ü"))
-    assert read_params()["sft"]["num_train_epochs"] == 5
-    assert read_params()["gate"]["seed"] != 9
-    assert "# mine: ü" in params.read_text()
-
-
-def test_an_edit_back_to_the_original_is_kept(checkout: Path) -> None:
-    params = checkout / "params.yaml"
-    before = params.read_bytes()
-    with override_params({"gate.seed": 9}):
-        params.write_bytes(before)
-    assert params.read_bytes() == before
-
-
-def test_an_edit_after_a_kill_is_kept_by_the_next_run(checkout: Path) -> None:
-    params = checkout / "params.yaml"
-    before = params.read_text()
-    kill_within_overrides()
-    params.write_text(halve_learning_rate(params.read_text()))
-    with override_params({}):
-        assert params.read_text() == halve_learning_rate(before)
-
-
-def test_overrides_of_a_killed_run_of_an_earlier_version_are_reverted(checkout: Path) -> None:
-    params = checkout / "params.yaml"
-    before = params.read_text()
-    kept = checkout / ".nightshift/params.before-overrides.yaml"
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text(before)
-    params.write_text(before.replace("num_train_epochs: 1", "num_train_epochs: 7"))
-    with override_params({}):
-        assert params.read_text() == before
-    assert not kept.exists()
-
-
-@pytest.mark.parametrize("second", [{"gate.seed": 8}, {}])
-@pytest.mark.parametrize("first", [{"gate.seed": 9}, {}])
-def test_a_second_run_in_the_checkout_is_rejected_and_changes_nothing(
-    first: dict[str, object], second: dict[str, object], checkout: Path
-) -> None:
-    params = checkout / "params.yaml"
-    before = params.read_bytes()
-    refused = rf"another run is active here \(pid {os.getpid()}\)"
-    with override_params(first):
-        during = params.read_bytes()
-        with pytest.raises(StageError, match=refused), override_params(second):
-            pass
-        assert params.read_bytes() == during
-    assert params.read_bytes() == before
-    with override_params(second):
+def test_overrides_without_a_workspace_are_an_error_and_change_nothing(checkout: Path) -> None:
+    before = (checkout / "params.yaml").read_bytes()
+    with (
+        pytest.raises(ConfigError, match="use `nightshift run --overrides"),
+        override_params({"gate.seed": 9}),
+    ):
         pass
+    assert (checkout / "params.yaml").read_bytes() == before
+
+
+def test_a_second_run_in_the_checkout_is_rejected(checkout: Path) -> None:
+    refused = rf"another run is active here \(pid {os.getpid()}\)"
+    with override_params({}), pytest.raises(StageError, match=refused), override_params({}):
+        pass
+
+
+def test_runs_in_workspaces_do_not_exclude_each_other(workspace: Path, checkout: Path) -> None:
+    with override_params({"gate.seed": 9}):
+        os.chdir(checkout)
+        with override_params({}):
+            assert read_params()["gate"]["seed"] != 9

@@ -48,7 +48,7 @@ class Server:
         match path:
             case "/flow_runs/filter":
                 return self.active
-            case "/deployments/name/finetune/prod":
+            case "/deployments/name/finetune/here" | "/deployments/name/finetune/prod":
                 return {"id": "d1"}
             case "/deployments/d1/create_flow_run":
                 self.started.append(body)
@@ -85,7 +85,7 @@ def follow(polls: Polls, *, terminal: bool = False, **more: Any) -> tuple[str, S
     server, out = Server(polls, more.pop("active", None)), StringIO()
     server.progress = more.pop("progress", [])
     console = Console(file=out, force_terminal=terminal, width=100 if terminal else 60)
-    ending = run_deployment("finetune/prod", more.pop("overrides", {}), server, console)  # type: ignore[arg-type]
+    ending = run_deployment(more.pop("of", "finetune/here"), more.pop("overrides", {}), server, console)  # type: ignore[arg-type]
     return out.getvalue(), server, ending
 
 
@@ -102,7 +102,7 @@ RUNNING: Polls = [
 def test_a_pipe_gets_a_line_when_a_stage_starts_and_one_when_it_has_ended() -> None:
     shown, server, ending = follow(RUNNING)
     assert shown.splitlines() == [
-        "started a run of finetune/prod: http://127.0.0.1:4200/runs/flow-run/r1",
+        "started a run of finetune/here: http://127.0.0.1:4200/runs/flow-run/r1",
         "dedupe        started",
         "dedupe        completed      1.2 s  2,100 → 970 rows",
         "split         skipped        0.0 s",
@@ -138,14 +138,14 @@ def test_splitting_and_scoring_are_described_by_what_they_count(in_tmp: Path) ->
     sides = {"test": 100, "train": 826, "validation": 44}
     write_json(in_tmp / "data/split/summary.json", {"rows_in": 970, "rows_out_by_side": sides})
     write_json(in_tmp / "data/evaluate/summary.json", {"rows_in": 908, "rows_out": 908})
-    assert watch.result_of("split") == "826 train, 44 validation, 100 test"
-    assert watch.result_of("evaluate") == "908 answers and losses scored"
+    assert watch.result_of("split", in_tmp) == "826 train, 44 validation, 100 test"
+    assert watch.result_of("evaluate", in_tmp) == "908 answers and losses scored"
 
 
 def test_an_active_run_is_joined_and_takes_no_overrides() -> None:
     active = [{"id": "r1", "name": "quick-fox", "auto_scheduled": False}]
     shown, server, _ = follow([("RUNNING", []), ("COMPLETED", [])], active=active)
-    assert shown.startswith("joined a run of finetune/prod: ")
+    assert shown.startswith("joined a run of finetune/here: ")
     assert server.started == []
     with pytest.raises(StageError, match="run quick-fox is active; wait for it or cancel it"):
         follow([("RUNNING", [])], active=active, overrides={"sft.seed": 7})
@@ -198,3 +198,12 @@ def test_ctrl_c_leaves_the_run_alone(terminal: bool) -> None:  # noqa: FBT001
 def test_files_that_are_not_here_leave_the_figures_empty() -> None:
     shown, _, _ = follow([("RUNNING", []), ("COMPLETED", [task("gate", "Completed", 2)])])
     assert shown.splitlines()[1:] == ["gate          completed      2.0 s"]
+
+
+def test_the_figures_of_a_run_are_those_of_its_workspace(in_tmp: Path) -> None:
+    write_json(in_tmp / "data/dedupe/summary.json", {"rows_in": 2100, "rows_out": 970})
+    completed = "dedupe        completed      1.2 s"
+    assert completed in follow(RUNNING, of="finetune/prod")[0].splitlines()
+    folder = in_tmp / ".nightshift/workspaces/2026-01-31-r1"
+    write_json(folder / "data/dedupe/summary.json", {"rows_in": 5, "rows_out": 4})
+    assert f"{completed}  5 → 4 rows" in follow(RUNNING, of="finetune/prod")[0].splitlines()

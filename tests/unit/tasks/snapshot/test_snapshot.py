@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from nightshift.raw.forgotten import Forgotten
 from nightshift.raw.shards import used_shards
 from nightshift.raw.versions import outdated_shards
 from tasks.snapshot import SnapshotParams
-from tasks.snapshot.__main__ import write_benchmark, write_shards
+from tasks.snapshot.__main__ import arrived, write_benchmark, write_shards
 from tasks.snapshot.sources import Offer
 from tasks.snapshot.sources.locations import read_offers
 
@@ -295,3 +297,19 @@ def test_a_file_that_did_not_change_is_not_read_again(tmp_path: Path) -> None:
         (tmp_path / "raw/a/000002.jsonl").unlink()
         write_shards("a", [once("2", "v2")], tmp_path / "raw", memo=memo)
     assert opened == ["v1", "v2", "v3", "v2"]
+
+
+def test_a_past_night_has_only_the_files_that_had_arrived(in_tmp: Path) -> None:
+    for day in (1, 2, 3):
+        file = in_tmp / f"{day}.jsonl"
+        file.write_text(f"{day}\n")
+        moment = datetime(2026, 1, day, tzinfo=UTC).timestamp()
+        os.utime(file, (moment, moment))
+    for night in (1, 2):
+        until = datetime(2026, 1, night, 2, tzinfo=UTC)
+        write_shards("a", arrived(read_offers("*.jsonl"), until), in_tmp / "raw")
+        assert len(names(in_tmp / "raw")) == night
+    write_shards("a", arrived(read_offers("*.jsonl"), None), in_tmp / "raw")
+    assert [(in_tmp / "raw" / name).read_text() for name in names(in_tmp / "raw")] == ["1\n", "2\n", "3\n"]
+    # What does not say when it changed is always offered.
+    assert len(list(arrived(offers(b"1\n"), until))) == 1
