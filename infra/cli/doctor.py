@@ -200,7 +200,11 @@ def check_services(running: Stack) -> Iterator[str]:
             yield f"{service} has ended{taken}; see {running.log_file(service)}, then run `nightshift up`"
     for service in set(services.SERVICES) - set(records):
         yield f"{service} was not started; run `nightshift up`"
-    for service, errors in stack.problems().items():
+    # The worker's log repeats the errors of runs, which are theirs.
+    found = {
+        name: [one for one in errors if "Flow run '" not in one] for name, errors in stack.problems().items()
+    }
+    for service, errors in ((name, errors) for name, errors in found.items() if errors):
         yield f"{running.log_file(service)}: {len(errors)} error(s), the last: {errors[-1]}; run {RESTART}"
 
 
