@@ -20,6 +20,7 @@ from infra.local import notify, processes, runs, services, stack
 from infra.local.settings import MARK, Stack
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, PipelineError, first_line
+from nightshift.core.paths import RAW
 from nightshift.core.state import state_dir
 from nightshift.pipeline.graph import GRAPH, LOCK, locked_outputs
 from nightshift.pipeline.leases import find_process, lease_holder
@@ -145,7 +146,7 @@ def check_dvc() -> Iterator[str]:
             if not remote.get("verify"):
                 yield (f"DVC remote {name} accepts damaged files; run `dvc remote modify {name} verify true`")
         for oid in locked_outputs().get("snapshot", {}).values():
-            if not Path(repo.cache.local.oid_to_path(oid)).is_file() and not Path("data/raw").is_dir():
+            if not Path(repo.cache.local.oid_to_path(oid)).is_file() and not RAW.is_dir():
                 yield f"{LOCK} lists data that DVC's cache lacks; run `dvc pull`"
                 break
     yield from check_writable(cache if cache.is_dir() else Path(".dvc"), "DVC's cache")
@@ -200,7 +201,11 @@ def check_services(running: Stack) -> Iterator[str]:
             yield f"{service} has ended{taken}; see {running.log_file(service)}, then run `nightshift up`"
     for service in set(services.SERVICES) - set(records):
         yield f"{service} was not started; run `nightshift up`"
-    for service, errors in stack.problems().items():
+    # The worker's log repeats the errors of runs, which are theirs.
+    found = {
+        name: [one for one in errors if "Flow run '" not in one] for name, errors in stack.problems().items()
+    }
+    for service, errors in ((name, errors) for name, errors in found.items() if errors):
         yield f"{running.log_file(service)}: {len(errors)} error(s), the last: {errors[-1]}; run {RESTART}"
 
 

@@ -65,7 +65,8 @@ def test_training_errors_are_retried_but_configuration_errors_are_not(
     output = run_flow(tmp_path, FLOW, clean_environment)
     attempts = {name: len((tmp_path / f"{name}.attempts").read_text()) for name in ends}
     assert attempts == {"recovers": 5, "misconfigured": 1, "killed": 1}
-    recovered, misconfigured, killed = ast.literal_eval(output[-1])
+    (states,) = [line for line in output if line.startswith("[(")]
+    recovered, misconfigured, killed = ast.literal_eval(states)
     # In the second run, DVC has the result cached.
     assert recovered[0] == "Cached"
     assert misconfigured[0] == killed[0] == "Failed"

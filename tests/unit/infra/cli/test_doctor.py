@@ -307,6 +307,13 @@ FAULTS: dict[str, tuple[Callable[[System], object], str]] = {
 }
 
 
+def test_the_error_of_a_run_is_no_fault_of_the_worker(system: System) -> None:
+    line = "12:00:02.000 | ERROR   | Flow run 'one' - Engine execution exited with unexpected exception\n"
+    (HOME / "logs/worker.log").write_text(line)
+    assert doctor.examine() == []
+    assert system.last == []
+
+
 def test_a_healthy_system_has_no_fault(system: System) -> None:
     assert doctor.examine() == []
     done = CliRunner().invoke(app, ["doctor"])
