@@ -298,9 +298,10 @@ def take_over() -> None:
     """
     from dvc.exceptions import DvcException  # type: ignore[import-untyped]
 
-    lock, here = newest_lock(Path.cwd()), raw_listing(Path())
+    lock = newest_lock(Path.cwd())
     if lock is None or (LOCK.is_file() and LOCK.read_text(encoding="utf-8") == lock):
         return
+    here = raw_listing(Path())
     before = LOCK.read_bytes() if LOCK.is_file() else None
     write_text(LOCK, lock)
     try:

@@ -224,7 +224,7 @@ def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) 
             is_closed.set()
 
 
-def main(folders: list[Path]) -> None:
+def main(folders: list[Path] | None) -> None:
     """Print the probe answers of the model whose MLflow URI comes on the standard input, as a line of JSON.
 
     Those of a base with an adapter follow; they are made first, so that there is never more than one model in
@@ -249,7 +249,7 @@ def main(folders: list[Path]) -> None:
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "folders", type=Path, nargs="*", metavar="BASE ADAPTER", help="folders of another model to query"
+        "--folders", type=Path, nargs=2, metavar=("BASE", "ADAPTER"), help="folders of another model to query"
     )
 
 

@@ -262,7 +262,12 @@ def start_probes(base: Path, *folders: str) -> Iterator[Callable[[str], list[lis
         does not load.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "nightshift.registry.served_model", *folders],
+        [
+            sys.executable,
+            "-m",
+            "nightshift.registry.served_model",
+            *(["--folders", *folders] if folders else []),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from dvc.config import Config
 
-from infra.cli.reproduce import fetch_data, make_workspace
+from infra.cli.reproduce import fetch_data
+from nightshift.pipeline.workspaces import clone
 from tests.helpers.checkouts import ROOT, Checkout
 
 GRAPH = """
@@ -39,7 +40,7 @@ def test_the_workspace_takes_its_data_from_the_remote_of_the_checkout(checkout: 
     assert "remote" not in checkout.type("git", "ls-files", ".dvc")
     checkout.type("dvc", "remote", "modify", "--local", "storage", "jobs", "2")
     folder = checkout.folder / ".nightshift/reproduce/nightshift-1"
-    make_workspace(folder, "HEAD")
+    clone(folder, "HEAD")
     fetch_data(folder)
     assert (folder / "data/raw/1").read_text() == "raw\n"
     assert (folder / "data/benchmarks/1").read_text() == "items\n"

@@ -25,8 +25,8 @@ def test_a_schedule_free_optimizer_saves_inference_weights_not_training_weights(
     trained = adapter_b(trainer)
     folder = Path(trainer.args.output_dir)
     job = SimpleNamespace(plan=SimpleNamespace(steps=3), folder=folder)
-    progress, guard = SimpleNamespace(speed=1.0), None
-    finish(trainer, job, progress, guard)  # type: ignore[arg-type]
+    progress = SimpleNamespace(speed=1.0, cpu_share=lambda: 1.0, log_cpu_shares=lambda *_: None)
+    finish(trainer, job, progress, None)  # type: ignore[arg-type]
     weights = load_file(folder / "output" / "model" / "adapter_model.safetensors")
     saved = torch.cat([weights[name].flatten() for name in sorted(weights) if "lora_B" in name])
     assert not torch.allclose(saved, trained)
