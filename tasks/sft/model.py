@@ -160,7 +160,9 @@ def find_excluded(model: Any, unreached: Sequence[str], layers: Sequence[int] | 
 
 def has_matrix(module: torch.nn.Module) -> bool:
     """Return whether a module has a matrix of its own, to which an adapter could be added."""
-    return any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+    # ZeRO-3 has replaced the weights by their shards.
+    shapes = (getattr(weight, "ds_shape", weight.shape) for weight in module.parameters(recurse=False))
+    return any(len(shape) > 1 for shape in shapes)
 
 
 def is_tied(model: Any) -> bool:

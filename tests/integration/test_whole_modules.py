@@ -12,6 +12,7 @@ from nightshift.core.errors import ConfigError
 from nightshift.core.files import read_json
 from nightshift.core.paths import BASE
 from nightshift.registry.served_model import load
+from tasks.sft.model import has_matrix
 from tasks.sft.worker import remove_extra_files
 
 
@@ -53,6 +54,14 @@ def test_a_resumed_run_continues_with_the_same_whole_modules(build: Callable[...
     again.train(resume_from_checkpoint=str(Path(again.args.output_dir) / "checkpoint-2"))
     assert torch.equal(again.model.get_input_embeddings().weight, expected)
     assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
+
+
+def test_the_matrices_of_a_model_sharded_by_zero3_are_found() -> None:
+    module = torch.nn.Linear(2, 3, bias=False)
+    module.weight.ds_shape = module.weight.shape
+    module.weight.data = torch.empty(0)
+    assert has_matrix(module)
+    assert not has_matrix(torch.nn.LayerNorm(2))
 
 
 def test_an_unknown_module_is_refused(build: Callable[..., Any]) -> None:
