@@ -86,7 +86,8 @@ EFFECTIVE: dict[str, list[Changes]] = {
     ],
     "lora_layers_to_transform": [{"lora_layers_to_transform": [1]}],
     "lora_target_parameters": [
-        {"lora_target_parameters": ["down_proj.weight"], "lora_target_modules": ["q_proj"]}
+        # No other choice has the module, whose adapter PEFT would refuse to wrap again.
+        {"lora_target_parameters": ["gate_proj.weight"], "lora_target_modules": ["q_proj"]}
     ],
     "lora_modules_to_save": [
         {"lora_modules_to_save": ["norm"]},
