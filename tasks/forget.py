@@ -25,7 +25,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import iterate_rows, read_rows
 from nightshift.core.paths import INGESTED, PAGE, RAW, REMOVED, SHORT
-from nightshift.core.state import state_dir
+from nightshift.core.state import WORKSPACES, state_dir
 from nightshift.pipeline.dvc_cache import md5, purge, record
 from nightshift.pipeline.graph import outputs, read_stages, reads, stage_order
 from nightshift.pipeline.leases import lease_holder, leased_runs
@@ -42,7 +42,7 @@ from nightshift.tracking.runs import experiment_id
 # Leading characters of a turn that a report always shows, without the spaces before them.
 SHOWN = 150
 # What may contain or show rows in the state folder.
-STATE = ("memo", "checkpoints", "reproduce", "workspaces", "damaged", PAGE.name, SHORT.name)
+STATE = ("memo", "checkpoints", "reproduce", WORKSPACES, "damaged", PAGE.name, SHORT.name)
 
 
 @dataclass(frozen=True, slots=True)

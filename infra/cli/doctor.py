@@ -21,7 +21,7 @@ from infra.local.settings import MARK, Stack
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, PipelineError, first_line
 from nightshift.core.paths import RAW
-from nightshift.core.state import state_dir
+from nightshift.core.state import DATABASE, state_dir
 from nightshift.pipeline.graph import GRAPH, LOCK, locked_outputs
 from nightshift.pipeline.leases import find_process, lease_holder
 from nightshift.tracking.runs import git_commit
@@ -29,7 +29,7 @@ from tasks.check import check
 
 # Below this, one more night may not fit.
 LOW_GIB = 2
-DATABASES = ("prefect/prefect.db", "mlflow.db")
+DATABASES = ("prefect/prefect.db", DATABASE)
 LOCK_SECONDS = 5
 # How late a run may start though nothing else runs, and from how far in the future a file may be.
 LATE, AHEAD = timedelta(minutes=15), timedelta(minutes=5)
@@ -233,10 +233,7 @@ def check_deployments(running: Stack) -> Iterator[str]:
     if not (file := Path("prefect.yaml")).is_file():
         return
     declared = yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]
-    body = {"work_pools": {"name": {"any_": [runs.POOL]}}}
-    known = {
-        (one["entrypoint"], one["name"]): one for one in running.prefect("POST", "/deployments/filter", body)
-    }
+    known = {(one["entrypoint"], one["name"]): one for one in runs.read_deployments(running)}
     for one in declared:
         found = known.get((one["entrypoint"], one["name"]))
         if found is None:

@@ -19,7 +19,7 @@ from infra.local.processes import read_records
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json
 from nightshift.core.paths import DATA, GATE, OUTCOME, PAGE, VERSION
-from nightshift.core.state import state_dir
+from nightshift.core.state import WORKSPACES, state_dir
 
 if TYPE_CHECKING:
     from infra.local.settings import Stack
@@ -208,7 +208,7 @@ def running_table(stages: list[Stage]) -> Table:
 
 def find_workspace(run_id: str) -> Path | None:
     """Return the workspace of a run; None before it is made, or after it is removed."""
-    return next((state_dir() / "workspaces").glob(f"*-{run_id[:8]}"), None)
+    return next((state_dir() / WORKSPACES).glob(f"*-{run_id[:8]}"), None)
 
 
 def read_stages(stack: "Stack", run_id: str, folder: Path | None) -> list[Stage]:

@@ -22,10 +22,9 @@ from infra.local import processes
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import file_digest, read_json, write_json
 from nightshift.core.paths import PAGE, SHORT
-from nightshift.core.state import ARTIFACTS, state_dir
+from nightshift.core.state import ARTIFACTS, DATABASE, state_dir
 from nightshift.pipeline.leases import find_process
 
-DATABASE = "mlflow.db"
 BUNDLE = "runs.bundle"
 FOLDERS, FILES = (ARTIFACTS, "bases"), (PAGE.name, SHORT.name, "scoreboard.json")
 # In the state folder: when and where the last backup was made.

@@ -62,12 +62,18 @@ def limit_queues(stack: "Stack") -> None:
         stack.prefect("PATCH", f"{queues}/{queue['name']}", {"concurrency_limit": 1})
 
 
+def read_deployments(stack: "Stack") -> list[dict[str, Any]]:
+    """Return the deployments that the worker runs."""
+    body = {"work_pools": {"name": {"any_": [POOL]}}}
+    found: list[dict[str, Any]] = stack.prefect("POST", "/deployments/filter", body)
+    return found
+
+
 def end_schedules(stack: "Stack", path: Path) -> None:
     """Delete the schedules that a prefect.yaml no longer has; `prefect deploy` only adds and replaces."""
     declared = yaml.safe_load(path.read_text(encoding="utf-8"))["deployments"]
     scheduled = {(one["entrypoint"], one["name"]) for one in declared if one.get("schedules")}
-    body = {"work_pools": {"name": {"any_": [POOL]}}}
-    for deployment in stack.prefect("POST", "/deployments/filter", body):
+    for deployment in read_deployments(stack):
         if (deployment["entrypoint"], deployment["name"]) not in scheduled:
             for schedule in deployment["schedules"]:
                 stack.prefect("DELETE", f"/deployments/{deployment['id']}/schedules/{schedule['id']}")
@@ -79,8 +85,7 @@ def schedule_missed_nights(stack: "Stack", now: datetime.datetime) -> None:
 
     While the servers are down, Prefect plans nothing, and a deployment replaces what it planned before.
     """
-    body: dict[str, Any] = {"work_pools": {"name": {"any_": [POOL]}}}
-    for deployment in stack.prefect("POST", "/deployments/filter", body):
+    for deployment in read_deployments(stack):
         is_scheduled = any(schedule["active"] for schedule in deployment["schedules"])
         if not is_scheduled or deployment["name"] == JANITOR[1]:
             continue
@@ -112,10 +117,7 @@ def next_runs(stack: "Stack", limit: int) -> list[tuple[datetime.datetime, str]]
         "work_pools": {"name": {"any_": [POOL]}},
         "sort": "EXPECTED_START_TIME_ASC",
     }
-    names = {
-        one["id"]: one["name"]
-        for one in stack.prefect("POST", "/deployments/filter", {"work_pools": body["work_pools"]})
-    }
+    names = {one["id"]: one["name"] for one in read_deployments(stack)}
     found = stack.prefect("POST", "/flow_runs/filter", body)
     nights = [
         (

@@ -14,7 +14,7 @@ from infra.local.processes import HOST
 from infra.local.runs import POOL
 from infra.local.settings import Stack, server_environment, service_environment
 from nightshift.core.errors import StageError
-from nightshift.core.state import ARTIFACTS
+from nightshift.core.state import ARTIFACTS, DATABASE
 from nightshift.pipeline.leases import find_process, identify
 
 SERVICES = ("worker", "mlflow", "prefect")  # in shutdown order
@@ -116,7 +116,7 @@ def _command(service: str, stack: Stack) -> list[str]:
         "mlflow": [
             *("mlflow", "server", "--host", HOST, *port),
             *("--workers", "1", "--uvicorn-opts", "--no-access-log"),
-            *("--backend-store-uri", f"sqlite:///{stack.state_dir / 'mlflow.db'}"),
+            *("--backend-store-uri", f"sqlite:///{stack.state_dir / DATABASE}"),
             *("--artifacts-destination", str(stack.state_dir / ARTIFACTS)),
             *("--allowed-hosts", f"localhost,localhost:*,{HOST},{HOST}:*"),
         ],
@@ -151,7 +151,7 @@ def _tail(text: str) -> str:
 
 def create_mlflow_database(stack: Stack) -> None:
     """Create the tables under a temporary name, so that an incomplete database is never used."""
-    database = stack.state_dir / "mlflow.db"
+    database = stack.state_dir / DATABASE
     if not database.exists():
         fresh = database.with_suffix(".new")
         fresh.unlink(missing_ok=True)

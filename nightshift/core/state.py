@@ -6,8 +6,8 @@ from pathlib import Path
 
 from nightshift.core.errors import ConfigError
 
-# Folder of MLflow's artifacts in the state folder.
-ARTIFACTS = "mlflow-artifacts"
+# In the state folder: MLflow's database and artifacts, and the clones in which runs of deployments work.
+DATABASE, ARTIFACTS, WORKSPACES = "mlflow.db", "mlflow-artifacts", "workspaces"
 
 
 def state_dir() -> Path:

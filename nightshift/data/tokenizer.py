@@ -8,7 +8,7 @@ checked with `PROBES` and every special token before the first text, and with a 
 import importlib.metadata
 import importlib.util
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -206,7 +206,8 @@ def load_fast(tokenizer: Any) -> FastTokenizer | None:
     except (ValueError, NotImplementedError, RuntimeError):
         return None
     added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
-    names = [added.get(i) or tokenizer.id_to_token(i) or "" for i in range(_count_ids(tokenizer, added))]
+    by_id = {i: name for name, i in tokenizer.get_vocab().items()} | added
+    names = [by_id.get(i, "") for i in range(max(by_id, default=-1) + 1)]
     signs = _byte_signs()
     is_plain = [i in added or not signs.keys() >= set(name) for i, name in enumerate(names)]
     pieces = [
@@ -230,11 +231,6 @@ def load_fast(tokenizer: Any) -> FastTokenizer | None:
     expected = tokenizer.encode_batch(probes, add_special_tokens=False)
     pairs = zip(loaded.find_tokens(probes), expected, probes, strict=True)
     return loaded if all(one is not None and one.equals(slow, text) for one, slow, text in pairs) else None
-
-
-def _count_ids(tokenizer: Any, added: Mapping[int, str]) -> int:
-    """Return the highest token id + 1."""
-    return max(max(tokenizer.get_vocab().values(), default=-1), *added, -1) + 1
 
 
 def _byte_signs() -> dict[str, bytes]:

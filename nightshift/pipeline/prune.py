@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nightshift.core.state import state_dir
+from nightshift.core.state import WORKSPACES, state_dir
 from nightshift.pipeline.leases import lease_holder, leased_runs
 
 # A failed run's workspace is kept this long, and what `nightshift reproduce` rebuilt.
@@ -43,7 +43,7 @@ def attempt(act: Callable[[], None], path: Path) -> None:
 def old_workspaces(home: Path) -> Iterator[Path]:
     """Yield the workspaces of failed runs after `KEPT_DAYS`, but none in which a run is active."""
     active = {run[:8] for run in leased_runs() if lease_holder(run) != "dead"}
-    for folder in (home / "workspaces").glob("*"):
+    for folder in (home / WORKSPACES).glob("*"):
         if age(folder) > KEPT_DAYS and folder.name[-8:] not in active:
             yield folder
 

@@ -22,7 +22,7 @@ from nightshift.core.errors import StageError
 from nightshift.core.files import read_json, write_json, write_text
 from nightshift.core.paths import DATA, GATE, METRICS, RAW
 from nightshift.core.stage import run_main
-from nightshift.core.state import state_dir
+from nightshift.core.state import WORKSPACES, state_dir
 from nightshift.pipeline.dvc_cache import mend, record
 from nightshift.pipeline.graph import LOCK, locked_outputs, read_stages
 from nightshift.pipeline.prune import prune
@@ -55,7 +55,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def workspaces() -> Path:
     """Return the folder of all workspaces."""
-    return state_dir() / "workspaces"
+    return state_dir() / WORKSPACES
 
 
 def is_workspace() -> bool:

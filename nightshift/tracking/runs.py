@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nightshift.core.config import read_params
-from nightshift.core.state import state_dir
+from nightshift.core.state import DATABASE, state_dir
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,7 +34,7 @@ def tracking_uri() -> str:
         return uri
     home = state_dir()
     home.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{home / 'mlflow.db'}"
+    return f"sqlite:///{home / DATABASE}"
 
 
 def experiment_name() -> str:

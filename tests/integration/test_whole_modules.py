@@ -16,6 +16,17 @@ from tasks.sft.model import has_matrix
 from tasks.sft.worker import remove_extra_files
 
 
+def save_and_load(trainer: Any, base: Path) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Save an adapter; return it loaded on its base, some token ids, and the trained model's logits."""
+    trainer.save_model("saved")
+    remove_extra_files(Path("saved"))
+    model, _ = load(base, Path("saved"), "float32")
+    ids = torch.arange(100, 120)[None]
+    trainer.model.eval()
+    with torch.no_grad():
+        return model, ids, trainer.model(input_ids=ids).logits
+
+
 @pytest.mark.parametrize("modules", [["embed_tokens", "lm_head"], ["embed_tokens"]])
 def test_tied_embeddings_are_trained_saved_and_merged_as_one(
     build: Callable[..., Any], tiny_base: Path, modules: list[str]
@@ -30,13 +41,8 @@ def test_tied_embeddings_are_trained_saved_and_merged_as_one(
     after = trainer.model.get_input_embeddings().weight
     assert not torch.equal(after, before)
     assert trainer.model.get_output_embeddings().weight is after
-    trainer.save_model("saved")
-    remove_extra_files(Path("saved"))
-    model, _ = load(tiny_base, Path("saved"), "float32")
-    ids = torch.arange(100, 120)[None]
+    model, ids, expected = save_and_load(trainer, tiny_base)
     with torch.no_grad():
-        trainer.model.eval()
-        expected = trainer.model(input_ids=ids).logits
         assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
         merged = model.merge_and_unload()
         assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-3)
@@ -106,13 +112,8 @@ def test_the_weights_of_experts_get_an_adapter(build: Callable[..., Any], expert
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert sum("experts" in name for name in trained) == 8
     assert all(p.any() for name, p in trained.items() if "lora_B" in name)
-    trainer.save_model("saved")
-    remove_extra_files(Path("saved"))
-    model, _ = load(experts, Path("saved"), "float32")
-    ids = torch.arange(100, 120)[None]
-    trainer.model.eval()
+    model, ids, expected = save_and_load(trainer, experts)
     with torch.no_grad():
-        expected = trainer.model(input_ids=ids).logits
         assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
         assert torch.allclose(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-3)
     with pytest.raises(ConfigError, match="lora_target_parameters: gate_proj: no parameter of the base"):
@@ -127,13 +128,9 @@ def test_an_adapter_on_some_layers_trains_those_and_is_loaded_so(
     names = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert len(names) == 14
     assert all(".layers.1." in name for name in names)
-    trainer.save_model("saved")
-    remove_extra_files(Path("saved"))
-    model, _ = load(tiny_base, Path("saved"), "float32")
-    ids = torch.arange(100, 120)[None]
-    trainer.model.eval()
+    model, ids, expected = save_and_load(trainer, tiny_base)
     with torch.no_grad():
-        assert torch.allclose(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits, atol=1e-4)
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
     with pytest.raises(
         ConfigError, match="lora_layers_to_transform: 2: no such layer; the base has layers 0 to 1"
     ):
