@@ -97,7 +97,7 @@ class _Offsets:
     def inside(self, start: int, end: int, edge: int) -> Sequence[list[int] | slice]:
         """See `Tokens`."""
         count, place = len(self.ids), self._encoding.token_to_chars
-        first, stop = self.find(start), self._bisect(edge + 1, 1)
+        first, stop = self.find(start), min(self.find(end), self._bisect(edge + 1, 1))
         edges = {*range(first - UNORDERED, first + UNORDERED), *range(stop - UNORDERED, stop + UNORDERED)}
         places = {i: place(i) for i in edges if 0 <= i < count}
         near = [i for i, (low, high) in places.items() if start <= low < end and high <= edge]

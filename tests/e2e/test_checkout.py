@@ -394,7 +394,10 @@ def test_every_command_of_the_operations_page_works_as_printed(
     run("git add dvc.lock params.yaml")
     run("git commit")
     run("dvc push --run-cache")
+    run("dvc remote modify --local storage url FOLDER", FOLDER=shared)
+    outside = set(Path("/.dvc").rglob("*"))
     run("dvc push --all-branches")
+    assert set(Path("/.dvc").rglob("*")) == outside
     run("git push")
     run("nightshift backup --to FOLDER", FOLDER=tmp_path / "backup")
     checkout.type("git", "clone", "-q", str(repository), str(tmp_path / "clone"))
