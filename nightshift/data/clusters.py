@@ -8,14 +8,14 @@ takes for the same question. Passages that many items share are a template.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Protocol
 
 import pyarrow as pa
 
 from nightshift.data.benchmarks import HELDOUT, Question
 from nightshift.data.components import connect
-from nightshift.data.text import Form, Shingles, count_words, is_another_question, is_contained, ngrams
+from nightshift.data.text import Form, count_words, is_another_question, is_contained, ngrams
 
 CLUSTERS_SCHEMA = pa.schema([("benchmark", pa.string()), ("item", pa.string()), ("cluster", pa.string())])
 # A passage in more questions is a template or a document.
@@ -62,7 +62,10 @@ def find_clusters(questions: Sequence[Asked], overlap: Overlap) -> Iterator[dict
         found = {"text": form.text, "name": one.cluster}
         keys[one.benchmark, one.item] += [f"{kind} {key}" for kind, key in found.items() if key]
         keys[one.benchmark, one.item].append(f"item {one.benchmark}/{one.paraphrase_of or one.item}")
-    for number, pair in enumerate(same_questions(questions, overlap)):
+    pairs = chain(
+        questions_sharing_ngrams(questions, overlap), questions_containing_others(questions, overlap)
+    )
+    for number, pair in enumerate(pairs):
         for one in pair:
             keys[one.benchmark, one.item].append(f"pair {number}")
     items, components = list(keys), connect(keys.values())
@@ -72,30 +75,49 @@ def find_clusters(questions: Sequence[Asked], overlap: Overlap) -> Iterator[dict
             yield {"benchmark": benchmark, "item": item, "cluster": "/".join(items[component])}
 
 
-def same_questions(questions: Sequence[Asked], overlap: Overlap) -> Iterator[tuple[Question, Question]]:
-    """Yield pairs of questions that share an n-gram, or of which one contains nearly all of the other.
+def questions_sharing_ngrams(
+    questions: Sequence[Asked], overlap: Overlap
+) -> Iterator[tuple[Question, Question]]:
+    """Yield pairs of benchmark questions with an n-gram in common.
 
     Args:
         questions: Questions and their forms.
         overlap: Thresholds.
     """
     by_gram: dict[str, list[int]] = defaultdict(list)
-    by_shingle: dict[str, list[int]] = defaultdict(list)
-    parts: dict[int, Shingles] = {}
     for number, (one, form) in enumerate(questions):
         # Test examples about one document share n-grams.
         for gram in set(ngrams(form.words, overlap.ngram_size)) if one.benchmark != HELDOUT else ():
             by_gram[gram].append(number)
-        if count_words(form.words) >= overlap.min_question_words:
-            parts[number] = form.shingles
-            for shingle in form.shingles:
-                by_shingle[shingle].append(number)
     for numbers in by_gram.values():
         if len(numbers) <= MANY:
             yield from ((questions[a][0], questions[b][0]) for a, b in pairwise(numbers))
-    shared = {shingle for shingle, numbers in by_shingle.items() if len(numbers) > MANY}
+
+
+def questions_containing_others(
+    questions: Sequence[Asked], overlap: Overlap
+) -> Iterator[tuple[Question, Question]]:
+    """Yield pairs of questions of which the second contains nearly all of the first.
+
+    Args:
+        questions: Questions and their forms.
+        overlap: Thresholds.
+    """
+    parts = {
+        number: form.shingles
+        for number, (_, form) in enumerate(questions)
+        if count_words(form.words) >= overlap.min_question_words
+    }
+    uses = Counter(chain.from_iterable(parts.values()))
+    shared = {shingle for shingle, count in uses.items() if count > MANY}
+    # Most shingles are in one question only.
+    repeated = {shingle for shingle, count in uses.items() if 1 < count <= MANY}
+    owners: dict[str, list[int]] = defaultdict(list)
     for number, whole in parts.items():
-        for other in sorted({one for part in whole - shared for one in by_shingle[part]} - {number}):
+        for shingle in whole & repeated:
+            owners[shingle].append(number)
+    for number, whole in parts.items():
+        for other in sorted({one for part in whole & repeated for one in owners[part]} - {number}):
             pair = (questions[number], questions[other])
             if is_contained(whole, parts[other], shared, overlap.max_containment) and not (
                 are_about_one_document(*pair)

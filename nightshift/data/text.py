@@ -80,14 +80,19 @@ def canonical(text: str) -> str:
         >>> canonical("Who  ARE you?"), canonical("abs(-5)"), canonical("C++"), canonical("你好")
         ('who are you', 'abs - 5', 'c + +', '你 好')
     """
+    return " ".join(canonical_words(text))
+
+
+def canonical_words(text: str) -> list[str]:
+    """Return the words and symbols of the canonical form of a text."""
     is_ascii = text.isascii()
     if not is_ascii:
         text = unicodedata.normalize("NFKC", text).casefold()
     text = " ".join(SYMBOL.split(PUNCTUATION.sub(" ", text)))
     if is_ascii:
         # Same result as below, several times as fast.
-        return " ".join(text.translate(_ASCII).split())
-    return " ".join((LETTER_OR_WORD if LETTER.search(text) else WORD).findall(text))
+        return text.translate(_ASCII).split()
+    return (LETTER_OR_WORD if LETTER.search(text) else WORD).findall(text)
 
 
 def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -125,9 +130,8 @@ def read_form(text: str) -> Form:
         >>> read_form("Who ARE you?")
         Form(text='who are you', words=['who', 'are', 'you'], shingles=frozenset({'who are you'}))
     """
-    form = canonical(text)
-    words = form.split()
-    return Form(form, words, shingles(words, QUESTION_SHINGLE))
+    words = canonical_words(text)
+    return Form(" ".join(words), words, shingles(words, QUESTION_SHINGLE))
 
 
 def comparable_shingles(text: str, size: int) -> Shingles:
@@ -170,7 +174,7 @@ def jaccard(a: Shingles, b: Shingles) -> float:
     return shared / (len(a) + len(b) - shared)
 
 
-def containment(question: Shingles, known: Shingles) -> float:
+def containment(question: Set[object], known: Set[object]) -> float:
     """Return the share of a question's shingles that a text contains, 0 to 1; 0 for no shingles.
 
     Example:
@@ -180,7 +184,7 @@ def containment(question: Shingles, known: Shingles) -> float:
     return len(question & known) / len(question) if question else 0
 
 
-def is_contained(question: Shingles, known: Shingles, shared: Set[str], least: float) -> bool:
+def is_contained(question: Set[object], known: Set[object], shared: Set[object], least: float) -> bool:
     """Return whether a text contains nearly all of a question, and of what is not shared by many.
 
     Args:

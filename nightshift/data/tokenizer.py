@@ -7,7 +7,7 @@ checked with `PROBES` and every special token before the first text, and with a 
 
 import importlib.metadata
 import importlib.util
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -122,11 +122,12 @@ class _Bytes:
     def inside(self, start: int, end: int, edge: int) -> Sequence[list[int] | slice]:
         """See `Tokens`."""
         first, stop = self.find(start), self.find(end)
-        return (slice(first, min(stop, int(np.searchsorted(self._ends, self._byte(edge), side="right")))),)
+        return (slice(first, min(stop, bisect_right(self._ends, self._byte(edge)))),)
 
     def find(self, position: int) -> int:
         """See `Tokens`."""
-        return int(np.searchsorted(self._starts, self._byte(position)))
+        # Unlike numpy's search, which hands over to the thread that tokenizes the next batch.
+        return bisect_left(self._starts, self._byte(position))
 
     def equals(self, encoding: Any, text: str) -> bool:
         """Return whether the ids, and the places in characters, are those of a `tokenizers.Encoding`."""

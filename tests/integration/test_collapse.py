@@ -87,7 +87,7 @@ def run(in_tmp: Path) -> Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(jsonl(rows), encoding="utf-8")
         for stage in STAGES[: STAGES.index(last) + 1]:
-            name = f"tasks.{stage}" if stage in ("split", "decontaminate") else f"tasks.{stage}.__main__"
+            name = f"tasks.{stage}" if stage == "split" else f"tasks.{stage}.__main__"
             import_module(name).main()
         summary: dict[str, Any] = read_json(in_tmp / f"data/{last}/summary.json")
         return summary

@@ -16,7 +16,10 @@ from nightshift.registry.lineage import trained_rows
 from tests.helpers.byte_base import make_byte_base
 from tests.helpers.checkouts import ROOT
 
-STAGES = ("ingest.__main__", "dedupe.__main__", "split", "augment.__main__", "decontaminate", "pack.__main__")
+STAGES = (
+    *("ingest.__main__", "dedupe.__main__", "split"),
+    *("augment.__main__", "decontaminate.__main__", "pack.__main__"),
+)
 WORDS = [
     "apple",
     "bridge",

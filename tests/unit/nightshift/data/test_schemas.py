@@ -7,7 +7,7 @@ import pytest
 
 from nightshift.data import schemas
 from nightshift.data.schemas import ALL_SCORES, SCORES
-from tasks.decontaminate import HITS_SCHEMA, Hit
+from tasks.decontaminate.hits import HITS_SCHEMA, Hit
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import yaml
 from nightshift.core.files import jsonl, write_rows, write_text
 from nightshift.data.benchmarks import CHOICE_TASK, Question, evaluation_questions, prompt_of
 from nightshift.data.schemas import GROUPED
-from tasks.decontaminate import DecontaminateParams, Hit, build_index, find_hits
-from tests.helpers.questions import with_forms
+from tasks.decontaminate import DecontaminateParams
+from tasks.decontaminate.hits import Hit
+from tasks.decontaminate.index import build_index
+from tests.helpers.questions import hits_of, with_forms
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 SHORT = "In which year was gallium found?"
@@ -37,8 +39,7 @@ def row(*turns: str, role: str = "user", number: int = 7) -> dict[str, Any]:
 
 
 def find_hit(question: str, answer: str = "x", role: str = "user") -> Hit | None:
-    found = find_hits([row(question, answer, role=role)], BENCHMARKS, NOTHING, PARAMS)  # type: ignore[list-item]
-    return found["r7"][1] if found else None
+    return hits_of([row(question, answer, role=role)], BENCHMARKS, NOTHING, PARAMS).get("r7")
 
 
 def hit(question: str, answer: str = "x", role: str = "user") -> tuple[str, str] | None:
@@ -50,7 +51,7 @@ def hits_of_test(rows: list[dict[str, Any]], *test: dict[str, Any]) -> list[str]
     """Return the ids of the rows that overlap with test examples."""
     questions = [Question("test", one["id"], prompt_of(one)) for one in test]
     index = build_index(with_forms(questions), PARAMS, is_test=True)
-    return list(find_hits(rows, NOTHING, index, PARAMS))  # type: ignore[arg-type]
+    return list(hits_of(rows, NOTHING, index, PARAMS))
 
 
 def test_an_equal_question_is_a_hit_regardless_of_case_and_punctuation() -> None:
@@ -106,7 +107,7 @@ def test_a_very_short_question_inside_a_longer_one_is_not_a_hit() -> None:
 def test_a_passage_that_many_rows_share_is_a_template_and_no_hit() -> None:
     def hits(count: int) -> list[str]:
         rows = [row(f"{LONG} {'so' * i} what", "x", number=i) for i in range(count)]
-        return list(find_hits(rows, BENCHMARKS, NOTHING, PARAMS))  # type: ignore[arg-type]
+        return list(hits_of(rows, BENCHMARKS, NOTHING, PARAMS))
 
     assert hits(10) == [f"r{i}" for i in range(10)]
     assert hits(11) == []
@@ -114,14 +115,14 @@ def test_a_passage_that_many_rows_share_is_a_template_and_no_hit() -> None:
 
 def test_a_question_that_many_rows_repeat_word_for_word_is_still_a_hit() -> None:
     rows = [row("Hello", "Hi!", LONG, f"answer {i}", number=i) for i in range(20)]
-    found = find_hits(rows, BENCHMARKS, NOTHING, PARAMS)  # type: ignore[arg-type]
-    assert [hit["reason"] for _, hit in found.values()] == ["same_question"] * 20
+    found = hits_of(rows, BENCHMARKS, NOTHING, PARAMS)
+    assert [hit["reason"] for hit in found.values()] == ["same_question"] * 20
 
 
 def test_a_paraphrase_does_not_make_its_source_a_template() -> None:
     family = [row(f"So {LONG}", "x", number=0)]
     family += [row(f"{LONG} {i}", "x", number=i) | {"parent_id": "r0"} for i in range(1, 30)]
-    assert len(find_hits(family, BENCHMARKS, NOTHING, PARAMS)) == 30  # type: ignore[arg-type]
+    assert len(hits_of(family, BENCHMARKS, NOTHING, PARAMS)) == 30
 
 
 def test_a_test_conversation_is_compared_as_a_whole() -> None:
@@ -158,7 +159,7 @@ def test_an_absolute_value_is_asked_for_each_number() -> None:
 )
 def test_scripts_without_spaces_are_compared_by_characters(question: str, text: str, *, is_hit: bool) -> None:
     index = build_index(with_forms([Question("facts", "q", question)]), PARAMS, is_test=False)
-    assert bool(find_hits([row(text)], index, NOTHING, PARAMS)) == is_hit  # type: ignore[list-item]
+    assert bool(hits_of([row(text)], index, NOTHING, PARAMS)) == is_hit
 
 
 def test_every_wording_of_every_kind_of_benchmark_is_indexed(tmp_path: Path) -> None:
