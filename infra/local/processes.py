@@ -15,11 +15,11 @@ import psutil
 
 from nightshift.core.errors import StageError
 from nightshift.core.files import write_json
-from nightshift.pipeline.leases import is_alive
+from nightshift.pipeline.leases import boot_id, find_process, is_alive
 
 HOST = "127.0.0.1"
 TERM_SECONDS, KILL_SECONDS = 10, 30
-Record = dict[str, Any]  # service in stack.json: process identity and port (0 for the worker)
+Record = dict[str, Any]  # service in stack.json: process identity and port (0 if it has none)
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +82,19 @@ def port_holder(port: int) -> str | None:
             if listens and found.pid:
                 return f"pid {found.pid} ({psutil.Process(found.pid).name()})"
     return reason
+
+
+def end_remains(record: Record | None) -> None:
+    """End what a dead process has left in its session: a child of MLflow's server would keep its port."""
+    if record is None or record["boot_id"] != boot_id() or find_process(record):
+        return
+    left = []
+    for process in psutil.process_iter():
+        # No new process gets the pid of the leader while its session exists.
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process.pid) == record["pid"]:
+                left.append(process)
+    end(left)
 
 
 def end(processes: list[psutil.Process]) -> None:

@@ -1,4 +1,4 @@
-"""Start the three services as detached processes, and check their health."""
+"""Start the services as detached processes, and check their health."""
 
 import contextlib
 import datetime
@@ -17,7 +17,9 @@ from nightshift.core.errors import StageError
 from nightshift.core.state import ARTIFACTS, DATABASE
 from nightshift.pipeline.leases import find_process, identify
 
-SERVICES = ("worker", "mlflow", "prefect")  # in shutdown order
+# In shutdown order.
+SERVERS = ("worker", "mlflow", "prefect")
+SERVICES = ("keeper", *SERVERS)
 START_SECONDS = 180
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ def is_healthy(service: str, stack: Stack) -> bool:
         if service == "prefect":
             stack.prefect("GET", "/ready")
             return True
+        if service == "keeper":
+            return find_process(processes.read_records(stack.state_dir).get("keeper")) is not None
         return is_online(stack)
     return False
 
@@ -99,13 +103,13 @@ def is_online(stack: Stack) -> bool:
 
 
 def url_of(service: str, stack: Stack) -> str:
-    """Return the URL of a service's UI; empty for the worker, which has none."""
-    return {"prefect": stack.prefect_ui, "mlflow": stack.mlflow_url, "worker": ""}[service]
+    """Return the URL of a service's UI; empty if it has none."""
+    return {"prefect": stack.prefect_ui, "mlflow": stack.mlflow_url}.get(service, "")
 
 
 def port_of(service: str, stack: Stack) -> int:
-    """Return the port of a service, 0 for the worker."""
-    return {"prefect": stack.prefect_port, "mlflow": stack.mlflow_port, "worker": 0}[service]
+    """Return the port of a service, 0 if it has none."""
+    return {"prefect": stack.prefect_port, "mlflow": stack.mlflow_port}.get(service, 0)
 
 
 def _command(service: str, stack: Stack) -> list[str]:
@@ -120,6 +124,7 @@ def _command(service: str, stack: Stack) -> list[str]:
             *("--artifacts-destination", str(stack.state_dir / ARTIFACTS)),
             *("--allowed-hosts", f"localhost,localhost:*,{HOST},{HOST}:*"),
         ],
+        "keeper": ["infra.local.keeper"],
         "worker": ["infra.local.outlast", "prefect", "worker", "start", "--name", POOL, "--pool", POOL],
     }[service]
 

@@ -1,7 +1,7 @@
-"""Manage the local stack: a Prefect server, an MLflow server and one Prefect worker.
+"""Manage the local stack: a Prefect server, an MLflow server, one Prefect worker, and their keeper.
 
 `up` reads `prefect.yaml` in the current directory, writes `prefect.toml` next to it, and keeps all other
-files in the state folder. The three services are detached processes that outlive the command. Importing
+files in the state folder. The services are detached processes that outlive the command. Importing
 Prefect or MLflow takes seconds, so their command lines and HTTP APIs are used instead.
 """
 
@@ -22,7 +22,7 @@ from infra.local import prefect_api, processes, runs, services
 from infra.local.notify import create_notifications
 from infra.local.runs import POOL
 from infra.local.service_logs import unexplained
-from infra.local.services import SERVICES
+from infra.local.services import SERVERS, SERVICES
 from infra.local.settings import FOREIGN, MARK, Stack, environment, prefect_toml
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError, StageError
@@ -54,6 +54,8 @@ def up() -> Stack:
         if PREFECT_TOML.exists() and not _is_own(PREFECT_TOML):
             raise ConfigError(f"{PREFECT_TOML}: not written by the stack; move or rename it")
         records = processes.read_records(home)
+        for name in PORTS:
+            processes.end_remains(records.get(name))
         stack = Stack(home, *(_choose_port(name, records.get(name)) for name in PORTS))
         worker = _end_lost_worker(stack, find_process(records.get("worker")))
         _create_auth(stack)
@@ -69,10 +71,34 @@ def up() -> Stack:
         services.wait_until_healthy("worker", stack)
         _deploy(stack)
         services.wait_until_healthy("mlflow", stack)
+        services.start("keeper", stack)
         if stack.prefect("GET", f"/work_pools/{POOL}")["is_paused"]:
             log.warning("the work pool is paused, so no run starts; run `prefect work-pool resume %s`", POOL)
     _warn_of_ignored_variables(stack)
     return stack
+
+
+def restart_lost() -> list[str]:
+    """Start the services again that ended without `down`, on the same ports, and return their names.
+
+    Raises:
+        StageError: The disk is full, or the Prefect server does not start again.
+    """
+    with processes.locked(state_dir()) as home:
+        records = processes.read_records(home)
+        lost = [name for name in reversed(SERVERS) if name in records and not find_process(records[name])]
+        if lost:
+            _require_space(home)
+        stack = read_stack(home)
+        for name in lost:
+            log.warning("%s: ended without `nightshift down`; starting it again", name)
+            if name == "worker":
+                services.wait_until_healthy("prefect", stack)
+                runs.recover_runs(stack)
+            else:
+                processes.end_remains(records[name])
+            services.start(name, stack)
+    return lost
 
 
 def down() -> list[str]:
@@ -83,6 +109,11 @@ def down() -> list[str]:
     with processes.locked(state_dir()) as home:
         records = processes.read_records(home)
         live = {name: found for name in SERVICES if (found := find_process(records.get(name)))}
+        ended = list(live)
+        if keeper := live.pop("keeper", None):
+            # Alone: the services that it has started are its children.
+            keeper.kill()
+            keeper.wait()
         try:
             if "prefect" in live:
                 runs.cancel(read_stack(home), live.get("worker"))
@@ -91,11 +122,13 @@ def down() -> list[str]:
         processes.end([live[name] for name in live if name == "worker"])
         runs.end_run_processes(home)
         processes.end([live[name] for name in live if name != "worker"])
+        for name in PORTS:
+            processes.end_remains(records.get(name))
         processes.remove_records(home)
         if PREFECT_TOML.exists() and _is_own(PREFECT_TOML):
             PREFECT_TOML.unlink()
-    log.info("ended: %s", ", ".join(live) or "nothing was running")
-    return list(live)
+    log.info("ended: %s", ", ".join(ended) or "nothing was running")
+    return ended
 
 
 def problems() -> dict[str, list[str]]:

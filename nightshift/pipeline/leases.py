@@ -27,7 +27,12 @@ def identify(pid: int) -> Identity:
     Raises:
         ProcessLookupError: The process does not exist.
     """
-    return {"pid": pid, "start_ticks": start_ticks(pid), "boot_id": BOOT_ID.read_text().strip()}
+    return {"pid": pid, "start_ticks": start_ticks(pid), "boot_id": boot_id()}
+
+
+def boot_id() -> str:
+    """Return the id of the current boot of this machine."""
+    return BOOT_ID.read_text().strip()
 
 
 def start_ticks(pid: int) -> int:

@@ -26,7 +26,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from infra.cli import doctor
-from infra.local import notify, runs, stack
+from infra.local import notify, runs, services, stack
 from infra.local.settings import Stack
 from nightshift.core.errors import StageError
 from nightshift.core.files import write_json
@@ -128,6 +128,14 @@ def pids() -> dict[str, int | None]:
     return {service: pid for service, pid, _, _ in stack.status()}
 
 
+def lose(service: str) -> None:
+    """End a service, and the keeper, which would start it again."""
+    before = pids()
+    if before["keeper"]:
+        kill(before["keeper"])
+    kill(before[service])
+
+
 def kill(pid: int | None) -> None:
     process = psutil.Process(pid)
     process.kill()
@@ -195,7 +203,7 @@ def start_long_run(folder: Path, running: Stack) -> str:
 
 
 def test_concurrent_ups_start_one_stack(folder: Path) -> None:
-    assert [healthy for *_, healthy in stack.status()] == [True, True, True]
+    assert [healthy for *_, healthy in stack.status()] == [True] * 4
     commands = [" ".join(command_line(process)) for process in processes(folder)]
     for service in ("infra.local.prefect_server", "mlflow server", "prefect worker start"):
         assert len([command for command in commands if service in command]) == 1
@@ -419,7 +427,7 @@ def test_a_run_survives_an_outage_of_its_server(folder: Path, running: Stack) ->
     before = pids()
     run = submit(folder, "--param", "seconds=20")
     wait_until(lambda: state_of(running, run)[0] == "RUNNING")
-    kill(before["prefect"])
+    lose("prefect")
     time.sleep(25)  # the flow ends meanwhile and cannot report it
     assert stack.up() == running
     assert pids()["worker"] == before["worker"]
@@ -430,7 +438,7 @@ def test_a_run_survives_an_outage_of_its_server(folder: Path, running: Stack) ->
 def test_a_run_completes_if_its_server_dies_during_startup(folder: Path, running: Stack) -> None:
     run = submit(folder)
     wait_until(lambda: state_of(running, run)[0] == "PENDING")
-    kill(pids()["prefect"])
+    lose("prefect")
     time.sleep(10)
     stack.up()
     wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
@@ -458,7 +466,7 @@ def test_a_run_waits_only_for_runs_of_its_queue(folder: Path, running: Stack) ->
 def test_a_run_survives_its_worker(folder: Path, running: Stack) -> None:
     run = long_run(running)
     processes_before = run_processes(running, run)
-    kill(pids()["worker"])
+    lose("worker")
     stack.up()
     assert state_of(running, run)[0] == "RUNNING"
     assert run_processes(running, run) == processes_before
@@ -468,7 +476,7 @@ def test_a_run_that_died_with_its_worker_is_marked_as_crashed_and_frees_its_slot
     folder: Path, running: Stack
 ) -> None:
     run = long_run(running)
-    kill(pids()["worker"])
+    lose("worker")
     for process in run_processes(running, run):
         kill(process.pid)
     stack.up()
@@ -477,7 +485,7 @@ def test_a_run_that_died_with_its_worker_is_marked_as_crashed_and_frees_its_slot
 
 
 def test_a_pending_run_of_a_killed_worker_is_started_by_the_next(folder: Path, running: Stack) -> None:
-    kill(pids()["worker"])
+    lose("worker")
     run = submit(folder)
     running.prefect("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "PENDING"}, "force": True})
     stack.up()
@@ -503,10 +511,33 @@ def test_the_janitor_marks_only_dead_runs_as_crashed(
     wait_until(lambda: state_of(running, alive)[0] == "CRASHED")
 
 
+def test_services_that_end_come_back(folder: Path, running: Stack) -> None:
+    keeper = pids()["keeper"]
+    run = submit(folder, "--param", "seconds=20")
+    wait_until(lambda: state_of(running, run)[0] == "RUNNING")
+    before = pids()
+    # The second time, the keeper is its parent.
+    for service in (*services.SERVERS, *services.SERVERS):
+        lost = pids()[service]
+        kill(lost)
+        wait_until(lambda lost=lost: lost not in pids().values() and are_healthy())  # type: ignore[misc]
+    after = pids()
+    assert after.pop("keeper") == keeper
+    assert not set(after.values()) & set(before.values())
+    wait_until(lambda: state_of(running, run)[0] == "COMPLETED")
+    told = stack.find_log("keeper").read_text()
+    assert re.findall(r"WARNING \| (\w+): ended", told) == [*services.SERVERS, *services.SERVERS]
+    assert stack.problems() == {}
+
+
+def are_healthy() -> bool:
+    return all(is_healthy for *_, is_healthy in stack.status())
+
+
 def test_down_cancels_the_run_and_leaves_no_process(folder: Path, running: Stack) -> None:
     active = start_long_run(folder, running)
     queued = submit(folder)
-    assert stack.down() == ["worker", "mlflow", "prefect"]
+    assert stack.down() == ["keeper", "worker", "mlflow", "prefect"]
     assert processes(folder) == []
     assert not (folder / "prefect.toml").exists()
     assert not (folder / ".nightshift" / "stack.json").exists()

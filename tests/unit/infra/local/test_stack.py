@@ -122,6 +122,7 @@ def test_a_reused_pid_is_neither_shown_nor_ended(folder: Path, bystander: psutil
         ("prefect", None, "", False),
         ("mlflow", None, "", False),
         ("worker", None, "", False),
+        ("keeper", None, "", False),
     ]
     assert stack.down() == []
     assert bystander.is_running()
@@ -137,6 +138,21 @@ def test_a_recorded_process_is_ended_with_its_children(folder: Path, monkeypatch
     assert [process for process in children if leases.is_alive(process)] == []
     assert parent.wait(timeout=5) == -signal.SIGTERM
     assert stack.down() == []
+
+
+def test_what_a_killed_server_leaves_in_its_session_is_ended(folder: Path) -> None:
+    server = subprocess.Popen(["sh", "-c", "sleep 60 & wait"], start_new_session=True)
+    while not (children := psutil.Process(server.pid).children()):
+        time.sleep(0.01)
+    found = {**leases.identify(server.pid), "port": 1}
+    processes.end_remains(found)
+    assert server.poll() is None
+    server.kill()
+    server.wait()
+    processes.end_remains(found | {"boot_id": "another"})
+    assert leases.is_alive(children[0])
+    processes.end_remains(found)
+    assert not leases.is_alive(children[0])
 
 
 def test_a_process_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
