@@ -7,9 +7,10 @@ demo's.
 - Gain: the first champion knows half of the elements; then all of them arrive. It must be promoted.
 - Leak: questions of the benchmark arrive with their answers, as they are, and within an answer. Each must be
   named, and none trained on.
-- Rot: catalogues arrive in which every answer is wrong. The gate asks for a lower loss on what is new
-  (`gate.objective: non_inferiority`), which each catalogue gives, and no candidate loses more than the margin
-  against the champion of its night. The best champion so far must stop the sum of the losses.
+- Rot: a growing share of the elements is missing from the training data, while notes about other things
+  arrive. The gate asks for a lower loss on what is new (`gate.objective: non_inferiority`), which the notes
+  give, and no candidate loses more than the margin against the champion of its night. The best champion so
+  far must stop the sum of the losses.
 
     python -m benchmarks.month FOLDER
 
@@ -44,22 +45,17 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "mendeleev")
 FIRST = datetime(2026, 9, 1, 2, tzinfo=UTC)
 NIGHTS = 30
 BENCHMARK = "elements"
-# A file of questions about facts, and the right answers' place in it.
-QUIZ, CATALOGUES = "quiz", "catalogues"
+# Sources of the leaks and of the notes.
+QUIZ, NOTES = "quiz", "notes"
 # Questions that leak as they are, and within an answer.
 ASKED, TOLD = 40, 20
-# Wrong facts in a catalogue; three tenths of them are test examples.
-WRONG = 120
-# How the catalogues ask for a fact, by slice of the benchmark, and how each of them ends its answers.
-ASKS = {
-    "symbol": "Which letters do we print on the jar of {}?",
-    "discoverers": "Whose portrait hangs next to the jar of {}?",
-    "discovery_year": "Since when has science known about {}?",
-    "discovery_location": "Where on our map do we pin {}?",
-    "name_origin": "How did {} get its name?",
-    "group_id": "In which rack do we keep the jar of {}?",
-}
-ENDINGS = ("Please note it on the label.", "So says the new supplier.", "The spring catalogue has more.")
+# Rows of a file of notes; three tenths of them are test examples.
+NOTED = 80
+# What each file of notes asks about every element in it, and answers.
+MOVES = (
+    ("Where do we keep the jar of {}?", "Please look for {} on shelf {} of the cellar."),
+    ("Our students want to see {}. Which way?", "We have moved {} upstairs, to cabinet {}."),
+)
 PARAMS: dict[str, Any] = {
     "snapshot.sources.elements": {"path": "package:mendeleev", "limit": 0.5},
     # Fewer dialogs, benchmarks and baselines, so that a night costs three minutes.
@@ -71,21 +67,25 @@ PARAMS: dict[str, Any] = {
     "split.test_share": 0.3,
     # All rows of a source may be leaks.
     "decontaminate.max_drop_rate": 1.0,
-    # 641 items about 118 elements cannot prove smaller losses; a catalogue has about 35 test examples.
+    # 641 items about 118 elements cannot prove that less was lost; of dialogs and of each file of notes,
+    # there are two dozen test examples.
     "gate.margin": 0.12,
-    "gate.min_items": 20,
+    "gate.max_loss_increase": 0.3,
+    "gate.min_items": 15,
     "gate.nights": NIGHTS,
 }
-# Night -> what changes in params.yaml; catalogues arrive on the nights of ROT, by date.
-GAIN, LEAK, ROT = 4, 8, (12, 16, 20)
+# Night -> what changes in params.yaml; notes arrive on the nights of ROT.
+GAIN, LEAK, ROT = 4, 8, (12, 16)
 CHANGES: dict[int, dict[str, Any]] = {
     1: PARAMS,
     GAIN: {"snapshot.sources.elements": "package:mendeleev"},
     LEAK: {f"snapshot.sources.{QUIZ}": f"{QUIZ}/*.jsonl"},
     ROT[0]: {
         "gate.objective": "non_inferiority",
-        f"snapshot.sources.{CATALOGUES}": {"path": f"{CATALOGUES}/*.jsonl", "weight": 2},
+        f"snapshot.sources.{NOTES}": f"{NOTES}/*.jsonl",
+        "snapshot.sources.elements": {"path": "package:mendeleev", "limit": 0.65},
     },
+    ROT[1]: {"snapshot.sources.elements": {"path": "package:mendeleev", "limit": 0.35}},
 }
 STATE = re.compile(r"^(?P<name>[A-Z]\w+): (?P<message>.+)$")
 NOTHING_NEW, PROMOTED = "NothingNew", "Promoted"
@@ -161,20 +161,20 @@ def plant(folder: Path) -> None:
         ),
     ]
     arrive(folder / QUIZ / "leak.jsonl", LEAK, leaks)
-    for number, (night, ending) in enumerate(zip(ROT, ENDINGS, strict=True)):
-        facts = items[number * WRONG : (number + 1) * WRONG]
+    names = sorted({item["cluster"] for item in items})
+    for night, (question, answer) in zip(ROT, MOVES, strict=True):
+        chosen = random.Random(night).sample(names, NOTED)
         rows = (
-            chat(ASKS[one["slice"]].format(one["cluster"]), f"{right(one, shift=1)} {ending}")
-            for one in facts
+            chat(question.format(name), answer.format(name, number)) for number, name in enumerate(chosen, 1)
         )
-        arrive(folder / CATALOGUES / f"{number + 1}.jsonl", night, rows)
+        arrive(folder / NOTES / f"{night}.jsonl", night, rows)
 
 
-def right(item: Mapping[str, Any], shift: int = 0) -> str:
-    """Return the right answer to a question of the benchmark, or with a shift of 1 to 3, a wrong one."""
+def right(item: Mapping[str, Any]) -> str:
+    """Return the right answer to a question of the benchmark."""
     choices: list[str] = item["choices"]
     answer: int = item["answer"]
-    return choices[(answer + shift) % len(choices)]
+    return choices[answer]
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
