@@ -105,7 +105,7 @@ class Night:
         seconds: Duration.
         checks: Check of the gate -> verdict, if the gate judged a candidate.
         accuracy: Model -> accuracy on the benchmark, if the gate judged a candidate.
-        leaks: Questions of the benchmark that decontaminate named in the source `quiz`.
+        leaks: Questions of the benchmark that decontaminate named on the night of the leak.
     """
 
     night: int
@@ -212,7 +212,7 @@ def run_night(folder: Path, shell: dict[str, str], number: int) -> Night:
         return Night(number, date, "Failed", lines[-1], seconds)
     ended = (number, date, found["name"], found["message"], seconds)
     hits = read_rows(folder / "data" / "decontaminate" / "hits.parquet")
-    leaks = sorted(hit["item"] for hit in hits if hit["origin"].startswith(f"{QUIZ}/"))
+    leaks = [hit["item"] for hit in hits if number == LEAK and hit["origin"].startswith(f"{QUIZ}/")]
     if found["name"] == NOTHING_NEW:
         return Night(*ended, leaks=leaks)
     checks = read_json(folder / "data" / "gate" / "gate.json")["checks"]
