@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from nightshift.data.benchmarks import HELDOUT, Question
 from nightshift.data.components import connect
-from nightshift.data.text import Form, count_words, is_another_question, is_contained, ngrams
+from nightshift.data.text import Form, containment, count_words, is_another_question, ngrams
 
 CLUSTERS_SCHEMA = pa.schema([("benchmark", pa.string()), ("item", pa.string()), ("cluster", pa.string())])
 # A passage in more questions is a template or a document.
@@ -117,11 +117,13 @@ def questions_containing_others(
         for shingle in whole & repeated:
             owners[shingle].append(number)
     for number, whole in parts.items():
-        for other in sorted({one for part in whole & repeated for one in owners[part]} - {number}):
+        counts = Counter(chain.from_iterable(map(owners.__getitem__, whole & repeated)))
+        size = len(whole - shared)
+        alike = {other for other, count in counts.items() if count / size >= overlap.max_containment}
+        for other in sorted(alike - {number}):
             pair = (questions[number], questions[other])
-            if is_contained(whole, parts[other], shared, overlap.max_containment) and not (
-                are_about_one_document(*pair)
-            ):
+            is_contained = containment(whole, parts[other]) >= overlap.max_containment
+            if is_contained and not are_about_one_document(*pair):
                 yield pair[0][0], pair[1][0]
 
 

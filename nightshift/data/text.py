@@ -184,19 +184,6 @@ def containment(question: Set[object], known: Set[object]) -> float:
     return len(question & known) / len(question) if question else 0
 
 
-def is_contained(question: Set[object], known: Set[object], shared: Set[object], least: float) -> bool:
-    """Return whether a text contains nearly all of a question, and of what is not shared by many.
-
-    Args:
-        question: Shingles of the question.
-        known: Shingles of the text.
-        shared: Shingles that many texts have: templates and documents.
-        least: Lowest share that counts as nearly all, 0 to 1.
-    """
-    # Most texts fail the first test.
-    return containment(question, known) >= least and containment(question - shared, known) >= least
-
-
 def count_words(words: Sequence[str]) -> float:
     """Return the number of words of a canonical text; see `weight`."""
     return len(words) if all(map(str.isascii, words)) else sum(map(weight, words))

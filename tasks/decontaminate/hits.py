@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from nightshift.data.text import containment, is_another_question, is_contained
+from nightshift.data.text import containment, is_another_question
 from tasks.decontaminate import DecontaminateParams
 from tasks.decontaminate.index import Index, Question
 from tasks.decontaminate.overlaps import Found, Overlap, Row, Uses
@@ -59,13 +59,13 @@ class Shared(NamedTuple):
 
     Attributes:
         ngrams: n-grams.
-        shingles: Numbers of the shingles.
         is_shared: Whether each shingle is one of them, shape (n_shingles,).
+        sizes: Number of other shingles of each question, shape (n_questions,).
     """
 
     ngrams: frozenset[str]
-    shingles: frozenset[int]
     is_shared: NDArray[np.bool_]
+    sizes: NDArray[np.int64]
 
 
 def find_hits(
@@ -81,7 +81,7 @@ def find_hits(
     """
     indexes = (benchmarks, test)
     shared = [
-        find_shared((one.uses[number] for one in found), len(index.passages.shingles), many)
+        find_shared((one.uses[number] for one in found), index, many)
         for number, (index, many) in enumerate(
             zip(indexes, (MANY_FOR_BENCHMARKS, MANY_FOR_TEST), strict=True)
         )
@@ -94,25 +94,23 @@ def find_hits(
     return hits
 
 
-def find_shared(uses: Iterable[Uses], count: int, many: int) -> Shared:
+def find_shared(uses: Iterable[Uses], index: Index, many: int) -> Shared:
     """Find the passages of an index that more than `many` rows have.
 
     Args:
         uses: Uses in each batch.
-        count: Number of shingles of the index.
+        index: Questions.
         many: Number of rows.
     """
     ngrams: Counter[str] = Counter()
+    count = len(index.passages.shingles)
     rows = np.zeros(count, np.int64)
     for one in uses:
         ngrams.update(one.ngrams)
         rows += np.bincount(one.shingles, minlength=count)
     is_shared = rows > many
-    return Shared(
-        frozenset(gram for gram, number in ngrams.items() if number > many),
-        frozenset(np.flatnonzero(is_shared).tolist()),
-        is_shared,
-    )
+    shared_ngrams = frozenset(gram for gram, number in ngrams.items() if number > many)
+    return Shared(shared_ngrams, is_shared, index.count_shingles(~is_shared))
 
 
 def match(
@@ -135,10 +133,11 @@ def match(
                 question = index.questions[index.passages.ngrams[gram]]
                 share = containment(question.shingles, frozenset(shingles.tolist()))
                 return _hit(row, question, "shared_ngram", gram, share)
-        candidates = index.find_questions(shingles[~shared.is_shared[shingles]])
-        known = frozenset(shingles.tolist()) if candidates else frozenset()
-        for question in map(index.questions.__getitem__, candidates):
-            if not is_contained(question.shingles, known, shared.shingles, params.max_containment):
+        positions, counts = index.count_owners(shingles[~shared.is_shared[shingles]])
+        alike = positions[counts / shared.sizes[positions] >= params.max_containment].tolist()
+        known = frozenset(shingles.tolist()) if alike else frozenset()
+        for question in map(index.questions.__getitem__, alike):
+            if containment(question.shingles, known) < params.max_containment:
                 continue
             if index.is_test and is_another_question(text.split(), question.text.split()):
                 continue

@@ -64,10 +64,27 @@ class Index:
     edges: NDArray[np.int64]
     is_test: bool
 
-    def find_questions(self, shingles: Numbers) -> list[int]:
-        """Return the positions of the questions that have one of these shingles, in order."""
-        found = [self.owners[self.edges[one] : self.edges[one + 1]] for one in shingles.tolist()]
-        return np.unique(np.concatenate(found)).tolist() if found else []
+    def count_owners(self, shingles: Numbers) -> tuple[Numbers, NDArray[np.int64]]:
+        """Return the questions that have some of these shingles, and how many each has.
+
+        Args:
+            shingles: Numbers of shingles, each once, shape (n,).
+
+        Returns:
+            Positions of the questions in order, and the counts, shape (n_found,).
+        """
+        owners = [self.owners[self.edges[one] : self.edges[one + 1]] for one in shingles.tolist()]
+        return np.unique(np.concatenate([*owners, np.empty(0, np.int32)]), return_counts=True)
+
+    def count_shingles(self, is_counted: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Return the number of shingles of each question, of those that are counted, shape (n_questions,).
+
+        Args:
+            is_counted: Whether each shingle is counted, shape (n_shingles,).
+        """
+        return np.bincount(
+            self.owners[np.repeat(is_counted, np.diff(self.edges))], minlength=len(self.questions)
+        )
 
 
 def build_index(questions: Iterable[Asked], params: DecontaminateParams, *, is_test: bool) -> Index:

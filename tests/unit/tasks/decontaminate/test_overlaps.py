@@ -86,7 +86,10 @@ def test_the_index_finds_the_questions_with_a_shingle() -> None:
     params = DecontaminateParams(**{**PARAMS, "min_question_words": 3})
     index = build_index(asked, params, is_test=False)
     numbers = index.passages.shingles
-    owners = {name: index.find_questions(np.array([number])) for name, number in numbers.items()}
+    owners = {name: index.count_owners(np.array([number]))[0].tolist() for name, number in numbers.items()}
     assert owners == {"a b c": [0, 3], "b c d": [0, 2], "c d e": [0, 2], "d e f": [2], "x y z": [1]}
-    assert index.find_questions(np.array([numbers["a b c"], numbers["b c d"]])) == [0, 2, 3]
-    assert index.find_questions(np.empty(0, np.int32)) == []
+    positions, counts = index.count_owners(np.array([numbers["a b c"], numbers["b c d"]]))
+    assert (positions.tolist(), counts.tolist()) == ([0, 2, 3], [2, 1, 1])
+    assert index.count_owners(np.empty(0, np.int32))[0].tolist() == []
+    is_counted = np.array([name != "b c d" for name in numbers])
+    assert index.count_shingles(is_counted).tolist() == [2, 1, 2, 1]
