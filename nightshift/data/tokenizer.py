@@ -166,25 +166,27 @@ class FastTokenizer:
     def find_tokens(self, texts: Sequence[str]) -> list[_Bytes | None]:
         """Tokenize texts; None for a text that is not the bytes of its tokens, as after a normalization."""
         flat, edges = self.tokenizer.encode_batch_flat(list(texts))
-        all_ids = np.frombuffer(flat, dtype=np.uint32).astype(np.int32)
-        bounds = np.frombuffer(edges, dtype=np.uint64).tolist()
-        return [
-            self._place(text, all_ids[first:stop])
-            for text, (first, stop) in zip(texts, pairwise(bounds), strict=True)
-        ]
-
-    def _place(self, text: str, ids: Ids) -> _Bytes | None:
-        if b"".join(map(self.pieces.__getitem__, ids.tolist())) != text.encode():
-            return None
+        ids = np.frombuffer(flat, dtype=np.uint32).astype(np.int32)
+        bounds = np.frombuffer(edges, dtype=np.uint64).astype(np.int64)
+        pieces = list(map(self.pieces.__getitem__, ids.tolist()))
+        # Positions in the texts, one after the other, like `process_offsets` of tokenizers' ByteLevel.
         sizes = self.lengths[ids]
         ends = sizes.cumsum()
-        starts = ends - sizes
-        # Like `process_offsets` of tokenizers' ByteLevel.
         leading = self.leading[ids]
         if self.keeps_first_space:
-            leading[:1] = np.maximum(leading[:1] - 1, 0)
-        low = np.minimum(starts + leading, ends)
-        return _Bytes(text, ids, low, np.maximum(ends - self.trailing[ids], low))
+            first = bounds[:-1][bounds[:-1] < bounds[1:]]
+            leading[first] = np.maximum(leading[first] - 1, 0)
+        low = np.minimum(ends - sizes + leading, ends)
+        high = np.maximum(ends - self.trailing[ids], low)
+        origins = np.append(0, ends)[bounds]
+        return [
+            _Bytes(text, ids[start:stop], low[start:stop] - origin, high[start:stop] - origin)
+            if b"".join(pieces[start:stop]) == text.encode()
+            else None
+            for text, (start, stop), origin in zip(
+                texts, pairwise(bounds.tolist()), origins[:-1].tolist(), strict=True
+            )
+        ]
 
 
 @lru_cache(maxsize=4)
