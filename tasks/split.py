@@ -11,14 +11,16 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from nightshift.core.config import StageParams, load_params
 from nightshift.core.errors import DataError
-from nightshift.core.files import iterate_batches, iterate_rows, write_batches, write_rows
+from nightshift.core.files import appended_batches, iterate_batches, iterate_rows, write_rows
 from nightshift.core.paths import BRIDGES, DEDUPED, REMOVED, TEST, TRAIN, VALIDATION
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.components import connect
@@ -69,8 +71,7 @@ def main() -> None:
     splits = {row["id"]: side for row, side in zip(rows, sides, strict=True)}
     counts = Counter(sides)
     require_splits(counts, len(set(components)))
-    for name, target in SPLITS.items():
-        write_batches(target, select(iterate_batches(DEDUPED, GROUPED.names), splits, name), GROUPED)
+    write_sides(sides)
     bridges = list(find_bridges(iterate_rows(REMOVED, ["id", "near_ids"]), splits))
     write_rows(BRIDGES, bridges, BRIDGES_SCHEMA)
     if bridges:
@@ -138,12 +139,20 @@ def require_splits(counts: Mapping[str, int], groups: int) -> None:
             )
 
 
-def select(
-    batches: Iterable[pa.RecordBatch], splits: Mapping[str, str], name: str
-) -> Iterator[pa.RecordBatch]:
-    """Yield the examples of one split."""
-    for batch in batches:
-        yield batch.filter(pa.array([splits[id_] == name for id_ in batch["id"].to_pylist()]))
+def write_sides(sides: Sequence[str]) -> None:
+    """Write each row of dedupe to the file of its split.
+
+    Args:
+        sides: Split of each row, shape (n_rows,).
+    """
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(appended_batches(path, GROUPED)) for name, path in SPLITS.items()}
+        start = 0
+        for batch in iterate_batches(DEDUPED, GROUPED.names):
+            own = pa.array(sides[start : start + batch.num_rows])
+            start += batch.num_rows
+            for name, append in files.items():
+                append(batch.filter(pc.equal(own, name)))
 
 
 def find_bridges(removed: Iterable[dict[str, Any]], splits: Mapping[str, str]) -> Iterator[dict[str, Any]]:

@@ -111,22 +111,28 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema)
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
     """Write record batches as Parquet atomically; each non-empty batch becomes a row group."""
-    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with appended_batches(path, schema) as append:
         for batch in batches:
+            append(batch)
+
+
+@contextmanager
+def appended_batches(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Yield a function that appends a record batch to a Parquet file, which replaces `path` on success."""
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+
+        def append(batch: pa.RecordBatch) -> None:
             if batch.num_rows:
                 writer.write_batch(batch.cast(schema))
+
+        yield append
 
 
 @contextmanager
 def appended_rows(path: Path, schema: pa.Schema) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
     """Yield a function that appends rows to a Parquet file, which replaces `path` on success."""
-    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-
-        def append(rows: Sequence[Mapping[str, Any]]) -> None:
-            if rows:
-                writer.write_batch(pa.RecordBatch.from_pylist(list(rows), schema=schema))
-
-        yield append
+    with appended_batches(path, schema) as append:
+        yield lambda rows: append(pa.RecordBatch.from_pylist(list(rows), schema=schema))
 
 
 def write_table(path: Path, table: pa.Table) -> None:

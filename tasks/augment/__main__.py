@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from nightshift.core.config import load_params
 from nightshift.core.errors import DataError
-from nightshift.core.files import appended_rows, iterate_batches, text_digest, write_rows
+from nightshift.core.files import appended_rows, iterate_batches, text_digest, write_batches
 from nightshift.core.paths import AUGMENTED_TRAIN, BASE, REJECTED, SIMILARITY, TRAIN
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import FEWEST
@@ -93,8 +93,8 @@ def main() -> None:
             else by_model(params, BASE, stack.enter_context(open_memo()))
         )
         compare = load_embedder(params.embedder) if params.embedder else None
-        rows = augment(propose, params, compare, tally, (log_rejected, log_scores))
-        write_rows(AUGMENTED_TRAIN, rows, AUGMENTED)
+        batches = augment(propose, params, compare, tally, (log_rejected, log_scores))
+        write_batches(AUGMENTED_TRAIN, batches, AUGMENTED)
     require_rules(tally)
     require_acceptance(tally.accepted_by_source, tally.rejected_by_source, params.min_acceptance_rate)
     write_summary(
@@ -118,16 +118,23 @@ def augment(
     compare: CompareMeaning | None,
     tally: Tally,
     logs: tuple[Callable[[list[dict[str, Any]]], None], Callable[[list[dict[str, Any]]], None]],
-) -> Iterator[AugmentedExample]:
-    """Yield each original followed by its paraphrases; log rejected candidates and scores."""
+) -> Iterator[pa.RecordBatch]:
+    """Yield batches of each original followed by its paraphrases; log rejected candidates and scores."""
     for batch in iterate_batches(TRAIN):
+        tally.rows_in += batch.num_rows
+        if set(params.sources).isdisjoint(batch["source"].unique().to_pylist()):
+            added = [AUGMENTED.field(name) for name in AUGMENTED.names[len(batch.schema) :]]
+            nulls = [pa.nulls(batch.num_rows, field.type) for field in added]
+            yield pa.RecordBatch.from_arrays([*batch.columns, *nulls], schema=AUGMENTED)
+            continue
         works = [Work(row) for row in batch.to_pylist()]
         selected = [work for work in works if _is_selected(work.example, params, tally)]
         paraphrase(selected, propose, params, compare, tally)
+        rows: list[AugmentedExample] = []
         for work in works:
-            tally.rows_in += 1
-            yield {**work.example, "parent_id": None, "style": None, "ordinal": None}
-            yield from work.accepted
+            rows.append({**work.example, "parent_id": None, "style": None, "ordinal": None})
+            rows += work.accepted
+        yield pa.RecordBatch.from_pylist(rows, schema=AUGMENTED)
         logs[0]([row for work in works for row in work.rejected])
         logs[1]([row for work in works for row in work.scores])
 
