@@ -1,5 +1,6 @@
 """Run the stage: find the training rows that overlap with evaluation questions, and write the others."""
 
+import logging
 from collections import Counter
 from functools import partial
 
@@ -23,6 +24,7 @@ from tasks.decontaminate.overlaps import COLUMNS, start_search
 # Size of the rows from which they are searched on all CPU cores, and rows that a process searches at once.
 MANY_BYTES = 64 * 2**20
 ROWS_PER_WORK = 1000
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -52,6 +54,12 @@ def main() -> None:
         (HITS, "decontaminate.max_drop_rate"),
         "see the overlaps in this file, remove them from the rows or from snapshot.benchmarks",
     )
+    for source, found_reasons in drops.by_source().items():
+        count = sum(found_reasons.values())
+        log.warning(
+            "%s: %d row(s) of %s overlap with evaluation questions and are not trained on, such as %s",
+            *(HITS, count, source, drops.examples[source][0]),
+        )
     clean = (
         batch.filter(pa.array([id_ not in hits for id_ in batch["id"].to_pylist()]))
         for batch in iterate_batches(AUGMENTED_TRAIN)

@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from nightshift.core.config import load_params
 from nightshift.core.errors import GateError
-from nightshift.core.files import read_json, read_rows, write_text
+from nightshift.core.files import iterate_rows, read_json, read_rows, write_text
 from nightshift.core.paths import (
     AUGMENTED_TRAIN,
     BENCHMARKS,
@@ -28,6 +29,7 @@ from nightshift.core.paths import (
     DATA,
     EFFECTIVE,
     GATE,
+    HITS,
     JUDGED,
     METRICS,
     OUTCOME,
@@ -65,6 +67,8 @@ from tasks.report.filters import cell, code, cut, line
 from tasks.report.freshness import describe_freshness, draw_freshness
 from tasks.report.summary import describe_statistics, headline, summarize
 
+# Rows that overlap with evaluation questions.
+SHOWN_HITS = 20
 log = logging.getLogger(__name__)
 
 
@@ -149,6 +153,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "changes": changes,
         "summaries": summaries,
         "repairs": [json.loads(line) for line in REPAIRS.read_text(encoding="utf-8").splitlines()],
+        "hits": list(islice(iterate_rows(HITS), SHOWN_HITS)),
         "unused": unused_by_snapshot(),
         "funnel": [stage for stage in summaries if stage in {end[0] for way in TRANSFERS for end in way}],
         "accepted": accepted_paraphrases(AUGMENTED_TRAIN, SIMILARITY),

@@ -11,6 +11,7 @@ from nightshift.data.schemas import ALL_SCORES, AUGMENTED, GROUPED, MESSAGES
 from nightshift.registry import versions
 from nightshift.registry.lineage import write_lineage
 from nightshift.tracking.runs import experiment_id
+from tasks.decontaminate.hits import HITS_SCHEMA
 from tasks.evaluate.scores import metrics
 from tasks.pack import ROWS
 from tests.helpers.checkouts import ROOT
@@ -163,6 +164,9 @@ def make_night(folder: Path, *, champion: bool = True) -> None:
     write_json(data / "evaluate" / "models.json", {})
     repair = {"repair": "mojibake", "origin": "facts/000001.jsonl:3", "before": "CafÃ©", "after": HOSTILE}
     write_text(data / "ingest" / "repairs.jsonl", jsonl([repair]))
+    hit = {"id": "h", "origin": "facts/000001.jsonl:9", "benchmark": "elements", "item": "q1"}
+    hit |= {"reason": "same_question", "match": HOSTILE, "containment": 1.0}
+    write_rows(data / "decontaminate" / "hits.parquet", [hit], HITS_SCHEMA)
     write_examples(data)
     write_mlflow(folder, champion=champion)
     write_scores(data, [row for row in night_scores() if champion or row["model"] != "champion"])

@@ -171,8 +171,8 @@ def test_the_page_renders_on_phone_and_desktop_in_light_and_dark_without_request
                 "2 at optimizer step 3; validation: 2.2 at optimizer step 3, lowest 2.2 at optimizer step 3, "
                 "2.2 at optimizer step 3"
             )
-            # Shown as text, once as a source and once as a paraphrase.
-            assert page.locator("body").inner_text().count(HOSTILE) == 3
+            # Shown as text: a repair, what a row has in common with a question, a source, and a paraphrase.
+            assert page.locator("body").inner_text().count(HOSTILE) == 4
             assert page.locator("script, img, article svg").count() == 0
             assert visit.errors == []
             assert visit.requests == [PAGE.absolute().as_uri()]
@@ -272,6 +272,8 @@ def test_what_ingest_changed_and_did_not_read_is_shown(checkout: Path) -> None:
     page = plain(write_page())
     assert "Columns that ingest did not read, with the number of rows: facts rating of user 4" in page
     assert "Rows that ingest changed: mojibake 1" in page
+    assert "are not trained on: 1 of 1" in page
+    assert "facts/000001.jsonl:9 elements/q1 same question <script>" in page
     assert "Examples of the changes: 1 mojibake, facts/000001.jsonl:3 before: CafÃ© after: <script>" in page
 
 
