@@ -63,23 +63,6 @@ class Removal:
     near: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """What is compared of a text.
-
-    Attributes:
-        prompt: Canonical prompt; empty for a plain text.
-        whole: Shingles of the whole text.
-        own: Shingles of the prompt that are not part of a template.
-        answer: Shingles of the answer.
-    """
-
-    prompt: str
-    whole: Shingles
-    own: Shingles
-    answer: Shingles
-
-
 def keep_first(
     texts: Sequence[Text], keys: Keys, params: DedupeParams, templates: Templates
 ) -> dict[int, Removal]:
@@ -96,18 +79,29 @@ def keep_first(
     """
 
     @lru_cache(CACHED_SETS)
-    def compared(index: int) -> Compared:
-        return prepare(texts[index], params.shingle_size, templates)
+    def whole(index: int) -> Shingles:
+        return comparable_shingles(texts[index].whole, params.shingle_size)
+
+    @lru_cache(CACHED_SETS)
+    def own(index: int) -> tuple[Shingles, Shingles]:
+        return own_shingles(texts[index], params.shingle_size, templates)
+
+    def find_similarity(one: int, other: int) -> float:
+        similarity = jaccard(whole(one), whole(other))
+        if similarity < params.jaccard_threshold:
+            return 0
+        pair = (texts[one], texts[other])
+        if not any(text.prompt for text in pair):
+            return similarity
+        # Few pairs come so far.
+        is_near = is_near_duplicate(pair, (own(one), own(other)), params.jaccard_threshold)
+        return similarity if is_near else 0
 
     removals: dict[int, Removal] = {}
     survivors: dict[int, list[int]] = defaultdict(list)
     for i, buckets in shared_buckets(keys):
         candidates = sorted({other for bucket in buckets for other in survivors[bucket]})
-        near = [
-            (other, similarity)
-            for other in candidates
-            if (similarity := near_similarity(compared(i), compared(other), params.jaccard_threshold))
-        ]
+        near = [(other, similarity) for other in candidates if (similarity := find_similarity(i, other))]
         if near:
             kept, similarity = near[0]
             removals[i] = Removal(kept, similarity, "near_duplicate", tuple(other for other, _ in near))
@@ -117,12 +111,6 @@ def keep_first(
             if len(survivors[bucket]) < LARGEST_BUCKET:
                 survivors[bucket].append(i)
     return removals
-
-
-def prepare(text: Text, size: int, templates: Templates) -> Compared:
-    """Compute the shingles of a text and of its parts."""
-    own, answer = own_shingles(text, size, templates)
-    return Compared(text.prompt, comparable_shingles(text.whole, size), own, answer)
 
 
 def own_shingles(text: Text, size: int, templates: Templates) -> tuple[Shingles, Shingles]:
@@ -135,28 +123,33 @@ def own_shingles(text: Text, size: int, templates: Templates) -> tuple[Shingles,
     return own, answer
 
 
-def near_similarity(one: Compared, other: Compared, threshold: float) -> float:
-    """Return the exact Jaccard similarity of two near-duplicates, 0 if they are none.
+def is_near_duplicate(
+    pair: tuple[Text, Text],
+    shingles: tuple[tuple[Shingles, Shingles], tuple[Shingles, Shingles]],
+    threshold: float,
+) -> bool:
+    """Return whether two texts with nearly the same words are near-duplicates.
 
-    Their words must be nearly the same, and so must those that are not part of a template. Their questions
+    Those of their words that are not part of a template must be nearly the same, too. Their questions
     must be alike and their answers too: the same question answered differently is a label conflict, which a
     person has to resolve, and the same answer to another question is another example.
+
+    Args:
+        pair: Texts, at least one of them with a prompt.
+        shingles: `own_shingles` of each.
+        threshold: Least Jaccard similarity of near-duplicates, 0 to 1.
     """
-    similarity = jaccard(one.whole, other.whole)
-    if similarity < threshold:
-        return 0
-    if not (one.prompt or other.prompt):
-        return similarity
-    if one.prompt == other.prompt:
-        return similarity if jaccard(one.answer, other.answer) >= threshold else 0
-    is_alike = (
-        not is_another_question(one.prompt.split(), other.prompt.split())
-        and jaccard(one.answer, other.answer) >= ALIKE
-        and bool(one.own and other.own)
-        and jaccard(one.own, other.own) >= ALIKE
-        and jaccard(one.own | one.answer, other.own | other.answer) >= threshold
+    prompts = [text.prompt for text in pair]
+    (own, answer), (other_own, other_answer) = shingles
+    if prompts[0] == prompts[1]:
+        return jaccard(answer, other_answer) >= threshold
+    return (
+        not is_another_question(*(prompt.split() for prompt in prompts))
+        and jaccard(answer, other_answer) >= ALIKE
+        and bool(own and other_own)
+        and jaccard(own, other_own) >= ALIKE
+        and jaccard(own | answer, other_own | other_answer) >= threshold
     )
-    return similarity if is_alike else 0
 
 
 def shared_buckets(keys: Keys) -> Iterator[tuple[int, list[int]]]:
