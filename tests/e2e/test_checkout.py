@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import time
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,45 +21,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from infra.local import prefect_api
 from nightshift.core.files import read_json, tree_digest
 from nightshift.core.ports import free_port
-from tests.helpers.checkouts import BIN, ROOT, Checkout, make_checkout
+from tests.helpers.checkouts import BIN, ROOT, Checkout, ServedCheckout, make_checkout
 
 pytestmark = pytest.mark.timeout(900)
 STAGES = ["base", "ingest", "dedupe", "split", "augment", "decontaminate", "pack", "sft", "evaluate", "gate"]
 BAD_LINES = b'{"messages": [\n\xff\xfe\n'
-
-
-class ServedCheckout(Checkout):
-    """A checkout with its own stack."""
-
-    def make_run(self) -> str:
-        """Run `make run` with the environment that is already installed."""
-        return self.type("make", f"VENV={BIN.parent}", "-o", f"{BIN.parent}/ready", "run")
-
-    def api(self, path: str, body: dict[str, Any]) -> Any:
-        """Call the API of this checkout's Prefect server."""
-        found = tomllib.loads((self.folder / "prefect.toml").read_text())["api"]
-        return prefect_api.call(found["url"], found["auth_string"], "POST", path, body)
-
-    def last_run(self) -> dict[str, Any]:
-        """Return the flow run that was started last."""
-        begun = {"start_time": {"is_null_": False}}
-        body = {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun}
-        body["flows"] = {"name": {"any_": ["finetune"]}}
-        run: dict[str, Any] = self.api("/flow_runs/filter", body)[0]
-        return run
-
-    def mlflow_runs(self) -> list[str]:
-        """Return the ids of all MLflow runs."""
-        client = MlflowClient(f"sqlite:///{self.folder / '.nightshift' / 'mlflow.db'}")
-        return sorted(run.info.run_id for run in client.search_runs(["1"]))
-
-    def task_states(self) -> dict[str, str]:
-        """Return task name -> state for the last flow run."""
-        body = {"flow_runs": {"id": {"any_": [self.last_run()["id"]]}}}
-        return {task["name"]: task["state_name"] for task in self.api("/task_runs/filter", body)}
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,13 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from infra.local import prefect_api
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -40,6 +43,40 @@ class Checkout:
         )
         assert done.returncode == code, done.stdout
         return done.stdout
+
+
+class ServedCheckout(Checkout):
+    """A checkout with its own stack."""
+
+    def make_run(self) -> str:
+        """Run `make run` with the environment that is already installed."""
+        return self.type("make", f"VENV={BIN.parent}", "-o", f"{BIN.parent}/ready", "run")
+
+    def api(self, path: str, body: dict[str, Any]) -> Any:
+        """Call the API of this checkout's Prefect server."""
+        found = tomllib.loads((self.folder / "prefect.toml").read_text())["api"]
+        return prefect_api.call(found["url"], found["auth_string"], "POST", path, body)
+
+    def last_run(self) -> dict[str, Any]:
+        """Return the flow run that was started last."""
+        begun = {"start_time": {"is_null_": False}}
+        body = {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": begun}
+        body["flows"] = {"name": {"any_": ["finetune"]}}
+        run: dict[str, Any] = self.api("/flow_runs/filter", body)[0]
+        return run
+
+    def mlflow_runs(self) -> list[str]:
+        """Return the ids of all MLflow runs."""
+        # Takes seconds, and most tests need none.
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.folder / '.nightshift' / 'mlflow.db'}")
+        return sorted(run.info.run_id for run in client.search_runs(["1"]))
+
+    def task_states(self) -> dict[str, str]:
+        """Return task name -> state for the last flow run."""
+        body = {"flow_runs": {"id": {"any_": [self.last_run()["id"]]}}}
+        return {task["name"]: task["state_name"] for task in self.api("/task_runs/filter", body)}
 
 
 def small_params(base: Path) -> dict[str, Any]:
