@@ -14,7 +14,7 @@ demo's.
 
     python -m benchmarks.month FOLDER
 
-takes most of an hour on 2 CPU cores, and goes on where it was interrupted if the folder exists. It writes
+takes most of an hour on 2 CPU cores, and continues after an interruption if the folder exists. It writes
 `benchmarks/results/month.json`; the exit code is 1 if an event did not end as it must.
 """
 
@@ -120,7 +120,7 @@ class Night:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command-line arguments."""
-    parser.add_argument("folder", type=Path, help="folder of the clone; if it exists, goes on there")
+    parser.add_argument("folder", type=Path, help="folder of the clone; if it exists, the run continues there")
 
 
 def main(folder: Path) -> None:

@@ -15,7 +15,7 @@ from nightshift.core.stage import build_parser
 from nightshift.core.state import state_dir
 
 CHECK_SECONDS = 2.0
-# Longest pause if a service ends again and again, as on a full disk.
+# Longest pause if a service ends repeatedly, as on a full disk.
 PAUSE_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
