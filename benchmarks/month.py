@@ -120,7 +120,7 @@ class Night:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command-line arguments."""
-    parser.add_argument("folder", type=Path, help="folder of the clone; if it exists, the run continues there")
+    parser.add_argument("folder", type=Path, help="folder of the clone; if it exists, continues there")
 
 
 def main(folder: Path) -> None:
