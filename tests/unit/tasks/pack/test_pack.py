@@ -1,11 +1,11 @@
 """Packed rows and the errors about examples that do not fit."""
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 
@@ -15,7 +15,6 @@ from tasks.pack import PackParams, packer
 from tasks.pack import __main__ as stage
 from tasks.pack.packer import pack, start_packer
 from tasks.pack.spans import Numbers, SpanFile
-from tests.helpers.processes import command_line
 
 
 @pytest.fixture
@@ -95,19 +94,14 @@ def test_a_large_set_is_packed_in_parts_of_limited_size(monkeypatch: pytest.Monk
     assert sizes == [[6, 6], [5, 1, 6], [1]]
 
 
-def packer_process() -> psutil.Process:
-    (process,) = [one for one in psutil.Process().children() if "spawn_main" in " ".join(command_line(one))]
-    return process
-
-
 def test_a_packer_that_is_killed_is_an_error_and_none_is_left() -> None:
     with pytest.raises(StageError, match="exit code -9"), start_packer() as call:
-        process = packer_process()
+        (process,) = multiprocessing.active_children()
         process.kill()
         call([1], 8)
-    with start_packer() as call:
-        process = packer_process()
-    assert not process.is_running()
+    with start_packer():
+        (process,) = multiprocessing.active_children()
+    assert process.exitcode is not None
 
 
 def tally(spans: SpanFile, over_length: str, *examples: Encoded, max_length: int = 8) -> stage.Tally:
