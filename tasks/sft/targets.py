@@ -5,15 +5,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from nightshift.core.config import suggestion
+from nightshift.core.files import read_json
+from nightshift.core.paths import START_MODEL
+from nightshift.registry.start import ADAPTER_CONFIG
 from tasks.sft import SftParams
-from tasks.sft.model import add_adapter, is_tied, layer_number
+from tasks.sft.model import ADAPTER_WEIGHTS, add_adapter, is_tied, layer_number
 from tasks.sft.probe import build_config
 
 
-def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[str]:
+def find_adapter_faults(config: Mapping[str, Any], params: SftParams, start: int | None = None) -> list[str]:
     """Return why the adapter of the section, or its patterns, do not fit the base; empty if they do.
 
     The model is built on torch's meta device: all modules, and no memory.
@@ -21,6 +26,7 @@ def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[st
     Args:
         config: The base model's config.json.
         params: `sft` section of params.yaml.
+        start: Version from which training starts, whose adapter must be the same; None for the base.
     """
     if params.adapter is None and not params.unfrozen_parameters:
         return []
@@ -32,11 +38,36 @@ def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[st
     if faults:
         return faults
     try:
-        add_adapter(model, params)
+        model = add_adapter(model, params)
     # PEFT refuses combinations of a layer and an option with errors of several types.
     except Exception as err:  # noqa: BLE001
         return [f"sft: PEFT cannot add this adapter: {str(err).strip()}; change the lora_ options it names"]
-    return []
+    return [] if start is None else list(find_other_weights(model, params, start))
+
+
+def find_other_weights(model: Any, params: SftParams, start: int) -> Iterator[str]:
+    """Yield how the adapter of the section differs from that of the version from which training starts.
+
+    Args:
+        model: Base with the adapter of the section, on the meta device.
+        params: `sft` section of params.yaml.
+        start: The version.
+    """
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    own = {name: list(one.shape) for name, one in get_peft_model_state_dict(model, state_dict=named).items()}
+    with safe_open(START_MODEL / ADAPTER_WEIGHTS, "pt") as file:
+        known = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    if own == known:
+        return
+    targets = read_json(START_MODEL / ADAPTER_CONFIG)["target_modules"]
+    different = sorted(name for name in own.keys() | known.keys() if own.get(name) != known.get(name))
+    first = different[0]
+    yield (
+        f"sft.lora_target_modules is {params.lora_target_modules}, but version {start}, from which training "
+        f"starts (sft.start_from: champion), has an adapter on {targets}: {len(different)} weights differ, "
+        f"such as {first} with the shape {own.get(first, 'none')} instead of {known.get(first, 'none')}; set "
+        "the same modules, or set sft.start_from to base, which trains a new model"
+    )
 
 
 def find_unmatched_patterns(model: Any, params: SftParams) -> Iterator[str]:
