@@ -66,6 +66,14 @@ def load_model(
     return model if params.adapter is None else adapt(model, params, strategy, precision, unreached)
 
 
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of the adapter of a model by the names with which they are saved."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    named = {name: weight for name, weight in parameters if weight.requires_grad}
+    weights: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=named)
+    return weights
+
+
 def load_adapter(model: Any, folder: Path) -> None:
     """Give the adapter of a model the weights of a saved one.
 
@@ -74,8 +82,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     """
     saved = load_file(folder / ADAPTER_WEIGHTS)
     set_peft_model_state_dict(model, saved)
-    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    live = get_peft_model_state_dict(model, state_dict=named)
+    live = adapter_weights(model)
     different = [
         name
         for name in sorted(live.keys() | saved.keys())

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +13,7 @@ from nightshift.core.files import read_json
 from nightshift.core.paths import START_MODEL
 from nightshift.registry.start import ADAPTER_CONFIG
 from tasks.sft import SftParams
-from tasks.sft.model import ADAPTER_WEIGHTS, add_adapter, is_tied, layer_number
+from tasks.sft.model import ADAPTER_WEIGHTS, adapter_weights, add_adapter, is_tied, layer_number
 from tasks.sft.probe import build_config
 
 
@@ -53,8 +52,7 @@ def find_other_weights(model: Any, params: SftParams, start: int) -> Iterator[st
         params: `sft` section of params.yaml.
         start: The version.
     """
-    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    own = {name: list(one.shape) for name, one in get_peft_model_state_dict(model, state_dict=named).items()}
+    own = {name: list(weight.shape) for name, weight in adapter_weights(model).items()}
     with safe_open(START_MODEL / ADAPTER_WEIGHTS, "pt") as file:
         known = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     if own == known:
