@@ -16,9 +16,11 @@ from nightshift.core.paths import BASE_RECORD, START_RECORD
 from nightshift.registry.bases import base_digest
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Parameter of the section `sft` -> entry of PEFT's adapter_config.json: they decide what the weights of an
+# Parameter of the section `sft` -> entry of PEFT's adapter_config.json, which decide what the weights of an
 # adapter mean. The modules are compared when the model is built.
 SHARED = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora"}
+# Entries of adapters that were trained elsewhere, which no parameter sets.
+FOREIGN = ("alpha_pattern", "rank_pattern", "layer_replication", "fan_in_fan_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,9 @@ def find_misfits(model: Path, version: int, params: Mapping[str, Any]) -> Iterat
     elif file.is_file():
         config = read_json(file)
         for name, entry in SHARED.items():
-            own, its = params[name], config[entry]
+            own, its = params[name], config.get(entry, False)
             if own != its:
                 yield f"sft.{name} is {own}, but {where}, has {its}; set the same, {remedy}"
+        for entry in FOREIGN:
+            if config.get(entry):
+                yield f"{where}, has an adapter with {entry} {config[entry]}; set sft.start_from to base"

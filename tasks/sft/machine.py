@@ -123,7 +123,7 @@ def probe_machine(
     import torch
 
     from tasks.sft.probe import Probe
-    from tasks.sft.targets import find_adapter_faults
+    from tasks.sft.targets import find_adapter_faults, find_other_weights
 
     devices = visible_devices()
     device = "cuda" if devices else "cpu"
@@ -135,9 +135,13 @@ def probe_machine(
     if params.fp8_base:
         require_float8(precision, device)
     probe = Probe(params, device, precision, config, longest)
-    if faults := find_adapter_faults(config, params, start):
+    if faults := find_adapter_faults(config, params):
         raise ConfigError("\n  ".join(["params.yaml: these parameters do not fit the base:", *faults]))
     attention, leak = choose_attention(params.attn_implementation, device, probe)
+    unreached = probe.find_unreached()
+    if start is not None and params.adapter:
+        for fault in find_other_weights(config, params, start, unreached):
+            raise ConfigError(f"params.yaml: {fault}")
     return Machine(
         device=device,
         devices=devices,
@@ -147,7 +151,7 @@ def probe_machine(
         head=probe.find_head(),
         has_liger=device == "cuda" and supports_liger(str(config.get("model_type"))),
         leak=leak,
-        unreached=probe.find_unreached(),
+        unreached=unreached,
     )
 
 

@@ -1,7 +1,7 @@
 """The adapter on the structure of the base: which names match, and what PEFT refuses, before weights load."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,41 +17,47 @@ from tasks.sft.model import ADAPTER_WEIGHTS, adapter_weights, add_adapter, is_ti
 from tasks.sft.probe import build_config
 
 
-def find_adapter_faults(config: Mapping[str, Any], params: SftParams, start: int | None = None) -> list[str]:
+def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[str]:
     """Return why the adapter of the section, or its patterns, do not fit the base; empty if they do.
-
-    The model is built on torch's meta device: all modules, and no memory.
 
     Args:
         config: The base model's config.json.
         params: `sft` section of params.yaml.
-        start: Version from which training starts, whose adapter must be the same; None for the base.
     """
     if params.adapter is None and not params.unfrozen_parameters:
         return []
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(build_config(config), trust_remote_code=False)
+    model = build_structure(config)
     if params.adapter is None:
         return list(find_unmatched_patterns(model, params))
     faults = [*find_unmatched(model, params), *find_untrainable(model, params)]
     if faults:
         return faults
     try:
-        model = add_adapter(model, params)
+        add_adapter(model, params)
     # PEFT refuses combinations of a layer and an option with errors of several types.
     except Exception as err:  # noqa: BLE001
         return [f"sft: PEFT cannot add this adapter: {str(err).strip()}; change the lora_ options it names"]
-    return [] if start is None else list(find_other_weights(model, params, start))
+    return []
 
 
-def find_other_weights(model: Any, params: SftParams, start: int) -> Iterator[str]:
+def build_structure(config: Mapping[str, Any]) -> Any:
+    """Build a base on torch's meta device: all modules, and no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(build_config(config), trust_remote_code=False)
+
+
+def find_other_weights(
+    config: Mapping[str, Any], params: SftParams, start: int, unreached: Sequence[str]
+) -> Iterator[str]:
     """Yield how the adapter of the section differs from that of the version from which training starts.
 
     Args:
-        model: Base with the adapter of the section, on the meta device.
-        params: `sft` section of params.yaml.
+        config: The base model's config.json.
+        params: `sft` section of params.yaml, with an adapter that fits the base.
         start: The version.
+        unreached: Names of modules that get no adapter.
     """
+    model = add_adapter(build_structure(config), params, unreached)
     own = {name: list(weight.shape) for name, weight in adapter_weights(model).items()}
     with safe_open(START_MODEL / ADAPTER_WEIGHTS, "pt") as file:
         known = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -52,6 +52,12 @@ def test_a_version_is_the_start_on_its_own_base_only(chosen: Start, reason: str 
         ({"use_dora": True}, CONFIG, "sft.use_dora is True, but version 3"),
         ({"adapter": None}, CONFIG, "sft.adapter is null, but version 3"),
         ({}, None, "sft.adapter is lora, but version 3"),
+        ({}, {"r": 8, "lora_alpha": 16}, None),
+        (
+            {},
+            CONFIG | {"alpha_pattern": {"q_proj": 4}},
+            "version 3, from which training starts (sft.start_from: ",
+        ),
     ],
 )
 def test_what_decides_the_meaning_of_the_weights_must_be_the_same(
