@@ -52,15 +52,25 @@ def start_at(in_tmp: Path, tiny_base: Path, champions: Callable[[str], Path]) ->
     return start
 
 
-@pytest.mark.parametrize("champion", CHAMPIONS)
+@pytest.mark.parametrize(
+    ("champion", "strategy"),
+    [
+        ("lora", "single"),
+        ("full", "single"),
+        *(pytest.param("lora", name, marks=pytest.mark.long) for name in ("zero2", "zero3", "fsdp2")),
+        *(pytest.param("full", name, marks=pytest.mark.long) for name in ("zero3", "fsdp2")),
+    ],
+)
 def test_the_first_loss_is_that_of_the_champion(
     start_at: Callable[..., Path],
     tiny_base: Path,
     clean_environment: dict[str, str],
     champion: str,
+    strategy: str,
 ) -> None:
     folder = start_at(champion)
-    done = run_sft(folder, clean_environment, "state", start_from="champion", **CHAMPIONS[champion])
+    changes = {**CHAMPIONS[champion], "start_from": "champion", "strategy": strategy}
+    done = run_sft(folder, clean_environment, "state", **changes)
     assert done.returncode == 0, done.stdout
     assert "training starts from version 2, whose weights are trained further" in done.stdout
     losses = history(folder, "state")
