@@ -49,7 +49,10 @@ def update_start() -> None:
         start = Start()
     else:
         start = find_start(RAW)
-        log.info("training starts from %s", f"version {start.version}" if start.version else start.reason)
+        log.info(
+            "training starts from %s",
+            f"version {start.version}" if start.version else f"the base: {start.reason}",
+        )
     if start.version is None:
         shutil.rmtree(START, ignore_errors=True)
     else:
