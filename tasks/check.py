@@ -13,10 +13,12 @@ from typing import Any
 import yaml
 
 from nightshift.core.config import PARAMS, StageParams, config_error, problems, read_params, suggestion
+from nightshift.core.paths import START_MODEL, START_RECORD
 from nightshift.core.stage import run_main
 from nightshift.data.chat_templates import is_template_edited
 from nightshift.pipeline.graph import find_unread, read_stages
 from nightshift.pipeline.params_yaml import edit
+from nightshift.registry.start import Start, find_misfits, read_record
 
 # Sections used after the graph -> module of the schema.
 OUTSIDE_THE_GRAPH = {
@@ -48,7 +50,7 @@ def check(values: dict[str, Any]) -> None:
         section: problems(schema, section, values.get(section, {})) for section, schema in schemas.items()
     }
     found += [problem for problems_of_section in faulty.values() for problem in problems_of_section]
-    if not faulty["split"] and not faulty["sft"]:
+    if not any(faulty[section] for section in ("base", "pack", "sft", "split")):
         found += find_clashes(values)
     found += [
         f"dvc.yaml: stages.{stage}: no stage reads its outputs, so it has no effect; add them to the `deps` "
@@ -69,16 +71,35 @@ def find_clashes(values: Mapping[str, Any]) -> list[str]:
     """Return conflicts between valid sections, at which training would stop after the preparation.
 
     Example:
-        >>> [clash] = find_clashes({"split": {"validation_share": 0}, "sft": {"eval_steps": 10}})
+        >>> sft = {"eval_steps": 10, "start_from": "base"}
+        >>> values = {"split": {"validation_share": 0}, "pack": {"replay_share": None}, "sft": sft}
+        >>> [clash] = find_clashes(values)
         >>> clash.partition(";")[0]
         'sft.eval_steps: split.validation_share is 0, so there is nothing to evaluate on'
     """
-    if values["sft"]["eval_steps"] is None or values["split"]["validation_share"] > 0:
+    found = []
+    if values["sft"]["eval_steps"] is not None and values["split"]["validation_share"] == 0:
+        found.append(
+            "sft.eval_steps: split.validation_share is 0, so there is nothing to evaluate on; raise it, or "
+            "set eval_steps to null"
+        )
+    if values["sft"]["start_from"] == "champion":
+        found += find_start_faults(values)
+    elif (share := values["pack"]["replay_share"]) is not None:
+        found.append(
+            f"pack.replay_share is {share}, but sft.start_from is base, so all examples have to be trained "
+            "every night; set it to null, or sft.start_from to champion"
+        )
+    return found
+
+
+def find_start_faults(values: Mapping[str, Any]) -> list[str]:
+    """Return why training cannot start from the version that the last snapshot chose, if it did."""
+    start = read_record() if START_RECORD.is_file() else Start()
+    # On another base, training starts from the base.
+    if start.version is None or start.base_model != values["base"]["model"]:
         return []
-    return [
-        "sft.eval_steps: split.validation_share is 0, so there is nothing to evaluate on; raise it, or set "
-        "eval_steps to null"
-    ]
+    return list(find_misfits(START_MODEL, start.version, values["sft"]))
 
 
 def check_overrides(overrides: Mapping[str, Any], path: Path = PARAMS) -> str:

@@ -24,7 +24,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import iterate_rows, read_rows
-from nightshift.core.paths import INGESTED, PAGE, RAW, REMOVED, SHORT
+from nightshift.core.paths import INGESTED, PAGE, RAW, REMOVED, SHORT, START, START_MODEL
 from nightshift.core.state import WORKSPACES, state_dir
 from nightshift.pipeline.dvc_cache import md5, purge, record
 from nightshift.pipeline.graph import outputs, read_stages, reads, stage_order
@@ -203,6 +203,9 @@ def remove_derivatives() -> None:
         if any(reads(stages[stage], other) for other in derived):
             derived.append(stages[stage])
     targets = [PAGE.parent, *(Path(path) for stage in derived[1:] for path in outputs(stage))]
+    if START_MODEL.is_dir():
+        # The version from which training starts may have been trained on them: the snapshot chooses again.
+        targets.append(START)
     for path in (*targets, *(state_dir() / name for name in STATE)):
         if path.is_dir():
             shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nightshift.pipeline.workspaces import clone, share_dvc
 from nightshift.registry.lineage import KEPT, open_lineage
 from nightshift.registry.versions import DIGEST, FORGOTTEN, find_version, open_registry
 
-FETCHED = ("data/raw", "data/benchmarks")
+FETCHED = ("data/raw", "data/benchmarks", "data/start")
 # A run id and a throughput; and settings with what was requested, which `pin_processes` changes. Those in
 # effect are compared one by one.
 VARYING = ("data/sft/mlflow_run.json", "data/sft/effective.json")
@@ -56,7 +57,7 @@ def rebuild(console: Console, version: int) -> bool:
     # The lineage of a 0.1.0 version has no effective settings.
     trained = lineage_data.get("effective", {})
     pin_processes(folder / PARAMS, trained)
-    fetch_data(folder)
+    fetch_data(folder, [path for path in FETCHED if path in before["snapshot"]])
     stages = stages_to_rebuild(folder)
     options = ("--force", "--no-run-cache", "--single-item")
     require(dvc(folder, "repro", *options, *stages), f"a stage failed in {folder}")
@@ -116,16 +117,16 @@ def differences(trained: dict[str, Any], folder: Path) -> list[str]:
     ]
 
 
-def fetch_data(folder: Path) -> None:
-    """Fetch the data in the workspace's dvc.lock from DVC's cache or its remote.
+def fetch_data(folder: Path, paths: Sequence[str]) -> None:
+    """Fetch outputs in the workspace's dvc.lock from DVC's cache or its remote.
 
     Raises:
         StageError: Neither contains the data.
     """
     share_dvc(folder)
-    if dvc(folder, "checkout", "--quiet", *FETCHED):
-        wanted = ", ".join(FETCHED)
-        require(dvc(folder, "pull", *FETCHED), f"{wanted}: neither in DVC's cache nor in its remote")
+    if dvc(folder, "checkout", "--quiet", *paths):
+        wanted = ", ".join(paths)
+        require(dvc(folder, "pull", *paths), f"{wanted}: neither in DVC's cache nor in its remote")
 
 
 def stages_to_rebuild(folder: Path) -> list[str]:

@@ -63,9 +63,24 @@ def about(version: ModelVersion, lineage: dict[str, Any]) -> Table:
     if lineage["changed"]:
         table.add_row("uncommitted changes", ", ".join(lineage["changed"]))
     table.add_row("base", f"{base['model']}, {len(base['files'])} files")
+    # Lineages of earlier releases do not say it.
+    if start := lineage.get("effective", {}).get("start"):
+        table.add_row("started from", describe_start(start))
     table.add_row("trained by", f"run {lineage['training']['run_id']}")
     table.add_row("environment", environment)
     return table
+
+
+def describe_start(start: dict[str, Any]) -> str:
+    """Describe where a training started, as in effective.json.
+
+    Example:
+        >>> describe_start({"version": 3, "reason": None}), describe_start({"version": None, "reason": "why"})
+        ('version 3', 'the base (why)')
+    """
+    if start["version"] is not None:
+        return f"version {start['version']}"
+    return f"the base ({start['reason']})" if start["reason"] else "the base"
 
 
 def shards(lineage: dict[str, Any]) -> Table:

@@ -12,6 +12,11 @@ CHAMPION = DATA / "champion"
 CHAMPION_RECORD = DATA / "champion" / "champion.json"
 BEST = DATA / "champion" / "best.parquet"
 
+START = DATA / "start"
+START_RECORD = DATA / "start" / "start.json"
+START_MODEL = DATA / "start" / "model"
+START_ROWS = DATA / "start" / "rows.parquet"
+
 BASE = DATA / "base" / "model"
 BASE_RECORD = DATA / "base" / "base.json"
 

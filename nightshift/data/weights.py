@@ -27,13 +27,13 @@ class Weights:
     left_out: Counter[str] = field(default_factory=Counter)
     added: Counter[str] = field(default_factory=Counter)
 
-    def repeat(self, rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
+    def repeat(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
         """Yield (row number, row), each row as often as it is trained; the copies of a row are adjacent.
 
         Args:
-            rows: Examples with the columns `COLUMNS`.
+            rows: Row numbers, and examples with the columns `COLUMNS`.
         """
-        for number, row in enumerate(rows):
+        for number, row in rows:
             source = row["source"]
             count = copies(self.of.get(source, 1.0), f"{row['group_id']}/{row['ordinal'] or 0}")
             self.left_out[source] += count == 0

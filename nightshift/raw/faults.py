@@ -43,7 +43,9 @@ REMEDIES = {
         "(with numeric ratings, on all rows), or remove the columns"
     ),
     "rejected_answer": "nothing to fix: a bad answer is not trained",
-    "unsupported_weight": "give a message the weight 0 or 1, and a whole source another weight",
+    "unsupported_weight": (
+        "a token is trained or not: give a message the weight 0 or 1, and a whole source another weight"
+    ),
     "partial_training": "train a turn as a whole, or split it; labels of parts of a text are not supported",
     "no_messages": "give the turns as a list of objects with role and content",
     "not_text": "give each content as text; images, audio and video are not supported",

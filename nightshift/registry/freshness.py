@@ -18,7 +18,7 @@ from pydantic import Field
 
 from nightshift.core.config import StageParams, load_params
 from nightshift.core.files import iterate_rows, read_json
-from nightshift.core.paths import CHAMPION_RECORD, CLEAN_TRAIN, PACKED, VALIDATION
+from nightshift.core.paths import CHAMPION_RECORD, CLEAN_TRAIN, PACKED, START, VALIDATION
 from nightshift.pipeline.graph import changed_paths
 from nightshift.registry.versions import find_alias, open_registry
 from nightshift.tracking.runs import experiment_id
@@ -142,7 +142,7 @@ def find_reason_to_skip(now: float) -> str | None:
     """
     least = load_params(NightlyParams, "nightly").min_expected_gain
     changed = changed_paths("sft") if least else set()
-    if not changed or not changed <= {str(PACKED), str(VALIDATION)}:
+    if not changed or not changed <= {str(PACKED), str(START), str(VALIDATION)}:
         return None
     arrival = read_json(CHAMPION_RECORD)["arrival"]
     client, name = open_registry()

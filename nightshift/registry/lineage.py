@@ -1,9 +1,10 @@
 """Lineage of a version: written when it is registered, read by `nightshift trace`.
 
 `lineage.json` contains code, data down to the shard, base, environment, training run and verdict;
-`rows.parquet` lists every training example with its shard and line. `params.yaml` and `dvc.lock`, which
-identifies the data, are byte-identical copies. `scores.parquet` has the scores of all models, without the
-texts of test examples, which `nightshift forget` could not remove from it.
+`rows.parquet` lists every training example with its shard and line, also those of the version from which
+training started. `params.yaml` and `dvc.lock`, which identifies the data, are byte-identical copies.
+`scores.parquet` has the scores of all models, without the texts of test examples, which `nightshift forget`
+could not remove from it.
 """
 
 import importlib.metadata
@@ -33,11 +34,14 @@ from nightshift.core.paths import (
     PACKED,
     RAW,
     SCORES,
+    START_RECORD,
+    START_ROWS,
     TRAINING_RUN,
 )
 from nightshift.data.benchmarks import OF_TEST_EXAMPLES, task_digests
 from nightshift.data.schemas import ALL_SCORES, Score
 from nightshift.raw.shards import read_digests, used_names
+from nightshift.registry.start import read_start
 from nightshift.tracking.runs import git_commit
 
 KEPT = (Path("params.yaml"), Path("dvc.lock"))
@@ -48,7 +52,7 @@ ROWS = pa.schema([("id", pa.string()), ("origin", pa.string())])
 def write_lineage(folder: Path) -> None:
     """Write the lineage to a folder, from the files of the checkout."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = sorted(set(trained_rows()))
+    rows = sorted({*trained_rows(), *started_rows()})
     write_rows(folder / "rows.parquet", [{"id": one, "origin": origin} for one, origin in rows], ROWS)
     write_rows(folder / SCORES.name, map(without_text, iterate_rows(SCORES)), ALL_SCORES)
     for path in KEPT:
@@ -68,6 +72,7 @@ def write_lineage(folder: Path) -> None:
             "shards": shards,
             "summaries": summaries,
             "base": read_json(BASE_RECORD),
+            "start": read_json(START_RECORD),
             "gate": read_json(GATE),
             "tasks": task_digests(BENCHMARKS),
             "best": read_json(CHAMPION_RECORD)["best"],
@@ -116,6 +121,13 @@ def trained_rows() -> Iterator[tuple[str, str]]:
     """Yield (example, origin) of every span of the packed rows."""
     for row in iterate_rows(PACKED, ["example_ids", "origins"]):
         yield from zip(row["example_ids"], row["origins"], strict=True)
+
+
+def started_rows() -> Iterator[tuple[str, str]]:
+    """Yield (example, origin) of what the version was trained on from which training started."""
+    if read_start().version is not None:
+        for row in iterate_rows(START_ROWS):
+            yield row["id"], row["origin"]
 
 
 @contextmanager

@@ -39,6 +39,9 @@ class PackParams(StageParams):
             chat is split between rounds, and a longer round is dropped.
         max_lost_token_share: Highest share of lost tokens, 0 to 1.
         max_drop_rate: Highest rate of entirely lost examples, 0 to 1, overall and per source.
+        replay_share: Share, 0 to 1, of the examples that the version from which training starts was trained
+            on, which is trained again; None for all.
+        seed: Seed of the choice of these examples.
     """
 
     packing: bool
@@ -46,3 +49,5 @@ class PackParams(StageParams):
     over_length: OverLength
     max_lost_token_share: Rate
     max_drop_rate: Rate
+    replay_share: Rate | None
+    seed: Annotated[int, Field(strict=True, ge=0)]

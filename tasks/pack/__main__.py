@@ -15,14 +15,16 @@ import pyarrow.parquet as pq
 from nightshift.core.config import load_params
 from nightshift.core.errors import DataError
 from nightshift.core.files import iterate_rows, named_errors, write_batches
-from nightshift.core.paths import BASE, CLEAN_TRAIN, PACKED, RAW
+from nightshift.core.paths import BASE, CLEAN_TRAIN, PACKED, RAW, START_ROWS
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.drops import Drops, require_drop_rate
 from nightshift.data.encode import Encoded, load_encoder
 from nightshift.data.faults import FAULTS
+from nightshift.data.replay import Replay
 from nightshift.data.tokens import encode_stream, open_memo
 from nightshift.data.weights import COLUMNS, Row, Weights
 from nightshift.raw.options import read_weights
+from nightshift.registry.start import read_start
 from tasks.pack import ROWS, PackParams
 from tasks.pack.packer import start_packer
 from tasks.pack.spans import SpanFile, cut, fit
@@ -55,14 +57,19 @@ class Tally:
 def main() -> None:
     """Encode the examples, cut them into spans, and pack the spans into rows."""
     params = load_params(PackParams, "pack")
-    tally, weights = Tally(), Weights(read_weights(RAW))
+    tally, weights, replay = Tally(), Weights(read_weights(RAW)), find_replay(params)
     with (
         start_packer() if params.packing else nullcontext(one_per_row) as pack,
         named_errors(PACKED),
         SpanFile.create(PACKED.parent) as spans,
     ):
-        for number, row, encoded in encode_examples(weights):
+        for number, row, encoded in encode_examples(weights, replay):
             add(number, row, encoded, spans, params, tally)
+        if replay.left_out and not tally.lengths:
+            raise DataError(
+                f"{CLEAN_TRAIN}: no example is new, and pack.replay_share={params.replay_share} chooses none "
+                "of the others; raise it"
+            )
         require_fit(tally, params)
         require_drop_rate(
             tally.drops,
@@ -77,13 +84,18 @@ def main() -> None:
     tokens = sum(spans.lengths)
     write_summary(
         "pack",
-        rows_in=tally.drops.read.total() - weights.added.total() + weights.left_out.total(),
+        rows_in=tally.drops.read.total()
+        - weights.added.total()
+        + weights.left_out.total()
+        + replay.left_out.total(),
         rows_out=tally.drops.read.total() - tally.drops.by_reason().total(),
         added=weights.added.total(),
-        dropped=tally.drops.by_reason() + Counter(weight=weights.left_out.total()),
+        dropped=tally.drops.by_reason()
+        + Counter(weight=weights.left_out.total(), replay=replay.left_out.total()),
         dropped_by_source=tally.drops.by_source(),
         copies_by_source=dict(sorted((+weights.added).items())),
         left_out_by_source=dict(sorted((+weights.left_out).items())),
+        replayed_by_source=dict(sorted(replay.replayed.items())),
         spans=len(spans.lengths),
         packed_rows=len(rows),
         packed_rows_bound=math.ceil(tokens / params.max_length),
@@ -100,14 +112,23 @@ def one_per_row(lengths: Sequence[int], max_length: int) -> list[list[int]]:  # 
     return [[number] for number in range(len(lengths))]
 
 
-def encode_examples(weights: Weights) -> Iterator[tuple[int, Row, list[Encoded]]]:
+def find_replay(params: PackParams) -> Replay:
+    """Return which examples are trained again, if training starts from a version that was trained on them."""
+    if params.replay_share is None or read_start().version is None:
+        return Replay()
+    trained = {row["id"] for row in iterate_rows(START_ROWS, ["id"])}
+    return Replay(params.replay_share, params.seed, trained)
+
+
+def encode_examples(weights: Weights, replay: Replay) -> Iterator[tuple[int, Row, list[Encoded]]]:
     """Yield the row number of each example, the example (without id) and its sequences of tokens.
 
     Raises:
         DataError: An example that passed ingest cannot be encoded.
     """
     encoder = load_encoder(BASE)
-    examples = weights.repeat(iterate_rows(CLEAN_TRAIN, ["messages", "tools", "origin", *COLUMNS]))
+    columns = ["id", "parent_id", "messages", "tools", "origin", *COLUMNS]
+    examples = weights.repeat(replay.draw(enumerate(iterate_rows(CLEAN_TRAIN, columns))))
     items = (((number, row), (row["messages"], row["tools"])) for number, row in examples)
     with open_memo(encoder) as memo:
         for (number, row), encoded in encode_stream(items, encoder, memo):

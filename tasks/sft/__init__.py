@@ -135,6 +135,7 @@ class SftParams(StageParams):
     """Hyperparameters, with the names and meaning of transformers, TRL and PEFT.
 
     Attributes:
+        start_from: Weights that training starts from: those of the base, or of the champion if there is one.
         strategy: Distributed training strategy.
         num_processes: Number of ranks, or `auto`: one per visible GPU.
         hostfile: DeepSpeed hostfile for multi-node training, or None.
@@ -197,6 +198,7 @@ class SftParams(StageParams):
         seed: Seed of row order, dropout, noise and new weights.
     """
 
+    start_from: Literal["base", "champion"]
     strategy: Strategy
     num_processes: Count | Literal["auto"]
     hostfile: str | None

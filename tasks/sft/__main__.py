@@ -1,6 +1,7 @@
 """Run the stage: compile the plan, launch the ranks, verify the success marker."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from nightshift.core.code_digest import MODEL_ENGINES, code_digest
-from nightshift.core.config import load_params
+from nightshift.core.config import config_error, load_params
 from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import (
     file_digest,
@@ -29,6 +30,7 @@ from nightshift.core.paths import (
     PACKED,
     PLAN,
     SELFTEST,
+    START_MODEL,
     TRAINING_RUN,
     VALIDATION,
 )
@@ -36,6 +38,7 @@ from nightshift.core.stage import run_main, write_summary
 from nightshift.core.state import state_dir
 from nightshift.data.encode import load_encoder
 from nightshift.data.tokens import encode_stream, open_memo
+from nightshift.registry.start import Start, find_misfits, read_start
 from nightshift.tracking import spool
 from nightshift.tracking.runs import tracking_uri
 from tasks.sft import SftParams
@@ -65,6 +68,7 @@ NO_EFFECT_ON_RESULT = (
     # Progress bar in a terminal.
     "tasks/sft/terminal.py",
 )
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -104,15 +108,15 @@ def main() -> None:
 
 def build_job(params: SftParams, sizes: Sizes) -> Job:
     """Build the job of the ranks, with the changes from earlier attempts."""
-    config = read_json(BASE / "config.json")
-    machine = probe_in_subprocess(params, config, longest=max(map(max, sizes.lengths)))
+    config, start = read_json(BASE / "config.json"), find_start(params)
+    machine = probe_in_subprocess(params, config, max(map(max, sizes.lengths)), start.version)
     require_rows_fit(sizes, config, params, machine)
     requested, params = params, with_processes(params, len(machine.devices))
     plan = compile_plan(params, sizes.lengths, sizes.labelled)
     size, is_padded = params.per_device_train_batch_size, machine.leak is not None
     batch = largest_batch(plan.order, sizes.tokens, sizes.labelled, size, is_padded=is_padded)
     backend = choose_backend(params, machine, config, batch)
-    folder = state_dir() / "checkpoints" / training_key(params, backend)
+    folder = state_dir() / "checkpoints" / training_key(params, backend, start)
     attempt = read_attempt(folder)
     micro = micro_batch_size(params.per_device_train_batch_size, attempt.halvings)
     return Job(
@@ -125,11 +129,28 @@ def build_job(params: SftParams, sizes: Sizes) -> Job:
         accumulation_steps=params.gradient_accumulation_steps * (params.per_device_train_batch_size // micro),
         folder=folder,
         base=BASE,
+        start=start,
         rows=folder / "rows.arrow",
         eval_rows=folder / "eval.arrow" if params.eval_steps else None,
         data_digest=dvc_digest(PACKED),
         tracking_uri=tracking_uri(),
     )
+
+
+def find_start(params: SftParams) -> Start:
+    """Return where training starts, and log it.
+
+    Raises:
+        ConfigError: The parameters do not fit the version from which training starts.
+    """
+    start = read_start() if params.start_from == "champion" else Start()
+    if start.version is None:
+        log.info("training starts from the base%s", f": {start.reason}" if start.reason else "")
+    else:
+        log.info("training starts from version %d, whose weights are trained further", start.version)
+        if found := list(find_misfits(START_MODEL, start.version, params.model_dump())):
+            raise config_error(found)
+    return start
 
 
 def resolve_auto(params: SftParams, backend: Backend) -> SftParams:
@@ -153,14 +174,15 @@ def resolve_intervals(params: SftParams, steps: int) -> SftParams:
     return params.model_copy(update={"save_steps": saving, "eval_steps": evaluation})
 
 
-def training_key(params: SftParams, backend: Backend) -> str:
-    """Digest everything that decides the result: code, engines, rows, base, parameters, and backend."""
+def training_key(params: SftParams, backend: Backend, start: Start) -> str:
+    """Digest everything that decides the result: code, engines, data, base, start, parameters, backend."""
     code = code_digest("sft", ENGINES, NO_EFFECT_ON_RESULT)
     base = file_digest(BASE_RECORD)
     heldout = file_digest(VALIDATION) if params.eval_steps else ""
     # GPUs of one kind compute the same result; the reason for a strategy is text and estimates.
     machine = json.dumps({**asdict(backend), "devices": None, "reason": None}, sort_keys=True)
-    return text_digest(code, file_digest(PACKED), heldout, base, params.model_dump_json(), machine)
+    rows = file_digest(PACKED)
+    return text_digest(code, rows, heldout, base, start.digest or "", params.model_dump_json(), machine)
 
 
 def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a value, not a mode

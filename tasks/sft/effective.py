@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from nightshift.core.errors import StageError
@@ -35,6 +36,7 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
             f"strategy {backend.strategy} was chosen, but {strategy} is active; this is a bug, report it"
         )
     runs = {
+        "start_from": "base" if job.start.version is None else "champion",
         "strategy": strategy,
         "precision": backend.precision,
         "attn_implementation": trainer.model.config._attn_implementation,
@@ -56,8 +58,8 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
         for key, value in job.requested.model_dump().items()
     }
     # A later attempt may use a smaller micro-batch; the rows per step stay the same. The strategy is
-    # compared above.
-    free = {"per_device_train_batch_size", "gradient_accumulation_steps", "strategy"}
+    # compared above. Without a champion that fits, training starts from the base.
+    free = {"per_device_train_batch_size", "gradient_accumulation_steps", "strategy", "start_from"}
     # Shares of all steps are steps now.
     free |= {"eval_steps", "save_steps", *unused(job.params)}
     different = {
@@ -75,6 +77,7 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
         "devices": {"requested": job.visible, "effective": devices},
         "loss": {"requested": "auto", "effective": "chunked" if trainer.head else "logits"},
         "lora": {"requested": "auto", "effective": count_lora(trainer.model)},
+        "start": asdict(job.start),
         "strategy_reason": backend.reason,
     }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from nightshift.core.files import write_text
+from nightshift.registry.start import Start
 from tasks.sft import SftParams
 from tasks.sft.backend import Backend
 from tasks.sft.plan import Plan
@@ -23,6 +24,7 @@ class Job(BaseModel):
         accumulation_steps: Forward passes per optimizer step.
         folder: Folder for checkpoints and results.
         base: Folder of the base model.
+        start: Where training starts: from a version, whose model is in data/start, or from the base.
         rows: Arrow file of the packed rows.
         eval_rows: Arrow file of the encoded validation set, or None without evaluations.
         data_digest: DVC digest of the packed rows.
@@ -41,6 +43,7 @@ class Job(BaseModel):
     accumulation_steps: int
     folder: Path
     base: Path
+    start: Start = Start()
     rows: Path
     eval_rows: Path | None
     data_digest: str

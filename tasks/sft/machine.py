@@ -67,13 +67,16 @@ class Machine:
     unreached: tuple[str, ...] = ()
 
 
-def probe_in_subprocess(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
+def probe_in_subprocess(
+    params: SftParams, config: Mapping[str, Any], longest: int, start: int | None = None
+) -> Machine:
     """Probe this machine in a separate process.
 
     Args:
         params: `sft` section of params.yaml.
         config: The model's config.json.
         longest: Length of the longest example in tokens.
+        start: Version from which training starts, or None for the base.
 
     Raises:
         ConfigError: This machine does not support a requested value.
@@ -81,7 +84,8 @@ def probe_in_subprocess(params: SftParams, config: Mapping[str, Any], longest: i
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "machine.json"
-        write_json(file, {"params": params.model_dump(), "config": dict(config), "longest": longest})
+        request = {"params": params.model_dump(), "config": dict(config), "longest": longest, "start": start}
+        write_json(file, request)
         code = subprocess.run([sys.executable, "-m", "tasks.sft.machine", str(file)], check=False).returncode
         result = read_json(file)
     if "error" in result:
@@ -96,7 +100,8 @@ def main(file: Path) -> None:
     supervise.die_with_parent()
     request = read_json(file)
     try:
-        result = asdict(probe_machine(SftParams(**request["params"]), request["config"], request["longest"]))
+        params = SftParams(**request.pop("params"))
+        result = asdict(probe_machine(params, **request))
     except ConfigError as err:
         result = {"error": str(err)}
     write_json(file, result)
@@ -107,7 +112,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="request; the result is written to the same file")
 
 
-def probe_machine(params: SftParams, config: Mapping[str, Any], longest: int) -> Machine:
+def probe_machine(
+    params: SftParams, config: Mapping[str, Any], longest: int, start: int | None = None
+) -> Machine:
     """Probe this machine; the process keeps the GPU memory that this takes. See `probe_in_subprocess`.
 
     Raises:
@@ -116,7 +123,7 @@ def probe_machine(params: SftParams, config: Mapping[str, Any], longest: int) ->
     import torch
 
     from tasks.sft.probe import Probe
-    from tasks.sft.targets import find_adapter_faults
+    from tasks.sft.targets import find_adapter_faults, find_other_weights
 
     devices = visible_devices()
     device = "cuda" if devices else "cpu"
@@ -131,6 +138,10 @@ def probe_machine(params: SftParams, config: Mapping[str, Any], longest: int) ->
     if faults := find_adapter_faults(config, params):
         raise ConfigError("\n  ".join(["params.yaml: these parameters do not fit the base:", *faults]))
     attention, leak = choose_attention(params.attn_implementation, device, probe)
+    unreached = probe.find_unreached()
+    if start is not None and params.adapter:
+        for fault in find_other_weights(config, params, start, unreached):
+            raise ConfigError(f"params.yaml: {fault}")
     return Machine(
         device=device,
         devices=devices,
@@ -140,7 +151,7 @@ def probe_machine(params: SftParams, config: Mapping[str, Any], longest: int) ->
         head=probe.find_head(),
         has_liger=device == "cuda" and supports_liger(str(config.get("model_type"))),
         leak=leak,
-        unreached=probe.find_unreached(),
+        unreached=unreached,
     )
 
 

@@ -3,13 +3,22 @@
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tasks.sft.attention  # noqa: F401 - registers kernels
+from nightshift.core.errors import StageError
 from tasks.sft import SftParams
 from tasks.sft.strategy import keeps_half, uses_autocast
 
@@ -19,6 +28,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAMBA_KINDS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 MAMBA_MODULES = ("out_proj", "conv1d")
 STEP_MODULE = "dt_proj"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_model(
@@ -54,6 +64,35 @@ def load_model(
         model.get_submodule(name).requires_grad_(requires_grad=False)
     freeze_others(model, params.unfrozen_parameters)
     return model if params.adapter is None else adapt(model, params, strategy, precision, unreached)
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of the adapter of a model by the names with which they are saved."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    named = {name: weight for name, weight in parameters if weight.requires_grad}
+    weights: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=named)
+    return weights
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Give the adapter of a model the weights of a saved one.
+
+    Raises:
+        StageError: The two have different weights; PEFT would skip those that do not fit.
+    """
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    set_peft_model_state_dict(model, saved)
+    live = adapter_weights(model)
+    different = [
+        name
+        for name in sorted(live.keys() | saved.keys())
+        if not (name in live and name in saved and torch.equal(live[name], saved[name].to(live[name])))
+    ]
+    if different:
+        raise StageError(
+            f"{folder}: {len(different)} weights are not those of the adapter to train, such as "
+            f"{different[0]}; set sft.start_from to base"
+        )
 
 
 def freeze_others(model: Any, patterns: Sequence[str]) -> None:

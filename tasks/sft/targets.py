@@ -1,22 +1,24 @@
 """The adapter on the structure of the base: which names match, and what PEFT refuses, before weights load."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from nightshift.core.config import suggestion
+from nightshift.core.files import read_json
+from nightshift.core.paths import START_MODEL
+from nightshift.registry.start import ADAPTER_CONFIG
 from tasks.sft import SftParams
-from tasks.sft.model import add_adapter, is_tied, layer_number
+from tasks.sft.model import ADAPTER_WEIGHTS, adapter_weights, add_adapter, is_tied, layer_number
 from tasks.sft.probe import build_config
 
 
 def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[str]:
     """Return why the adapter of the section, or its patterns, do not fit the base; empty if they do.
-
-    The model is built on torch's meta device: all modules, and no memory.
 
     Args:
         config: The base model's config.json.
@@ -24,8 +26,7 @@ def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[st
     """
     if params.adapter is None and not params.unfrozen_parameters:
         return []
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(build_config(config), trust_remote_code=False)
+    model = build_structure(config)
     if params.adapter is None:
         return list(find_unmatched_patterns(model, params))
     faults = [*find_unmatched(model, params), *find_untrainable(model, params)]
@@ -37,6 +38,40 @@ def find_adapter_faults(config: Mapping[str, Any], params: SftParams) -> list[st
     except Exception as err:  # noqa: BLE001
         return [f"sft: PEFT cannot add this adapter: {str(err).strip()}; change the lora_ options it names"]
     return []
+
+
+def build_structure(config: Mapping[str, Any]) -> Any:
+    """Build a base on torch's meta device: all modules, and no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(build_config(config), trust_remote_code=False)
+
+
+def find_other_weights(
+    config: Mapping[str, Any], params: SftParams, start: int, unreached: Sequence[str]
+) -> Iterator[str]:
+    """Yield how the adapter of the section differs from that of the version from which training starts.
+
+    Args:
+        config: The base model's config.json.
+        params: `sft` section of params.yaml, with an adapter that fits the base.
+        start: The version.
+        unreached: Names of modules that get no adapter.
+    """
+    model = add_adapter(build_structure(config), params, unreached)
+    own = {name: list(weight.shape) for name, weight in adapter_weights(model).items()}
+    with safe_open(START_MODEL / ADAPTER_WEIGHTS, "pt") as file:
+        known = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    if own == known:
+        return
+    targets = read_json(START_MODEL / ADAPTER_CONFIG)["target_modules"]
+    different = sorted(name for name in own.keys() | known.keys() if own.get(name) != known.get(name))
+    first = different[0]
+    yield (
+        f"sft.lora_target_modules is {params.lora_target_modules}, but version {start}, from which training "
+        f"starts (sft.start_from: champion), has an adapter on {targets}: {len(different)} weights differ, "
+        f"such as {first} with the shape {own.get(first, 'none')} instead of {known.get(first, 'none')}; set "
+        "the same modules, or set sft.start_from to base, which trains a new model"
+    )
 
 
 def find_unmatched_patterns(model: Any, params: SftParams) -> Iterator[str]:

@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from nightshift.core.errors import PipelineError, StageError, TrainingError
 from nightshift.core.files import read_json, text_digest, tree_digest, write_json
+from nightshift.core.paths import START_MODEL
 from nightshift.core.stage import run_main
 from nightshift.data.encode import IGNORED
 from nightshift.pipeline import supervise
@@ -28,7 +29,7 @@ from tasks.sft.fused import fuse_adapter
 from tasks.sft.guard import Guard
 from tasks.sft.history import best_step, is_exhausted
 from tasks.sft.job import Job, read_job
-from tasks.sft.model import load_model
+from tasks.sft.model import load_adapter, load_model
 from tasks.sft.proof import Proof
 from tasks.sft.rows import map_rows, planned_rows
 from tasks.sft.strategy import deepspeed_config, fsdp_config
@@ -129,9 +130,13 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
     # Before the model: ZeRO-3 shards the weights while they load if the DeepSpeed config is already set.
     args = training_arguments(job)
     filler = {"input_ids": [tokenizer.eos_token_id] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    is_further = job.start.version is not None
+    weights = START_MODEL if is_further and params.adapter is None else job.base
     model = load_model(
-        str(job.base), params, backend.strategy, backend.precision, backend.attention, backend.unreached
+        str(weights), params, backend.strategy, backend.precision, backend.attention, backend.unreached
     )
+    if is_further and params.adapter:
+        load_adapter(model, START_MODEL)
     if backend.lora == "fused":
         fuse_adapter(model)
     if params.fp8_base:

@@ -5,8 +5,9 @@ runs it every night. Sources (params.yaml) become immutable shards
 `data/raw/<source>/<arrival>.<suffix>`; a shard is written only if its bytes are new, so a night without
 new data changes nothing. A source in mode `replace` is exported as a whole: `data/raw/versions.json` lists
 the shards of its newest export, and the others are withdrawn. Benchmarks become `data/benchmarks/<name>/`;
-the registry's champion becomes `data/champion/`. Sources and benchmarks that are no longer in params.yaml
-are kept but not used.
+the registry's champion becomes `data/champion/`, and the version from which training starts, if
+`sft.start_from` asks for one, `data/start/`. Sources and benchmarks that are no longer in params.yaml are
+kept but not used.
 
 The outputs have `persist: true` in dvc.yaml: DVC neither removes them before a run nor replaces them
 with those of an earlier run.

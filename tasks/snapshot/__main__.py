@@ -1,4 +1,4 @@
-"""Run the stage: write new shards, benchmarks and the champion."""
+"""Run the stage: write new shards, benchmarks, the champion, and the start of the training."""
 
 import hashlib
 import logging
@@ -33,6 +33,7 @@ from tasks.snapshot.sources import Offer
 from tasks.snapshot.sources.folders import resolve
 from tasks.snapshot.sources.harness import harness_items
 from tasks.snapshot.sources.packages import BENCHMARK_PACKAGES
+from tasks.snapshot.start import update_start
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def main() -> None:
     write_used(RAW, params.sources)
     write_options(RAW, params.sources)
     update_champion()
+    update_start()
     used = Counter(shard.parent.name for _, shard in used_shards(RAW))
     written = Counter(shard.parent.name for _, shard in find_shards(RAW))
     for line in unused_by_snapshot():

@@ -250,7 +250,7 @@ def run_case(base: Path, folder: Path, changes: Changes) -> None:
     run_main(stage.main)
 
 
-def probe(params: SftParams, config: Any, longest: int) -> Any:
+def probe(params: SftParams, config: Any, longest: int, start: int | None) -> Any:
     """Probe the machine in a fork; the kernels that it tries leave traces in torch."""
     import pickle
 
@@ -258,7 +258,7 @@ def probe(params: SftParams, config: Any, longest: int) -> Any:
 
     def run() -> None:
         try:
-            found: Any = probe_machine(params, config, longest)
+            found: Any = probe_machine(params, config, longest, start)
         except ConfigError as err:
             found = err
         Path("machine").write_bytes(pickle.dumps(found))

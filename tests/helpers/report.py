@@ -149,6 +149,7 @@ def make_night(folder: Path, *, champion: bool = True) -> None:
     write_text(folder / "dvc.lock", "{}")
     data = folder / "data"
     write_json(data / "raw" / "used.json", ["facts"])
+    write_json(data / "start" / "start.json", {})
     for stage, more in SUMMARIES.items():
         write_json(
             data / stage / "summary.json", {"rows_in": 0, "added": 0, "rows_out": 0, "dropped": {}, **more}

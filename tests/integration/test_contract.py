@@ -129,9 +129,9 @@ def test_a_stage_has_the_same_name_everywhere(stage: str, monkeypatch: pytest.Mo
     assert f"data/{stage}/summary.json" in outputs(STAGES[stage])
     if stage == "snapshot":
         # It queries the registry, and its outputs have their own names.
-        assert STAGES[stage]["params"] == ["registry.model_name", "snapshot"]
+        assert STAGES[stage]["params"] == ["registry.model_name", "sft.start_from", "snapshot"]
         assert set(outputs(STAGES[stage])) == {
-            *("data/benchmarks", "data/champion", "data/raw", "data/snapshot/summary.json")
+            *("data/benchmarks", "data/champion", "data/raw", "data/start", "data/snapshot/summary.json")
         }
         return
     assert STAGES[stage]["params"] == [stage]
@@ -178,7 +178,7 @@ def test_only_the_snapshot_has_outputs_that_disable_the_run_cache() -> None:
 
 def test_the_outputs_of_the_snapshot_persist() -> None:
     assert STAGES["snapshot"]["outs"] == [
-        {name: {"persist": True}} for name in ("data/benchmarks", "data/champion", "data/raw")
+        {name: {"persist": True}} for name in ("data/benchmarks", "data/champion", "data/raw", "data/start")
     ]
 
 

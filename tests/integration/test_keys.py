@@ -19,6 +19,7 @@ from nightshift.core.memo import Memo
 from nightshift.data.encode import load_encoder
 from nightshift.data.schemas import AUGMENTED, GROUPED
 from nightshift.data.tokens import open_memo
+from nightshift.registry.start import Start
 from nightshift.replies import Failure
 from tasks.augment import AugmentParams
 from tasks.augment.propose import by_model
@@ -61,7 +62,7 @@ print(json.dumps(found))
 
 def training_key() -> str:
     """Return the key of a training run in the current folder."""
-    return sft.training_key(sft_params(eval_steps=1), BACKEND)
+    return sft.training_key(sft_params(eval_steps=1), BACKEND, Start())
 
 
 def score_keys() -> str:
@@ -179,10 +180,20 @@ def test_another_version_of_a_library_that_decides_is_another_key(
 @pytest.mark.usefixtures("folder")
 def test_neither_the_words_for_a_choice_nor_the_gpu_orphan_a_training() -> None:
     params = sft_params()
-    known = sft.training_key(params, BACKEND)
-    assert sft.training_key(params, replace(BACKEND, devices=("3",), reason="1.0 GiB of 2.0 GiB")) == known
-    assert sft.training_key(params, replace(BACKEND, attention="eager")) != known
-    assert sft.training_key(params, replace(BACKEND, num_processes=2)) != known
+    known = sft.training_key(params, BACKEND, Start())
+    same = replace(BACKEND, devices=("3",), reason="1.0 GiB of 2.0 GiB")
+    assert sft.training_key(params, same, Start(reason="there was no champion yet")) == known
+    assert sft.training_key(params, replace(BACKEND, attention="eager"), Start()) != known
+    assert sft.training_key(params, replace(BACKEND, num_processes=2), Start()) != known
+
+
+@pytest.mark.usefixtures("folder")
+def test_another_start_is_another_training() -> None:
+    starts = (Start(), Start(1, "a" * 64), Start(2, "b" * 64))
+    assert len({sft.training_key(sft_params(), BACKEND, start) for start in starts}) == 3
+    # A version is the same start under another number.
+    one, other = (sft.training_key(sft_params(), BACKEND, Start(number, "a" * 64)) for number in (1, 3))
+    assert one == other
 
 
 @pytest.mark.usefixtures("folder")

@@ -62,6 +62,7 @@ def make_checkout(folder: Path, base: Path) -> None:
     shutil.copytree(base, folder / "data/base/model")
     files = {p.name: file_digest(p) for p in (folder / "data/base/model").iterdir()}
     write_json(folder / "data/base/base.json", {"model": "tiny", "dtype": "float32", "files": files})
+    write_json(folder / "data/start/start.json", {})
     for seed in (1, 2, 3):
         # Weights that change the answer, as training would.
         torch.manual_seed(seed)

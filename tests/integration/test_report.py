@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import pytest
@@ -384,6 +384,20 @@ def test_a_limit_on_the_items_is_named_with_the_gain_and_the_scores(checkout: Pa
     assert "between +10.0 and +50.0 points; 10 of 25 items were asked (evaluate.limit)." in page
     assert "all items, 10 of 25 items were asked (evaluate.limit), chance 25.0%" in page
     assert "even, 5 items" in page
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ({"version": 1, "reason": None}, "training started from version 1"),
+        ({"version": None, "reason": "there was no champion yet"}, "the base: there was no champion yet"),
+        ({"version": None, "reason": None}, "training started from the base trained weights"),
+    ],
+)
+def test_where_training_started_is_shown(checkout: Path, start: dict[str, Any], expected: str) -> None:
+    write_json(report.EFFECTIVE, {**read_json(report.EFFECTIVE), "start": start})
+    assert expected in plain(write_page())
+    assert checkout.is_dir()
 
 
 def test_a_judgement_is_shown_next_to_the_scores(checkout: Path) -> None:

@@ -41,7 +41,7 @@ def test_the_workspace_takes_its_data_from_the_remote_of_the_checkout(checkout: 
     checkout.type("dvc", "remote", "modify", "--local", "storage", "jobs", "2")
     folder = checkout.folder / ".nightshift/reproduce/nightshift-1"
     clone(folder, "HEAD")
-    fetch_data(folder)
+    fetch_data(folder, ["data/raw", "data/benchmarks"])
     assert (folder / "data/raw/1").read_text() == "raw\n"
     assert (folder / "data/benchmarks/1").read_text() == "items\n"
     # Fetched once, for the checkout and all workspaces.

@@ -32,7 +32,13 @@ def test_packing_conserves_tokens_and_never_overfills(
         labels = np.where(np.arange(length) >= first_label, ids, np.int32(-100))
         encoded.append(Encoded(ids, labels, np.arange(0, length if size else 0, size or 1, dtype=np.int32)))
     params = PackParams(
-        packing=True, max_length=16, over_length=policy, max_lost_token_share=1.0, max_drop_rate=1.0
+        packing=True,
+        max_length=16,
+        over_length=policy,
+        max_lost_token_share=1.0,
+        max_drop_rate=1.0,
+        replay_share=None,
+        seed=0,
     )
     tally = Tally()
     with SpanFile.create(tmp_path) as spans:

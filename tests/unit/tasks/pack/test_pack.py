@@ -37,6 +37,8 @@ def params(over_length: str, *, max_length: int = 8, share: float = 0.1) -> Pack
         over_length=over_length,  # type: ignore[arg-type]
         max_lost_token_share=share,
         max_drop_rate=1.0,
+        replay_share=None,
+        seed=0,
     )
 
 
