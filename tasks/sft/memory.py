@@ -59,7 +59,7 @@ CUDA_OVERHEAD = GIB // 2
 # before torch 2.13.
 FLASH = (
     *("flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen"),
-    *("flex_attention", "xformers"),
+    *("flex_attention", "xformers", "avx512_per_example"),
 )
 VARLEN_SHARES_HEADS = (2, 13)
 # The head of Llama-like models, which returns the logits unchanged.
