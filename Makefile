@@ -32,6 +32,7 @@ bench-data: $(VENV)/ready  ## benchmark data preparation (half an hour); install
 
 bench-sft: $(VENV)/ready  ## benchmark training on a CPU (most of an hour)
 	@$(BIN)/python -m benchmarks.fused
+	@$(BIN)/python -m benchmarks.cpu_step
 	@$(BIN)/python -m benchmarks.sft
 
 bench-gpu: $(VENV)/ready  ## benchmark training on an NVIDIA GPU; needs the extra gpu
