@@ -1,10 +1,10 @@
 /*
-Kernels for training on a CPU in bf16: attention within the examples of a packed row.
+Kernels for training on a CPU in bf16: attention within the examples of a packed row, RMSNorm, and the gate of SwiGLU.
 
 Compiled on the machine that trains, by tasks/sft/native.py. Arithmetic is in float32; bf16 is how states are
 stored, and how they enter matrix products. Every result is computed by one thread in a fixed order, so equal
 inputs give equal bits. Tensors are contiguous; queries, keys, values and outputs have the shape
-(n_tokens, n_heads, width), with a width that is a multiple of 16.
+(n_tokens, n_heads, width), with a width that is a multiple of 16. Functions return 0, or 1 if there is no memory.
 */
 
 #include <math.h>
@@ -199,7 +199,6 @@ Causal attention within each example.
 
 q, out: (n_tokens, heads, width); k, v: (n_tokens, kv_heads, width). norms: (heads, n_tokens), the log of the sum
 of the exponentials of each query, for the backward pass. ends: start of each example and end of the row.
-Returns 0, or 1 if there is no memory.
 */
 int attend(
     const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *norms, const int32_t *ends, long examples,
@@ -318,5 +317,55 @@ int attend_backward(
                     }
         }
     free(memory);
+    return 0;
+}
+
+/*
+RMSNorm: out = x * weight / sqrt(mean(x^2) + epsilon), in each of `rows` rows; weight: (width).
+factors: (rows), what each row is multiplied by, for the backward pass.
+*/
+int normalize(
+    const bf16 *x, const bf16 *weight, bf16 *out, float *factors, long rows, long width, float epsilon) {
+    for (long r = 0; r < rows; r++, x += width, out += width) {
+        float sums[LANES] = {0};
+        for (long d = 0; d < width; d += LANES)
+            for (int l = 0; l < LANES; l++) sums[l] += widen(x[d + l]) * widen(x[d + l]);
+        float factor = factors[r] = 1 / sqrtf(add_lanes(sums) / width + epsilon);
+        for (long d = 0; d < width; d++) out[d] = narrow(widen(x[d]) * factor * widen(weight[d]));
+    }
+    return 0;
+}
+
+/* Gradient of `normalize` with respect to x; the weight is frozen. */
+int normalize_backward(
+    const bf16 *x, const bf16 *weight, const float *factors, const bf16 *grad, bf16 *dx, long rows, long width) {
+    for (long r = 0; r < rows; r++, x += width, grad += width, dx += width) {
+        float sums[LANES] = {0}, factor = factors[r];
+        for (long d = 0; d < width; d += LANES)
+            for (int l = 0; l < LANES; l++) sums[l] += widen(grad[d + l]) * widen(weight[d + l]) * widen(x[d + l]);
+        float shift = add_lanes(sums) * factor * factor * factor / width;
+        for (long d = 0; d < width; d++)
+            dx[d] = narrow(widen(grad[d]) * widen(weight[d]) * factor - widen(x[d]) * shift);
+    }
+    return 0;
+}
+
+/* SwiGLU: out = silu(gate) * up, element by element. */
+int swiglu(const bf16 *gate, const bf16 *up, bf16 *out, long count) {
+    for (long i = 0; i < count; i++) {
+        float x = widen(gate[i]);
+        out[i] = narrow(x / (1 + exponential(-x)) * widen(up[i]));
+    }
+    return 0;
+}
+
+/* Gradients of `swiglu` with respect to gate and up. */
+int swiglu_backward(
+    const bf16 *gate, const bf16 *up, const bf16 *grad, bf16 *dgate, bf16 *dup, long count) {
+    for (long i = 0; i < count; i++) {
+        float x = widen(gate[i]), pulled = widen(grad[i]), share = 1 / (1 + exponential(-x));
+        dgate[i] = narrow(pulled * widen(up[i]) * share * (1 + x * (1 - share)));
+        dup[i] = narrow(pulled * x * share);
+    }
     return 0;
 }

@@ -29,7 +29,14 @@ NEEDS = "avx512_bf16"
 MULTIPLE_OF = 16
 POINTER, LONG, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 # Function -> number of pointers, sizes and numbers that it takes.
-SIGNATURES = {"attend": (6, 4, 1), "attend_backward": (10, 4, 1)}
+SIGNATURES = {
+    "attend": (6, 4, 1),
+    "attend_backward": (10, 4, 1),
+    "normalize": (4, 2, 1),
+    "normalize_backward": (5, 2, 0),
+    "swiglu": (3, 1, 0),
+    "swiglu_backward": (5, 1, 0),
+}
 
 
 @cache
@@ -126,6 +133,58 @@ class Attention(torch.autograd.Function):
         tensors = (query, key, value, output, norms, grad_output.contiguous(), *gradients, ends)
         call(load_kernels().attend_backward, tensors, *sizes(query, key, ends), ctx.scale)
         return *gradients, None, None
+
+
+class Norm(torch.autograd.Function):
+    """RMSNorm with a frozen weight, in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """Compute the output, shape as x.
+
+        Args:
+            ctx: Autograd context for `backward`.
+            x: Hidden states, shape (..., width), in bf16; the width is a multiple of 16.
+            weight: Frozen weight, shape (width,), in bf16.
+            epsilon: Term added to the mean of the squares.
+        """
+        x = x.contiguous()
+        width = x.shape[-1]
+        output, factors = torch.empty_like(x), torch.empty(x.numel() // width, dtype=torch.float32)
+        call(load_kernels().normalize, (x, weight, output, factors), len(factors), width, epsilon)
+        ctx.save_for_backward(x, weight, factors)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of x."""
+        x, weight, factors = ctx.saved_tensors
+        gradient = torch.empty_like(x)
+        tensors = (x, weight, factors, grad_output.contiguous(), gradient)
+        call(load_kernels().normalize_backward, tensors, len(factors), x.shape[-1])
+        return gradient, None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Compute the output; all have the same shape, in bf16."""
+        gate, up = gate.contiguous(), up.contiguous()
+        output = torch.empty_like(gate)
+        call(load_kernels().swiglu, (gate, up, output), gate.numel())
+        ctx.save_for_backward(gate, up)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the gradients of gate and up."""
+        gate, up = ctx.saved_tensors
+        gradients = torch.empty_like(gate), torch.empty_like(up)
+        tensors = (gate, up, grad_output.contiguous(), *gradients)
+        call(load_kernels().swiglu_backward, tensors, gate.numel())
+        return gradients
 
 
 def sizes(query: torch.Tensor, key: torch.Tensor, ends: torch.Tensor) -> tuple[int, int, int, int]:
