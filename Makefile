@@ -32,6 +32,7 @@ bench-data: $(VENV)/ready  ## benchmark data preparation (half an hour); install
 
 bench-sft: $(VENV)/ready  ## benchmark training on a CPU (most of an hour)
 	@$(BIN)/python -m benchmarks.fused
+	@$(BIN)/python -m benchmarks.cpu_step
 	@$(BIN)/python -m benchmarks.sft
 
 bench-gpu: $(VENV)/ready  ## benchmark training on an NVIDIA GPU; needs the extra gpu
@@ -55,7 +56,7 @@ down:  ## stop everything that `make run` started
 	@if [ -x $(BIN)/nightshift ]; then $(BIN)/nightshift down; else echo "nothing is installed"; fi
 
 clean: down  ## delete what is installed and compiled; data, models and databases stay
-	rm -rf $(VENV) .kit .nightshift/torch-extensions
+	rm -rf $(VENV) .kit .nightshift/kernels .nightshift/torch-extensions
 
 purge: down  ## delete everything but the code: data, models, the registry, the DVC remote .dvc/remote; asks, unless YES=1
 	@du -sch data .dvc/cache .dvc/remote .nightshift 2>/dev/null || true

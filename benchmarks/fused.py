@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,18 @@ def peak_mib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def make_row() -> dict[str, Any]:
+def make_row(lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
     """Return one flattened row of random tokens; the second half of each example is labelled."""
     chance = random.Random(0)
-    ids = torch.tensor([chance.choices(range(1000, 40_000), k=sum(LENGTHS))])
-    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    ids = torch.tensor([chance.choices(range(1000, 40_000), k=sum(lengths))])
+    ends = torch.tensor([0, *lengths]).cumsum(0)
     labels = ids.clone()
-    for start, length in zip(ends.tolist(), LENGTHS, strict=False):
+    for start, length in zip(ends.tolist(), lengths, strict=False):
         labels[0, start : start + length // 2] = IGNORED
     return {
         "input_ids": ids,
         "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seq_lens_q": ends.int(),
     }
 

@@ -118,7 +118,8 @@ def of_job(folder: Path) -> Record:
     sizes = read_sizes(folder / "data" / "pack" / "train.parquet")
     batch = largest_batch(job.plan.order, sizes.tokens, sizes.labelled, job.micro_batch_size)
     config = read_json(folder / "data" / "base" / "model" / "config.json")
-    expected = estimate(config, job.params, backend.strategy, backend.precision, batch, backend.device)
+    params = job.params.model_copy(update={"attn_implementation": backend.attention})
+    expected = estimate(config, params, backend.strategy, backend.precision, batch, backend.device)
     peak = max(metric.value for metric in metric_history(folder, "peak_memory_gib"))
     return against_peak("the job itself", expected.total, peak * GIB)
 

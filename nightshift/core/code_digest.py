@@ -16,6 +16,8 @@ from nightshift.core.files import text_digest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("nightshift/", "tasks/")
+# Suffixes of files with code.
+LANGUAGES = (".py", ".c")
 # Libraries that a model runs on; the last two lines are optional dependencies.
 MODEL_ENGINES = (
     *("accelerate", "datasets", "fastokens", "jinja2", "numpy", "peft", "safetensors", "tokenizers"),
@@ -35,14 +37,15 @@ def code_digest(stage: str, engines: Iterable[str], without: Collection[str] = (
     """
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     code = [ROOT / path for path in graph["stages"][stage]["deps"] if path.startswith(PACKAGES)]
-    files = [file for path in code for file in ([path] if path.is_file() else path.rglob("*.py"))]
-    names = {file.relative_to(ROOT).as_posix() for file in files}
+    files = [file for path in code for file in ([path] if path.is_file() else path.rglob("*"))]
+    names = {file.relative_to(ROOT).as_posix() for file in files if file.suffix in LANGUAGES}
     return text_digest(source_digest(*names.difference(without)), *versions(*engines))
 
 
 def source_digest(*names: str) -> str:
-    """Hash Python files by name, relative to the project root, and by syntax tree."""
-    code = {name: syntax((ROOT / name).read_text(encoding="utf-8")) for name in sorted(names)}
+    """Hash code files by name, relative to the project root, and Python by syntax tree."""
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in sorted(names)}
+    code = {name: syntax(text) if name.endswith(".py") else text for name, text in texts.items()}
     return text_digest(*(text for pair in code.items() for text in pair))
 
 

@@ -26,6 +26,7 @@ Attention = Literal[
     "flash_attention_2",
     "xformers",
     "flex_attention",
+    "avx512_per_example",
     "sdpa_per_example",
     "sdpa",
     "eager",

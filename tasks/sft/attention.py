@@ -4,6 +4,8 @@ For a packed row, transformers passes one mask to torch's `sdpa`. The kernel the
 tokens of different examples, which the mask discards: 40 % of a CPU step with rows of 1024 tokens. These
 kernels use the example boundaries instead:
 
+- `avx512_per_example`: this stage's own kernel in C, one example after the other; needs bf16 on a CPU with
+  AVX-512 BF16, and a C compiler.
 - `sdpa_per_example`: torch's sdpa, one example after the other; for CPUs.
 - `torch_varlen`: torch's own flash attention (torch >= 2.10); needs a GPU and half precision, no
   package.
@@ -22,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nightshift.core.errors import ConfigError
+from tasks.sft import native
 
 
 def attend_per_example(
@@ -56,6 +59,63 @@ def attend_per_example(
     examples = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, *states, attention_mask=None, **more)[0] for states in examples]
     return torch.cat(outputs, dim=1), None
+
+
+def attend_with_avx512(  # noqa: PLR0913 - transformers' signature
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Apply causal attention within each example of a row with the kernel of `tasks.sft.native`.
+
+    A row without boundaries takes the path of `attend_per_example`.
+
+    Args:
+        module: Attention layer.
+        query: Query states, shape (1, n_heads, n_tokens, width).
+        key: Key states, shape (1, n_kv_heads, n_tokens, width), with n_kv_heads <= n_heads.
+        value: Value states, same shape as `key`, in bf16.
+        attention_mask: Mask of the whole row, True where a token attends to another, or None.
+        dropout: Attention dropout; the kernel supports only 0.
+        scaling: Scale of the scores; None for 1 / sqrt(width).
+        cu_seq_lens_q: Start of each example and end of the row, shape (n_examples + 1,), or None.
+        more: Other arguments of transformers' attention function.
+
+    Returns:
+        The output, shape (1, n_tokens, n_heads, width), and None instead of attention weights.
+
+    Raises:
+        ConfigError: The kernel does not support this machine, model or precision.
+    """
+    query, key, value = cast_to_value_dtype(query, key, value)
+    width = query.shape[-1]
+    faults = {
+        "dropout": bool(dropout),
+        **{name: more.get(name) is not None for name in ("softcap", "s_aux", "position_bias")},
+        f"states on {value.device.type}": value.device.type != "cpu",
+        f"{value.dtype} states": value.dtype != torch.bfloat16,
+        f"heads of width {width}": width % native.MULTIPLE_OF != 0 or value.shape[-1] != width,
+    }
+    if cu_seq_lens_q is not None:
+        faults["windows"] = not is_causal_within(attention_mask, cu_seq_lens_q)
+    if found := [name for name, is_fault in faults.items() if is_fault]:
+        raise ConfigError(
+            f"params.yaml: sft.attn_implementation=avx512_per_example does not support {', '.join(found)}; "
+            "set auto"
+        )
+    native.load_kernels()
+    if cu_seq_lens_q is None:
+        return attend_per_example(module, query, key, value, attention_mask, scaling=scaling, **more)
+    ends = cu_seq_lens_q.int().contiguous()
+    states = [state[0].transpose(0, 1).contiguous() for state in (query, key, value)]
+    output: torch.Tensor = native.Attention.apply(*states, ends, scaling or width**-0.5)  # type: ignore[no-untyped-call]
+    return output[None], None
 
 
 def is_causal_within(attention_mask: torch.Tensor | None, ends: torch.Tensor) -> bool:
@@ -262,6 +322,10 @@ def boundaries(lengths: Sequence[int], device: torch.device | str) -> dict[str, 
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
+# torch.compile cannot trace a kernel in C.
+untraced = torch.compiler.disable(attend_with_avx512)  # type: ignore[no-untyped-call]
+AttentionInterface.register("avx512_per_example", untraced)
+AttentionMaskInterface.register("avx512_per_example", sdpa_mask)
 AttentionInterface.register("sdpa_per_example", attend_per_example)
 AttentionMaskInterface.register("sdpa_per_example", sdpa_mask)
 AttentionInterface.register("torch_varlen", attend_varlen)

@@ -10,6 +10,7 @@ from nightshift.core.errors import StageError
 from tasks.sft import SftParams
 from tasks.sft.fused import count_lora
 from tasks.sft.job import Job
+from tasks.sft.layers import find_fused
 from tasks.sft.machine import VISIBLE
 from tasks.sft.trainer import Trainer
 
@@ -77,6 +78,7 @@ def effective(trainer: Trainer, job: Job) -> dict[str, Any]:
         "devices": {"requested": job.visible, "effective": devices},
         "loss": {"requested": "auto", "effective": "chunked" if trainer.head else "logits"},
         "lora": {"requested": "auto", "effective": count_lora(trainer.model)},
+        "fused_layers": {"requested": "auto", "effective": len(find_fused(trainer.model))},
         "start": asdict(job.start),
         "strategy_reason": backend.reason,
     }

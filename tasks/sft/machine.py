@@ -33,7 +33,7 @@ ATTENTION = {
         *("flash_attention_4", "flash_attention_3", "torch_varlen", "flash_attention_2"),
         *("sdpa_per_example", "sdpa", "eager"),
     ),
-    "cpu": ("sdpa_per_example", "sdpa", "eager"),
+    "cpu": ("avx512_per_example", "sdpa_per_example", "sdpa", "eager"),
 }
 BITSANDBYTES = (*EIGHT_BIT, *PAGED, "lion_32bit")
 VISIBLE = "CUDA_VISIBLE_DEVICES"

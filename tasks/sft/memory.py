@@ -21,7 +21,17 @@ from tasks.sft.shape import (
     read_shape,
     targets,
 )
-from tasks.sft.strategy import BUCKET, GIB, HALF, LOGITS, ZERO, choose_loss, keeps_half, uses_autocast
+from tasks.sft.strategy import (
+    BUCKET,
+    GIB,
+    HALF,
+    LOGITS,
+    ZERO,
+    choose_lora,
+    choose_loss,
+    keeps_half,
+    uses_autocast,
+)
 
 STRATEGIES = ("single", "ddp", *ZERO, "fsdp2")
 # Bytes of optimizer state per trained parameter. 8-bit states have a 4-byte scale per block of 256
@@ -59,7 +69,7 @@ CUDA_OVERHEAD = GIB // 2
 # before torch 2.13.
 FLASH = (
     *("flash_attention_2", "flash_attention_3", "flash_attention_4", "torch_varlen"),
-    *("flex_attention", "xformers"),
+    *("flex_attention", "xformers", "avx512_per_example"),
 )
 VARLEN_SHARES_HEADS = (2, 13)
 # The head of Llama-like models, which returns the logits unchanged.
@@ -297,8 +307,11 @@ def _layer_bytes(shape: Shape, params: SftParams, strategy: str, precision: str,
     autocast = uses_autocast(strategy, precision)
     # Norms in full precision; gate, its activation and up; queries, keys, values and attention output.
     norms, gates = 8.0, 3
-    if params.use_liger_kernel is True:
-        # Liger's norms keep their input as it is, and its SwiGLU recomputes the activation of the gate.
+    is_native = (
+        params.attn_implementation == "avx512_per_example" and choose_lora(params, strategy) == "fused"
+    )
+    if params.use_liger_kernel is True or is_native:
+        # These norms keep their input as it is, and this SwiGLU recomputes the activation of the gate.
         norms, gates = 2.0 * residual, 2
     total = norms * shape.hidden + size * (gates * shape.intermediate + 4 * shape.query)
     if params.adapter is None:

@@ -17,6 +17,7 @@ from nightshift.data.encode import IGNORED
 from tasks.sft import selftest
 from tasks.sft.attention import boundaries, lengths_from_positions
 from tasks.sft.job import Job
+from tasks.sft.layers import unfused
 from tasks.sft.loss import pick, summed_loss
 from tasks.sft.reload import check_weights, load_logits, load_saved
 from tasks.sft.selftest import PackedRow
@@ -159,13 +160,14 @@ def stack(example: dict[str, torch.Tensor], shift: int, vocab_size: int) -> dict
 
 @contextmanager
 def eager(trainer: Trainer) -> Iterator[None]:
-    """Use transformers' eager attention within the block."""
+    """Use transformers' eager attention, norms and gates within the block."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.get_base_model() if trainer.params.adapter else model
     chosen = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        yield
+        with unfused(model):
+            yield
     finally:
         model.set_attn_implementation(chosen)
 

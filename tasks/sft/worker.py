@@ -29,6 +29,7 @@ from tasks.sft.fused import fuse_adapter
 from tasks.sft.guard import Guard
 from tasks.sft.history import best_step, is_exhausted
 from tasks.sft.job import Job, read_job
+from tasks.sft.layers import fuse_layers
 from tasks.sft.model import load_adapter, load_model
 from tasks.sft.proof import Proof
 from tasks.sft.rows import map_rows, planned_rows
@@ -139,6 +140,8 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
         load_adapter(model, START_MODEL)
     if backend.lora == "fused":
         fuse_adapter(model)
+        if backend.attention == "avx512_per_example":
+            fuse_layers(model)
     if params.fp8_base:
         from tasks.sft.float8 import QuantizeBase
 

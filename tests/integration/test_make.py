@@ -14,7 +14,7 @@ KEPT = (
     ".nightshift/mlflow.db",
     ".dvc/remote/files",
 )
-INSTALLED = (".venv/lib", ".kit/a.whl", ".nightshift/torch-extensions/op.so")
+INSTALLED = (".venv/lib", ".kit/a.whl", ".nightshift/kernels/a.so", ".nightshift/torch-extensions/op.so")
 
 
 @pytest.fixture

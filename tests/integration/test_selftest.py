@@ -9,6 +9,8 @@ import torch
 
 from nightshift.core.errors import StageError
 from nightshift.core.files import read_json
+from tasks.sft import native
+from tasks.sft.layers import find_fused
 from tasks.sft.proof import Proof
 from tasks.sft.trainer import Trainer
 
@@ -24,6 +26,7 @@ def selftest_file(trainer: Trainer) -> Path:
         {"adapter": None, "learning_rate": 1e-4},
         {"use_dora": True},
         {"precision": "bf16"},
+        {"precision": "bf16", "attn_implementation": "auto"},
         # An effect below the rounding of bf16 was taken for a lost adapter.
         {"precision": "bf16", "lora_r": 1, "lora_alpha": 1, "use_dora": True},
         {"activation_checkpointing": True},
@@ -90,6 +93,30 @@ def test_a_base_that_is_not_in_float8_as_requested_is_caught(
     monkeypatch.setattr("tasks.sft.machine.cpu_has_bf16", lambda: True)
     monkeypatch.setattr("tasks.sft.float8.quantize_base", lambda _: 0)
     require_refusal(build(fp8_base=True, precision="bf16"), "fp8_base=True was requested")
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong"),
+    [
+        (native.Attention, lambda ctx, _: (*map(torch.ones_like, ctx.saved_tensors[:3]), None, None)),
+        (native.Norm, lambda _, grad: (grad, None, None)),
+        (native.SwiGLU, lambda _, grad: (grad, grad)),
+    ],
+)
+def test_a_kernel_in_c_with_wrong_gradients_is_caught(
+    build: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    function: type,
+    wrong: Callable[..., Any],
+) -> None:
+    monkeypatch.setattr("tasks.sft.machine.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(native, "cpu_flags", lambda: {native.NEEDS})
+    native.load_kernels.cache_clear()
+    monkeypatch.setattr(function, "backward", staticmethod(wrong))
+    trainer = build(precision="bf16", attn_implementation="auto")
+    assert len(find_fused(trainer.model)) == 7
+    require_refusal(trainer, "the gradient of a batch differs from that of its examples")
+    native.load_kernels.cache_clear()
 
 
 def test_the_selftest_changes_neither_weights_nor_random_state(build: Callable[..., Trainer]) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nightshift.core.cpu import cpu_flags
 from nightshift.core.files import file_digest, read_json, tree_digest
+from tasks.sft import native
 from tests.helpers.checkouts import BIN, make_checkout
 from tests.helpers.processes import command_line
 from tests.helpers.sft import only_run
@@ -185,7 +187,8 @@ def test_plan_selftest_and_effective_values_are_written(prepared: Path, undistur
     assert proof["gradients"]["weights_reached"] > 0
     effective = read_json(prepared / "data/sft/effective.json")
     assert effective["strategy"] == {"requested": "zero2", "effective": "zero2"}
-    assert effective["attn_implementation"] == {"requested": "auto", "effective": "sdpa_per_example"}
+    kernel = "avx512_per_example" if native.NEEDS in cpu_flags() else "sdpa_per_example"
+    assert effective["attn_implementation"] == {"requested": "auto", "effective": kernel}
     assert file_digest(prepared / MODEL / "adapter_model.safetensors")
 
 

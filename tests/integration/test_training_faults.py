@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nightshift.core.cpu import cpu_flags
 from nightshift.core.files import read_json, read_rows, tree_digest, write_rows
 from tasks.pack import ROWS
-from tasks.sft import checkpoints
+from tasks.sft import checkpoints, native
 from tests.helpers import poisoned as poison
 from tests.helpers import sft
 from tests.helpers.processes import command_line
@@ -156,6 +157,35 @@ def test_sigterm_saves_at_the_next_step_and_training_can_resume(
     assert newest is not None
     assert checkpoints.step(newest) >= 3
     require_exact_resume(folder, clean_environment, "preempted", undisturbed)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["single", "zero2", *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero1"))],
+)
+def test_with_the_kernels_of_this_machine_a_preempted_run_equals_a_straight_one(
+    folder: Path, clean_environment: dict[str, str], strategy: str
+) -> None:
+    """On a CPU with bf16 this is attention in C, compiled anew for each state folder."""
+    chosen = {
+        **STEPS,
+        **{"strategy": strategy, "num_processes": 1 if strategy == "single" else 2},
+        **{"precision": "auto", "attn_implementation": "auto", "lora_dropout": 0.0, "num_train_epochs": 6},
+    }
+    done = run_sft(folder, clean_environment, f"straight-{strategy}", **chosen)
+    assert done.returncode == 0, done.stdout
+    expected = tree_digest(folder / "data/sft/model")
+    kernel = read_json(folder / "data/sft/effective.json")["attn_implementation"]["effective"]
+    assert kernel == ("avx512_per_example" if native.NEEDS in cpu_flags() else "sdpa_per_example")
+    process = start_sft(folder, clean_environment, f"stopped-{strategy}", **chosen)
+    wait_for_line(process, "step 3/")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    again = run_sft(folder, clean_environment, f"stopped-{strategy}", **chosen)
+    assert again.returncode == 0, again.stdout
+    assert "resuming from checkpoint-" in again.stdout
+    assert tree_digest(folder / "data/sft/model") == expected
 
 
 @pytest.fixture

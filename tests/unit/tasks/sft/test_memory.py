@@ -1,6 +1,7 @@
 """Memory estimates: parameter counts of published models, and what each strategy shards."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nightshift.core.errors import ConfigError
+from tasks.sft import native
 from tasks.sft.fused import fuse_adapter
+from tasks.sft.layers import fuse_layers
 from tasks.sft.memory import Batch, Memory, _layer_bytes, estimate
 from tasks.sft.model import adapt
 from tasks.sft.shape import count_adapter, count_parameters, read_shape
@@ -180,22 +183,24 @@ SMALL["num_key_value_heads"] = 2
 TOKENS = 120
 
 
-def saved_bytes_per_layer(strategy: str, precision: str, *, fused: bool, **changes: Any) -> int:
+def saved_bytes_per_layer(
+    strategy: str, precision: str, attention: str = "sdpa_per_example", *, fused: bool, **changes: Any
+) -> int:
     """Return the bytes that autograd keeps per layer, without weights: three layers minus two."""
     params = sft_params(strategy=strategy, **changes)
     dtype = torch.bfloat16 if keeps_half(params, strategy, precision) else torch.float32
     found = []
     for layers in (2, 3):
         config = LlamaConfig(**{**SMALL, "num_hidden_layers": layers})
-        model: Any = LlamaForCausalLM._from_config(
-            config, dtype=dtype, attn_implementation="sdpa_per_example"
-        )
+        model: Any = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
         if params.adapter:
             model = adapt(model, params, strategy, precision)
             model = model.to(dtype) if strategy in ZERO else model
             model.enable_input_require_grads()
         if fused:
             fuse_adapter(model)
+        if attention == "avx512_per_example":
+            fuse_layers(model)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
@@ -236,3 +241,17 @@ def test_estimated_activations_match_what_autograd_saves(
     assert saved_bytes_per_layer(strategy, precision, fused=fused, **changes) == pytest.approx(
         counted, rel=0.05
     )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_estimated_activations_match_what_the_kernels_in_c_save(
+    strategy: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert in_tmp
+    monkeypatch.setattr(native, "cpu_flags", lambda: {native.NEEDS})
+    native.load_kernels.cache_clear()
+    params = sft_params(strategy=strategy, attn_implementation="avx512_per_example")
+    counted = TOKENS * _layer_bytes(read_shape(SMALL), params, strategy, "bf16", TOKENS)
+    found = saved_bytes_per_layer(strategy, "bf16", "avx512_per_example", fused=True)
+    native.load_kernels.cache_clear()
+    assert found == pytest.approx(counted, rel=0.05)
