@@ -1,18 +1,23 @@
-"""Run a Prefect module so that it survives outages of the server.
+"""Run a Prefect module so that it survives outages of the server, and a flow run the end of its worker.
 
 `python -m infra.local.outlast MODULE ...`
 
 Prefect's clients give up on a request after a minute, or immediately if they never reached the server.
 This ends the engine of a flow run and its worker, even after hours of work. Here requests are retried
 until the server is back; SIGTERM still ends the process.
+
+A worker reads the output of its runs from pipes, and Prefect's logger ends a process whose pipe is broken. So
+the output of a run goes to the worker's log directly.
 """
 
 import argparse
 import asyncio
 import logging
+import os
 import runpy
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,10 +40,22 @@ def main() -> None:
     parser.add_argument("module", choices=("prefect", "prefect.engine"))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the module")
     arguments = parser.parse_args()
+    if arguments.module == "prefect.engine":
+        outlast_worker()
     outlast_outages()
     sys.argv = [arguments.module, *arguments.arguments]
     # Do not import `tasks` here: a flow run imports it from its own checkout.
     runpy.run_module(arguments.module, run_name="__main__", alter_sys=True)
+
+
+def outlast_worker() -> None:
+    """Let this process write to the log of the worker, if the worker belongs to a local stack."""
+    log_file = Path(os.environ.get("NIGHTSHIFT_HOME", ""), "logs", "worker.log")
+    if log_file.is_file():
+        with log_file.open("ab") as file:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(file.fileno(), stream.fileno())
 
 
 def outlast_outages() -> None:

@@ -36,10 +36,10 @@ from tests.helpers.processes import command_line
 
 pytestmark = pytest.mark.timeout(300)
 PREFECT = Path(sys.executable).with_name("prefect")
-# Starts a second process in its own session, as a launcher starts ranks.
+# Starts a second process in its own session, as a launcher starts ranks, and says what it does, as stages do.
 FLOW = """
 import subprocess, time
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.states import Completed
 from flows.nights import describe_missed_night
 
@@ -49,7 +49,11 @@ def tiny(seconds: float = 0):
         return Completed(name="Missed", message=missed)
     if seconds:
         subprocess.Popen(["sleep", str(seconds)], start_new_session=True)
-    time.sleep(seconds)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        get_run_logger().info("working")
+        print("working", flush=True)
+        time.sleep(0.5)
 """
 DEPLOYMENTS = """
 deployments:
@@ -468,6 +472,7 @@ def test_a_run_survives_its_worker(folder: Path, running: Stack) -> None:
     processes_before = run_processes(running, run)
     lose("worker")
     stack.up()
+    time.sleep(2)
     assert state_of(running, run)[0] == "RUNNING"
     assert run_processes(running, run) == processes_before
 
