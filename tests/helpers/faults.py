@@ -1,0 +1,308 @@
+"""Faults that a night may meet: of its processes, the disk, the databases, the cache and the remote.
+
+`FAULTS` has a context manager for each kind. It waits for its moment in the run in progress, plants the
+fault, and ends its cause on exit; what the fault has broken stays broken.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import psutil
+
+from tests.helpers.checkouts import ServedCheckout
+from tests.helpers.processes import command_line
+from tests.helpers.remote import Remote
+
+# Services and the processes of a run, by a part of their command line.
+SERVICES = {
+    "the worker": "worker start",
+    "MLflow": "mlflow server",
+    "Prefect": "infra.local.prefect_server",
+    "the keeper": "infra.local.keeper",
+}
+RUN = {
+    "the flow": "prefect.engine",
+    "a supervisor": "supervise.py",
+    "DVC": "dvc repro",
+    "a stage": "python -m tasks.",
+    "the launcher": "deepspeed.launcher",
+    "a rank": "tasks.sft.worker",
+}
+# How long a victim is waited for, in seconds.
+PATIENCE = 45.0
+
+
+class NoVictimError(Exception):
+    """The run in progress never had what the fault breaks."""
+
+
+@dataclass
+class Site:
+    """A checkout with a running stack, and what chooses the moments.
+
+    Attributes:
+        checkout: The checkout, whose state folder and DVC cache may be mount points.
+        home: State folder.
+        remote: DVC remote of the checkout.
+        rng: Chooses moments, victims and lengths.
+        longest: Length of a fault that lasts, in seconds, at most.
+        run: Returns the id of the run in progress, or None.
+    """
+
+    checkout: ServedCheckout
+    home: Path
+    remote: Remote
+    rng: Random
+    longest: float
+    run: Callable[[], str | None] = field(default=lambda: None)
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """Return the processes of this stack and its runs whose command line has a part."""
+        return [one for one in stack_processes(self.home) if part in " ".join(command_line(one))]
+
+    def wait_for(self, part: str) -> psutil.Process:
+        """Wait for processes, then for a moment, and return one of them."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if self.processes(part):
+                time.sleep(self.rng.uniform(0, 2))
+                if found := self.processes(part):
+                    return self.rng.choice(found)
+            time.sleep(0.1)
+        raise NoVictimError(part)
+
+    def pause(self) -> float:
+        """Return the length of a fault that lasts, in seconds."""
+        return self.rng.uniform(0.2, 1.0) * self.longest
+
+
+def stack_processes(home: Path) -> list[psutil.Process]:
+    """Return every process of a stack and of its runs, at any depth."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("NIGHTSHIFT_HOME") == str(home):
+                found.append(process)
+    return found
+
+
+@contextmanager
+def send(site: Site, *, part: str, number: int) -> Iterator[None]:
+    """Send a signal to a process."""
+    victim = site.wait_for(part)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        victim.send_signal(number)
+    yield
+    # Without an init system, nothing keeps the keeper but the next `nightshift up`.
+    if part == SERVICES["the keeper"]:
+        site.checkout.type("nightshift", "up")
+
+
+@contextmanager
+def stop(site: Site, *, part: str) -> Iterator[None]:
+    """Stop a process for some time, as a machine does that swaps."""
+    victim = site.wait_for(part)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        victim.suspend()
+        time.sleep(site.pause())
+    yield
+    with contextlib.suppress(psutil.NoSuchProcess):
+        victim.resume()
+
+
+@contextmanager
+def cancel(site: Site) -> Iterator[None]:
+    """Cancel the run, as the button in Prefect's page does."""
+    site.wait_for(RUN["a stage"])
+    if run := site.run():
+        body = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        with contextlib.suppress(Exception):
+            site.checkout.api(f"/flow_runs/{run}/set_state", body)
+    yield
+
+
+@contextmanager
+def reboot(site: Site) -> Iterator[None]:
+    """Kill everything at once; then start the stack, as the unit of systemd does."""
+    site.wait_for(RUN["a stage"])
+    for process in stack_processes(site.home):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    yield
+    site.checkout.type("nightshift", "up")
+
+
+@contextmanager
+def restart(site: Site) -> Iterator[None]:
+    """Stop the stack and start it again, as for an update."""
+    site.wait_for(RUN["a stage"])
+    site.checkout.type("nightshift", "down")
+    yield
+    site.checkout.type("nightshift", "up")
+
+
+@contextmanager
+def servers_away(site: Site) -> Iterator[None]:
+    """Kill the keeper and both servers, and start them again after some time."""
+    site.wait_for(RUN["a stage"])
+    for name in ("the keeper", "MLflow", "Prefect"):
+        for process in site.processes(SERVICES[name]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    time.sleep(site.pause())
+    yield
+    site.checkout.type("nightshift", "up")
+
+
+@contextmanager
+def full_disk(site: Site) -> Iterator[None]:
+    """Fill the disk of the state folder."""
+    site.wait_for(RUN["a stage"])
+    filler = site.home / "filler"
+    free = shutil.disk_usage(site.home).free
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        os.posix_fallocate(file.fileno(), 0, free)
+    with filler.open("ab") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    time.sleep(site.pause())
+    yield
+    filler.unlink()
+
+
+@contextmanager
+def read_only_cache(site: Site) -> Iterator[None]:
+    """Make DVC's cache read-only, as a disk with errors becomes."""
+    site.wait_for(RUN["a stage"])
+    cache = site.checkout.folder / ".dvc" / "cache"
+    mount("--bind", str(cache), str(cache))
+    try:
+        mount("--options", "remount,ro,bind", str(cache))
+        time.sleep(site.pause())
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", cache], check=True)
+
+
+@contextmanager
+def locked_database(site: Site, *, file: str) -> Iterator[None]:
+    """Lock a database of SQLite for some time."""
+    site.wait_for(RUN["a stage"])
+    database = sqlite3.connect(site.home / file, timeout=30, isolation_level=None)
+    try:
+        with contextlib.suppress(sqlite3.OperationalError):
+            database.execute("BEGIN EXCLUSIVE")
+        time.sleep(site.pause())
+        yield
+    finally:
+        database.close()
+
+
+@contextmanager
+def damaged_files(site: Site, *, folder: str, pattern: str) -> Iterator[None]:
+    """Flip a byte in each of some files below a folder, without a change of their size."""
+    site.wait_for(RUN["a stage"])
+    files = [path for path in (site.checkout.folder / folder).rglob(pattern) if path.is_file()]
+    if not files:
+        raise NoVictimError(folder)
+    for path in site.rng.sample(files, min(len(files), 5)):
+        flip_byte(path, site.rng)
+    yield
+
+
+@contextmanager
+def damaged_checkpoint(site: Site) -> Iterator[None]:
+    """Kill training after a checkpoint, and flip a byte in it."""
+    victim = site.wait_for(RUN["a rank"])
+    deadline = time.monotonic() + PATIENCE
+    while not (files := list((site.home / "checkpoints").glob("*/checkpoint-*/*"))):
+        if time.monotonic() > deadline:
+            raise NoVictimError("a checkpoint")
+        time.sleep(0.05)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        victim.kill()
+    newest = max(files, key=lambda path: path.parent.stat().st_mtime)
+    flip_byte(site.rng.choice([path for path in newest.parent.iterdir() if path.is_file()]), site.rng)
+    yield
+
+
+@contextmanager
+def failing_remote(site: Site, *, status: int) -> Iterator[None]:
+    """Let the DVC remote answer every request with an HTTP status, or with none (0)."""
+    site.wait_for(RUN["a stage"])
+    with site.remote.failing(status):
+        time.sleep(site.pause())
+        yield
+
+
+def flip_byte(path: Path, rng: Random) -> None:
+    """Flip the bits of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    if not data:
+        return
+    data[rng.randrange(len(data))] ^= 0xFF
+    mode = path.stat().st_mode
+    path.chmod(0o644)
+    path.write_bytes(data)
+    path.chmod(mode)
+
+
+def mount(*arguments: str) -> None:
+    """Call mount, which root may."""
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def may_mount(folder: Path) -> bool:
+    """Return whether this process may mount disks."""
+    if os.geteuid():
+        return False
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        return False
+    subprocess.run(["umount", folder], check=True)
+    return True
+
+
+FAULTS: dict[str, Callable[[Site], AbstractContextManager[None]]] = {
+    **{
+        f"{name} is killed": partial(send, part=part, number=signal.SIGKILL)
+        for name, part in {**SERVICES, **RUN}.items()
+    },
+    **{
+        f"{name} gets SIGTERM": partial(send, part=RUN[name], number=signal.SIGTERM)
+        for name in ("the flow", "a stage", "a rank")
+    },
+    **{
+        f"{name} is stopped": partial(stop, part=(SERVICES | RUN)[name])
+        for name in ("the worker", "MLflow", "Prefect", "the flow", "a stage", "a rank")
+    },
+    "the run is cancelled": cancel,
+    "the machine restarts": reboot,
+    "the stack is restarted": restart,
+    "the servers are away": servers_away,
+    "the disk is full": full_disk,
+    "DVC's cache is read-only": read_only_cache,
+    "Prefect's database is locked": partial(locked_database, file="prefect/prefect.db"),
+    "MLflow's database is locked": partial(locked_database, file="mlflow.db"),
+    "files of DVC's cache are damaged": partial(damaged_files, folder=".dvc/cache/files", pattern="*"),
+    "a checkpoint is damaged": damaged_checkpoint,
+    "the remote answers 500": partial(failing_remote, status=500),
+    "the remote answers 403": partial(failing_remote, status=403),
+    "the remote is away": partial(failing_remote, status=0),
+}
+# Those that need a disk of their own, which only root can mount.
+MOUNTED = ("the disk is full", "DVC's cache is read-only")
