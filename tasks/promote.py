@@ -180,11 +180,11 @@ def move(
             )
         following = find_version(client, name, version)
         verify_version(following, is_proven=is_proven)
-        needed = [keep_base(name, read_reference(following))]
+        keep_base(name, read_reference(following))
         if current:
             # A champion that was set outside Nightshift may not record its base.
             with suppress(GateError):
-                needed.append(keep_base(name, read_reference(current)))
+                keep_base(name, read_reference(current))
         # Before the alias moves: an entry without its move is later detected as an outside move.
         record.append(action, following, current, reason)
         if current:
@@ -196,7 +196,7 @@ def move(
         # A promotion ends the wait of an earlier candidate, which was compared with another champion.
         if action == "promote" and find_alias(client, name, "challenger"):
             client.delete_registered_model_alias(name, "challenger")
-        drop_bases(name, needed)
+        drop_bases(client, name)
     log.info("%s: version %d (%s) is the champion of %s", action, version, following.tags[DIGEST][:12], name)
 
 

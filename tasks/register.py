@@ -42,12 +42,12 @@ from nightshift.raw.shards import DIGESTS
 from nightshift.raw.versions import VERSIONS
 from nightshift.registry import served_model
 from nightshift.registry.adoption import copy_model, require_fit, write_adopted_lineage
-from nightshift.registry.bases import kept_place
 from nightshift.registry.card import write_card
 from nightshift.registry.lineage import write_lineage
 from nightshift.registry.versions import (
     ANSWERS,
     DIGEST,
+    keep_base,
     logged_model,
     open_registry,
     registered,
@@ -253,10 +253,10 @@ def log_model(client: MlflowClient, name: str, run: str, model: Path) -> int:
         Version number.
     """
     base = read_json(BASE_RECORD)
-    # Path of the base, in the checkout of a workspace, and its kept copy while this version or its successor
-    # is the champion.
-    kept = state_dir() / kept_place(name, base["files"])
-    write_json(BASE_REFERENCE, base | {"path": str(checkout() / BASE), "kept": str(kept)})
+    # A workspace is removed with its base. Its checkout may have another base by then, or none.
+    place = str(checkout() / BASE)
+    kept = str(state_dir() / str(keep_base(name, base | {"path": place})))
+    write_json(BASE_REFERENCE, base | {"path": place, "kept": kept})
     state = client.get_run(run).info.status
     with mlflow.start_run(run_id=run):
         info = mlflow.pyfunc.log_model(

@@ -1,8 +1,8 @@
-"""Base models of champions, kept in the state folder when `base.model` changes.
+"""Base models of registered versions, kept in the state folder.
 
-A champion and its predecessor need the exact base that they were trained on, for scoring, inference and
-rollback, whatever data/base contains by now. Promotion keeps their bases and removes all others, so each
-registered model has two at most. Files are hard links where possible, which take no extra space until
+A version needs the exact base that it was trained on, for scoring, inference, promotion and rollback,
+whatever data/base contains by now. Registration keeps its base; promotion removes all but those of the
+versions with an alias. Files are hard links where possible, which take no extra space until
 data/base/model becomes another base.
 """
 

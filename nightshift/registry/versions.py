@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,10 +217,19 @@ def keep_base(name: str, reference: dict[str, Any]) -> str | None:
     return kept
 
 
-def drop_bases(name: str, needed: Collection[str | None]) -> None:
-    """Remove the kept bases of a registered model, except those in `needed` (from `keep_base`)."""
-    for folder in (state_dir() / kept_place(name, {})).parent.glob("*"):
-        if folder.relative_to(state_dir()).as_posix() not in needed:
+def drop_bases(client: MlflowClient, name: str) -> None:
+    """Remove the kept bases of a registered model, except those of the versions that have an alias."""
+    folders = list((state_dir() / kept_place(name, {})).parent.glob("*"))
+    if len(folders) < 2:
+        return
+    needed = set()
+    for alias in ("champion", "previous-champion", "candidate", "challenger"):
+        # A version that was registered outside Nightshift may not record its base.
+        with suppress(GateError):
+            if version := find_alias(client, name, alias):
+                needed.add(state_dir() / kept_place(name, read_reference(version)["files"]))
+    for folder in folders:
+        if folder not in needed:
             shutil.rmtree(folder)
 
 

@@ -240,6 +240,28 @@ def test_edited_missing_and_added_record_entries_are_detected() -> None:
     assert alias("champion") == 2
 
 
+def test_a_version_of_a_workspace_needs_no_base_in_its_checkout(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first runs of a new checkout may be those of deployments, which leave no base in it."""
+    monkeypatch.setattr(register, "checkout", lambda: tmp_path_factory.mktemp("new"))
+    shutil.rmtree(".nightshift/bases", ignore_errors=True)
+    base = read_json(Path("data/base/base.json"))
+    write_json(Path("data/base/model/generation_config.json"), {"do_sample": False})
+    base["files"]["generation_config.json"] = file_digest(Path("data/base/model/generation_config.json"))
+    write_json(Path("data/base/base.json"), base)
+    assert night(2, "hold") == {"promoted": False, "waits": None}
+    # The workspace is removed.
+    shutil.rmtree("data/base/model")
+    waiting = alias("candidate")
+    assert waiting == 4
+    promote.move(1, "rollback", "while a candidate on another base waits")
+    with versions.open_model(versions.find_version(*versions.open_registry(), waiting)) as (folder, _):
+        assert is_base(folder, base["files"])
+    promote.move(waiting, "promote", "by hand")
+    assert alias("champion") == waiting
+
+
 @pytest.mark.usefixtures("checkout")
 def test_an_alias_moved_outside_nightshift_is_recorded() -> None:
     client, name = versions.open_registry()
