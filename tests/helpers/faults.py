@@ -6,7 +6,6 @@ fault, and ends its cause on exit; what the fault has broken stays broken.
 
 import contextlib
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -170,13 +169,9 @@ def full_disk(site: Site) -> Iterator[None]:
     """Fill the disk of the state folder."""
     site.wait_for(RUN["a stage"])
     filler = site.home / "filler"
-    free = shutil.disk_usage(site.home).free
-    with filler.open("wb") as file, contextlib.suppress(OSError):
-        os.posix_fallocate(file.fileno(), 0, free)
-    with filler.open("ab") as file, contextlib.suppress(OSError):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
-            file.write(bytes(4096))
-            file.flush()
+            file.write(bytes(2**20))
     time.sleep(site.pause())
     yield
     filler.unlink()
