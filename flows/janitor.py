@@ -22,6 +22,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
+from nightshift.core.errors import PipelineError
 from nightshift.pipeline.leases import lease_file, lease_holder, leased_runs
 from nightshift.pipeline.prune import prune
 
@@ -52,6 +53,19 @@ def janitor() -> None:
             client.set_flow_run_state(stuck.id, Crashed(message=message), force=True)
             log.warning("flow run %s: %s; marked as crashed", stuck.name, message)
     prune()
+    tidy()
+
+
+def tidy() -> None:
+    """Remove what old runs left in the repository, in DVC's cache and in MLflow; an error is only logged."""
+    # Takes seconds to import.
+    from nightshift.registry.retention import drop_deleted_runs, drop_old_runs
+
+    for act in (drop_old_runs, drop_deleted_runs):
+        try:
+            act()
+        except PipelineError as err:
+            get_run_logger().warning("%s", err)
 
 
 def find_stuck(client: SyncPrefectClient, now: datetime) -> list[FlowRun]:

@@ -90,8 +90,12 @@ def reads(stage: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def locked_outputs(path: Path = LOCK) -> dict[str, dict[str, str]]:
     """Return stage -> output -> MD5 of the last run from dvc.lock; empty if the file does not exist."""
-    recorded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    stages = (recorded or {}).get("stages", {})
+    return parse_outputs(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def parse_outputs(lock: str) -> dict[str, dict[str, str]]:
+    """Return stage -> output -> MD5 from the text of a dvc.lock."""
+    stages = (yaml.safe_load(lock) or {}).get("stages", {})
     return {
         name: {out["path"]: out["md5"] for out in stage.get("outs", ())} for name, stage in stages.items()
     }

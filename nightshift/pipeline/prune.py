@@ -14,7 +14,7 @@ from nightshift.pipeline.leases import lease_holder, leased_runs
 KEPT_DAYS = 7
 # Trainings whose checkpoints are kept; one that changed within a day may be active.
 TRAININGS, ACTIVE_DAYS = 5, 1
-# Cached scores; they are computed again if they are needed later.
+# Cached scores, signatures and tokens; they are computed again if they are needed later.
 SCORES_DAYS = 90
 LOG_MIB = 64
 log = logging.getLogger(__name__)
@@ -55,9 +55,14 @@ def old_checkpoints(home: Path) -> Iterator[Path]:
 
 
 def old_files(home: Path) -> Iterator[Path]:
-    """Yield rebuilds and cached scores that are old."""
+    """Yield rebuilds and cached scores that are old, and caches to which nothing was added for long."""
     yield from (path for path in (home / "reproduce").glob("*") if age(path) > KEPT_DAYS)
     yield from (path for path in (home / "memo" / "scores").glob("*") if age(path) > SCORES_DAYS)
+    for path in (home / "memo").glob("*.sqlite"):
+        # SQLite's log and index are next to it. Replies of a model cost money, and may differ next time.
+        files = list(path.parent.glob(f"{path.name}*"))
+        if path.stem != "replies" and min(map(age, files)) > SCORES_DAYS:
+            yield from files
 
 
 def age(path: Path) -> float:

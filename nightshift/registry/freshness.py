@@ -37,12 +37,14 @@ class NightlyParams(StageParams):
     """When a night trains, where its results go, and who is told.
 
     Attributes:
+        keep_runs: Newest branches of runs that stay, with their data in DVC's cache; None keeps all.
         min_expected_gain: Expected reduction of the loss on new examples, as a share of the champion's, below
             which a night does not train; 0 always trains on new data.
         notify: Prefect blocks that send a message when a night has ended, `type/name`.
         push: Git remote to which a run of a deployment pushes its branch after `dvc push`, or None.
     """
 
+    keep_runs: int | None = Field(default=None, ge=1)
     min_expected_gain: float = Field(ge=0, lt=1)
     notify: list[Annotated[str, Field(pattern=r"^[a-z0-9-]+/[A-Za-z0-9_-]+$")]] = Field(default=[])
     # No option of git.

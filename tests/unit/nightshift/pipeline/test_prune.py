@@ -53,6 +53,21 @@ def test_old_rebuilds_and_scores_are_removed_and_everything_else_stays() -> None
     assert [folder.exists() for folder in kept] == [True] * len(kept)
 
 
+@pytest.mark.usefixtures("in_tmp")
+def test_caches_to_which_nothing_was_added_for_long_are_removed_but_for_replies() -> None:
+    folder, moment = HOME / "memo", time.time() - 91 * 86_400
+    folder.mkdir(parents=True)
+    for name in ("tokens", "signatures", "replies"):
+        for path in (folder / f"{name}.sqlite", folder / f"{name}.sqlite-wal"):
+            path.touch()
+            os.utime(path, (moment, moment))
+    # What was added last is still in SQLite's log.
+    (folder / "signatures.sqlite-wal").touch()
+    prune.prune()
+    kept = {"signatures.sqlite", "signatures.sqlite-wal", "replies.sqlite", "replies.sqlite-wal"}
+    assert {path.name for path in folder.iterdir()} == kept
+
+
 def test_a_long_log_goes_on_in_the_same_file(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prune, "LOG_MIB", 1 / 2**20)
     path = in_tmp / HOME / "logs" / "prefect.log"
