@@ -5,23 +5,19 @@ fault, and ends its cause on exit; what the fault has broken stays broken.
 """
 
 import contextlib
-import os
 import signal
 import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
 
 import psutil
 
-from tests.helpers.checkouts import ServedCheckout
-from tests.helpers.processes import command_line
-from tests.helpers.remote import Remote
+from tests.helpers.site import PATIENCE, NoVictimError, Site, mount, stack_processes
 
 # Services and the processes of a run, by a part of their command line.
 SERVICES = {
@@ -38,62 +34,6 @@ RUN = {
     "the launcher": "deepspeed.launcher",
     "a rank": "tasks.sft.worker",
 }
-# How long a victim is waited for, in seconds.
-PATIENCE = 45.0
-
-
-class NoVictimError(Exception):
-    """The run in progress never had what the fault breaks."""
-
-
-@dataclass
-class Site:
-    """A checkout with a running stack, and what chooses the moments.
-
-    Attributes:
-        checkout: The checkout, whose state folder and DVC cache may be mount points.
-        home: State folder.
-        remote: DVC remote of the checkout.
-        rng: Chooses moments, victims and lengths.
-        longest: Length of a fault that lasts, in seconds, at most.
-        run: Returns the id of the run in progress, or None.
-    """
-
-    checkout: ServedCheckout
-    home: Path
-    remote: Remote
-    rng: Random
-    longest: float
-    run: Callable[[], str | None] = field(default=lambda: None)
-
-    def processes(self, part: str) -> list[psutil.Process]:
-        """Return the processes of this stack and its runs whose command line has a part."""
-        return [one for one in stack_processes(self.home) if part in " ".join(command_line(one))]
-
-    def wait_for(self, part: str) -> psutil.Process:
-        """Wait for processes, then for a moment, and return one of them."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            if self.processes(part):
-                time.sleep(self.rng.uniform(0, 2))
-                if found := self.processes(part):
-                    return self.rng.choice(found)
-            time.sleep(0.1)
-        raise NoVictimError(part)
-
-    def pause(self) -> float:
-        """Return the length of a fault that lasts, in seconds."""
-        return self.rng.uniform(0.2, 1.0) * self.longest
-
-
-def stack_processes(home: Path) -> list[psutil.Process]:
-    """Return every process of a stack and of its runs, at any depth."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("NIGHTSHIFT_HOME") == str(home):
-                found.append(process)
-    return found
 
 
 @contextmanager
@@ -124,10 +64,8 @@ def stop(site: Site, *, part: str) -> Iterator[None]:
 def cancel(site: Site) -> Iterator[None]:
     """Cancel the run, as the button in Prefect's page does."""
     site.wait_for(RUN["a stage"])
-    if run := site.run():
-        body = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
-        with contextlib.suppress(Exception):
-            site.checkout.api(f"/flow_runs/{run}/set_state", body)
+    body = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+    site.api(f"/flow_runs/{site.run}/set_state", body)
     yield
 
 
@@ -252,24 +190,6 @@ def flip_byte(path: Path, rng: Random) -> None:
     path.chmod(0o644)
     path.write_bytes(data)
     path.chmod(mode)
-
-
-def mount(*arguments: str) -> None:
-    """Call mount, which root may."""
-    subprocess.run(["mount", *arguments], check=True)
-
-
-def may_mount(folder: Path) -> bool:
-    """Return whether this process may mount disks."""
-    if os.geteuid():
-        return False
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
-    )
-    if done.returncode:
-        return False
-    subprocess.run(["umount", folder], check=True)
-    return True
 
 
 FAULTS: dict[str, Callable[[Site], AbstractContextManager[None]]] = {
