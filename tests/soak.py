@@ -43,6 +43,8 @@ PARAMS = {
     "nightly.notify": ["custom-webhook/soak"],
 }
 DAY = 86_400
+# Folders of the state folder whose files the janitor removes by their age.
+AGING = ("bases", "checkpoints", "memo", "reproduce", "workspaces")
 log = logging.getLogger(__name__)
 
 
@@ -156,9 +158,6 @@ def pass_a_day(site: Site) -> None:
     assert site.wait(run) == "COMPLETED"
 
 
-AGING = ("bases", "checkpoints", "memo", "reproduce", "workspaces")
-
-
 def measure_disk(site: Site) -> dict[str, int]:
     """Return the bytes that are used, and those that the kept branches and versions need.
 
@@ -201,16 +200,16 @@ def summarize(nights: list[dict[str, Any]], minutes: float, messages: dict[str, 
         first["read"] + ARRIVING * (night["night"] - first["night"]) - night["read"] for night in nights
     )
     left = sum(len(night["left"]) for night in nights)
+    silent = sum(not number for number in messages.values())
+    several = sum(number > 1 for number in messages.values())
     ratio = last["disk"]["used"] / last["disk"]["needed"]
     return [
         record("nights that did not complete", incomplete, "nights", at_most=0, nights=nights),
         record("examples that were not read", missing, "examples", at_most=0),
         record("processes left behind", left, "processes", at_most=0),
         record("disk used / needed", ratio, "ratio", at_most=1.2),
-        record("runs without a message", sum(not number for number in messages.values()), "runs", at_most=0),
-        record(
-            "runs with several messages", sum(number > 1 for number in messages.values()), "runs", at_most=0
-        ),
+        record("runs without a message", silent, "runs", at_most=0),
+        record("runs with several messages", several, "runs", at_most=0),
         record("duration", minutes, "minutes", at_most=45),
     ]
 
