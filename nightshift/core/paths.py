@@ -19,6 +19,7 @@ INGESTED = DATA / "ingest" / "examples.parquet"
 REPAIRS = DATA / "ingest" / "repairs.jsonl"
 QUARANTINE = DATA / "ingest" / "quarantine.jsonl"
 PII = DATA / "ingest" / "pii.jsonl"
+COMPARED = DATA / "ingest" / "preferences.parquet"
 
 DEDUPED = DATA / "dedupe" / "examples.parquet"
 REMOVED = DATA / "dedupe" / "removed.parquet"
@@ -28,6 +29,7 @@ TRAIN = DATA / "split" / "train.parquet"
 VALIDATION = DATA / "split" / "validation.parquet"
 TEST = DATA / "split" / "test.parquet"
 BRIDGES = DATA / "split" / "bridges.parquet"
+PLACED = DATA / "split" / "preferences.parquet"
 
 AUGMENTED_TRAIN = DATA / "augment" / "train.parquet"
 REJECTED = DATA / "augment" / "rejected.parquet"
@@ -36,6 +38,7 @@ SIMILARITY = DATA / "augment" / "scores.parquet"
 CLEAN_TRAIN = DATA / "decontaminate" / "train.parquet"
 HITS = DATA / "decontaminate" / "hits.parquet"
 CLUSTERS = DATA / "decontaminate" / "clusters.parquet"
+PREFERENCES = DATA / "decontaminate" / "preferences.parquet"
 
 PACKED = DATA / "pack" / "train.parquet"
 
