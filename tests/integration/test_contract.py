@@ -115,6 +115,7 @@ def test_code_outside_the_training_key_does_not_affect_the_result() -> None:
                         imported_names.setdefault(path, set()).add(name)
     assert imported_names == {
         "tasks/sft/__main__.py": {"largest_batch", "spool", "tracking_uri"},
+        "tasks/sft/result.py": {"spool"},
         "tasks/sft/backend.py": {"Batch", "estimate_all", "totals"},
         "tasks/sft/launch.py": {"line_printer"},
         "tasks/sft/worker.py": {"Progress"},
