@@ -48,6 +48,10 @@ EFFECTIVE = DATA / "sft" / "effective.json"
 SELFTEST = DATA / "sft" / "selftest.json"
 TRAINING_RUN = DATA / "sft" / "mlflow_run.json"
 
+TUNED = DATA / "prefer" / "model"
+TUNING = DATA / "prefer" / "record"
+TUNING_RECORD = DATA / "prefer" / "record" / "prefer.json"
+
 SCORES = DATA / "evaluate" / "scores.parquet"
 METRICS = DATA / "evaluate" / "metrics.json"
 MODELS = DATA / "evaluate" / "models.json"
