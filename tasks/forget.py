@@ -24,7 +24,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from nightshift.core.errors import DataError, StageError
 from nightshift.core.files import iterate_rows, read_rows
-from nightshift.core.paths import INGESTED, PAGE, RAW, REMOVED, SHORT, START, START_MODEL
+from nightshift.core.paths import COMPARED, INGESTED, PAGE, RAW, REMOVED, SHORT, START, START_MODEL
 from nightshift.core.state import WORKSPACES, state_dir
 from nightshift.pipeline.dvc_cache import md5, purge, record
 from nightshift.pipeline.graph import outputs, read_stages, reads, stage_order
@@ -76,7 +76,7 @@ def find(wanted: Sequence[str], client: MlflowClient, name: str) -> Affected:
         raise StageError(f"run {active[0]} is active; wait for it, or end it with `nightshift down`")
     take_over()
     trained = {int(one.version): read_trained_rows(name, one) for one in registered(client, name)}
-    examples = list(iterate_pairs(INGESTED)) if INGESTED.is_file() else []
+    examples = [pair for path in (INGESTED, COMPARED) if path.is_file() for pair in iterate_pairs(path)]
     known = {*examples, *chain.from_iterable(trained.values())}
     matches = {text: {pair for pair in known if text in pair} for text in wanted}
     if missing := [text for text, pairs in matches.items() if not pairs and not is_origin(text)]:

@@ -27,13 +27,13 @@ from nightshift.core.paths import (
     CARD,
     GATE,
     LINEAGE,
-    MODEL,
     RAW,
     TRAINING_RUN,
     VERSION,
 )
 from nightshift.core.stage import run_main
 from nightshift.core.state import state_dir
+from nightshift.core.trained import trained_model
 from nightshift.data.used import USED
 from nightshift.pipeline.graph import locked_outputs
 from nightshift.pipeline.workspaces import checkout
@@ -109,7 +109,7 @@ def register(verdict: str) -> tuple[int, bool]:
         GateError: The reloaded model answers differently.
     """
     client, name = open_registry()
-    digest, base = tree_digest(MODEL), file_digest(BASE_RECORD)
+    digest, base = tree_digest(trained_model()), file_digest(BASE_RECORD)
     for version in registered(client, name):
         if (version.tags[DIGEST], version.tags.get(BASE_DIGEST)) == (digest, base):
             log.info("the candidate is already registered as version %s", version.version)
@@ -126,7 +126,7 @@ def register(verdict: str) -> tuple[int, bool]:
         "nightshift.data_digest": data_digest(),
         "nightshift.flow_run": flow_run() or "none",
     }
-    number = log_verified(client, name, run, MODEL, tags)
+    number = log_verified(client, name, run, trained_model(), tags)
     client.set_registered_model_alias(name, "candidate", str(number))
     return number, True
 

@@ -5,6 +5,7 @@ added, removed or reordered. Groups with the same value of a source's `group_by`
 so are several answers to one prompt, and a conversation with its continuation.
 Sources in `by_phrasing` go entirely to train: their facts must be learned, and their benchmark asks for
 them in wordings that training never sees.
+A comparison of answers goes where its example is; one with a bad answer only, where its prompt is.
 """
 
 import hashlib
@@ -21,16 +22,20 @@ from pydantic import Field, model_validator
 from nightshift.core.config import StageParams, load_params
 from nightshift.core.errors import DataError
 from nightshift.core.files import appended_batches, iterate_batches, iterate_rows, write_rows
-from nightshift.core.paths import BRIDGES, DEDUPED, REMOVED, TEST, TRAIN, VALIDATION
+from nightshift.core.paths import BRIDGES, COMPARED, DEDUPED, PLACED, REMOVED, TEST, TRAIN, VALIDATION
 from nightshift.core.stage import run_main, write_summary
 from nightshift.data.components import connect
-from nightshift.data.schemas import GROUPED
+from nightshift.data.prompts import list_prompts
+from nightshift.data.schemas import GROUPED, PLACED_PREFERENCES
+from nightshift.data.text import canonical_messages
 
 BRIDGES_SCHEMA = pa.schema(
     [("id", pa.string()), ("near_ids", pa.list_(pa.string())), ("sides", pa.list_(pa.string()))]
 )
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 BUCKETS = 10_000
+# Reasons for which deduplication removes an example whose content stays.
+SAME_CONTENT = ("exact_duplicate", "normalized_duplicate")
 log = logging.getLogger(__name__)
 
 
@@ -66,8 +71,11 @@ def main() -> None:
     for row in iterate_rows(DEDUPED, ["id", "source", "group_id", "group", "prompts"]):
         keys.append(row_keys(row))
         rows.append(row)
-    components = connect(keys)
-    sides = assign(rows, components, params)
+    alone = list(rows_without_example())
+    components = connect([*keys, *map(row_keys, alone)])
+    sides = assign([*rows, *alone], components, params)
+    sides, sides_alone = sides[: len(rows)], sides[len(rows) :]
+    components = components[: len(rows)]
     splits = {row["id"]: side for row, side in zip(rows, sides, strict=True)}
     counts = Counter(sides)
     require_splits(counts, len(set(components)))
@@ -76,6 +84,9 @@ def main() -> None:
     write_rows(BRIDGES, bridges, BRIDGES_SCHEMA)
     if bridges:
         log.info("%s: %d removed example(s) were near-duplicates across splits", BRIDGES, len(bridges))
+    compared = Counter[str]()
+    write_rows(PLACED, place_preferences(splits, sides_alone, compared), PLACED_PREFERENCES)
+    more: dict[str, Any] = {"compared": dict(sorted(compared.items()))} if compared else {}
     write_summary(
         "split",
         rows_in=len(splits),
@@ -83,7 +94,52 @@ def main() -> None:
         groups=len(set(components)),
         rows_out_by_side={name: counts[name] for name in SPLITS},
         bridges=len(bridges),
+        **more,
     )
+
+
+def rows_without_example() -> Iterator[dict[str, Any]]:
+    """Yield what `assign` and `row_keys` need of each comparison with a bad answer only, in order."""
+    for row in iterate_rows(COMPARED, ["example_id", "prompt", "rejected", "source", "group"]):
+        if row["example_id"] is None:
+            messages = [*row["prompt"], *row["rejected"]]
+            prompts = list_prompts(messages, [canonical_messages([one]) for one in messages])
+            yield {
+                "source": row["source"],
+                "group": row["group"],
+                "group_id": prompts[-1],
+                "prompts": prompts,
+            }
+
+
+def place_preferences(
+    splits: Mapping[str, str], sides_alone: Iterable[str], counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield each comparison once, with its side.
+
+    That of a removed example stays if the content of the example does: the same good answer was compared with
+    another bad one.
+
+    Args:
+        splits: Id of each example -> split.
+        sides_alone: Split of each comparison with a bad answer only, in order.
+        counts: Counts the comparisons by side, and those that are dropped by reason.
+    """
+    removed = iterate_rows(REMOVED, ["id", "kept_id", "reason"])
+    kept = {row["id"]: row["kept_id"] for row in removed if row["reason"] in SAME_CONTENT}
+    remaining, seen = iter(sides_alone), set[str]()
+    for row in iterate_rows(COMPARED):
+        if row["example_id"] is None:
+            side = next(remaining)
+        else:
+            row["example_id"] = kept.get(row["example_id"], row["example_id"])
+            side = splits.get(row["example_id"], "near_duplicate")
+        if row["id"] in seen:
+            side = "exact_duplicate"
+        seen.add(row["id"])
+        counts[side] += 1
+        if side in SPLITS:
+            yield {**row, "side": side}
 
 
 def row_keys(row: Mapping[str, Any]) -> list[str]:

@@ -12,9 +12,9 @@ from rich.table import Table
 from nightshift.core.config import PARAMS
 from nightshift.core.errors import GateError, StageError
 from nightshift.core.files import read_json, tree_digest
-from nightshift.core.paths import MODEL
 from nightshift.core.stage import print_line
 from nightshift.core.state import state_dir, tools_environment
+from nightshift.core.trained import trained_model
 from nightshift.pipeline import supervise
 from nightshift.pipeline.graph import locked_outputs, stage_order
 from nightshift.pipeline.params_yaml import edit
@@ -25,7 +25,7 @@ from nightshift.registry.versions import DIGEST, FORGOTTEN, find_version, open_r
 FETCHED = ("data/raw", "data/benchmarks", "data/start")
 # A run id and a throughput; and settings with what was requested, which `pin_processes` changes. Those in
 # effect are compared one by one.
-VARYING = ("data/sft/mlflow_run.json", "data/sft/effective.json")
+VARYING = ("data/sft/mlflow_run.json", "data/sft/effective.json", "data/prefer/record")
 
 
 def rebuild(console: Console, version: int) -> bool:
@@ -64,7 +64,7 @@ def rebuild(console: Console, version: int) -> bool:
     after = locked_outputs(folder / "dvc.lock")
     compared = [(stage, path) for stage in stages for path in after[stage] if path not in VARYING]
     different = [path for stage, path in compared if after[stage][path] != before.get(stage, {}).get(path)]
-    adapter = tree_digest(folder / MODEL)
+    adapter = tree_digest(trained_model(folder))
     is_same = bool(adapter == found.tags[DIGEST])
     rows = {
         "registered adapter": found.tags[DIGEST],
@@ -132,7 +132,9 @@ def fetch_data(folder: Path, paths: Sequence[str]) -> None:
 def stages_to_rebuild(folder: Path) -> list[str]:
     """Return the stages up to the training, in order, without the snapshot."""
     order = stage_order(folder / "dvc.yaml")
-    return [stage for stage in order[: order.index("sft") + 1] if stage != "snapshot"]
+    # A version of an earlier release has no preference tuning.
+    last = "prefer" if "prefer" in order else "sft"
+    return [stage for stage in order[: order.index(last) + 1] if stage != "snapshot"]
 
 
 def dvc(folder: Path, *arguments: str) -> int:

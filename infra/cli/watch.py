@@ -285,7 +285,7 @@ def result_of(stage: str, folder: Path) -> str:
     match stage:
         case "snapshot":
             return f"{sum(summary['shards'].values())} shards"
-        case "sft":
+        case "sft" | "prefer" if "steps" in summary:
             return f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
         case "split":
             sides = summary["rows_out_by_side"]

@@ -61,7 +61,7 @@ class ConnectedExample(GroupedExample):
     """A survivor of deduplication, with what connects it with others in the split.
 
     Attributes:
-        prompts: Digests of its prompts (see `tasks.dedupe.prompts`).
+        prompts: Digests of its prompts (see `nightshift.data.prompts`).
     """
 
     prompts: list[str]
@@ -79,6 +79,44 @@ class AugmentedExample(GroupedExample):
     parent_id: str | None
     style: str | None
     ordinal: int | None
+
+
+class Preference(TypedDict):
+    """A prompt with a good answer, a bad one, or both; the messages are TRL's preference format.
+
+    Attributes:
+        id: Digest of origin and messages.
+        example_id: Id of the example that trains the good answer, or None without a good answer.
+        prompt: Turns before the answer.
+        chosen: The good answer, as a list of one turn, or None.
+        rejected: The bad answer, as a list of one turn, or None.
+        tools: JSON list of functions available to the assistant, or None.
+        source: Name of the source in params.yaml.
+        origin: `source/arrival.suffix:line`.
+        arrival: Number of the shard, in order of arrival.
+        group: Digest of the value of the source's `group_by` column, or None.
+    """
+
+    id: str
+    example_id: str | None
+    prompt: list[Message]
+    chosen: list[Message] | None
+    rejected: list[Message] | None
+    tools: str | None
+    source: str
+    origin: str
+    arrival: int
+    group: str | None
+
+
+class PlacedPreference(Preference):
+    """A comparison after the split.
+
+    Attributes:
+        side: train, validation or test: that of its example, or of the examples with the same prompt.
+    """
+
+    side: str
 
 
 class ItemScore(TypedDict):
@@ -161,6 +199,21 @@ AUGMENTED = (
     .append(pa.field("style", pa.string()))
     .append(pa.field("ordinal", pa.int32()))
 )
+PREFERENCES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("example_id", pa.string()),
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("tools", pa.string()),
+        ("source", pa.string()),
+        ("origin", pa.string()),
+        ("arrival", pa.int32()),
+        ("group", pa.string()),
+    ]
+)
+PLACED_PREFERENCES = PREFERENCES.append(pa.field("side", pa.string()))
 # See ItemScore and Score.
 SCORES = pa.schema(
     [

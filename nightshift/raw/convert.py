@@ -24,7 +24,7 @@ from nightshift.raw.formats import RawRow
 from nightshift.raw.messages import CONTENT_KEYS, read_turns
 from nightshift.raw.options import SourceOptions
 from nightshift.raw.pairs import has_answer, has_question, read_pair, shown
-from nightshift.raw.preferences import CHOSEN, apply_preference
+from nightshift.raw.preferences import CHOSEN, Answer, apply_preference, list_answers
 from nightshift.raw.tool_calls import TEXT_CALL, parse_functions, parse_tools
 from nightshift.raw.turns import Conversation, Turn
 
@@ -39,12 +39,14 @@ TEXT = "text"
 DEFAULTS = SourceOptions()
 
 
-def convert(row: RawRow, options: SourceOptions = DEFAULTS) -> Conversation:
+def convert(row: RawRow, options: SourceOptions = DEFAULTS, answer: Answer = "good") -> Conversation:
     """Convert a row of any known format.
 
     Args:
         row: Row as its author wrote it.
         options: Options of its source: columns, roles and preference.
+        answer: Which answer to read, if the row compares or labels them; a bad one only if `find_answers`
+            returns it.
 
     Raises:
         RowError: No format matches, a part of the row has the wrong type, or a column changes what the
@@ -58,8 +60,8 @@ def convert(row: RawRow, options: SourceOptions = DEFAULTS) -> Conversation:
     if TEXT in options.columns:
         return read_document(rest, row, options)
     refuse_columns(rest)
-    if find_list(rest) or has_question(rest) or any(key in rest for key in CHOSEN):
-        apply_preference(rest, LISTS, options.preference)
+    if is_compared(rest):
+        apply_preference(rest, LISTS, options.preference, answer)
     if pop_flag(rest, "the row", ROW_FLAGS) is False:
         raise RowError("no_supervised_token", "the row has the weight 0")
     turns = read_rest(rest, row, options, ignored)
@@ -70,6 +72,23 @@ def convert(row: RawRow, options: SourceOptions = DEFAULTS) -> Conversation:
         ignored.add("tools")
     pop_group(rest, options)
     return Conversation(turns, tools, frozenset(ignored | ignored_columns(rest)))
+
+
+def find_answers(row: RawRow, options: SourceOptions) -> list[Answer]:
+    """Return which answers a row of a source with `preference: compare` gives; none for other sources.
+
+    Raises:
+        RowError: A label is a number without a known meaning.
+    """
+    if options.preference != "compare" or TEXT in options.columns:
+        return []
+    rest = prepare(row, options)
+    return list_answers(rest) if is_compared(rest) else []
+
+
+def is_compared(rest: RawRow) -> bool:
+    """Return whether the columns of a row may compare or rate its answer: it is no plain text."""
+    return bool(find_list(rest)) or has_question(rest) or any(key in rest for key in CHOSEN)
 
 
 def read_document(rest: RawRow, row: RawRow, options: SourceOptions) -> Conversation:

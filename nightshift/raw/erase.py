@@ -10,11 +10,12 @@ from pathlib import Path
 
 from nightshift.core.files import atomic_write, file_digest, text_digest, write_json
 from nightshift.raw.arrays import split_rows
-from nightshift.raw.convert import convert
+from nightshift.raw.convert import convert, find_answers
 from nightshift.raw.faults import RowError
 from nightshift.raw.forgotten import Forgotten, read_forgotten, write_forgotten
 from nightshift.raw.formats import SEPARATORS, shard_suffix, split_suffix
 from nightshift.raw.options import read_options
+from nightshift.raw.preferences import Answer
 from nightshift.raw.readers import CsvLines, json_shape, read_shard
 from nightshift.raw.repairs import repair
 from nightshift.raw.shards import DIGESTS, read_digests
@@ -24,6 +25,8 @@ from nightshift.raw.tables import TABLES, erase_table
 from nightshift.raw.turns import Conversation
 
 log = logging.getLogger(__name__)
+# What is read of a row that compares nothing.
+DEFAULT_ANSWER: tuple[Answer, ...] = ("good",)
 # The shard was accepted before; no row may be left out.
 NO_LIMITS = Limits(sys.maxsize - 1, sys.maxsize, sys.maxsize)
 
@@ -56,12 +59,16 @@ def forget_rows(shard: Path, numbers: Set[int], raw: Path, forgotten: Forgotten)
 
 
 def conversations(shard: Path) -> Iterator[tuple[int, Conversation]]:
-    """Yield (number, conversation) for the rows of a shard that can be converted to a conversation."""
+    """Yield (number, conversation) for the rows of a shard that can be converted to a conversation.
+
+    A row that compares two answers is two conversations.
+    """
     options = read_options(shard.parent.parent, shard.parent.name)
     for number, row in read_shard(shard, NO_LIMITS):
         if not isinstance(row, RowError):
             with suppress(RowError, RecursionError):
-                yield number, convert(row, options)
+                for answer in find_answers(row, options) or DEFAULT_ANSWER:
+                    yield number, convert(row, options, answer)
 
 
 def content_digest(conversation: Conversation) -> str:

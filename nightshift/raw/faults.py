@@ -40,7 +40,14 @@ REMEDIES = {
     "pretokenized": "give the text: token ids belong to one tokenizer",
     "preference": (
         "the answers are compared or rated: set `preference: chosen` to train on the chosen ones "
-        "(with numeric ratings, on all rows), or remove the columns"
+        "(with numeric ratings, on all rows), or `preference: compare` to tune on both, or remove the columns"
+    ),
+    "rated": (
+        "a number compares nothing: give `chosen` and `rejected`, or a label, or set `preference: chosen`"
+    ),
+    "same_answer": "give a rejected answer that differs from the chosen one",
+    "other_prompt": (
+        "the chosen and the rejected answer need the same prompt, and may differ in the last turn only"
     ),
     "rejected_answer": "nothing to fix: a bad answer is not trained",
     "unsupported_weight": (

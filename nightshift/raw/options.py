@@ -24,8 +24,9 @@ class SourceOptions(StageParams):
         columns: Key that a format defines, such as `instruction` -> column of the source that holds it.
         roles: Role or speaker as the source names it -> system, user, assistant or tool.
         input_separator: Text between a question and each of its contexts, such as Alpaca's `input`.
-        preference: Rows with a chosen and a rejected answer, or an answer with a rating: `refuse` them, or
-            train on the `chosen` answers only.
+        preference: Rows with a chosen and a rejected answer, or an answer with a rating: `refuse` them,
+            train on the `chosen` answers only, or also `compare` them with the rejected ones in preference
+            tuning.
         train_on: `all` answers of a conversation, or the `last` one only.
         split: Split of the data set to read, such as train, or `all`; None reads all files, of which none may
             name several splits.
@@ -39,7 +40,7 @@ class SourceOptions(StageParams):
     columns: dict[str, str] = Field(default_factory=dict)
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
     input_separator: str = "\n\n"
-    preference: Literal["refuse", "chosen"] = "refuse"
+    preference: Literal["refuse", "chosen", "compare"] = "refuse"
     train_on: Literal["all", "last"] = "all"
     split: Text | None = None
     limit: Limit = None

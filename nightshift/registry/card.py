@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from nightshift.core.config import read_params
 from nightshift.core.files import read_json, read_rows, write_text
 from nightshift.core.paths import BASE_RECORD, DATA, GATE, SCORES
+from nightshift.core.trained import describe_tuning
 from nightshift.data.benchmarks import HELDOUT
 from nightshift.data.gain import describe_loss_change, is_loss_gain
 from nightshift.data.schemas import Score
@@ -69,9 +70,10 @@ def write_card(path: Path, name: str, how: Resampling) -> None:
         or None,
     )
     header = ("benchmark", "model", "score", f"{1 - how.alpha:.0%} interval", "items")
+    tuned = describe_tuning()
     body = f"""# {name}
 
-{KINDS[adapter].capitalize()} of `{base}`, trained and evaluated by Nightshift.
+{KINDS[adapter].capitalize()} of `{base}`, trained and evaluated by Nightshift.{f" {tuned}" if tuned else ""}
 
 ## Scores
 

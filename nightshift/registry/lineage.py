@@ -32,12 +32,14 @@ from nightshift.core.paths import (
     EFFECTIVE,
     GATE,
     PACKED,
+    PREFERENCES,
     RAW,
     SCORES,
     START_RECORD,
     START_ROWS,
     TRAINING_RUN,
 )
+from nightshift.core.trained import read_tuning
 from nightshift.data.benchmarks import OF_TEST_EXAMPLES, task_digests
 from nightshift.data.schemas import ALL_SCORES, Score
 from nightshift.raw.shards import read_digests, used_names
@@ -78,6 +80,7 @@ def write_lineage(folder: Path) -> None:
             "best": read_json(CHAMPION_RECORD)["best"],
             "training": read_json(TRAINING_RUN),
             "effective": read_json(EFFECTIVE),
+            "preferences": read_tuning(),
             "environment": describe_environment(),
         },
     )
@@ -118,9 +121,13 @@ def row_counts(summary: dict[str, Any]) -> tuple[str, ...]:
 
 
 def trained_rows() -> Iterator[tuple[str, str]]:
-    """Yield (example, origin) of every span of the packed rows."""
+    """Yield (example, origin) of every span of the packed rows, and (id, origin) of every comparison."""
     for row in iterate_rows(PACKED, ["example_ids", "origins"]):
         yield from zip(row["example_ids"], row["origins"], strict=True)
+    if read_tuning():
+        for row in iterate_rows(PREFERENCES, ["id", "origin", "side"]):
+            if row["side"] == "train":
+                yield row["id"], row["origin"]
 
 
 def started_rows() -> Iterator[tuple[str, str]]:

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from nightshift.core.files import text_digest
 from nightshift.core.workers import Work
+from nightshift.data.prompts import list_prompts
 from nightshift.data.text import canonical_messages
 from tasks.dedupe.candidates import Text
-from tasks.dedupe.prompts import list_prompts
 
 
 class Row(NamedTuple):

@@ -30,13 +30,13 @@ from nightshift.core.paths import (
     CLEAN_TRAIN,
     CLUSTERS,
     METRICS,
-    MODEL,
     MODELS,
     SCORES,
     TEST,
 )
 from nightshift.core.stage import run_main, write_summary
 from nightshift.core.state import state_dir
+from nightshift.core.trained import trained_model
 from nightshift.data.benchmarks import HELDOUT, OF_TEST_EXAMPLES, TEST_ANSWERS, read_benchmarks, task_digests
 from nightshift.data.schemas import ALL_SCORES, ItemScore, Score
 from nightshift.registry.bases import base_digest, is_base
@@ -126,7 +126,7 @@ def find_models(params: EvaluateParams, answers: Answers | None = None) -> dict[
     base = (BASE, base_digest(read_json(BASE_RECORD)["files"]))
     found = {
         "base": EvaluatedModel(*base, None, 0, everything),
-        "candidate": EvaluatedModel(*base, MODEL, 0, everything),
+        "candidate": EvaluatedModel(*base, trained_model(), 0, everything),
     }
     champion = read_json(CHAMPION_RECORD)
     if champion["version"] is not None:

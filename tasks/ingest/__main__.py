@@ -1,10 +1,10 @@
-"""Run the stage: one pass over all shards, four output files."""
+"""Run the stage: one pass over all shards, five output files."""
 
 import json
 import logging
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import Any, TextIO
 
 from nightshift.core.config import load_params
 from nightshift.core.errors import DataError
-from nightshift.core.files import atomic_write, jsonl, write_rows
-from nightshift.core.paths import BASE, INGESTED, PII, QUARANTINE, RAW, REPAIRS
+from nightshift.core.files import ROWS_PER_BATCH, appended_rows, atomic_write, jsonl, write_rows
+from nightshift.core.paths import BASE, COMPARED, INGESTED, PII, QUARANTINE, RAW, REPAIRS
 from nightshift.core.stage import run_main, write_summary
 from nightshift.core.workers import start_workers
 from nightshift.data.drops import Drops, require_drop_rate
 from nightshift.data.encode import Encoder, load_encoder
-from nightshift.data.schemas import EXAMPLES
+from nightshift.data.schemas import EXAMPLES, PREFERENCES
 from nightshift.data.tokens import open_memo
 from nightshift.raw.checks import compile_special_tokens
 from nightshift.raw.columns import is_harmless
@@ -55,6 +55,7 @@ class Tally:
         ignored: Rows with a column that is not read, by source and column.
         pii: Findings of personal data, by (source, kind).
         tokens: Token count of each example.
+        compared: Rows for preference tuning, by what they give: pairs, chosen or rejected.
     """
 
     drops: Drops = field(default_factory=Drops)
@@ -63,6 +64,7 @@ class Tally:
     ignored: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     pii: Counter[tuple[str, str]] = field(default_factory=Counter)
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
+    compared: Counter[str] = field(default_factory=Counter)
 
 
 def main() -> None:
@@ -76,6 +78,7 @@ def main() -> None:
         selection.require_groups()
         require_rows(tally.drops, params.max_drop_rate)
     warn_of_columns(tally.ignored)
+    more: dict[str, Any] = {"compared": dict(sorted(tally.compared.items()))} if tally.compared else {}
     write_summary(
         "ingest",
         rows_in=tally.drops.read.total(),
@@ -89,6 +92,7 @@ def main() -> None:
         },
         tokens=describe(tally.tokens),
         pii=by_source(tally.pii),
+        **more,
         **selection.counts(),
     )
 
@@ -114,6 +118,7 @@ def write_outputs(
         atomic_write(REPAIRS) as repairs,
         atomic_write(QUARANTINE) as quarantine,
         atomic_write(PII) as pii,
+        appended_rows(COMPARED, PREFERENCES) as append,
         quarantine.open("w", encoding="utf-8") as bad,
         pii.open("w", encoding="utf-8") as personal,
     ):
@@ -122,9 +127,31 @@ def write_outputs(
             for one in read_outcomes(RAW, limits, convert_all, selection)
             if not selection.is_mended(one[0].origin.rpartition(":")[0], one[0].result)
         )
-        write_rows(examples, separate(counted, bad, personal, tally), EXAMPLES)
+        outcomes = keep_compared(counted, append, tally)
+        write_rows(examples, separate(outcomes, bad, personal, tally), EXAMPLES)
         shown = tally.repairs if params.pii != "redact" else []
         repairs.write_text(jsonl(shown), encoding="utf-8")
+
+
+def keep_compared(
+    measured: Iterable[Measured], append: Callable[[Sequence[Mapping[str, Any]]], None], tally: Tally
+) -> Iterator[Measured]:
+    """Yield all outcomes, and write what preference tuning learns from them.
+
+    A row that is refused as an example is refused here too, unless it only has a bad answer.
+    """
+    batch: list[dict[str, Any]] = []
+    for outcome, tokens in measured:
+        row, fault = outcome.compared, outcome.result
+        if row and not (isinstance(fault, RowError) and fault.reason != "rejected_answer"):
+            kind = "pairs" if row["chosen"] and row["rejected"] else "chosen" if row["chosen"] else "rejected"
+            tally.compared[kind] += 1
+            batch.append(row)
+        if len(batch) == ROWS_PER_BATCH:
+            append(batch)
+            batch = []
+        yield outcome, tokens
+    append(batch)
 
 
 def separate(measured: Iterable[Measured], bad: TextIO, personal: TextIO, tally: Tally) -> Iterator[Example]:
@@ -137,7 +164,8 @@ def separate(measured: Iterable[Measured], bad: TextIO, personal: TextIO, tally:
         if isinstance(outcome.result, RowError):
             fault = outcome.result
             row = {"origin": outcome.origin, "reason": fault.reason, "remedy": fault.remedy}
-            write_line(bad, row)
+            if not outcome.compared:
+                write_line(bad, row)
             line = f"{RAW}/{outcome.origin}: {fault.reason}; {fault.remedy}"
             tally.drops.add(outcome.source, fault.reason, line)
             continue

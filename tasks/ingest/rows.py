@@ -14,13 +14,14 @@ from nightshift.core.files import text_digest
 from nightshift.core.workers import Work
 from nightshift.raw.checks import check
 from nightshift.raw.columns import find_column
-from nightshift.raw.convert import convert
+from nightshift.raw.convert import convert, find_answers
 from nightshift.raw.faults import RowError
 from nightshift.raw.forgotten import read_forgotten
 from nightshift.raw.formats import RawRow
 from nightshift.raw.options import SourceOptions
 from nightshift.raw.pairs import shown
 from nightshift.raw.pii import Find, find_pii
+from nightshift.raw.preferences import Answer
 from nightshift.raw.repairs import arrange, repair
 from nightshift.raw.selection import Selection
 from nightshift.raw.shards import read_digests, require_digest, used_shards
@@ -70,6 +71,8 @@ class Outcome:
         repaired: Repair made to the row -> the first place that it changed.
         ignored: Columns and keys of messages that were not read.
         pii_spans: Positions of personal data.
+        compared: What preference tuning learns from the row (see `nightshift.data.schemas.PREFERENCES`), or
+            None. A row with a bad answer only is a fault as an example.
     """
 
     origin: str
@@ -78,6 +81,7 @@ class Outcome:
     repaired: Mapping[str, Change] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     pii_spans: tuple[PiiSpan, ...] = ()
+    compared: dict[str, Any] | None = None
 
 
 # Outcome of a row, and its token count.
@@ -106,6 +110,10 @@ def read_outcomes(
     for (row, *_), (outcome, tokens) in zip(originals, convert_all(tasks), strict=True):
         if isinstance(outcome.result, dict) and isinstance(row, dict):
             selection.complete(outcome.result, row)
+        if outcome.compared and isinstance(row, dict):
+            example = outcome.result if isinstance(outcome.result, dict) else None
+            group = example["group"] if example else selection.group(row, outcome.source)
+            outcome.compared.update(example_id=example and example["id"], group=group)
         yield outcome, tokens
 
 
@@ -164,17 +172,16 @@ def convert_row(
     try:
         if isinstance(row, RowError):
             raise row
-        conversation = convert(row, options)
-        if not rules.has_reasoning:
-            conversation = without_reasoning(conversation)
-        conversation = arrange(repair(conversation, fix_encoding=rules.fix_encoding))
-        if options.train_on == "last":
-            conversation = train_last(conversation)
-        conversation = check(conversation, rules.special)
-        spans = tuple(find_pii_spans(conversation, privacy.find))
+        answers = find_answers(row, options)
+        good, bad = (
+            read_conversation(row, options, rules, answer) if answer in (answers or ["good"]) else None
+            for answer in ("good", "bad")
+        )
+        spans = tuple(find_all_pii(good, bad, privacy.find))
         if spans and privacy.mode == "redact":
-            conversation = redact_conversation(conversation, privacy.find)
-        example = build_example(conversation, origin, source, arrival)
+            good, bad = (one and redact_conversation(one, privacy.find) for one in (good, bad))
+        example = build_example(good, origin, source, arrival) if good else RowError("rejected_answer")
+        compared = build_preference(good, bad, origin, source, arrival) if answers else None
     except RowError as fault:
         return Outcome(origin, source, fault)
     except RecursionError:
@@ -183,7 +190,32 @@ def convert_row(
         counts = sorted(Counter(span.kind for span in spans).items())
         detail = ", ".join(f"{count} {kind}" for kind, count in counts)
         return Outcome(origin, source, RowError("pii", detail), pii_spans=spans)
-    return Outcome(origin, source, example, conversation.changes, conversation.ignored, spans)
+    read = good or bad
+    assert read
+    return Outcome(origin, source, example, read.changes, read.ignored, spans, compared)
+
+
+def find_all_pii(good: Conversation | None, bad: Conversation | None, find: Find) -> Iterator[PiiSpan]:
+    """Yield the positions of personal data; a bad answer next to a good one has fields `rejected.<field>`."""
+    yield from find_pii_spans(read, find) if (read := good or bad) else ()
+    if good and bad:
+        for span in find_pii_spans(replace(bad, turns=bad.turns[-1:], tools=[]), find):
+            yield replace(span, turn=len(bad.turns), field=f"rejected.{span.field}")
+
+
+def read_conversation(row: RawRow, options: SourceOptions, rules: Rules, answer: Answer) -> Conversation:
+    """Convert, repair and check a row with one of its answers.
+
+    Raises:
+        RowError: The row, or the answer, cannot be used.
+    """
+    conversation = convert(row, options, answer)
+    if not rules.has_reasoning:
+        conversation = without_reasoning(conversation)
+    conversation = arrange(repair(conversation, fix_encoding=rules.fix_encoding))
+    if options.train_on == "last":
+        conversation = train_last(conversation)
+    return check(conversation, rules.special)
 
 
 def without_reasoning(conversation: Conversation) -> Conversation:
@@ -202,6 +234,49 @@ def build_example(conversation: Conversation, origin: str, source: str, arrival:
     return {
         "id": text_digest(origin, *parts),
         "messages": messages,
+        "tools": tools,
+        "source": source,
+        "origin": origin,
+        "arrival": arrival,
+        "group": None,
+    }
+
+
+def build_preference(
+    good: Conversation | None, bad: Conversation | None, origin: str, source: str, arrival: int
+) -> dict[str, Any]:
+    """Build the row of `nightshift.data.schemas.PREFERENCES`; equal contents have equal ids.
+
+    Args:
+        good: Conversation with the good answer, or None.
+        bad: Conversation with the bad answer, or None; not both are None.
+        origin: Origin of the row.
+        source: Its source.
+        arrival: Number of its shard.
+
+    Raises:
+        RowError: The conversations differ before their last turns, or do not differ at all.
+    """
+    prompts, answers = [], []
+    for conversation in (good, bad):
+        # Which turns are trained is up to the stage that reads them.
+        turns = [_message(replace(turn, train=True)) for turn in conversation.turns] if conversation else []
+        prompts.append(turns[:-1])
+        answers.append(turns[-1:] or None)
+    if good and bad:
+        if prompts[0] != prompts[1] or good.tools != bad.tools:
+            raise RowError("other_prompt")
+        if answers[0] == answers[1]:
+            raise RowError("same_answer")
+    prompt = prompts[0] or prompts[1]
+    used = good or bad
+    tools = dumps(used.tools) if used and used.tools else None
+    return {
+        "id": text_digest(json.dumps([prompt, *answers]), tools or ""),
+        "example_id": None,
+        "prompt": prompt,
+        "chosen": answers[0],
+        "rejected": answers[1],
         "tools": tools,
         "source": source,
         "origin": origin,

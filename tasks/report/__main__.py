@@ -44,6 +44,7 @@ from nightshift.core.paths import (
     TRAINING_RUN,
 )
 from nightshift.core.stage import run_main
+from nightshift.core.trained import describe_tuning
 from nightshift.data.benchmarks import HELDOUT, read_benchmarks
 from nightshift.data.schemas import Score
 from nightshift.data.statistics import is_broken
@@ -160,6 +161,7 @@ def collect(client: MlflowClient, name: str, trained_by: str) -> dict[str, Any]:
         "rejected": rejected_paraphrases(AUGMENTED_TRAIN, REJECTED),
         "effective": read_json(EFFECTIVE),
         "training": read_json(TRAINING_RUN),
+        "tuning": describe_tuning(),
         "charts": draw_training(client, trained_by),
         "lineage": lineage,
         "trained_by": trained_by,

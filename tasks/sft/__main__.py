@@ -2,38 +2,15 @@
 
 import json
 import logging
-import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-
-import yaml
 
 from nightshift.core.code_digest import MODEL_ENGINES, code_digest
 from nightshift.core.config import config_error, load_params
 from nightshift.core.errors import DataError, StageError
-from nightshift.core.files import (
-    file_digest,
-    iterate_rows,
-    read_json,
-    text_digest,
-    tree_digest,
-    write_json,
-)
-from nightshift.core.paths import (
-    BASE,
-    BASE_RECORD,
-    EFFECTIVE,
-    MODEL,
-    PACKED,
-    PLAN,
-    SELFTEST,
-    START_MODEL,
-    TRAINING_RUN,
-    VALIDATION,
-)
+from nightshift.core.files import file_digest, iterate_rows, read_json, text_digest
+from nightshift.core.paths import BASE, BASE_RECORD, MODEL, PACKED, START_MODEL, VALIDATION
 from nightshift.core.stage import run_main, write_summary
 from nightshift.core.state import state_dir
 from nightshift.data.encode import load_encoder
@@ -43,14 +20,14 @@ from nightshift.tracking import spool
 from nightshift.tracking.runs import tracking_uri
 from tasks.sft import SftParams
 from tasks.sft.backend import Backend, choose_backend, with_processes
-from tasks.sft.checkpoints import SAVING
 from tasks.sft.failures import clear_failure, micro_batch_size, plan_next_attempt, read_attempt
 from tasks.sft.inputs import require_rows_fit
-from tasks.sft.job import Job, read_job
+from tasks.sft.job import Job
 from tasks.sft.launch import launch, node_rank
 from tasks.sft.machine import VISIBLE, probe_in_subprocess
 from tasks.sft.memory import largest_batch
 from tasks.sft.plan import compile_plan, without_steps
+from tasks.sft.result import dvc_digest, is_finished, open_spool, publish, resolve_auto, resolve_intervals
 from tasks.sft.rows import SCHEMA, Sizes, as_batches, iterate_row_groups, read_sizes, write_mapped
 
 ENGINES = (*MODEL_ENGINES, "deepspeed", "schedulefree", "trl")
@@ -94,7 +71,7 @@ def main() -> None:
         code = launch(job, folder / "job.json")
         if not is_finished(folder):
             raise plan_next_attempt(folder, params.per_device_train_batch_size, code)
-    publish(job, spool_file)
+    publish(job, spool_file, MODEL, MODEL.parent)
     plan = job.plan
     write_summary(
         "sft",
@@ -153,27 +130,6 @@ def find_start(params: SftParams) -> Start:
     return start
 
 
-def resolve_auto(params: SftParams, backend: Backend) -> SftParams:
-    """Return the parameters with `auto` replaced by the backend's choice."""
-    names = ("activation_checkpointing", "num_processes", "use_liger_kernel")
-    return params.model_copy(update={name: getattr(backend, name) for name in names})
-
-
-def resolve_intervals(params: SftParams, steps: int) -> SftParams:
-    """Return the parameters with shares of all steps replaced by steps, rounded up as in transformers.
-
-    The best model needs a checkpoint at each evaluation, so that interval is then a multiple of the other.
-    """
-    saving, evaluation = params.save_steps, params.eval_steps
-    if isinstance(saving, float):
-        saving = math.ceil(saving * steps)
-    if isinstance(evaluation, float):
-        evaluation = math.ceil(evaluation * steps)
-        if params.load_best_model_at_end and params.eval_steps:
-            evaluation = saving * round(params.eval_steps / params.save_steps)
-    return params.model_copy(update={"save_steps": saving, "eval_steps": evaluation})
-
-
 def training_key(params: SftParams, backend: Backend, start: Start) -> str:
     """Digest everything that decides the result: code, engines, data, base, start, parameters, backend."""
     code = code_digest("sft", ENGINES, NO_EFFECT_ON_RESULT)
@@ -183,20 +139,6 @@ def training_key(params: SftParams, backend: Backend, start: Start) -> str:
     machine = json.dumps({**asdict(backend), "devices": None, "reason": None}, sort_keys=True)
     rows = file_digest(PACKED)
     return text_digest(code, rows, heldout, base, start.digest or "", params.model_dump_json(), machine)
-
-
-def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a value, not a mode
-    """Return the spool of a training run: the previous attempt's, or one for this night's MLflow run.
-
-    Args:
-        folder: Folder of the training run.
-        is_trained: Whether training has finished; the run that trained is then kept.
-    """
-    file = folder / "job.json"
-    before = read_job(file).spool if file.is_file() else None
-    if before and is_trained:
-        return before
-    return spool.begin(state_dir() / "tracking", folder.name, os.environ.get("MLFLOW_RUN_ID") or None, before)
 
 
 def prepare_rows(job: Job, sizes: Sizes) -> None:
@@ -235,47 +177,6 @@ def eval_rows(max_length: int) -> Iterator[dict[str, list[int]]]:
     if not row["seq_lengths"]:
         raise DataError(f"{VALIDATION}: no examples to evaluate on; raise split.validation_share")
     yield row
-
-
-def is_finished(folder: Path) -> bool:
-    """Return whether the success marker exists and matches the saved model."""
-    marker = folder / "output" / "finished.json"
-    return marker.is_file() and bool(read_json(marker)["digest"] == tree_digest(folder / "output" / "model"))
-
-
-def publish(job: Job, spool_file: Path) -> None:
-    """Copy the result to data/sft, and delete the checkpoints and the rows of the ranks."""
-    folder, output = job.folder, job.folder / "output"
-    shutil.rmtree(MODEL, ignore_errors=True)
-    shutil.copytree(output / "model", MODEL)
-    for path in (EFFECTIVE, SELFTEST):
-        shutil.copyfile(output / path.name, path)
-    write_json(PLAN, asdict(job.plan))
-    marker = read_json(output / "finished.json")
-    spool.finish(spool_file)
-    spool.replay(spool_file.parent, job.tracking_uri)
-    # No stage depends on this file, so it may contain a run id and a speed. Without an id the run does
-    # not exist yet, and can be found later by its key.
-    run = {"run_id": spool.find_run_id(spool_file), "tracking_key": spool_file.stem}
-    write_json(TRAINING_RUN, run | {key: marker[key] for key in ("tokens_per_second", "cpu_shares")})
-    for checkpoint in [*folder.glob("checkpoint-*"), folder / SAVING]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    for path in filter(None, (job.rows, job.eval_rows)):
-        path.unlink(missing_ok=True)
-
-
-def dvc_digest(path: Path) -> str:
-    """Return DVC's digest of a stage output from dvc.lock, or half the file's own digest outside DVC.
-
-    MLflow accepts 36 characters at most; a DVC digest has 32.
-    """
-    lock = Path("dvc.lock")
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
-    for stage in stages.values():
-        for out in stage.get("outs", []):
-            if out["path"] == path.as_posix():
-                return str(out["md5"])
-    return file_digest(path)[:32]
 
 
 if __name__ == "__main__":

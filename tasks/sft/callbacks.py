@@ -4,16 +4,19 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from nightshift.core.paths import PACKED
 from nightshift.tracking.spool import Spool
 from tasks.sft.job import Job
 
+# Name of the dataset of each stage in the run.
+DATASETS = {"sft": "train", "prefer": "preferences"}
+# TRL's metrics of preference tuning.
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 log = logging.getLogger(__name__)
 
 
@@ -35,7 +38,12 @@ class Progress(TrainerCallback):
             assert self.job.spool
             self.spool = Spool(self.job.spool, self.job.tracking_uri)
             self.spool.log("params", values=run_params(self.job))
-            self.spool.log("dataset", name="train", digest=self.job.data_digest, source=str(PACKED))
+            self.spool.log(
+                "dataset",
+                name=DATASETS[self.job.stage],
+                digest=self.job.data_digest,
+                source=str(self.job.data),
+            )
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
         """Report a training step or an evaluation."""
@@ -44,13 +52,19 @@ class Progress(TrainerCallback):
         step = state.global_step
         if "loss" in logs:
             # DeepSpeed reports no gradient norm under ZeRO-0 in full precision.
-            keys = [key for key in ("loss", "learning_rate", "grad_norm") if key in logs]
+            keys = [key for key in ("loss", "learning_rate", "grad_norm", *REWARDS) if key in logs]
             # The gradient norm of a step skipped by the fp16 scaler is infinite.
             values: dict[str, float] = {key: float(logs[key]) for key in keys if math.isfinite(logs[key])}
-            self.spool.log("metrics", values=values | self.measure(step, values), step=step)
+            self.spool.log("metrics", values=self.named(values | self.measure(step, values)), step=step)
         elif "eval_loss" in logs:
             log.info("step %d/%d eval_loss %.4f", step, self.plan.steps, logs["eval_loss"])
-            self.spool.log("metrics", values={"eval_loss": float(logs["eval_loss"])}, step=step)
+            keys = [key for key in ("eval_loss", *(f"eval_{name}" for name in REWARDS)) if key in logs]
+            self.spool.log("metrics", values=self.named({key: float(logs[key]) for key in keys}), step=step)
+
+    def named(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return metrics under the names in the run; those of a second training have its stage in front."""
+        before = "" if self.job.stage == "sft" else f"{self.job.stage}/"
+        return {f"{before}{key}": value for key, value in values.items()}
 
     def measure(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Log the progress line of a step, and return its metrics other than `values`."""
@@ -86,7 +100,7 @@ class Progress(TrainerCallback):
         """Log the CPU seconds over seconds of all ranks to the run."""
         if self.spool:
             values = {f"cpu_share/{rank}": share for rank, share in enumerate(shares)}
-            self.spool.log("metrics", values=values, step=step)
+            self.spool.log("metrics", values=self.named(values), step=step)
 
     def close(self) -> None:
         """Send pending entries to MLflow one last time; the spool keeps the rest for later."""
@@ -101,7 +115,9 @@ def format_time(moment: float) -> str:
 
 def run_params(job: Job) -> dict[str, str]:
     """Return the job parameters to log to the run."""
-    values = {f"sft.{key}": str(value) for key, value in job.params.model_dump().items()}
+    values = {f"{job.stage}.{key}": str(value) for key, value in job.params.model_dump().items()}
+    if job.stage != "sft":
+        return values
     return values | {
         "device": job.backend.device,
         "precision": job.backend.precision,

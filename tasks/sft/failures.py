@@ -127,21 +127,22 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def plan_next_attempt(folder: Path, rows: int, code: int) -> StageError:
+def plan_next_attempt(folder: Path, rows: int, code: int, stage: str = "sft") -> StageError:
     """Build the error of a failed attempt, and record the changes for the next one.
 
     Args:
         folder: Folder of the training run.
         rows: Rows per forward pass before any halving.
         code: Exit code of the launcher, for a failure without a reason.
+        stage: Stage that trains.
     """
     failure = read_failure(folder)
     if failure is None:
         newest = max((checkpoints.step(path) for path in folder.glob("checkpoint-*")), default=None)
         start = "starts over" if newest is None else f"resumes from checkpoint-{newest}"
         return StageError(
-            f"sft: the ranks exited with code {code} before training finished, and gave no reason; see the "
-            f"output above. Another run {start}"
+            f"{stage}: the ranks exited with code {code} before training finished, and gave no reason; see "
+            f"the output above. Another run {start}"
         )
     attempt, kind, message = read_attempt(folder), failure["kind"], failure["message"]
     rows_now = micro_batch_size(rows, attempt.halvings)
@@ -152,8 +153,8 @@ def plan_next_attempt(folder: Path, rows: int, code: int) -> StageError:
             remedy = f"the next attempt uses {fewer} rows per forward pass instead of {rows_now}"
         case "out_of_memory":
             return StageError(
-                f"sft: {message}; one row does not fit; set sft.activation_checkpointing, a strategy that "
-                "shards more (zero3 with offloading), or a smaller pack.max_length"
+                f"{stage}: {message}; one row does not fit; set sft.activation_checkpointing, a strategy "
+                "that shards more (zero3 with offloading), or a smaller pack.max_length"
             )
         case "loss" if not attempt.skipped:
             next_attempt = replace(attempt, skipped=tuple(failure["steps"]))
@@ -164,12 +165,14 @@ def plan_next_attempt(folder: Path, rows: int, code: int) -> StageError:
         case "preempted":
             next_attempt, remedy = attempt, "run again to resume from there"
         case "loss":
-            return StageError(f"sft: {message}; rows were already skipped once; lower sft.learning_rate")
+            return StageError(
+                f"{stage}: {message}; rows were already skipped once; lower {stage}.learning_rate"
+            )
         case "hang":
             return StageError(
-                f"sft: a step hung twice; {message}; raise sft.step_timeout_seconds if it is only slow"
+                f"{stage}: a step hung twice; {message}; raise sft.step_timeout_seconds if it is only slow"
             )
         case _:
-            return StageError(f"sft: {message}")
+            return StageError(f"{stage}: {message}")
     write_json(folder / ATTEMPT, asdict(next_attempt))
-    return TrainingError(kind, f"sft: {message}; {remedy}")
+    return TrainingError(kind, f"{stage}: {message}; {remedy}")

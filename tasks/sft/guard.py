@@ -28,7 +28,7 @@ class Guard(TrainerCallback):
 
     def __init__(self, job: Job) -> None:
         """Handle SIGTERM from now on by saving after the current step."""
-        self.plan, self.params = job.plan, job.params
+        self.plan, self.params, self.stage, self.data = job.plan, job.params, job.stage, job.data
         self.is_preempted = False
         self.checked = 0
         # Steps skipped by the fp16 scaler, in total and in a row; a skipped step does not advance the
@@ -91,7 +91,8 @@ class Guard(TrainerCallback):
         self.watch()
         if not math.isfinite(metrics["eval_loss"]):
             raise StageError(
-                f"evaluation loss {metrics['eval_loss']} at step {state.global_step}; lower sft.learning_rate"
+                f"evaluation loss {metrics['eval_loss']} at step {state.global_step}; lower "
+                f"{self.stage}.learning_rate"
             )
         if is_exhausted(
             state.log_history, self.params.early_stopping_patience, self.params.early_stopping_min_delta
@@ -122,12 +123,15 @@ class Guard(TrainerCallback):
         spike = is_spike(loss, state.log_history[:-1], self.params.max_loss_ratio)
         if spike or not math.isfinite(loss):
             what = "loss spike to" if spike else "loss"
-            raise TrainingError("loss", f"{what} {loss:.4g} at {format_rows(self.plan, steps)}", steps)
+            raise TrainingError(
+                "loss", f"{what} {loss:.4g} at {format_rows(self.plan, steps, self.data)}", steps
+            )
         threshold, patience = self.params.loss_watchdog_threshold, self.params.loss_watchdog_patience
         if is_diverged(state.log_history, threshold, patience):
             raise StageError(
                 f"the last {patience} logged losses, up to {loss:.4g} at step {step}, are above "
-                f"sft.loss_watchdog_threshold={threshold}; lower sft.learning_rate, or raise the threshold"
+                f"sft.loss_watchdog_threshold={threshold}; lower {self.stage}.learning_rate, or raise the "
+                "threshold"
             )
         planned = self.plan.learning_rate[self.rate_index]
         if self.params.lr_scheduler_type == "reduce_lr_on_plateau":

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from nightshift.core.files import write_text
+from nightshift.core.paths import PACKED
 from nightshift.registry.start import Start
 from tasks.sft import SftParams
 from tasks.sft.backend import Backend
@@ -30,6 +31,9 @@ class Job(BaseModel):
         data_digest: DVC digest of the packed rows.
         tracking_uri: MLflow tracking URI.
         spool: Spool file of the MLflow run, or None on a machine that does not track.
+        stage: Stage that trains; its name starts messages and parameters.
+        worker: Module of the ranks.
+        data: Data that the rows come from, for messages and tracking.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +53,9 @@ class Job(BaseModel):
     data_digest: str
     tracking_uri: str
     spool: Path | None = None
+    stage: str = "sft"
+    worker: str = "tasks.sft.worker"
+    data: Path = PACKED
 
     def write(self, file: Path) -> None:
         """Write the job."""

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -40,7 +41,7 @@ def launch(job: Job, file: Path) -> int:
     job.write(file)
     address, port = rendezvous(job.params)
     command = [*build_command(job, address, port), str(file)]
-    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGTERM, partial(on_sigterm, job.stage))
     try:
         with line_printer() as show:
             code = supervise.run(
@@ -57,7 +58,7 @@ def launch(job: Job, file: Path) -> int:
     return code
 
 
-def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
+def on_sigterm(stage: str, _signum: int, _frame: FrameType | None) -> None:
     """Stop the ranks, which save first, and end this stage with an error that allows a resume.
 
     Raises:
@@ -65,7 +66,9 @@ def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
     """
     # A second SIGTERM, from another supervisor, must not interrupt the shutdown.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise TrainingError("preempted", "sft: received SIGTERM; run again to resume from the last checkpoint")
+    raise TrainingError(
+        "preempted", f"{stage}: received SIGTERM; run again to resume from the last checkpoint"
+    )
 
 
 def node_rank(params: SftParams) -> int:
@@ -113,7 +116,7 @@ def build_command(job: Job, address: str, port: int) -> list[str]:
     """
     params, backend = job.params, job.backend
     if backend.strategy == "single":
-        return [sys.executable, "-m", "tasks.sft.worker"]
+        return [sys.executable, "-m", job.worker]
     if params.hostfile is None:
         # The command that `deepspeed` runs on one machine. Given a number of GPUs, `deepspeed` would
         # take the first ones, even if they are in use, and it does not accept UUIDs.
@@ -126,7 +129,7 @@ def build_command(job: Job, address: str, port: int) -> list[str]:
             command += ["--no_ssh", f"--node_rank={node_rank(params)}"]
     if address:
         command += [f"--master_addr={address}"]
-    return [*command, f"--master_port={port}", "--no_local_rank", "--module", "tasks.sft.worker"]
+    return [*command, f"--master_port={port}", "--no_local_rank", "--module", job.worker]
 
 
 def rank_environment(device: str, devices: Sequence[str]) -> dict[str, str]:

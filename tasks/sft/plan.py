@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nightshift.core.paths import PACKED
 from tasks.sft import SftParams
@@ -179,7 +180,7 @@ def without_steps(plan: Plan, steps: Sequence[int]) -> Plan:
     )
 
 
-def format_rows(plan: Plan, steps: range) -> str:
+def format_rows(plan: Plan, steps: range, data: Path = PACKED) -> str:
     """Format steps, counted from 1, and their rows for a message.
 
     Example:
@@ -189,4 +190,4 @@ def format_rows(plan: Plan, steps: range) -> str:
     size = plan.rows_per_step
     rows = plan.order[(steps.start - 1) * size : (steps.stop - 1) * size]
     numbers = f"step {steps.start}" if len(steps) == 1 else f"steps {steps.start} to {steps.stop - 1}"
-    return f"{numbers}, rows {rows} of {PACKED}"
+    return f"{numbers}, rows {rows} of {data}"

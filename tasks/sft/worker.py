@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
@@ -31,10 +33,11 @@ from tasks.sft.history import best_step, is_exhausted
 from tasks.sft.job import Job, read_job
 from tasks.sft.layers import fuse_layers
 from tasks.sft.model import load_adapter, load_model
+from tasks.sft.planned import Planned, writing
 from tasks.sft.proof import Proof
 from tasks.sft.rows import map_rows, planned_rows
 from tasks.sft.strategy import deepspeed_config, fsdp_config
-from tasks.sft.trainer import Trainer, writing
+from tasks.sft.trainer import Trainer
 
 # Files needed to load the weights, in addition to the safetensors.
 WEIGHT_FILES = (
@@ -44,18 +47,31 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
 )
 log = logging.getLogger(__name__)
+AnyJob = TypeVar("AnyJob", bound=Job)
+Build = Callable[[AnyJob, list[TrainerCallback]], Any]
+Prove = Callable[[AnyJob], Any]
 
 
 def main(job_file: Path) -> None:
     """Train a job; on failure, write the reason."""
+    run_rank(read_job(job_file), build_trainer, Proof)
+
+
+def run_rank(job: AnyJob, build: Build[AnyJob], proof: Prove[AnyJob]) -> None:
+    """Train a job with its trainer and its proofs; on failure, write the reason.
+
+    Args:
+        job: Job.
+        build: Builds the trainer of a job with callbacks.
+        proof: Builds the callback that tests the trainer, which it is given as `trainer`, before step 1.
+    """
     # A rank without its launcher would wait for the other ranks forever.
     supervise.die_with_parent()
     # Imported objects are permanent; exclude them from garbage collection, also at exit.
     gc.freeze()
-    job = read_job(job_file)
     folder = job.folder
     try:
-        train(job)
+        train(job, build, proof)
     except TrainingError as err:
         write_failure(folder, err.kind, str(err), err.steps)
         raise
@@ -76,14 +92,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job_file", type=Path, help="job written by tasks.sft")
 
 
-def train(job: Job) -> None:
-    """Build the trainer, run the self-test, train from the newest checkpoint, save."""
+def train(job: AnyJob, build: Build[AnyJob], prove: Prove[AnyJob]) -> None:
+    """Build the trainer, run the self-test, train from the newest checkpoint, save; see `run_rank`."""
     params, folder = job.params, job.folder
     # Set the seed before the adapter weights are initialized.
     set_seed(params.seed)
     progress = Progress(job)
-    guard, proof = Guard(job), Proof(job)
-    trainer = build_trainer(job, [guard, proof, progress])
+    guard, proof = Guard(job), prove(job)
+    trainer = build(job, [guard, proof, progress])
     trainer.remove_callback(PrinterCallback)
     require_one_job(job)
     proof.trainer = trainer
@@ -162,58 +178,68 @@ def build_trainer(job: Job, callbacks: list[TrainerCallback]) -> Trainer:
 
 def training_arguments(job: Job) -> SFTConfig:
     """Convert the parameters to TRL's, and disable everything that TRL would do silently."""
-    params, backend = job.params, job.backend
-    precision = backend.precision
-    fsdp = fsdp_config(params, backend.strategy)
     return SFTConfig(
-        output_dir=str(job.folder),
-        max_steps=job.plan.steps,
-        per_device_train_batch_size=job.micro_batch_size,
-        gradient_accumulation_steps=job.accumulation_steps,
-        per_device_eval_batch_size=params.per_device_eval_batch_size,
-        learning_rate=params.learning_rate,
-        # The learning rates come from the plan.
-        lr_scheduler_type="constant",
-        # The trainer builds Muon, which transformers does not know.
-        optim="adamw_torch" if params.optim == "muon" else params.optim,
-        adam_beta1=params.adam_beta1,
-        adam_beta2=params.adam_beta2,
-        adam_epsilon=params.adam_epsilon,
-        weight_decay=params.weight_decay,
-        max_grad_norm=params.max_grad_norm,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        tf32=True if precision == "tf32" else None,
-        use_cpu=backend.device == "cpu",
-        deepspeed=deepspeed_config(params, backend.strategy, precision, job.micro_batch_size, backend.device),
-        fsdp=fsdp is not None,
-        fsdp_config=fsdp,
-        ddp_find_unused_parameters=False,
-        activation_checkpointing=params.activation_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": params.use_reentrant},
-        use_liger_kernel=params.use_liger_kernel,
-        torch_compile=params.torch_compile,
-        # The rows are already packed, and shuffled by the plan.
-        train_sampling_strategy="sequential",
+        **common_arguments(job),
+        # The rows are already packed.
         dataset_kwargs={"skip_prepare_dataset": True},
-        padding_free=backend.batches == "flattened",
+        padding_free=job.backend.batches == "flattened",
         packing=False,
         eval_packing=False,
         max_length=None,
-        eval_strategy="steps" if params.eval_steps else "no",
-        eval_steps=params.eval_steps,
-        save_strategy="steps",
-        save_steps=params.save_steps,
-        logging_steps=params.logging_steps,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        seed=params.seed,
-        data_seed=params.seed,
     )
 
 
-def finish(trainer: Trainer, job: Job, progress: Progress, guard: Guard) -> None:
+def common_arguments(job: Job) -> dict[str, Any]:
+    """Convert the parameters that all trainers have to those of transformers."""
+    params, backend = job.params, job.backend
+    precision = backend.precision
+    fsdp = fsdp_config(params, backend.strategy)
+    return {
+        "output_dir": str(job.folder),
+        "max_steps": job.plan.steps,
+        "per_device_train_batch_size": job.micro_batch_size,
+        "gradient_accumulation_steps": job.accumulation_steps,
+        "per_device_eval_batch_size": params.per_device_eval_batch_size,
+        "learning_rate": params.learning_rate,
+        # The learning rates come from the plan.
+        "lr_scheduler_type": "constant",
+        # The trainer builds Muon, which transformers does not know.
+        "optim": "adamw_torch" if params.optim == "muon" else params.optim,
+        "adam_beta1": params.adam_beta1,
+        "adam_beta2": params.adam_beta2,
+        "adam_epsilon": params.adam_epsilon,
+        "weight_decay": params.weight_decay,
+        "max_grad_norm": params.max_grad_norm,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "tf32": True if precision == "tf32" else None,
+        "use_cpu": backend.device == "cpu",
+        "deepspeed": deepspeed_config(
+            params, backend.strategy, precision, job.micro_batch_size, backend.device
+        ),
+        "fsdp": fsdp is not None,
+        "fsdp_config": fsdp,
+        "ddp_find_unused_parameters": False,
+        "activation_checkpointing": params.activation_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": params.use_reentrant},
+        "use_liger_kernel": params.use_liger_kernel,
+        "torch_compile": params.torch_compile,
+        # The plan shuffles the rows.
+        "train_sampling_strategy": "sequential",
+        "eval_strategy": "steps" if params.eval_steps else "no",
+        "eval_steps": params.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": params.save_steps,
+        "logging_steps": params.logging_steps,
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": params.seed,
+        "data_seed": params.seed,
+    }
+
+
+def finish(trainer: Planned, job: Job, progress: Progress, guard: Guard) -> None:
     """Save the weights and, last, the success marker.
 
     Raises:

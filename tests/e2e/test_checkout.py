@@ -26,7 +26,19 @@ from nightshift.core.ports import free_port
 from tests.helpers.checkouts import BIN, ROOT, Checkout, ServedCheckout, make_checkout
 
 pytestmark = pytest.mark.timeout(900)
-STAGES = ["base", "ingest", "dedupe", "split", "augment", "decontaminate", "pack", "sft", "evaluate", "gate"]
+STAGES = [
+    "base",
+    "ingest",
+    "dedupe",
+    "split",
+    "augment",
+    "decontaminate",
+    "pack",
+    "sft",
+    "prefer",
+    "evaluate",
+    "gate",
+]
 BAD_LINES = b'{"messages": [\n\xff\xfe\n'
 
 

@@ -319,44 +319,32 @@ PAIRS = [
 ]
 
 LLAMA_DPO = {"conversations": [say("human", "2+2?")], "chosen": say("gpt", "4"), "rejected": say("gpt", "5")}
+WRONG = [ASK, turn("assistant", "5")]
+ALPACA_DPO = {"instruction": "Add", "input": "2, 2", "chosen": "4", "rejected": "5"}
+ULTRA = {"prompt": "2+2?", "chosen": PAIR, "rejected": WRONG, "score_chosen": 9.0}
+KTO = [
+    {"prompt": "2+2?", "completion": "4", "label": True},
+    {"prompt": "2+2?", "completion": "5", "label": False},
+]
+TAGGED = [{"messages": PAIR, "kto_tag": True}, {"messages": WRONG, "kto_tag": False}]
+V1 = {"chosen_messages": PAIR, "rejected_messages": WRONG}
+COMPARED: list[tuple[str, list[dict[str, Any]]]] = [
+    ("DPO", [{"prompt": "2+2?", "chosen": "4", "rejected": "5"}]),
+    ("DPO: conversations", [{"chosen": PAIR, "rejected": WRONG}]),
+    ("DPO: prompt and conversations (UltraFeedback)", [ULTRA]),
+    ("DPO: LLaMA-Factory ranking", [LLAMA_DPO]),
+    ("DPO: LLaMA-Factory ranking (Alpaca)", [ALPACA_DPO]),
+    ("DPO: LLaMA-Factory v1", [V1]),
+    ("DPO: hh-rlhf transcripts", [{"chosen": "\n\nHuman: Hi\n\nAssistant: Ho", "rejected": "x"}]),
+    ("KTO", KTO),
+    ("KTO: LLaMA-Factory kto_tag", TAGGED),
+    ("rated answers", [{"prompt": "2+2?", "response": "4", "score": 9.5}]),
+]
 PREFERENCES = [
-    rows("DPO", {"prompt": "2+2?", "chosen": "4", "rejected": "5"}),
-    rows("DPO, chosen", {"prompt": "2+2?", "chosen": "4", "rejected": "5"}, preference="chosen"),
-    rows(
-        "DPO: conversations, chosen",
-        {"chosen": PAIR, "rejected": [ASK, turn("assistant", "5")]},
-        preference="chosen",
-    ),
-    rows(
-        "DPO: prompt and conversations (UltraFeedback), chosen",
-        {"prompt": "2+2?", "chosen": PAIR, "rejected": [ASK, turn("assistant", "5")], "score_chosen": 9.0},
-        preference="chosen",
-    ),
-    rows("DPO: LLaMA-Factory ranking", LLAMA_DPO),
-    rows("DPO: LLaMA-Factory ranking, chosen", LLAMA_DPO, preference="chosen"),
-    rows(
-        "DPO: LLaMA-Factory ranking (Alpaca), chosen",
-        {"instruction": "Add", "input": "2, 2", "chosen": "4", "rejected": "5"},
-        preference="chosen",
-    ),
-    rows(
-        "DPO: LLaMA-Factory v1, chosen",
-        {"chosen_messages": PAIR, "rejected_messages": [ASK, turn("assistant", "5")]},
-        preference="chosen",
-    ),
-    rows(
-        "DPO: hh-rlhf transcripts, chosen",
-        {"chosen": "\n\nHuman: Hi\n\nAssistant: Ho", "rejected": "x"},
-        preference="chosen",
-    ),
-    rows("KTO", {"prompt": "2+2?", "completion": "4", "label": True}),
-    rows(
-        "KTO, chosen",
-        {"prompt": "2+2?", "completion": "4", "label": True},
-        {"prompt": "2+2?", "completion": "5", "label": False},
-        preference="chosen",
-    ),
-    rows("KTO: LLaMA-Factory kto_tag", {"messages": PAIR, "kto_tag": False}),
+    rows("DPO", *COMPARED[0][1]),
+    rows("KTO", *KTO),
+    *(rows(f"{name}, chosen", *values, preference="chosen") for name, values in COMPARED[:-1]),
+    *(rows(f"{name}, compare", *values, preference="compare") for name, values in COMPARED),
     rows("stepwise supervision", {"prompt": "2+2?", "completions": ["2+2", "4"], "labels": [True, True]}),
 ]
 

@@ -115,6 +115,7 @@ def test_code_outside_the_training_key_does_not_affect_the_result() -> None:
                         imported_names.setdefault(path, set()).add(name)
     assert imported_names == {
         "tasks/sft/__main__.py": {"largest_batch", "spool", "tracking_uri"},
+        "tasks/sft/result.py": {"spool"},
         "tasks/sft/backend.py": {"Batch", "estimate_all", "totals"},
         "tasks/sft/launch.py": {"line_printer"},
         "tasks/sft/worker.py": {"Progress"},
@@ -134,7 +135,8 @@ def test_a_stage_has_the_same_name_everywhere(stage: str, monkeypatch: pytest.Mo
             *("data/benchmarks", "data/champion", "data/raw", "data/start", "data/snapshot/summary.json")
         }
         return
-    assert STAGES[stage]["params"] == [stage]
+    # Preference tuning continues a training with its parameters.
+    assert STAGES[stage]["params"] == ([stage, "sft"] if stage == "prefer" else [stage])
     assert all(path.startswith(f"data/{stage}/") for path in outputs(STAGES[stage]))
 
 
@@ -195,7 +197,9 @@ def test_data_stages_flows_and_the_command_line_do_not_load_torch() -> None:
     modules = [
         f"tasks.{name}" for name in (*NEEDS_NO_TORCH, "check", "snapshot", "register", "promote", "report")
     ]
-    modules += [f"tasks.{name}.__main__" for name in ("ingest", "dedupe", "augment", "gate", "report")]
+    modules += [
+        f"tasks.{name}.__main__" for name in ("ingest", "dedupe", "augment", "prefer", "gate", "report")
+    ]
     modules += ["flows.finetune", "flows.promote", "infra.cli.app"]
     loaded = loaded_modules("\n".join(f"import {name}" for name in modules))
     assert "tasks.ingest" in loaded

@@ -24,8 +24,9 @@ NEVER = {
     "tasks": {"prefect"},
     "flows": {"torch", "transformers", "trl", "peft", "deepspeed"},
 }
-# Programs after the graph that read another one's parameters or words.
-SHARED = {("register", "gate"), ("report", "gate"), ("report", "judge")}
+# Programs after the graph that read another one's parameters or words, and the second stage that trains: both
+# are launched, planned, resumed and proven by the same code, which needs DeepSpeed and TRL (decision 19).
+SHARED = {("register", "gate"), ("report", "gate"), ("report", "judge"), ("prefer", "sft")}
 
 
 def imported_by(package: str) -> dict[str, set[str]]:

@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,15 @@ def read(layout: Layout, raw: Path, encoder: Encoder) -> str:
 
 
 def describe(outcome: Outcome, encoder: Encoder) -> str:
-    """Return the turns of a row, in bold what is trained, and what was changed or not read; or the fault."""
+    """Return the turns of a row, in bold what is trained, and what was changed or not read; or the fault.
+
+    A bad answer, from which only preference tuning learns, is struck through.
+    """
+    compared = outcome.compared or {}
+    bad = compared.get("rejected")
+    if bad and isinstance(outcome.result, RowError):
+        turns = [f"{turn['role']} {quote(turn['content'])}" for turn in compared["prompt"]]
+        return f"compared: {', '.join([*turns, strike(bad)])}"
     if isinstance(outcome.result, RowError):
         detail = f" ({outcome.result.detail})" if outcome.result.detail else ""
         return f"refused: {outcome.result.reason}{detail}"
@@ -63,9 +72,15 @@ def describe(outcome: Outcome, encoder: Encoder) -> str:
         shown = f"{message['role']} {quote(text)}"
         turns.append(f"**{shown}**" if has_labels else shown)
     assert next(trained, None) is None
+    turns += [strike(bad)] if bad else []
     more = [f"not read: {', '.join(sorted(outcome.ignored))}"] if outcome.ignored else []
     more += [f"repaired: {', '.join(sorted(outcome.repaired))}"] if outcome.repaired else []
     return "; ".join([f"trained: {', '.join(turns)}", *more])
+
+
+def strike(answer: list[dict[str, Any]]) -> str:
+    """Return a bad answer, struck through."""
+    return f"~~{answer[0]['role']} {quote(answer[0]['content'])}~~"
 
 
 def labelled(encoded: Encoded, encoder: Encoder) -> list[str]:

@@ -1,9 +1,13 @@
 """Properties of the train, validation and test split."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.split import SplitParams, connect, split_of
+from nightshift.data.prompts import list_prompts
+from nightshift.data.text import canonical_messages
+from tasks.split import SplitParams, assign, connect, row_keys, split_of
 
 PARAMS = SplitParams(validation_share=0.1, test_share=0.2, by_phrasing=[], seed=0)
 
@@ -47,3 +51,24 @@ def test_the_earliest_row_of_a_component_stays_unless_components_merge(
     before, after = connect(keys[:cut]), connect(keys)
     assert all(after[root] == after[row] for row, root in enumerate(before))
     assert all(new <= old for old, new in zip(before, after, strict=False))
+
+
+WORDS = st.sampled_from(["red", "green", "blue", "grey"])
+BAD_ONLY = st.tuples(WORDS, WORDS).map(lambda pair: {"prompt": " ".join(pair)})
+
+
+@given(st.lists(BAD_ONLY, max_size=8), st.lists(st.tuples(WORDS, WORDS).map(" ".join), max_size=8))
+def test_all_answers_to_one_prompt_are_on_one_side(bad: list[dict[str, str]], good: list[str]) -> None:
+    def row(prompt: str, answer: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        texts = [canonical_messages([turn]) for turn in turns]
+        group = f"{prompt} {answer}"
+        return {"source": "s", "group": None, "group_id": group, "prompts": list_prompts(turns, texts)}
+
+    prompts = [*good, *(one["prompt"] for one in bad)]
+    rows = [row(prompt, str(i)) for i, prompt in enumerate(prompts)]
+    sides = assign(rows, connect(map(row_keys, rows)), PARAMS)
+    by_prompt: dict[str, set[str]] = {}
+    for prompt, side in zip(prompts, sides, strict=True):
+        by_prompt.setdefault(prompt, set()).add(side)
+    assert all(len(found) == 1 for found in by_prompt.values())

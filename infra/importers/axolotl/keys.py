@@ -243,6 +243,11 @@ NOT_NEEDED: dict[str, str] = {
 }
 
 _RL = "only supervised fine-tuning is supported; remove the preference or reward data, or train with Axolotl"
+_PREFERENCE = (
+    "preference tuning follows supervised fine-tuning here: import the config of that, set "
+    "`preference: compare` of the sources and prefer.method: dpo or kto (docs/training.md), or train with "
+    "Axolotl"
+)
 _PARALLEL = (
     "sequence, tensor and expert parallelism are not supported; use strategy zero3 or fsdp2 and shorter rows"
 )
@@ -270,19 +275,19 @@ ESSENTIAL = frozenset(_ESSENTIAL.split())
 UNMAPPED: dict[str, str] = {
     "resume_from_checkpoint": "another tool's checkpoint cannot be continued; to train its weights further, "
     "set base.model to their folder",
-    "rl": _RL,
+    "rl": _PREFERENCE,
     "trl": _RL,
     "vllm": _RL,
     "reward_model": _RL,
     "process_reward_model": _RL,
     "num_labels": _RL,
-    "dpo_*": _RL,
-    "kto_*": _RL,
+    "dpo_*": _PREFERENCE,
+    "kto_*": _PREFERENCE,
     "orpo_alpha": _RL,
     "rpo_alpha": _RL,
     "cpo_alpha": _RL,
     "simpo_gamma": _RL,
-    "rl_beta": _RL,
+    "rl_beta": _PREFERENCE,
     "max_prompt_len": _RL,
     "sequence_parallel_degree": _PARALLEL,
     "context_parallel_size": _PARALLEL,

@@ -147,7 +147,13 @@ def _method(config: Config) -> Findings:
     if stage == "sft":
         yield not_needed("stage", "supervised fine-tuning")
     else:
-        yield essential("stage", f"{stage}: only sft is supported; train the rest with LLaMA-Factory")
+        remedy = "train the rest with LLaMA-Factory"
+        if stage in ("dpo", "kto"):
+            remedy = (
+                "preference tuning follows it: import the config of sft, set `preference: compare` of the "
+                f"sources and prefer.method: {stage} (docs/training.md)"
+            )
+        yield essential("stage", f"{stage}: only sft is supported; {remedy}")
     if "adapter_name_or_path" in config:
         why = "make the adapter the champion (`nightshift adopt`), and set sft.start_from: champion"
         yield essential("adapter_name_or_path", why, "sft.start_from")

@@ -7,10 +7,10 @@ import pytest
 
 from nightshift.core.errors import DataError
 from nightshift.core.files import read_json, read_rows, write_rows
-from nightshift.data.schemas import CONNECTED
+from nightshift.data.prompts import list_prompts
+from nightshift.data.schemas import CONNECTED, PREFERENCES
 from nightshift.data.text import canonical_messages
 from tasks.dedupe.__main__ import REMOVED_SCHEMA
-from tasks.dedupe.prompts import list_prompts
 from tasks.split import SplitParams, assign, connect, main, row_keys, split_of
 
 
@@ -39,6 +39,7 @@ def test_a_source_by_phrasing_goes_entirely_to_train(in_tmp: Path) -> None:
     ]
     write_rows(Path("data/dedupe/examples.parquet"), rows, CONNECTED)
     write_rows(Path("data/dedupe/removed.parquet"), [], REMOVED_SCHEMA)
+    write_rows(Path("data/ingest/preferences.parquet"), [], PREFERENCES)
     main()
     train = read_rows(Path("data/split/train.parquet"))
     assert [row["source"] for row in train].count("facts") == 20
@@ -81,6 +82,7 @@ def test_a_removed_example_near_two_splits_is_listed_and_changes_neither(in_tmp:
         },
     ]
     write_rows(Path("data/dedupe/removed.parquet"), removed, REMOVED_SCHEMA)
+    write_rows(Path("data/ingest/preferences.parquet"), [], PREFERENCES)
     main()
     assert read_rows(Path("data/split/bridges.parquet")) == [
         {"id": "bridge", "near_ids": ["id-0", "id-8"], "sides": ["train", "test"]}
@@ -185,7 +187,59 @@ def test_one_group_for_all_rows_is_an_error_that_names_group_by(in_tmp: Path) ->
     rows = [{**row(f"g{i}", "same"), "messages": [], "origin": "x:1", "arrival": 1} for i in range(9)]
     write_rows(Path("data/dedupe/examples.parquet"), rows, CONNECTED)
     write_rows(Path("data/dedupe/removed.parquet"), [], REMOVED_SCHEMA)
+    write_rows(Path("data/ingest/preferences.parquet"), [], PREFERENCES)
     with pytest.raises(
         DataError, match=r"0 of 9 examples, which form 1 group\(s\); .* `group_by` with more values"
     ):
         main()
+
+
+def test_a_comparison_goes_where_its_example_or_its_prompt_is(in_tmp: Path) -> None:
+    (in_tmp / "params.yaml").write_text(
+        "split: {validation_share: 0.05, test_share: 0.1, by_phrasing: [], seed: 0}"
+    )
+    prompts = [[{"role": "user", "content": f"Question {i}"}] for i in range(3)]
+    digests = [list_prompts([*p, {"role": "assistant"}], [canonical_messages(p), ""]) for p in prompts]
+    rows = [
+        {
+            "id": f"id-{i}",
+            "messages": [],
+            "source": "s",
+            "origin": "x:1",
+            "arrival": 1,
+            "group_id": f"group-{i}",
+            "prompts": digest,
+        }
+        for i, digest in zip((0, 8, 21), digests, strict=True)
+    ]
+    write_rows(Path("data/dedupe/examples.parquet"), rows, CONNECTED)
+    removed = [
+        {"id": name, "near_ids": ["id-8"], "kept_id": "id-8", "jaccard": 1.0, "reason": reason}
+        for name, reason in (("twin", "normalized_duplicate"), ("near", "near_duplicate"))
+    ]
+    write_rows(Path("data/dedupe/removed.parquet"), removed, REMOVED_SCHEMA)
+    bad = [{"role": "assistant", "content": "Bad"}]
+    names = [("a", "id-0"), ("b", "id-8"), ("b", "id-8"), ("c", "twin"), ("d", "near")]
+    compared = [
+        {"id": name, "example_id": example, "prompt": [], "rejected": bad, "source": "s"}
+        for name, example in names
+    ]
+    compared += [
+        {"id": f"alone-{i}", "example_id": None, "prompt": prompt, "rejected": bad, "source": "s"}
+        for i, prompt in enumerate(prompts)
+    ]
+    write_rows(Path("data/ingest/preferences.parquet"), compared, PREFERENCES)
+    main()
+    placed = read_rows(Path("data/split/preferences.parquet"))
+    assert [(row["id"], row["example_id"], row["side"]) for row in placed] == [
+        ("a", "id-0", "train"),
+        ("b", "id-8", "test"),
+        ("c", "id-8", "test"),
+        ("alone-0", None, "train"),
+        ("alone-1", None, "test"),
+        ("alone-2", None, "validation"),
+    ]
+    assert read_json(Path("data/split/summary.json"))["compared"] == {
+        **{"exact_duplicate": 1, "near_duplicate": 1},
+        **{"test": 3, "train": 2, "validation": 1},
+    }

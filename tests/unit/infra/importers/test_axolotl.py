@@ -544,7 +544,7 @@ def test_a_key_is_mapped(text: str, target: str, value: Any) -> None:
         ("datasets: [{path: x.jsonl, ds_typ: json}]", "datasets[0].ds_typ", "unknown; did you mean ds_type?"),
         ("datasets: [{path: 'ftp://x.org/a.jsonl'}]", "datasets[0]", "scheme 'ftp' is not supported"),
         ("plugins: [my.Plugin]", "plugins", "my.Plugin: Axolotl plugins are not supported; remove it"),
-        ("dpo_beta: 0.1", "dpo_beta", "only supervised fine-tuning is supported"),
+        ("dpo_beta: 0.1", "dpo_beta", "preference tuning follows supervised fine-tuning here"),
     ],
 )
 def test_unmapped_keys_are_reported_with_a_remedy(text: str, key: str, note: str) -> None:

@@ -216,7 +216,7 @@ def test_a_key_of_llamafactory_is_mapped(factory: Path, text: str, target: str, 
 @pytest.mark.parametrize(
     ("text", "key", "note"),
     [
-        ("stage: dpo", "stage", "dpo: only sft is supported"),
+        ("stage: dpo", "stage", "dpo: only sft is supported; preference tuning follows it"),
         ("finetuning_type: oft", "finetuning_type", "oft: set sft.adapter"),
         ("template: mistral", "template", "mistral: no template here has this text"),
         (

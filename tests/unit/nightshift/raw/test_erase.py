@@ -1,5 +1,6 @@
 """Rows that were forgotten are recognized, however a source writes them and whatever the parameters say."""
 
+import json
 import lzma
 from pathlib import Path
 
@@ -41,3 +42,19 @@ def test_a_forgotten_row_is_recognized_by_the_options_of_its_source(tmp_path: Pa
     erase_known(shard, tmp_path)
     assert list(read_shard(shard, Limits(10**6, 10**9, 200))) == [(3, {"frage": "What?", "antwort": "Tea"})]
     assert read_forgotten(tmp_path).rows == {"a/000001.csv.xz:2"}
+
+
+def test_a_forgotten_rejected_answer_is_recognized(tmp_path: Path) -> None:
+    write_options(tmp_path, {"a": SourceOptions(preference="compare")})
+    write_forgotten(tmp_path, Forgotten(contents={content_digest(convert(ROW))}))
+    shard = tmp_path / "a" / "000001.jsonl"
+    shard.parent.mkdir()
+    rows = [
+        {"prompt": "Who?", "chosen": "Tea", "rejected": "Caf\u00e9"},
+        {"prompt": "Who?", "completion": "Caf\u00e9", "label": False},
+        {"prompt": "Who?", "chosen": "Tea", "rejected": "Milk"},
+    ]
+    shard.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    erase_known(shard, tmp_path)
+    assert list(read_shard(shard, Limits(10**6, 10**9, 200))) == [(3, rows[2])]
+    assert read_forgotten(tmp_path).rows == {"a/000001.jsonl:1", "a/000001.jsonl:2"}

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 
-from nightshift.raw.convert import convert
+from nightshift.raw.convert import convert, find_answers
 from nightshift.raw.faults import RowError
 from nightshift.raw.options import SourceOptions
 
 CHOSEN = SourceOptions(preference="chosen")
+COMPARE = SourceOptions(preference="compare")
 PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 BAD = [PAIR[0], {"role": "assistant", "content": "Hm"}]
 HELLO = [("user", "Hi"), ("assistant", "Ho")]
@@ -73,3 +74,40 @@ def test_text_with_a_label_is_no_document(column: str) -> None:
 
 def test_text_may_have_a_score() -> None:
     assert convert({"text": "Great!", "score": 3.5}).ignored == {"score"}
+
+
+def read(row: dict[str, Any], answer: Any) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in convert(row, COMPARE, answer).turns]
+
+
+@pytest.mark.parametrize("row", COMPARED[:12])
+def test_a_pair_is_read_with_either_answer(row: dict[str, Any]) -> None:
+    assert find_answers(row, COMPARE) == ["good", "bad"]
+    assert read(row, "good") == HELLO
+    assert read(row, "bad") == [("user", "Hi"), ("assistant", "Hm")]
+
+
+@pytest.mark.parametrize("row", COMPARED[12:18])
+def test_a_label_says_which_answer_a_row_has(row: dict[str, Any]) -> None:
+    assert find_answers(row, COMPARE) == ["good"]
+    assert read(row, "good") == HELLO
+    (label,) = row.keys() & {"label", "kto_tag", "is_correct", "is_safe", "resolved"}
+    bad = row | {label: False}
+    assert find_answers(bad, COMPARE) == ["bad"]
+    assert read(bad, "bad") == HELLO
+    with pytest.raises(RowError, match="rejected_answer"):
+        convert(bad, COMPARE)
+
+
+@pytest.mark.parametrize("row", COMPARED[18:])
+def test_a_number_compares_nothing(row: dict[str, Any]) -> None:
+    assert find_answers(row, COMPARE) == []
+    with pytest.raises(RowError, match="rated"):
+        convert(row, COMPARE)
+
+
+def test_a_row_without_comparison_and_a_source_that_compares_nothing_have_no_answers() -> None:
+    assert find_answers({"prompt": "Hi", "completion": "Ho"}, COMPARE) == []
+    assert find_answers({"text": "Once", "label": False}, COMPARE) == []
+    assert find_answers(COMPARED[0], CHOSEN) == []
+    assert read({"prompt": "Hi", "completion": "Ho"}, "good") == HELLO

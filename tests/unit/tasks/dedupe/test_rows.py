@@ -8,9 +8,9 @@ import yaml
 
 from nightshift.core.files import read_rows, tree_digest, write_rows
 from nightshift.core.paths import DEDUPED, INGESTED
+from nightshift.data.prompts import list_prompts
 from nightshift.data.schemas import EXAMPLES
 from tasks.dedupe import __main__ as stage
-from tasks.dedupe.prompts import list_prompts
 
 PARAMS = {
     "num_perm": 128,

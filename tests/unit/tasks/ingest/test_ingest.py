@@ -58,6 +58,7 @@ def run(in_tmp: Path) -> Run:
         out = in_tmp / "data/ingest"
         return {
             "examples": pq.read_table(out / "examples.parquet").to_pylist(),
+            "compared": pq.read_table(out / "preferences.parquet").to_pylist(),
             "quarantine": [json.loads(line) for line in (out / "quarantine.jsonl").open()],
             "pii": [json.loads(line) for line in (out / "pii.jsonl").open()],
             "summary": json.loads((out / "summary.json").read_text()),
@@ -489,3 +490,71 @@ def test_only_the_sources_in_use_are_read_and_arrivals_keep_their_order(in_tmp: 
     (in_tmp / "data/raw/used.json").write_text('["a", "b", "c"]')
     origins = [row["origin"] for row in run({})["examples"]]
     assert origins == ["b/000001.jsonl:1", "c/000002.jsonl:1", "a/000003.jsonl:1"]
+
+
+PAIR = {"prompt": "Hi", "chosen": "Ho", "rejected": "Mail bob@example.org"}
+
+
+def test_a_pair_trains_its_good_answer_and_keeps_the_bad_one_beside(run: Run) -> None:
+    rows = [PAIR, {"prompt": "Hi", "completion": "Hm", "label": False}, GOOD]
+    shard = b"\n".join(json.dumps(row).encode() for row in rows)
+    found = run({"a/000001.jsonl": shard, "options.json": options(a={"preference": "compare"})})
+    assert [row["messages"][-1]["content"] for row in found["examples"]] == [
+        "Ho",
+        GOOD["messages"][-1]["content"],
+    ]
+    texts = [
+        [row[key] and [turn["content"] for turn in row[key]] for key in ("prompt", "chosen", "rejected")]
+        for row in found["compared"]
+    ]
+    assert texts == [[["Hi"], ["Ho"], [PAIR["rejected"]]], [["Hi"], None, ["Hm"]]]
+    assert [row["example_id"] for row in found["compared"]] == [found["examples"][0]["id"], None]
+    assert found["quarantine"] == []
+    assert found["summary"]["dropped"] == {"rejected_answer": 1}
+    assert found["summary"]["compared"] == {"pairs": 1, "rejected": 1}
+    assert [(span["kind"], span["turn"], span["field"]) for span in found["pii"]] == [
+        ("email", 2, "rejected.content")
+    ]
+
+
+def test_personal_data_in_a_bad_answer_is_redacted_or_drops_the_row(run: Run) -> None:
+    shards = {
+        "a/000001.jsonl": b"\n".join(json.dumps(row).encode() for row in (PAIR, GOOD)),
+        "options.json": options(a={"preference": "compare"}),
+    }
+    (row,) = run(shards, pii="redact")["compared"]
+    assert row["rejected"][0]["content"] == "Mail [EMAIL]"
+    found = run(shards, pii="drop", max_drop_rate=1.0)
+    assert (len(found["examples"]), found["compared"]) == (1, [])
+    assert found["quarantine"][0]["reason"] == "pii"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Hi", "chosen": "Ho", "rejected": "Ho"}, "same_answer"),
+        (
+            {
+                "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+                "rejected": [{"role": "user", "content": "Ha"}, {"role": "assistant", "content": "Hm"}],
+            },
+            "other_prompt",
+        ),
+        ({"prompt": "Hi", "chosen": "Ho", "rejected": " "}, "empty_content"),
+    ],
+)
+def test_a_pair_that_compares_nothing_is_refused(run: Run, row: dict[str, Any], reason: str) -> None:
+    shard = b"\n".join(json.dumps(one).encode() for one in (row, GOOD))
+    shards = {"a/000001.jsonl": shard, "options.json": options(a={"preference": "compare"})}
+    found = run(shards, max_drop_rate=1.0)
+    assert [one["reason"] for one in found["quarantine"]] == [reason]
+    assert found["compared"] == []
+
+
+def test_equal_comparisons_have_equal_ids_and_follow_the_id_of_an_export(run: Run) -> None:
+    shard = b"\n".join([json.dumps(PAIR).encode()] * 2)
+    source = {"preference": "compare", "mode": "replace"}
+    found = run({"a/000001.jsonl": shard, "options.json": options(a=source)})
+    first, second = found["compared"]
+    assert first["id"] == second["id"]
+    assert [row["example_id"] for row in found["compared"]] == [row["id"] for row in found["examples"]]

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from nightshift.core.errors import ConfigError
-from tasks.sft.__main__ import resolve_intervals
 from tasks.sft.plan import FILLER, compile_plan
+from tasks.sft.result import resolve_intervals
 from tests.helpers.sft import sft_params as params
 
 
