@@ -60,6 +60,7 @@ SUMMARIES: dict[str, dict[str, Any]] = {
         "efficiency": 0.75,
     },
     "sft": {"rows_in": 2, "rows_out": 2, "steps": 3, "tokens": 600, "tokens_supervised": 200},
+    "prefer": {},
     "evaluate": {},
     "gate": {},
 }
