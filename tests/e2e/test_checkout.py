@@ -406,6 +406,7 @@ def test_every_command_of_the_operations_page_works_as_printed(
     elsewhere = {
         "nightshift serve": "test_a_second_machine_reproduces_promotes_and_uses_the_model",
         "ssh -L 5000:127.0.0.1:5000 HOST": "needs a second host",
+        **dict.fromkeys(("make chaos", "make chaos FAULTS=20", "make soak"), "takes minutes to hours"),
     }
     assert documented_operations() <= typed | set(elsewhere)
     assert len(typed) > 35

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json, read_rows, write_json
+from nightshift.core.paths import MODEL
 from nightshift.data.encode import encode_batch, load_encoder
 from nightshift.replies import EndpointParams
 from tasks.base import load, save
@@ -45,7 +46,7 @@ def put_adapter(target: Path, seed: int) -> None:
 
 def put_models() -> None:
     """Write adapters on the base as candidate and champion, and ask for written answers."""
-    put_adapter(evaluate.MODEL, 1)
+    put_adapter(MODEL, 1)
     put_adapter(evaluate.CHAMPION / "model", 2)
     write_json(evaluate.CHAMPION_RECORD, {"version": 1, "base": {"files": {}}, "arrival": None, "best": {}})
     set_params(exact_match={"max_new_tokens": 32, "limit": 2})
@@ -177,7 +178,7 @@ def test_all_problems_are_reported_before_anything_runs(server: CompletionServer
     write_json(evaluate.BASE_RECORD, {"files": {"config.json": "another"}})
     write_json(evaluate.CHAMPION_RECORD, {"version": None})
     models = evaluate.find_models(params)
-    file = evaluate.MODEL / "adapter_config.json"
+    file = MODEL / "adapter_config.json"
     write_json(file, {**read_json(file), "use_dora": True, "modules_to_save": ["lm_head"]})
     write_json(evaluate.BASE / "generation_config.json", {"no_repeat_ngram_size": 3, "num_beams": 1})
     found = jobs.find_problems({name: models[name] for name in ("base", "candidate")}, params)

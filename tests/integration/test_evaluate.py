@@ -22,6 +22,7 @@ from nightshift.core.files import (
     write_rows,
     write_text,
 )
+from nightshift.core.paths import MODEL
 from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
 from nightshift.data.clusters import CLUSTERS_SCHEMA
 from nightshift.data.encode import load_encoder
@@ -97,7 +98,7 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     write_json(evaluate.BASE_RECORD, {"files": {}})
     candidate = load_model(str(tiny_base), None)
     candidate.model.layers[1].mlp.down_proj.weight.data *= 2
-    candidate.save_pretrained(evaluate.MODEL)
+    candidate.save_pretrained(MODEL)
     write_json(evaluate.CHAMPION_RECORD, {"version": None, "arrival": None, "best": {}})
     write_rows(evaluate.BEST, [], SCORES)
     write_rows(evaluate.CLUSTERS, [], CLUSTERS_SCHEMA)
@@ -137,7 +138,7 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_scores_nothing(
     )
     assert sorted(read_json(evaluate.MODELS)) == ["base", "candidate"]
     # A champion that is bit-identical to the candidate already has scores.
-    shutil.copytree(evaluate.MODEL, evaluate.CHAMPION / "model")
+    shutil.copytree(MODEL, evaluate.CHAMPION / "model")
     printed = capfd.readouterr().out
     # Two items of each of four benchmarks and three test examples, for two models, and 4 with retrieval.
     steps = [line.split()[1] for line in printed.splitlines() if line.startswith("step ")]
@@ -160,7 +161,7 @@ def test_scores_have_their_cluster_the_age_of_the_example_and_the_best_champion_
     write_rows(evaluate.TEST, examples, GROUPED)
     clusters = [{"benchmark": "facts", "item": f"facts/{i}", "cluster": "gold"} for i in range(2)]
     write_rows(evaluate.CLUSTERS, clusters, CLUSTERS_SCHEMA)
-    shutil.copytree(evaluate.MODEL, evaluate.CHAMPION / "model")
+    shutil.copytree(MODEL, evaluate.CHAMPION / "model")
     task = file_digest(evaluate.BENCHMARKS / "facts" / "task.yaml")
     best = {"facts": {"version": 2, "task": task}, "written": {"version": 2, "task": "another"}}
     best |= {"test": {"version": 1, "task": None}, "gone": {"version": 1, "task": "x"}}
@@ -199,7 +200,7 @@ def evaluated(adapter: Path | None, *benchmarks: str) -> evaluate.EvaluatedModel
 
 def test_scores_are_keyed_by_everything_that_affects_them_and_nothing_else(folder: Path) -> None:
     params = scoring()
-    base, candidate = (evaluated(adapter, *TASKS) for adapter in (None, evaluate.MODEL))
+    base, candidate = (evaluated(adapter, *TASKS) for adapter in (None, MODEL))
     kept = evaluate.memo_files(base, params)
     assert evaluate.memo_files(base, params.model_copy(update={"batch_size": 1})) == kept
     others = [

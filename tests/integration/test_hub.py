@@ -25,7 +25,7 @@ REFUSALS = {
     "models/owner/broken": (403, ""),
 }
 # Started with the offline variables set, since they load the Hub client before `run_main`.
-STARTED_OFFLINE = {"tasks/sft/worker.py", "tasks/evaluate/score.py"}
+STARTED_OFFLINE = {"tasks/sft/worker.py", "tasks/prefer/worker.py", "tasks/evaluate/score.py"}
 
 
 def model_files(base: Path) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ import pytest
 from nightshift.core.config import load_params
 from nightshift.core.files import read_json, write_json, write_rows
 from nightshift.core.memo import Memo
+from nightshift.core.paths import MODEL
 from nightshift.data.encode import load_encoder
 from nightshift.data.schemas import AUGMENTED, GROUPED
 from nightshift.data.tokens import open_memo
@@ -76,7 +77,7 @@ def folder(in_tmp: Path, tiny_base: Path) -> Path:
     """Create all inputs that determine a training run and its scores, with a champion."""
     make_folder(in_tmp, tiny_base)
     shutil.copy(ROOT / "params.yaml", in_tmp)
-    write_json(evaluate.MODEL / "adapter_config.json", {})
+    write_json(MODEL / "adapter_config.json", {})
     write_json(evaluate.CHAMPION / "model" / "adapter_config.json", {})
     base = {**read_json(evaluate.BASE_RECORD), "dtype": "float32", "kept": None}
     champion = {"version": 1, "digest": "a" * 64, "base": base, "arrival": None, "best": {}}

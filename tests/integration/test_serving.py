@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraModel
 from infra.cli.export import export
 from nightshift.core.errors import GateError
 from nightshift.core.files import read_json, tree_digest, write_text
+from nightshift.core.paths import MODEL
 from nightshift.core.ports import free_port
 from nightshift.registry import versions
 from nightshift.registry.served_model import generate, load
@@ -38,7 +39,7 @@ ASKED = [{"role": "user", "content": "What is the chemical symbol of Gold?"}]
 
 def expected(limit: int) -> str:
     """Return the answer of the trained files."""
-    model, tokenizer = load(register.BASE, register.MODEL)
+    model, tokenizer = load(register.BASE, MODEL)
     return str(tokenizer.decode(generate(model, tokenizer, ASKED, limit)[1], skip_special_tokens=True))
 
 
@@ -209,7 +210,7 @@ def test_a_full_fine_tune_is_exported_in_the_dtype_of_its_base(
     write_text(tmp_path / "params.yaml", params.replace("adapter: lora", "adapter: null"))
     shutil.copy(checkout / "dvc.lock", tmp_path)
     monkeypatch.chdir(tmp_path)
-    model, _ = load(register.BASE, register.MODEL)
+    model, _ = load(register.BASE, MODEL)
     shutil.rmtree(adapter(2))
     model.merge_and_unload().save_pretrained(adapter(2))
     register_champion(2)
