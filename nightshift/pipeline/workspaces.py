@@ -34,7 +34,8 @@ BRANCHES = "refs/heads/runs"
 NOTES = Path(".git", "nightshift-notes")
 # Subject of the commit of the edits that were not committed when a run started.
 EDITS = "Uncommitted edits of the checkout at the start of a run"
-AUTHOR = ("-c", "user.name=nightshift", "-c", "user.email=nightshift@localhost", "-c", "commit.gpgsign=false")
+EMAIL = "nightshift@localhost"
+AUTHOR = ("-c", "user.name=nightshift", "-c", f"user.email={EMAIL}", "-c", "commit.gpgsign=false")
 log = logging.getLogger(__name__)
 
 
@@ -159,6 +160,13 @@ def link_data(folder: Path) -> None:
         if not (is_hidden or is_written or path.suffix == ".py"):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).symlink_to(path.absolute())
+
+
+def run_branches(repository: Path) -> list[str]:
+    """Return the branches that runs have committed, newest first, and none of the user with such a name."""
+    wanted = ("--sort=-committerdate", "--format=%(committeremail) %(refname)", BRANCHES)
+    found = git("for-each-ref", *wanted, folder=repository).splitlines()
+    return [line.removeprefix(f"<{EMAIL}> ") for line in found if line.startswith(f"<{EMAIL}> ")]
 
 
 def newest_branch(repository: Path) -> str:

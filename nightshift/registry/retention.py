@@ -26,7 +26,7 @@ from nightshift.core.state import ARTIFACTS, DATABASE, WORKSPACES, state_dir
 from nightshift.pipeline.dvc_cache import listing, locked_repo
 from nightshift.pipeline.graph import LOCK, locked_outputs, parse_outputs
 from nightshift.pipeline.leases import lease_holder, leased_runs
-from nightshift.pipeline.workspaces import BRANCHES, git
+from nightshift.pipeline.workspaces import git, run_branches
 from nightshift.registry.freshness import NightlyParams
 from nightshift.registry.lineage import open_lineage
 from nightshift.registry.versions import open_registry, registered
@@ -48,7 +48,7 @@ def drop_old_runs() -> None:
         StageError: DVC is running in this checkout.
     """
     keep = load_params(NightlyParams, "nightly").keep_runs
-    branches = git("for-each-ref", "--sort=-committerdate", "--format=%(refname)", BRANCHES).splitlines()
+    branches = run_branches(Path())
     is_active = any(lease_holder(run) != "dead" for run in leased_runs())
     if keep is None or len(branches) <= keep or is_active:
         return
@@ -61,7 +61,7 @@ def drop_old_runs() -> None:
     if not dropped:
         return
     needed: set[str] = set()
-    for outputs in (*of_files(), *of_commits(newest)):
+    for outputs in (*of_files(), *of_commits(newest, old)):
         needed.update(oid for stage in outputs.values() for oid in stage.values())
     for version in versions:
         with open_lineage(name, int(version.version), LOCK.name) as file:
@@ -80,12 +80,11 @@ def of_files() -> Iterator[Mapping[str, Mapping[str, str]]]:
     yield from map(locked_outputs, (state_dir() / WORKSPACES).glob(f"*/{LOCK}"))
 
 
-def of_commits(branches: list[str]) -> Iterator[Mapping[str, Mapping[str, str]]]:
-    """Yield the outputs in every dvc.lock of these branches of runs, and of all commits of other refs."""
-    commits = git(
-        "rev-list", f"--exclude={BRANCHES}/*", "--all", "--remove-empty", "--", LOCK.name
-    ).splitlines()
-    for commit in {*branches, *commits}:
+def of_commits(newest: list[str], old: list[str]) -> Iterator[Mapping[str, Mapping[str, str]]]:
+    """Yield the outputs in every dvc.lock of the newest branches of runs, and of all other refs."""
+    excluded = [f"--exclude={branch}" for branch in (*newest, *old)]
+    commits = git("rev-list", *excluded, "--all", "--remove-empty", "--", LOCK.name).splitlines()
+    for commit in {*newest, *commits}:
         # The commit may be the one that removed the file.
         if git("ls-tree", "--name-only", commit, LOCK.name):
             yield parse_outputs(git("show", f"{commit}:{LOCK.name}"))

@@ -165,6 +165,18 @@ def test_the_lock_of_the_checkout_and_of_a_workspace_stay(checkout: Path) -> Non
 
 
 @pytest.mark.usefixtures("checkout")
+def test_a_branch_of_the_user_is_none_of_a_run_whatever_its_name() -> None:
+    second = outputs(RUNS[1])
+    ended = git("for-each-ref", "--format=%(objectname)", f"{workspaces.BRANCHES}/*-{RUNS[1]}")
+    tree = git("rev-parse", f"{ended}^{{tree}}")
+    git("branch", "runs/2020-01-01-mine", git(*USER, "commit-tree", tree, "-m", "mine", moment=10**9))
+    drop_old_runs()
+    assert git("branch", "--list", "runs/2020-01-01-mine")
+    assert RUNS[1] not in branches()
+    assert all(map(in_cache, second.values()))
+
+
+@pytest.mark.usefixtures("checkout")
 def test_young_objects_stay() -> None:
     second = outputs(RUNS[1])
     path = Path(".dvc/cache/files/md5", second["data/packed"][:2], second["data/packed"][2:])
