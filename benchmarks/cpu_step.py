@@ -8,22 +8,17 @@ memory of each variant is measured in a separate process.
 """
 
 import argparse
-import logging
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.fused import make_row, peak_mib
-from benchmarks.record import Record, record, require_bounds, write_records
-from benchmarks.stages import ROOT, make_folder
+from benchmarks.record import Record, record
+from benchmarks.stages import ROOT
+from benchmarks.variants import declare_variants, make_row, measure_memory, print_peak, write_comparison
 from nightshift.core.stage import run_main
 from tasks.sft import SftParams
 from tasks.sft.fused import LossHead, fuse_adapter, fused_layers
@@ -31,12 +26,10 @@ from tasks.sft.layers import fuse_layers
 from tasks.sft.loss import summed_loss
 from tasks.sft.model import load_model
 
-PACKAGES = ("peft", "torch", "transformers")
 # Tokens of the examples: a token of them is, on average, in an example as long as in the data (153 and 349).
 ROWS = {384: (180, 120, 84), 1024: (500, 280, 150, 94)}
 WAYS = {"torch": "sdpa_per_example", "own": "avx512_per_example"}
 ROUNDS = 5
-log = logging.getLogger(__name__)
 
 
 def main(way: str | None, base: str | None) -> None:
@@ -44,23 +37,14 @@ def main(way: str | None, base: str | None) -> None:
     torch.set_num_threads(1)
     if way and base:
         Rank(base, WAYS[way]).step(make_row(ROWS[1024]))
-        sys.stdout.write(f"{peak_mib()}\n")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        make_folder(Path(folder) / "job", {})
-        records = measure(str(Path(folder) / "job" / "data" / "base" / "model"))
-    for one in records:
-        log.info("%s: %.4g %s, bound %s", one["claim"], one["value"], one["unit"], one["bound"])
-    write_records("cpu_step", records, PACKAGES)
-    require_bounds(records)
+        print_peak()
+    else:
+        write_comparison("cpu_step", measure)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "--way", choices=WAYS, help="train one step of a base and print the peak memory in MiB"
-    )
-    parser.add_argument("--base", help="folder of the base, for --way")
+    declare_variants(parser, WAYS)
 
 
 class Rank:
@@ -104,7 +88,7 @@ def measure(base: str) -> list[Record]:
     """Measure the variants with rows of both lengths, and the memory of each."""
     ranks = {way: Rank(base, attention) for way, attention in WAYS.items()}
     records = [one for tokens in ROWS for one in compare(ranks, tokens)]
-    mib = {way: run_alone(base, way) for way in WAYS}
+    mib = {way: measure_memory("benchmarks.cpu_step", way, base) for way in WAYS}
     ratio = mib["own"] / mib["torch"]
     return [*records, record("peak memory, own / torch kernels", ratio, "ratio", at_most=1.02, mib=mib)]
 
@@ -138,13 +122,6 @@ def compare(ranks: Mapping[str, Rank], tokens: int) -> list[Record]:
         # bf16 has eight bits of precision: a unit in the last place is 1/256.
         record(f"relative difference of the losses, {rows}", max(apart), "ratio", at_most=1 / 256),
     ]
-
-
-def run_alone(base: str, way: str) -> float:
-    """Return the peak memory of one variant in MiB, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu_step", "--way", way, "--base", base]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return float(output.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -7,34 +7,25 @@ process.
 """
 
 import argparse
-import logging
-import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.record import Record, record, require_bounds, write_records
-from benchmarks.stages import ROOT, make_folder
+from benchmarks.record import Record, record
+from benchmarks.stages import ROOT
+from benchmarks.variants import declare_variants, make_row, measure_memory, print_peak, write_comparison
 from nightshift.core.stage import run_main
-from nightshift.data.encode import IGNORED
 from tasks.sft import SftParams
 from tasks.sft.fused import LossHead, fuse_adapter
 from tasks.sft.loss import summed_loss
 from tasks.sft.model import load_model
 
-PACKAGES = ("peft", "torch", "transformers")
 LENGTHS = (400, 300, 200, 124)
 ROUNDS = 4
 WAYS = ("plain", "fused")
-log = logging.getLogger(__name__)
 
 
 def main(way: str | None, base: str | None) -> None:
@@ -42,23 +33,14 @@ def main(way: str | None, base: str | None) -> None:
     torch.set_num_threads(1)
     if way and base:
         step(build(base, way))
-        sys.stdout.write(f"{peak_mib()}\n")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        make_folder(Path(folder) / "job", {})
-        records = measure(str(Path(folder) / "job" / "data" / "base" / "model"))
-    for one in records:
-        log.info("%s: %.4g %s, bound %s", one["claim"], one["value"], one["unit"], one["bound"])
-    write_records("fused", records, PACKAGES)
-    require_bounds(records)
+        print_peak()
+    else:
+        write_comparison("fused", measure)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "--way", choices=WAYS, help="train one step of a base and print the peak memory in MiB"
-    )
-    parser.add_argument("--base", help="folder of the base, for --way")
+    declare_variants(parser, WAYS)
 
 
 def measure(base: str) -> list[Record]:
@@ -72,11 +54,7 @@ def measure(base: str) -> list[Record]:
             losses[way] = step(model)
             if number:
                 seconds[way].append(time.process_time() - begin)
-    mib = {}
-    for way in WAYS:
-        command = [sys.executable, "-m", "benchmarks.fused", "--way", way, "--base", base]
-        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        mib[way] = float(output.splitlines()[-1])
+    mib = {way: measure_memory("benchmarks.fused", way, base) for way in WAYS}
     plain, fused = (statistics.median(seconds[way]) for way in WAYS)
     difference = abs(losses["fused"] / losses["plain"] - 1)
     return [
@@ -105,31 +83,9 @@ def step(built: tuple[Any, LossHead | None]) -> float:
     """Compute loss and gradients of one row, and return the loss."""
     model, head = built
     model.zero_grad()
-    loss, _ = summed_loss(model, make_row(), head=head)
+    loss, _ = summed_loss(model, make_row(LENGTHS), head=head)
     torch.autograd.backward(loss)
     return float(loss.detach())
-
-
-def peak_mib() -> float:
-    """Return the peak resident memory of this process, in MiB; `ru_maxrss` includes its parent's."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def make_row(lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
-    """Return one flattened row of random tokens; the second half of each example is labelled."""
-    chance = random.Random(0)
-    ids = torch.tensor([chance.choices(range(1000, 40_000), k=sum(lengths))])
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    labels = ids.clone()
-    for start, length in zip(ends.tolist(), lengths, strict=False):
-        labels[0, start : start + length // 2] = IGNORED
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seq_lens_q": ends.int(),
-    }
 
 
 if __name__ == "__main__":

@@ -13,12 +13,10 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,6 +31,7 @@ from nightshift.pipeline.dvc_cache import listing
 from nightshift.pipeline.graph import parse_outputs
 from tests.helpers.faults import FAULTS, MOUNTED
 from tests.helpers.site import Site, running_site
+from tests.helpers.webhook import create_webhook, receiving
 
 # Examples that arrive each night.
 ARRIVING = 40
@@ -43,6 +42,8 @@ PARAMS = {
     "nightly.notify": ["custom-webhook/soak"],
 }
 DAY = 86_400
+# The address of a run in a message.
+ABOUT = re.compile(r"/runs/flow-run/([0-9a-f-]{36})")
 # Folders of the state folder whose files the janitor removes by their age.
 AGING = ("bases", "checkpoints", "memo", "reproduce", "workspaces")
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def main(*, folder: Path, nights: int, seed: int, longest: float, out: Path | No
             log.info("night %d: %s", night, json.dumps(found[-1]))
         # The last messages are on their way.
         time.sleep(20)
-        sent = Counter(message for message in messages)
+        sent = Counter(run for message in messages for run in ABOUT.findall(message))
         runs = {run["id"] for run in ended_runs(site)}
     minutes = (time.monotonic() - begun) / 60
     records = summarize(found, minutes, {run: sent[run] for run in runs})
@@ -97,46 +98,16 @@ def arrive(file: Path, night: int) -> None:
 
 @contextmanager
 def listening(site: Site) -> Iterator[list[str]]:
-    """Yield the list of the ids of the runs about which messages arrive."""
-    received: list[str] = []
-
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            received.extend(re.findall(r"/runs/flow-run/([0-9a-f-]{36})", body))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    stack = read_stack(site.home)
-    kind = stack.prefect("GET", "/block_types/slug/custom-webhook")["id"]
-    schemas = {"block_schemas": {"block_type_id": {"any_": [kind]}}}
-    address = f"http://127.0.0.1:{server.server_port}"
-    block = {
-        "name": "soak",
-        "block_type_id": kind,
-        "block_schema_id": stack.prefect("POST", "/block_schemas/filter", schemas)[0]["id"],
-        "data": {"name": "soak", "url": address, "json_data": {"text": "{{subject}} {{body}}"}},
-    }
-    stack.prefect("POST", "/block_documents/", block)
-    site.checkout.type("nightshift", "up")
-    try:
-        yield received
-    finally:
-        server.shutdown()
-        server.server_close()
+    """Let each run send a message; yield the list of those that have arrived."""
+    with receiving() as (url, bodies):
+        create_webhook(read_stack(site.home), "soak", url)
+        site.checkout.type("nightshift", "up")
+        yield bodies
 
 
 def rows_read(site: Site) -> int:
     """Return the rows that the last run has read, by the record of ingest in DVC's cache."""
-    git = site.checkout.type
-    branch = git("git", "for-each-ref", "--format=%(refname)", f"refs/heads/runs/*-{site.run[:8]}").strip()
-    lock = parse_outputs(git("git", "show", f"{branch}:dvc.lock"))
-    oid = lock["ingest"][(DATA / "ingest" / "summary.json").as_posix()]
+    oid = site.outputs()[(DATA / "ingest" / "summary.json").as_posix()]
     return int(read_json(place(site, oid))["rows_in"])
 
 
@@ -152,9 +123,8 @@ def pass_a_day(site: Site) -> None:
             if path.exists():
                 moment = path.stat().st_mtime - DAY
                 os.utime(path, (moment, moment))
-    named = {"flows": {"name": {"any_": ["janitor"]}}, "deployments": {"name": {"any_": ["local"]}}}
-    (deployment,) = site.api("/deployments/filter", named)
-    run = site.api(f"/deployments/{deployment['id']}/create_flow_run", {})["id"]
+    deployment = site.find_deployment("janitor", "local")
+    run = site.api(f"/deployments/{deployment}/create_flow_run", {})["id"]
     assert site.wait(run) == "COMPLETED"
 
 

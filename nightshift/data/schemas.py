@@ -180,17 +180,15 @@ MESSAGES = pa.list_(
     )
 )
 
-EXAMPLES = pa.schema(
-    [
-        ("id", pa.string()),
-        ("messages", MESSAGES),
-        ("tools", pa.string()),
-        ("source", pa.string()),
-        ("origin", pa.string()),
-        ("arrival", pa.int32()),
-        ("group", pa.string()),
-    ]
-)
+# Of each row that was read: its tools, where it comes from, and its group, if it names one.
+READ = [
+    ("tools", pa.string()),
+    ("source", pa.string()),
+    ("origin", pa.string()),
+    ("arrival", pa.int32()),
+    ("group", pa.string()),
+]
+EXAMPLES = pa.schema([("id", pa.string()), ("messages", MESSAGES), *READ])
 GROUPED = EXAMPLES.append(pa.field("group_id", pa.string()))
 PROMPTS = pa.list_(pa.string())
 CONNECTED = GROUPED.append(pa.field("prompts", PROMPTS))
@@ -206,11 +204,7 @@ PREFERENCES = pa.schema(
         ("prompt", MESSAGES),
         ("chosen", MESSAGES),
         ("rejected", MESSAGES),
-        ("tools", pa.string()),
-        ("source", pa.string()),
-        ("origin", pa.string()),
-        ("arrival", pa.int32()),
-        ("group", pa.string()),
+        *READ,
     ]
 )
 PLACED_PREFERENCES = PREFERENCES.append(pa.field("side", pa.string()))

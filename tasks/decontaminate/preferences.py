@@ -22,7 +22,7 @@ SEARCHED = pa.schema(
 
 
 def batches_of_rejected(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
-    """Yield each prompt of the training side with its rejected answer, as training rows to search.
+    """Yield each prompt of the training split with its rejected answer, as training rows to search.
 
     The chosen answer is that of an example, which is searched as such. A comparison has the passages of its
     prompt in common with that example: like a paraphrase, it does not make them common.
@@ -50,7 +50,7 @@ class Comparisons:
     """Which comparisons preference tuning uses.
 
     Attributes:
-        counts: Comparisons by side, or by the reason why they are left out.
+        counts: Comparisons by split, or by the reason why they are left out.
     """
 
     def __init__(self, trained: Container[str], hits: Container[str]) -> None:
@@ -68,9 +68,9 @@ class Comparisons:
         return {"compared": dict(sorted(self.counts.items()))} if self.counts else {}
 
     def select(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the clean rows of the training side, and those of the validation side.
+        """Yield the clean rows of the training split, and those of the validation split.
 
-        A comparison on the test side is never used: its example measures the model.
+        A comparison in the test split is never used: its example measures the model.
         """
         for row in rows:
             side = row["side"]

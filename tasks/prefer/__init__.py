@@ -2,8 +2,8 @@
 
 DPO (Rafailov et al., arXiv 2305.18290) learns from pairs of a good and a bad answer to one prompt, KTO
 (Ethayarajh et al., arXiv 2402.01306) from single answers, each good or bad. The model
-of `sft` goes on, with the same adapter or the same weights, and is its own reference: the log-probabilities
-of the reference are computed once, before step 1. Launch, plan, checkpoints, resume and errors are those of
+of `sft` is trained further, with the same adapter or the same weights, and is its own reference: its
+log-probabilities are computed once, before step 1. Launch, plan, checkpoints, resume and errors are those of
 `tasks.sft`, and so is every parameter that this section does not have.
 """
 

@@ -1,10 +1,9 @@
 """Run the stage: nothing if it is off; otherwise compile the plan, launch the ranks, verify the result."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from nightshift.core.code_digest import code_digest
@@ -99,7 +98,7 @@ def record(job: PreferJob, sides: Mapping[str, Rows]) -> None:
 
 
 def read_sides(params: PreferParams) -> dict[str, Rows]:
-    """Encode the pairs of the training and of the validation side.
+    """Encode the pairs of the training and of the validation split.
 
     Raises:
         DataError: There is no pair to train on, or too many are left out.
@@ -241,9 +240,8 @@ def complete(plan: Plan, tokens: Sequence[int], supervised: Sequence[int]) -> Pl
 def tuning_key(prefer: PreferParams, params: SftParams, backend: Backend) -> str:
     """Digest everything that decides the result; see `tasks.sft.__main__.training_key`."""
     code = code_digest("prefer", ENGINES, NO_EFFECT_ON_RESULT)
-    machine = json.dumps({**asdict(backend), "devices": None, "reason": None}, sort_keys=True)
     inputs = (file_digest(PREFERENCES), file_digest(BASE_RECORD), tree_digest(MODEL))
-    return text_digest(code, *inputs, prefer.model_dump_json(), params.model_dump_json(), machine)
+    return text_digest(code, *inputs, prefer.model_dump_json(), params.model_dump_json(), backend.key())
 
 
 if __name__ == "__main__":

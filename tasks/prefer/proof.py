@@ -57,7 +57,7 @@ class Proof(TrainerCallback):
         held_out = {}
         if self.job.eval_rows:
             self.trainer.model_wrapped.eval()
-            held_out = {"rows": len(self.trainer.eval_dataset), **self.trainer.measure_rewards()}
+            held_out = {"rows": len(self.trainer.eval_dataset), **self.trainer.measure()}
             self.trainer.log({key: value for key, value in held_out.items() if key != "rows"})
         if self.trainer.is_world_process_zero():
             write_figures(self.job.folder / "output" / RESULT, held_out)

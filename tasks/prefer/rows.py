@@ -33,7 +33,7 @@ Row = Mapping[str, Any]
 
 @dataclass(slots=True)
 class Rows:
-    """Encoded comparisons of one side of the split.
+    """Encoded comparisons of one split.
 
     Attributes:
         method: dpo: a row is a pair. kto: a row is an answer.
@@ -58,7 +58,7 @@ class Rows:
 
 
 def read_comparisons(path: Path, encoder: Encoder, side: str, method: str, max_length: int) -> Rows:
-    """Encode the comparisons of one side.
+    """Encode the comparisons of one split.
 
     Args:
         path: Comparisons with their sides.
@@ -154,7 +154,7 @@ def write_comparisons(path: Path, found: Rows) -> None:
 
 
 def other_rows(order: Sequence[int], size: int) -> list[int]:
-    """Return the row whose answer stands behind the prompt of each row of the plan to estimate the KL term.
+    """Return the row whose answer follows the prompt of each row of the plan to estimate the KL term.
 
     It is the row before it in the same forward pass, as in TRL: each answer is used once.
 

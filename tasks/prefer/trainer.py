@@ -161,19 +161,7 @@ class Tuner(Planned):
         total: torch.Tensor = self.accelerator.reduce(found, reduction="sum")
         return total.cpu()
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Compute the loss and the rewards of the rows of the validation set, each once."""
-        model = self.model_wrapped
-        model.eval()
-        if hasattr(self.optimizer, "eval"):
-            self.optimizer.eval()
-        metrics = self.measure_rewards()
-        self.log(dict(metrics))
-        model.train()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def measure_rewards(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """Return the mean loss and rewards over the rows of the validation set."""
         total: Any = 0.0
         for batch in self.eval_batches():

@@ -1,10 +1,8 @@
 """Run the stage: compile the plan, launch the ranks, verify the success marker."""
 
-import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from nightshift.core.code_digest import MODEL_ENGINES, code_digest
 from nightshift.core.config import config_error, load_params
@@ -135,10 +133,8 @@ def training_key(params: SftParams, backend: Backend, start: Start) -> str:
     code = code_digest("sft", ENGINES, NO_EFFECT_ON_RESULT)
     base = file_digest(BASE_RECORD)
     heldout = file_digest(VALIDATION) if params.eval_steps else ""
-    # GPUs of one kind compute the same result; the reason for a strategy is text and estimates.
-    machine = json.dumps({**asdict(backend), "devices": None, "reason": None}, sort_keys=True)
     rows = file_digest(PACKED)
-    return text_digest(code, rows, heldout, base, start.digest or "", params.model_dump_json(), machine)
+    return text_digest(code, rows, heldout, base, start.digest or "", params.model_dump_json(), backend.key())
 
 
 def prepare_rows(job: Job, sizes: Sizes) -> None:

@@ -1,9 +1,10 @@
 """Choose once how training runs here: processes, devices, precision, kernel, strategy."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,10 @@ class Backend:
     use_liger_kernel: bool
     batches: Literal["flattened", "padded"] = "flattened"
     unreached: tuple[str, ...] = ()
+
+    def key(self) -> str:
+        """Return what decides the result: GPUs of one kind compute the same, and the reason is text."""
+        return json.dumps({**asdict(self), "devices": None, "reason": None}, sort_keys=True)
 
 
 def with_processes(params: SftParams, gpus: int) -> SftParams:

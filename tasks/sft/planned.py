@@ -186,6 +186,22 @@ class Planned(transformers.Trainer):
                 checkpoints.rotate(folder, self.params.save_total_limit, best_step(self.state.log_history))
         self.accelerator.wait_for_everyone()
 
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the validation set, as `measure` defines it; log the metrics, and tell the callbacks."""
+        self.model_wrapped.eval()
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
+        metrics = self.measure()
+        self.model_wrapped.train()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self) -> dict[str, float]:
+        """Return the metrics of the validation set; names start with `eval_`."""
+        raise NotImplementedError
+
     def eval_batches(self, rows: Any = None) -> Iterator[list[dict[str, Any]]]:
         """Yield this rank's batches of some rows, or of the validation set.
 

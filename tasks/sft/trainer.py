@@ -96,22 +96,13 @@ class Trainer(Planned, SFTTrainer):
         noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * magnitude[..., None].to(output.dtype)
 
-    @torch.no_grad()
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Compute the loss in nats per labelled token of the validation set: no mean of means."""
-        model, device = self.model_wrapped, self.args.device
-        model.eval()
-        if hasattr(self.optimizer, "eval"):
-            self.optimizer.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+    def measure(self) -> dict[str, float]:
+        """Return the loss in nats per labelled token of the validation set: no mean of means."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in self.eval_batches():
             inputs = self._prepare_inputs(self.data_collator(batch))
             with self.compute_loss_context_manager():
-                total, _outputs = summed_loss(model, inputs, head=self.head)
+                total, _outputs = summed_loss(self.model_wrapped, inputs, head=self.head)
             sums += torch.stack([total.double(), (inputs["labels"][:, 1:] != IGNORED).sum().double()])
         nats, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
-        metrics = {"eval_loss": nats / tokens, "eval_tokens": tokens}
-        model.train()
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return {"eval_loss": nats / tokens, "eval_tokens": tokens}

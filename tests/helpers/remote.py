@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def file(self) -> Path | None:
-        """Return the file that is asked for; None if the remote fails, and has said so."""
+        """Return the file that is asked for; None if the remote fails, which is then answered."""
         if (failure := self.server.failure) is None:
             return self.server.folder / unquote(self.path).lstrip("/")
         self.close_connection = True

@@ -57,9 +57,13 @@ class Site:
     ) -> None:
         self.checkout, self.home, self.remote, self.rng, self.longest = checkout, home, remote, rng, longest
         self.run = ""
-        named = {"flows": {"name": {"any_": ["finetune"]}}, "deployments": {"name": {"any_": ["prod"]}}}
+        self._deployment = self.find_deployment("finetune", "prod")
+
+    def find_deployment(self, flow: str, name: str) -> str:
+        """Return the id of a deployment."""
+        named = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [name]}}}
         (deployment,) = self.api("/deployments/filter", named)
-        self._deployment = deployment["id"]
+        return str(deployment["id"])
 
     def api(self, path: str, body: Mapping[str, Any]) -> Any:
         """Call Prefect's server, until it is there."""
@@ -109,12 +113,16 @@ class Site:
         seconds = round(time.monotonic() - ended, 1)
         return {"is_planted": is_planted, "states": states, "seconds": seconds, "left": self.leftovers()}
 
-    def digests(self) -> dict[str, str]:
+    def outputs(self) -> dict[str, str]:
         """Return output -> MD5 of what the last run has published; empty if it has not."""
         git = partial(self.checkout.type, "git")
         branch = git("for-each-ref", "--format=%(refname)", f"refs/heads/runs/*-{self.run[:8]}").strip()
         stages = parse_outputs(git("show", f"{branch}:dvc.lock")) if branch else {}
-        return {path: md5 for outs in stages.values() for path, md5 in outs.items() if path in COMPARED}
+        return {path: md5 for outs in stages.values() for path, md5 in outs.items()}
+
+    def digests(self) -> dict[str, str]:
+        """Return those of the outputs that say what was trained, and how it was judged."""
+        return {path: md5 for path, md5 in self.outputs().items() if path in COMPARED}
 
     def leftovers(self) -> list[str]:
         """Return the processes that are left of ended runs, after some seconds."""

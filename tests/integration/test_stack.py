@@ -11,11 +11,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from nightshift.core.files import write_json
 from nightshift.pipeline import leases
 from tests.helpers.checkouts import ROOT
 from tests.helpers.processes import command_line
+from tests.helpers.webhook import create_webhook, receiving
 
 pytestmark = pytest.mark.timeout(300)
 PREFECT = Path(sys.executable).with_name("prefect")
@@ -272,44 +271,18 @@ def test_of_several_nights_that_are_due_only_the_newest_runs(folder: Path, runni
 def test_a_block_tells_how_a_night_ended(
     folder: Path, running: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    received: list[str] = []
-
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Hook)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    kind = running.prefect("GET", "/block_types/slug/custom-webhook")["id"]
-    schemas = {"block_schemas": {"block_type_id": {"any_": [kind]}}}
-    body = {
-        "name": "ops",
-        "block_type_id": kind,
-        "block_schema_id": running.prefect("POST", "/block_schemas/filter", schemas)[0]["id"],
-        "data": {
-            "name": "ops",
-            "url": f"http://127.0.0.1:{server.server_port}",
-            "json_data": {"text": "{{subject}} {{body}}"},
-        },
-    }
-    running.prefect("POST", "/block_documents/", body)
     monkeypatch.setattr(notify, "FLOW", "tiny")
     (folder / "params.yaml").write_text("nightly: {notify: [custom-webhook/ops, custom-webhook/none]}")
     try:
-        stack.up()
-        assert prefect(folder, "deployment", "run", "tiny/prod", "--watch").returncode == 0
-        wait_until(lambda: bool(received), 30)
-        assert len(received) == 1
-        assert re.search(r"Nightshift: \S+: Completed ", received[0])
-        assert f"{running.prefect_ui}/runs/flow-run/" in received[0]
+        with receiving() as (url, received):
+            create_webhook(running, "ops", url)
+            stack.up()
+            assert prefect(folder, "deployment", "run", "tiny/prod", "--watch").returncode == 0
+            wait_until(lambda: bool(received), 30)
+            assert len(received) == 1
+            assert re.search(r"Nightshift: \S+: Completed ", received[0])
+            assert f"{running.prefect_ui}/runs/flow-run/" in received[0]
         # An address that does not answer changes nothing for the night.
-        server.shutdown()
-        server.server_close()
         assert prefect(folder, "deployment", "run", "tiny/prod", "--watch").returncode == 0
     finally:
         (folder / "params.yaml").unlink()

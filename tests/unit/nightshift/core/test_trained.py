@@ -1,4 +1,4 @@
-"""Which model training results in, and what is said about preference tuning."""
+"""Which model training results in, and how preference tuning is described."""
 
 from pathlib import Path
 from typing import Any

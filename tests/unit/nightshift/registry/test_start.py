@@ -1,4 +1,4 @@
-"""Training goes on from a version on its own base and with its own shape only."""
+"""Training continues a version on its own base and with its own shape only."""
 
 from dataclasses import asdict
 from pathlib import Path
