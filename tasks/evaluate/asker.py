@@ -43,6 +43,11 @@ class Asker(TemplateLM):
         self._prefix = find_answer_prefix(self._template) if self._template else ""
         self._done, self._total = 0, 0
 
+    @property
+    def retrieves(self) -> bool:
+        """Whether documents are placed before each question."""
+        return self._find is not None
+
     def score_continuations(self, requests: Sequence[Request]) -> Sequence[Answer]:
         """Return the log-likelihood (nats) of each continuation, and whether it is the likeliest one.
 

@@ -8,20 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-from nightshift.core.cpu import cpu_has_bf16
+from nightshift.core.cpu import cpu_has_bf16, may_have_gpu
 from nightshift.core.errors import StageError
-from nightshift.core.files import iterate_rows, tree_digest, write_json
+from nightshift.core.files import iterate_rows, read_rows, tree_digest, write_json, write_rows
 from nightshift.core.paths import BENCHMARKS, CLEAN_TRAIN, TEST
 from nightshift.core.stage import OFFLINE, print_line
 from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
+from nightshift.data.schemas import SCORES
 from nightshift.pipeline import supervise
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate.answers import Answers
 from tasks.evaluate.gpus import find_places
-from tasks.evaluate.scores import DONE, PROGRESS
+from tasks.evaluate.scores import DONE, PROGRESS, WHOLE, Part, join_parts
 from tasks.evaluate.servers import name_weights, read_server
 from tasks.evaluate.vllm import (
     VLLM_PYTHON,
@@ -34,6 +34,8 @@ from tasks.evaluate.vllm import (
 )
 
 CPU = "cpu"
+# Processes on a CPU, at most: each holds a model.
+CPU_PROCESSES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +85,11 @@ def digest(model: EvaluatedModel) -> str | None:
 
 def device() -> str:
     """Return `cpu` or the name of the GPU, whose kernels round differently; a CPU may have no bf16."""
-    import torch
+    if may_have_gpu():
+        import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
     return CPU if cpu_has_bf16() else f"{CPU}, float32"
 
 
@@ -139,38 +142,47 @@ def score_missing(
     params: EvaluateParams,
     answers: Answers | None,
 ) -> None:
-    """Compute the missing scores, in one process per model, or per server.
+    """Compute the missing scores.
+
+    Each process loads one model after the other, and scores its part of the items. A server has all of them.
 
     Raises:
-        StageError: A process exited before it had scored all benchmarks.
+        StageError: A process exited before it had scored its part.
     """
     if not missing:
         return
+    asked = {name: models[name] for name in missing}
+    if params.engine == "transformers":
+        places = find_places_for(list(asked.values()))
+        jobs = [(list(asked), Part(number, len(places)), place) for number, place in enumerate(places)]
+    else:
+        jobs = [(names, WHOLE, {}) for names in group_by_weights(asked).values()]
     show = progress_printer(missing, count_items(params, answers))
-    groups = group_by_weights({name: models[name] for name in missing})
-    jobs = [[name] for name in missing] if params.engine == "transformers" else list(groups.values())
-    places = find_job_places([models[name] for name in missing], len(jobs), params)
-    threads = (os.cpu_count() or 1) // len(places)
-    free: SimpleQueue[dict[str, str]] = SimpleQueue()
-    for place in places:
-        free.put(place)
 
-    def score(names: Sequence[str]) -> None:
-        job = build_job({name: models[name] for name in names}, missing, params, answers)
-        place = free.get()
-        try:
-            run_job(job, {"OMP_NUM_THREADS": str(threads), **place}, partial(show, names))
-        finally:
-            free.put(place)
+    def score(names: Sequence[str], part: Part, place: dict[str, str]) -> None:
+        job = build_job({name: asked[name] for name in names}, missing, params, answers, part)
+        run_job(job, place, partial(show, part))
 
-    with ThreadPoolExecutor(max_workers=len(places)) as pool:
-        for _ in pool.map(score, jobs):
+    # Servers share the GPUs: one after the other.
+    with ThreadPoolExecutor(max_workers=jobs[0][1].total) as pool:
+        for _ in pool.map(lambda one: score(*one), jobs):
             pass
+    for target in {Path(target) for targets in missing.values() for target in targets.values()}:
+        join_files(target, jobs[0][1].total)
+
+
+def join_files(target: Path, total: int) -> None:
+    """Join the scores of all parts of a benchmark, unless one process had all items."""
+    files = [Part(number, total).file(target) for number in range(total)]
+    if total > 1:
+        write_rows(target, join_parts([read_rows(file) for file in files]), SCORES)
+        for file in files:
+            file.unlink()
 
 
 def progress_printer(
     missing: dict[str, dict[str, str]], items: dict[str, int]
-) -> Callable[[Sequence[str], str], None]:
+) -> Callable[[Part, str], None]:
     """Return a function that prints the lines of a process, with its progress among all items.
 
     Args:
@@ -178,18 +190,18 @@ def progress_printer(
         items: Benchmark -> number of its items.
     """
     total = sum(items[benchmark] for targets in missing.values() for benchmark in targets)
-    done: dict[tuple[str, str], int] = {}
+    done: dict[tuple[str, str, Part], int] = {}
 
-    def show(names: Sequence[str], line: str) -> None:
+    def show(part: Part, line: str) -> None:
         if line.startswith(DONE):
             name, benchmark = line.removeprefix(DONE).split(" ")
-            done[name, benchmark] = items[benchmark]
+            done[name, benchmark, part] = len(part.select(range(items[benchmark])))
         elif line.startswith(PROGRESS):
             name, benchmark, share = line.removeprefix(PROGRESS).split(" ")
-            part, whole = map(int, share.split("/"))
-            done[name, benchmark] = items[benchmark] * part // whole
+            some, whole = map(int, share.split("/"))
+            done[name, benchmark, part] = len(part.select(range(items[benchmark]))) * some // whole
         else:
-            print_line(f"[{', '.join(names)}] {line}")
+            print_line(line if part.total == 1 else f"[{part.number + 1} of {part.total}] {line}")
             return
         print_line(f"step {sum(done.values())}/{total} {name}: {benchmark}")
 
@@ -206,22 +218,20 @@ def count_items(params: EvaluateParams, answers: Answers | None) -> dict[str, in
     return {**limited, **held_out, TEST_ANSWERS: len(answers.ids) if answers else 0}
 
 
-def find_job_places(
-    models: Sequence[EvaluatedModel], jobs: int, params: EvaluateParams
-) -> list[dict[str, str]]:
+def find_places_for(models: Sequence[EvaluatedModel]) -> list[dict[str, str]]:
     """Return the environment of each process that scores at the same time.
 
-    A process has a CPU core or one GPU, or as many GPUs as the largest model needs. A server has all of them.
+    A process has some CPU cores, or one GPU, or as many GPUs as the largest model needs.
     """
-    if params.engine != "transformers":
-        return [{}]
     if device().startswith(CPU):
-        return [{}] * min(jobs, os.cpu_count() or 1)
+        cores = os.cpu_count() or 1
+        count = min(cores, CPU_PROCESSES)
+        return [{"OMP_NUM_THREADS": str(cores // count)}] * count
     import torch
 
     if torch.cuda.device_count() == 1:
         return [{}]
-    return find_places([{model.weights, model.lora or model.weights} for model in models])[:jobs]
+    return find_places([{model.weights, model.lora or model.weights} for model in models])
 
 
 def build_job(
@@ -229,8 +239,12 @@ def build_job(
     targets: dict[str, dict[str, str]],
     params: EvaluateParams,
     answers: Answers | None = None,
+    part: Part = WHOLE,
 ) -> dict[str, Any]:
-    """Build the job of one process, which writes the files in `targets`; all models are on the same base."""
+    """Build the job of one process, which scores a part of the items and writes its files of the `targets`.
+
+    With a server, all models have the same weights.
+    """
     first = next(iter(models.values()))
     command = None
     if params.engine == "vllm":
@@ -241,9 +255,10 @@ def build_job(
         command = vllm_command(first.weights, arguments, adapters, params.vllm)
     return {
         "engine": params.engine,
-        "base": str(first.base),
+        "part": part,
         "models": {
             name: {
+                "base": str(model.base),
                 "adapter": str(model.adapter) if model.adapter else None,
                 "documents": model.documents,
                 "targets": targets[name],
@@ -288,8 +303,8 @@ def run_job(job: dict[str, Any], place: dict[str, str], on_line: Callable[[str],
                 "TQDM_DISABLE": "1",
             },
         )
-    targets = [target for one in job["models"].values() for target in one["targets"].values()]
-    if code or not all(Path(target).is_file() for target in targets):
+    targets = [Path(target) for one in job["models"].values() for target in one["targets"].values()]
+    if code or not all(job["part"].file(target).is_file() for target in targets):
         raise StageError(
             f"evaluate: scoring {', '.join(job['models'])} exited with code {code}, see the error above; "
             "finished benchmarks are cached, rerun to resume"

@@ -1,11 +1,11 @@
 """Run each kind of benchmark and score the answers, one row per item."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, TypedDict
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.tasks import TaskManager
 
 from nightshift.core.files import iterate_rows
@@ -13,11 +13,14 @@ from nightshift.data.benchmarks import TEST_ANSWERS, Benchmark
 from nightshift.data.encode import Encoder
 from tasks.evaluate.answers import Answers, render_prompt
 from tasks.evaluate.asker import Asker
+from tasks.evaluate.scores import WHOLE, Part
 from tasks.evaluate.texts import compare, starts_with
 
 Item = dict[str, Any]
 # Multiple-choice questions per benchmark that are also answered in writing, and tokens of an answer.
 WRITTEN_ITEMS, WRITTEN_TOKENS = 16, 24
+# The default of lm-eval.
+FEWSHOT_SEED = 1234
 
 
 class Outcome(TypedDict):
@@ -43,15 +46,21 @@ class ScoredChoice(ScoredItem):
 
 
 def score_benchmark(
-    model: Asker, benchmark: Benchmark, folder: Path, limit: int | None
+    model: Asker, benchmark: Benchmark, folder: Path, limit: int | None, part: Part = WHOLE
 ) -> Iterator[dict[str, Any]]:
     """Run a benchmark and yield one row per item; with a limit, items are evenly spread over it."""
-    indices = spread(len(benchmark.items), limit)
+    asked = spread(len(benchmark.items), limit)
+    indices = part.select(asked)
+    if not indices:
+        return
     items = [benchmark.items[i] for i in indices]
     found: Iterator[ScoredItem]
     match benchmark.kind:
         case "choice":
-            found = score_choice(model, benchmark, folder, indices)
+            # The gate does not judge the baseline.
+            count = 0 if model.retrieves else WRITTEN_ITEMS
+            written = {asked[i] for i in spread(len(asked), count)}
+            found = score_choice(model, benchmark, folder, indices, written)
         case "generation":
             found = score_generation(model, benchmark.task, items, render_questions(model, items))
         case "invariance":
@@ -69,9 +78,17 @@ def score_benchmark(
 
 
 def score_choice(
-    model: Asker, benchmark: Benchmark, folder: Path, indices: list[int]
+    model: Asker, benchmark: Benchmark, folder: Path, indices: Sequence[int], written: Set[int]
 ) -> Iterator[ScoredChoice]:
-    """Score multiple choice by log-likelihood: the metric `acc` of an lm-eval task."""
+    """Score multiple choice by log-likelihood: the metric `acc` of an lm-eval task.
+
+    Args:
+        model: Asker.
+        benchmark: The benchmark.
+        folder: Its folder.
+        indices: Positions of the items to score.
+        written: Positions of those that are also answered in writing.
+    """
     task = {
         **{key: value for key, value in benchmark.task.items() if not key.endswith("_split")},
         "task": benchmark.name,
@@ -79,19 +96,22 @@ def score_choice(
         "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
         "test_split": "test",
     }
-    results = simple_evaluate(
-        model=model,
-        tasks=[task],
-        task_manager=TaskManager(include_defaults=False),
-        samples={benchmark.name: indices},
+    loaded = TaskManager(include_defaults=False).load([task])
+    for one in loaded["tasks"].values():
+        one.set_config(key="num_fewshot", value=one.get_config("num_fewshot") or 0)
+        one.set_fewshot_seed(seed=FEWSHOT_SEED)
+    # Not simple_evaluate, which lists all installed packages every time.
+    results = evaluate(
+        lm=model,
+        task_dict=loaded,
+        samples={benchmark.name: list(indices)},
         apply_chat_template=True,
+        fewshot_as_multiturn=True,
         bootstrap_iters=0,
-        random_seed=0,
-        numpy_random_seed=0,
-        torch_random_seed=0,
     )
     samples = results["samples"][benchmark.name]
-    written = write_answers(model, [benchmark.items[i] for i in indices], samples)
+    asked = [(benchmark.items[i], sample) for i, sample in zip(indices, samples, strict=True) if i in written]
+    answers = write_answers(model, *map(list, zip(*asked, strict=True))) if asked else {}
     for index, sample in zip(indices, samples, strict=True):
         item = benchmark.items[index]
         choices = item["choices"]
@@ -103,13 +123,13 @@ def score_choice(
         yield {
             "choices": len(choices),
             "expected": choices[item["answer"]],
-            "written": written.get(item["id"]),
+            "written": answers.get(item["id"]),
             **found,
         }
 
 
 def write_answers(model: Asker, items: Sequence[Item], samples: Sequence[Any]) -> dict[str, float]:
-    """Let the model answer a sample of multiple-choice questions in its own words.
+    """Let the model answer multiple-choice questions in its own words.
 
     The gate compares the answers with the likeliest choices: a model that writes the right answers but finds
     them unlikely is not asked in the way that it was trained.
@@ -122,12 +142,11 @@ def write_answers(model: Asker, items: Sequence[Item], samples: Sequence[Any]) -
     Returns:
         Item id -> 1.0 if the answer starts with the words of the right choice, else 0.0.
     """
-    chosen = spread(len(items), WRITTEN_ITEMS)
-    prompts = [model.without_prefix(samples[i]["arguments"][0][0]) for i in chosen]
+    prompts = [model.without_prefix(sample["arguments"][0][0]) for sample in samples]
     answers = model.generate_greedy(prompts, WRITTEN_TOKENS)
     return {
-        items[i]["id"]: float(starts_with(answer, items[i]["choices"], items[i]["answer"]))
-        for i, answer in zip(chosen, answers, strict=True)
+        item["id"]: float(starts_with(answer, item["choices"], item["answer"]))
+        for item, answer in zip(items, answers, strict=True)
         if answer is not None
     }
 
@@ -153,13 +172,15 @@ def score_generation(
         yield {"choices": None, "expected": " | ".join(item["references"]), **found}
 
 
-def score_answers(model: Asker, encoder: Encoder, test: Path, answers: Answers) -> Iterator[dict[str, Any]]:
+def score_answers(
+    model: Asker, encoder: Encoder, test: Path, answers: Answers, part: Part = WHOLE
+) -> Iterator[dict[str, Any]]:
     """Generate the last answers of test examples, given all turns before, and compare them exactly.
 
     An example that the chat template does not render is skipped; see `heldout_losses`.
     """
     asked = set(answers.ids)
-    examples = [row for row in iterate_rows(test) if row["id"] in asked]
+    examples = part.select([row for row in iterate_rows(test) if row["id"] in asked])
     items: list[Item] = []
     for row in examples:
         *turns, last = row["messages"]

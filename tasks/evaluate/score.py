@@ -1,8 +1,10 @@
 """Score models: the program that the stage runs for the models with missing scores."""
 
 import argparse
+import gc
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +22,8 @@ from nightshift.data.schemas import SCORES
 from tasks.evaluate.answers import Answers
 from tasks.evaluate.asker import Asker, Find
 from tasks.evaluate.kinds import score_answers, score_benchmark
-from tasks.evaluate.model import Model, load_model
 from tasks.evaluate.retrieval import build_documents, build_index
-from tasks.evaluate.scores import DONE, PROGRESS
+from tasks.evaluate.scores import DONE, PROGRESS, Part
 
 # Time between two progress lines.
 REPORT_SECONDS = 10.0
@@ -34,51 +35,83 @@ def main(job_file: Path) -> None:
     job = read_json(job_file)
     for name in ("httpx", "httpx2", "lm_eval"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of every model that was loaded by others.
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     find = None
     if documents := max(one["documents"] for one in job["models"].values()):
         rows = iterate_rows(Path(job["train"]), ["id", "messages", "parent_id"])
         find = build_index(build_documents(rows), documents)
-    tokenizer = AutoTokenizer.from_pretrained(job["base"])
-    with open_engine(job, tokenizer) as load:
-        for name, one in job["models"].items():
-            score_model(name, load(one, find if one["documents"] else None), one["targets"], job)
+    # Models of the same folders one after the other: they are loaded once.
+    models = sorted(job["models"].items(), key=lambda item: (item[1]["base"], item[1]["adapter"] or ""))
+    with open_engine(job) as load:
+        for name, one in models:
+            score_model(name, load(one, find if one["documents"] else None), one, job)
 
 
 @contextmanager
-def open_engine(job: dict[str, Any], tokenizer: Any) -> Iterator[Load]:
+def open_engine(job: dict[str, Any]) -> Iterator[Load]:
     """Yield the function that loads a model of the job: the engine in this process, or a server."""
     if job["engine"] == "transformers":
-        yield lambda one, find: Model(
-            load_model(job["base"], one["adapter"]), tokenizer, job["batch_size"], find
-        )
+        yield loader(job["batch_size"])
         return
     from tasks.evaluate.served import open_server
 
-    with open_server(job, tokenizer) as load:
+    first = next(iter(job["models"].values()))
+    with open_server(job, AutoTokenizer.from_pretrained(first["base"])) as load:
         yield load
 
 
-def score_model(name: str, model: Asker, targets: dict[str, str], job: dict[str, Any]) -> None:
+def loader(batch_size: int) -> Load:
+    """Return a function that loads models, one at a time, and a model of the same folders only once."""
+    # PEFT would import it for quantized weights, which takes a second; no base has them.
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+    from tasks.evaluate.model import Model, load_model
+
+    model: Model | None = None
+    loaded = None
+
+    def load(one: dict[str, Any], find: Find | None) -> Asker:
+        nonlocal model, loaded
+        tokenizer = AutoTokenizer.from_pretrained(one["base"])
+        if model and loaded == (one["base"], one["adapter"]):
+            model.prepare(tokenizer, find)
+            return model
+        if model:
+            # Its memory is part of reference cycles.
+            model = None
+            gc.collect()
+        loaded = one["base"], one["adapter"]
+        model = Model(load_model(*loaded), tokenizer, batch_size, find)
+        return model
+
+    return load
+
+
+def score_model(name: str, model: Asker, one: dict[str, Any], job: dict[str, Any]) -> None:
     """Score a model on its benchmarks.
 
     Args:
         name: Name of the model.
         model: The model.
-        targets: Benchmark -> file of its scores.
+        one: The model in the job.
         job: The job of this process.
     """
-    root = Path(job["benchmarks"])
+    root, part = Path(job["benchmarks"]), Part(*job["part"])
     benchmarks = {benchmark.name: benchmark for benchmark in read_benchmarks(root)}
-    for benchmark, target in targets.items():
+    for benchmark, target in one["targets"].items():
+        file = part.file(Path(target))
         model.on_progress = reporter(f"{name} {benchmark}")
         if benchmark == HELDOUT:
-            found = heldout_losses(model, load_encoder(Path(job["base"])), read_rows(Path(job["test"])))
+            examples = part.select(read_rows(Path(job["test"])))
+            found = heldout_losses(model, load_encoder(Path(one["base"])), examples)
         elif benchmark == TEST_ANSWERS:
-            encoder = load_encoder(Path(job["base"]))
-            found = score_answers(model, encoder, Path(job["test"]), Answers(**job["answers"]))
+            answers = Answers(**job["answers"])
+            found = score_answers(model, load_encoder(Path(one["base"])), Path(job["test"]), answers, part)
         else:
-            found = score_benchmark(model, benchmarks[benchmark], root / benchmark, job["limit"])
-        write_rows(Path(target), found, SCORES)
+            found = score_benchmark(model, benchmarks[benchmark], root / benchmark, job["limit"], part)
+        # A killed run may have left it.
+        if not file.is_file():
+            write_rows(file, found, SCORES)
         print_line(f"{DONE}{name} {benchmark}")
 
 

@@ -2,14 +2,52 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS
 from nightshift.data.schemas import Score
 
 # Prefixes of the output lines that report a finished benchmark, and progress: `scoring facts 12/40`.
 DONE, PROGRESS = "scored ", "scoring "
+Item = TypeVar("Item")
+
+
+class Part(NamedTuple):
+    """One of the equal parts into which the items of a benchmark are divided, one for each process.
+
+    Attributes:
+        number: Number of the part, from 0.
+        total: Number of parts.
+    """
+
+    number: int
+    total: int
+
+    def select(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return the items of the part."""
+        return items[self.number :: self.total]
+
+    def file(self, target: Path) -> Path:
+        """Return the file with the scores of this part; the target itself if there is only one."""
+        return target if self.total == 1 else target.with_suffix(f".{self.number}-of-{self.total}.parquet")
+
+
+WHOLE = Part(0, 1)
+
+
+def join_parts(parts: Sequence[Iterable[Item]]) -> list[Item]:
+    """Return the items of all parts in their order.
+
+    Example:
+        >>> join_parts([Part(i, 3).select("abcdefgh") for i in range(3)])
+        ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']
+    """
+    missing = object()
+    rounds = chain.from_iterable(zip_longest(*parts, fillvalue=missing))
+    return [item for item in rounds if item is not missing]  # type: ignore[misc]
 
 
 def metrics(rows: Sequence[Score]) -> dict[str, Any]:

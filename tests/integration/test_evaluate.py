@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from nightshift.core.files import (
     write_text,
 )
 from nightshift.core.paths import MODEL
+from nightshift.core.state import state_dir
 from nightshift.data.benchmarks import CHOICE_TASK, read_benchmarks
 from nightshift.data.clusters import CLUSTERS_SCHEMA
 from nightshift.data.encode import load_encoder
@@ -32,6 +34,7 @@ from tasks.evaluate import __main__ as evaluate
 from tasks.evaluate.answers import Answers, choose_answers
 from tasks.evaluate.kinds import score_answers, score_benchmark
 from tasks.evaluate.model import Model, load_model
+from tasks.evaluate.scores import Part
 from tasks.snapshot.sources.harness import harness_items
 from tests.helpers.checkouts import ROOT
 from tests.helpers.sft import conversation
@@ -140,9 +143,10 @@ def test_every_item_of_every_kind_has_a_row_and_a_second_run_scores_nothing(
     # A champion that is bit-identical to the candidate already has scores.
     shutil.copytree(MODEL, evaluate.CHAMPION / "model")
     printed = capfd.readouterr().out
-    # Two items of each of four benchmarks and three test examples, for two models, and 4 with retrieval.
+    # Two items of each of four benchmarks and three test examples, for two models, and 4 with retrieval. All
+    # processes share each of the 12 benchmarks of models.
     steps = [line.split()[1] for line in printed.splitlines() if line.startswith("step ")]
-    assert len(steps) == 12
+    assert len(steps) == 12 * len(jobs.find_places_for([]))
     assert steps[-1] == "26/26"
     assert "%|" not in printed
 
@@ -237,13 +241,45 @@ def test_a_killed_stage_keeps_finished_benchmarks(folder: Path) -> None:
     assert not files["reworded"].is_file()
 
 
+def test_any_number_of_processes_gives_the_same_rows_and_goes_on_after_a_killed_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_benchmarks(evaluate.BENCHMARKS, items=5)
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    write_text(Path("params.yaml"), text.replace("limit: 2", "limit: 5"))
+    rows = []
+    for processes in (1, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda found=processes: found)
+        evaluate.main()
+        rows.append(read_rows(evaluate.SCORES))
+        files = sorted((state_dir() / "memo" / "scores").iterdir())
+        # One for each benchmark of a model: the parts are joined.
+        assert len(files) == 12
+        if processes == 1:
+            shutil.rmtree(files[0].parent)
+    for one, other in zip(*rows, strict=True):
+        assert {**one, "score": None} == {**other, "score": None}
+        assert one["score"] == pytest.approx(other["score"], abs=1e-3)
+    for name, count in (("base", 5), ("retrieval", 0)):
+        assert sum(row["written"] is not None for row in rows[1] if row["model"] == name) == count
+
+    model, benchmark = evaluate.find_models(scoring())["base"], "facts"
+    target = evaluate.memo_files(model, scoring(limit=5))[benchmark]
+    kept = [{**row, "answer": "kept"} for row in read_rows(target)]
+    target.unlink()
+    write_rows(Part(1, 3).file(target), kept[1::3], SCORES)
+    evaluate.main()
+    answers = [row["answer"] == "kept" for row in read_rows(target)]
+    assert answers == [False, True, False, False, True]
+
+
 def test_choices_that_share_a_prompt_have_the_same_likelihoods_as_scored_separately(
-    model: Callable[..., Model],
+    model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = model()
     asked = [(f"What is {'very ' * i}it?", CHOICES[: 2 + i % 3]) for i in range(5)]
     found = shared.choice_likelihoods(asked)
-    shared._has_full_cache = lambda: False  # type: ignore[method-assign]
+    monkeypatch.setattr("tasks.evaluate.model.keeps_all", lambda _: False)
     expected = shared.choice_likelihoods(asked)
     assert [len(one) for one in found] == [2, 3, 4, 2, 3]
     for likelihoods, alone in zip(found, expected, strict=True):
