@@ -79,6 +79,8 @@ class Probe:
             with torch.device("meta"):
                 AutoModelForCausalLM.from_config(deepcopy(self.model.config), attn_implementation=name)
             self.model.set_attn_implementation(name)
+            if self.model.config._attn_implementation != name:
+                return "this architecture has an attention of its own, which a kernel does not replace"
             alone = self.run_alone()
             with self.autocast:
                 # A compiled kernel may fail at the second length of a row.

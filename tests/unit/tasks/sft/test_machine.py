@@ -116,6 +116,14 @@ def test_a_kernel_that_ignores_the_softcap_fails() -> None:
     assert str(try_kernel("leaking", GEMMA2)).startswith("its result differs from eager attention")
 
 
+def test_a_kernel_does_not_replace_an_attention_that_is_not_transformers_own() -> None:
+    bloom = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 1000}
+    message = "this architecture has an attention of its own, which a kernel does not replace"
+    assert try_kernel("leaking", bloom, "bf16") == message
+    assert try_kernel("eager", bloom, "bf16") is None
+    assert choose_attention("auto", "cpu", Probe(sft_params(), "cpu", "bf16", bloom, 100))[0] == "eager"
+
+
 def test_a_kernel_is_tried_with_the_dtypes_of_training() -> None:
     """Autocast over full-precision weights yields queries and keys in full precision, values in half."""
     assert try_kernel("with_one_dtype", LLAMA, "bf16", strategy="ddp") is None
