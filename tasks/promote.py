@@ -248,7 +248,7 @@ def verify_version(version: ModelVersion, *, is_proven: bool) -> None:
         if is_proven:
             return
         with start_probes(base) as ask:
-            answers = text_digest(*ask(uri)[0])
+            answers = text_digest(*ask(uri))
     if answers != version.tags.get(ANSWERS):
         raise GateError(
             f"registry: {uri} loads, but its answers (digest {answers}) differ from those at registration "

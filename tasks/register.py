@@ -8,8 +8,10 @@ adapter, a reference to its base with digests, its lineage and its model card. W
 
 import argparse
 import logging
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -47,6 +49,7 @@ from nightshift.registry.lineage import write_lineage
 from nightshift.registry.versions import (
     ANSWERS,
     DIGEST,
+    answer_from_files,
     keep_base,
     logged_model,
     open_registry,
@@ -65,6 +68,7 @@ EXAMPLE = {
     "messages": [{"role": "user", "content": "What is the chemical symbol of Gold?"}],
     "max_tokens": 16,
 }
+Ask = Callable[[str], list[str]]
 log = logging.getLogger(__name__)
 
 
@@ -114,19 +118,20 @@ def register(verdict: str) -> tuple[int, bool]:
         if (version.tags[DIGEST], version.tags.get(BASE_DIGEST)) == (digest, base):
             log.info("the candidate is already registered as version %s", version.version)
             return int(version.version), False
-    write_lineage(LINEAGE)
-    write_card(CARD, name, load_params(GateParams, "gate"))
-    run = training_run(client, TRAINING_RUN)
-    log_data(client, run)
-    tags = {
-        "nightshift.verdict": verdict,
-        "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
-        "nightshift.params_digest": file_digest(Path("params.yaml")),
-        "nightshift.git_commit": git_commit(),
-        "nightshift.data_digest": data_digest(),
-        "nightshift.flow_run": flow_run() or "none",
-    }
-    number = log_verified(client, name, run, trained_model(), tags)
+    with start_probes(BASE) as ask:
+        write_lineage(LINEAGE)
+        write_card(CARD, name, load_params(GateParams, "gate"))
+        run = training_run(client, TRAINING_RUN)
+        log_data(client, run)
+        tags = {
+            "nightshift.verdict": verdict,
+            "nightshift.dvc_lock_digest": file_digest(Path("dvc.lock")),
+            "nightshift.params_digest": file_digest(Path("params.yaml")),
+            "nightshift.git_commit": git_commit(),
+            "nightshift.data_digest": data_digest(),
+            "nightshift.flow_run": flow_run() or "none",
+        }
+        number = log_verified(client, name, run, trained_model(), tags, ask)
     client.set_registered_model_alias(name, "candidate", str(number))
     return number, True
 
@@ -164,14 +169,17 @@ def adopt(source: Path, reason: str) -> int:
         )
         status = "FAILED"
         try:
-            number = log_verified(client, name, run, model, {"nightshift.verdict": "adopted"})
+            with start_probes(BASE) as ask:
+                number = log_verified(client, name, run, model, {"nightshift.verdict": "adopted"}, ask)
             status = "FINISHED"
         finally:
             client.set_terminated(run, status)
     return number
 
 
-def log_verified(client: MlflowClient, name: str, run: str, model: Path, tags: Mapping[str, str]) -> int:
+def log_verified(
+    client: MlflowClient, name: str, run: str, model: Path, tags: Mapping[str, str], ask: Ask
+) -> int:
     """Log and register a model; set its tags once a fresh process has loaded it and answers like the files.
 
     Args:
@@ -180,6 +188,7 @@ def log_verified(client: MlflowClient, name: str, run: str, model: Path, tags: M
         run: MLflow run.
         model: Folder of the adapter, or of full weights.
         tags: Further tags of the version.
+        ask: Function from `start_probes`.
 
     Returns:
         Version number.
@@ -188,10 +197,12 @@ def log_verified(client: MlflowClient, name: str, run: str, model: Path, tags: M
         GateError: The reloaded model answers differently, or does not load.
     """
     identity = {DIGEST: tree_digest(model), BASE_DIGEST: file_digest(BASE_RECORD)}
-    with start_probes(BASE, str(BASE), str(model)) as ask:
-        number = log_model(client, name, run, model)
-        uri = f"models:/{name}/{number}"
-        answers = require_same_answers(uri, *ask(uri))
+    number = log_model(client, name, run, model)
+    uri = f"models:/{name}/{number}"
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(ask, uri)
+        trained = answer_from_files(BASE, model)
+        answers = require_same_answers(uri, found.result(), trained)
     for key, value in (identity | {ANSWERS: text_digest(*answers)} | dict(tags)).items():
         client.set_model_version_tag(name, str(number), key, value)
     describe_version(client, name, number)
@@ -272,6 +283,8 @@ def log_model(client: MlflowClient, name: str, run: str, model: Path) -> int:
             pip_requirements=["torch", "transformers", "peft", "mlflow"],
             registered_model_name=name,
         )
+    # MLflow would keep the model that it loaded: anything takes its place.
+    mlflow.models.set_model(len)
     # Leaving the block ends the run, but only its owner may end it: restore the status.
     client.update_run(run, status=state)
     return int(info.registered_model_version)
@@ -288,4 +301,6 @@ def log_data(client: MlflowClient, run: str) -> None:
 
 
 if __name__ == "__main__":
+    # PEFT would import it for quantized weights, which takes a second; no base has them.
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     run_main(main, declare)

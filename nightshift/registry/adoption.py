@@ -65,7 +65,8 @@ def require_fit(model: Path, base: Path) -> None:
         with torch.device("meta"):
             loaded: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
             if (model / ADAPTER).is_file():
-                loaded = PeftModel.from_pretrained(loaded, model)
+                # Replaces weights, instead of copying into those without memory, with a warning for each.
+                loaded = PeftModel.from_pretrained(loaded, model, low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as err:
         reason = " ".join(str(err).split())[:300]
         raise DataError(f"{model}: does not load on the base: {reason}; {remedy}") from err

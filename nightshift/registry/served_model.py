@@ -7,7 +7,6 @@ copies this file into the model, so it imports nothing from the project; `nights
 use its functions.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -224,39 +223,36 @@ def stream(model: Any, tokenizer: Any, turns: list[dict[str, str]], limit: int) 
             is_closed.set()
 
 
-def main(folders: list[Path] | None) -> None:
-    """Print the probe answers of the model whose MLflow URI comes on the standard input, as a line of JSON.
+def answer_probes(model: Any, tokenizer: Any) -> list[str]:
+    """Return the answers of a model to the probes, with special tokens; see `PROBES`."""
+    conversations = [[{"role": "user", "content": question}] for question in PROBES]
+    answers = (generate(model, tokenizer, turns, PROBE_TOKENS, forced=True) for turns in conversations)
+    return [str(tokenizer.decode(new)) for _, new in answers]
 
-    Those of a base with an adapter follow; they are made first, so that there is never more than one model in
-    memory.
-    """
+
+def main() -> None:
+    """Print the probe answers of the model whose URI comes on the standard input, as a line of JSON."""
     import mlflow
 
-    conversations = [[{"role": "user", "content": question}] for question in PROBES]
-    found = []
-    if folders:
-        base, adapter = folders
-        model, tokenizer = load(base, adapter)
-        answers = (generate(model, tokenizer, turns, PROBE_TOKENS, forced=True) for turns in conversations)
-        found.append([tokenizer.decode(new) for _, new in answers])
-        del model
+    # Needed later, and imported while the other process works.
+    from peft import PeftModel  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
     served = mlflow.pyfunc.load_model(sys.stdin.read().strip())
-    requests = [{"messages": turns, "custom_inputs": {"probe": "yes"}} for turns in conversations]
-    first = [served.predict(request)["choices"][0]["message"]["content"] for request in requests]
-    sys.stdout.write(json.dumps([first, *found]) + "\n")
-
-
-def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "--folders", type=Path, nargs=2, metavar=("BASE", "ADAPTER"), help="folders of another model to query"
-    )
+    requests = [
+        {"messages": [{"role": "user", "content": question}], "custom_inputs": {"probe": "yes"}}
+        for question in PROBES
+    ]
+    answers = [served.predict(request)["choices"][0]["message"]["content"] for request in requests]
+    sys.stdout.write(json.dumps(answers) + "\n")
 
 
 if __name__ == "__main__":
     from nightshift.core.stage import run_main
 
-    run_main(main, declare)
+    # PEFT would import it for quantized weights, which takes a second; no base has them.
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    run_main(main)
 elif not __package__:
     # MLflow loads this file as a model, not as a module of the package.
     from mlflow.models import set_model

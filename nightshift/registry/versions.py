@@ -27,7 +27,7 @@ from nightshift.core.state import state_dir
 from nightshift.data.schemas import SCORES
 from nightshift.registry.bases import is_base, keep, kept_place
 from nightshift.registry.best import fetch_best
-from nightshift.registry.served_model import find_base
+from nightshift.registry.served_model import answer_probes, find_base, load
 from nightshift.tracking.runs import tracking_uri
 
 DIGEST = "nightshift.adapter_digest"
@@ -256,27 +256,20 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
 
 
 @contextmanager
-def start_probes(base: Path, *folders: str) -> Iterator[Callable[[str], list[list[str]]]]:
+def start_probes(base: Path) -> Iterator[Callable[[str], list[str]]]:
     """Start a process that answers the probes, in which nothing of this process is loaded.
 
-    It loads its libraries and the model of the folders while this process works on.
+    It imports its libraries while this process works on.
 
     Args:
         base: Folder of the base of the registered model.
-        folders: Folders of another base and adapter to query.
 
     Yields:
-        A function that gets the URI of a registered model, and returns the answers of that model, and of the
-        folders, with special tokens. Decoding is greedy, so they never vary. It raises GateError if a model
-        does not load.
+        A function that gets the URI of a registered model, and returns its answers, with special tokens.
+        Decoding is greedy, so they never vary. It raises GateError if the model does not load.
     """
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "nightshift.registry.served_model",
-            *(["--folders", *folders] if folders else []),
-        ],
+        [sys.executable, "-m", "nightshift.registry.served_model"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -293,11 +286,11 @@ def start_probes(base: Path, *folders: str) -> Iterator[Callable[[str], list[lis
         },
     )
 
-    def ask(model_uri: str) -> list[list[str]]:
+    def ask(model_uri: str) -> list[str]:
         output, errors = process.communicate(model_uri)
         if process.returncode:
             raise GateError(f"registry: {model_uri} does not load: {errors.strip()[-2000:]}")
-        answers: list[list[str]] = json.loads(output.strip().splitlines()[-1])
+        answers: list[str] = json.loads(output.strip().splitlines()[-1])
         return answers
 
     with process:
@@ -305,6 +298,21 @@ def start_probes(base: Path, *folders: str) -> Iterator[Callable[[str], list[lis
             yield ask
         finally:
             process.kill()
+
+
+def answer_from_files(base: Path, model: Path) -> list[str]:
+    """Return the answers of a base with an adapter, or of full weights, to compare with `start_probes`.
+
+    As there, one thread of a CPU computes them.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return answer_probes(*load(base, model))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def registered(client: MlflowClient, name: str) -> list[ModelVersion]:

@@ -365,7 +365,7 @@ def test_a_version_that_was_just_loaded_in_this_flow_run_is_not_loaded_again(
     version = read_json(register.VERSION)["version"]
     loaded: list[str] = []
 
-    def load(uri: str) -> list[list[str]]:
+    def load(uri: str) -> list[str]:
         loaded.append(uri)
         raise GateError("not again")
 
