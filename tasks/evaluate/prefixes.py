@@ -245,15 +245,18 @@ def process(
     inputs = pad_sequence(tokens, batch_first=True)
     own = pad_sequence([torch.ones_like(one) for one in tokens], batch_first=True)
     mask = torch.cat([before.mask, own], dim=1) if before else own
+    width = inputs.shape[1]
     # At least one: without any, some models compute all.
-    needed = sorted({position - 1 for text in texts for position in text.scored} or {0})
-    kept = torch.tensor(needed, device=model.device)
+    needed = sorted({position - 1 for text in texts for position in text.scored} or {width - 1})
+    # Places would be moved to the first device, and the logits are on the last one: the last logits in a row.
+    kept = width - needed[0] if hasattr(model, "hf_device_map") else torch.tensor(needed)
     going_on: dict[str, Any] = {}
     if before:
-        positions = mask.cumsum(1)[:, -inputs.shape[1] :] - 1
-        going_on = {"past_key_values": before.cache, "position_ids": positions}
+        going_on = {"past_key_values": before.cache, "position_ids": mask.cumsum(1)[:, -width:] - 1}
     found = model(inputs, attention_mask=mask, use_cache=keeps_all(model), logits_to_keep=kept, **going_on)
-    logits = found.logits if found.logits.shape[1] == len(needed) else found.logits[:, kept]
+    logits = found.logits
+    if logits.shape[1] != len(needed):
+        logits = logits[:, [place - width + logits.shape[1] for place in needed]]
     row_of = {place: row for row, place in enumerate(needed)}
     answers = [
         likelihood(rows[[row_of[i - 1] for i in text.scored]], [text.tokens[i] for i in text.scored])

@@ -94,6 +94,22 @@ def test_texts_have_the_score_that_they_have_alone(
     assert sum(done) == len(texts)
 
 
+def test_layers_on_several_devices_and_models_that_compute_all_logits_give_the_same_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [Text([1, 2, 3, 4, 0, 2], [4, 5]), Text([1, 2, 0, 4], [2]), Text([3, 3])]
+    expected = [score_alone(text.tokens, text.scored) for text in texts]
+    monkeypatch.setattr(model(), "hf_device_map", {"": 0}, raising=False)
+    require_equal(score_texts(model(), texts, 3, lambda _: None), expected)
+    forward = model().forward
+
+    def compute_all(ids: torch.Tensor, **options: object) -> object:
+        return forward(ids, **{**options, "logits_to_keep": 0})
+
+    monkeypatch.setattr(model(), "forward", compute_all)
+    require_equal(score_texts(model(), texts, 3, lambda _: None), expected)
+
+
 def test_what_several_texts_start_with_is_processed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     processed = []
     forward = model().forward
