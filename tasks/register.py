@@ -8,10 +8,12 @@ adapter, a reference to its base with digests, its lineage and its model card. W
 
 import argparse
 import logging
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -199,10 +201,15 @@ def log_verified(
     identity = {DIGEST: tree_digest(model), BASE_DIGEST: file_digest(BASE_RECORD)}
     number = log_model(client, name, run, model)
     uri = f"models:/{name}/{number}"
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(ask, uri)
-        trained = answer_from_files(BASE, model)
-        answers = require_same_answers(uri, found.result(), trained)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(ask, uri)
+            trained = answer_from_files(BASE, model)
+            answers = require_same_answers(uri, found.result(), trained)
+    except BaseException:
+        # Nobody may take a version that is not proven.
+        client.delete_model_version(name, str(number))
+        raise
     for key, value in (identity | {ANSWERS: text_digest(*answers)} | dict(tags)).items():
         client.set_model_version_tag(name, str(number), key, value)
     describe_version(client, name, number)
@@ -269,7 +276,7 @@ def log_model(client: MlflowClient, name: str, run: str, model: Path) -> int:
     kept = str(state_dir() / str(keep_base(name, base | {"path": place})))
     write_json(BASE_REFERENCE, base | {"path": place, "kept": kept})
     state = client.get_run(run).info.status
-    with mlflow.start_run(run_id=run):
+    with mlflow.start_run(run_id=run), being_logged():
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=served_model.__file__,
@@ -283,11 +290,19 @@ def log_model(client: MlflowClient, name: str, run: str, model: Path) -> int:
             pip_requirements=["torch", "transformers", "peft", "mlflow"],
             registered_model_name=name,
         )
-    # MLflow would keep the model that it loaded: anything takes its place.
-    mlflow.models.set_model(len)
     # Leaving the block ends the run, but only its owner may end it: restore the status.
     client.update_run(run, status=state)
     return int(info.registered_model_version)
+
+
+@contextmanager
+def being_logged() -> Iterator[None]:
+    """Let a model that is loaded in the block have no weights."""
+    os.environ[served_model.LOGGED] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[served_model.LOGGED]
 
 
 def log_data(client: MlflowClient, run: str) -> None:

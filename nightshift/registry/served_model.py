@@ -28,6 +28,9 @@ MAX_NEW_TOKENS = 512
 # Prompts to check whether two loaded models are identical.
 PROBES = ("What is the chemical symbol of Gold?", "Who are you?", "Write one sentence about the sea.")
 PROBE_TOKENS = 16
+# Environment variable that is set while the model is logged. MLflow then loads it twice and asks for an
+# answer; a fresh process does so afterwards, with the registered files.
+LOGGED = "NIGHTSHIFT_LOGGED"
 
 
 class TooLongError(ValueError):
@@ -39,6 +42,8 @@ class AdapterChat(ChatModel):
 
     def load_context(self, context: Any) -> None:
         """Find and verify the base, load the adapter on it, and move both to a GPU if there is one."""
+        if os.environ.get(LOGGED):
+            return
         base = find_base(Path(context.artifacts["base_reference"]))
         self.model, self.tokenizer = load(base, Path(context.artifacts["model"]))
         self.model.to(fastest_device())
@@ -50,6 +55,8 @@ class AdapterChat(ChatModel):
         params: ChatParams | None = None,
     ) -> ChatCompletionResponse:
         """Answer a conversation."""
+        if os.environ.get(LOGGED):
+            return build_response("", 0, 0, is_complete=False)
         turns = [{"role": m.role, "content": m.content} for m in messages]
         if params and (params.custom_inputs or {}).get("probe"):
             n_prompt, new = generate(self.model, self.tokenizer, turns, PROBE_TOKENS, forced=True)
@@ -58,19 +65,27 @@ class AdapterChat(ChatModel):
             limit = (params.max_tokens if params else None) or MAX_NEW_TOKENS
             n_prompt, new = generate(self.model, self.tokenizer, turns, limit)
             text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": "stop" if has_stopped(self.model, new) else "length",
-        }
-        usage = {
-            "prompt_tokens": n_prompt,
-            "completion_tokens": len(new),
-            "total_tokens": n_prompt + len(new),
-        }
-        return ChatCompletionResponse.from_dict(
-            {"id": uuid.uuid4().hex, "model": "nightshift", "choices": [choice], "usage": usage}
-        )
+        return build_response(text, n_prompt, len(new), is_complete=has_stopped(self.model, new))
+
+
+def build_response(text: str, n_prompt: int, n_new: int, *, is_complete: bool) -> ChatCompletionResponse:
+    """Build the response with an answer.
+
+    Args:
+        text: Answer.
+        n_prompt: Tokens of the conversation.
+        n_new: Tokens of the answer.
+        is_complete: Whether the model ended the answer.
+    """
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop" if is_complete else "length",
+    }
+    usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+    return ChatCompletionResponse.from_dict(
+        {"id": uuid.uuid4().hex, "model": "nightshift", "choices": [choice], "usage": usage}
+    )
 
 
 def find_base(reference: Path, *places: Path) -> Path:

@@ -390,9 +390,32 @@ def test_a_model_that_cannot_be_reloaded_moves_no_alias(checkout: Path) -> None:
     config = checkout / adapter(1) / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
     candidate(1)
-    with pytest.raises(Exception, match="not the base that this adapter was trained on"):
+    client, name = versions.open_registry()
+    before = [version.version for version in client.search_model_versions(f"name = '{name}'")]
+    with pytest.raises(GateError, match="not the base that this adapter was trained on"):
         register.main()
     assert alias("candidate") == 3
+    after = [version.version for version in client.search_model_versions(f"name = '{name}'")]
+    assert after == before
+
+
+def test_registration_loads_the_model_once_here_and_once_in_a_fresh_process(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        loaded.append(arguments)
+        return from_pretrained(*arguments, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", count)
+    config = checkout / adapter(1) / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    candidate(1)
+    register.main()
+    assert len(loaded) == 1
+    assert alias("candidate") == read_json(register.VERSION)["version"]
 
 
 def test_a_model_from_elsewhere_is_adopted_and_the_next_night_is_judged_against_it(checkout: Path) -> None:
