@@ -106,9 +106,9 @@ def listening(site: Site) -> Iterator[list[str]]:
 
 
 def rows_read(site: Site) -> int:
-    """Return the rows that the last run has read, by the record of ingest in DVC's cache."""
-    oid = site.outputs()[(DATA / "ingest" / "summary.json").as_posix()]
-    return int(read_json(place(site, oid))["rows_in"])
+    """Return the rows that the last run has read, by the record of ingest in DVC's cache; 0 if it failed."""
+    oid = site.outputs().get((DATA / "ingest" / "summary.json").as_posix())
+    return int(read_json(place(site, oid))["rows_in"]) if oid else 0
 
 
 def place(site: Site, oid: str) -> Path:

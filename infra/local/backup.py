@@ -20,7 +20,7 @@ from typing import Any
 
 from infra.local import processes
 from nightshift.core.errors import ConfigError, StageError
-from nightshift.core.files import file_digest, read_json, write_json
+from nightshift.core.files import file_digest, read_state, write_json
 from nightshift.core.paths import PAGE, SHORT
 from nightshift.core.state import ARTIFACTS, DATABASE, state_dir
 from nightshift.pipeline.leases import find_process
@@ -143,10 +143,9 @@ def fetch_branches(bundle: Path) -> None:
 
 def describe_last() -> str:
     """Describe the last backup of this state folder."""
-    file = state_dir() / RECORD
-    if not file.is_file():
+    known = read_state(state_dir() / RECORD)
+    if not known:
         return "none; `nightshift backup --to URL` makes one"
-    known = read_json(file)
     moment = datetime.strptime(known["name"], "%Y%m%dT%H%M%S%z").astimezone()
     return f"{moment:%a %Y-%m-%d %H:%M} in {known['url']}"
 

@@ -6,6 +6,7 @@ partial file under the final name.
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROWS_PER_BATCH = 10_000
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -90,6 +92,23 @@ def finite(value: object) -> object:
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object of the state folder; None if the file is missing, or damaged, which is logged.
+
+    A disk that fills up or loses power leaves such a file, and no later run may fail for it.
+    """
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("it contains no object")
+    except FileNotFoundError:
+        return None
+    except ValueError as err:
+        log.warning("%s is damaged (%s) and not used", path, err)
+        return None
+    return found
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import psutil
 
-from nightshift.core.files import read_json, write_json
+from nightshift.core.files import read_state, write_json
 from nightshift.core.state import state_dir
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -98,7 +98,10 @@ def lease_holder(flow_run: str) -> Literal["alive", "dead", "elsewhere"] | None:
     file = lease_file(flow_run)
     if not file.is_file():
         return None
-    held = read_json(file)
+    held = read_state(file)
+    if held is None:
+        # Only a machine that stopped leaves a damaged one.
+        return "dead"
     if held["host"] != platform.node():
         return "elsewhere"
     return "alive" if find_process(held) else "dead"

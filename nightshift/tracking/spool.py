@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nightshift.core.errors import first_line
-from nightshift.core.files import jsonl, read_json, write_json, write_text
+from nightshift.core.files import jsonl, read_json, read_state, write_json, write_text
 from nightshift.core.state import state_dir
 from nightshift.tracking.runs import dataset_input, find_run, open_run, run_id, tracking_uri
 
@@ -312,9 +312,7 @@ def position_file(path: Path) -> Path:
 
 def read_position(path: Path) -> Entry:
     """Read how much MLflow has received; nothing for a spool that was never sent."""
-    file = position_file(path)
-    position: Entry = read_json(file) if file.is_file() else {"run_id": None, "sent": 0}
-    return position
+    return read_state(position_file(path)) or {"run_id": None, "sent": 0}
 
 
 def find_run_id(path: Path) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nightshift.core.errors import StageError
-from nightshift.core.files import file_digest, read_json, write_json
+from nightshift.core.files import file_digest, read_state, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +66,10 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Return whether every file of a checkpoint matches its manifest."""
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        return False
-    digests: dict[str, str] = read_json(manifest)
+    digests = read_state(checkpoint / MANIFEST)
     return bool(digests) and all(
         (checkpoint / name).is_file() and file_digest(checkpoint / name) == digest
-        for name, digest in digests.items()
+        for name, digest in (digests or {}).items()
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nightshift.core.errors import StageError, TrainingError
-from nightshift.core.files import read_json, write_json
+from nightshift.core.files import read_state, write_json
 from tasks.sft import checkpoints
 
 # Out-of-memory messages of torch's allocators, CUDA, ROCm, cuBLAS and related libraries, NCCL, Triton
@@ -50,11 +50,8 @@ class Attempt:
 
 def read_attempt(folder: Path) -> Attempt:
     """Read the changes for the next attempt; the first one has none."""
-    path = folder / ATTEMPT
-    if not path.is_file():
-        return Attempt()
-    values = read_json(path)
-    return Attempt(**{**values, "skipped": tuple(values["skipped"])})
+    values = read_state(folder / ATTEMPT)
+    return Attempt(**{**values, "skipped": tuple(values["skipped"])}) if values else Attempt()
 
 
 def micro_batch_size(rows: int, halvings: int) -> int:
@@ -118,8 +115,7 @@ def clear_failure(folder: Path) -> None:
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
     """Return the failure written by the ranks, or None."""
-    if (folder / FAILURE).is_file():
-        failure: dict[str, Any] = read_json(folder / FAILURE)
+    if failure := read_state(folder / FAILURE):
         return failure
     hung = [path for path in sorted(folder.glob(HANG.format(rank="*"))) if path.stat().st_size]
     if hung:

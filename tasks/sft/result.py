@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from nightshift.core.files import file_digest, read_json, tree_digest, write_json
+from nightshift.core.files import file_digest, read_json, read_state, tree_digest, write_json
 from nightshift.core.paths import EFFECTIVE, PLAN, SELFTEST, TRAINING_RUN
 from nightshift.core.state import state_dir
 from nightshift.tracking import spool
@@ -48,8 +48,8 @@ def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a valu
     """
     file = folder / "job.json"
     # Each stage that trains has jobs of its own type.
-    before = read_json(file)["spool"] if file.is_file() else None
-    before = Path(before) if before else None
+    job = read_state(file)
+    before = Path(job["spool"]) if job and job["spool"] else None
     if before and is_trained:
         return before
     return spool.begin(state_dir() / "tracking", folder.name, os.environ.get("MLFLOW_RUN_ID") or None, before)
@@ -57,8 +57,8 @@ def open_spool(folder: Path, is_trained: bool) -> Path:  # noqa: FBT001 - a valu
 
 def is_finished(folder: Path) -> bool:
     """Return whether the success marker exists and matches the saved model."""
-    marker = folder / "output" / "finished.json"
-    return marker.is_file() and bool(read_json(marker)["digest"] == tree_digest(folder / "output" / "model"))
+    marker = read_state(folder / "output" / "finished.json")
+    return marker is not None and bool(marker["digest"] == tree_digest(folder / "output" / "model"))
 
 
 def publish(job: Job, spool_file: Path, model: Path, record: Path) -> None:

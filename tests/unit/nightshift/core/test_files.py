@@ -14,6 +14,7 @@ from nightshift.core.files import (
     iterate_rows,
     read_json,
     read_rows,
+    read_state,
     text_digest,
     tree_digest,
     write_figures,
@@ -46,6 +47,20 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     with pytest.raises(OSError, match=r"^the library has no number$"), atomic_write(path):
         raise OSError("the library has no number")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b'{"a": 1', b'{"a": "\xff"}', b"[1]", b"null"])
+def test_a_damaged_file_of_the_state_folder_counts_as_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    path = tmp_path / "state.json"
+    assert read_state(path) is None
+    write_json(path, {"a": 1})
+    assert read_state(path) == {"a": 1}
+    assert caplog.messages == []
+    path.write_bytes(content)
+    assert read_state(path) is None
+    assert caplog.messages[0].startswith(f"{path} is damaged (")
 
 
 def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_a_lease_is_held_during_the_run_and_released_after_it(in_tmp: Path) -> N
     assert leases.leased_runs() == []
 
 
+def test_a_damaged_lease_is_that_of_a_dead_run(in_tmp: Path) -> None:
+    with leases.lease("a-run"):
+        leases.lease_file("a-run").write_bytes(b"")
+        assert leases.lease_holder("a-run") == "dead"
+        assert leases.leased_runs() == ["a-run"]
+
+
 def test_a_killed_run_leaves_its_lease_as_proof(in_tmp: Path) -> None:
     code = (
         "import os; from nightshift.pipeline.leases import lease; "

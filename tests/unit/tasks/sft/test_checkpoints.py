@@ -32,6 +32,23 @@ def test_a_damaged_or_incomplete_checkpoint_is_skipped(tmp_path: Path) -> None:
     assert checkpoints.find_newest(tmp_path) == good
 
 
+def test_any_damaged_byte_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    good = make(tmp_path, 1)
+    newest = make(tmp_path, 2)
+    for file in (newest / checkpoints.MANIFEST, newest / "rank" / "state.pt"):
+        whole = file.read_bytes()
+        for position in range(len(whole)):
+            file.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+            assert checkpoints.find_newest(tmp_path) == good, (file.name, position)
+        for length in range(len(whole)):
+            file.write_bytes(whole[:length])
+            # Without its last line break, the manifest says the same.
+            if file.name != checkpoints.MANIFEST or length < len(whole) - 1:
+                assert checkpoints.find_newest(tmp_path) == good, (file.name, length)
+        file.write_bytes(whole)
+    assert checkpoints.find_newest(tmp_path) == newest
+
+
 def test_without_checkpoints_the_newest_is_none(tmp_path: Path) -> None:
     assert checkpoints.find_newest(tmp_path) is None
 

@@ -12,9 +12,11 @@ from tasks.sft.failures import (
     is_out_of_memory,
     plan_next_attempt,
     read_attempt,
+    read_failure,
     write_failure,
     write_unknown,
 )
+from tasks.sft.result import is_finished
 
 
 def test_out_of_memory_halves_the_micro_batch_until_one_row_is_left(tmp_path: Path) -> None:
@@ -28,6 +30,17 @@ def test_out_of_memory_halves_the_micro_batch_until_one_row_is_left(tmp_path: Pa
     last = plan_next_attempt(tmp_path, 4, 1)
     assert last.exit_code == 2
     assert "one row does not fit" in str(last)
+
+
+def test_damaged_records_of_an_attempt_do_not_stop_the_next_one(tmp_path: Path) -> None:
+    write_failure(tmp_path, "out_of_memory", "out of memory: 2 GiB")
+    plan_next_attempt(tmp_path, 4, 1)
+    (tmp_path / "output" / "model").mkdir(parents=True)
+    for path in (*tmp_path.glob("*.json"), tmp_path / "job.json", tmp_path / "output" / "finished.json"):
+        path.write_bytes(b'{"skipped": [')
+    assert read_attempt(tmp_path) == Attempt()
+    assert read_failure(tmp_path) is None
+    assert not is_finished(tmp_path)
 
 
 @pytest.mark.parametrize(
