@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nightshift.core.config import load_params, read_params
-from nightshift.core.cpu import cpu_has_bf16
 from nightshift.core.errors import ConfigError, DataError
 from nightshift.core.files import read_json, write_text
+from nightshift.core.hardware import cpu_has_bf16
 from nightshift.core.paths import BASE, PACKED, TRAINING_RUN
 from nightshift.core.state import state_dir
 from nightshift.pipeline.graph import changed_stages, find_reruns

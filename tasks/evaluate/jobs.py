@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nightshift.core.cpu import cpu_has_bf16, may_have_gpu
 from nightshift.core.errors import StageError
 from nightshift.core.files import iterate_rows, read_rows, tree_digest, write_json, write_rows
+from nightshift.core.hardware import available_memory, cpu_has_bf16, may_have_gpu
 from nightshift.core.paths import BENCHMARKS, CLEAN_TRAIN, TEST
 from nightshift.core.stage import OFFLINE, print_line
 from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
@@ -20,7 +20,7 @@ from nightshift.data.schemas import SCORES
 from nightshift.pipeline import supervise
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate.answers import Answers
-from tasks.evaluate.gpus import find_places
+from tasks.evaluate.gpus import ROOM, find_places, size_of
 from tasks.evaluate.scores import DONE, PROGRESS, WHOLE, Part, join_parts
 from tasks.evaluate.servers import name_weights, read_server
 from tasks.evaluate.vllm import (
@@ -34,7 +34,7 @@ from tasks.evaluate.vllm import (
 )
 
 CPU = "cpu"
-# Processes on a CPU, at most: each holds a model.
+# Processes on a CPU, at most.
 CPU_PROCESSES = 4
 
 
@@ -221,17 +221,22 @@ def count_items(params: EvaluateParams, answers: Answers | None) -> dict[str, in
 def find_places_for(models: Sequence[EvaluatedModel]) -> list[dict[str, str]]:
     """Return the environment of each process that scores at the same time.
 
-    A process has some CPU cores, or one GPU, or as many GPUs as the largest model needs.
+    A process has some CPU cores, or one GPU, or as many GPUs as the largest model needs. A CPU's memory holds
+    the largest model as often as there are processes.
     """
-    if device().startswith(CPU):
+    weights = [{model.weights, model.lora or model.weights} for model in models]
+    if (found := device()).startswith(CPU):
+        # Without bf16, weights take twice the bytes of their files.
+        factor = ROOM if found == CPU else 2 * ROOM
+        needed = int(factor * max((sum(map(size_of, folders)) for folders in weights), default=0))
         cores = os.cpu_count() or 1
-        count = min(cores, CPU_PROCESSES)
+        count = max(1, min(cores, CPU_PROCESSES, available_memory() // (needed or 1)))
         return [{"OMP_NUM_THREADS": str(cores // count)}] * count
     import torch
 
     if torch.cuda.device_count() == 1:
         return [{}]
-    return find_places([{model.weights, model.lora or model.weights} for model in models])
+    return find_places(weights)
 
 
 def build_job(

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from nightshift.core.cpu import cpu_has_bf16
+from nightshift.core.hardware import cpu_has_bf16
 from nightshift.data.encode import IGNORED, Encoded
 from tasks.evaluate.asker import Answer, Asker, Find, Request, context_length
 from tasks.evaluate.isolation import find_mixing

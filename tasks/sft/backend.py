@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nightshift.core.errors import ConfigError
+from nightshift.core.hardware import available_memory
 from tasks.sft import SftParams
 from tasks.sft.machine import VISIBLE, Machine
 from tasks.sft.memory import Batch, estimate_all, totals
@@ -113,14 +114,6 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise ConfigError(f"{path}:{number}: {line!r}: must be `name slots=n`, each name once")
         hosts[found["name"]] = int(found["slots"])
     return hosts
-
-
-def available_memory() -> int:
-    """Return the bytes of memory available to this process: those of the machine or its container."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    maximum = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return installed if maximum == "max" else min(installed, int(maximum))
 
 
 def choose_backend(

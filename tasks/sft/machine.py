@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nightshift.core.cpu import cpu_has_bf16
 from nightshift.core.errors import ConfigError, StageError
 from nightshift.core.files import read_json, write_json
+from nightshift.core.hardware import cpu_has_bf16
 from nightshift.core.stage import run_main
 from nightshift.pipeline import supervise
 from tasks.sft import SftParams

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from nightshift.core.cpu import cpu_flags
 from nightshift.core.errors import ConfigError
 from nightshift.core.files import text_digest
+from nightshift.core.hardware import cpu_flags
 from nightshift.core.state import state_dir
 
 SOURCE = Path(__file__).with_name("kernels.c")

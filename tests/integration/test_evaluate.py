@@ -32,6 +32,7 @@ from nightshift.data.schemas import AUGMENTED, GROUPED, SCORES
 from tasks.evaluate import EvaluateParams, ExactMatchParams, jobs
 from tasks.evaluate import __main__ as evaluate
 from tasks.evaluate.answers import Answers, choose_answers
+from tasks.evaluate.gpus import size_of
 from tasks.evaluate.kinds import score_answers, score_benchmark
 from tasks.evaluate.model import Model, load_model
 from tasks.evaluate.scores import Part
@@ -271,6 +272,22 @@ def test_any_number_of_processes_gives_the_same_rows_and_goes_on_after_a_killed_
     evaluate.main()
     answers = [row["answer"] == "kept" for row in read_rows(target)]
     assert answers == [False, True, False, False, True]
+
+
+def test_as_many_processes_score_on_a_cpu_as_hold_the_largest_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = list(evaluate.find_models(scoring()).values())
+    size = max(sum(size_of(one) for one in {model.weights, model.lora or model.weights}) for model in models)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(jobs, "device", lambda: "cpu")
+    found = []
+    for copies in (0.5, 1.3, 2.5, 9.0):
+        monkeypatch.setattr(jobs, "available_memory", lambda room=copies * size: int(room))
+        found.append([place["OMP_NUM_THREADS"] for place in jobs.find_places_for(models)])
+    assert found == [["16"], ["16"], ["8", "8"], ["4", "4", "4", "4"]]
+    monkeypatch.setattr(jobs, "device", lambda: "cpu, float32")
+    assert len(jobs.find_places_for(models)) == 3
 
 
 def test_choices_that_share_a_prompt_have_the_same_likelihoods_as_scored_separately(

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nightshift.core.cpu import cpu_flags
 from nightshift.core.files import file_digest, read_json, tree_digest
+from nightshift.core.hardware import cpu_flags
 from tasks.sft import native
 from tests.helpers.checkouts import BIN, make_checkout
 from tests.helpers.processes import command_line

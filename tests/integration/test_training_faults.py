@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nightshift.core.cpu import cpu_flags
 from nightshift.core.files import read_json, read_rows, tree_digest, write_rows
+from nightshift.core.hardware import cpu_flags
 from tasks.pack import ROWS
 from tasks.sft import checkpoints, native
 from tests.helpers import poisoned as poison

@@ -1,6 +1,7 @@
-"""What the CPU supports, and whether there is more than a CPU."""
+"""What this machine has: features of the CPU, memory, the driver of a GPU."""
 
 import ctypes
+import os
 from pathlib import Path
 
 
@@ -13,6 +14,14 @@ def cpu_flags() -> set[str]:
     """Return the flags of the CPU, such as avx512_bf16; empty if the system does not list them."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def available_memory() -> int:
+    """Return the bytes of memory available to this process: those of the machine or its container."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    maximum = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return installed if maximum == "max" else min(installed, int(maximum))
 
 
 def may_have_gpu() -> bool:
