@@ -21,6 +21,7 @@ from nightshift.core.errors import DataError
 from nightshift.core.files import file_digest, read_json, write_json
 from nightshift.core.paths import BASE, BASE_RECORD
 from nightshift.core.stage import run_main, write_summary
+from nightshift.core.state import user_path
 from nightshift.data.chat_templates import OWN as PROMPT_FORMATS
 from nightshift.data.chat_templates import find_template
 from nightshift.data.template import (
@@ -113,7 +114,7 @@ def locate(model: str) -> tuple[Path, str | None]:
         with explain_hub_errors(f"base.model: {model}"):
             folder = Path(snapshot_download(found["id"], revision=found["commit"], allow_patterns=patterns))
     else:
-        folder = Path(model).expanduser()
+        folder = user_path(model)
     require_plain(model, folder)
     if not any(folder.glob("*.safetensors")):
         names = ", ".join(sorted(path.name for path in folder.iterdir()))

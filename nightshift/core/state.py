@@ -8,6 +8,8 @@ from nightshift.core.errors import ConfigError
 
 # In the state folder: MLflow's database and artifacts, and the clones in which runs of deployments work.
 DATABASE, ARTIFACTS, WORKSPACES = "mlflow.db", "mlflow-artifacts", "workspaces"
+# In a workspace: the path of the checkout that it is a clone of.
+ORIGIN = Path(".git", "nightshift-checkout")
 
 
 def state_dir() -> Path:
@@ -21,6 +23,20 @@ def state_dir() -> Path:
     if not existing.is_dir():
         raise ConfigError(f"{home}: {existing} is a file; set NIGHTSHIFT_HOME to a folder")
     return home
+
+
+def user_path(text: str) -> Path:
+    """Return a path in params.yaml, with the home folder in place of `~`.
+
+    In a workspace, a path that starts with `..` is beside its checkout, where the user sees it.
+
+    Raises:
+        RuntimeError: The user in `~user` does not exist.
+    """
+    path = Path(text).expanduser()
+    if path.parts[:1] == ("..",) and ORIGIN.is_file():
+        return Path(ORIGIN.read_text(encoding="utf-8"), path)
+    return path
 
 
 def tools_environment() -> dict[str, str]:

@@ -22,7 +22,7 @@ from nightshift.core.errors import StageError
 from nightshift.core.files import read_json, write_json, write_text
 from nightshift.core.paths import DATA, GATE, METRICS, RAW
 from nightshift.core.stage import run_main
-from nightshift.core.state import WORKSPACES, state_dir
+from nightshift.core.state import ORIGIN, WORKSPACES, state_dir
 from nightshift.pipeline.dvc_cache import mend, record
 from nightshift.pipeline.graph import LOCK, locked_outputs, read_stages
 from nightshift.pipeline.prune import prune
@@ -66,7 +66,7 @@ def is_workspace() -> bool:
 
 def checkout() -> Path:
     """Return the checkout that the current folder is a workspace of, or the current folder itself."""
-    return Path(git("config", "remote.origin.url")) if is_workspace() else Path.cwd()
+    return Path(ORIGIN.read_text(encoding="utf-8")) if is_workspace() else Path.cwd()
 
 
 def create(folder: Path) -> None:
@@ -131,6 +131,7 @@ def clone(folder: Path, commit: str) -> None:
     """
     git("clone", "--quiet", "--no-checkout", str(Path.cwd()), str(folder))
     git("checkout", "--quiet", "--detach", commit, folder=folder)
+    write_text(folder / ORIGIN, str(Path.cwd()))
 
 
 def share_dvc(folder: Path) -> None:

@@ -4,6 +4,7 @@ import importlib.resources
 from pathlib import Path
 
 from nightshift.core.errors import ConfigError
+from nightshift.core.state import user_path
 from tasks.augment.quality import CompareMeaning
 
 
@@ -43,6 +44,6 @@ def load_embedder(location: str) -> CompareMeaning:
 def _find_folder(location: str) -> Path:
     """Return the folder of the model."""
     if not location.startswith("package:"):
-        return Path(location)
+        return user_path(location)
     module = location.removeprefix("package:").replace("-", "_")
     return Path(str(importlib.resources.files(module) / "model"))

@@ -10,6 +10,7 @@ from nightshift.core.code_digest import MODEL_ENGINES, source_digest, versions
 from nightshift.core.errors import ConfigError
 from nightshift.core.files import tree_digest
 from nightshift.core.memo import Memo
+from nightshift.core.state import user_path
 from nightshift.replies import Failure, Generate, Reply, Request, Result, ask
 from tasks.augment import AugmentParams, Style
 from tasks.augment.prompts import VERSION, build_prompt, read_versions
@@ -80,7 +81,7 @@ def by_model(params: AugmentParams, base: Path, memo: Memo) -> Propose:
         "max_new_tokens": params.max_new_tokens,
     }
     local = params.backend == "transformers"
-    folder = Path(params.model) if params.model else base
+    folder = user_path(params.model) if params.model else base
     if local and not (folder / "config.json").is_file():
         raise ConfigError(
             f"params.yaml: augment.model={params.model}: no config.json in {folder}; set it to the folder "

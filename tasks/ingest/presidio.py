@@ -3,9 +3,8 @@
 Only the model's entities are requested: Presidio's own rules would fetch domain lists over the network.
 """
 
-from pathlib import Path
-
 from nightshift.core.errors import ConfigError
+from nightshift.core.state import user_path
 from nightshift.raw.pii import Find, Finding, find_pii
 
 KINDS = {"PERSON": "person", "LOCATION": "location"}
@@ -27,8 +26,11 @@ def load_presidio(model: str) -> Find:
         from presidio_analyzer.predefined_recognizers import SpacyRecognizer
     except ImportError as err:
         raise ConfigError(f"ingest.pii_model: {err}; run `pip install -e '.[presidio]'`") from err
-    if not (spacy.util.is_package(model) or Path(model).is_dir()):
-        raise ConfigError(f"ingest.pii_model: no spaCy model {model!r}; run `spacy download {model}`")
+    if not spacy.util.is_package(model):
+        folder = user_path(model)
+        if not folder.is_dir():
+            raise ConfigError(f"ingest.pii_model: no spaCy model {model!r}; run `spacy download {model}`")
+        model = str(folder)
     # The language is only a label that links model and recogniser.
     nlp = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": model}])
     registry = RecognizerRegistry(recognizers=[SpacyRecognizer()], supported_languages=["en"])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from nightshift.core.errors import ConfigError
 from nightshift.core.hardware import available_memory
+from nightshift.core.state import user_path
 from tasks.sft import SftParams
 from tasks.sft.machine import VISIBLE, Machine
 from tasks.sft.memory import Batch, estimate_all, totals
@@ -73,7 +74,7 @@ def with_processes(params: SftParams, gpus: int) -> SftParams:
     """
     number = params.num_processes
     if params.hostfile is not None:
-        slots = sum(read_hostfile(Path(params.hostfile)).values())
+        slots = sum(read_hostfile(user_path(params.hostfile)).values())
         names = os.environ.get(VISIBLE, "").split(",")
         if VISIBLE in os.environ and names != [str(i) for i in range(len(names))]:
             raise ConfigError(

@@ -13,7 +13,7 @@ from types import FrameType
 from nightshift.core.errors import ConfigError, TrainingError
 from nightshift.core.ports import free_port
 from nightshift.core.stage import OFFLINE
-from nightshift.core.state import tools_environment
+from nightshift.core.state import tools_environment, user_path
 from nightshift.pipeline import supervise
 from tasks.sft import SftParams
 from tasks.sft.job import Job
@@ -124,7 +124,10 @@ def build_command(job: Job, address: str, port: int) -> list[str]:
         world = base64.urlsafe_b64encode(json.dumps({"localhost": list(ids)}).encode()).decode()
         command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
     else:
-        command = [str(Path(sys.executable).with_name("deepspeed")), f"--hostfile={params.hostfile}"]
+        command = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            f"--hostfile={user_path(params.hostfile)}",
+        ]
         if "NODE_RANK" in os.environ:
             command += ["--no_ssh", f"--node_rank={node_rank(params)}"]
     if address:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from nightshift.core.errors import DataError
 from nightshift.core.files import read_json
+from nightshift.core.state import user_path
 from nightshift.raw.formats import READABLE, shard_suffix
 from tasks.snapshot.sources import Offer
 from tasks.snapshot.sources.splits import choose_split
@@ -58,10 +59,10 @@ def resolve(location: str) -> tuple[Path, bool]:
     Raises:
         DataError: The user in `~user` does not exist.
     """
-    if exists(Path(location)):
-        return Path(location), True
+    if (path := Path(location)).parts[:1] != ("..",) and exists(path):
+        return path, True
     try:
-        path = Path(location).expanduser()
+        path = user_path(location)
     except RuntimeError as err:
         raise DataError(f"snapshot.sources: {location}: no such user; write the whole path") from err
     return path, exists(path)

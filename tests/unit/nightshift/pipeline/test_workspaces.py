@@ -12,8 +12,10 @@ import pytest
 from nightshift.core.errors import StageError
 from nightshift.core.files import write_json
 from nightshift.core.paths import GATE, METRICS
+from nightshift.core.state import user_path
 from nightshift.pipeline import workspaces
 from nightshift.pipeline.workspaces import git
+from tasks.snapshot.sources.folders import resolve
 from tests.helpers.checkouts import BIN
 
 # Stands in for the snapshot: adds a shard with the text in the file `arrives`, unless it has one.
@@ -79,6 +81,17 @@ def test_a_workspace_has_the_commit_and_the_data_of_the_checkout(
     assert workspaces.edited_files() == []
     assert shards(folder) == {"000001.jsonl": "one"}
     assert workspaces.checkout() == checkout
+    # Beside the checkout, where params.yaml says, not beside the workspace.
+    outside = checkout.parent / "exports" / "a.jsonl"
+    outside.parent.mkdir()
+    outside.write_text("")
+    (Path.cwd().parent / "exports").mkdir()
+    assert [resolve(one) for one in ("../exports/a.jsonl", "../exports")] == [
+        (checkout / "../exports/a.jsonl", True),
+        (checkout / "../exports", True),
+    ]
+    assert user_path("../exports/*.jsonl") == checkout / "../exports/*.jsonl"
+    assert user_path("arrives") == Path("arrives")
     # The cache is shared: what the checkout has computed is not computed again.
     assert subprocess.run(["dvc", "status"], capture_output=True, text=True, check=True).stdout == (
         "Data and pipelines are up to date.\n"
