@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 import psutil
 
 from nightshift.core.errors import StageError
-from nightshift.core.files import read_state, write_json
+from nightshift.core.files import write_json
 from nightshift.pipeline.leases import boot_id, find_process, is_alive
 
 HOST = "127.0.0.1"
@@ -45,7 +46,8 @@ def read_records(home: Path) -> dict[str, Record]:
         StageError: An earlier version of Nightshift wrote it, and one of its processes may still run.
     """
     path = home / "stack.json"
-    records: dict[str, Record] = read_state(path) or {}
+    # Not read_state: the servers in a damaged file may run, and others would open the same databases.
+    records: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
     for service, record in records.items():
         if "boot_id" not in record and psutil.pid_exists(record["pid"]):
             raise StageError(
