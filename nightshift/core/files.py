@@ -4,17 +4,20 @@ Every write goes to a temporary file that is renamed when complete, so a killed 
 partial file under the final name.
 """
 
+import glob
 import hashlib
 import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +29,9 @@ log = logging.getLogger(__name__)
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Of this process and thread: others may write the same file at the same time.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    remove_stale(path)
     try:
         with named_errors(path):
             yield temporary
@@ -47,6 +52,14 @@ def named_errors(path: Path) -> Iterator[None]:
         if err.errno and not err.filename:
             err.filename = str(path)
         raise
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what killed processes have left of a file."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
+        owner = stale.name.removeprefix(f".{path.name}.").partition("-")[0]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            stale.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,9 @@
 """Files that stages exchange."""
 
+import os
 import resource
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,6 +37,24 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_several_runs_write_the_same_file_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "scoreboard.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_json(path, {"run": number}), range(400)))
+    assert read_json(path)["run"] in range(400)
+    assert [one.name for one in tmp_path.iterdir()] == ["scoreboard.json"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    left = [f".x.json.{ended.pid}-1.tmp", f".x.json.{os.getpid()}-1.tmp", f".y.json.{ended.pid}-1.tmp"]
+    for name in left:
+        (tmp_path / name).write_text("half")
+    write_json(tmp_path / "x.json", {})
+    assert sorted(one.name for one in tmp_path.iterdir()) == sorted([*left[1:], "x.json"])
 
 
 def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
