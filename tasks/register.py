@@ -9,9 +9,8 @@ adapter, a reference to its base with digests, its lineage and its model card. W
 import argparse
 import logging
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ from nightshift.core.paths import (
     TRAINING_RUN,
     VERSION,
 )
-from nightshift.core.stage import run_main
+from nightshift.core.stage import run_main, skip_bitsandbytes
 from nightshift.core.state import state_dir
 from nightshift.core.trained import trained_model
 from nightshift.data.used import USED
@@ -51,6 +50,7 @@ from nightshift.registry.lineage import write_lineage
 from nightshift.registry.versions import (
     ANSWERS,
     DIGEST,
+    Ask,
     answer_from_files,
     keep_base,
     logged_model,
@@ -70,7 +70,6 @@ EXAMPLE = {
     "messages": [{"role": "user", "content": "What is the chemical symbol of Gold?"}],
     "max_tokens": 16,
 }
-Ask = Callable[[str], list[str]]
 log = logging.getLogger(__name__)
 
 
@@ -207,7 +206,7 @@ def log_verified(
             trained = answer_from_files(BASE, model)
             answers = require_same_answers(uri, found.result(), trained)
     except BaseException:
-        # Nobody may take a version that is not proven.
+        # A version that is not proven must not be used.
         client.delete_model_version(name, str(number))
         raise
     for key, value in (identity | {ANSWERS: text_digest(*answers)} | dict(tags)).items():
@@ -316,6 +315,5 @@ def log_data(client: MlflowClient, run: str) -> None:
 
 
 if __name__ == "__main__":
-    # PEFT would import it for quantized weights, which takes a second; no base has them.
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    skip_bitsandbytes()
     run_main(main, declare)

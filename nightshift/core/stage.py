@@ -74,6 +74,11 @@ def run_main(
         sys.exit(error.exit_code)
 
 
+def skip_bitsandbytes() -> None:
+    """Keep PEFT from importing bitsandbytes, which takes a second; no base is quantized."""
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+
+
 def collect_rarely() -> None:
     """Look for reference cycles after 50,000 new objects instead of 700, and seldom among old ones.
 

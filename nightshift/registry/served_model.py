@@ -263,10 +263,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from nightshift.core.stage import run_main
+    from nightshift.core.stage import run_main, skip_bitsandbytes
 
-    # PEFT would import it for quantized weights, which takes a second; no base has them.
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    skip_bitsandbytes()
     run_main(main)
 elif not __package__:
     # MLflow loads this file as a model, not as a module of the package.

@@ -37,6 +37,8 @@ ANSWERS = "nightshift.answers_digest"
 FORGOTTEN = "nightshift.forgotten"
 # Error codes of MLflow's registry for what does not exist, unlike those of a registry that does not answer.
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+# From `start_probes`: URI of a registered model -> its answers.
+Ask = Callable[[str], list[str]]
 ADDRESS = re.compile(r"(?:models:/(?P<name>[^/@]+)[/@])?(?P<which>[^/@]+)")
 
 
@@ -256,7 +258,7 @@ def fetch_adapter(version: ModelVersion, target: Path) -> None:
 
 
 @contextmanager
-def start_probes(base: Path) -> Iterator[Callable[[str], list[str]]]:
+def start_probes(base: Path) -> Iterator[Ask]:
     """Start a process that answers the probes, in which nothing of this process is loaded.
 
     It imports its libraries while this process works on.

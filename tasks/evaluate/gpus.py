@@ -25,7 +25,7 @@ def find_places(weights: Iterable[set[Path]]) -> list[dict[str, str]]:
     Raises:
         StageError: All GPUs together do not hold the largest model.
     """
-    needed = max(sum(map(size_of, folders)) for folders in weights)
+    needed = largest(weights)
     free = read_free()
     if (total := sum(free.values())) < needed:
         raise StageError(
@@ -34,6 +34,11 @@ def find_places(weights: Iterable[set[Path]]) -> list[dict[str, str]]:
             "a larger machine"
         )
     return [{VISIBLE: ",".join(group)} for group in split_gpus(free, int(needed * ROOM))]
+
+
+def largest(weights: Iterable[set[Path]]) -> int:
+    """Return the bytes of the weights of the largest model, each a set of folders; 0 without models."""
+    return max((sum(map(size_of, folders)) for folders in weights), default=0)
 
 
 def size_of(folder: Path) -> int:

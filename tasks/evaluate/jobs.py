@@ -20,7 +20,7 @@ from nightshift.data.schemas import SCORES
 from nightshift.pipeline import supervise
 from tasks.evaluate import EvaluateParams
 from tasks.evaluate.answers import Answers
-from tasks.evaluate.gpus import ROOM, find_places, size_of
+from tasks.evaluate.gpus import ROOM, find_places, largest
 from tasks.evaluate.scores import DONE, PROGRESS, WHOLE, Part, join_parts
 from tasks.evaluate.servers import name_weights, read_server
 from tasks.evaluate.vllm import (
@@ -164,11 +164,12 @@ def score_missing(
         run_job(job, place, partial(show, part))
 
     # Servers share the GPUs: one after the other.
-    with ThreadPoolExecutor(max_workers=jobs[0][1].total) as pool:
+    parts = jobs[0][1].total
+    with ThreadPoolExecutor(max_workers=parts) as pool:
         for _ in pool.map(lambda one: score(*one), jobs):
             pass
     for target in {Path(target) for targets in missing.values() for target in targets.values()}:
-        join_files(target, jobs[0][1].total)
+        join_files(target, parts)
 
 
 def join_files(target: Path, total: int) -> None:
@@ -228,7 +229,7 @@ def find_places_for(models: Sequence[EvaluatedModel]) -> list[dict[str, str]]:
     if (found := device()).startswith(CPU):
         # Without bf16, weights take twice the bytes of their files.
         factor = ROOM if found == CPU else 2 * ROOM
-        needed = int(factor * max((sum(map(size_of, folders)) for folders in weights), default=0))
+        needed = int(factor * largest(weights))
         cores = os.cpu_count() or 1
         count = max(1, min(cores, CPU_PROCESSES, available_memory() // (needed or 1)))
         return [{"OMP_NUM_THREADS": str(cores // count)}] * count

@@ -7,7 +7,7 @@ on from it.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tasks.evaluate.asker import Answer, Request
+from tasks.evaluate.scores import Item
 
 # Tokens of texts that are processed together. More would not be faster, and need memory for their logits.
 TOKENS_TOGETHER = 512
@@ -99,14 +100,14 @@ def score_texts(
         on_progress: Called with the number of texts that were done.
     """
     length, before, size = 0, None, 1
-    if keeps_all(model):
+    if has_cache := keeps_all(model):
         (length, before), size = process_start(model, texts), batch_size
     answers: dict[int, Answer] = {}
     for batch in batch_by_length([len(text.tokens) - length for text in texts], size):
         rests = [
             Text(texts[i].tokens[length:], [position - length for position in texts[i].scored]) for i in batch
         ]
-        found, _ = process(model, rests, before and before.repeat(len(batch)))
+        found, _ = process(model, rests, before and before.repeat(len(batch)), has_cache=has_cache)
         answers |= zip(batch, found, strict=True)
         on_progress(len(batch))
     return [answers[i] for i in range(len(texts))]
@@ -186,14 +187,7 @@ def group_by_prompt(requests: Sequence[Request]) -> list[Question]:
 
 def batch_questions(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
     """Yield the questions in batches, as long as their continuations fit into one."""
-    batch: list[Question] = []
-    for question in questions:
-        if batch and sum(len(one.numbers) for one in [*batch, question]) > size:
-            yield batch
-            batch = []
-        batch.append(question)
-    if batch:
-        yield batch
+    return batch_fitting(questions, lambda batch: sum(len(one.numbers) for one in batch) <= size)
 
 
 def batch_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -203,12 +197,21 @@ def batch_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         >>> list(batch_by_length([40, 600, 200, 180, 30], size=2))
         [[1], [2, 3], [0, 4]]
     """
-    batch: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) == size or (len(batch) + 1) * lengths[batch[0]] > TOKENS_TOGETHER):
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return batch_fitting(
+        longest_first,
+        lambda batch: len(batch) <= size and len(batch) * lengths[batch[0]] <= TOKENS_TOGETHER,
+    )
+
+
+def batch_fitting(items: Iterable[Item], fits: Callable[[list[Item]], bool]) -> Iterator[list[Item]]:
+    """Yield the items in batches as large as fit; an item that does not is a batch of its own."""
+    batch: list[Item] = []
+    for item in items:
+        if batch and not fits([*batch, item]):
             yield batch
             batch = []
-        batch.append(number)
+        batch.append(item)
     if batch:
         yield batch
 
@@ -229,7 +232,7 @@ def process_start(model: Any, texts: Sequence[Text]) -> tuple[int, Processed | N
 
 @torch.inference_mode()
 def process(
-    model: Any, texts: Sequence[Text], before: Processed | None = None
+    model: Any, texts: Sequence[Text], before: Processed | None = None, *, has_cache: bool = True
 ) -> tuple[list[Answer], Processed]:
     """Return the score of each text, and what the model has processed.
 
@@ -240,6 +243,7 @@ def process(
         model: Causal language model.
         texts: Texts.
         before: What they go on from; its cache is changed.
+        has_cache: Whether the cache keeps all tokens; without it, nothing can go on from these texts.
     """
     tokens = [torch.tensor(text.tokens[:-1], device=model.device) for text in texts]
     inputs = pad_sequence(tokens, batch_first=True)
@@ -253,7 +257,7 @@ def process(
     going_on: dict[str, Any] = {}
     if before:
         going_on = {"past_key_values": before.cache, "position_ids": mask.cumsum(1)[:, -width:] - 1}
-    found = model(inputs, attention_mask=mask, use_cache=keeps_all(model), logits_to_keep=kept, **going_on)
+    found = model(inputs, attention_mask=mask, use_cache=has_cache, logits_to_keep=kept, **going_on)
     logits = found.logits
     if logits.shape[1] != len(needed):
         logits = logits[:, [place - width + logits.shape[1] for place in needed]]

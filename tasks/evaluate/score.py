@@ -4,7 +4,6 @@ import argparse
 import gc
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from nightshift.core.files import iterate_rows, read_json, read_rows, write_rows
-from nightshift.core.stage import print_line, run_main
+from nightshift.core.stage import print_line, run_main, skip_bitsandbytes
 from nightshift.data.benchmarks import HELDOUT, TEST_ANSWERS, read_benchmarks
 from nightshift.data.encode import Encoder, Fault, count_supervised, encode_batch, load_encoder
 from nightshift.data.schemas import SCORES
@@ -63,8 +62,7 @@ def open_engine(job: dict[str, Any]) -> Iterator[Load]:
 
 def loader(batch_size: int) -> Load:
     """Return a function that loads models, one at a time, and a model of the same folders only once."""
-    # PEFT would import it for quantized weights, which takes a second; no base has them.
-    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+    skip_bitsandbytes()
     from tasks.evaluate.model import Model, load_model
 
     model: Model | None = None

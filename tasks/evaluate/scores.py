@@ -2,8 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from itertools import chain, zip_longest
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,16 +37,14 @@ class Part(NamedTuple):
 WHOLE = Part(0, 1)
 
 
-def join_parts(parts: Sequence[Iterable[Item]]) -> list[Item]:
+def join_parts(parts: Sequence[Sequence[Item]]) -> list[Item]:
     """Return the items of all parts in their order.
 
     Example:
         >>> join_parts([Part(i, 3).select("abcdefgh") for i in range(3)])
         ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']
     """
-    missing = object()
-    rounds = chain.from_iterable(zip_longest(*parts, fillvalue=missing))
-    return [item for item in rounds if item is not missing]  # type: ignore[misc]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 def metrics(rows: Sequence[Score]) -> dict[str, Any]:

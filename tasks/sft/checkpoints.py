@@ -66,10 +66,10 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Return whether every file of a checkpoint matches its manifest."""
-    digests = read_state(checkpoint / MANIFEST)
+    digests = read_state(checkpoint / MANIFEST) or {}
     return bool(digests) and all(
         (checkpoint / name).is_file() and file_digest(checkpoint / name) == digest
-        for name, digest in (digests or {}).items()
+        for name, digest in digests.items()
     )
 
 
